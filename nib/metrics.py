@@ -1,0 +1,105 @@
+"""What a run tells the world: the console and its progress bar, metrics.jsonl, TensorBoard, wandb."""
+import json
+import math
+import sys
+from pathlib import Path
+
+from nib.errors import UserError
+from nib.files import atomic_write
+
+
+class Console:
+    """Lines on standard output, and on a terminal a progress bar below them. Silent on ranks other than 0."""
+
+    def __init__(self, shown: bool):
+        self.shown = shown
+        self.bar = None
+
+    def start_bar(self, total: int, step: int):
+        """Shows the bar where standard error is a terminal; elsewhere progress() prints plain lines."""
+        if self.shown and sys.stderr.isatty():
+            from tqdm import tqdm  # imported only where there is a terminal to draw on
+            self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, smoothing=0.1)
+
+    def say(self, line: str):
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.shown:
+            print(line, flush=True)
+
+    def progress(self, step: int, parts: dict[str, str]):
+        """The state of a logged step: on the bar, or as a line."""
+        if self.bar is not None:
+            self.bar.set_postfix(parts, refresh=False)
+            self.bar.update(step - self.bar.n)
+        else:
+            self.say(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in parts.items()))
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Metrics:
+    """One record a logged step, under the same names in metrics.jsonl, TensorBoard and wandb.
+
+    Use it on rank 0 only. Continuing from a step drops the records that an interrupted run wrote after it.
+    """
+
+    def __init__(self, out_dir, step: int, config: dict, tensorboard: bool = False, wandb_project: str = '',
+                 wandb_run_name: str = ''):
+        path = Path(out_dir) / 'metrics.jsonl'
+        kept = [line for line in _complete_lines(path) if json.loads(line)['step'] < step] if step else []
+        with atomic_write(path) as file:
+            file.write(''.join(line + '\n' for line in kept).encode())
+        self.file = open(path, 'a', encoding='utf-8')
+        self.writer = _tensorboard(out_dir, step) if tensorboard else None
+        self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
+
+    def log(self, step: int, values: dict[str, float]):
+        """Writes the values of a step; one that is not finite becomes null in metrics.jsonl, which JSON can hold."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({'step': step, **finite}) + '\n')
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def close(self):
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines that hold a whole record; a crash may have cut the last one."""
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
+    return [line for line in lines if line.startswith('{"step": ') and line.endswith('}')]
+
+
+def _tensorboard(out_dir, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError('--tensorboard needs a package that is not here: pip install tensorboard') from error
+    return SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step or None)
+
+
+def _wandb(out_dir, step: int, config: dict, project: str, name: str):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError('--wandb_log needs a package that is not here: pip install wandb') from error
+    # The id is kept, so that a resumed run continues its curves.
+    id_file = Path(out_dir) / 'wandb_id'
+    run_id = id_file.read_text().strip() if step and id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id + '\n')
+    try:
+        return wandb.init(project=project, name=name or None, config=config, dir=str(out_dir), id=run_id, resume='allow')
+    except wandb.errors.Error as error:
+        raise UserError(f'wandb cannot start ({error}); without an account or network: WANDB_MODE=offline') from error

@@ -1,0 +1,201 @@
+"""The machine under a run: device, precision, compile, ranks, random seeds, signals."""
+import hashlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nib.errors import UserError
+
+# Dense matrix rates in FLOP/s by the vendors' data sheets (without sparsity): (part of the device's name, dtype) -> rate.
+PEAK_FLOPS = {
+    ('H200', 'bfloat16'): 989e12, ('H200', 'float16'): 989e12,
+    ('H100 PCIe', 'bfloat16'): 756e12, ('H100 PCIe', 'float16'): 756e12,
+    ('H100', 'bfloat16'): 989e12, ('H100', 'float16'): 989e12,
+    ('A100', 'bfloat16'): 312e12, ('A100', 'float16'): 312e12,
+    ('A10G', 'bfloat16'): 70e12, ('A10G', 'float16'): 70e12,
+    ('L40S', 'bfloat16'): 362e12, ('L40S', 'float16'): 362e12,
+    ('L4', 'bfloat16'): 121e12, ('L4', 'float16'): 121e12,
+    ('V100', 'float16'): 125e12,
+    ('T4', 'float16'): 65e12,
+    ('RTX 4090', 'bfloat16'): 165e12, ('RTX 4090', 'float16'): 165e12,
+    ('RTX 3090', 'bfloat16'): 71e12, ('RTX 3090', 'float16'): 71e12,
+}
+
+
+def pick_device(device: str) -> str:
+    """'auto' becomes 'cuda', 'mps' or 'cpu', whichever is there first. UserError for a device that is not there."""
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError as error:
+        raise UserError(f"--device={device}: no such device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+    present = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind, 0)
+    if index >= present:
+        raise UserError(f'--device={device}: this machine has {present or "no"} {kind} device{"s" * (present != 1)} '
+                        f'that torch {torch.__version__} can use; try --device=auto')
+    return device
+
+
+def describe_device(device: str) -> str:
+    """The device's name for a person."""
+    if device.startswith('cuda'):
+        return f'{device} ({torch.cuda.get_device_name(device)})'
+    return f'{device} ({torch.get_num_threads()} threads)' if device == 'cpu' else device
+
+
+def pick_dtype(dtype: str, device: str) -> tuple[str, str]:
+    """The precision of matrix products and why: ('bfloat16', 'the GPU has it'). UserError where the device lacks it."""
+    on_cuda = device.startswith('cuda')
+    has_bfloat16 = not on_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == 'auto':
+        if not on_cuda:
+            return 'float32', 'exact, and the default off CUDA'
+        return ('bfloat16', 'this GPU has it') if has_bfloat16 else ('float16', 'this GPU has no bfloat16')
+    if dtype == 'bfloat16' and not has_bfloat16:
+        raise UserError(f'--dtype=bfloat16: {describe_device(device)} has no bfloat16; use --dtype=float16 or auto')
+    return dtype, 'as asked'
+
+
+def precision(dtype: str, device: str):
+    """The context to run forward passes in: autocast, or nothing in float32."""
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """The device's dense matrix rate in FLOP/s, or None where the table does not know it."""
+    if not device.startswith('cuda'):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for (part, of_dtype), rate in PEAK_FLOPS.items() if part in name and of_dtype == dtype), None)
+
+
+def pick_compile(compile: bool | str, device: str) -> tuple[bool, str]:
+    """Whether to compile the model, and why."""
+    compiler = os.environ.get('CXX') or 'g++'
+    if compile == 'auto':
+        if not device.startswith('cuda'):
+            return False, 'it takes longer than a short run off CUDA wins back'
+        compile = True
+        reason = 'faster on a GPU'
+    else:
+        reason = 'as asked'
+    if compile and not any(shutil.which(name) for name in (compiler, 'gcc', 'clang')):
+        return False, 'there is no C compiler on this machine (install gcc)'
+    return bool(compile), reason
+
+
+def compile_model(model: torch.nn.Module, try_step: Callable[[torch.nn.Module], None],
+                  say: Callable[[str], None]) -> torch.nn.Module:
+    """The compiled model, or the model itself, with one line, where compiling fails.
+
+    try_step runs the compiled model once, for compiling happens at the first call; it must leave no trace.
+    """
+    started = time.perf_counter()
+    compiled = torch.compile(model)
+    try:
+        try_step(compiled)
+    except Exception as error:  # the compiler's own errors have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        say(f'compile failed, going on without it: {reason}')
+        return model
+    say(f'compiled in {time.perf_counter() - started:.1f} s')
+    return compiled
+
+
+def seed_everything(*counters: int):
+    """Seeds torch on every device with a hash of the counters, so that (0, 1) and (1, 0) share nothing."""
+    digest = hashlib.blake2b(repr(counters).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, 'little'))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. One process is rank 0 of 1, and every method then does the plain thing."""
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    control: object = None  # a gloo group for words between processes, which never wait for a GPU
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: int) -> int:
+        """The largest flag of all ranks."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(flag)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, of a tensor on the run's device."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def on_first(self, function: Callable):
+        """function() is run by rank 0 alone; all ranks get its result, or end where it raised UserError."""
+        if self.world_size == 1:
+            return function()
+        answer = [None, None]
+        if self.is_first:
+            try:
+                answer[0] = function()
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, src=0, group=self.control)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    def close(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start_ranks(device: str) -> Ranks:
+    """Joins the processes that torchrun started (gloo on a CPU, NCCL on GPUs); without torchrun, this one alone."""
+    if 'RANK' not in os.environ:
+        return Ranks()
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+    if world_size == 1:
+        return Ranks()
+    if device.startswith('cuda'):
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f'{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: '
+                            f'--nproc_per_node={torch.cuda.device_count()}')
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
+
+
+class StopSignal:
+    """Remembers that the user or the system asked the run to stop, so that it can finish its step and save.
+
+    A second signal after a second's grace ends the process at once: torchrun sends every Ctrl-C twice.
+    """
+
+    def __init__(self):
+        self.number = 0  # of the signal received; 0 is none
+        self._since = 0.0
+
+    def listen(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        if self.number and time.monotonic() - self._since > 1.0:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self._since = number, time.monotonic()

@@ -1,0 +1,220 @@
+"""The model against transformers' GPT-2, against arithmetic by hand, and against itself without a cache."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import GPT, GPTConfig, sample_tokens
+
+SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=4, n_embd=32)
+
+
+def make_model(config=SMALL, seed=0, scale=0.3):
+    """A model with large enough weights that its logits differ clearly."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale * (parameter.dim() > 1 or 0.1))
+    return model
+
+
+def greedy_without_cache(model, prompt, n):
+    """The documented behaviour, spelled out: a full window drops its oldest half before it takes a new token."""
+    size = model.config.block_size
+    window, made = list(prompt)[-size:], []
+    for _ in range(n):
+        with torch.no_grad():
+            token = int(model(torch.tensor([window]))[0, -1].argmax())
+        made.append(token)
+        if len(window) == size:
+            window = window[size - size // 2:]
+        window.append(token)
+    return made
+
+
+def generate(model, prompts, n, **options):
+    """The tokens of each row, without the -1 after its end."""
+    steps = [tokens.tolist() for tokens in model.generate(prompts, n, **options)]
+    return [[token for token in row if token >= 0] for row in zip(*steps)]
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_logits_equal_transformers_gpt2(bias):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = make_model(GPTConfig(**{**vars(SMALL), 'bias': bias}))
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=3, n_head=4)).eval()
+    weights = model.state_dict()
+    copied = {}
+    for name, parameter in theirs.transformer.state_dict().items():
+        ours = weights.get('transformer.' + name)
+        if ours is None:
+            assert not bias and name.endswith('.bias'), f'{name} has no counterpart'
+            ours = torch.zeros_like(parameter)  # no bias is a bias of zero
+        transposed = any(part in name for part in ('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # their Conv1D
+        copied[name] = ours.t() if transposed else ours
+    theirs.transformer.load_state_dict(copied)
+    assert len(weights) == len([name for name in copied if bias or not name.endswith('.bias')])
+    ids = torch.randint(61, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_a_later_token_has_no_influence_on_an_earlier_logit():
+    model = make_model()
+    embedded = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    model(torch.randint(61, (1, 16)))[0, 5].sum().backward()
+    influence = embedded[0].grad[0].abs().sum(dim=-1)
+    assert (influence[:6] > 0).all()
+    assert (influence[6:] == 0).all()
+
+
+def test_a_fresh_model_knows_nothing():
+    for vocab_size in (65, 5000):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(vocab_size=vocab_size, block_size=32, n_layer=4, n_head=4, n_embd=128))
+        ids = torch.randint(vocab_size, (8, 33))
+        loss = model(ids[:, :-1], ids[:, 1:]).item()
+        assert abs(loss / math.log(vocab_size) - 1) < 0.03
+
+
+def test_residual_projections_start_smaller_by_depth():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=100, block_size=8, n_layer=8, n_head=4, n_embd=256))
+    for block in model.transformer.h:
+        assert block.attn.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_loss_is_the_mean_negative_log_probability_of_the_targets_that_count():
+    model = make_model()
+    ids = torch.randint(61, (2, 16))
+    targets = torch.randint(61, (2, 16))
+    targets[0, :9] = -1
+    with torch.no_grad():
+        probabilities = model(ids).double().softmax(dim=-1)
+        by_hand = [-math.log(probabilities[b, t, targets[b, t]]) for b in range(2) for t in range(16) if targets[b, t] >= 0]
+        assert model(ids, targets).item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+
+
+def test_parameter_counts():
+    with torch.device('meta'):
+        gpt2 = GPT(GPTConfig())
+        baby = GPT(GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False))
+    assert gpt2.num_params() == 124_439_808
+    assert gpt2.num_params(positions=False) == 124_439_808 - 1024 * 768
+    assert f'{baby.num_params(positions=False) / 1e6:.2f}' == '10.65'
+
+
+def test_flops_by_layer_add_up_to_the_formula_for_the_whole():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(bias=False))
+    layers = model.flops_per_token()
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and 'wpe' not in n)
+    assert 3 * sum(layers.values()) == 6 * matrices + 12 * 12 * 768 * 1024  # PaLM, appendix B: 6N + 12LHQT
+    assert len(layers) == 2 * 12 + 1
+
+
+def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
+    model = make_model()
+    ids = torch.randint(61, (2, 8))
+    with torch.no_grad():
+        before = model(ids)
+        model.crop_block_size(8)
+        torch.testing.assert_close(model(ids), before)
+    assert model.config.block_size == 8
+    with pytest.raises(ValueError, match='9 positions'):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match='block_size 9'):
+        model.crop_block_size(9)
+
+
+@pytest.mark.parametrize('broken', [dict(n_embd=30), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-1)])
+def test_a_config_that_cannot_be_names_its_field(broken):
+    with pytest.raises(ValueError, match=next(iter(broken))):
+        GPTConfig(**{**vars(SMALL), **broken})
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4), st.integers(1, 40))
+def test_greedy_with_the_cache_equals_greedy_without_it(prompts, n):
+    """Any prompts of unequal lengths, within block_size and far past it, each as if it were alone."""
+    model = make_model()
+    assert generate(model, prompts, n, temperature=0.0) == [greedy_without_cache(model, p, n) for p in prompts]
+
+
+def test_cached_logits_equal_uncached_ones():
+    model = make_model().double()
+    prompt = torch.randint(61, (1, 4)).tolist()
+    made = generate(model, prompt, 12, temperature=0.0)[0]
+    with torch.no_grad():
+        full = model(torch.tensor([prompt[0] + made[:-1]]))[0, 3:].argmax(dim=-1)
+    assert full.tolist() == made
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
+    model = make_model(scale=0.05)
+    first, again, other = (generate(model, [[1, 2]], 30, seed=seed)[0] for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_generation_leaves_the_model_and_the_global_random_state_as_they_were():
+    model = make_model().train()
+    state = torch.get_rng_state()
+    generate(model, [[1]], 5, seed=3)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_are_handed_out_as_they_are_made():
+    model = make_model()
+    passes = []
+    model.transformer.ln_f.register_forward_hook(lambda *args: passes.append(1))
+    stream = model.generate([[1, 2, 3]], 10, temperature=0.0)
+    for made in range(1, 5):
+        next(stream)
+        assert len(passes) == made
+
+
+def test_a_row_ends_after_its_stop_sequence_while_others_go_on():
+    model = make_model()
+    prompts = [[5], [9, 3]]
+    free = generate(model, prompts, 30, temperature=0.0)
+    stop = free[0][3:5]
+    end = next(i for i in range(2, 31) if free[0][i - 2:i] == stop)
+    rows = generate(model, prompts, 30, temperature=0.0, stop=[stop])
+    assert rows[0] == free[0][:end]
+    assert rows[1][:1] == free[1][:1] and len(rows[1]) <= 30
+    alone = generate(model, prompts[:1], 30, temperature=0.0, stop=[[stop[0]]])[0]
+    assert alone == free[0][:free[0].index(stop[0]) + 1]
+
+
+def test_sampling_draws_tokens_by_their_probability():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(40_000, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(temperature, top_k, top_p):
+        drawn = sample_tokens(logits, temperature, top_k, top_p, generator)
+        return (torch.bincount(drawn, minlength=4) / len(drawn)).tolist()
+
+    by_hand = [math.exp(x / 2) for x in (2, 1, 0, -1)]
+    assert shares(2.0, None, None) == pytest.approx([p / sum(by_hand) for p in by_hand], abs=0.01)
+    by_hand = [math.exp(x) for x in (2, 1)]
+    assert shares(1.0, 2, None) == pytest.approx([p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01)
+    # probabilities 0.644, 0.237, 0.087, 0.032: the first two are the fewest that hold 0.7
+    assert shares(1.0, None, 0.7) == pytest.approx([p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01)
+    assert shares(1.0, None, 0.6) == [1, 0, 0, 0]
+    assert shares(0.0, None, None) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize('options, named', [
+    (dict(prompts=[[]]), 'prompt is empty'), (dict(prompts=[[61]]), 'token id 61'), (dict(temperature=-1.0), 'temperature'),
+    (dict(temperature=math.nan), 'temperature'), (dict(top_k=0), 'top_k'), (dict(top_p=1.5), 'top_p'),
+    (dict(max_new_tokens=-1), 'max_new_tokens')])
+def test_what_cannot_be_sampled_is_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        next(make_model().generate(**{'prompts': [[1]], 'max_new_tokens': 1, **options}))

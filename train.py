@@ -1,0 +1,400 @@
+"""Trains a GPT: prepares the model and the data, then repeats one training step until max_iters.
+
+    python train.py config/train_shakespeare_char.py            one process, on whatever device is here
+    python train.py config/train_shakespeare_char.py --max_iters=500 --learning_rate=3e-4
+    torchrun --standalone --nproc_per_node=8 train.py config/...   eight processes, on eight GPUs or on the CPU
+
+Read it from top to bottom: the config, the learning rate, the evaluation, one training step, the loop.
+"""
+import json
+import math
+import os
+import platform
+import runpy
+import shlex
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import configurator
+from model import GPT, GPTConfig
+from nib import checkpoint, corpus, loader, optim, runtime
+from nib.errors import EXIT_NONFINITE, UserError, run_script
+from nib.metrics import Console, Metrics
+
+# The defaults train GPT-2 (124M) on OpenWebText.
+# run
+out_dir: str = 'out'  # where checkpoints, metrics and config.json go
+init_from: Literal['scratch', 'resume'] = 'scratch'  # 'resume' goes on from the newest checkpoint in out_dir
+overwrite: bool = False  # let a new run replace the one in out_dir
+eval_only: bool = False  # evaluate the whole validation split once and end
+seed: int = 1337  # of the weights, the order of the data and dropout
+# evaluation and checkpoints
+eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
+eval_iters: int = 200  # batches of each split in an evaluation; the last one takes the whole validation split
+keep_last: int = 1  # newest checkpoints to keep, beside the best
+# watching
+log_interval: int = 10  # steps between lines; the device is waited for on these steps only
+tensorboard: bool = False  # also write OUT_DIR/tensorboard
+wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
+wandb_project: str = 'nibgpt'  # project there
+wandb_run_name: str = ''  # name of the run there; empty lets wandb choose
+# data
+dataset: str = 'openwebtext'  # folder in data_dir that holds train.bin, val.bin and meta.json
+data_dir: str = ''  # folder of the datasets; empty: data/ beside this script
+prepare_dataset: bool = False  # make the bins with data/DATASET/prepare.py when they are missing
+fallback_dataset: str = ''  # trained on when the dataset cannot be prepared; empty: the run ends instead
+batch_size: int = 12  # sequences per micro step and process
+block_size: int = 1024  # tokens in a sequence
+gradient_accumulation_steps: int = 40  # micro steps per step over all processes: batch = this * batch_size * block_size
+# model
+n_layer: int = 12  # blocks
+n_head: int = 12  # attention heads in a block
+n_embd: int = 768  # width
+dropout: float = 0.0  # share of activations set to zero; 0 for pretraining, 0.1 and more for small data
+bias: bool = False  # biases in linear layers and LayerNorms; GPT-2 has them, without is a bit better and faster
+# optimizer (AdamW)
+max_iters: int = 600000  # steps in the run
+learning_rate: float = 6e-4  # the highest one, reached after the warm-up
+weight_decay: float = 0.1  # on matrices and embeddings only
+beta1: float = 0.9  # memory of the mean gradient
+beta2: float = 0.95  # memory of the squared gradient
+grad_clip: float = 1.0  # largest norm of the gradient; 0 clips nothing
+# learning rate schedule
+decay_lr: bool = True  # warm-up and cosine decay; false keeps learning_rate throughout
+warmup_iters: int = 2000  # steps of linear warm-up
+lr_decay_iters: int = 600000  # steps until min_lr is reached; usually max_iters
+min_lr: float = 6e-5  # the lowest one; usually learning_rate / 10
+# machine
+device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matrix products; weights stay float32
+compile: bool | Literal['auto'] = 'auto'  # torch.compile
+
+
+def get_lr(step: int) -> float:
+    """The learning rate of a step: linear warm-up, then cosine decay to min_lr (Loshchilov and Hutter 2017)."""
+    if not decay_lr:
+        return learning_rate
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)  # never 0: the first step should move the weights
+    if step >= lr_decay_iters:
+        return min_lr
+    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, batches, precision, ranks) -> float:
+    """The mean loss, in nats per token, over the batches (x, y) of all ranks. Dropout is off meanwhile."""
+    model.eval()
+    total = None  # summed loss and tokens; on the device, so that no batch waits for the one before
+    for x, y in batches:
+        with precision:
+            loss = model(x, y)
+        part = torch.stack((loss.float() * y.numel(), torch.tensor(float(y.numel()), device=y.device)))
+        total = part if total is None else total + part
+    model.train()
+    if total is None:  # fewer batches than ranks
+        total = torch.zeros(2, device=next(model.parameters()).device)
+    summed, tokens = ranks.sum(total).tolist()
+    return summed / tokens
+
+
+def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, grad_clip, seeds):
+    """One step of training: gradients from every micro batch, clipped, given to the optimizer.
+
+    micro_batches: yields micro_steps pairs (x, y) of token ids (batch_size, block_size). seeds: what dropout's
+    randomness is drawn from, beside the micro step. Returns this rank's mean loss over all micro steps and the norm
+    of the gradients before clipping, both as tensors, so that nothing waits for the device.
+    """
+    mean_loss = 0.0
+    for micro_step, (x, y) in enumerate(micro_batches):
+        runtime.seed_everything(*seeds, micro_step)
+        last = micro_step == micro_steps - 1
+        # Gradients add up over the micro steps; ranks exchange them once, on the last.
+        with nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync():
+            with precision:
+                loss = model(x, y) / micro_steps
+            scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return mean_loss, grad_norm
+
+
+@dataclass
+class TrainState:
+    """All that a resumed run needs beside the weights, the optimizer and the config."""
+    step: int = 0  # updates done
+    evaluated: int = -1  # the last step that was evaluated
+    best_val_loss: float | None = None
+    scaler: dict | None = None  # the loss scale of float16
+
+
+def main(argv):
+    values, origins = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
+    globals().update(values)
+    check_config()
+    dtype_used, dtype_reason = runtime.pick_dtype(dtype, device)
+    compile_used, compile_reason = runtime.pick_compile(compile, device)
+    ranks = runtime.start_ranks(device)
+    device_used = f'cuda:{ranks.local_rank}' if device == 'cuda' else device
+    micro_steps = micro_steps_per_rank(ranks.world_size)
+    precision = runtime.precision(dtype_used, device_used)
+    stop = runtime.StopSignal()
+    stop.listen()
+    console = Console(shown=ranks.is_first)
+    console.say(f'device {runtime.describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
+                f'({dtype_reason}), compile {"on" if compile_used else "off"} ({compile_reason})')
+
+    data = open_data(ranks, console)
+    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    console.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
+                f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
+
+    config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used}
+    model_config = new_model_config(data.vocab_size)
+    raw_model = new_model(model_config, device_used)
+    optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
+    scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
+    state = TrainState()
+    if init_from == 'resume':
+        state = resume(raw_model, model_config, optimizer, scaler, data, device_used, console)
+    elif ranks.is_first and not eval_only:
+        clear_out_dir(config, origins)
+    flops_per_token = 3 * sum(raw_model.flops_per_token().values())
+    console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters '
+                f'({raw_model.num_params(positions=False) / 1e6:.2f}M without positions), '
+                f'{flops_per_token / 1e6:.1f} MFLOP per token and step')
+
+    batches = loader.BatchLoader(data.train, block_size, batch_size, seed, 'train', micro_steps, ranks.rank,
+                                 ranks.world_size, device_used, data.vocab_size)
+    model = raw_model
+    if compile_used:
+        def try_step(compiled):
+            with precision:
+                loss = compiled(*batches.batch(step=0, micro_step=0))
+            loss.backward()
+            optimizer.zero_grad(set_to_none=True)
+        model = runtime.compile_model(raw_model, try_step, console.say)
+    if ranks.world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if device == 'cuda' else None)
+
+    def split_loss(split, max_batches):
+        return evaluate(raw_model, loader.eval_batches(data.split(split), block_size, batch_size, max_batches,
+                                                       ranks.rank, ranks.world_size, device_used), precision, ranks)
+
+    def bits_per_byte(loss):
+        return loss / math.log(2) / data.bytes_per_token('val')
+
+    def save(names):
+        if ranks.is_first:
+            state.scaler = scaler.state_dict() or None
+            checkpoint.save(out_dir, state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
+                'train': asdict(state), 'model': asdict(model_config), 'config': config, 'dataset': data.name,
+                'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
+                'versions': {'python': platform.python_version(), 'torch': torch.__version__},
+                'ranks': ranks.world_size}, names)
+            checkpoint.prune(out_dir, keep_last)
+
+    if eval_only:
+        loss = split_loss('val', None)
+        console.say(f'step {state.step}: val loss {loss:.4f} nats per token, {bits_per_byte(loss):.4f} bits per byte '
+                    f'over the whole validation split')
+        return ranks.close()
+
+    metrics = None
+    if ranks.is_first:
+        metrics = Metrics(out_dir, state.step, config, tensorboard, wandb_project if wandb_log else '', wandb_run_name)
+    peak = runtime.peak_flops(device_used, dtype_used)
+    saved = state.step if init_from == 'resume' else None
+    exit_code = 0
+    console.start_bar(max_iters, state.step)
+    clock, clock_step = time.perf_counter(), state.step
+    while True:
+        lr = get_lr(state.step)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+        # -- evaluate and save when due
+        if (state.step % eval_interval == 0 or state.step >= max_iters) and state.evaluated < state.step:
+            started = time.perf_counter()
+            train_loss, val_loss = split_loss('train', eval_iters), split_loss('val', eval_iters)
+            if not math.isfinite(val_loss):
+                exit_code = stop_nonfinite(console, state.step, 'validation loss', val_loss)
+                break
+            state.evaluated = state.step
+            best = state.best_val_loss is None or val_loss < state.best_val_loss
+            state.best_val_loss = val_loss if best else state.best_val_loss
+            console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token '
+                        f'({bits_per_byte(val_loss):.4f} bits per byte){", the best so far" if best else ""}')
+            if metrics:
+                metrics.log(state.step, {'loss/train': train_loss, 'loss/val': val_loss,
+                                         'bits_per_byte/val': bits_per_byte(val_loss)})
+            if state.step > 0:
+                save(('latest', 'best') if best else ('latest',))
+                saved = state.step
+            clock += time.perf_counter() - started  # not the training's time
+        if state.step >= max_iters:
+            break
+
+        # -- one training step
+        mean_loss, grad_norm = train_step(model, optimizer, scaler, batches.micro_batches(state.step), micro_steps,
+                                          precision, grad_clip, (seed, state.step, ranks.rank))
+        state.step += 1
+
+        # -- log; the only place that waits for the device
+        if state.step % log_interval == 0 or state.step == 1:
+            loss = float(ranks.sum(mean_loss)) / ranks.world_size
+            seconds = (time.perf_counter() - clock) / (state.step - clock_step)
+            clock, clock_step = time.perf_counter(), state.step
+            tokens_per_second = tokens_per_step / seconds
+            mfu = flops_per_token * tokens_per_second / (peak * ranks.world_size) if peak else None
+            console.progress(state.step, {
+                'loss': f'{loss:.4f}', 'grad norm': f'{grad_norm:.2f}', 'lr': f'{lr:.2e}',
+                'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
+                'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
+            if metrics:
+                metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr,
+                                         'tokens_per_second': tokens_per_second} | ({'mfu': mfu} if mfu else {}))
+            if not math.isfinite(loss):
+                exit_code = stop_nonfinite(console, state.step, 'loss', loss)
+                break
+
+        if number := ranks.any(stop.number):
+            if saved != state.step:
+                save(('latest',))
+            console.say(f'stopped by signal {number} after step {state.step}, which is saved; to go on: '
+                        f'{shlex.join(["python", "train.py", *argv])} --init_from=resume')
+            exit_code = 128 + number
+            break
+
+    if state.step >= max_iters and not exit_code:
+        loss = split_loss('val', None)
+        console.say(f'done: val loss {loss:.4f} nats per token, {bits_per_byte(loss):.4f} bits per byte over the whole '
+                    f'validation split; samples: python sample.py --out_dir={shlex.quote(out_dir)}')
+        if metrics:
+            metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': bits_per_byte(loss)})
+    console.close()
+    if metrics:
+        metrics.close()
+    batches.close()
+    ranks.close()
+    return exit_code
+
+
+# -- setting up, in the order of main --------------------------------------------------------------------------------
+
+def check_config():
+    """UserError for a value that no run can have."""
+    for key in ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
+                'gradient_accumulation_steps'):
+        if globals()[key] < 1:
+            raise UserError(f'{key} is {globals()[key]}: it must be at least 1')
+    for key in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'max_iters'):
+        if not 0 <= globals()[key] < math.inf:
+            raise UserError(f'{key} is {globals()[key]}: it must be a number that is at least 0')
+    for key in ('beta1', 'beta2'):
+        if not 0 <= globals()[key] < 1:
+            raise UserError(f'{key} is {globals()[key]}: it must be at least 0 and less than 1')
+    if decay_lr and warmup_iters > lr_decay_iters:
+        raise UserError(f'warmup_iters {warmup_iters} is more than lr_decay_iters {lr_decay_iters}: '
+                        f'lower it, for instance --warmup_iters={lr_decay_iters // 20}')
+
+
+def micro_steps_per_rank(world_size: int) -> int:
+    """Micro steps are shared out evenly. UserError where they cannot be."""
+    if gradient_accumulation_steps % world_size:
+        more = math.ceil(gradient_accumulation_steps / world_size) * world_size
+        raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} cannot be shared out over '
+                        f'{world_size} processes: try --gradient_accumulation_steps={more}')
+    return gradient_accumulation_steps // world_size
+
+
+def open_data(ranks, console) -> corpus.TokenDataset:
+    """The checked dataset; prepared first, or replaced by the fallback, where the config says so."""
+    scripts = Path(__file__).resolve().parent / 'data'
+    folder = Path(data_dir) if data_dir else scripts
+
+    def prepare(name):
+        script = scripts / name / 'prepare.py'
+        if prepare_dataset and not corpus.is_prepared(folder / name) and script.exists():
+            console.say(f'preparing {name}')
+            runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])
+        return name
+
+    def prepare_or_fall_back():
+        try:
+            return prepare(dataset)
+        except UserError as error:
+            if not fallback_dataset:
+                raise UserError(f'{error}; or train on another text: --dataset=NAME, --fallback_dataset=NAME') from error
+            console.say(f'*** COULD NOT PREPARE {dataset} ({error}); TRAINING ON {fallback_dataset} INSTEAD ***')
+            return prepare(fallback_dataset)
+
+    return corpus.open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)
+
+
+def new_model_config(vocab_size: int) -> GPTConfig:
+    try:
+        return GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def new_model(model_config: GPTConfig, device: str) -> GPT:
+    """A fresh model, with the same weights on every rank."""
+    runtime.seed_everything(seed)
+    return GPT(model_config).to(device).train()
+
+
+def clear_out_dir(config, origins):
+    """Makes out_dir ready for a new run and records its config. UserError where a run is there already."""
+    if checkpoint.exists(out_dir):
+        if not overwrite:
+            raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another '
+                            f'--out_dir, or replace it (--overwrite)')
+        checkpoint.remove_all(out_dir)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with corpus.atomic_write(Path(out_dir) / 'config.json') as file:
+            file.write(json.dumps({'config': config, 'origins': origins}, indent=1).encode())
+    except OSError as error:
+        raise UserError(f'out_dir {out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
+
+
+def resume(model, model_config, optimizer, scaler, data, device, console) -> TrainState:
+    """Puts the newest checkpoint's weights and optimizer state back. UserError where the run is another one."""
+    found, tensors = checkpoint.load(out_dir, 'latest', warn=console.say)
+    for key, value in asdict(model_config).items():
+        if found.state['model'][key] != value and key != 'dropout':
+            raise UserError(f'{found.path} was trained with {key} {found.state["model"][key]}, now it is {value}: '
+                            f'resume with the same config, or start a new run in another --out_dir')
+    if found.state['dataset_fingerprint'] != data.fingerprint:
+        raise UserError(f'{found.path} was trained on {found.state["dataset"]} as it was then, not on {data.folder} as '
+                        f'it is now: put the same bins back, or start a new run in another --out_dir')
+    model.load_state_dict(tensors['model'])
+    optim.load_named_state(optimizer, model, tensors['optimizer'])
+    state = TrainState(**found.state['train'])
+    if state.scaler and scaler.is_enabled():
+        scaler.load_state_dict(state.scaler)
+    console.say(f'resuming from {found.path}')
+    return state
+
+
+def stop_nonfinite(console, step, what, value) -> int:
+    console.say(f'the {what} is {value} at step {step}: nothing is saved; the last checkpoint in {out_dir} is good. '
+                f'Try a lower learning_rate, more warmup_iters, or dtype float32.')
+    return EXIT_NONFINITE
+
+
+if __name__ == '__main__':
+    run_script(main)
