@@ -25,6 +25,7 @@ import configurator
 from model import GPT, GPTConfig
 from nib import checkpoint, corpus, loader, optim, runtime
 from nib.errors import EXIT_NONFINITE, UserError, run_script
+from nib.files import atomic_write
 from nib.metrics import Console, Metrics
 
 # The defaults train GPT-2 (124M) on OpenWebText.
@@ -365,7 +366,7 @@ def clear_out_dir(config, origins):
         checkpoint.remove_all(out_dir)
     try:
         os.makedirs(out_dir, exist_ok=True)
-        with corpus.atomic_write(Path(out_dir) / 'config.json') as file:
+        with atomic_write(Path(out_dir) / 'config.json') as file:
             file.write(json.dumps({'config': config, 'origins': origins}, indent=1).encode())
     except OSError as error:
         raise UserError(f'out_dir {out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error

@@ -1,0 +1,120 @@
+"""Trains the small character GPT with nanoGPT and with nibGPT, in turns, and prints time, tokens/s and loss of both.
+
+    git clone https://github.com/karpathy/nanoGPT && python nanoGPT/data/shakespeare_char/prepare.py
+    python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT
+
+Both train on nanoGPT's bins' text with the settings that nanoGPT's README gives for a CPU: the same model, batch, steps
+and number of evaluations. A turn is a whole process: start-up, training, evaluations, saving.
+"""
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator  # noqa: E402
+from nib.errors import UserError, run_script  # noqa: E402
+
+nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
+rounds: int = 3  # turns of each
+max_iters: int = 2000  # steps in a turn; fewer for a quick look
+result: str = ''  # file to write the table to; empty: standard output only
+
+TOKENS_PER_STEP = 12 * 64
+# nanoGPT's own code reads nanoGPT's own checkpoint and evaluates it over the whole validation split.
+WHOLE_SPLIT = '''
+import sys, numpy as np, torch
+from model import GPT, GPTConfig
+saved = torch.load(sys.argv[1] + '/ckpt.pt', map_location='cpu', weights_only=False)
+model = GPT(GPTConfig(**saved['model_args']))
+model.load_state_dict(saved['model'])
+model.eval()
+val = torch.from_numpy(np.fromfile('data/shakespeare_char/val.bin', dtype=np.uint16).astype(np.int64))
+T = model.config.block_size
+n = (len(val) - 1) // T
+x, y = val[:n * T].view(n, T), val[1:n * T + 1].view(n, T)
+with torch.no_grad():
+    print(sum(model(a, b)[1].item() * len(a) for a, b in zip(x.split(12), y.split(12))) / n)
+'''
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    clone = Path(nanogpt)
+    if not (clone / 'data/shakespeare_char/train.bin').exists():
+        raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone with data/shakespeare_char/train.bin in it '
+                        f'(run its data/shakespeare_char/prepare.py)')
+    text = clone / 'data/shakespeare_char/input.txt'
+    turns = {'nanoGPT': [], 'nibGPT': []}
+    with tempfile.TemporaryDirectory() as scratch:
+        data_dir = Path(scratch) / 'data'
+        run([sys.executable, str(ROOT / 'data/shakespeare_char/prepare.py'), f'--input={text.resolve()}',
+             f'--out_dir={data_dir / "shakespeare_char"}'], ROOT)
+        for turn in range(rounds):
+            for name, train in (('nanoGPT', train_nanogpt), ('nibGPT', train_nibgpt)):
+                turns[name].append(train(clone, data_dir, Path(scratch) / f'{name}-{turn}'))
+                print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()), flush=True)
+    table = make_table(turns)
+    print(table)
+    if result:
+        Path(result).write_text(table)
+
+
+def train_nanogpt(clone, data_dir, out_dir):
+    command = [sys.executable, 'train.py', 'config/train_shakespeare_char.py', '--device=cpu', '--compile=False',
+               '--eval_iters=20', '--log_interval=1', '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4',
+               '--n_embd=128', f'--max_iters={max_iters}', f'--lr_decay_iters={max_iters}', '--dropout=0.0',
+               f'--out_dir={out_dir}']
+    seconds, output = run(command, clone)
+    milliseconds = [float(ms) for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', output, re.MULTILINE)]
+    whole = run([sys.executable, '-c', WHOLE_SPLIT, str(out_dir)], clone)[1]
+    return {'process s': seconds, 'tokens/s': TOKENS_PER_STEP / statistics.median(milliseconds) * 1000,
+            'val loss, whole split': float(whole)}
+
+
+def train_nibgpt(clone, data_dir, out_dir):
+    command = [sys.executable, 'train.py', 'config/train_shakespeare_char.py', '--device=cpu', '--compile=False',
+               f'--max_iters={max_iters}', f'--data_dir={data_dir}', f'--out_dir={out_dir}', '--fallback_dataset=']
+    seconds, _ = run(command, ROOT)
+    records = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+    return {'process s': seconds,
+            'tokens/s': statistics.median(r['tokens_per_second'] for r in records if 'tokens_per_second' in r),
+            'val loss, whole split': records[-1]['loss/val_whole']}
+
+
+def run(command, folder) -> tuple[float, str]:
+    """Seconds that the process took, and its output. UserError with the output's end where it failed."""
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise UserError(f'{" ".join(command[:3])} failed in {folder}: {done.stdout[-500:]}')
+    return time.perf_counter() - started, done.stdout
+
+
+def make_table(turns) -> str:
+    import torch  # only for its version
+    cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), '?') \
+        if os.path.exists('/proc/cpuinfo') else platform.processor()
+    lines = [f'{len(turns["nanoGPT"])} rounds in turns; {cpu}, {os.cpu_count()} cores, Python '
+             f'{platform.python_version()}, torch {torch.__version__}; {max_iters} steps of {TOKENS_PER_STEP} tokens', '',
+             f'{"median (lowest to highest)":28}{"nanoGPT":>28}{"nibGPT":>28}{"nibGPT / nanoGPT":>20}']
+    for key in turns['nanoGPT'][0]:
+        medians, cells = [], []
+        for name in ('nanoGPT', 'nibGPT'):
+            measured = [turn[key] for turn in turns[name]]
+            medians.append(statistics.median(measured))
+            cells.append(f'{medians[-1]:.5g} ({min(measured):.5g} to {max(measured):.5g})')
+        lines.append(f'{key:28}{cells[0]:>28}{cells[1]:>28}{medians[1] / medians[0]:>20.3f}')
+    return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    run_script(main)

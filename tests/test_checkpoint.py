@@ -1,0 +1,96 @@
+"""Checkpoints: whole or not there, checked when read, and pointed to by names."""
+import json
+
+import pytest
+import torch
+
+from nib import checkpoint
+from nib.errors import UserError
+
+
+def save(out_dir, step, value=None, names=('latest',)):
+    tensors = {'w': torch.full((4, 3), float(step if value is None else value))}
+    return checkpoint.save(out_dir, step, tensors, {'w/exp_avg': tensors['w'] * 2}, {'note': step}, names)
+
+
+def value_of(out_dir, which, **options):
+    found, tensors = checkpoint.load(out_dir, which, **options)
+    return found.step, tensors['model']['w'][0, 0].item(), tensors['optimizer']['w/exp_avg'][0, 0].item()
+
+
+def test_what_was_saved_is_loaded_by_name_and_by_step(tmp_path):
+    save(tmp_path, 10, names=('latest', 'best'))
+    save(tmp_path, 20)
+    assert value_of(tmp_path, 'latest') == (20, 20.0, 40.0)
+    assert value_of(tmp_path, 'best') == (10, 10.0, 20.0)
+    assert value_of(tmp_path, '20') == (20, 20.0, 40.0)
+    assert (tmp_path / 'latest').read_text() == 'step-00000020\n'
+    assert sorted(p.name for p in (tmp_path / 'step-00000010').iterdir()) == [
+        'model.safetensors', 'optimizer.safetensors', 'state.json']
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 10, value=7)
+    assert value_of(tmp_path, 'latest') == (10, 7.0, 14.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['latest', 'step-00000010']
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.safetensors', 'state.json'])
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'of another step'])
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(tmp_path, file, damage):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    path = tmp_path / 'step-00000020' / file
+    content = bytearray(path.read_bytes())
+    if damage == 'flip':
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == 'cut':
+        path.write_bytes(content[:-1])
+    elif damage == 'remove':
+        path.unlink()
+    else:
+        path.write_bytes((tmp_path / 'step-00000010' / file).read_bytes())
+    warnings = []
+    assert value_of(tmp_path, 'latest', warn=warnings.append) == (10, 10.0, 20.0)
+    assert len(warnings) == 1 and file in warnings[0] and 'step-00000020' in warnings[0]
+    with pytest.raises(UserError, match='step-00000020'):
+        checkpoint.load(tmp_path, '20')
+
+
+def test_an_error_while_saving_leaves_what_was_there(tmp_path):
+    save(tmp_path, 10)
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 20, {}, {}, {'not JSON': object()})
+    assert value_of(tmp_path, 'latest') == (10, 10.0, 20.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['latest', 'step-00000010']
+
+
+def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step, names=('latest', 'best') if step == 2 else ('latest',))
+    checkpoint.prune(tmp_path, keep_last=2)
+    assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-00000002', 'step-00000005', 'step-00000006']
+
+
+@pytest.mark.parametrize('which, said', [('latest', 'no checkpoint'), ('7', 'no checkpoint of step 7'), ('newest', "'best'")])
+def test_a_checkpoint_that_is_not_there_is_a_user_error(tmp_path, which, said):
+    with pytest.raises(UserError, match=said):
+        checkpoint.load(tmp_path, which)
+    with pytest.raises(UserError, match='no such folder'):
+        checkpoint.load(tmp_path / 'nowhere', which)
+
+
+def test_a_name_cannot_lead_out_of_the_run(tmp_path):
+    save(tmp_path / 'other', 30)
+    save(tmp_path / 'run', 10)
+    (tmp_path / 'run' / 'latest').write_text('../other/step-00000030\n')
+    assert value_of(tmp_path / 'run', 'latest')[0] == 10
+
+
+def test_state_is_plain_json_with_the_digest_of_every_file(tmp_path):
+    folder = save(tmp_path, 10)
+    state = json.loads((folder / 'state.json').read_text())
+    assert state['step'] == 10 and state['note'] == 10
+    assert set(state['files']) == {'model.safetensors', 'optimizer.safetensors'}

@@ -1,0 +1,498 @@
+"""What the config promises: one schema, files and flags on top of it, and one line for every mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import configurator
+from configurator import configure, read_block, resolve
+from nib.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+
+ROOT = Path(configurator.__file__).parent
+
+SCRIPT = '''"""Trains a toy.
+
+A second paragraph.
+"""
+import sys
+from typing import Literal
+
+LIMIT = 3  # a constant, no key
+# ---------------------------------------------------------------------------
+# model
+n_layer: int = 12  # number of blocks
+dropout: float = 0  # 0 for pretraining
+
+# ---------------------------------------------------------------------------
+# run
+# ---------------------------------------------------------------------------
+start: str = 'a # b'  # prompt, or FILE:path
+init: str | None = None
+device: str = 'auto'
+compile: bool | Literal['auto'] = 'auto'  # torch.compile
+dtype: Literal['float32', 'bfloat16', 16] = (
+    'float32'
+)  # number format
+
+
+def main():
+    pass
+
+
+later: int = 1
+'''
+
+DEFAULTS = {
+    'max_iters': 10, 'lr_decay_iters': 10, 'learning_rate': 0.1, 'start': 'x', 'init': None, 'seed': 1,
+    'verbose': False, 'compile': 'auto', 'dtype': 'float32', 'device': 'auto', 'top_p': None,
+}  # fmt: skip
+TYPES = {
+    'max_iters': (int,), 'lr_decay_iters': (int,), 'learning_rate': (float,), 'start': (str,), 'init': (str, None),
+    'seed': (int, None), 'verbose': (bool,), 'compile': (bool, 'auto'), 'dtype': ('float32', 'bfloat16', 16),
+    'device': (str,), 'top_p': (float, None),
+}  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / 'toy.py'
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Writes config files into a folder of their own, which becomes the current one."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name='x.py'):
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return name
+
+    return write
+
+
+def value_of(key, *argv):
+    return resolve(DEFAULTS, TYPES, argv)[0][key]
+
+
+def complaint(*argv, **kwargs):
+    with pytest.raises(UserError) as caught:
+        resolve(DEFAULTS, TYPES, argv, **kwargs)
+    return str(caught.value)
+
+
+# the schema
+
+
+def test_block_is_the_schema(script):
+    block = read_block(script)
+    assert block.defaults == {
+        'n_layer': 12, 'dropout': 0.0, 'start': 'a # b', 'init': None,
+        'device': 'auto', 'compile': 'auto', 'dtype': 'float32',
+    }  # fmt: skip
+    assert type(block.defaults['dropout']) is float
+    assert block.types == {
+        'n_layer': (int,), 'dropout': (float,), 'start': (str,), 'init': (str, None),
+        'device': (str,), 'compile': (bool, 'auto'), 'dtype': ('float32', 'bfloat16', 16),
+    }  # fmt: skip
+    assert block.comments['start'] == 'prompt, or FILE:path'
+    assert block.comments['init'] == ''
+    assert block.comments['dtype'] == 'number format'
+    assert block.headings == {'n_layer': 'model', 'start': 'run'}
+    assert block.doc == 'Trains a toy.'
+
+
+@pytest.mark.parametrize(
+    'line', ['help: int = 1', 'print_config: bool = True', '_x: int = 1', 'x: list = 1', 'x: int = f()', "x: int = 'a'"]
+)
+def test_block_that_is_no_schema_is_refused_with_its_line(tmp_path, line):
+    path = tmp_path / 'toy.py'
+    path.write_text(f'\n{line}\n')
+    with pytest.raises(UserError, match=r'toy\.py:2: '):
+        read_block(str(path))
+
+
+# values
+
+
+@given(value=st.integers())
+def test_int_round_trips(value):
+    assert value_of('seed', f'--seed={value!r}') == value_of('seed', '--seed', repr(value)) == value
+
+
+@given(value=st.floats(allow_nan=False))
+def test_float_round_trips(value):
+    assert value_of('learning_rate', f'--learning_rate={value!r}') == value
+    assert value_of('top_p', '--top-p', repr(value)) == value
+
+
+@given(value=st.text())
+def test_text_round_trips_raw(value):
+    assert value_of('start', f'--start={value}') == value
+
+
+@pytest.mark.parametrize('key, value', [(k, v) for k in ('verbose', 'compile') for v in (True, False)])
+def test_bool_round_trips(key, value):
+    for text in (repr(value), repr(value).lower(), repr(value).upper()):
+        assert value_of(key, f'--{key}={text}') is value
+        assert value_of(key, f'--{key}', text) is value
+
+
+@pytest.mark.parametrize('value', ['float32', 'bfloat16', 16])
+def test_choice_round_trips(value):
+    assert value_of('dtype', f'--dtype={value!r}') == value_of('dtype', f'--dtype={value}') == value
+
+
+@pytest.mark.parametrize('key', ['seed', 'init', 'top_p'])
+def test_none_round_trips(key):
+    assert value_of(key, '--seed=3', '--init=a', '--top_p=0.5', f'--{key}=None') is None
+
+
+@pytest.mark.parametrize(
+    'item, expected',
+    [
+        ('--start=123', '123'), ('--start=[1]', '[1]'), ('--start=', ''), ('--start="a"', '"a"'), ('--start=a=b', 'a=b'),
+        ('--start=None', 'None'), ('--start=True', 'True'), ("--init='a'", "'a'"), ('--init=1', '1'),
+        ('--learning_rate=1', 1.0), ('--learning-rate=1e3', 1000.0), ('--learning_rate=-inf', float('-inf')),
+        ('--max_iters=1e3', 1000), ('--max_iters=1000.0', 1000), ('--max-iters=-5', -5),
+    ],
+)  # fmt: skip
+def test_flag_is_read_as_its_type(item, expected):
+    key = item[2:].partition('=')[0].replace('-', '_')
+    value = value_of(key, item)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_nan_is_a_float():
+    value = value_of('learning_rate', '--learning_rate=nan')
+    assert value != value
+
+
+def test_value_may_be_an_item_of_its_own():
+    assert value_of('max_iters', '--max_iters', '-1') == -1
+    assert value_of('start', '--start', 'a b') == 'a b'
+
+
+def test_switches_take_no_value(config):
+    path = config('max_iters = 3')
+    assert value_of('verbose', '--verbose') is True
+    assert value_of('verbose', '--verbose', '--no-verbose') is False
+    assert value_of('compile', '--no_compile') is False
+    values, _ = resolve(DEFAULTS, TYPES, ['--compile', path])
+    assert (values['compile'], values['max_iters']) == (True, 3)
+
+
+def test_last_of_a_repeated_flag_wins():
+    assert value_of('max_iters', '--max_iters=1', '--max_iters=2') == 2
+
+
+@pytest.mark.parametrize(
+    'item, words',
+    [
+        ('--max_iters=1.5', ['1.5', 'expected int']),
+        ('--max_iters=True', ['--max_iters', 'True', 'expected int']),
+        ('--max_iters=None', ['expected int']),
+        ('--max_iters=inf', ['expected int']),
+        ('--max_iters=', ['expected int']),
+        ('--max_iters=2+2j', ['expected int']),
+        ('--learning_rate=True', ['expected float']),
+        ('--learning_rate=' + '9' * 400, ['expected float']),
+        ('--learning_rate=__import__("os")', ['expected float']),
+        ('--verbose=1', ['expected bool']),
+        ('--dtype=bf16', ["'bf16'", "'float32' | 'bfloat16' | 16"]),
+        ('--dtype=bfloat', ["did you mean 'bfloat16'?"]),
+        ('--learing_rate=1', ['--learing_rate: no such key; did you mean --learning_rate? (--help lists all keys)']),
+        ('--zzz', ['--zzz: no such key (--help']),
+        ('--', ['no such key']),
+        ('--max_iters', ['--max_iters', 'no value']),
+        ('--no-max_iters', ['max_iters is no switch']),
+        ('--no-verbose=1', ['no such key', '--verbose']),
+        ('max_iters=3', ['did you mean --max_iters=3?']),
+        ('-max_iters=3', ['did you mean --max_iters=3?']),
+    ],
+)
+def test_wrong_flag_is_named_with_its_remedy(item, words):
+    message = complaint(item)
+    assert all(word in message for word in words), message
+
+
+def test_flag_is_no_value_of_the_flag_before():
+    assert '--max_iters' in complaint('--max_iters', '--verbose')
+
+
+# files
+
+
+def test_files_apply_in_order_and_see_each_other(config):
+    one, two = config('max_iters = 20', 'one.py'), config('lr_decay_iters = max_iters * 2\nmax_iters += 1', 'two.py')
+    values, origins = resolve(DEFAULTS, TYPES, [one, two])
+    assert (values['max_iters'], values['lr_decay_iters']) == (21, 40)
+    assert origins['max_iters'] == 'two.py:2' and origins['lr_decay_iters'] == 'two.py:1'
+    assert origins['seed'] == 'default'
+
+
+def test_file_is_python_with_names_of_its_own(config):
+    path = config('''
+import math as m
+from os.path import join
+def _double(x):
+    return 2 * x
+_here = __file__
+for _i in range(3):
+    max_iters = _double(_i)
+learning_rate = m.floor(1.5)
+start = _here
+''')
+    values, origins = resolve(DEFAULTS, TYPES, [path])
+    assert (values['max_iters'], values['learning_rate'], values['start']) == (4, 1.0, path)
+    assert type(values['learning_rate']) is float and origins['max_iters'] == 'x.py:8'
+    assert values.keys() == DEFAULTS.keys()
+
+
+@pytest.mark.parametrize('flag_first', [True, False])
+def test_flag_wins_and_is_seen_inside_the_file(config, flag_first):
+    path = config('max_iters = 5000; lr_decay_iters = max_iters\nmax_iters += 1\nglobals()["max_iters"] = 3\nseed = max_iters')
+    argv = ['--max_iters=100', path] if flag_first else [path, '--max_iters=100']
+    values, origins = resolve(DEFAULTS, TYPES, argv)
+    assert (values['max_iters'], values['lr_decay_iters'], values['seed']) == (100, 100, 100)
+    assert origins['max_iters'] == 'command line' and origins['lr_decay_iters'] == 'x.py:1'
+
+
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('\nmax_iter = 3', 'x.py:2: max_iter: no such key; did you mean max_iters? '),
+        ('def helper(): pass', 'x.py:1: helper: no such key'),
+        ('class Helper: pass', 'x.py:1: Helper: no such key'),
+        ("max_iters = 1\nmax_iters = 'a'", "x.py:2: max_iters: found 'a', expected int"),
+        ('max_iters = 1\n\nmax_iters += 0.5', 'x.py:3: max_iters: found 1.5, expected int'),
+        ('max_iters = True', 'x.py:1: max_iters: found True, expected int'),
+        ('learning_rate = [1]', 'x.py:1: learning_rate: found [1], expected float'),
+        ('seed = 1\nx = = 2', 'x.py:2: SyntaxError'),
+        ('\nreturn 3', 'x.py:2: SyntaxError'),
+        ('\n\nseed = missing', "x.py:3: NameError: name 'missing' is not defined"),
+        ('def _f():\n    return 1 / 0\nseed = _f()', 'x.py:2: ZeroDivisionError: division by zero'),
+        ('import json\nseed = json.loads("{")', 'x.py:2: JSONDecodeError'),
+        ('assert False', 'x.py:1: AssertionError'),
+        ('import sys\nsys.exit(0)', 'x.py:2: SystemExit: 0'),
+        ('def _f():\n    global seed\n    seed = 1', 'x.py:2: found a global statement'),
+        (b'seed = 1\n# \xff', 'x.py: found bytes that are no UTF-8'),
+        (b'seed = 1\0', 'x.py'),
+        ('(' * 5000, 'x.py'),
+    ],
+)  # fmt: skip
+def test_wrong_file_is_named_with_its_line(config, text, expected):
+    assert complaint(config(text)).startswith(expected)
+
+
+def test_interrupt_in_a_file_passes(config):
+    with pytest.raises(KeyboardInterrupt):
+        resolve(DEFAULTS, TYPES, [config('raise KeyboardInterrupt')])
+
+
+def test_missing_file_names_the_nearest(config, tmp_path, monkeypatch):
+    config('seed = 2', 'mine.py')
+    (tmp_path / 'config').mkdir()
+    config('seed = 3', 'config/train_shakespeare.py')
+    monkeypatch.setattr(configurator, 'CONFIG_FOLDER', str(tmp_path / 'config'))
+    assert complaint('mime.py') == 'mime.py: no such config file; did you mean mine.py?'
+    for typed in ('config/train_shakespear.py', 'train_shakespeare', 'nowhere/train_shakespeare.py'):
+        assert complaint(typed) == f'{typed}: no such config file; did you mean config/train_shakespeare.py?'
+
+
+def test_directory_is_no_file(config, tmp_path):
+    assert complaint(str(tmp_path)).startswith(f'{tmp_path}: cannot be read')
+
+
+def test_calls_do_not_leak_into_each_other(config):
+    before = dict(DEFAULTS)
+    path = config('seed = 9\n_own = 1')
+    first = resolve(DEFAULTS, TYPES, [path, '--max_iters=3'])
+    assert first[0]['seed'] == 9
+    assert resolve(DEFAULTS, TYPES, []) == (before, dict.fromkeys(DEFAULTS, 'default'))
+    assert resolve(DEFAULTS, TYPES, [path, '--max_iters=3']) == first
+    assert DEFAULTS == before
+    assert 'own' in complaint(config('seed = _own'))
+
+
+# settling
+
+
+def pick(value):
+    return 'cpu' if value == 'auto' else value
+
+
+def test_settled_value_is_what_files_see(config):
+    path = config("if device == 'cpu': max_iters = 2")
+    values, origins = resolve(DEFAULTS, TYPES, [path], settle={'device': pick})
+    assert (values['device'], values['max_iters']) == ('cpu', 2)
+    assert origins['device'] == 'default (auto)'
+
+
+def test_file_that_sets_it_is_settled_again(config):
+    one, two = config("device = 'auto'", 'one.py'), config('start = device', 'two.py')
+    values, origins = resolve(DEFAULTS, TYPES, [one, two, '--device=mps'], settle={'device': pick})
+    assert (values['device'], values['start'], origins['device']) == ('mps', 'mps', 'command line')
+    values, origins = resolve(DEFAULTS, TYPES, [one, two], settle={'device': pick})
+    assert (values['device'], values['start'], origins['device']) == ('cpu', 'cpu', 'one.py:1 (auto)')
+
+
+# nothing but UserError
+
+
+items = st.one_of(
+    st.text(),
+    st.builds('--{}'.format, st.text()),
+    st.builds('--{}={}'.format, st.sampled_from(list(TYPES)), st.text()),
+    st.builds('--{}{}'.format, st.sampled_from(['', 'no-', 'no_']), st.sampled_from(list(TYPES))),
+    st.text(alphabet='()[]{}0123456789.eE+-_jx\'"\\#: \0\ud800'),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(argv=st.lists(items, max_size=5))
+@example(argv=['--max_iters=' + '9' * 5000])
+@example(argv=['--max_iters=0x' + 'f' * 5000])
+@example(argv=['--max_iters=' + '(' * 5000])
+@example(argv=['--max_iters=' + '-' * 5000 + '1'])
+@example(argv=['a' * 5000 + '.py'])
+@example(argv=['\0/\0.py'])
+def test_any_arguments_give_values_or_a_user_error(tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    try:
+        values, origins = resolve(DEFAULTS, TYPES, argv)
+    except UserError:
+        return
+    assert values.keys() == origins.keys() == DEFAULTS.keys()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(text=st.one_of(st.binary(), st.text(alphabet='seed=_ 1.+()[]\n:#\t\'"').map(str.encode)))
+def test_any_file_gives_values_or_a_user_error(config, text):
+    try:
+        resolve(DEFAULTS, TYPES, [config(text)])
+    except UserError:
+        pass
+
+
+# configure and run_script
+
+
+def test_help_shows_every_key_under_its_heading(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        configure(script, ['--nonsense', '--help'])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert shown.startswith('Trains a toy.\n\nusage: python ')
+    lines = [' '.join(line.split()) for line in shown.splitlines()]
+    assert '--n_layer: int = 12 number of blocks' in lines
+    assert "--compile: bool | 'auto' = 'auto' torch.compile" in lines
+    assert lines.index('model') < lines.index('--n_layer: int = 12 number of blocks') < lines.index('run')
+    assert all(f'--{key}:' in shown for key in read_block(script).defaults)
+    with pytest.raises(SystemExit):
+        configure(script, ['-h'])
+    assert capsys.readouterr().out == shown
+
+
+def test_print_config_shows_values_and_origins(script, config, capsys):
+    path = config('\ndropout = 1')
+    with pytest.raises(SystemExit) as stopped:
+        configure(script, ['--print_config', path, '--n_layer=3'], settle={'device': pick})
+    assert stopped.value.code == 0
+    lines = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ['n_layer = 3 # command line', 'dropout = 1.0 # x.py:2', "start = 'a # b' # default"]
+    assert "device = 'cpu' # default (auto)" in lines
+
+
+def test_configure_gives_values_and_origins(script):
+    values, origins = configure(script, ['--n-layer=2'])
+    assert (values['n_layer'], origins['n_layer'], origins['dropout']) == (2, 'command line', 'default')
+
+
+RUNNER = '''"""Toy."""
+import os
+import signal
+import sys
+
+import configurator
+from nib.errors import UserError, run_script
+
+mode: str = 'print'  # what to do
+
+
+def main(argv):
+    values, origins = configurator.configure(__file__, argv)
+    assert 'torch' not in sys.modules
+    if values['mode'] == 'error':
+        raise UserError('two\\nlines')
+    if values['mode'] == 'interrupt':
+        os.kill(os.getpid(), signal.SIGINT)
+    if values['mode'] == 'bug':
+        raise KeyError('bug')
+    if values['mode'] == 'other pipe':
+        raise BrokenPipeError('of a worker')
+    if values['mode'] == 'status':
+        return 3
+    print('x' * int(values['mode']) if values['mode'].isdigit() else 'done')
+
+
+if __name__ == '__main__':
+    run_script(main)
+'''
+
+
+@pytest.fixture
+def run(tmp_path):
+    path = tmp_path / 'toy.py'
+    path.write_text(RUNNER)
+
+    def run(*argv, **kwargs):
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT), **kwargs.pop('env', {})}
+        kwargs = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **kwargs}
+        return subprocess.run([sys.executable, str(path), *argv], text=True, env=environment, cwd=tmp_path, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize('argv, line', [
+    (['--mod=1'], 'error: --mod: no such key; did you mean --mode? (--help lists all keys)\n'),
+    (['--mode=error'], 'error: two lines\n'),
+    (['--a\nb'], 'error: --a b: no such key (--help lists all keys)\n'),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_2(run, argv, line):
+    done = run(*argv)
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_USER_ERROR, '', line)
+
+
+def test_main_decides_the_exit_status(run):
+    assert run().returncode == 0
+    assert run('--mode=status').returncode == 3
+    done = run('--help')
+    assert (done.returncode, done.stderr) == (0, '') and '--mode: str' in done.stdout
+
+
+def test_a_bug_keeps_its_traceback(run):
+    for mode in ('bug', 'other pipe'):
+        done = run(f'--mode={mode}')
+        assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+def test_interrupt_exits_130_without_traceback(run):
+    done = run('--mode=interrupt')
+    assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, '')
+
+
+@pytest.mark.parametrize('mode', ['--mode=1', '--mode=1000000', '--help'])
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_closed_stdout_ends_quietly(run, mode, unbuffered):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = run(mode, stdout=write_end, env={'PYTHONUNBUFFERED': unbuffered})
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, '')
