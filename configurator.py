@@ -317,7 +317,7 @@ def read_python(path: str) -> tuple[str, ast.Module]:
 
 def print_help(script: str, block: Block) -> None:
     shown = os.path.relpath(script)
-    print(f'{block.doc}\n\nusage: python {shown} [config/file.py ...] [--key=value ...] [--print_config]\n')
+    print(f'{block.doc}\n\nusage: python {shown} [config/file.py ...] [--key=value ...] [--print_config]')
     rows = []
     for key, default in block.defaults.items():
         if key in block.headings:

@@ -50,7 +50,7 @@ class Metrics:
     def __init__(self, out_dir, step: int, config: dict, tensorboard: bool = False, wandb_project: str = '',
                  wandb_run_name: str = ''):
         path = Path(out_dir) / 'metrics.jsonl'
-        kept = [line for line in _complete_lines(path) if json.loads(line)['step'] < step] if step else []
+        kept = [line for line in _complete_lines(path) if json.loads(line)['step'] <= step] if step else []
         with atomic_write(path) as file:
             file.write(''.join(line + '\n' for line in kept).encode())
         self.file = open(path, 'a', encoding='utf-8')

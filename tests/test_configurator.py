@@ -157,7 +157,8 @@ def test_none_round_trips(key):
 @pytest.mark.parametrize(
     'item, expected',
     [
-        ('--start=123', '123'), ('--start=[1]', '[1]'), ('--start=', ''), ('--start="a"', '"a"'), ('--start=a=b', 'a=b'),
+        ('--start=123', '123'), ('--start=[1]', '[1]'), ('--start=', ''), ('--start="a"', '"a"'),
+        ('--start=a=b', 'a=b'),
         ('--start=None', 'None'), ('--start=True', 'True'), ("--init='a'", "'a'"), ('--init=1', '1'),
         ('--learning_rate=1', 1.0), ('--learning-rate=1e3', 1000.0), ('--learning_rate=-inf', float('-inf')),
         ('--max_iters=1e3', 1000), ('--max_iters=1000.0', 1000), ('--max-iters=-5', -5),
@@ -257,7 +258,11 @@ start = _here
 
 @pytest.mark.parametrize('flag_first', [True, False])
 def test_flag_wins_and_is_seen_inside_the_file(config, flag_first):
-    path = config('max_iters = 5000; lr_decay_iters = max_iters\nmax_iters += 1\nglobals()["max_iters"] = 3\nseed = max_iters')
+    path = config('''max_iters = 5000; lr_decay_iters = max_iters
+max_iters += 1
+globals()['max_iters'] = 3
+seed = max_iters
+''')
     argv = ['--max_iters=100', path] if flag_first else [path, '--max_iters=100']
     values, origins = resolve(DEFAULTS, TYPES, argv)
     assert (values['max_iters'], values['lr_decay_iters'], values['seed']) == (100, 100, 100)

@@ -1,0 +1,49 @@
+"""What several test files use: a small dataset, and the scripts run as a user runs them."""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nib import corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+# A model and a run that take a second.
+SMALL_RUN = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
+             '--batch_size=4', '--gradient_accumulation_steps=2', '--max_iters=20', '--lr_decay_iters=20',
+             '--warmup_iters=4', '--eval_interval=10', '--eval_iters=3', '--log_interval=1', '--learning_rate=1e-2']
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A folder of datasets with one, 'tiny': sentences of a few words, 20,000 characters."""
+    folder = tmp_path_factory.mktemp('data')
+    draw = random.Random(0)
+    words = 'the a cat dog bird sees hears chases small big red and then it sleeps'.split()
+    text = ''
+    while len(text) < 20_000:
+        text += ' '.join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + '.\n'
+    corpus.write_char_dataset(folder / 'tiny', text, {'text': 'made up'})
+    return folder
+
+
+def run_script(*command, folder=ROOT, **options):
+    """Runs `python command...` from the project's folder; returns the finished process with its output as text."""
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'offline', **options.pop('env', {})}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=300, **options)
+
+
+def train(data_dir, out_dir, *flags, launcher=(), **options):
+    """Trains the small model; fails the test where the run does not end well, unless check=False."""
+    check = options.pop('check', True)
+    done = run_script(*launcher, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def records(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
