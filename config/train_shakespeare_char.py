@@ -11,7 +11,6 @@ gradient_accumulation_steps = 1
 learning_rate = 1e-3  # small models bear more
 min_lr = 1e-4  # learning_rate / 10
 beta2 = 0.99  # a longer memory, as a step has few tokens
-warmup_iters = 100
 
 if device == 'cpu':  # a smaller model and fewer steps, for a result within two minutes
     n_layer, n_head, n_embd = 4, 4, 128
@@ -27,4 +26,5 @@ else:
     batch_size = 64
     dropout = 0.2  # 5000 steps read the text 80 times over
     max_iters = 5000
-lr_decay_iters = max_iters
+lr_decay_iters = max_iters  # the lowest rate at the end
+warmup_iters = min(100, max_iters // 10)  # short, also in a short run

@@ -1,6 +1,7 @@
 """What a run tells the world: the console and its progress bar, metrics.jsonl, TensorBoard, wandb."""
 import json
 import math
+import secrets
 import sys
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _wandb(out_dir, step: int, config: dict, project: str, name: str):
         raise UserError('--wandb_log needs a package that is not here: pip install wandb') from error
     # The id is kept, so that a resumed run continues its curves.
     id_file = Path(out_dir) / 'wandb_id'
-    run_id = id_file.read_text().strip() if step and id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if step and id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + '\n')
     try:
         return wandb.init(project=project, name=name or None, config=config, dir=str(out_dir), id=run_id, resume='allow')
