@@ -17,7 +17,7 @@ FORMAT = 1
 SPLITS = ('train', 'val')
 # Larger bins are not read through before the first step, which would take minutes; the loader checks every batch.
 CHECKED_BYTES = 1 << 30
-_CHUNK = 1 << 24  # bytes
+_CHUNK = 1 << 24  # tokens
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def split_text(text: str, val_fraction: float = 0.1) -> tuple[str, str]:
 def write_dataset(folder, texts: dict[str, str], tokenizer, source: dict) -> dict:
     """Writes the bin of every split, each whole or not at all, and meta.json last; returns what meta.json holds."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be made a folder ({error.strerror}): name another as --out_dir=PATH') from error
     (folder / 'meta.json').unlink(missing_ok=True)  # it would be wrong about the new bins
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     splits = {}
@@ -90,7 +93,10 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
         if not (folder / name).is_file():
             raise UserError(f'{folder / name} is missing; {remedy}')
     meta = _read_meta(folder / 'meta.json', remedy)
-    tokenizer = tokenizer_from_json(meta['tokenizer'])
+    try:
+        tokenizer = tokenizer_from_json(meta['tokenizer'])
+    except UserError as error:
+        raise UserError(f'{folder / "meta.json"}: {error}; {remedy}') from error
     if tokenizer.vocab_size != meta['vocab_size']:
         raise UserError(f'{folder / "meta.json"}: vocab_size {meta["vocab_size"]}, but its tokenizer has '
                         f'{tokenizer.vocab_size}; {remedy}')

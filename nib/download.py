@@ -2,6 +2,9 @@
 import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin only from Python 3.11 on
+from threading import Thread
 from urllib.parse import urlsplit
 
 from nib.errors import UserError
@@ -35,12 +38,31 @@ def download(urls: Sequence[str], path, sha256: str, max_bytes: int, timeout: tu
 
 
 def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_seconds: float) -> bytes:
+    """The answer, from a thread that is left behind when the time is up: every byte that arrives renews requests' own
+    timeout, so that a slow drip could hold up a plain call for days."""
+    answer = Future()
+
+    def work():
+        try:
+            answer.set_result(_read(url, max_bytes, timeout, time.monotonic() + overall_seconds))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        return answer.result(overall_seconds)
+    except FutureTimeout:
+        raise _Refused(f'too slow, given up after {overall_seconds:g} s') from None
+
+
+def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: float) -> bytes:
     import requests  # here and below: only a run that downloads pays for the import
     from tqdm import tqdm
-    started = time.monotonic()
-    content = bytearray()
+    from urllib3.exceptions import ReadTimeoutError
+    content, expected = bytearray(), 0
     try:
-        with requests.get(url, stream=True, timeout=timeout) as response:
+        # Not compressed, so that Content-Length counts the bytes that are written.
+        with requests.get(url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'}) as response:
             if response.status_code != 200:
                 raise _Refused(f'HTTP {response.status_code}')
             expected = int(response.headers.get('Content-Length', 0))
@@ -49,15 +71,17 @@ def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_secon
                     content += piece
                     bar.update(len(piece))
                     if len(content) > max_bytes:
-                        raise _Refused(f'more than the {max_bytes:,} bytes expected')
-                    if time.monotonic() - started > overall_seconds:
-                        raise _Refused(f'too slow ({len(content):,} bytes in {overall_seconds:.0f} s)')
+                        raise _Refused(f'another file than expected (more than {max_bytes:,} bytes)')
+                    if time.monotonic() > deadline:
+                        raise _Refused('too slow')
     except requests.Timeout as error:
         raise _Refused('timed out') from error
     except requests.exceptions.ChunkedEncodingError as error:
-        raise _Refused(f'cut off after {len(content):,} bytes') from error
+        raise _Refused('cut off' + (f' before the end of its {expected:,} bytes' if expected else '')) from error
     except requests.ConnectionError as error:
-        raise _Refused('cut off' if content else 'no connection') from error
+        # requests reports silence in the middle of an answer as a ConnectionError around urllib3's timeout.
+        stalled = any(isinstance(cause, ReadTimeoutError) for cause in error.args)
+        raise _Refused('timed out' if stalled else 'no connection') from error
     except (requests.RequestException, OSError, ValueError) as error:
         raise _Refused(type(error).__name__) from error
     return bytes(content)

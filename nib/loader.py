@@ -124,7 +124,7 @@ def gather(tokens, starts, block_size, device, vocab_size=None):
         check_ids(windows[row], vocab_size, getattr(tokens, 'filename', 'tokens'), int(starts[row]))
     ids = torch.from_numpy(windows.astype(np.int64))
     if str(device).startswith('cuda'):
-        ids = ids.pin_memory().to(device, non_blocking=True)  # pinned, so that the copy overlaps the computation
+        ids = ids.pin_memory().to(device, non_blocking=True)  # pinned, so that nobody waits for the copy
     elif str(device) != 'cpu':
         ids = ids.to(device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

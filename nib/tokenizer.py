@@ -40,14 +40,18 @@ class CharTokenizer:
         return _code_points(self.characters)[ids].tobytes().decode('utf-32-le', 'surrogatepass')
 
     def to_json(self) -> dict:
-        return {'kind': 'char', 'characters': self.characters}
+        # Low surrogates first: right after a high one, JSON's reader would take the two for one character.
+        ordered = sorted(self.characters, key=lambda character: (not '\udc00' <= character <= '\udfff', character))
+        return {'kind': 'char', 'characters': ''.join(ordered)}
 
 
 def tokenizer_from_json(data: dict) -> CharTokenizer:
     """The tokenizer that to_json() described. UserError where that is no tokenizer."""
     match data:
-        case {'kind': 'char', 'characters': str(characters)} if characters == ''.join(sorted(set(characters))):
-            return CharTokenizer(characters)
+        case {'kind': 'char', 'characters': str(characters)}:
+            tokenizer = CharTokenizer.train(characters)
+            if tokenizer.to_json()['characters'] == characters:
+                return tokenizer
         case {'kind': kind} if kind != 'char':
             raise UserError(f"tokenizer of kind {kind!r}: this version knows 'char'")
     raise UserError('the tokenizer is broken: a char tokenizer has its distinct characters in order')

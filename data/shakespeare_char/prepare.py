@@ -1,6 +1,6 @@
 """Tiny Shakespeare by characters: 40,000 lines of his plays, a vocabulary of 65.
 
-Takes input.txt beside this file, or --input=PATH, or else downloads it.
+Takes --input=PATH, or else input.txt beside this file or in out_dir, or else downloads it into out_dir.
 """
 import hashlib
 import sys
@@ -12,7 +12,7 @@ from nib import corpus  # noqa: E402
 from nib.download import download  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
 
-input: str = ''  # path of the text; empty: input.txt beside this file, else download
+input: str = ''  # path of the text; empty: input.txt beside this file or in out_dir, else download
 out_dir: str = ''  # where the bins go; empty: beside this file
 
 URLS = (
@@ -28,18 +28,22 @@ def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     here = Path(__file__).resolve().parent
+    folder = Path(out_dir) if out_dir else here
     path = Path(input) if input else here / 'input.txt'
     if not input and not path.exists():
+        path = folder / 'input.txt'
+    if not input and not path.exists():
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             download(URLS, path, SHA256, max_bytes=SIZE)
         except UserError as error:
-            raise UserError(f'{error}; on a connected machine fetch {URLS[0]} and put it at {path}') from error
+            raise UserError(f'{error}; fetch {URLS[0]} elsewhere and put it at {here / "input.txt"}, or type '
+                            f'python data/shakespeare_char/prepare.py --input=PATH') from error
         except OSError as error:
-            raise UserError(f'{path} cannot be written ({error.strerror}); give the text as --input=PATH') from error
+            raise UserError(f'{path} cannot be written ({error.strerror}); name another folder as --out_dir=PATH') from error
     text, digest = read(path)
     if digest != SHA256:
         print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); going on with it', file=sys.stderr)
-    folder = Path(out_dir) if out_dir else here
     meta = corpus.write_char_dataset(folder, text, {'file': path.name, 'sha256': digest})
     print(f'{folder}: {len(text):,} characters, vocabulary {meta["vocab_size"]}, '
           f'{meta["splits"]["train"]["tokens"]:,} training and {meta["splits"]["val"]["tokens"]:,} validation tokens')

@@ -36,10 +36,10 @@ def read_sources(library: Path) -> list[str]:
     """The text of every ASCII .py file that is no test, in the order of their paths, each ending in a newline."""
     texts = []
     for path in sorted(library.rglob('*.py'), key=lambda path: path.relative_to(library).as_posix()):
-        if LEFT_OUT.isdisjoint(path.relative_to(library).parts):
+        if path.is_file() and LEFT_OUT.isdisjoint(path.relative_to(library).parts):
             content = path.read_bytes()
             if content and content.isascii():
-                text = content.decode('ascii').replace('\r\n', '\n')
+                text = content.decode('ascii').replace('\r\n', '\n').replace('\r', '\n')
                 texts.append(text if text.endswith('\n') else text + '\n')
     return texts
 
