@@ -6,9 +6,7 @@
 
 Read it from top to bottom: the config, the learning rate, the evaluation, one training step, the loop.
 """
-import json
 import math
-import os
 import platform
 import runpy
 import shlex
@@ -25,7 +23,6 @@ import configurator
 from model import GPT, GPTConfig
 from nib import checkpoint, corpus, loader, optim, runtime
 from nib.errors import EXIT_NONFINITE, UserError, run_script
-from nib.files import atomic_write
 from nib.metrics import Console, Metrics
 
 # The defaults train GPT-2 (124M) on OpenWebText.
@@ -143,12 +140,12 @@ class TrainState:
 def main(argv):
     values, origins = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
     globals().update(values)
-    check_config()
     dtype_used, dtype_reason = runtime.pick_dtype(dtype, device)
     compile_used, compile_reason = runtime.pick_compile(compile, device)
     ranks = runtime.start_ranks(device)
     device_used = f'cuda:{ranks.local_rank}' if device == 'cuda' else device
-    micro_steps = micro_steps_per_rank(ranks.world_size)
+    check_config(ranks.world_size)
+    micro_steps = gradient_accumulation_steps // ranks.world_size
     precision = runtime.precision(dtype_used, device_used)
     stop = runtime.StopSignal()
     stop.listen()
@@ -162,65 +159,50 @@ def main(argv):
                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
 
     config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used}
-    model_config = new_model_config(data.vocab_size)
-    raw_model = new_model(model_config, device_used)
+    raw_model = new_model(data.vocab_size, device_used)
     optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
     state = TrainState()
     if init_from == 'resume':
-        state = resume(raw_model, model_config, optimizer, scaler, data, device_used, console)
+        state = resume(raw_model, optimizer, scaler, data, console)
     elif ranks.is_first and not eval_only:
-        clear_out_dir(config, origins)
+        checkpoint.start_run(out_dir, overwrite, {'config': config, 'origins': origins})
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
-    console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters '
-                f'({raw_model.num_params(positions=False) / 1e6:.2f}M without positions), '
-                f'{flops_per_token / 1e6:.1f} MFLOP per token and step')
+    console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters ({raw_model.num_params(positions=False) / 1e6:.2f}M '
+                f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step')
 
     batches = loader.BatchLoader(data.train, block_size, batch_size, seed, 'train', micro_steps, ranks.rank,
                                  ranks.world_size, device_used, data.vocab_size)
     model = raw_model
-    if compile_used:
-        def try_step(compiled):
-            with precision:
-                loss = compiled(*batches.batch(step=0, micro_step=0))
-            loss.backward()
-            optimizer.zero_grad(set_to_none=True)
-        model = runtime.compile_model(raw_model, try_step, console.say)
+    if compile_used and not eval_only:
+        model = runtime.compile_model(raw_model, batches.batch(step=0, micro_step=0), precision, console.say)
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if device == 'cuda' else None)
 
     def split_loss(split, max_batches):
-        return evaluate(raw_model, loader.eval_batches(data.split(split), block_size, batch_size, max_batches,
-                                                       ranks.rank, ranks.world_size, device_used), precision, ranks)
-
-    def bits_per_byte(loss):
-        return loss / math.log(2) / data.bytes_per_token('val')
+        return evaluate(raw_model, loader.eval_batches(data.split(split), block_size, batch_size, max_batches, ranks.rank,
+                                                       ranks.world_size, device_used, data.vocab_size), precision, ranks)
 
     def save(names):
         if ranks.is_first:
             state.scaler = scaler.state_dict() or None
             checkpoint.save(out_dir, state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
-                'train': asdict(state), 'model': asdict(model_config), 'config': config, 'dataset': data.name,
+                'train': asdict(state), 'model': asdict(raw_model.config), 'config': config, 'dataset': data.name,
                 'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
                 'versions': {'python': platform.python_version(), 'torch': torch.__version__},
                 'ranks': ranks.world_size}, names)
             checkpoint.prune(out_dir, keep_last)
 
-    if eval_only:
-        loss = split_loss('val', None)
-        console.say(f'step {state.step}: val loss {loss:.4f} nats per token, {bits_per_byte(loss):.4f} bits per byte '
-                    f'over the whole validation split')
-        return ranks.close()
-
     metrics = None
-    if ranks.is_first:
+    if ranks.is_first and not eval_only:
         metrics = Metrics(out_dir, state.step, config, tensorboard, wandb_project if wandb_log else '', wandb_run_name)
     peak = runtime.peak_flops(device_used, dtype_used)
     saved = state.step if init_from == 'resume' else None
     exit_code = 0
-    console.start_bar(max_iters, state.step)
+    if not eval_only:
+        console.start_bar(max_iters, state.step)
     clock, clock_step = time.perf_counter(), state.step
-    while True:
+    while not eval_only:
         lr = get_lr(state.step)
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -236,10 +218,10 @@ def main(argv):
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.best_val_loss = val_loss if best else state.best_val_loss
             console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token '
-                        f'({bits_per_byte(val_loss):.4f} bits per byte){", the best so far" if best else ""}')
+                        f'({data.bits_per_byte(val_loss):.4f} bits per byte){", the best so far" if best else ""}')
             if metrics:
                 metrics.log(state.step, {'loss/train': train_loss, 'loss/val': val_loss,
-                                         'bits_per_byte/val': bits_per_byte(val_loss)})
+                                         'bits_per_byte/val': data.bits_per_byte(val_loss)})
             if state.step > 0:
                 save(('latest', 'best') if best else ('latest',))
                 saved = state.step
@@ -278,12 +260,13 @@ def main(argv):
             exit_code = 128 + number
             break
 
-    if state.step >= max_iters and not exit_code:
+    if not exit_code:
         loss = split_loss('val', None)
-        console.say(f'done: val loss {loss:.4f} nats per token, {bits_per_byte(loss):.4f} bits per byte over the whole '
-                    f'validation split; samples: python sample.py --out_dir={shlex.quote(out_dir)}')
+        console.say(f'step {state.step}: val loss {loss:.4f} nats per token ({data.bits_per_byte(loss):.4f} bits per byte) '
+                    f'over the whole validation split')
         if metrics:
-            metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': bits_per_byte(loss)})
+            console.say(f'samples: python sample.py --out_dir={shlex.quote(out_dir)}')
+            metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
     console.close()
     if metrics:
         metrics.close()
@@ -294,7 +277,7 @@ def main(argv):
 
 # -- setting up, in the order of main --------------------------------------------------------------------------------
 
-def check_config():
+def check_config(world_size):
     """UserError for a value that no run can have."""
     for key in ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
                 'gradient_accumulation_steps'):
@@ -309,15 +292,10 @@ def check_config():
     if decay_lr and warmup_iters > lr_decay_iters:
         raise UserError(f'warmup_iters {warmup_iters} is more than lr_decay_iters {lr_decay_iters}: '
                         f'lower it, for instance --warmup_iters={lr_decay_iters // 20}')
-
-
-def micro_steps_per_rank(world_size: int) -> int:
-    """Micro steps are shared out evenly. UserError where they cannot be."""
     if gradient_accumulation_steps % world_size:
         more = math.ceil(gradient_accumulation_steps / world_size) * world_size
         raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} cannot be shared out over '
                         f'{world_size} processes: try --gradient_accumulation_steps={more}')
-    return gradient_accumulation_steps // world_size
 
 
 def open_data(ranks, console) -> corpus.TokenDataset:
@@ -344,38 +322,20 @@ def open_data(ranks, console) -> corpus.TokenDataset:
     return corpus.open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)
 
 
-def new_model_config(vocab_size: int) -> GPTConfig:
+def new_model(vocab_size: int, device: str) -> GPT:
+    """A fresh model, with the same weights on every rank. UserError for a shape that cannot be."""
     try:
-        return GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias)
+        model_config = GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def new_model(model_config: GPTConfig, device: str) -> GPT:
-    """A fresh model, with the same weights on every rank."""
     runtime.seed_everything(seed)
     return GPT(model_config).to(device).train()
 
 
-def clear_out_dir(config, origins):
-    """Makes out_dir ready for a new run and records its config. UserError where a run is there already."""
-    if checkpoint.exists(out_dir):
-        if not overwrite:
-            raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another '
-                            f'--out_dir, or replace it (--overwrite)')
-        checkpoint.remove_all(out_dir)
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        with atomic_write(Path(out_dir) / 'config.json') as file:
-            file.write(json.dumps({'config': config, 'origins': origins}, indent=1).encode())
-    except OSError as error:
-        raise UserError(f'out_dir {out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
-
-
-def resume(model, model_config, optimizer, scaler, data, device, console) -> TrainState:
+def resume(model, optimizer, scaler, data, console) -> TrainState:
     """Puts the newest checkpoint's weights and optimizer state back. UserError where the run is another one."""
-    found, tensors = checkpoint.load(out_dir, 'latest', warn=console.say)
-    for key, value in asdict(model_config).items():
+    found, tensors = checkpoint.load(out_dir, 'latest', warn=console.warn)
+    for key, value in asdict(model.config).items():
         if found.state['model'][key] != value and key != 'dropout':
             raise UserError(f'{found.path} was trained with {key} {found.state["model"][key]}, now it is {value}: '
                             f'resume with the same config, or start a new run in another --out_dir')
@@ -392,8 +352,8 @@ def resume(model, model_config, optimizer, scaler, data, device, console) -> Tra
 
 
 def stop_nonfinite(console, step, what, value) -> int:
-    console.say(f'the {what} is {value} at step {step}: nothing is saved; the last checkpoint in {out_dir} is good. '
-                f'Try a lower learning_rate, more warmup_iters, or dtype float32.')
+    console.warn(f'the {what} is {value} at step {step}: nothing is saved; the last checkpoint in {out_dir} is good. '
+                 f'Try a lower learning_rate, more warmup_iters, or dtype float32.')
     return EXIT_NONFINITE
 
 

@@ -103,6 +103,23 @@ def prune(out_dir, keep_last: int):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def start_run(out_dir, overwrite: bool, record: dict):
+    """Makes out_dir ready for a new run and writes config.json. UserError where a run is there already, or it cannot
+    be written. record: what config.json holds. overwrite: delete the checkpoints of the run that is there."""
+    out_dir = Path(out_dir)
+    if exists(out_dir):
+        if not overwrite:
+            raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another '
+                            f'--out_dir, or replace it (--overwrite)')
+        remove_all(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out_dir / 'config.json') as file:
+            file.write(json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise UserError(f'out_dir {out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
+
+
 def exists(out_dir) -> bool:
     """Whether out_dir holds any checkpoint."""
     return bool(_step_folders(Path(out_dir)))

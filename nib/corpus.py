@@ -4,6 +4,7 @@ The bins are nanoGPT's format: little-endian ids, uint16, or uint32 for vocabula
 """
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +36,9 @@ class TokenDataset:
     def split(self, name: str) -> np.ndarray:
         return {'train': self.train, 'val': self.val}[name]
 
-    def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes of text per token, to turn nats per token into bits per byte."""
-        return self.meta['splits'][split]['bytes'] / self.meta['splits'][split]['tokens']
+    def bits_per_byte(self, loss: float, split: str = 'val') -> float:
+        """A loss in nats per token as bits per byte of UTF-8 text, which does not depend on the tokenizer."""
+        return loss / math.log(2) * self.meta['splits'][split]['tokens'] / self.meta['splits'][split]['bytes']
 
 
 def write_char_dataset(folder, text: str, source: dict) -> dict:

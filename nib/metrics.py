@@ -28,6 +28,13 @@ class Console:
         elif self.shown:
             print(line, flush=True)
 
+    def warn(self, line: str):
+        """A line on standard error."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        elif self.shown:
+            print(line, file=sys.stderr, flush=True)
+
     def progress(self, step: int, parts: dict[str, str]):
         """The state of a logged step: on the bar, or as a line."""
         if self.bar is not None:

@@ -94,16 +94,19 @@ def pick_compile(compile: bool | str, device: str) -> tuple[bool, str]:
     return bool(compile), reason
 
 
-def compile_model(model: torch.nn.Module, try_step: Callable[[torch.nn.Module], None],
+def compile_model(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], context,
                   say: Callable[[str], None]) -> torch.nn.Module:
     """The compiled model, or the model itself, with one line, where compiling fails.
 
-    try_step runs the compiled model once, for compiling happens at the first call; it must leave no trace.
+    Compiling happens at the first call, so one forward pass in `context` and one backward pass are tried here.
     """
     started = time.perf_counter()
     compiled = torch.compile(model)
     try:
-        try_step(compiled)
+        with context:
+            loss = compiled(*batch)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
     except Exception as error:  # the compiler's own errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         say(f'compile failed, going on without it: {reason}')

@@ -1,6 +1,7 @@
 """Datasets on disk: what is written is read back, and a damaged one is refused before the first step."""
 import hashlib
 import json
+import math
 import shutil
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_dataset_opens_as_it_was_written(whole):
     assert data.name == 'hamlet' and data.vocab_size == len(set(TEXT)) and data.meta['source'] == {'text': 'Hamlet'}
     assert data.tokenizer.decode(data.train) == TEXT[:cut] and data.tokenizer.decode(data.val) == TEXT[cut:]
     assert isinstance(data.train, np.memmap) and data.split('train') is data.train and data.split('val') is data.val
-    assert data.bytes_per_token('train') == 1
+    assert data.bits_per_byte(math.log(2), 'train') == pytest.approx(1)
 
 
 def test_bins_are_plain_little_endian_ids_as_nanogpt_has_them(whole):
@@ -62,10 +63,10 @@ def test_bins_are_plain_little_endian_ids_as_nanogpt_has_them(whole):
     assert sorted(path.name for path in whole.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
 
 
-def test_bytes_per_token_counts_utf8(tmp_path):
+def test_bits_per_byte_counts_utf8_bytes(tmp_path):
     corpus.write_char_dataset(tmp_path, 'aé€🙂' * 100, {})
     data = corpus.open_dataset(tmp_path, BLOCK_SIZE)
-    assert data.bytes_per_token('train') == data.bytes_per_token('val') == (1 + 2 + 3 + 4) / 4
+    assert data.bits_per_byte(math.log(2), 'train') == data.bits_per_byte(math.log(2)) == pytest.approx(4 / (1 + 2 + 3 + 4))
 
 
 @pytest.mark.parametrize('vocab_size, dtype', [(65_536, 'uint16'), (65_537, 'uint32')])
