@@ -77,7 +77,7 @@ def train_nanogpt(clone, data_dir, out_dir):
     milliseconds = [float(ms) for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', output, re.MULTILINE)]
     whole = run([sys.executable, '-c', WHOLE_SPLIT, str(out_dir)], clone)[1]
     return {'process s': seconds, 'tokens/s': TOKENS_PER_STEP / statistics.median(milliseconds) * 1000,
-            'val loss, whole split': float(whole)}
+            'val loss, whole split': float(whole.split()[-1])}
 
 
 def train_nibgpt(clone, data_dir, out_dir):

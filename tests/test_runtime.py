@@ -1,0 +1,157 @@
+"""The choice of device, precision and compile, the ranks' few words, seeds and signals."""
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from nib import runtime
+from nib.errors import UserError
+
+
+def machine(monkeypatch, cuda=0, bfloat16=True, mps=False, name='NVIDIA H100 80GB HBM3'):
+    """What torch says on a machine with these devices."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: cuda)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bfloat16)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: name)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+
+
+def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):
+    for there, expected in (({'cuda': 2, 'mps': True}, 'cuda'), ({'mps': True}, 'mps'), ({}, 'cpu')):
+        machine(monkeypatch, **there)
+        assert runtime.pick_device('auto') == expected
+
+
+def test_a_device_that_is_not_there_is_refused_with_what_is(monkeypatch):
+    machine(monkeypatch, cuda=2)
+    assert runtime.pick_device('cuda:1') == 'cuda:1'
+    with pytest.raises(UserError, match='has 2 cuda devices'):
+        runtime.pick_device('cuda:2')
+    with pytest.raises(UserError, match='has no mps devices'):
+        runtime.pick_device('mps')
+    with pytest.raises(UserError, match='no such device'):
+        runtime.pick_device('gpu')
+
+
+def test_precision_is_what_the_device_has(monkeypatch):
+    machine(monkeypatch)
+    assert runtime.pick_dtype('auto', 'cpu')[0] == 'float32'
+    assert runtime.pick_dtype('bfloat16', 'cpu') == ('bfloat16', 'as asked')
+    machine(monkeypatch, cuda=1)
+    assert runtime.pick_dtype('auto', 'cuda')[0] == 'bfloat16'
+    machine(monkeypatch, cuda=1, bfloat16=False, name='Tesla T4')
+    assert runtime.pick_dtype('auto', 'cuda')[0] == 'float16'
+    with pytest.raises(UserError, match='Tesla T4.*has no bfloat16.*float32'):
+        runtime.pick_dtype('bfloat16', 'cuda')
+
+
+def test_precision_sets_the_type_of_matrix_products():
+    a = torch.ones(2, 2)
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        with runtime.precision(dtype, 'cpu'):
+            assert (a @ a).dtype == getattr(torch, dtype)
+
+
+def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
+    machine(monkeypatch, cuda=1)
+    assert runtime.peak_flops('cuda', 'bfloat16') == 989e12
+    assert runtime.peak_flops('cuda', 'float32') is None
+    assert runtime.peak_flops('cpu', 'bfloat16') is None
+    for name, rate in (('NVIDIA H100 PCIe', 756e12), ('NVIDIA A100-SXM4-40GB', 312e12), ('NVIDIA L4', 121e12),
+                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('Some GPU of 2031', None)):
+        machine(monkeypatch, cuda=1, name=name)
+        assert runtime.peak_flops('cuda:0', 'bfloat16') == rate, name
+
+
+def test_compile_is_for_gpus_unless_asked_for_and_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(runtime.shutil, 'which', lambda name: '/usr/bin/' + name)
+    assert runtime.pick_compile('auto', 'cuda')[0] is True
+    assert runtime.pick_compile('auto', 'cpu')[0] is False
+    assert runtime.pick_compile(True, 'cpu') == (True, 'as asked')
+    assert runtime.pick_compile(False, 'cuda') == (False, 'as asked')
+    monkeypatch.setattr(runtime.shutil, 'which', lambda name: None)
+    for asked in (True, 'auto'):
+        assert runtime.pick_compile(asked, 'cuda') == (False, 'there is no C compiler on this machine (install gcc)')
+
+
+def test_seeds_depend_on_every_counter_and_its_place():
+    drawn = []
+    for counters in ((0, 1), (1, 0), (0, 1, 0), (0, 1)):
+        runtime.seed_everything(*counters)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[3] and len(set(drawn)) == 3
+
+
+def test_one_process_is_rank_0_of_1(monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    ranks = runtime.start_ranks('cpu')
+    assert ranks.is_first and ranks.any(15) == 15 and ranks.on_first(lambda: 'done') == 'done'
+    assert ranks.sum(torch.tensor(2.0)) == 2.0
+
+
+TWO = '''
+import sys
+import torch
+from nib import runtime
+from nib.errors import run_script, UserError
+
+def main(argv):
+    ranks = runtime.start_ranks('cpu')
+    assert ranks.world_size == 2 and ranks.is_first == (ranks.rank == 0)
+    assert ranks.any(7 if ranks.rank == 1 else 0) == 7
+    assert ranks.sum(torch.tensor(float(ranks.rank + 1))) == 3.0
+    assert ranks.on_first(lambda: f'from {ranks.rank}') == 'from 0'
+    def refuse():
+        raise UserError('not here')
+    try:
+        ranks.on_first(refuse)
+    except UserError as error:
+        assert str(error) == 'not here'
+        open(f'{argv[0]}/{ranks.rank}', 'w').close()
+    ranks.close()
+
+run_script(main)
+'''
+
+
+def test_two_ranks_agree(tmp_path):
+    (tmp_path / 'two.py').write_text(TWO)
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                           str(tmp_path / 'two.py'), str(tmp_path)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
+
+
+SIGNALLED = '''
+import sys, time
+from nib import runtime
+stop = runtime.StopSignal()
+stop.listen()
+print('ready', flush=True)
+while not stop.number:
+    time.sleep(0.01)
+print('heard', stop.number, flush=True)
+time.sleep(60)
+'''
+
+
+def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
+    run = subprocess.Popen([sys.executable, '-c', SIGNALLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout.readline() == 'ready\n'
+        run.send_signal(signal.SIGTERM)
+        assert run.stdout.readline() == 'heard 15\n'
+        run.send_signal(signal.SIGTERM)  # within the second's grace: torchrun's echo of the first
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(1.2)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(20) == 143
+    finally:
+        run.kill()
+        run.stdout.close()

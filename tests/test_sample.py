@@ -1,0 +1,110 @@
+"""sample.py, run as a user runs it, on a model of a few words."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script, train
+
+from model import GPT, GPTConfig
+from nib import checkpoint
+from nib.tokenizer import tokenizer_from_json
+
+
+@pytest.fixture(scope='module')
+def out_dir(data_dir, tmp_path_factory):
+    """Checkpoints of steps 10 and 20; the best is made to be that of step 10."""
+    folder = tmp_path_factory.mktemp('sample') / 'run'
+    train(data_dir, folder, '--keep_last=2')
+    checkpoint.point(folder, 'best', folder / 'step-00000010')
+    return folder
+
+
+def sample(out_dir, *flags, **options):
+    return run_script('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=40', '--num_samples=1',
+                      *flags, **options)
+
+
+def likeliest(out_dir, which, prompt, count) -> str:
+    """Greedy text, made without a cache from the checkpoint's tensors."""
+    found, tensors = checkpoint.load(out_dir, which)
+    tokenizer = tokenizer_from_json(found.state['tokenizer'])
+    model = GPT(GPTConfig(**found.state['model'])).eval()
+    model.load_state_dict(tensors['model'])
+    ids = tokenizer.encode(prompt).tolist()
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize('which, step', [('best', 10), ('latest', 20), ('10', 10), ('20', 20)])
+def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest(out_dir, which, step):
+    done = sample(out_dir, f'--which={which}', '--start=The cat', '--temperature=0', '--max_new_tokens=9')
+    assert done.stdout == likeliest(out_dir, which, 'The cat', 9) + '\n'
+    assert f'step {step}, trained on tiny' in done.stderr
+
+
+def test_a_step_that_is_not_there_is_named_with_those_that_are(out_dir):
+    done = sample(out_dir, '--which=15')
+    assert done.returncode == 2 and '15' in done.stderr and '20, 10' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('The dog')
+    given = sample(out_dir, '--start=The dog')
+    assert given.returncode == 0 and given.stdout.startswith('The dog') and len(given.stdout) == len('The dog') + 40 + 1
+    assert sample(out_dir, f'--start=FILE:{tmp_path / "prompt.txt"}').stdout == given.stdout
+    assert sample(out_dir, '--start=-', input='The dog').stdout == given.stdout
+
+
+def test_the_same_seed_writes_the_same_and_another_another(out_dir):
+    several = sample(out_dir, '--num_samples=3', '--seed=7').stdout
+    assert sample(out_dir, '--num_samples=3', '--seed=7').stdout == several
+    assert sample(out_dir, '--num_samples=3', '--seed=8').stdout != several
+    parts = several.split('\n---------------\n')
+    assert len(parts) == 3 and len(set(parts)) == 3
+
+
+def test_a_sample_ends_after_the_stop_text(out_dir):
+    text = sample(out_dir, '--start=The cat', '--stop=.', '--max_new_tokens=400').stdout
+    assert text.rstrip('\n').endswith('.') and text.count('.') == 1
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--start=café'], "'é' (the first at offset 3)"), (['--start='], 'empty'), (['--start=FILE:/no/such/file'], '/no/such/file'),
+    (['--temperature=-1'], 'temperature'), (['--top_k=0'], 'top_k'), (['--top_p=1.5'], 'top_p'), (['--num_samples=0'], 'num_samples'),
+    (['--max_new_tokens=-1'], 'max_new_tokens'), (['--which=newest'], 'newest'), (['--stop=é'], "'é'"),
+    (['--out_dir=/no/such/folder'], '/no/such/folder')])
+def test_a_mistake_is_named_on_one_line(out_dir, flags, said):
+    done = sample(out_dir, *flags)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith('error: ') and said in line and 'Traceback' not in done.stderr
+
+
+def test_tokens_reach_the_terminal_as_they_come(out_dir):
+    """The first characters can be read long before a run of many tokens is over."""
+    run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=1000000'],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    try:
+        written = b''
+        while len(written) < 50:
+            piece = run.stdout.read(10)
+            assert piece, 'ended too soon'
+            written += piece
+        assert run.poll() is None
+    finally:
+        run.kill()
+        run.wait()
+        run.stdout.close()
+
+
+def test_a_reader_that_goes_away_is_no_error(out_dir):
+    run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=100000'],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.read(10)
+    run.stdout.close()
+    said = run.stderr.read().decode()
+    run.stderr.close()
+    assert run.wait(60) == 141 and 'Traceback' not in said
