@@ -212,7 +212,7 @@ def main(argv):
             started = time.perf_counter()
             train_loss, val_loss = split_loss('train', eval_iters), split_loss('val', eval_iters)
             if not math.isfinite(val_loss):
-                exit_code = stop_nonfinite(console, state.step, 'validation loss', val_loss)
+                exit_code = stop_nonfinite(console, state.step, f'validation loss {val_loss}')
                 break
             state.evaluated = state.step
             best = state.best_val_loss is None or val_loss < state.best_val_loss
@@ -242,17 +242,19 @@ def main(argv):
             tokens_per_second = tokens_per_step / seconds
             mfu = flops_per_token * tokens_per_second / (peak * ranks.world_size) if peak else None
             console.progress(state.step, {
-                'loss': f'{loss:.4f}', 'grad norm': f'{grad_norm:.2f}', 'lr': f'{lr:.2e}',
-                'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
-                'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
+                'loss': f'{loss:.4f}', 'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
+                'grad norm': f'{grad_norm:.2f}', 'lr': f'{lr:.2e}', 'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
             if metrics:
                 metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr,
                                          'tokens_per_second': tokens_per_second} | ({'mfu': mfu} if mfu else {}))
             if not math.isfinite(loss):
-                exit_code = stop_nonfinite(console, state.step, 'loss', loss)
+                exit_code = stop_nonfinite(console, state.step, f'loss {loss}')
                 break
 
         if number := ranks.any(stop.number):
+            if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
+                exit_code = stop_nonfinite(console, state.step, 'weights not finite')
+                break
             if saved != state.step:
                 save(('latest',))
             console.say(f'stopped by signal {number} after step {state.step}, which is saved; to go on: '
@@ -270,7 +272,6 @@ def main(argv):
     console.close()
     if metrics:
         metrics.close()
-    batches.close()
     ranks.close()
     return exit_code
 
@@ -351,8 +352,8 @@ def resume(model, optimizer, scaler, data, console) -> TrainState:
     return state
 
 
-def stop_nonfinite(console, step, what, value) -> int:
-    console.warn(f'the {what} is {value} at step {step}: nothing is saved; the last checkpoint in {out_dir} is good. '
+def stop_nonfinite(console, step, what) -> int:
+    console.warn(f'{what} at step {step}: nothing is saved; the last checkpoint in {out_dir} is good. '
                  f'Try a lower learning_rate, more warmup_iters, or dtype float32.')
     return EXIT_NONFINITE
 

@@ -74,7 +74,10 @@ def train_nanogpt(clone, data_dir, out_dir):
                '--n_embd=128', f'--max_iters={max_iters}', f'--lr_decay_iters={max_iters}', '--dropout=0.0',
                f'--out_dir={out_dir}']
     seconds, output = run(command, clone)
-    milliseconds = [float(ms) for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', output, re.MULTILINE)]
+    times = {int(step): float(ms) for step, ms in re.findall(r'^iter (\d+): .*time ([\d.]+)ms', output, re.MULTILINE)}
+    # Windows of 50 steps, as nibGPT logs them; the first of 250 holds an evaluation.
+    milliseconds = [statistics.mean(times[step] for step in range(first, first + 50) if step % 250)
+                    for first in range(0, max_iters - 49, 50)]
     whole = run([sys.executable, '-c', WHOLE_SPLIT, str(out_dir)], clone)[1]
     return {'process s': seconds, 'tokens/s': TOKENS_PER_STEP / statistics.median(milliseconds) * 1000,
             'val loss, whole split': float(whole.split()[-1])}

@@ -5,7 +5,6 @@ network (Luby and Rackoff 1988) is a permutation whose every value costs the sam
 """
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -57,8 +56,7 @@ class BatchLoader:
         self.device, self.vocab_size = device, vocab_size
         # One window fewer than there is room for: the epochs' offsets move within that room.
         self.n_windows = max(1, (len(tokens) - block_size) // block_size)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix='batches')
-        self._ahead = {}  # (step, micro step) -> the batch being prepared
+        self._ahead = {}  # (step, micro step) -> the batch prepared for it
 
     def starts(self, step: int, micro_step: int) -> np.ndarray:
         """Offsets (batch_size,) of a batch's windows in the tokens."""
@@ -84,16 +82,12 @@ class BatchLoader:
         return gather(self.tokens, self.starts(step, micro_step), self.block_size, self.device, self.vocab_size)
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of a step in order; while one is used, a thread prepares the next."""
+        """The batches of a step in order. When the caller comes back for the next, it is prepared while a GPU still
+        works on the one before, also over the end of the step; a CPU has no such gap to fill."""
         for micro_step in range(self.micro_steps):
-            here = (step, micro_step)
+            yield self._ahead.pop((step, micro_step), None) or self.batch(step, micro_step)
             following = (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
-            future = self._ahead.pop(here, None) or self._thread.submit(self.batch, *here)
-            self._ahead = {following: self._thread.submit(self.batch, *following)}
-            yield future.result()
-
-    def close(self):
-        self._thread.shutdown(cancel_futures=True)
+            self._ahead = {following: self.batch(*following)}
 
 
 def eval_batches(tokens: np.ndarray, block_size: int, batch_size: int, max_batches: int | None = None, rank: int = 0,

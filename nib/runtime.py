@@ -116,9 +116,14 @@ def compile_model(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tenso
 
 
 def seed_everything(*counters: int):
-    """Seeds torch on every device with a hash of the counters, so that (0, 1) and (1, 0) share nothing."""
-    digest = hashlib.blake2b(repr(counters).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, 'little'))
+    """Seeds torch on the devices in use with a hash of the counters, so that (0, 1) and (1, 0) share nothing."""
+    seed = int.from_bytes(hashlib.blake2b(repr(counters).encode(), digest_size=8).digest(), 'little')
+    # What torch.manual_seed does, less the devices that are not in use: it takes ten times as long as this.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 @dataclass(frozen=True)

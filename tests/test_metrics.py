@@ -36,12 +36,16 @@ def test_other_ranks_are_silent(capsys):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='a pty is a Unix thing')
 def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tmp_path):
+    import fcntl
     import pty
+    import struct
+    import termios
     child, terminal = pty.fork()
     if child == 0:  # this process is now train.py on a terminal of its own
         os.chdir(ROOT)
-        os.environ.update(COLUMNS='200', OMP_NUM_THREADS='1')
+        os.environ['OMP_NUM_THREADS'] = '1'
         os.execv(sys.executable, [sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}'])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))  # 24 lines of 100 characters
     written = b''
     while True:
         try:
