@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -223,6 +224,20 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, 
     found, tensors = checkpoint.load(tmp_path / 'run')
     assert found.step == 10
     assert all(value.isfinite().all() for value in tensors['model'].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path):
+    """No step is logged after the first, so that the run has not noticed by itself."""
+    run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
+                            '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--log_interval=1000000',
+                            '--eval_interval=1000000', '--max_iters=1000000', '--lr_decay_iters=1000000'],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    next(line for line in run.stdout if line.startswith('step 1: loss'))
+    time.sleep(1)  # many steps
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 3 and 'nothing is saved' in said
+    assert not checkpoint.exists(tmp_path / 'run')
 
 
 def test_wandb_offline_and_tensorboard_get_the_names_of_metrics_jsonl(data_dir, tmp_path):
