@@ -218,7 +218,7 @@ def main(argv):
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.best_val_loss = val_loss if best else state.best_val_loss
             console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token '
-                        f'({data.bits_per_byte(val_loss):.4f} bits per byte){", the best so far" if best else ""}')
+                        f'({data.bits_per_byte(val_loss):.4f} bits per byte){", the best so far" if best and state.step else ""}')
             if metrics:
                 metrics.log(state.step, {'loss/train': train_loss, 'loss/val': val_loss,
                                          'bits_per_byte/val': data.bits_per_byte(val_loss)})
