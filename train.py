@@ -90,15 +90,13 @@ def get_lr(step: int) -> float:
 def evaluate(model, batches, precision, ranks) -> float:
     """The mean loss, in nats per token, over the batches (x, y) of all ranks. Dropout is off meanwhile."""
     model.eval()
-    total = None  # summed loss and tokens; on the device, so that no batch waits for the one before
+    total = torch.zeros(2, device=next(model.parameters()).device)  # on the device, so that no batch waits for it
     for x, y in batches:
         with precision:
             loss = model(x, y)
-        part = torch.stack((loss.float() * y.numel(), torch.tensor(float(y.numel()), device=y.device)))
-        total = part if total is None else total + part
+        total[0] += loss * y.numel()
+        total[1] += y.numel()
     model.train()
-    if total is None:  # fewer batches than ranks
-        total = torch.zeros(2, device=next(model.parameters()).device)
     summed, tokens = ranks.sum(total).tolist()
     return summed / tokens
 
@@ -165,8 +163,8 @@ def main(argv):
     state = TrainState()
     if init_from == 'resume':
         state = resume(raw_model, optimizer, scaler, data, console)
-    elif ranks.is_first and not eval_only:
-        checkpoint.start_run(out_dir, overwrite, {'config': config, 'origins': origins})
+    elif not eval_only:
+        ranks.on_first(lambda: checkpoint.start_run(out_dir, overwrite, {'config': config, 'origins': origins}))
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
     console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters ({raw_model.num_params(positions=False) / 1e6:.2f}M '
                 f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step')
@@ -280,16 +278,13 @@ def main(argv):
 
 def check_config(world_size):
     """UserError for a value that no run can have."""
-    for key in ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
-                'gradient_accumulation_steps'):
-        if globals()[key] < 1:
-            raise UserError(f'{key} is {globals()[key]}: it must be at least 1')
-    for key in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'max_iters'):
-        if not 0 <= globals()[key] < math.inf:
-            raise UserError(f'{key} is {globals()[key]}: it must be a number that is at least 0')
-    for key in ('beta1', 'beta2'):
-        if not 0 <= globals()[key] < 1:
-            raise UserError(f'{key} is {globals()[key]}: it must be at least 0 and less than 1')
+    counts = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
+              'gradient_accumulation_steps')
+    amounts = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'max_iters')
+    for keys, least, below in ((counts, 1, math.inf), (amounts, 0, math.inf), (('beta1', 'beta2'), 0, 1)):
+        for key in keys:
+            if not least <= globals()[key] < below:
+                raise UserError(f'{key} is {globals()[key]}: it must be at least {least} and less than {below}')
     if decay_lr and warmup_iters > lr_decay_iters:
         raise UserError(f'warmup_iters {warmup_iters} is more than lr_decay_iters {lr_decay_iters}: '
                         f'lower it, for instance --warmup_iters={lr_decay_iters // 20}')
