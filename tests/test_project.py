@@ -50,7 +50,7 @@ def test_third_party_imports_are_declared():
 
 
 def test_files_that_the_readme_names_are_there():
-    named = set(re.findall(r'(?:config|data|nib|tests|benchmarks|docs)/[\w/]+\.(?:py|txt|png)', README))
+    named = set(re.findall(r'(?:config|data|nib|tests|benchmarks|docs)/[\w/]+\.(?:py|png)', README))
     assert named
     for name in named:
         assert 'NAME' in name or (ROOT / name).exists(), name

@@ -72,7 +72,7 @@ def test_a_sample_ends_after_the_stop_text(out_dir):
 
 
 @pytest.mark.parametrize('flags, said', [
-    (['--start=café'], "'é' (the first at offset 3)"), (['--start='], 'empty'), (['--start=FILE:/no/such/file'], '/no/such/file'),
+    (['--start=The caé'], "'é' (the first at offset 6)"), (['--start='], 'empty'), (['--start=FILE:/no/such/file'], '/no/such/file'),
     (['--temperature=-1'], 'temperature'), (['--top_k=0'], 'top_k'), (['--top_p=1.5'], 'top_p'), (['--num_samples=0'], 'num_samples'),
     (['--max_new_tokens=-1'], 'max_new_tokens'), (['--which=newest'], 'newest'), (['--stop=é'], "'é'"),
     (['--out_dir=/no/such/folder'], '/no/such/folder')])
