@@ -121,7 +121,7 @@ def seed_everything(*counters: int):
     # What torch.manual_seed does, less the devices that are not in use: it takes ten times as long as this.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
 
@@ -179,12 +179,14 @@ def start_ranks(device: str) -> Ranks:
     rank, local_rank, world_size = (int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
     if world_size == 1:
         return Ranks()
-    if device.startswith('cuda'):
+    if device.startswith('cuda:'):
+        raise UserError(f'--device={device}: each of the {world_size} processes takes a GPU of its own; use --device=cuda')
+    if device == 'cuda':
         if local_rank >= torch.cuda.device_count():
             raise UserError(f'{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: '
                             f'--nproc_per_node={torch.cuda.device_count()}')
         torch.cuda.set_device(local_rank)
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
     return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
 
 
