@@ -255,8 +255,9 @@ def main(argv):
                 break
             if saved != state.step:
                 save(('latest',))
+            flags = shlex.join(flag for flag in argv if not flag.startswith(('--init_from', '--overwrite')))
             console.say(f'stopped by signal {number} after step {state.step}, which is saved; to go on: '
-                        f'{shlex.join(["python", "train.py", *argv])} --init_from=resume')
+                        f'{"python" if ranks.world_size == 1 else "torchrun ..."} train.py {flags} --init_from=resume')
             exit_code = 128 + number
             break
 
@@ -301,7 +302,10 @@ def open_data(ranks, console) -> corpus.TokenDataset:
 
     def prepare(name):
         script = scripts / name / 'prepare.py'
-        if prepare_dataset and not corpus.is_prepared(folder / name) and script.exists():
+        if not corpus.is_prepared(folder / name) and not script.exists():
+            known = ', '.join(sorted(path.parent.name for path in scripts.glob('*/prepare.py')))
+            raise UserError(f'{folder / name}/train.bin is missing, and no {script} is there to make it, only: {known}')
+        if not corpus.is_prepared(folder / name) and prepare_dataset:
             console.say(f'preparing {name}')
             runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])
         return name
@@ -331,13 +335,7 @@ def new_model(vocab_size: int, device: str) -> GPT:
 def resume(model, optimizer, scaler, data, console) -> TrainState:
     """Puts the newest checkpoint's weights and optimizer state back. UserError where the run is another one."""
     found, tensors = checkpoint.load(out_dir, 'latest', warn=console.warn)
-    for key, value in asdict(model.config).items():
-        if found.state['model'][key] != value and key != 'dropout':
-            raise UserError(f'{found.path} was trained with {key} {found.state["model"][key]}, now it is {value}: '
-                            f'resume with the same config, or start a new run in another --out_dir')
-    if found.state['dataset_fingerprint'] != data.fingerprint:
-        raise UserError(f'{found.path} was trained on {found.state["dataset"]} as it was then, not on {data.folder} as '
-                        f'it is now: put the same bins back, or start a new run in another --out_dir')
+    found.check_continues(asdict(model.config), data.folder, data.fingerprint)
     model.load_state_dict(tensors['model'])
     optim.load_named_state(optimizer, model, tensors['optimizer'])
     state = TrainState(**found.state['train'])
