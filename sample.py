@@ -7,8 +7,6 @@
 import sys
 from pathlib import Path
 
-import torch
-
 import configurator
 from model import GPT, GPTConfig
 from nib import checkpoint, runtime

@@ -1,5 +1,4 @@
 """Batches: every window once an epoch, the same for any number of ranks and in any order of asking."""
-from collections import Counter
 
 import numpy as np
 import pytest
