@@ -1,76 +1,161 @@
-"""GPT-2 in one file: the layers, the loss, generation with a key-value cache, parameter and FLOP counts.
+"""A GPT in one file: the layers, the loss, generation with a key-value cache, parameter and FLOP counts.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), on Vaswani et al. 2017.
-Shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H (one head's width), V = vocab_size.
+By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"); GPTConfig's choices
+make it anything between that and today's models (all of them together: Qwen3, Yang et al. 2025).
+Shapes: B sequences, T positions, C = n_embd, H = n_head, K = key and value heads, D = C / H (one head's width),
+V = vocab_size.
 """
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 IGNORED = -1  # a target that counts nothing towards the loss; also what generate() yields for a row that has ended
+LOSS_CHUNK = 1 << 26  # logits that the loss holds at a time, in float32: 256 MiB
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What fixes the shape of a GPT. ValueError names the field that cannot be."""
+    """What fixes the shape of a GPT; the defaults are GPT-2's. ValueError names the field that cannot be."""
     vocab_size: int = 50257
     block_size: int = 1024  # the most positions that the model attends over
     n_layer: int = 12
     n_head: int = 12
+    n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0 is n_head
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in the linear layers and LayerNorms, as GPT-2 has them
+    bias: bool = True  # in the linear layers and LayerNorms
+    position: Literal['learned', 'rotary'] = 'learned'
+    rotary_base: float = 10000.0  # the larger, the slower the slowest pair of dimensions turns
+    norm: Literal['layer', 'rms'] = 'layer'
+    qk_norm: bool = False  # normalise queries and keys, head by head
+    mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'
+    tied_head: bool = True  # the output head is the token embedding itself
+    logit_cap: float = 0.0  # logits stay within plus and minus this; 0 is no cap
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
+        for name, kind in get_type_hints(type(self)).items():
+            if get_args(kind) and getattr(self, name) not in get_args(kind):
+                raise ValueError(f'{name} is {getattr(self, name)!r}: it must be one of {", ".join(get_args(kind))}')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}: '
                              f'try n_embd {self.n_embd // self.n_head * self.n_head or self.n_head}')
+        if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}: '
+                             f'try n_kv_head {math.gcd(self.n_head, self.n_kv_head)}')
+        if self.position == 'rotary' and self.head_dim % 2:
+            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of dimensions, so it must be even')
+        if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
+            raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and less than 1')
+        if not 0.0 <= self.logit_cap < math.inf:
+            raise ValueError(f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive number')
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """4C; in SwiGLU, whose width costs three matrices instead of two, 2/3 of it, in whole multiples of 32."""
+        return math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.mlp == 'swiglu' else 4 * self.n_embd
 
 
-class CausalSelfAttention(nn.Module):
-    """Every position takes a weighted mean over the values of the positions up to itself, in H heads."""
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    """LayerNorm (Ba et al. 2016), or RMSNorm, which leaves the mean alone (Zhang and Sennrich 2019)."""
+    return nn.LayerNorm(width, bias=config.bias) if config.norm == 'layer' else nn.RMSNorm(width, eps=1e-6)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021): dimensions i and i + D/2 of a query or key are turned by position * base^(-2i/D),
+    so that the product of a query and a key depends on their distance alone."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        speeds = config.rotary_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+        angles = torch.arange(config.block_size, dtype=torch.float64)[:, None] * speeds  # (block_size, D/2)
+        self.register_buffer('cos', angles.cos().float(), persistent=False)
+        self.register_buffer('sin', angles.sin().float(), persistent=False)
+
+    def forward(self, positions):
+        """cos and sin (1, T, D/2) of positions (T), or (B, 1, T, D/2) of positions (B, T)."""
+        return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
+
+
+def rotate(x, rotary):
+    """x (B, H, T, D), turned by rotary's angles; in x's own precision again."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position takes a weighted mean over the values of the positions up to itself, in H heads.
+
+    With fewer key and value heads, groups of query heads share them (Ainslie et al. 2023). qk_norm bounds the scores
+    (Dehghani et al. 2023, section 2.1).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.widths = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value at once
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # query, key and value at once
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):  # x (B, T, C)
+    def forward(self, x, rotary=None, cache=None):  # x (B, T, C)
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-                   for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2)  # q (B, H, T, D), k and v (B, K, T, D)
+                   for part in self.c_attn(x).split(self.widths, dim=2))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         mask = None
         if cache is not None:
-            k, v, mask = cache.update(k, v)  # (B, H, S, D) with S the positions seen so far
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1,
+            k, v, mask = cache.update(k, v)  # (B, K, S, D) with S the positions seen so far
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1],
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them, with GELU (Hendrycks and Gimpel 2016, tanh form)."""
+    """Two linear layers with a non-linearity between them: GELU (Hendrycks and Gimpel 2016, tanh form), squared ReLU
+    (So et al. 2021), or SwiGLU, in which the first layer makes a gate too (Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.kind = config.mlp
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (2 if self.kind == 'swiglu' else 1), bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))  # (B, T, 4C) inside
+        x = self.c_fc(x)  # (B, T, mlp_width), twice as wide in SwiGLU
+        if self.kind == 'gelu':
+            x = F.gelu(x, approximate='tanh')
+        elif self.kind == 'relu2':
+            x = F.relu(x).square()
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -78,29 +163,32 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, rotary=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rotary, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """The whole model. Parameter names are GPT-2's; the output head is the token embedding itself (tied)."""
+    """The whole model. Parameter names are GPT-2's."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
+        self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.position == 'learned':
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            self.rotary = Rotary(config)
+        self.transformer['drop'] = nn.Dropout(config.dropout)
+        self.transformer['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer['ln_f'] = make_norm(config, config.n_embd)
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -112,7 +200,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
 
     def forward(self, idx, targets=None):
@@ -124,35 +212,48 @@ class GPT(nn.Module):
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f'{idx.shape[1]} positions are more than block_size {self.config.block_size}')
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        logits = self._head(self._hidden(idx, positions))
+        x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED)
+            return self._logits(x)
+        if targets.numel() * self.config.vocab_size > LOSS_CHUNK:
+            return ChunkedLoss.apply(x.flatten(0, 1), self._head_weight, targets.flatten(), self.config.logit_cap,
+                                     torch.is_grad_enabled())
+        return F.cross_entropy(self._logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
     def _hidden(self, idx, positions, caches=None):
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rotary = None
+        if self.config.position == 'learned':
+            x = x + self.transformer.wpe(positions)
+        else:
+            rotary = self.rotary(positions)
+        x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None)
+            x = block(x, rotary, caches[i] if caches else None)
         return self.transformer.ln_f(x)
 
-    def _head(self, x):
-        return F.linear(x, self.transformer.wte.weight)  # (B, T, V)
+    @property
+    def _head_weight(self):
+        return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight  # (V, C)
+
+    def _logits(self, x):
+        return soft_cap(F.linear(x, self._head_weight), self.config.logit_cap)  # (B, T, V)
 
     def crop_block_size(self, block_size: int):
         """Shortens the context, keeping the first positions. ValueError when it would have to grow."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'block_size {block_size} is not between 1 and the {self.config.block_size} of the model')
-        self.config = GPTConfig(**{**vars(self.config), 'block_size': block_size})
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
-                                                            freeze=False)
+        self.config = replace(self.config, block_size=block_size)
+        if self.config.position == 'learned':
+            kept = self.transformer.wpe.weight[:block_size].detach().clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
 
     # -- counts -------------------------------------------------------------------------------------------------
 
     def num_params(self, positions: bool = True) -> int:
         """Parameters in full; without the position embeddings as nanoGPT counts them."""
         total = sum(p.numel() for p in self.parameters())
-        return total if positions else total - self.transformer.wpe.weight.numel()
+        return total if positions or self.config.position != 'learned' else total - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> dict[str, int]:
         """Floating-point operations of one token's forward pass at full context, by layer.
@@ -161,12 +262,12 @@ class GPT(nn.Module):
         discounted, as in Chowdhery et al. 2022 (PaLM), appendix B. The backward pass costs twice as much again, so
         a training step is three times the sum.
         """
-        C, T = self.config.n_embd, self.config.block_size
+        attention = 4 * self.config.block_size * self.config.n_embd
         layers = {}
-        for i in range(self.config.n_layer):
-            layers[f'h.{i}.attn'] = 2 * 4 * C * C + 4 * T * C
-            layers[f'h.{i}.mlp'] = 2 * 8 * C * C
-        layers['head'] = 2 * C * self.config.vocab_size
+        for i, block in enumerate(self.transformer.h):
+            layers[f'h.{i}.attn'] = 2 * (block.attn.c_attn.weight.numel() + block.attn.c_proj.weight.numel()) + attention
+            layers[f'h.{i}.mlp'] = 2 * (block.mlp.c_fc.weight.numel() + block.mlp.c_proj.weight.numel())
+        layers['head'] = 2 * self._head_weight.numel()
         return layers
 
     # -- generation ---------------------------------------------------------------------------------------------
@@ -183,8 +284,8 @@ class GPT(nn.Module):
         and device give the same tokens. stop: token sequences; a row ends after one of them, which is handed out too.
         Yields a tensor (B,) for each position, -1 in rows that have ended; stops early when all rows have.
 
-        Past block_size: learned positions cannot slide, so a row whose window is full drops its oldest half, and the
-        rest is read again from position 0. That costs one pass every block_size / 2 tokens.
+        Past block_size: a row whose window is full drops its oldest half, and the rest is read again from position 0, so
+        that every token is written as the model was trained. That costs one pass every block_size / 2 tokens.
         """
         check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, self.config.vocab_size)
         was_training = self.training
@@ -220,7 +321,53 @@ class GPT(nn.Module):
             longest = max(window.lengths)
             positions = torch.arange(longest, device=last.device)
             x = self._hidden(window.tokens[:, :longest], positions, window.start_reading())[window.rows, last]
-        return self._head(x)
+        return self._logits(x)
+
+
+def soft_cap(logits, cap):
+    """Logits bent smoothly into (-cap, cap), for cap > 0 (Gemma Team 2024, section 2)."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The mean cross-entropy of the head's logits, which are never there all at once.
+
+    The logits of a large vocabulary are most of a small model's memory. A chunk of them gives its part of the loss and,
+    as d loss / d logits = softmax(logits) - one_hot(target), its part of the gradients at once, and is forgotten.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, with_gradients):  # x (N, C), weight (V, C), targets (N)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        head = weight.to(dtype)
+        losses = torch.zeros(len(x), device=x.device)
+        # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
+        grad_x, grad_weight = (torch.zeros_like(t, dtype=torch.float32) for t in (x, weight)) if with_gradients else (None, None)
+        rows = max(1, LOSS_CHUNK // weight.shape[0])
+        for first in range(0, len(x), rows):
+            chunk, target = x[first:first + rows].to(dtype), targets[first:first + rows, None]
+            logits = soft_cap((chunk @ head.t()).float(), cap)  # (rows, V)
+            counted = target != IGNORED
+            target = target.clamp(min=0)
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            losses[first:first + rows] = ((log_sum - logits.gather(1, target)) * counted)[:, 0]
+            if with_gradients:
+                bend = 1 - (logits / cap).square() if cap else 1.0  # the derivative of soft_cap
+                grad = (logits - log_sum).exp().scatter_add(1, target, -torch.ones_like(log_sum))
+                grad = (grad * counted * bend).to(dtype)
+                grad_x[first:first + rows] = grad @ head
+                grad_weight += grad.t() @ chunk
+        n_counted = (targets != IGNORED).sum()
+        ctx.save_for_backward(grad_x, grad_weight, n_counted)
+        ctx.dtypes = x.dtype, weight.dtype
+        return losses.sum() / n_counted
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight, n_counted = ctx.saved_tensors
+        scale = grad_loss / n_counted
+        return grad_x.mul_(scale).to(ctx.dtypes[0]), grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None
 
 
 class Window:
@@ -270,14 +417,14 @@ class Window:
 
 
 class KVCache:
-    """One layer's keys and values (B, H, n_slots, D), made in the precision of the first ones it is given."""
+    """One layer's keys and values (B, K, n_slots, D), made in the precision of the first ones it is given."""
 
     def __init__(self, n_slots: int):
         self.n_slots = n_slots
         self.keys = self.values = self.slots = None
 
     def update(self, k, v):
-        """Stores k and v (B, H, T, D); returns the keys, values (B, H, S, D) and mask to attend with."""
+        """Stores k and v (B, K, T, D); returns the keys, values (B, K, S, D) and mask to attend with."""
         if self.keys is None:
             self.keys, self.values = (part.new_zeros(*part.shape[:2], self.n_slots, part.shape[3]) for part in (k, v))
         if self.slots is None:

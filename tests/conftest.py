@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nib import corpus
+
+torch.set_num_threads(1)  # the tests' models are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model and a run that take a second.

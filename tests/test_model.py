@@ -6,9 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model as model_file
 from model import GPT, GPTConfig, sample_tokens
 
 SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=4, n_embd=32)
+CHOICES = {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2, 'tied_head': False, 'logit_cap': 5.0,
+           'mlp': 'swiglu'}
+MODERN = GPTConfig(**{**vars(SMALL), 'bias': False, 'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2,
+                      'mlp': 'swiglu'})
+# GPT-2, each choice alone, squared ReLU, all of them together
+ARCHITECTURES = [SMALL, *(GPTConfig(**{**vars(SMALL), key: value}) for key, value in CHOICES.items()),
+                 GPTConfig(**{**vars(SMALL), 'mlp': 'relu2'}), GPTConfig(**{**vars(SMALL), **CHOICES, 'bias': False})]
+NAMES = ['gpt2', *CHOICES, 'relu2', 'all']
 
 
 def make_model(config=SMALL, seed=0, scale=0.3):
@@ -62,8 +71,40 @@ def test_logits_equal_transformers_gpt2(bias):
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_a_later_token_has_no_influence_on_an_earlier_logit():
-    model = make_model()
+@pytest.mark.parametrize('tied, n_kv_head', [(True, 2), (False, 0)])
+def test_logits_equal_transformers_qwen3(tied, n_kv_head):
+    """Rotary positions, RMSNorm, SwiGLU, query-key norm and shared key and value heads are what transformers calls Qwen3."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    model = make_model(GPTConfig(**{**vars(MODERN), 'tied_head': tied, 'n_kv_head': n_kv_head, 'rotary_base': 500.0}))
+    theirs = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=model.config.mlp_width, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=n_kv_head or 4, head_dim=8, max_position_embeddings=16, rms_norm_eps=1e-6, attention_bias=False,
+        rope_parameters={'rope_type': 'default', 'rope_theta': 500.0}, tie_word_embeddings=tied)).eval()
+    weights, copied = model.state_dict(), {}
+    same = {'ln_1.weight': 'input_layernorm', 'ln_2.weight': 'post_attention_layernorm', 'attn.q_norm.weight': 'self_attn.q_norm',
+            'attn.k_norm.weight': 'self_attn.k_norm', 'attn.c_proj.weight': 'self_attn.o_proj', 'mlp.c_proj.weight': 'mlp.down_proj'}
+    for i in range(3):
+        ours, layer = f'transformer.h.{i}.', f'model.layers.{i}.'
+        for name, counterpart in same.items():
+            copied[f'{layer}{counterpart}.weight'] = weights[ours + name]
+        q, k, v = weights[ours + 'attn.c_attn.weight'].split([32, 8 * (n_kv_head or 4), 8 * (n_kv_head or 4)])
+        gate, up = weights[ours + 'mlp.c_fc.weight'].chunk(2)
+        for name, part in {'self_attn.q_proj': q, 'self_attn.k_proj': k, 'self_attn.v_proj': v, 'mlp.gate_proj': gate,
+                           'mlp.up_proj': up}.items():
+            copied[f'{layer}{name}.weight'] = part
+    copied['model.embed_tokens.weight'] = weights['transformer.wte.weight']
+    copied['model.norm.weight'] = weights['transformer.ln_f.weight']
+    copied['lm_head.weight'] = weights['transformer.wte.weight' if tied else 'lm_head.weight']
+    theirs.load_state_dict(copied)
+    assert sum(p.numel() for p in theirs.parameters()) == model.num_params()
+    ids = torch.randint(61, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+def test_a_later_token_has_no_influence_on_an_earlier_logit(config):
+    model = make_model(config)
     embedded = []
     model.transformer.wte.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
     model(torch.randint(61, (1, 16)))[0, 5].sum().backward()
@@ -72,10 +113,11 @@ def test_a_later_token_has_no_influence_on_an_earlier_logit():
     assert (influence[6:] == 0).all()
 
 
-def test_a_fresh_model_knows_nothing():
+@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+def test_a_fresh_model_knows_nothing(config):
     for vocab_size in (65, 5000):
         torch.manual_seed(1)
-        model = GPT(GPTConfig(vocab_size=vocab_size, block_size=32, n_layer=4, n_head=4, n_embd=128))
+        model = GPT(GPTConfig(**{**vars(config), 'vocab_size': vocab_size, 'block_size': 32, 'n_layer': 4, 'n_embd': 128}))
         ids = torch.randint(vocab_size, (8, 33))
         loss = model(ids[:, :-1], ids[:, 1:]).item()
         assert abs(loss / math.log(vocab_size) - 1) < 0.03
@@ -110,11 +152,56 @@ def test_parameter_counts():
     assert f'{baby.num_params(positions=False) / 1e6:.2f}' == '10.65'
 
 
-def test_flops_by_layer_add_up_to_the_formula_for_the_whole():
+def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
+    """7 rows at a time, the last chunk shorter, against all logits at once."""
+    config = GPTConfig(**{**vars(SMALL), 'vocab_size': 997})
+    ids, targets = torch.randint(997, (3, 16)), torch.randint(997, (3, 16))
+    targets[1, 4:9] = -1
+    for changes in ({}, {'tied_head': False}, {'logit_cap': 3.0}):
+        model = make_model(GPTConfig(**{**vars(config), **changes}), scale=0.05)
+        whole = model(ids, targets)
+        (3 * whole).backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        with monkeypatch.context() as patch:
+            patch.setattr(model_file, 'LOSS_CHUNK', 7 * 997)
+            chunked = model(ids, targets)
+            (3 * chunked).backward()
+            with torch.no_grad():
+                assert model(ids, targets).item() == pytest.approx(whole.item(), abs=1e-6)
+        assert chunked.item() == pytest.approx(whole.item(), abs=1e-6)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=0)
+
+
+def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
+    """The largest tensor that a step makes, seen by torch's own dispatcher."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.seen = max(self.seen, tensor.numel())
+            return out
+
+    model = GPT(GPTConfig(vocab_size=50_000, block_size=512, n_layer=1, n_head=1, n_embd=8))
+    ids = torch.randint(50_000, (4, 512))  # 102 million logits
+    with Largest() as largest:
+        model(ids, ids).backward()
+    assert 50_000 * 1000 < largest.seen <= model_file.LOSS_CHUNK
+
+
+@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+def test_flops_by_layer_add_up_to_the_formula_for_the_whole(config):
     with torch.device('meta'):
-        model = GPT(GPTConfig(bias=False))
+        model = GPT(GPTConfig(**{**vars(config), 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'block_size': 1024}))
     layers = model.flops_per_token()
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and 'wpe' not in n)
+    embedding = 'wte' if not config.tied_head else 'wpe'  # looked up, not multiplied
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and embedding not in n and 'wpe' not in n)
     assert 3 * sum(layers.values()) == 6 * matrices + 12 * 12 * 768 * 1024  # PaLM, appendix B: 6N + 12LHQT
     assert len(layers) == 2 * 12 + 1
 
@@ -133,17 +220,30 @@ def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
         model.crop_block_size(9)
 
 
-@pytest.mark.parametrize('broken', [dict(n_embd=30), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-1)])
+@pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
+def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
+    model = make_model(config)
+    model.crop_block_size(8)
+    built = GPT(GPTConfig(**{**vars(config), 'block_size': 8}))
+    built.load_state_dict(model.state_dict())
+    assert generate(model, [[1, 2, 3]], 20, temperature=0.0) == generate(built.eval(), [[1, 2, 3]], 20, temperature=0.0)
+
+
+@pytest.mark.parametrize('broken', [
+    dict(n_embd=30), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-1), dict(n_kv_head=3), dict(n_kv_head=-1),
+    dict(position='absolute'), dict(mlp='relu'), dict(norm='batch'), dict(n_embd=20, position='rotary'), dict(logit_cap=-1.0),
+    dict(rotary_base=0.0, position='rotary')])
 def test_a_config_that_cannot_be_names_its_field(broken):
     with pytest.raises(ValueError, match=next(iter(broken))):
         GPTConfig(**{**vars(SMALL), **broken})
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4), st.integers(1, 40))
-def test_greedy_with_the_cache_equals_greedy_without_it(prompts, n):
+@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+@settings(max_examples=6, deadline=None)
+@given(prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4), n=st.integers(1, 40))
+def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
     """Any prompts of unequal lengths, within block_size and far past it, each as if it were alone."""
-    model = make_model()
+    model = make_model(config)
     assert generate(model, prompts, n, temperature=0.0) == [greedy_without_cache(model, p, n) for p in prompts]
 
 
