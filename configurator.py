@@ -5,7 +5,8 @@ The block at a script's top, `batch_size: int = 12  # sequences per micro step`,
     defaults, then config files as they stand (python train.py config/a.py config/b.py), then --key=value
 
 Flags win wherever they stand, and the files already see them. A config file is the user's own Python and is executed;
-a flag's value is read as a literal and never is.
+a flag's value is read as a literal and never is. include('other.py') in a config file runs another one, named from the
+folder of the first, as if its lines stood there.
 """
 
 import ast
@@ -26,7 +27,7 @@ from nib.errors import UserError
 Type = tuple
 Settle = Mapping[str, Callable]
 PYTHON_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool}
-RESERVED = ('help', 'print_config')
+RESERVED = ('help', 'print_config', 'include')
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
 
 
@@ -65,9 +66,9 @@ def resolve(
     origins = {key: 'command line' if key in flags else 'default' for key in values}
     settle_keys(values, origins, settle, settle)
     for path in files:
-        lines = run_file(path, values, types, pinned=flags)
-        origins.update({key: f'{path}:{line}' for key, line in lines.items()})
-        settle_keys(values, origins, settle, [key for key in settle if key in lines])
+        places = run_file(path, values, types, pinned=flags)
+        origins.update(places)
+        settle_keys(values, origins, settle, [key for key in settle if key in places])
     return values, origins
 
 
@@ -258,43 +259,62 @@ def list_python(folder: str) -> list[str]:
 
 
 class Namespace(dict):
-    """What a config file sees and assigns to; pinned keys stay as they are, of the others it notes the lines."""
+    """What config files see and assign to; pinned keys stay as they are, of the others it notes the places."""
 
     def __init__(self, values, pinned):
         super().__init__(values)
-        self.pinned, self.lines = pinned, {}
+        self.pinned, self.places = pinned, {}
+        self.imports, self.running = set(), []  # names that imports made; the files in execution, innermost last
 
     def __setitem__(self, name, value):
         if name not in self.pinned:
             super().__setitem__(name, value)
-            self.lines[name] = sys._getframe(1).f_lineno  # the caller is the config file's own frame
+            frame = sys._getframe(1)  # the caller is the config file's own frame
+            self.places[name] = f'{frame.f_code.co_filename}:{frame.f_lineno}'
+
+    def execute(self, path: str):
+        """Run a file's statements here; UserError with the place where one fails."""
+        _, tree = read_python(path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Global):  # its assignments would go past __setitem__
+                raise UserError(f'{path}:{node.lineno}: found a global statement, expected assignments at the top level')
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                self.imports |= {(alias.asname or alias.name).partition('.')[0] for alias in node.names}
+
+        def include(other):
+            other = os.path.normpath(os.path.join(os.path.dirname(path), other))
+            if other in self.running:
+                raise ValueError(f'{other} includes itself')
+            self.execute(other)
+            self.update(own_names)
+
+        own_names = {'__file__': path, 'include': include}
+        self.update(own_names)
+        self.running.append(os.path.normpath(path))
+        try:
+            exec(compile(tree, path, 'exec'), self, self)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+            line = lines[-1] if lines else getattr(error, 'lineno', 1)  # a SyntaxError of compile's has no frame
+            reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
+            raise UserError(f'{path}:{line}: {reason}') from None
+        self.running.pop()
 
 
-def run_file(path: str, values: dict, types: Mapping[str, Type], pinned: Mapping[str, object]) -> dict[str, int]:
-    """Execute a config file on the values, in place; returns the line at which it last assigned each key."""
-    _, tree = read_python(path)
-    imports = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Global):  # its assignments would go past Namespace
-            raise UserError(f'{path}:{node.lineno}: found a global statement, expected assignments at the top level')
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            imports |= {(alias.asname or alias.name).partition('.')[0] for alias in node.names}
-    namespace = Namespace({**values, '__file__': path}, pinned)
-    try:
-        exec(compile(tree, path, 'exec'), namespace, namespace)
-    except (Exception, SystemExit) as error:
-        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
-        line = lines[-1] if lines else getattr(error, 'lineno', 1)  # a SyntaxError of compile's has no frame
-        reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
-        raise UserError(f'{path}:{line}: {reason}') from None
+def run_file(path: str, values: dict, types: Mapping[str, Type], pinned: Mapping[str, object]) -> dict[str, str]:
+    """Execute a config file on the values, in place; returns the place where each key was last assigned."""
+    namespace = Namespace(values, pinned)
+    namespace.execute(path)
     for name, value in namespace.items():
-        line = namespace.lines.get(name, 1)
-        if name in namespace.lines and name in types:
-            values[name] = fit(value, types[name], f'{path}:{line}: {name}')
-        elif name not in types and name not in imports and not name.startswith('_'):
+        place = namespace.places.get(name, path)
+        if name in namespace.places and name in types:
+            values[name] = fit(value, types[name], f'{place}: {name}')
+        elif name not in types and name not in namespace.imports and not name.startswith('_') and name != 'include':
             hint = suggest(name, list(types))
-            raise UserError(f"{path}:{line}: {name}: no such key{hint} (a name of the file's own begins with _)")
-    return {name: line for name, line in namespace.lines.items() if name in types and name in namespace}
+            raise UserError(f"{place}: {name}: no such key{hint} (a name of the file's own begins with _)")
+    return {name: place for name, place in namespace.places.items() if name in types and name in namespace}
 
 
 def read_python(path: str) -> tuple[str, ast.Module]:

@@ -6,8 +6,8 @@ Shapes: B sequences, T positions, C = n_embd, H = n_head, K = key and value head
 V = vocab_size.
 """
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -58,6 +58,11 @@ class GPTConfig:
             raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and less than 1')
         if not 0.0 <= self.logit_cap < math.inf:
             raise ValueError(f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive number')
+
+    @classmethod
+    def pick(cls, values: Mapping, vocab_size: int) -> 'GPTConfig':
+        """The config whose fields, but for vocab_size, stand among these values."""
+        return cls(vocab_size, **{field.name: values[field.name] for field in fields(cls) if field.name != 'vocab_size'})
 
     @property
     def head_dim(self) -> int:

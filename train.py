@@ -8,12 +8,10 @@ Read it from top to bottom: the config, the learning rate, the evaluation, one t
 """
 import math
 import platform
-import runpy
 import shlex
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,14 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 from model import GPT, GPTConfig
-from nib import checkpoint, corpus, loader, optim, runtime
+from nib import checkpoint, datasets, loader, optim, runtime, weights
 from nib.errors import EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
 out_dir: str = 'out'  # where checkpoints, metrics and config.json go
-init_from: Literal['scratch', 'resume'] = 'scratch'  # 'resume' goes on from the newest checkpoint in out_dir
+init_from: str = 'scratch'  # 'resume' goes on from the newest checkpoint in out_dir; or weights to start from: the out_dir of another run, 'gpt2' (-medium, -large, -xl), or a folder with Hugging Face's GPT-2
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # evaluate the whole validation split once and end
 seed: int = 1337  # of the weights, the order of the data and dropout
@@ -38,6 +36,7 @@ eval_iters: int = 200  # batches of each split in an evaluation; the last one ta
 keep_last: int = 1  # newest checkpoints to keep, beside the best
 # watching
 log_interval: int = 10  # steps between lines; the device is waited for on these steps only
+sample_tokens: int = 0  # tokens that the model writes at each evaluation, for you to read
 tensorboard: bool = False  # also write OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
 wandb_project: str = 'nibgpt'  # project there
@@ -53,9 +52,17 @@ gradient_accumulation_steps: int = 40  # micro steps per step over all processes
 # model
 n_layer: int = 12  # blocks
 n_head: int = 12  # attention heads in a block
+n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0 is n_head
 n_embd: int = 768  # width
 dropout: float = 0.0  # share of activations set to zero; 0 for pretraining, 0.1 and more for small data
 bias: bool = False  # biases in linear layers and LayerNorms; GPT-2 has them, without is a bit better and faster
+position: Literal['learned', 'rotary'] = 'learned'  # how the model knows where a token stands
+rotary_base: float = 10000.0  # of rotary positions: the larger, the farther they tell distances apart
+norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
+qk_norm: bool = False  # normalise queries and keys: attention stays calm at high learning rates
+mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # non-linearity between the MLP's layers: GELU, squared ReLU or SwiGLU
+tied_head: bool = True  # the output head is the token embedding itself
+logit_cap: float = 0.0  # bends logits into plus and minus this; 0 does not
 # optimizer (AdamW)
 max_iters: int = 600000  # steps in the run
 learning_rate: float = 6e-4  # the highest one, reached after the warm-up
@@ -64,8 +71,9 @@ beta1: float = 0.9  # memory of the mean gradient
 beta2: float = 0.95  # memory of the squared gradient
 grad_clip: float = 1.0  # largest norm of the gradient; 0 clips nothing
 # learning rate schedule
-decay_lr: bool = True  # warm-up and cosine decay; false keeps learning_rate throughout
+lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # after the warm-up; wsd is warmup-stable-decay
 warmup_iters: int = 2000  # steps of linear warm-up
+cooldown_iters: int = 0  # wsd only: the last steps before lr_decay_iters, in which the rate falls
 lr_decay_iters: int = 600000  # steps until min_lr is reached; usually max_iters
 min_lr: float = 6e-5  # the lowest one; usually learning_rate / 10
 # machine
@@ -75,15 +83,18 @@ compile: bool | Literal['auto'] = 'auto'  # torch.compile
 
 
 def get_lr(step: int) -> float:
-    """The learning rate of a step: linear warm-up, then cosine decay to min_lr (Loshchilov and Hutter 2017)."""
-    if not decay_lr:
-        return learning_rate
+    """The learning rate of a step: linear warm-up, then constant, or a fall to min_lr at lr_decay_iters, along a cosine
+    (Loshchilov and Hutter 2017) or a line; wsd is constant first and falls over the cooldown only (Hu et al. 2024)."""
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)  # never 0: the first step should move the weights
+    if lr_schedule == 'constant':
+        return learning_rate
     if step >= lr_decay_iters:
         return min_lr
-    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    fall_starts = lr_decay_iters - cooldown_iters if lr_schedule == 'wsd' else warmup_iters
+    progress = max(0.0, (step - fall_starts) / (lr_decay_iters - fall_starts))  # 0 to 1
+    height = 0.5 * (1.0 + math.cos(math.pi * progress)) if lr_schedule == 'cosine' else 1.0 - progress  # 1 to 0
+    return min_lr + height * (learning_rate - min_lr)
 
 
 @torch.no_grad()
@@ -151,18 +162,23 @@ def main(argv):
     console.say(f'device {runtime.describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
                 f'({dtype_reason}), compile {"on" if compile_used else "off"} ({compile_reason})')
 
-    data = open_data(ranks, console)
+    start = weights.read(init_from, out_dir, console.warn)  # None from scratch
+    if start:
+        console.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
+        values = start.adopt(values, origins)
+        globals().update(values)
+    data = datasets.open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, console.say)
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     console.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
 
     config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used}
-    raw_model = new_model(data.vocab_size, device_used)
+    raw_model = new_model(config, data, start).to(device_used).train()
     optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
     state = TrainState()
     if init_from == 'resume':
-        state = resume(raw_model, optimizer, scaler, data, console)
+        state = resume(start, raw_model, optimizer, scaler)
     elif not eval_only:
         ranks.on_first(lambda: checkpoint.start_run(out_dir, overwrite, {'config': config, 'origins': origins}))
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
@@ -215,11 +231,13 @@ def main(argv):
             state.evaluated = state.step
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.best_val_loss = val_loss if best else state.best_val_loss
-            console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token '
-                        f'({data.bits_per_byte(val_loss):.4f} bits per byte){", the best so far" if best and state.step else ""}')
+            console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {describe_loss(val_loss, data)}'
+                        f'{", the best so far" if best and state.step else ""}')
             if metrics:
-                metrics.log(state.step, {'loss/train': train_loss, 'loss/val': val_loss,
-                                         'bits_per_byte/val': data.bits_per_byte(val_loss)})
+                metrics.log(state.step, {
+                    'loss/train': train_loss, 'loss/val': val_loss, 'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
+                    'bits_per_byte/val': data.bits_per_byte(val_loss),
+                    'sample': write_sample(raw_model, data, console) if sample_tokens else None})
             if state.step > 0:
                 save(('latest', 'best') if best else ('latest',))
                 saved = state.step
@@ -243,8 +261,9 @@ def main(argv):
                 'loss': f'{loss:.4f}', 'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
                 'grad norm': f'{grad_norm:.2f}', 'lr': f'{lr:.2e}', 'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
             if metrics:
-                metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr,
-                                         'tokens_per_second': tokens_per_second} | ({'mfu': mfu} if mfu else {}))
+                metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr, 'mfu': mfu,
+                                         'tokens_per_second': tokens_per_second,
+                                         'peak_memory': runtime.peak_memory(device_used)})
             if not math.isfinite(loss):
                 exit_code = stop_nonfinite(console, state.step, f'loss {loss}')
                 break
@@ -263,8 +282,7 @@ def main(argv):
 
     if not exit_code:
         loss = split_loss('val', None)
-        console.say(f'step {state.step}: val loss {loss:.4f} nats per token ({data.bits_per_byte(loss):.4f} bits per byte) '
-                    f'over the whole validation split')
+        console.say(f'step {state.step}: val loss {describe_loss(loss, data)} over the whole validation split')
         if metrics:
             console.say(f'samples: python sample.py --out_dir={shlex.quote(out_dir)}')
             metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
@@ -281,68 +299,64 @@ def check_config(world_size):
     """UserError for a value that no run can have."""
     counts = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
               'gradient_accumulation_steps')
-    amounts = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'max_iters')
+    amounts = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'max_iters',
+               'sample_tokens')
     for keys, least, below in ((counts, 1, math.inf), (amounts, 0, math.inf), (('beta1', 'beta2'), 0, 1)):
         for key in keys:
             if not least <= globals()[key] < below:
                 raise UserError(f'{key} is {globals()[key]}: it must be at least {least} and less than {below}')
-    if decay_lr and warmup_iters > lr_decay_iters:
+    if lr_schedule != 'constant' and warmup_iters > lr_decay_iters:
         raise UserError(f'warmup_iters {warmup_iters} is more than lr_decay_iters {lr_decay_iters}: '
                         f'lower it, for instance --warmup_iters={lr_decay_iters // 20}')
+    if lr_schedule == 'wsd' and not 0 < cooldown_iters <= lr_decay_iters - warmup_iters:
+        raise UserError(f'cooldown_iters {cooldown_iters}: with lr_schedule wsd it is from 1 to lr_decay_iters - warmup_iters = '
+                        f'{lr_decay_iters - warmup_iters}, for instance --cooldown_iters={lr_decay_iters // 5}')
     if gradient_accumulation_steps % world_size:
         more = math.ceil(gradient_accumulation_steps / world_size) * world_size
         raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} cannot be shared out over '
                         f'{world_size} processes: try --gradient_accumulation_steps={more}')
 
 
-def open_data(ranks, console) -> corpus.TokenDataset:
-    """The checked dataset; prepared first, or replaced by the fallback, where the config says so."""
-    scripts = Path(__file__).resolve().parent / 'data'
-    folder = Path(data_dir) if data_dir else scripts
-
-    def prepare(name):
-        script = scripts / name / 'prepare.py'
-        if not corpus.is_prepared(folder / name) and not script.exists():
-            known = ', '.join(sorted(path.parent.name for path in scripts.glob('*/prepare.py')))
-            raise UserError(f'{folder / name}/train.bin is missing, and no {script} is there to make it, only: {known}')
-        if not corpus.is_prepared(folder / name) and prepare_dataset:
-            console.say(f'preparing {name}')
-            runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])
-        return name
-
-    def prepare_or_fall_back():
-        try:
-            return prepare(dataset)
-        except UserError as error:
-            if not fallback_dataset:
-                raise UserError(f'{error}; or train on another text: --dataset=NAME, --fallback_dataset=NAME') from error
-            console.say(f'*** COULD NOT PREPARE {dataset} ({error}); TRAINING ON {fallback_dataset} INSTEAD ***')
-            return prepare(fallback_dataset)
-
-    return corpus.open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)
-
-
-def new_model(vocab_size: int, device: str) -> GPT:
-    """A fresh model, with the same weights on every rank. UserError for a shape that cannot be."""
+def new_model(config: dict, data, start: weights.Weights | None) -> GPT:
+    """A fresh model, with the same weights on every rank, or one with the weights of `start`. UserError for a shape that
+    cannot be, or a vocabulary that is not the dataset's."""
     try:
-        model_config = GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias)
+        model_config = GPTConfig.pick(config, data.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    runtime.seed_everything(seed)
-    return GPT(model_config).to(device).train()
+    if start is None:
+        runtime.seed_everything(seed)
+        return GPT(model_config)
+    start.check_dataset(data)
+    model = GPT(replace(model_config, block_size=start.model.block_size))
+    model.load_state_dict(start.tensors['model'])
+    model.crop_block_size(block_size)
+    return model
 
 
-def resume(model, optimizer, scaler, data, console) -> TrainState:
-    """Puts the newest checkpoint's weights and optimizer state back. UserError where the run is another one."""
-    found, tensors = checkpoint.load(out_dir, 'latest', warn=console.warn)
-    found.check_continues(asdict(model.config), data.folder, data.fingerprint)
-    model.load_state_dict(tensors['model'])
-    optim.load_named_state(optimizer, model, tensors['optimizer'])
-    state = TrainState(**found.state['train'])
+def resume(start, model, optimizer, scaler) -> TrainState:
+    """Puts back what a checkpoint holds beside the weights."""
+    optim.load_named_state(optimizer, model, start.tensors['optimizer'])
+    state = TrainState(**start.resumed.state['train'])
     if state.scaler and scaler.is_enabled():
         scaler.load_state_dict(state.scaler)
-    console.say(f'resuming from {found.path}')
     return state
+
+
+# -- what the loop says ----------------------------------------------------------------------------------------------
+
+def describe_loss(loss, data) -> str:
+    bits = data.bits_per_byte(loss)
+    return f'{loss:.4f} nats per token' + ('' if bits is None else f' ({bits:.4f} bits per byte)')
+
+
+def write_sample(model, data, console) -> str:
+    """What the model writes after the validation split's first tokens; the same randomness each time."""
+    prompt = data.val[:min(8, block_size)].tolist()
+    written = [int(tokens) for tokens in model.generate([prompt], sample_tokens, temperature=0.8, top_k=200, seed=seed)]
+    text = data.tokenizer.decode(prompt + written)
+    console.say(f'--- sample\n{text}\n---')
+    return text
 
 
 def stop_nonfinite(console, step, what) -> int:

@@ -40,16 +40,12 @@ class Checkpoint:
     def step(self) -> int:
         return self.state['step']
 
-    def check_continues(self, model: dict, dataset, fingerprint: str):
-        """UserError where this checkpoint is of a dataset with another fingerprint, or of another architecture."""
+    def check_dataset(self, dataset, fingerprint: str):
+        """UserError where this checkpoint is of a dataset with another fingerprint."""
         if self.state['dataset_fingerprint'] != fingerprint:
             raise UserError(f'{self.path} was trained on {self.state["dataset"]} as it was then, not on {dataset} as it is '
                             f'now: resume with the same bins (--dataset={self.state["dataset"]}), or start a new run in '
                             f'another --out_dir')
-        for key, value in model.items():
-            if self.state['model'][key] != value and key != 'dropout':
-                raise UserError(f'{self.path} was trained with {key} {self.state["model"][key]}, now it is {value}: '
-                                f'resume with the same config, or start a new run in another --out_dir')
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of 'model' or 'optimizer', on the CPU. Damaged where the file is not the one saved."""

@@ -65,14 +65,16 @@ class Metrics:
         self.writer = _tensorboard(out_dir, step) if tensorboard else None
         self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
 
-    def log(self, step: int, values: dict[str, float]):
-        """Writes the values of a step; one that is not finite becomes null in metrics.jsonl, which JSON can hold."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    def log(self, step: int, values: dict[str, float | str | None]):
+        """Writes the values of a step, numbers and texts; a None is left out, and a number that is not finite becomes null
+        in metrics.jsonl, which JSON can hold."""
+        values = {name: value for name, value in values.items() if value is not None}
+        finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({'step': step, **finite}) + '\n')
         self.file.flush()
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -95,7 +97,7 @@ def _tensorboard(out_dir, step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError('--tensorboard needs a package that is not here: pip install tensorboard') from error
-    return SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step or None)
+    return SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else None)
 
 
 def _wandb(out_dir, step: int, config: dict, project: str, name: str):

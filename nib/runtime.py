@@ -3,6 +3,7 @@ import hashlib
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -77,6 +78,18 @@ def peak_flops(device: str, dtype: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((rate for (part, of_dtype), rate in PEAK_FLOPS.items() if part in name and of_dtype == dtype), None)
+
+
+def peak_memory(device: str) -> int | None:
+    """The most bytes used so far: of a GPU by this process, else of the machine's memory; None where nobody tells."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
 def pick_compile(compile: bool | str, device: str) -> tuple[bool, str]:

@@ -256,6 +256,28 @@ start = _here
     assert values.keys() == DEFAULTS.keys()
 
 
+def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
+    (tmp_path / 'base').mkdir()
+    (tmp_path / 'base' / 'inner.py').write_text('lr_decay_iters = max_iters * 2\n_shared = 7')
+    (tmp_path / 'base' / 'outer.py').write_text("import os\nmax_iters = 30\ninclude('inner.py')\nstart = __file__")
+    path = config("include('base/outer.py')\nseed = _shared\ninclude('base/inner.py')\nmax_iters = 5")
+    values, origins = resolve(DEFAULTS, TYPES, [path])
+    assert (values['max_iters'], values['lr_decay_iters'], values['seed'], values['start']) == (5, 60, 7, 'base/outer.py')
+    assert origins['max_iters'] == 'x.py:4' and origins['lr_decay_iters'] == 'base/inner.py:1'
+    assert origins['start'] == 'base/outer.py:4'
+    values, origins = resolve(DEFAULTS, TYPES, [path, '--max_iters=2'])
+    assert (values['max_iters'], values['lr_decay_iters']) == (2, 4)
+
+
+def test_what_is_wrong_with_an_included_file_is_named_there(config, tmp_path):
+    path = config("include('other.py')")
+    assert complaint(path).startswith('other.py: cannot be read')
+    for text, said in (('seed = 1\nmax_iter = 3', 'other.py:2: max_iter: no such key'), ('seed = 1 / 0', 'other.py:1: Zero'),
+                       ("include('x.py')", 'other.py:1: ValueError: x.py includes itself')):
+        (tmp_path / 'other.py').write_text(text)
+        assert complaint(path).startswith(said)
+
+
 @pytest.mark.parametrize('flag_first', [True, False])
 def test_flag_wins_and_is_seen_inside_the_file(config, flag_first):
     path = config('''max_iters = 5000; lr_decay_iters = max_iters

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -177,15 +178,17 @@ def test_a_step_equals_plain_pytorch():
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
-def test_the_learning_rate_warms_up_and_decays_along_a_cosine(monkeypatch):
-    for key, value in dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, lr_decay_iters=1100, decay_lr=True).items():
+@pytest.mark.parametrize('schedule, by_hand', [
+    ('cosine', {350: 1e-4 + 9e-4 * (1 + math.sqrt(0.5)) / 2, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4}),
+    ('linear', {350: 1e-4 + 9e-4 * 0.75, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4}),
+    ('wsd', {350: 1e-3, 900: 1e-3, 950: 1e-4 + 9e-4 * 0.75, 1050: 1e-4 + 9e-4 * 0.25, 1100: 1e-4, 5000: 1e-4}),
+    ('constant', {350: 1e-3, 1100: 1e-3, 5000: 1e-3})])
+def test_the_learning_rate_warms_up_and_follows_its_schedule(monkeypatch, schedule, by_hand):
+    for key, value in dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, lr_decay_iters=1100, cooldown_iters=200,
+                           lr_schedule=schedule).items():
         monkeypatch.setattr(training, key, value)
-    by_hand = {0: 1e-3 / 101, 50: 1e-3 * 51 / 101, 100: 1e-3, 350: 1e-4 + 9e-4 * (1 + math.sqrt(0.5)) / 2, 600: 5.5e-4,
-               1100: 1e-4, 5000: 1e-4}
-    for step, lr in by_hand.items():
+    for step, lr in ({0: 1e-3 / 101, 50: 1e-3 * 51 / 101, 100: 1e-3} | by_hand).items():
         assert training.get_lr(step) == pytest.approx(lr, rel=1e-9)
-    monkeypatch.setattr(training, 'decay_lr', False)
-    assert training.get_lr(0) == training.get_lr(10_000) == 1e-3
 
 
 def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
@@ -240,16 +243,50 @@ def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path)
     assert not checkpoint.exists(tmp_path / 'run')
 
 
-def test_wandb_offline_and_tensorboard_get_the_names_of_metrics_jsonl(data_dir, tmp_path):
-    train(data_dir, tmp_path / 'run', '--wandb_log', '--tensorboard', '--max_iters=4')
+def wandb_history(out_dir) -> list[dict]:
+    """What wandb's own files of all offline runs in out_dir hold: LevelDB's log format, protocol buffers in it."""
+    from wandb.proto import wandb_internal_pb2
+    rows = []
+    for path in sorted(out_dir.glob('wandb/offline-run-*/*.wandb')):
+        content, at, data = path.read_bytes(), 7, b''  # after the file's header
+        while at + 7 <= len(content):
+            if 32768 - at % 32768 < 7:  # the rest of a block, too short for a record's header
+                at += 32768 - at % 32768
+                continue
+            length, kind = struct.unpack('<HB', content[at + 4:at + 7])
+            data += content[at + 7:at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # a record in one piece, or its last piece
+                record, data = wandb_internal_pb2.Record.FromString(data), b''
+                if record.WhichOneof('record_type') == 'history':
+                    rows.append({'.'.join(item.nested_key) or item.key: json.loads(item.value_json)
+                                 for item in record.history.item})
+    return rows
+
+
+def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(data_dir, tmp_path):
+    out_dir, watched = tmp_path / 'run', ['--wandb_log', '--tensorboard', '--sample_tokens=5', '--eval_interval=4']
+    train(data_dir, out_dir, *watched, '--max_iters=4')
+    first_id = (out_dir / 'wandb_id').read_text()
+    train(data_dir, out_dir, *watched, '--max_iters=8', '--init_from=resume')
+    assert (out_dir / 'wandb_id').read_text() == first_id
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(tmp_path / 'run' / 'tensorboard'))
+    events = EventAccumulator(str(out_dir / 'tensorboard'))
     events.Reload()
-    names = {key for record in records(tmp_path / 'run') for key in record} - {'step'}
-    assert set(events.Tags()['scalars']) == names
-    written = [r['loss/step'] for r in records(tmp_path / 'run') if 'loss/step' in r]
-    assert [event.value for event in events.Scalars('loss/step')] == pytest.approx(written)
-    assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
+    logged = records(out_dir)
+    names = {key for record in logged for key in record} - {'step'}
+    assert names >= {'loss/step', 'loss/train', 'loss/val', 'loss/val_whole', 'bits_per_byte/train', 'bits_per_byte/val',
+                     'learning_rate', 'grad_norm', 'tokens_per_second', 'peak_memory', 'sample'}
+    assert set(events.Tags()['scalars']) == names - {'sample'}
+    history = wandb_history(out_dir)
+    for name in names - {'sample'}:
+        expected = [(record['step'], pytest.approx(record[name])) for record in logged if name in record]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
+        assert [(row['_step'], row[name]) for row in history if name in row] == expected, name
+    samples = [(record['step'], record['sample']) for record in logged if 'sample' in record]
+    assert [step for step, _ in samples] == [0, 4, 8] and all(len(text) == 8 + 5 for _, text in samples)
+    assert [(row['_step'], row['sample']) for row in history if 'sample' in row] == samples
+    assert [event.step for event in events.Tensors('sample/text_summary')] == [0, 4, 8]
 
 
 def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
@@ -275,7 +312,8 @@ def test_a_run_is_not_resumed_as_another_one(data_dir, tmp_path):
     (['--batch_size=0'], 'batch_size'), (['--n_embd=33'], 'n_embd 33'), (['--learning_rate=nan'], 'learning_rate'),
     (['--warmup_iters=50'], 'warmup_iters 50'), (['--dataset=none'], 'none/train.bin'), (['--device=cuda:99'], 'cuda:99'),
     (['--device=abacus'], 'abacus'), (['--learing_rate=1'], 'learning_rate'), (['--init_from=resume'], 'no such folder'),
-    (['--block_size=100000'], 'block_size'), (['--grad_clip=-1'], 'grad_clip')])
+    (['--block_size=100000'], 'block_size'), (['--grad_clip=-1'], 'grad_clip'), (['--n_kv_head=3'], 'n_kv_head 3'),
+    (['--lr_schedule=wsd'], 'cooldown_iters 0'), (['--lr_schedule=step'], 'lr_schedule'), (['--init_from=resum'], "'resum'")])
 def test_a_mistake_is_named_on_one_line(data_dir, tmp_path, flags, said):
     done = train(data_dir, tmp_path / 'run', *flags, check=False)
     assert done.returncode == 2
@@ -330,11 +368,85 @@ def test_importing_a_script_does_nothing():
     assert done.returncode == 0 and done.stdout == done.stderr == '', done.stderr
 
 
-def test_every_config_file_runs(tmp_path, data_dir):
-    """Two steps of each, at reduced size."""
+@pytest.fixture(scope='module')
+def published_gpt2(data_dir, tmp_path_factory):
+    """A folder as Hugging Face publishes GPT-2, and their model of it: random weights, the test dataset's vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_embd=32, n_layer=2, n_head=2)).eval()
+    folder = tmp_path_factory.mktemp('hub') / 'gpt2'
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+@pytest.fixture(scope='module')
+def gpt2_data(tmp_path_factory):
+    """A folder of datasets with 'tiny' as nanoGPT makes them: bins of GPT-2's tokens, and nothing beside."""
+    folder = tmp_path_factory.mktemp('gpt2_data') / 'tiny'
+    folder.mkdir()
+    ids = torch.randint(50257, (2000,), generator=torch.Generator().manual_seed(0)).numpy().astype('<u2')
+    ids.tofile(folder / 'train.bin')
+    ids[:500].tofile(folder / 'val.bin')
+    return folder.parent
+
+
+def test_published_weights_are_evaluated_as_transformers_does(published_gpt2, gpt2_data, tmp_path):
+    folder, theirs = published_gpt2
+    done = run_script('train.py', 'config/eval_gpt2.py', f'--init_from={folder}', '--dataset=tiny', f'--data_dir={gpt2_data}',
+                      '--device=cpu', '--batch_size=4', f'--out_dir={tmp_path / "run"}')
+    assert done.returncode == 0, done.stderr
+    ids = torch.from_numpy(corpus.open_dataset(gpt2_data / 'tiny', 32).val.astype('int64'))
+    n = (len(ids) - 1) // 32
+    with torch.no_grad():
+        logits = theirs(ids[:n * 32].view(n, 32)).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1:n * 32 + 1]).item()
+    assert f'val loss {loss:.4f} nats per token' in done.stdout
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_goes_on_from_published_weights_with_a_shorter_context(published_gpt2, gpt2_data, tmp_path):
+    flags = ['config/finetune_shakespeare.py', '--dataset=tiny', f'--data_dir={gpt2_data}', '--device=cpu', '--dropout=0.1',
+             '--block_size=16', '--gradient_accumulation_steps=2', '--eval_iters=2', f'--out_dir={tmp_path / "run"}']
+    done = run_script('train.py', *flags, f'--init_from={published_gpt2[0]}', '--max_iters=2')
+    assert done.returncode == 0, done.stderr
+    found, _ = checkpoint.load(tmp_path / 'run')
+    assert (found.state['model']['n_layer'], found.state['model']['bias'], found.state['model']['block_size']) == (2, True, 16)
+    assert found.state['config']['n_layer'] == 2  # what the run used, not what stands in the file
+    done = run_script('train.py', *flags, '--init_from=resume', '--max_iters=3')
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / 'run')[0].step == 3
+
+
+def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_path):
+    done = train(data_dir, tmp_path / 'run', f'--init_from={whole_run[0]}', '--max_iters=2', '--learning_rate=0', '--min_lr=0')
+    first = re.search('step 0: train loss .*, val loss (.*) nats', done.stdout)[1]
+    best = checkpoint.load(whole_run[0], 'best')
+    assert float(first) == pytest.approx(best[0].state['train']['best_val_loss'], abs=1e-4)
+    assert_equal_tensors({'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']})
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--n_layer=3'], 'n_layer 2, but command line says 3'), (['--block_size=33'], 'at most --block_size=32'),
+    (['--dataset=other'], 'another tokenizer')])
+def test_weights_of_another_model_are_refused(published_gpt2, gpt2_data, tmp_path, flags, said):
+    corpus.write_char_dataset(gpt2_data / 'other', 'the cat sees a dog\n' * 100, {})
+    done = run_script('train.py', '--dataset=tiny', f'--data_dir={gpt2_data}', '--device=cpu', f'--out_dir={tmp_path / "run"}',
+                      f'--init_from={published_gpt2[0]}', *flags)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / 'run').exists()
+
+
+def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data):
+    """Two steps of each, at reduced size; those that start from published weights start from small ones."""
     configs = sorted((ROOT / 'config').rglob('*.py'))
-    assert configs
+    assert {'train_shakespeare_char', 'train_shakespeare', 'finetune_shakespeare', 'train_gpt2', 'modern_shakespeare_char',
+            'train_text', 'eval_gpt2', 'eval_gpt2_medium', 'eval_gpt2_large', 'eval_gpt2_xl'} <= {path.stem for path in configs}
     for config in configs:
-        done = run_script('train.py', config, *SMALL_RUN, '--max_iters=2', f'--data_dir={data_dir}',
-                          f'--out_dir={tmp_path / config.stem}')
+        published = 'gpt2' in config.stem.removeprefix('train_') or 'finetune' in config.stem
+        start = [f'--init_from={published_gpt2[0]}', '--bias'] if published else []
+        flags = [flag for flag in SMALL_RUN if not flag.startswith('--block_size')] + ['--block_size=32']
+        done = run_script('train.py', config, *flags, '--max_iters=2', *start, f'--out_dir={tmp_path / config.stem}',
+                          f'--data_dir={gpt2_data if published else data_dir}')
         assert done.returncode == 0, f'{config}: {done.stderr}'
+        if 'eval' not in config.stem:
+            assert checkpoint.load(tmp_path / config.stem)[0].step == 2

@@ -1,0 +1,46 @@
+"""Finding the dataset that a run asks for, and making it where it is missing."""
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+from nib import corpus
+from nib.errors import UserError
+from nib.runtime import Ranks
+
+SCRIPTS = Path(__file__).resolve().parent.parent / 'data'  # SCRIPTS/NAME/prepare.py makes a dataset
+
+
+def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, block_size: int, ranks: Ranks,
+                    say: Callable[[str], None]) -> corpus.TokenDataset:
+    """The checked dataset `name`, made first where it is missing and may be; where that fails, `fallback` likewise.
+
+    data_dir: folder of the datasets; empty: where the prepare scripts are. Rank 0 makes it while the others wait.
+    UserError where there is no dataset to train on.
+    """
+    folder = Path(data_dir) if data_dir else SCRIPTS
+
+    def prepare(name: str) -> str:
+        if corpus.is_prepared(folder / name):
+            return name
+        script = SCRIPTS / name / 'prepare.py'
+        if not script.exists():
+            known = ', '.join(sorted(path.parent.name for path in SCRIPTS.glob('*/prepare.py')))
+            raise UserError(f'{folder / name}/train.bin is missing: python data/text/prepare.py --input=PATH --name={name} makes '
+                            f'it of your own text; datasets with a script of their own: {known}')
+        if not may_prepare:
+            raise UserError(f'{folder / name}/train.bin is missing: make it with python data/{name}/prepare.py'
+                            + (f' --out_dir={folder / name}' if data_dir else ''))
+        say(f'preparing {name}')
+        runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])
+        return name
+
+    def prepare_or_fall_back() -> str:
+        try:
+            return prepare(name)
+        except UserError as error:
+            if not fallback:
+                raise UserError(f'{error}; or train on another text: --dataset=NAME, --fallback_dataset=NAME') from error
+            say(f'*** COULD NOT PREPARE {name} ({error}); TRAINING ON {fallback} INSTEAD ***')
+            return prepare(fallback)
+
+    return corpus.open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)

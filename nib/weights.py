@@ -1,0 +1,106 @@
+"""The weights that a run starts from: its own checkpoint, another run's, or GPT-2's as Hugging Face publishes them."""
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from model import GPTConfig
+from nib import checkpoint
+from nib.corpus import TokenDataset
+from nib.errors import UserError
+
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+# GPT-2's own code keeps these matrices as (inputs, outputs); nn.Linear has (outputs, inputs).
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights, the model that they are of, and the tokenizer that this model reads."""
+    name: str  # where they are from
+    model: GPTConfig
+    tokenizer: dict
+    tensors: dict[str, dict[str, torch.Tensor]]  # 'model', and in a resumed run 'optimizer'
+    resumed: checkpoint.Checkpoint | None = None
+
+    def adopt(self, values: Mapping, origins: Mapping) -> dict:
+        """The config's values, with this model's architecture where the user has not said otherwise.
+
+        UserError where the user has: but for dropout, and block_size, which may be shorter in a new run.
+        """
+        adopted = dict(values)
+        for field in fields(GPTConfig):
+            key, own = field.name, getattr(self.model, field.name)
+            if key in ('vocab_size', 'dropout') or values[key] == own:
+                continue
+            if origins[key] == 'default':
+                adopted[key] = own
+            elif key == 'block_size' and not self.resumed:
+                if values[key] > own:
+                    raise UserError(f'{key} {values[key]} ({origins[key]}) is more than the {own} positions of {self.name}: '
+                                    f'use at most --block_size={own}')
+            else:
+                raise UserError(f'{self.name} was trained with {key} {own}, but {origins[key]} says {values[key]}: leave '
+                                f'{key} out, or train a new model with --init_from=scratch and another --out_dir')
+        return adopted
+
+    def check_dataset(self, data: TokenDataset):
+        """UserError where a resumed run's dataset is not the one it had, or a dataset's tokens mean something else here."""
+        if self.resumed:
+            self.resumed.check_dataset(data.folder, data.fingerprint)
+        if data.vocab_size != self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
+            raise UserError(f'{self.name} reads tokens of another tokenizer ({self.tokenizer["kind"]}, vocabulary '
+                            f'{self.model.vocab_size}) than dataset {data.name} has (vocabulary {data.vocab_size}): choose a '
+                            f'--dataset that was prepared with its tokenizer')
+
+
+def read(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Weights | None:
+    """What init_from names; None for 'scratch'. UserError where it is not there or not usable."""
+    if init_from == 'scratch':
+        return None
+    if init_from == 'resume':
+        found, tensors = checkpoint.load(out_dir, 'latest', warn=warn)
+        return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors, found)
+    if checkpoint.exists(init_from):
+        found, tensors = checkpoint.load(init_from, 'best', read=('model',), warn=warn)
+        return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors)
+    if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
+        return read_gpt2(init_from)
+    raise UserError(f"init_from {init_from!r} is neither 'scratch', 'resume', nor {', '.join(map(repr, GPT2_NAMES))}, nor the "
+                    f'folder of a run or of a Hugging Face GPT-2')
+
+
+def read_gpt2(name: str) -> Weights:
+    """GPT-2 from a folder with Hugging Face's config.json and model.safetensors, or by name from its hub (fetched once)."""
+    config_file, weights_file = (_find(name, file) for file in ('config.json', 'model.safetensors'))
+    try:
+        config = json.loads(config_file.read_bytes())
+        tensors = safetensors.torch.load_file(weights_file)
+        model = GPTConfig(vocab_size=config['vocab_size'], block_size=config['n_positions'], n_layer=config['n_layer'],
+                          n_head=config['n_head'], n_embd=config['n_embd'])
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(f'{config_file.parent} is no GPT-2 of Hugging Face ({type(error).__name__}: {error})') from error
+    renamed = {}
+    for key, tensor in tensors.items():
+        key = 'transformer.' + key.removeprefix('transformer.')
+        if not key.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):  # masks, and the tied head
+            renamed[key] = tensor.t().contiguous() if key.endswith(TRANSPOSED) else tensor
+    return Weights(name, model, {'kind': 'gpt2'}, {'model': renamed})
+
+
+def _find(name: str, file: str) -> Path:
+    if name not in GPT2_NAMES:
+        return Path(name) / file
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise UserError(f'--init_from={name} needs a package that is not here: pip install huggingface_hub') from error
+    try:
+        return Path(hf_hub_download(f'openai-community/{name}', file))
+    except Exception as error:  # its errors have no common base
+        raise UserError(f'{name} could not be fetched from the Hugging Face hub ({type(error).__name__}); fetch config.json '
+                        f'and model.safetensors of openai-community/{name} elsewhere and name their folder: '
+                        f'--init_from=FOLDER') from error
