@@ -31,6 +31,9 @@ RESERVED = ('help', 'print_config', 'include')
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
 
 
+PARTS = ('defaults', 'types', 'comments', 'headings')
+
+
 @dataclass(frozen=True)
 class Block:
     defaults: dict[str, object]
@@ -40,9 +43,17 @@ class Block:
     doc: str  # first paragraph of the script's docstring
 
 
-def configure(script: str, argv: Sequence[str], settle: Settle = {}) -> tuple[dict[str, object], dict[str, str]]:
-    """A script's values and where each came from; --help and --print_config print and exit."""
+def configure(
+    script: str, argv: Sequence[str], settle: Settle = {}, base: str | None = None
+) -> tuple[dict[str, object], dict[str, str]]:
+    """A script's values and where each came from; --help and --print_config print and exit.
+
+    base: another script, whose keys this one has too, before its own.
+    """
     block = read_block(script)
+    if base:
+        below = read_block(os.path.join(os.path.dirname(script), base))
+        block = Block(*(getattr(below, part) | getattr(block, part) for part in PARTS), block.doc)
     if '--help' in argv or '-h' in argv:
         print_help(script, block)
         raise SystemExit(0)

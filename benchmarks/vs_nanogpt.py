@@ -7,8 +7,6 @@ Both train on nanoGPT's bins' text with the settings that nanoGPT's README gives
 and number of evaluations. A turn is a whole process: start-up, training, evaluations, saving.
 """
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -20,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
+from nib import measure  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
@@ -62,7 +61,8 @@ def main(argv):
             for name, train in (('nanoGPT', train_nanogpt), ('nibGPT', train_nibgpt)):
                 turns[name].append(train(clone, data_dir, Path(scratch) / f'{name}-{turn}'))
                 print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()), flush=True)
-    table = make_table(turns)
+    table = (f'{rounds} rounds in turns; {measure.describe_machine()}; {max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
+             + measure.make_table(turns))
     print(table)
     if result:
         Path(result).write_text(table)
@@ -100,23 +100,6 @@ def run(command, folder) -> tuple[float, str]:
     if done.returncode:
         raise UserError(f'{" ".join(command[:3])} failed in {folder}: {done.stdout[-500:]}')
     return time.perf_counter() - started, done.stdout
-
-
-def make_table(turns) -> str:
-    import torch  # only for its version
-    cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), '?') \
-        if os.path.exists('/proc/cpuinfo') else platform.processor()
-    lines = [f'{len(turns["nanoGPT"])} rounds in turns; {cpu}, {os.cpu_count()} cores, Python '
-             f'{platform.python_version()}, torch {torch.__version__}; {max_iters} steps of {TOKENS_PER_STEP} tokens', '',
-             f'{"median (lowest to highest)":28}{"nanoGPT":>28}{"nibGPT":>28}{"nibGPT / nanoGPT":>20}']
-    for key in turns['nanoGPT'][0]:
-        medians, cells = [], []
-        for name in ('nanoGPT', 'nibGPT'):
-            measured = [turn[key] for turn in turns[name]]
-            medians.append(statistics.median(measured))
-            cells.append(f'{medians[-1]:.5g} ({min(measured):.5g} to {max(measured):.5g})')
-        lines.append(f'{key:28}{cells[0]:>28}{cells[1]:>28}{medians[1] / medians[0]:>20.3f}')
-    return '\n'.join(lines) + '\n'
 
 
 if __name__ == '__main__':

@@ -92,6 +92,14 @@ def peak_memory(device: str) -> int | None:
     return peak if sys.platform == 'darwin' else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
+def synchronize(device: str):
+    """Waits until the device has done all that it was given; a CPU always has."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    elif device == 'mps':
+        torch.mps.synchronize()
+
+
 def pick_compile(compile: bool | str, device: str) -> tuple[bool, str]:
     """Whether to compile the model, and why."""
     compiler = os.environ.get('CXX') or 'g++'
