@@ -100,10 +100,10 @@ class Contestant:
         self.step = 0
         self.peak = runtime.peak_flops(self.device, values['dtype'])
         for _ in range(3):  # to warm up
-            self.train_step(self.model, self.scaler, self.batches.micro_batches(self.step))
+            self.train_step(self.model, self.batches.micro_batches(self.step))
 
-    def train_step(self, model, scaler, micro_batches):
-        train_step(model, self.optimizer, scaler, micro_batches, self.micro_steps, self.precision,
+    def train_step(self, model, micro_batches):
+        train_step(model, self.optimizer, self.scaler, micro_batches, self.micro_steps, self.precision,
                    self.values['grad_clip'], (self.values['seed'], self.step, 0))
         self.step += 1
 
@@ -112,7 +112,7 @@ class Contestant:
         runtime.synchronize(self.device)
         started = time.perf_counter()
         for _ in range(steps):
-            self.train_step(self.model, self.scaler, self.batches.micro_batches(self.step))
+            self.train_step(self.model, self.batches.micro_batches(self.step))
         runtime.synchronize(self.device)
         seconds = (time.perf_counter() - started) / steps
         tokens_per_second = self.micro_steps * self.values['batch_size'] * self.values['block_size'] / seconds
@@ -136,8 +136,7 @@ class Contestant:
         n = max(1, steps // 3)
         for _ in range(n):
             clock.lap('')
-            self.train_step(TimedModel(self.model, clock), TimedScaler(self.scaler, clock),
-                            (clock.after('data', batch) for batch in clock.on_return(self.batches.micro_batches(self.step))))
+            self.train_step(TimedModel(self.model, clock), clock.time_batches(self.batches.micro_batches(self.step)))
             clock.lap('optimizer')
         return {f'ms {part}': 1000 * clock.seconds[part] / n for part in ('data', 'forward', 'backward', 'optimizer')}
 
@@ -162,15 +161,12 @@ class LapClock:
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
         self.last = now
 
-    def after(self, part: str, value):
-        self.lap(part)
-        return value
-
-    def on_return(self, batches):
-        """The batches; what passed until the loop comes back for the next one was the backward pass."""
+    def time_batches(self, batches):
         for batch in batches:
+            self.lap('data')
             yield batch
-            self.lap('backward')
+            self.lap('backward')  # what passed until the loop comes back, but for the forward pass
+        self.lap('data')  # of the batch that is prepared ahead
 
 
 class TimedModel:
@@ -180,19 +176,9 @@ class TimedModel:
         self.model, self.clock, self.parameters = model, clock, model.parameters
 
     def __call__(self, x, y):
-        return self.clock.after('forward', self.model(x, y))
-
-
-class TimedScaler:
-    """A GradScaler that notes the end of the backward pass."""
-
-    def __init__(self, scaler, clock):
-        self.scaler, self.clock = scaler, clock
-        self.scale, self.step, self.update = scaler.scale, scaler.step, scaler.update
-
-    def unscale_(self, optimizer):
-        self.clock.lap('backward')
-        self.scaler.unscale_(optimizer)
+        loss = self.model(x, y)
+        self.clock.lap('forward')
+        return loss
 
 
 def matrix_rate(device: str, dtype: str) -> float:
