@@ -34,9 +34,9 @@ def main(argv):
 
     def read_pieces(start):
         for split, part in parts.items():
-            for rows in part.skip(min(start, len(part))).iter(1000):
-                for text in rows['text']:
-                    yield split, text or '', True
+            if start < len(part):
+                for rows in part.skip(start).iter(1000):
+                    yield from ((split, text or '', True) for text in rows['text'])
             start = max(0, start - len(part))
 
     # The fingerprint is Hugging Face's: of the files that the dataset was made of.
@@ -71,6 +71,8 @@ def load():
             if not parts:
                 raise UserError(f'{input} holds no .jsonl or .parquet file')
             dataset = datasets.concatenate_datasets(parts)
+            if dataset.features['text'].dtype not in ('string', 'large_string'):
+                raise UserError(f"{input}: 'text' is no text but of type {dataset.features['text'].dtype}")
     except UserError:
         raise
     except Exception as error:  # what can go wrong between here and the Hub is of many types

@@ -33,10 +33,10 @@ def main(argv):
     if not input:
         raise UserError('--input=PATH is missing: name the files and folders that hold your text')
     paths = [Path(path).expanduser() for path in ([input] if Path(input).exists() else input.split(','))]
+    folder = Path(out_dir) if out_dir else choose_folder(paths[0])
     files, ignored = documents.find_files(paths)
     if ignored:
-        print(f'note: {ignored} files of other types are left out', file=sys.stderr)
-    folder = Path(out_dir) if out_dir else choose_folder(paths[0])
+        print(f'note: left out {ignored} of other types than {", ".join(documents.READERS)}', file=sys.stderr)
     if tokenizer == 'gpt2':
         Gpt2Tokenizer().encode('')  # without its files, say so before reading all the text
 
