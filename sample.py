@@ -4,23 +4,25 @@
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 """
+import codecs
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import configurator
 from model import GPT, GPTConfig
 from nib import checkpoint, runtime
 from nib.errors import UserError, run_script
-from nib.tokenizer import tokenizer_from_json
+from nib.tokenizer import encode_prompt, tokenizer_from_json
 
 # which model
 out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
 # what to write
-start: str = '\n'  # the prompt; FILE:path takes a file's text, - standard input
+start: str = '\n'  # the prompt; FILE:path takes a file's text, - standard input; <|endoftext|> stands for that token
 num_samples: int = 3  # continuations of the prompt; the first is shown as it is written
 max_new_tokens: int = 500  # tokens in each
-stop: str = ''  # end a sample after this text
+stop: str = ''  # end a sample after this text; <|endoftext|> stands for that token
 # how to choose tokens
 temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
 top_k: int | None = 200  # only the k likeliest tokens; None for all
@@ -44,22 +46,44 @@ def main(argv):
     print(f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {runtime.describe_device(device)}',
           file=sys.stderr)
 
-    prompt_ids = tokenizer.encode(prompt).tolist()
-    stops = [tokenizer.encode(stop).tolist()] if stop else []
-    rows = [[] for _ in range(num_samples)]
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    encode_prompt(tokenizer, stop)  # a text that the vocabulary cannot write would never come
+    samples = [Sample() for _ in range(num_samples)]
     try:
         show(prompt)
-        for tokens in model.generate([prompt_ids] * num_samples, max_new_tokens, temperature, top_k, top_p, seed, stops):
-            for row, token in zip(rows, tokens.tolist()):
-                if token >= 0:  # this row goes on
-                    row.append(token)
-                    if row is rows[0]:
-                        show(tokenizer.decode([token]))
+        for tokens in model.generate([prompt_ids] * num_samples, max_new_tokens, temperature, top_k, top_p, seed):
+            for sample, token in zip(samples, tokens.tolist()):
+                text = sample.add(tokenizer.decode_bytes([token]))
+                if sample is samples[0]:
+                    show(text)
+            if all(sample.ended for sample in samples):
+                break
     except ValueError as error:
         raise UserError(str(error)) from error
-    for row in rows[1:]:
-        show(f'\n---------------\n{prompt}{tokenizer.decode(row)}')
+    show(samples[0].add(b'', final=True))
+    for sample in samples[1:]:
+        sample.add(b'', final=True)
+        show(f'\n---------------\n{prompt}{sample.text}')
     show('\n')
+
+
+@dataclass
+class Sample:
+    """One continuation of the prompt. A character whose bytes are shared out over tokens is there with the last one."""
+    text: str = ''
+    ended: bool = False  # with the stop text; nothing more is taken in
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder('utf-8')('replace'))
+
+    def add(self, content: bytes, final: bool = False) -> str:
+        """Takes in the bytes of a token; returns the text that is new."""
+        if self.ended:
+            return ''
+        before = len(self.text)
+        self.text += self.decoder.decode(content, final)
+        at = self.text.find(stop, max(0, before - len(stop))) if stop else -1
+        if at >= 0:
+            self.text, self.ended = self.text[:at + len(stop)], True
+        return self.text[before:]
 
 
 def read_prompt(start: str) -> str:

@@ -1,24 +1,30 @@
 """Datasets on disk: train.bin and val.bin of raw token ids, meta.json that says what they are.
 
-The bins are nanoGPT's format: little-endian ids, uint16, or uint32 for vocabularies above 65,536.
+The bins are nanoGPT's format: little-endian ids, uint16, or uint32 for vocabularies above 65,536. Bins that nanoGPT made,
+with its meta.pkl or without, are read as they are.
 """
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from nib import documents, nanogpt
+from nib.bins import UnfinishedBins
+from nib.encode import SPLITS, Piece, encode_all
 from nib.errors import UserError
-from nib.files import atomic_write
-from nib.tokenizer import CharTokenizer, tokenizer_from_json
+from nib.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 
 FORMAT = 1
-SPLITS = ('train', 'val')
 # Larger bins are not read through before the first step, which would take minutes; the loader checks every batch.
 CHECKED_BYTES = 1 << 30
 _CHUNK = 1 << 24  # tokens
+_SAMPLES, _SAMPLE = 1024, 2048  # number and length of the stretches that stand for a bin too large to read through
+_PREPARE_SCRIPTS = Path(__file__).resolve().parent.parent / 'data'
 
 
 @dataclass(frozen=True)
@@ -29,118 +35,155 @@ class TokenDataset:
     train: np.ndarray
     val: np.ndarray
     vocab_size: int
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     meta: dict
     fingerprint: str  # SHA-256 over both bins' digests and the vocabulary's size
 
     def split(self, name: str) -> np.ndarray:
         return {'train': self.train, 'val': self.val}[name]
 
-    def bits_per_byte(self, loss: float, split: str = 'val') -> float:
-        """A loss in nats per token as bits per byte of UTF-8 text, which does not depend on the tokenizer."""
-        return loss / math.log(2) * self.meta['splits'][split]['tokens'] / self.meta['splits'][split]['bytes']
+    def bits_per_byte(self, loss: float, split: str = 'val') -> float | None:
+        """A loss in nats per token as bits per byte of UTF-8 text, which does not depend on the tokenizer; None where
+        nobody has counted the bytes."""
+        counts = self.meta['splits'][split]
+        return loss / math.log(2) * counts['tokens'] / counts['bytes'] if counts['bytes'] else None
 
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 def write_char_dataset(folder, text: str, source: dict) -> dict:
     """Makes a character dataset of one text, split by position; returns its meta. UserError for a text too short.
 
     source: where the text came from, recorded in meta.json.
     """
-    tokenizer = CharTokenizer.train(text)
-    return write_dataset(folder, dict(zip(SPLITS, split_text(text))), tokenizer, source)
+    return write_text(folder, text, CharTokenizer.train(text), source)
 
 
-def split_text(text: str, val_fraction: float = 0.1) -> tuple[str, str]:
-    """The first part of a text to train on, the rest to validate on, cut where nanoGPT cuts it."""
-    cut = int(len(text) * (1 - val_fraction))
-    if cut < 2 or len(text) - cut < 2:
-        raise UserError(f'the text has {len(text)} characters: too few to split into training and validation')
-    return text[:cut], text[cut:]
+def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
+    """Makes a dataset of one text that is in memory, split by position; returns its meta."""
+    def read_pieces(start):
+        chunks = (text[first:first + documents.PIECE] for first in range(0, len(text), documents.PIECE))
+        return islice(documents.split_text(documents.cut(chunks), len(text)), start, None)
+
+    return write_dataset(folder, read_pieces, tokenizer, source)
 
 
-def write_dataset(folder, texts: dict[str, str], tokenizer, source: dict) -> dict:
-    """Writes the bin of every split, each whole or not at all, and meta.json last; returns what meta.json holds."""
+def write_dataset(folder, read_pieces: Callable[[int], Iterator[Piece]], tokenizer: Tokenizer, source: dict,
+                  n_bytes: int | None = None) -> dict:
+    """Encodes pieces of text on all cores and writes the bins and meta.json; returns what meta.json holds.
+
+    read_pieces(n): the pieces from the n-th on. source: where the text came from, recorded in meta.json; it must differ
+    where the text does, as a run with the same source and tokenizer as one that was stopped goes on with what that one
+    wrote. n_bytes: of all the text, for the progress bar. What was in the folder stays until all is written.
+    """
+    from tqdm import tqdm  # here: only a run that writes a dataset pays for the import
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{folder} cannot be made a folder ({error.strerror}): name another as --out_dir=PATH') from error
-    (folder / 'meta.json').unlink(missing_ok=True)  # it would be wrong about the new bins
-    dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
-    splits = {}
-    for split, text in texts.items():
-        content = tokenizer.encode(text).astype(np.dtype(dtype).newbyteorder('<')).tobytes()
-        with atomic_write(folder / f'{split}.bin') as file:
-            file.write(content)
-        splits[split] = {'tokens': len(content) // np.dtype(dtype).itemsize,
-                         'bytes': len(text.encode('utf-8', 'surrogatepass')),
-                         'sha256': hashlib.sha256(content).hexdigest()}
-    meta = {'format': FORMAT, 'dtype': dtype, 'vocab_size': tokenizer.vocab_size, 'splits': splits, 'source': source,
-            'tokenizer': tokenizer.to_json()}
-    with atomic_write(folder / 'meta.json') as file:
-        file.write(json.dumps(meta, indent=1).encode())
+    tokenizer.encode('')  # one that cannot be loaded says so now
+    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
+    key = {'format': FORMAT, 'piece': documents.PIECE, 'source': source, 'tokenizer': tokenizer.to_json()}
+    with UnfinishedBins(folder, key, dtype.itemsize) as unfinished:
+        with tqdm(total=n_bytes, initial=sum(unfinished.done['bytes'].values()), unit='B', unit_scale=True,
+                  desc=folder.name, leave=False, disable=None) as bar:
+            for encoded in encode_all(read_pieces(unfinished.done['pieces']), tokenizer, dtype):
+                unfinished.add(encoded)
+                bar.update(sum(encoded.n_bytes.values()))
+        splits = {split: {'tokens': unfinished.done['tokens'][split], 'bytes': unfinished.done['bytes'][split],
+                          'sha256': unfinished.digests[split].hexdigest()} for split in SPLITS}
+        meta = {'format': FORMAT, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'splits': splits,
+                'source': source, 'tokenizer': tokenizer.to_json()}
+        unfinished.finish(meta)
     return meta
 
 
+# -- opening -----------------------------------------------------------------------------------------------------------
+
 def is_prepared(folder) -> bool:
-    return all((Path(folder) / name).exists() for name in ('train.bin', 'val.bin', 'meta.json'))
+    return all((Path(folder) / f'{split}.bin').exists() for split in SPLITS)
 
 
 def open_dataset(folder, block_size: int) -> TokenDataset:
     """Opens and checks a dataset. UserError names the file that is missing or wrong, and how to make it anew."""
     folder = Path(folder)
-    remedy = f'make it anew: python data/{folder.name}/prepare.py'
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        if not (folder / name).is_file():
-            raise UserError(f'{folder / name} is missing; {remedy}')
-    meta = _read_meta(folder / 'meta.json', remedy)
     try:
-        tokenizer = tokenizer_from_json(meta['tokenizer'])
+        for split in SPLITS:
+            if not (folder / f'{split}.bin').is_file():
+                raise UserError(f'{folder / split}.bin is missing')
+        if (folder / 'meta.json').is_file():
+            meta, tokenizer = _read_meta(folder / 'meta.json')
+        else:
+            meta, tokenizer = {'dtype': 'uint16', 'splits': {}}, nanogpt.read_tokenizer(folder)
+        bins = {split: _map_bin(folder / f'{split}.bin', meta['dtype']) for split in SPLITS}
+        splits = {split: _check_bin(folder / f'{split}.bin', bins[split], tokenizer, meta['splits'].get(split))
+                  for split in SPLITS}
     except UserError as error:
-        raise UserError(f'{folder / "meta.json"}: {error}; {remedy}') from error
-    if tokenizer.vocab_size != meta['vocab_size']:
-        raise UserError(f'{folder / "meta.json"}: vocab_size {meta["vocab_size"]}, but its tokenizer has '
-                        f'{tokenizer.vocab_size}; {remedy}')
-    bins = {split: _open_bin(folder / f'{split}.bin', meta, split, block_size, remedy) for split in SPLITS}
-    digests = '\n'.join([meta['splits'][split]['sha256'] for split in SPLITS] + [str(meta['vocab_size'])])
-    return TokenDataset(folder.name, folder, bins['train'], bins['val'], meta['vocab_size'], tokenizer, meta,
-                        hashlib.sha256(digests.encode()).hexdigest())
+        raise UserError(f'{error}; {_remedy(folder.resolve().name)}') from error
+    for split in SPLITS:
+        if len(bins[split]) < block_size + 1:
+            raise UserError(f'{folder / split}.bin holds {len(bins[split]):,} tokens, fewer than block_size + 1 = '
+                            f'{block_size + 1:,}: lower --block_size or take a longer text')
+    digests = '\n'.join([splits[split]['sha256'] for split in SPLITS] + [str(tokenizer.vocab_size)])
+    return TokenDataset(folder.name, folder, bins['train'], bins['val'], tokenizer.vocab_size, tokenizer,
+                        {**meta, 'splits': splits}, hashlib.sha256(digests.encode()).hexdigest())
 
 
-def _read_meta(path: Path, remedy: str) -> dict:
+def _remedy(name: str) -> str:
+    if (_PREPARE_SCRIPTS / name / 'prepare.py').exists():
+        return f'make it anew: python data/{name}/prepare.py'
+    return f'make it anew: python data/text/prepare.py --input=PATH --name={name}'
+
+
+def _read_meta(path: Path) -> tuple[dict, Tokenizer]:
     try:
         meta = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f'{path} is not JSON ({error}); {remedy}') from error
+        raise UserError(f'{path} is not JSON ({error})') from error
     match meta:
-        case {'format': int(), 'dtype': 'uint16' | 'uint32', 'vocab_size': int(), 'tokenizer': dict(), 'splits': {
+        case {'format': int(form), 'dtype': 'uint16' | 'uint32', 'vocab_size': int(size), 'tokenizer': dict(), 'splits': {
                 'train': {'tokens': int(), 'bytes': int(), 'sha256': str()},
-                'val': {'tokens': int(), 'bytes': int(), 'sha256': str()}}} if meta['format'] == FORMAT:
-            return meta
-    raise UserError(f'{path} does not describe a dataset of format {FORMAT}; {remedy}')
+                'val': {'tokens': int(), 'bytes': int(), 'sha256': str()}}} if form == FORMAT:
+            try:
+                tokenizer = tokenizer_from_json(meta['tokenizer'])
+            except UserError as error:
+                raise UserError(f'{path}: {error}') from error
+            if tokenizer.vocab_size != size:
+                raise UserError(f'{path}: vocab_size {size}, but its tokenizer has {tokenizer.vocab_size}')
+            return meta, tokenizer
+    raise UserError(f'{path} does not describe a dataset of format {FORMAT}')
 
 
-def _open_bin(path: Path, meta: dict, split: str, block_size: int, remedy: str) -> np.ndarray:
-    dtype = np.dtype(meta['dtype']).newbyteorder('<')
-    size, said = path.stat().st_size, meta['splits'][split]
+def _map_bin(path: Path, dtype: str) -> np.ndarray:
+    size, dtype = path.stat().st_size, np.dtype(dtype).newbyteorder('<')
     if size == 0 or size % dtype.itemsize:
-        raise UserError(f'{path} has {size} bytes: it must be a whole number of {dtype.itemsize}-byte ids, at least '
-                        f'one; {remedy}')
-    if size // dtype.itemsize != said['tokens']:
-        raise UserError(f'{path} holds {size // dtype.itemsize:,} tokens, but meta.json says {said["tokens"]:,}; {remedy}')
-    if said['tokens'] < block_size + 1:
-        raise UserError(f'{path} holds {said["tokens"]:,} tokens, fewer than block_size + 1 = {block_size + 1:,}: '
-                        f'lower --block_size or take a longer text')
-    tokens = np.memmap(path, dtype=dtype, mode='r')
-    if size <= CHECKED_BYTES:
-        digest = hashlib.sha256()
-        for start in range(0, len(tokens), _CHUNK):
-            chunk = tokens[start:start + _CHUNK]
-            check_ids(chunk, meta['vocab_size'], path, start)
-            digest.update(chunk)
-        if digest.hexdigest() != said['sha256']:
-            raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs); {remedy}')
-    return tokens
+        raise UserError(f'{path} has {size} bytes: it must be a whole number of {dtype.itemsize}-byte ids, at least one')
+    return np.memmap(path, dtype=dtype, mode='r')
+
+
+def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict | None) -> dict:
+    """The bin's tokens, bytes of text and sha256: as meta.json says, once that is found true, or else as they are."""
+    if said and len(tokens) != said['tokens']:
+        raise UserError(f'{path} holds {len(tokens):,} tokens, but meta.json says {said["tokens"]:,}')
+    if tokens.nbytes > CHECKED_BYTES:
+        return said or {'tokens': len(tokens), 'bytes': None, 'sha256': _sampled_digest(tokens)}
+    digest, n_bytes = hashlib.sha256(), 0
+    sizes = np.array([0])  # bytes of each token, where the tokenizer says so at once and meta.json does not
+    if not said and isinstance(tokenizer, CharTokenizer):
+        sizes = np.array([len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters])
+    for start in range(0, len(tokens), _CHUNK):
+        chunk = tokens[start:start + _CHUNK]
+        check_ids(chunk, tokenizer.vocab_size, path, start)
+        digest.update(chunk)
+        n_bytes += int(np.take(sizes, chunk, mode='clip').sum())
+    if said and digest.hexdigest() != said['sha256']:
+        raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
+    return said or {'tokens': len(tokens), 'bytes': n_bytes or None, 'sha256': digest.hexdigest()}
+
+
+def _sampled_digest(tokens: np.ndarray) -> str:
+    """Tells one large bin from another by its size and stretches spread evenly over it."""
+    digest = hashlib.sha256(str(len(tokens)).encode())
+    for start in np.linspace(0, len(tokens) - _SAMPLE, _SAMPLES, dtype=np.int64):
+        digest.update(tokens[start:start + _SAMPLE])
+    return digest.hexdigest()
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path, offset: int):

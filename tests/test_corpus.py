@@ -2,16 +2,17 @@
 import hashlib
 import json
 import math
+import os
+import pickle
 import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from gpt2 import small_gpt2  # noqa: F401, a fixture
 
-from nib import corpus
+from nib import corpus, documents, encode
 from nib.errors import UserError
-from nib.tokenizer import CharTokenizer
+from nib.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
 
 TEXT = 'To be, or not to be: that is the question.\n' * 20
 BLOCK_SIZE = 16
@@ -69,21 +70,37 @@ def test_bits_per_byte_counts_utf8_bytes(tmp_path):
     assert data.bits_per_byte(math.log(2), 'train') == data.bits_per_byte(math.log(2)) == pytest.approx(4 / (1 + 2 + 3 + 4))
 
 
+def split_pieces(train, val):
+    return lambda start: [('train', train, False), ('val', val, False)][start:]
+
+
 @pytest.mark.parametrize('vocab_size, dtype', [(65_536, 'uint16'), (65_537, 'uint32')])
 def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, dtype):
     characters = ''.join(map(chr, range(vocab_size)))
-    tokenizer = CharTokenizer(characters)
-    corpus.write_dataset(tmp_path, {'train': characters, 'val': characters[-40:]}, tokenizer, {})
+    corpus.write_dataset(tmp_path, split_pieces(characters, characters[-40:]), CharTokenizer(characters), {})
     data = corpus.open_dataset(tmp_path, BLOCK_SIZE)
     assert data.meta['dtype'] == data.train.dtype.name == dtype
     assert data.train.tolist() == list(range(vocab_size)) and data.val[-1] == vocab_size - 1
 
 
-@given(st.integers(min_value=20, max_value=10_000))
-def test_a_text_is_cut_where_nanogpt_cuts_it(length):
-    text = ('0123456789' * 1000)[:length]
-    train, val = corpus.split_text(text)
-    assert train + val == text and len(train) == int(length * 0.9)
+@pytest.mark.parametrize('tokenizer', [CharTokenizer.train('abc', True), ByteTokenizer(), Gpt2Tokenizer()])
+def test_documents_are_followed_by_the_end_of_text(small_gpt2, tmp_path, tokenizer):
+    pieces = [('train', 'ab', False), ('train', 'a', True), ('val', 'b', True), ('train', 'c', True)]
+    corpus.write_dataset(tmp_path, lambda start: pieces[start:], tokenizer, {})
+    data = corpus.open_dataset(tmp_path, 1)
+    assert data.tokenizer == tokenizer and data.vocab_size == tokenizer.vocab_size
+    assert tokenizer.decode(data.train) == 'aba<|endoftext|>c<|endoftext|>'
+    assert tokenizer.decode(data.val) == 'b<|endoftext|>'
+    assert data.meta['splits']['train']['bytes'] == 4 and data.meta['splits']['val']['bytes'] == 1
+
+
+def test_a_text_in_many_pieces_has_the_tokens_of_the_whole(small_gpt2, tmp_path, monkeypatch):
+    whole = corpus.write_text(tmp_path / 'whole', TEXT, Gpt2Tokenizer(), {})
+    monkeypatch.setattr(documents, 'PIECE', 50)
+    monkeypatch.setattr(encode, 'BATCH', 100)
+    monkeypatch.setattr(encode, 'ALONE', 1000)  # the small vocabulary is in this process only
+    assert corpus.write_text(tmp_path / 'pieces', TEXT, Gpt2Tokenizer(), {}) == whole
+    assert whole['splits']['train']['tokens'] == len(Gpt2Tokenizer().encode(TEXT[:int(len(TEXT) * 0.9)]))
 
 
 @pytest.mark.parametrize('text', ['', 'a', 'abc'])
@@ -109,22 +126,16 @@ def test_writing_again_takes_the_place_of_the_old(folder):
     assert corpus.open_dataset(folder, BLOCK_SIZE).tokenizer.characters == ''.join(sorted(set(TEXT.upper())))
 
 
-def test_writing_that_is_cut_short_leaves_no_dataset_that_opens(folder):
-    """The new train.bin is there, the old val.bin too: without meta.json nobody takes them for one dataset."""
+def test_a_text_that_cannot_be_encoded_leaves_the_old_dataset_as_it_was(folder):
+    before = corpus.open_dataset(folder, BLOCK_SIZE).fingerprint
     with pytest.raises(UserError, match='vocabulary'):
-        corpus.write_dataset(folder, {'train': 'aaaa', 'val': 'b'}, CharTokenizer('a'), {})
-    assert sorted(path.name for path in folder.iterdir()) == ['train.bin', 'val.bin']
-    assert not corpus.is_prepared(folder)
+        corpus.write_dataset(folder, split_pieces('aaaa', 'b'), CharTokenizer('a'), {})
+    assert corpus.open_dataset(folder, BLOCK_SIZE).fingerprint == before
+    assert sorted(path.name for path in folder.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / 'taken').write_text('a file')
-    with pytest.raises(UserError, match='taken.*--out_dir'):
-        corpus.write_char_dataset(tmp_path / 'taken', TEXT, {})
-
-
-@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
-def test_a_dataset_lacking_a_file_is_not_prepared(folder, name):
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin'])
+def test_a_dataset_lacking_a_bin_is_not_prepared(folder, name):
     assert corpus.is_prepared(folder)
     (folder / name).unlink()
     assert not corpus.is_prepared(folder)
@@ -134,7 +145,6 @@ DAMAGE = {
     'no folder': (shutil.rmtree, 'train.bin is missing'),
     'no train.bin': (lambda folder: (folder / 'train.bin').unlink(), 'train.bin is missing'),
     'no val.bin': (lambda folder: (folder / 'val.bin').unlink(), 'val.bin is missing'),
-    'no meta.json': (lambda folder: (folder / 'meta.json').unlink(), 'meta.json is missing'),
     'empty meta': (lambda folder: (folder / 'meta.json').write_bytes(b''), 'meta.json is not JSON'),
     'half a meta': (lambda folder: (folder / 'meta.json').write_bytes((folder / 'meta.json').read_bytes()[:99]),
                     'meta.json is not JSON'),
@@ -188,3 +198,104 @@ def test_a_large_bin_is_opened_without_reading_it_through(folder, monkeypatch):
     monkeypatch.setattr(corpus, 'CHECKED_BYTES', 100)
     replace_bin(folder, 'train', [500] * 700)
     assert corpus.open_dataset(folder, BLOCK_SIZE).train[0] == 500
+
+
+def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
+    with pytest.raises(UserError, match='python data/shakespeare_char/prepare.py'):
+        corpus.open_dataset(tmp_path / 'shakespeare_char', BLOCK_SIZE)
+    with pytest.raises(UserError, match='python data/text/prepare.py --input=PATH --name=notes'):
+        corpus.open_dataset(tmp_path / 'notes', BLOCK_SIZE)
+
+
+# -- bins that nanoGPT made --------------------------------------------------------------------------------------------
+
+CHARACTERS = sorted(set(TEXT + 'é€'))
+META = {'vocab_size': len(CHARACTERS), 'itos': dict(enumerate(CHARACTERS)),
+        'stoi': {character: number for number, character in enumerate(CHARACTERS)}}
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    """What nanoGPT's data/shakespeare_char/prepare.py writes, of another text."""
+    text = TEXT + 'é€'
+    for split, part in (('train', TEXT), ('val', text[-50:])):
+        np.array([META['stoi'][character] for character in part], dtype=np.uint16).tofile(tmp_path / f'{split}.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(META))
+    return tmp_path
+
+
+def test_bins_of_nanogpt_with_characters_are_read_as_they_are(nanogpt):
+    assert corpus.is_prepared(nanogpt)
+    data = corpus.open_dataset(nanogpt, BLOCK_SIZE)
+    assert data.vocab_size == len(CHARACTERS) and data.tokenizer == CharTokenizer(''.join(CHARACTERS))
+    assert data.tokenizer.decode(data.train) == TEXT and data.tokenizer.decode(data.val) == (TEXT + 'é€')[-50:]
+    assert data.bits_per_byte(math.log(2)) == pytest.approx(50 / (48 + 2 + 3))  # é takes two bytes and € three
+    assert sorted(path.name for path in nanogpt.iterdir()) == ['meta.pkl', 'train.bin', 'val.bin']
+
+
+def test_bins_of_nanogpt_without_a_description_are_gpt2_tokens(nanogpt):
+    (nanogpt / 'meta.pkl').unlink()
+    np.array([50256, 0, 1] * 20, dtype=np.uint16).tofile(nanogpt / 'val.bin')
+    data = corpus.open_dataset(nanogpt, BLOCK_SIZE)
+    assert data.vocab_size == 50257 and data.tokenizer == Gpt2Tokenizer() and data.val[0] == 50256
+    assert data.bits_per_byte(1.0) is None  # nobody has counted the bytes
+    np.array([50257] * 20, dtype=np.uint16).tofile(nanogpt / 'val.bin')
+    with pytest.raises(UserError, match='val.bin: token id 50257'):
+        corpus.open_dataset(nanogpt, BLOCK_SIZE)
+
+
+def test_the_same_tokens_have_the_same_fingerprint_whoever_wrote_them(nanogpt, tmp_path):
+    text = TEXT + 'é€'
+    corpus.write_dataset(tmp_path / 'own', split_pieces(TEXT, text[-50:]), CharTokenizer.train(text), {})
+    assert (corpus.open_dataset(tmp_path / 'own', BLOCK_SIZE).fingerprint
+            == corpus.open_dataset(nanogpt, BLOCK_SIZE).fingerprint)
+
+
+def test_a_bin_too_large_to_read_through_is_known_by_its_size_and_by_samples(nanogpt, monkeypatch):
+    monkeypatch.setattr(corpus, 'CHECKED_BYTES', 100)
+    monkeypatch.setattr(corpus, '_SAMPLES', 20)
+    monkeypatch.setattr(corpus, '_SAMPLE', 5)
+
+    def fingerprint():
+        return corpus.open_dataset(nanogpt, BLOCK_SIZE).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first and corpus.open_dataset(nanogpt, BLOCK_SIZE).bits_per_byte(1.0, 'train') is None
+    tokens = np.fromfile(nanogpt / 'train.bin', dtype=np.uint16)
+    tokens[-3] += 1
+    tokens.tofile(nanogpt / 'train.bin')
+    assert fingerprint() != first
+    tokens[-3] -= 1
+    np.append(tokens, tokens[-1]).tofile(nanogpt / 'train.bin')
+    assert fingerprint() != first
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ('canary',)
+
+
+@pytest.mark.parametrize('meta, said', [
+    (RunsCode(), 'mkdir.*refused'), ({**META, 'stoi': RunsCode()}, 'mkdir.*refused'), ({**META, 'x': np.dtype('u2')}, 'refused'),
+    ({**META, 'vocab_size': 3}, 'kind'), ({**META, 'itos': {0: ['a']}}, 'kind'), ({**META, 'itos': {0: 'ab'}}, 'kind'),
+    ({'vocab_size': 2, 'itos': {0: 'b', 1: 'a'}, 'stoi': {'b': 0, 'a': 1}}, 'order'), ({'vocab_size': 3}, 'kind'), ([], 'kind')])
+def test_a_description_that_runs_code_or_is_another_is_refused(nanogpt, monkeypatch, meta, said):
+    monkeypatch.chdir(nanogpt)
+    (nanogpt / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    with pytest.raises(UserError, match=f'meta.pkl.*{said}.*prepare.py') as error:
+        corpus.open_dataset(nanogpt, BLOCK_SIZE)
+    assert '\n' not in str(error.value) and not (nanogpt / 'canary').exists()
+
+
+@pytest.mark.parametrize('content', [b'', b'\x80', b'garbage', pickle.dumps(META)[:-20], pickle.dumps(META)[5:]])
+def test_a_damaged_description_is_refused(nanogpt, content):
+    (nanogpt / 'meta.pkl').write_bytes(content)
+    with pytest.raises(UserError, match='meta.pkl'):
+        corpus.open_dataset(nanogpt, BLOCK_SIZE)
+
+
+def test_a_new_dataset_takes_the_place_of_nanogpt_s(nanogpt):
+    """Its meta.pkl would be wrong about the new bins."""
+    corpus.write_char_dataset(nanogpt, TEXT.upper(), {})
+    assert corpus.open_dataset(nanogpt, BLOCK_SIZE).tokenizer == CharTokenizer.train(TEXT.upper())
+    assert not (nanogpt / 'meta.pkl').exists()

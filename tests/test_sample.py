@@ -5,10 +5,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, run_script, train
+from hypothesis import given
+from hypothesis import strategies as st
 
+import sample as script
 from model import GPT, GPTConfig
-from nib import checkpoint
-from nib.tokenizer import tokenizer_from_json
+from nib import checkpoint, corpus
+from nib.tokenizer import ByteTokenizer, tokenizer_from_json
 
 
 @pytest.fixture(scope='module')
@@ -18,6 +21,16 @@ def out_dir(data_dir, tmp_path_factory):
     train(data_dir, folder, '--keep_last=2')
     checkpoint.point(folder, 'best', folder / 'step-00000010')
     return folder
+
+
+@pytest.fixture(scope='module')
+def bytes_out_dir(tmp_path_factory):
+    """A model that has learnt the one document it saw, byte by byte, and that it ends."""
+    folder = tmp_path_factory.mktemp('bytes')
+    corpus.write_dataset(folder / 'tiny', lambda start: [('train', 'é€🙂.', True), ('val', 'é€🙂.', True)] * 200,
+                         ByteTokenizer(), {})
+    train(folder, folder / 'run', '--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150')
+    return folder / 'run'
 
 
 def sample(out_dir, *flags, **options):
@@ -69,6 +82,33 @@ def test_the_same_seed_writes_the_same_and_another_another(out_dir):
 def test_a_sample_ends_after_the_stop_text(out_dir):
     text = sample(out_dir, '--start=The cat', '--stop=.', '--max_new_tokens=400').stdout
     assert text.rstrip('\n').endswith('.') and text.count('.') == 1
+
+
+def test_a_sample_ends_after_a_stop_text_of_several_tokens_in_each_row(out_dir):
+    """Rows that go on longer do not let the shorter ones go on."""
+    texts = sample(out_dir, '--stop=s ', '--num_samples=4', '--max_new_tokens=400').stdout.split('\n---------------\n')
+    for text in texts:
+        assert text.removesuffix('\n').endswith('s ') and text.count('s ') == 1
+    assert len({len(text) for text in texts}) > 1
+
+
+def test_the_end_of_text_starts_and_stops_a_sample_and_characters_are_whole(bytes_out_dir):
+    """Each character here is of several bytes, which are of a token each."""
+    done = sample(bytes_out_dir, '--start=<|endoftext|>', '--stop=<|endoftext|>', '--temperature=0', '--num_samples=2')
+    text = '<|endoftext|>é€🙂.<|endoftext|>'
+    assert done.stdout == f'{text}\n---------------\n{text}\n'
+
+
+def test_a_sample_that_ends_within_a_character_shows_that(bytes_out_dir):
+    done = sample(bytes_out_dir, '--start=<|endoftext|>', '--temperature=0', '--num_samples=2', '--max_new_tokens=4')
+    assert done.stdout == '<|endoftext|>é\ufffd\n---------------\n<|endoftext|>é\ufffd\n'
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_bytes_that_come_one_by_one_make_the_text_that_they_make_together(content):
+    row = script.Sample()
+    shown = ''.join([row.add(content[at:at + 1]) for at in range(len(content))] + [row.add(b'', final=True)])
+    assert shown == row.text == content.decode('utf-8', 'replace')
 
 
 @pytest.mark.parametrize('flags, said', [

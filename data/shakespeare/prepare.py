@@ -1,0 +1,25 @@
+"""Tiny Shakespeare by GPT-2's tokens: 40,000 lines of his plays, 301,966 tokens to train on.
+
+Takes --input=PATH, or else input.txt beside this file, in out_dir or in data/shakespeare_char, or else downloads it into out_dir.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import configurator  # noqa: E402
+from nib import shakespeare  # noqa: E402
+from nib.errors import run_script  # noqa: E402
+from nib.tokenizer import Gpt2Tokenizer  # noqa: E402
+
+input: str = ''  # path of the text; empty: input.txt in one of these folders, else download
+out_dir: str = ''  # where the bins go; empty: beside this file
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    shakespeare.prepare(__file__, input, out_dir, lambda text: Gpt2Tokenizer())
+
+
+if __name__ == '__main__':
+    run_script(main)

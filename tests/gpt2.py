@@ -1,0 +1,27 @@
+"""GPT-2's tokenizer for tests: the real one where its files are at hand, and a small one that needs none."""
+import pytest
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from nib import tokenizer
+from nib.errors import UserError
+
+MERGES = [b'th', b'the', b' t', b' the', b'in', b' a', b'\n\n', b'  ', b'    ', b're', b'\xe2\x82', b' b', b' be']
+
+
+@pytest.fixture(scope='session')
+def real_gpt2():
+    """Skips a test where GPT-2's two files are neither at hand nor to be had."""
+    try:
+        tokenizer.load_gpt2()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def small_gpt2(monkeypatch):
+    """Puts a vocabulary of all bytes and a few merges in the place of GPT-2's: the same code and the same rules of where
+    to cut a text, but in this process only."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {merge: 256 + rank for rank, merge in enumerate(MERGES)}
+    small = tiktoken.Encoding('small', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 50256})
+    monkeypatch.setattr(tokenizer, 'load_gpt2', lambda: small)
