@@ -292,7 +292,7 @@ class GPT(nn.Module):
         Past block_size: a row whose window is full drops its oldest half, and the rest is read again from position 0, so
         that every token is written as the model was trained. That costs one pass every block_size / 2 tokens.
         """
-        check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, self.config.vocab_size)
+        check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, self.config.vocab_size)
         was_training = self.training
         self.eval()
         try:
@@ -441,7 +441,7 @@ class KVCache:
         return self.keys[:, :, :self.seen], self.values[:, :, :self.seen], self.mask
 
 
-def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, vocab_size):
+def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size):
     """ValueError for what generate() cannot do, naming the argument."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError('a prompt is empty: generation needs at least one token to start from')
@@ -455,16 +455,18 @@ def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, vocab_siz
         raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1, or None for all tokens')
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise ValueError(f'seed is {seed}: it must be at least 0 and less than 2^63')
 
 
 def sample_tokens(logits, temperature, top_k, top_p, generator):
     """One token (B,) for each row of logits (B, V), without waiting for the device."""
-    if temperature == 0.0:
+    if temperature < 1e-5:  # float32 could not tell it from 0
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        likeliest = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, -math.inf).scatter(-1, likeliest.indices, likeliest.values)
     if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)

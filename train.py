@@ -98,11 +98,14 @@ def get_lr(step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model, batches, precision, ranks) -> float:
-    """The mean loss, in nats per token, over the batches (x, y) of all ranks. Dropout is off meanwhile."""
+def evaluate(model, batches, precision, ranks, stop) -> float:
+    """The mean loss, in nats per token, over the batches (x, y) of all ranks. Dropout is off meanwhile. When the run is
+    asked to stop, the rest of the batches is left out: the caller looks at `stop` before it uses the result."""
     model.eval()
     total = torch.zeros(2, device=next(model.parameters()).device)  # on the device, so that no batch waits for it
     for x, y in batches:
+        if stop.number and total[1]:
+            break
         with precision:
             loss = model(x, y)
         total[0] += loss * y.numel()
@@ -156,8 +159,6 @@ def main(argv):
     check_config(ranks.world_size)
     micro_steps = gradient_accumulation_steps // ranks.world_size
     precision = runtime.precision(dtype_used, device_used)
-    stop = runtime.StopSignal()
-    stop.listen()
     console = Console(shown=ranks.is_first)
     console.say(f'device {runtime.describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
                 f'({dtype_reason}), compile {"on" if compile_used else "off"} ({compile_reason})')
@@ -176,11 +177,9 @@ def main(argv):
     raw_model = new_model(config, data, start).to(device_used).train()
     optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
-    state = TrainState()
-    if init_from == 'resume':
-        state = resume(start, raw_model, optimizer, scaler)
-    elif not eval_only:
-        ranks.on_first(lambda: checkpoint.start_run(out_dir, overwrite, {'config': config, 'origins': origins}))
+    state = resume(start, config, raw_model, optimizer, scaler, console) if init_from == 'resume' else TrainState()
+    if not eval_only:
+        ranks.on_first(lambda: checkpoint.check_out_dir(out_dir, new_run=init_from != 'resume' and not overwrite))
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
     console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters ({raw_model.num_params(positions=False) / 1e6:.2f}M '
                 f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step')
@@ -195,24 +194,26 @@ def main(argv):
 
     def split_loss(split, max_batches):
         return evaluate(raw_model, loader.eval_batches(data.split(split), block_size, batch_size, max_batches, ranks.rank,
-                                                       ranks.world_size, device_used, data.vocab_size), precision, ranks)
+                                                       ranks.world_size, device_used, data.vocab_size), precision, ranks, stop)
 
-    def save(names):
-        if ranks.is_first:
-            state.scaler = scaler.state_dict() or None
-            checkpoint.save(out_dir, state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
-                'train': asdict(state), 'model': asdict(raw_model.config), 'config': config, 'dataset': data.name,
-                'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
-                'versions': {'python': platform.python_version(), 'torch': torch.__version__},
-                'ranks': ranks.world_size}, names)
-            checkpoint.prune(out_dir, keep_last)
+    def save():
+        state.scaler = scaler.state_dict() or None
+        return checkpoint.save(out_dir, state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
+            'train': asdict(state), 'model': asdict(raw_model.config), 'config': config, 'dataset': data.name,
+            'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__}, 'ranks': ranks.world_size})
 
     metrics = None
     if ranks.is_first and not eval_only:
         metrics = Metrics(out_dir, state.step, config, tensorboard, wandb_project if wandb_log else '', wandb_run_name)
+        if init_from != 'resume':  # only now, as nothing can go wrong any more before the first step
+            checkpoint.remove_all(out_dir)
+        checkpoint.write_config(out_dir, {'config': config, 'origins': origins})
     peak = runtime.peak_flops(device_used, dtype_used)
-    saved = state.step if init_from == 'resume' else None
+    saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
     exit_code = 0
+    stop = runtime.StopSignal(announced=ranks.is_first)
+    stop.listen()
     if not eval_only:
         console.start_bar(max_iters, state.step)
     clock, clock_step = time.perf_counter(), state.step
@@ -220,27 +221,43 @@ def main(argv):
         lr = get_lr(state.step)
         for group in optimizer.param_groups:
             group['lr'] = lr
+        evaluation_due = (state.step % eval_interval == 0 or state.step >= max_iters) and state.evaluated < state.step
+        stopping = ranks.largest(stop.number)
 
-        # -- evaluate and save when due
-        if (state.step % eval_interval == 0 or state.step >= max_iters) and state.evaluated < state.step:
+        # -- save when due; before the evaluation, which may take long
+        if (evaluation_due or stopping) and saved < state.step:
+            if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
+                exit_code = stop_nonfinite(console, state.step, 'weights not finite')
+                break
+            ranks.on_first(save)
+            saved = state.step
+        if stopping:
+            console.say(f'stopped by signal {stopping} after step {state.step}'
+                        + (f', which is saved; to go on: {runtime.command(argv)} --init_from=resume' if saved else ''))
+            exit_code = 128 + stopping
+            break
+
+        # -- evaluate when due
+        if evaluation_due:
             started = time.perf_counter()
             train_loss, val_loss = split_loss('train', eval_iters), split_loss('val', eval_iters)
+            if ranks.largest(stop.number):
+                continue  # it was cut short; a resumed run makes up for it
             if not math.isfinite(val_loss):
                 exit_code = stop_nonfinite(console, state.step, f'validation loss {val_loss}')
                 break
-            state.evaluated = state.step
             best = state.best_val_loss is None or val_loss < state.best_val_loss
-            state.best_val_loss = val_loss if best else state.best_val_loss
-            console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {describe_loss(val_loss, data)}'
-                        f'{", the best so far" if best and state.step else ""}')
+            state.evaluated, state.best_val_loss = state.step, val_loss if best else state.best_val_loss
+            console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
+                        f'{", the best so far" if best and saved else ""}')
             if metrics:
                 metrics.log(state.step, {
                     'loss/train': train_loss, 'loss/val': val_loss, 'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
                     'bits_per_byte/val': data.bits_per_byte(val_loss),
                     'sample': write_sample(raw_model, data, console) if sample_tokens else None})
-            if state.step > 0:
-                save(('latest', 'best') if best else ('latest',))
-                saved = state.step
+            if ranks.is_first and saved:
+                checkpoint.record_evaluation(out_dir, state.step, asdict(state), best)
+                checkpoint.prune(out_dir, keep_last)
             clock += time.perf_counter() - started  # not the training's time
         if state.step >= max_iters:
             break
@@ -268,24 +285,17 @@ def main(argv):
                 exit_code = stop_nonfinite(console, state.step, f'loss {loss}')
                 break
 
-        if number := ranks.any(stop.number):
-            if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
-                exit_code = stop_nonfinite(console, state.step, 'weights not finite')
-                break
-            if saved != state.step:
-                save(('latest',))
-            flags = shlex.join(flag for flag in argv if not flag.startswith(('--init_from', '--overwrite')))
-            console.say(f'stopped by signal {number} after step {state.step}, which is saved; to go on: '
-                        f'{"python" if ranks.world_size == 1 else "torchrun ..."} train.py {flags} --init_from=resume')
-            exit_code = 128 + number
-            break
-
     if not exit_code:
         loss = split_loss('val', None)
-        console.say(f'step {state.step}: val loss {describe_loss(loss, data)} over the whole validation split')
-        if metrics:
-            console.say(f'samples: python sample.py --out_dir={shlex.quote(out_dir)}')
-            metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
+        if number := ranks.largest(stop.number):
+            console.say(f'stopped by signal {number} in the last evaluation')
+            exit_code = 128 + number
+        else:
+            console.say(f'step {state.step}: val loss {data.describe_loss(loss)} over the whole validation split')
+            if metrics:
+                metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
+    if saved and not exit_code and not eval_only:
+        console.say(f'samples: python sample.py --out_dir={shlex.quote(out_dir)}')
     console.close()
     if metrics:
         metrics.close()
@@ -311,6 +321,9 @@ def check_config(world_size):
     if lr_schedule == 'wsd' and not 0 < cooldown_iters <= lr_decay_iters - warmup_iters:
         raise UserError(f'cooldown_iters {cooldown_iters}: with lr_schedule wsd it is from 1 to lr_decay_iters - warmup_iters = '
                         f'{lr_decay_iters - warmup_iters}, for instance --cooldown_iters={lr_decay_iters // 5}')
+    for key in ('out_dir', 'dataset') + ('wandb_project',) * wandb_log:
+        if not globals()[key]:
+            raise UserError(f'{key} is empty: name one with --{key}=NAME')
     if gradient_accumulation_steps % world_size:
         more = math.ceil(gradient_accumulation_steps / world_size) * world_size
         raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} cannot be shared out over '
@@ -334,21 +347,21 @@ def new_model(config: dict, data, start: weights.Weights | None) -> GPT:
     return model
 
 
-def resume(start, model, optimizer, scaler) -> TrainState:
-    """Puts back what a checkpoint holds beside the weights."""
+def resume(start, config, model, optimizer, scaler, console) -> TrainState:
+    """Puts back what a checkpoint holds beside the weights, and says what of the config has changed since."""
     optim.load_named_state(optimizer, model, start.tensors['optimizer'])
     state = TrainState(**start.resumed.state['train'])
     if state.scaler and scaler.is_enabled():
         scaler.load_state_dict(state.scaler)
+    before = start.resumed.state['config']
+    changed = [f'{key} {before[key]!r} -> {value!r}' for key, value in config.items() if before.get(key, value) != value
+               and key not in ('init_from', 'overwrite', 'out_dir')]
+    if changed:
+        console.say(f'changed since the checkpoint: {", ".join(changed)}')
     return state
 
 
 # -- what the loop says ----------------------------------------------------------------------------------------------
-
-def describe_loss(loss, data) -> str:
-    bits = data.bits_per_byte(loss)
-    return f'{loss:.4f} nats per token' + ('' if bits is None else f' ({bits:.4f} bits per byte)')
-
 
 def write_sample(model, data, console) -> str:
     """What the model writes after the validation split's first tokens; the same randomness each time."""
@@ -360,7 +373,8 @@ def write_sample(model, data, console) -> str:
 
 
 def stop_nonfinite(console, step, what) -> int:
-    console.warn(f'{what} at step {step}: nothing is saved; the last checkpoint in {out_dir} is good. '
+    kept = f'the last checkpoint in {out_dir} is good' if checkpoint.exists(out_dir) else 'no checkpoint was there yet'
+    console.warn(f'{what} at step {step}: nothing is saved; {kept}. '
                  f'Try a lower learning_rate, more warmup_iters, or dtype float32.')
     return EXIT_NONFINITE
 

@@ -48,9 +48,11 @@ def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     clone = Path(nanogpt)
-    if not (clone / 'data/shakespeare_char/train.bin').exists():
-        raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone with data/shakespeare_char/train.bin in it '
-                        f'(run its data/shakespeare_char/prepare.py)')
+    if not nanogpt or not all((clone / name).exists() for name in ('train.py', 'data/shakespeare_char/meta.pkl')):
+        raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT whose '
+                        f'data/shakespeare_char/prepare.py has been run')
+    if rounds < 1 or max_iters < 250:
+        raise UserError(f'rounds {rounds} must be at least 1, and max_iters {max_iters} at least 250: before, nanoGPT saves nothing')
     text = clone / 'data/shakespeare_char/input.txt'
     turns = {'nanoGPT': [], 'nibGPT': []}
     with tempfile.TemporaryDirectory() as scratch:

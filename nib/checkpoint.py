@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,20 @@ class Checkpoint:
         return safetensors.torch.load(content)
 
 
-def save(out_dir, step: int, model: dict, optimizer: dict, state: dict, names: tuple[str, ...] = ('latest',)) -> Path:
-    """Writes the checkpoint of `step` and lets every one of `names` point to it.
+def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
+    """Writes the checkpoint of `step` and lets `latest` point to it.
 
-    model, optimizer: name -> tensor. state: anything that JSON holds. OSError leaves what was there as it was.
+    model, optimizer: name -> tensor. state: anything that JSON holds. UserError where it cannot be written, which leaves
+    what was there as it was.
     """
+    try:
+        return _save(out_dir, step, model, optimizer, state)
+    except OSError as error:
+        raise UserError(f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before it '
+                        f'are whole: make room, then go on with --init_from=resume') from error
+
+
+def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     out_dir = Path(out_dir)
     final = out_dir / f'step-{step:08d}'
     temporary = out_dir / f'{_TEMPORARY}{final.name}'
@@ -77,7 +87,7 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict, names: t
             _write_synced(temporary / file, content)
             digests[file] = hashlib.sha256(content).hexdigest()
         state = {'format': FORMAT, 'step': step, **state, 'files': digests}
-        _write_synced(temporary / 'state.json', json.dumps({**state, 'sha256': _digest(state)}, indent=1).encode())
+        _write_synced(temporary / 'state.json', _encode(state))
         sync_folder(temporary)
         if final.exists():  # the same step saved again, after resuming from an earlier one
             replaced = out_dir / f'{_TEMPORARY}replaced-{final.name}'
@@ -91,9 +101,18 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict, names: t
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for name in names:
-        point(out_dir, name, final)
+    point(out_dir, 'latest', final)
     return final
+
+
+def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
+    """Writes what was learnt about the checkpoint of `step` since it was saved into its state.json, and names it `best`."""
+    folder = Path(out_dir) / f'step-{step:08d}'
+    state = {**_read_state(folder), 'train': train_state}
+    with atomic_write(folder / 'state.json') as file:
+        file.write(_encode(state))
+    if best:
+        point(out_dir, 'best', folder)
 
 
 def point(out_dir, name: str, step_folder: Path):
@@ -110,21 +129,23 @@ def prune(out_dir, keep_last: int):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_run(out_dir, overwrite: bool, record: dict):
-    """Makes out_dir ready for a new run and writes config.json. UserError where a run is there already, or it cannot
-    be written. record: what config.json holds. overwrite: delete the checkpoints of the run that is there."""
+def check_out_dir(out_dir, new_run: bool):
+    """Makes the folder where it is missing. UserError where it cannot be written, or a new run meets an old one."""
     out_dir = Path(out_dir)
-    if exists(out_dir):
-        if not overwrite:
-            raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another '
-                            f'--out_dir, or replace it (--overwrite)')
-        remove_all(out_dir)
+    if new_run and exists(out_dir):
+        raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another --out_dir, or '
+                        f'replace it (--overwrite)')
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out_dir / 'config.json') as file:
-            file.write(json.dumps(record, indent=1).encode())
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
     except OSError as error:
         raise UserError(f'out_dir {out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
+
+
+def write_config(out_dir, record: dict):
+    with atomic_write(Path(out_dir) / 'config.json') as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 def exists(out_dir) -> bool:
@@ -151,7 +172,7 @@ def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'opti
     if not out_dir.is_dir():
         raise UserError(f'out_dir {out_dir}: there is no such folder; train first: python train.py CONFIG --out_dir={out_dir}')
     folders = _step_folders(out_dir)
-    if which.isdigit():
+    if which.isascii() and which.isdecimal():
         if (wanted := out_dir / f'step-{int(which):08d}') not in folders:
             have = ', '.join(str(_step_of(folder)) for folder in folders) or 'none'
             raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: {have}')
@@ -194,6 +215,10 @@ def _read_state(folder: Path) -> dict:
     if state['step'] != _step_of(folder):
         raise Damaged(f'{path}: it is of step {state["step"]}')
     return state
+
+
+def _encode(state: dict) -> bytes:
+    return json.dumps({**state, 'sha256': _digest(state)}, indent=1).encode()
 
 
 def _digest(state: dict) -> str:

@@ -48,6 +48,11 @@ class TokenDataset:
         counts = self.meta['splits'][split]
         return loss / math.log(2) * counts['tokens'] / counts['bytes'] if counts['bytes'] else None
 
+    def describe_loss(self, loss: float) -> str:
+        """A validation loss for a person."""
+        bits = self.bits_per_byte(loss)
+        return f'{loss:.4f} nats per token' + ('' if bits is None else f' ({bits:.4f} bits per byte)')
+
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 

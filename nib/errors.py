@@ -25,6 +25,13 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         print('error:', ' '.join(str(error).splitlines()), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        # torch has an exception of its own for a full GPU, and a plain RuntimeError for full memory.
+        if not isinstance(error, MemoryError) and 'out of memory' not in str(error) and 'not enough memory' not in str(error):
+            raise
+        print('error: the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or take a smaller model; '
+              f'it said: {" ".join(str(error).split())[:200]}', file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:

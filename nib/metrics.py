@@ -57,13 +57,13 @@ class Metrics:
 
     def __init__(self, out_dir, step: int, config: dict, tensorboard: bool = False, wandb_project: str = '',
                  wandb_run_name: str = ''):
+        self.writer = _tensorboard(out_dir, step) if tensorboard else None
+        self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
         path = Path(out_dir) / 'metrics.jsonl'
-        kept = [line for line in _complete_lines(path) if json.loads(line)['step'] <= step] if step else []
+        kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= step] if step else []
         with atomic_write(path) as file:
             file.write(''.join(line + '\n' for line in kept).encode())
         self.file = open(path, 'a', encoding='utf-8')
-        self.writer = _tensorboard(out_dir, step) if tensorboard else None
-        self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
 
     def log(self, step: int, values: dict[str, float | str | None]):
         """Writes the values of a step, numbers and texts; a None is left out, and a number that is not finite becomes null
@@ -86,10 +86,16 @@ class Metrics:
             self.wandb.finish()
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines that hold a whole record; a crash may have cut the last one."""
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
-    return [line for line in lines if line.startswith('{"step": ') and line.endswith('}')]
+def _whole_lines(path: Path) -> list[str]:
+    """The lines that hold a record; a crash may have cut one."""
+    def is_record(line):
+        try:
+            return isinstance(json.loads(line)['step'], int)
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    lines = path.read_text(encoding='utf-8', errors='replace').split('\n') if path.exists() else []
+    return [line for line in lines if is_record(line)]
 
 
 def _tensorboard(out_dir, step: int):
@@ -97,7 +103,7 @@ def _tensorboard(out_dir, step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError('--tensorboard needs a package that is not here: pip install tensorboard') from error
-    return SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else 0)
 
 
 def _wandb(out_dir, step: int, config: dict, project: str, name: str):

@@ -1,11 +1,13 @@
 """The machine under a run: device, precision, compile, ranks, random seeds, signals."""
 import hashlib
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -36,6 +38,7 @@ def pick_device(device: str) -> str:
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
+        device = kind if kind in ('cpu', 'mps') else device  # there is one of them: 'cpu:0' is 'cpu'
     except RuntimeError as error:
         raise UserError(f"--device={device}: no such device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
     present = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind, 0)
@@ -46,10 +49,13 @@ def pick_device(device: str) -> str:
 
 
 def describe_device(device: str) -> str:
-    """The device's name for a person."""
+    """The device's name for a person, and why a CPU is what is used."""
     if device.startswith('cuda'):
         return f'{device} ({torch.cuda.get_device_name(device)})'
-    return f'{device} ({torch.get_num_threads()} threads)' if device == 'cpu' else device
+    if device != 'cpu':
+        return device
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return f'cpu ({torch.get_num_threads()} threads; {"as asked" if has_gpu else "torch finds no GPU here"})'
 
 
 def pick_dtype(dtype: str, device: str) -> tuple[str, str]:
@@ -76,8 +82,16 @@ def peak_flops(device: str, dtype: str) -> float | None:
     """The device's dense matrix rate in FLOP/s, or None where the table does not know it."""
     if not device.startswith('cuda'):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for (part, of_dtype), rate in PEAK_FLOPS.items() if part in name and of_dtype == dtype), None)
+    return look_up_peak(torch.cuda.get_device_name(device), dtype)
+
+
+def look_up_peak(name: str, dtype: str) -> float | None:
+    """The table's rate for a device of this name; variants of its devices are other devices."""
+    words = set(re.split(r'[\s-]+', name))
+    if words & {'NVL', 'Ti', 'SUPER', 'Laptop', 'Mobile', 'D', 'Max', 'Q', 'MIG'}:
+        return None
+    return next((rate for (part, of_dtype), rate in PEAK_FLOPS.items()
+                 if words >= set(part.split()) and of_dtype == dtype), None)
 
 
 def peak_memory(device: str) -> int | None:
@@ -159,7 +173,7 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: int) -> int:
+    def largest(self, flag: int) -> int:
         """The largest flag of all ranks."""
         if self.world_size == 1:
             return flag
@@ -211,15 +225,24 @@ def start_ranks(device: str) -> Ranks:
     return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
 
 
+def command(argv: Sequence[str]) -> str:
+    """What was typed to start train.py with these arguments."""
+    launcher, world, local = 'python', os.environ.get('WORLD_SIZE', '1'), os.environ.get('LOCAL_WORLD_SIZE', '1')
+    if world != '1':
+        launcher = f'torchrun --standalone --nproc_per_node={local}' if world == local else 'torchrun (as before)'
+    return f'{launcher} train.py {shlex.join(argv)}'
+
+
 class StopSignal:
     """Remembers that the user or the system asked the run to stop, so that it can finish its step and save.
 
     A second signal after a second's grace ends the process at once: torchrun sends every Ctrl-C twice.
     """
 
-    def __init__(self):
+    def __init__(self, announced: bool):
         self.number = 0  # of the signal received; 0 is none
         self._since = 0.0
+        self._announced = announced
 
     def listen(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -230,3 +253,5 @@ class StopSignal:
             os._exit(128 + number)
         if not self.number:
             self.number, self._since = number, time.monotonic()
+            if self._announced:  # by a plain write: print could meet itself here
+                os.write(2, f'\nsignal {number}: stopping after this step (once more: at once, without saving)\n'.encode())

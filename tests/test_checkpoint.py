@@ -1,16 +1,21 @@
 """Checkpoints: whole or not there, checked when read, and pointed to by names."""
 import json
+import sys
 
 import pytest
 import torch
+from conftest import run_script
 
 from nib import checkpoint
 from nib.errors import UserError
 
 
-def save(out_dir, step, value=None, names=('latest',)):
+def save(out_dir, step, value=None, best=False):
     tensors = {'w': torch.full((4, 3), float(step if value is None else value))}
-    return checkpoint.save(out_dir, step, tensors, {'w/exp_avg': tensors['w'] * 2}, {'note': step}, names)
+    folder = checkpoint.save(out_dir, step, tensors, {'w/exp_avg': tensors['w'] * 2}, {'note': step})
+    if best:
+        checkpoint.record_evaluation(out_dir, step, {'evaluated': step}, best=True)
+    return folder
 
 
 def value_of(out_dir, which, **options):
@@ -19,7 +24,7 @@ def value_of(out_dir, which, **options):
 
 
 def test_what_was_saved_is_loaded_by_name_and_by_step(tmp_path):
-    save(tmp_path, 10, names=('latest', 'best'))
+    save(tmp_path, 10, best=True)
     save(tmp_path, 20)
     assert value_of(tmp_path, 'latest') == (20, 20.0, 40.0)
     assert value_of(tmp_path, 'best') == (10, 10.0, 20.0)
@@ -67,9 +72,36 @@ def test_an_error_while_saving_leaves_what_was_there(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['latest', 'step-00000010']
 
 
+def test_what_an_evaluation_told_is_part_of_the_checkpoint(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    checkpoint.record_evaluation(tmp_path, 10, {'best_val_loss': 1.5}, best=True)
+    checkpoint.record_evaluation(tmp_path, 20, {'best_val_loss': 1.5}, best=False)
+    assert value_of(tmp_path, 'best') == (10, 10.0, 20.0) and value_of(tmp_path, 'latest') == (20, 20.0, 40.0)
+    for which in ('best', 'latest'):
+        found, _ = checkpoint.load(tmp_path, which)
+        assert found.state['train'] == {'best_val_loss': 1.5} and found.state['note'] == found.step
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='limits of a process are a Unix thing')
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+    """Run in a process of its own, as its files are limited to 500 bytes from the second save on."""
+    done = run_script('-c', 'import resource, signal, sys, torch\n'
+                            'from nib import checkpoint\n'
+                            'w = {"w": torch.ones(1000)}\n'
+                            'checkpoint.save(sys.argv[1], 10, w, w, {})\n'
+                            'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+                            'resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n'
+                            'try: checkpoint.save(sys.argv[1], 20, w, w, {})\n'
+                            'except ValueError as error: print(error)\n', tmp_path / 'run')
+    assert 'step 20 could not be written' in done.stdout, done.stderr
+    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+    assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['latest', 'step-00000010']
+
+
 def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
     for step in range(1, 7):
-        save(tmp_path, step, names=('latest', 'best') if step == 2 else ('latest',))
+        save(tmp_path, step, best=step == 2)
     checkpoint.prune(tmp_path, keep_last=2)
     assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-00000002', 'step-00000005', 'step-00000006']
 

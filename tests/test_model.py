@@ -247,13 +247,17 @@ def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
     assert generate(model, prompts, n, temperature=0.0) == [greedy_without_cache(model, p, n) for p in prompts]
 
 
-def test_cached_logits_equal_uncached_ones():
-    model = make_model().double()
+@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+def test_cached_logits_equal_uncached_ones(config):
+    model = make_model(config).double()
     prompt = torch.randint(61, (1, 4)).tolist()
+    cached, plain = [], model._logits
+    model._logits = lambda x: cached.append(plain(x)) or cached[-1]
     made = generate(model, prompt, 12, temperature=0.0)[0]
+    del model._logits
     with torch.no_grad():
-        full = model(torch.tensor([prompt[0] + made[:-1]]))[0, 3:].argmax(dim=-1)
-    assert full.tolist() == made
+        full = model(torch.tensor([prompt[0] + made[:-1]]))[0, 3:]
+    torch.testing.assert_close(torch.cat(cached), full, atol=1e-6, rtol=0)  # the rotary table is float32
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
@@ -308,12 +312,14 @@ def test_sampling_draws_tokens_by_their_probability():
     # probabilities 0.644, 0.237, 0.087, 0.032: the first two are the fewest that hold 0.7
     assert shares(1.0, None, 0.7) == pytest.approx([p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01)
     assert shares(1.0, None, 0.6) == [1, 0, 0, 0]
-    assert shares(0.0, None, None) == [1, 0, 0, 0]
+    assert shares(0.0, None, None) == shares(1e-39, None, None) == [1, 0, 0, 0]
+    logits = torch.zeros(1000, 4)
+    assert sum(share > 0 for share in shares(1.0, 1, None)) == 1  # of equals, top_k still takes k
 
 
 @pytest.mark.parametrize('options, named', [
     (dict(prompts=[[]]), 'prompt is empty'), (dict(prompts=[[61]]), 'token id 61'), (dict(temperature=-1.0), 'temperature'),
-    (dict(temperature=math.nan), 'temperature'), (dict(top_k=0), 'top_k'), (dict(top_p=1.5), 'top_p'),
+    (dict(temperature=math.nan), 'temperature'), (dict(seed=-1), 'seed'), (dict(seed=1 << 70), 'seed'), (dict(top_k=0), 'top_k'), (dict(top_p=1.5), 'top_p'),
     (dict(max_new_tokens=-1), 'max_new_tokens')])
 def test_what_cannot_be_sampled_is_named(options, named):
     with pytest.raises(ValueError, match=named):

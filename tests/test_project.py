@@ -6,6 +6,8 @@ from pathlib import Path
 
 from conftest import ROOT, run_script
 
+import configurator
+
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
 README = (ROOT / 'README.md').read_text()
 
@@ -66,3 +68,31 @@ def test_every_key_that_the_readme_sets_is_a_key():
                 source = (ROOT / script).read_text()
                 for key in re.findall(r'--(\w+)', flags):
                     assert key in ('help', 'print_config') or re.search(rf'^{key}: ', source, re.MULTILINE), (command, key)
+
+
+def resolved(config, device):
+    """A config file's values on a machine with this device."""
+    block = configurator.read_block(str(ROOT / 'train.py'))
+    return configurator.resolve(block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}'])[0]
+
+
+def test_configs_are_what_the_readme_says():
+    def sizes(values):
+        return tuple(values[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'dropout', 'max_iters'))
+
+    for config in ('train_shakespeare_char.py', 'modern_shakespeare_char.py', 'train_text.py'):
+        assert sizes(resolved(config, 'cpu')) == (4, 4, 128, 64, 12, 0.0, 2000)
+        for device in ('cuda', 'cuda:1', 'mps'):
+            assert sizes(resolved(config, device)) == (6, 6, 384, 256, 64, 0.2, 5000)
+        assert resolved(config, 'cpu')['lr_decay_iters'] == 2000
+    assert sizes(resolved('train_gpt2.py', 'cuda')) == (12, 12, 768, 1024, 12, 0.0, 600000)
+    assert resolved('train_gpt2.py', 'cuda')['gradient_accumulation_steps'] == 40
+    modern = resolved('modern_shakespeare_char.py', 'cpu')
+    assert {modern[key] for key in ('position', 'norm', 'mlp', 'qk_norm')} == {'rotary', 'rms', 'swiglu', True}
+    assert resolved('train_text.py', 'cpu')['out_dir'] == 'out-text'
+
+
+def test_a_vs_nanogpt_that_cannot_be_is_refused_on_one_line(tmp_path):
+    for flags in ([], [f'--nanogpt={tmp_path}']):
+        done = run_script('benchmarks/vs_nanogpt.py', *flags)
+        assert done.returncode == 2 and 'clone of karpathy/nanoGPT' in done.stderr and len(done.stderr.splitlines()) == 1

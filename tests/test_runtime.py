@@ -30,6 +30,7 @@ def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):
 def test_a_device_that_is_not_there_is_refused_with_what_is(monkeypatch):
     machine(monkeypatch, cuda=2)
     assert runtime.pick_device('cuda:1') == 'cuda:1'
+    assert runtime.pick_device('cpu:0') == 'cpu'  # a config file that asks for 'cpu' means this too
     with pytest.raises(UserError, match='has 2 cuda devices'):
         runtime.pick_device('cuda:2')
     with pytest.raises(UserError, match='has no mps devices'):
@@ -63,7 +64,9 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
     assert runtime.peak_flops('cuda', 'float32') is None
     assert runtime.peak_flops('cpu', 'bfloat16') is None
     for name, rate in (('NVIDIA H100 PCIe', 756e12), ('NVIDIA A100-SXM4-40GB', 312e12), ('NVIDIA L4', 121e12),
-                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('Some GPU of 2031', None)):
+                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce RTX 3090', 71e12),
+                       ('Some GPU of 2031', None), ('NVIDIA L40', None), ('NVIDIA H100 NVL', None), ('NVIDIA T400', None),
+                       ('NVIDIA RTX A1000 Laptop GPU', None), ('NVIDIA GeForce RTX 3090 Ti', None)):
         machine(monkeypatch, cuda=1, name=name)
         assert runtime.peak_flops('cuda:0', 'bfloat16') == rate, name
 
@@ -90,7 +93,7 @@ def test_seeds_depend_on_every_counter_and_its_place():
 def test_one_process_is_rank_0_of_1(monkeypatch):
     monkeypatch.delenv('RANK', raising=False)
     ranks = runtime.start_ranks('cpu')
-    assert ranks.is_first and ranks.any(15) == 15 and ranks.on_first(lambda: 'done') == 'done'
+    assert ranks.is_first and ranks.largest(15) == 15 and ranks.on_first(lambda: 'done') == 'done'
     assert ranks.sum(torch.tensor(2.0)) == 2.0
 
 
@@ -103,7 +106,7 @@ from nib.errors import run_script, UserError
 def main(argv):
     ranks = runtime.start_ranks('cpu')
     assert ranks.world_size == 2 and ranks.is_first == (ranks.rank == 0)
-    assert ranks.any(7 if ranks.rank == 1 else 0) == 7
+    assert ranks.largest(7 if ranks.rank == 1 else 0) == 7
     assert ranks.sum(torch.tensor(float(ranks.rank + 1))) == 3.0
     assert ranks.on_first(lambda: f'from {ranks.rank}') == 'from 0'
     def refuse():
@@ -131,7 +134,7 @@ def test_two_ranks_agree(tmp_path):
 SIGNALLED = '''
 import sys, time
 from nib import runtime
-stop = runtime.StopSignal()
+stop = runtime.StopSignal(announced=True)
 stop.listen()
 print('ready', flush=True)
 while not stop.number:
@@ -142,11 +145,13 @@ time.sleep(60)
 
 
 def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
-    run = subprocess.Popen([sys.executable, '-c', SIGNALLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, '-c', SIGNALLED], cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
     try:
         assert run.stdout.readline() == 'ready\n'
         run.send_signal(signal.SIGTERM)
         assert run.stdout.readline() == 'heard 15\n'
+        assert run.stderr.readline() == '\n' and run.stderr.readline().startswith('signal 15: stopping after this step')
         run.send_signal(signal.SIGTERM)  # within the second's grace: torchrun's echo of the first
         with pytest.raises(subprocess.TimeoutExpired):
             run.wait(1.2)
@@ -155,3 +160,4 @@ def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
     finally:
         run.kill()
         run.stdout.close()
+        run.stderr.close()

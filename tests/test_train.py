@@ -3,11 +3,13 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -125,6 +127,136 @@ def test_a_step_that_cannot_be_shared_out_is_refused_on_one_line(data_dir, tmp_p
     assert '--gradient_accumulation_steps=4' in done.stderr
 
 
+def test_a_run_is_what_its_config_says(data_dir, tmp_path):
+    """Three steps of the script against plain PyTorch: seeds, batches, dropout, accumulation, schedule, clipping, AdamW."""
+    train(data_dir, tmp_path / 'run', '--max_iters=3', '--lr_decay_iters=3', '--warmup_iters=1', '--min_lr=1e-3', '--seed=5',
+          '--dropout=0.2', '--weight_decay=0.3', '--beta1=0.8', '--beta2=0.9', '--grad_clip=0.5', '--no-bias')
+    data = corpus.open_dataset(data_dir / 'tiny', 16)
+    runtime.seed_everything(5)
+    model = GPT(GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False))
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    spared = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{'params': decayed, 'weight_decay': 0.3}, {'params': spared, 'weight_decay': 0.0}],
+                                  betas=(0.8, 0.9), foreach=False)
+    batches = loader.BatchLoader(data.train, 16, 4, 5, 'train', 2)
+    for step, lr in enumerate((5e-3, 1e-2, 1e-3 + 9e-3 / 2)):  # half of the cosine
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        for micro_step in (0, 1):
+            runtime.seed_everything(5, step, 0, micro_step)
+            (model(*batches.batch(step, micro_step)) / 2).backward()
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, 0.5 / norm)
+        assert norm > 0.5  # or clipping would not be seen
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in tensors_of(tmp_path / 'run')['model'].items():
+        torch.testing.assert_close(value, model.state_dict()[name], atol=1e-6, rtol=1e-4)
+
+
+def test_best_is_the_checkpoint_of_the_lowest_loss_and_old_ones_go(data_dir, tmp_path):
+    """A rate that ruins the model after a good start."""
+    train(data_dir, tmp_path / 'run', '--max_iters=10', '--keep_last=2')
+    train(data_dir, tmp_path / 'run', '--init_from=resume', '--learning_rate=3', '--min_lr=3', '--warmup_iters=0',
+          '--max_iters=16', '--lr_decay_iters=16', '--eval_interval=2', '--keep_last=2')
+    losses = {r['step']: r['loss/val'] for r in records(tmp_path / 'run') if 'loss/val' in r}
+    best = min(losses, key=losses.get)
+    assert best not in (0, 16) and list(losses) == [0, 10, 12, 14, 16]
+    found = checkpoint.load(tmp_path / 'run', 'best')[0]
+    assert found.step == best and found.state['train']['best_val_loss'] == losses[best]
+    assert sorted(path.name for path in (tmp_path / 'run').glob('step-*')) == sorted(
+        f'step-{step:08d}' for step in {best, 14, 16})
+
+
+def test_gradients_are_exchanged_on_the_last_micro_step_only():
+    class Replicas(torch.nn.Module):  # as DistributedDataParallel, whose backward pass exchanges gradients unless no_sync
+        def __init__(self):
+            super().__init__()
+            self.model, self.syncing, self.passes = GPT(SMALL), True, []
+
+        @contextmanager
+        def no_sync(self):
+            self.syncing = False
+            yield
+            self.syncing = True
+
+        def forward(self, x, y):
+            loss = self.model(x, y)
+            loss.register_hook(lambda grad: self.passes.append(self.syncing))
+            return loss
+
+    model = Replicas()
+    x = torch.zeros(1, 4, dtype=torch.long)
+    training.train_step(model, optim.adamw(model, 1e-3, (0.9, 0.95), 0.0), torch.amp.GradScaler('cpu', enabled=False),
+                        [(x, x)] * 3, 3, runtime.precision('float32', 'cpu'), 1.0, (0, 0, 0))
+    assert model.passes == [False, False, True]
+
+
+def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
+    """Two ranks' loss of the first step is the mean of two losses with the seeds of rank 0 and of rank 1."""
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    train(data_dir, tmp_path / 'run', '--dropout=0.5', '--max_iters=1', launcher=torchrun)
+    data = corpus.open_dataset(data_dir / 'tiny', 16)
+    runtime.seed_everything(1337)
+    model = GPT(GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.5, bias=False))
+    losses = []
+    for rank in (0, 1):
+        runtime.seed_everything(1337, 0, rank, 0)
+        losses.append(model(*loader.BatchLoader(data.train, 16, 4, 1337, 'train', 1, rank, 2).batch(0, 0)).item())
+    logged = next(r['loss/step'] for r in records(tmp_path / 'run') if 'loss/step' in r)
+    assert logged == pytest.approx(sum(losses) / 2, abs=1e-5)
+
+
+def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path):
+    """The weights are saved by then; --eval_only likewise ends at once."""
+    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2', '--eval_iters=1']
+    train(data_dir, tmp_path / 'run', *flags)
+    started_at = 'model: '
+    for extra in (['--init_from=resume', '--eval_only', '--batch_size=1'],):
+        run = subprocess.Popen([sys.executable, '-c', SLOW_EVALUATION, *SMALL_RUN, *flags, *extra], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        next(line for line in run.stdout if line.startswith(started_at))
+        time.sleep(0.5)
+        run.send_signal(signal.SIGTERM)
+        rest = run.communicate(timeout=60)[0]
+        assert run.returncode == 143 and 'in the last evaluation' in rest and 'whole validation split' not in rest
+    assert checkpoint.load(tmp_path / 'run')[0].step == 2
+
+
+SLOW_EVALUATION = """
+import sys, time, train, nib.loader as loader
+quick = loader.gather
+def slow(*arguments):
+    time.sleep(0.1)
+    return quick(*arguments)
+loader.gather = slow
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
+    train(data_dir, tmp_path / 'run', '--max_iters=10')
+    done = train(data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', '--wandb_project=', check=False)
+    assert done.returncode == 2 and 'wandb_project is empty' in done.stderr
+    hidden = tmp_path / 'hidden' / 'wandb'
+    hidden.mkdir(parents=True)
+    (hidden / '__init__.py').write_text('raise ImportError')
+    done = train(data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', check=False, env={'PYTHONPATH': str(hidden.parent)})
+    assert done.returncode == 2 and 'pip install wandb' in done.stderr
+    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+    train(data_dir, tmp_path / 'run', '--overwrite', '--max_iters=4', '--eval_interval=4')
+    assert [path.name for path in (tmp_path / 'run').glob('step-*')] == ['step-00000004']
+
+
+def test_a_resumed_run_says_and_records_what_has_changed(whole_run, data_dir, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / 'run')
+    done = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume', '--max_iters=21', '--seed=7')
+    changed = next(line for line in done.stdout.splitlines() if line.startswith('changed since'))
+    assert changed == 'changed since the checkpoint: seed 1337 -> 7, max_iters 20 -> 21'
+    assert json.loads((tmp_path / 'run/config.json').read_text())['config']['seed'] == 7
+
+
 def test_accumulated_gradients_are_those_of_one_large_batch():
     torch.manual_seed(0)
     model = GPT(SMALL)
@@ -195,11 +327,14 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(SMALL), 'dropout': 0.5})).train()
     tokens = torch.randint(31, (16 * 7 + 1,)).numpy()
-    losses = {training.evaluate(model, loader.eval_batches(tokens, 16, size), runtime.precision('float32', 'cpu'),
-                                runtime.Ranks()) for size in (7,)}
+    stop, precision = runtime.StopSignal(announced=False), runtime.precision('float32', 'cpu')
+    together, in_parts = (training.evaluate(model, loader.eval_batches(tokens, 16, size), precision, runtime.Ranks(), stop)
+                          for size in (7, 4))
     assert model.training
-    again = training.evaluate(model, loader.eval_batches(tokens, 16, 4), runtime.precision('float32', 'cpu'), runtime.Ranks())
-    assert losses.pop() == pytest.approx(again, abs=1e-6)
+    x = torch.from_numpy(tokens)
+    with torch.no_grad():
+        by_hand = model.eval()(x[:-1].view(7, 16), x[1:].view(7, 16)).item()
+    assert together == pytest.approx(by_hand, abs=1e-6) and in_parts == pytest.approx(by_hand, abs=1e-6)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
@@ -312,7 +447,7 @@ def test_a_run_is_not_resumed_as_another_one(data_dir, tmp_path):
     (['--batch_size=0'], 'batch_size'), (['--n_embd=33'], 'n_embd 33'), (['--learning_rate=nan'], 'learning_rate'),
     (['--warmup_iters=50'], 'warmup_iters 50'), (['--dataset=none'], 'none/train.bin'), (['--device=cuda:99'], 'cuda:99'),
     (['--device=abacus'], 'abacus'), (['--learing_rate=1'], 'learning_rate'), (['--init_from=resume'], 'no such folder'),
-    (['--block_size=100000'], 'block_size'), (['--grad_clip=-1'], 'grad_clip'), (['--n_kv_head=3'], 'n_kv_head 3'),
+    (['--block_size=100000'], 'block_size'), (['--grad_clip=-1'], 'grad_clip'), (['--out_dir='], 'out_dir is empty'), (['--n_kv_head=3'], 'n_kv_head 3'),
     (['--lr_schedule=wsd'], 'cooldown_iters 0'), (['--lr_schedule=step'], 'lr_schedule'), (['--init_from=resum'], "'resum'")])
 def test_a_mistake_is_named_on_one_line(data_dir, tmp_path, flags, said):
     done = train(data_dir, tmp_path / 'run', *flags, check=False)
@@ -323,14 +458,15 @@ def test_a_mistake_is_named_on_one_line(data_dir, tmp_path, flags, said):
 
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
     """The config's dataset cannot be fetched through a proxy that refuses; the fallback is prepared and recorded."""
-    if (ROOT / 'data/shakespeare_char/input.txt').exists():
-        pytest.skip('tiny Shakespeare is here already')
+    copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', 'out*', 'wandb', 'input.txt', '*.bin', 'meta.json'))
     refuse = {'https_proxy': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
     flags = [f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}', '--device=cpu', '--max_iters=2',
              '--eval_iters=1', '--n_layer=1']
-    done = run_script('train.py', 'config/train_shakespeare_char.py', *flags, '--fallback_dataset=', env=refuse)
+    done = run_script('train.py', 'config/train_shakespeare_char.py', *flags, '--fallback_dataset=', env=refuse,
+                      folder=copy)
     assert done.returncode == 2 and '--fallback_dataset' in done.stderr and 'input.txt' in done.stderr
-    done = run_script('train.py', 'config/train_shakespeare_char.py', *flags, env=refuse)
+    done = run_script('train.py', 'config/train_shakespeare_char.py', *flags, env=refuse, folder=copy)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith('***')]
     assert len(lines) == 1 and 'stdlib_char INSTEAD' in lines[0] and 'input.txt' in lines[0]
