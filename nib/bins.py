@@ -28,6 +28,8 @@ class UnfinishedBins:
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             self.done = self._read_journal(key) or nothing
+            if self.done is nothing:
+                self.journal.unlink(missing_ok=True)  # first: it would be wrong about what is written from now on
             self.files = {split: open(path, 'r+b' if path.exists() else 'w+b') for split, path in self.paths.items()}
             self.digests = {split: self._rewind(file, self.done['tokens'][split]) for split, file in self.files.items()}
         self.saved = time.monotonic()

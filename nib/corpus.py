@@ -169,18 +169,19 @@ def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict 
         raise UserError(f'{path} holds {len(tokens):,} tokens, but meta.json says {said["tokens"]:,}')
     if tokens.nbytes > CHECKED_BYTES:
         return said or {'tokens': len(tokens), 'bytes': None, 'sha256': _sampled_digest(tokens)}
-    digest, n_bytes = hashlib.sha256(), 0
-    sizes = np.array([0])  # bytes of each token, where the tokenizer says so at once and meta.json does not
-    if not said and isinstance(tokenizer, CharTokenizer):
-        sizes = np.array([len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters])
+    digest, n_bytes, sizes = hashlib.sha256(), None, None
+    if not said and isinstance(tokenizer, CharTokenizer):  # of the others, bytes would take the vocabulary's files
+        sizes = np.array([len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters], np.uint8)
+        n_bytes = 0
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start:start + _CHUNK]
         check_ids(chunk, tokenizer.vocab_size, path, start)
         digest.update(chunk)
-        n_bytes += int(np.take(sizes, chunk, mode='clip').sum())
+        if sizes is not None:
+            n_bytes += int(sizes[chunk].sum())
     if said and digest.hexdigest() != said['sha256']:
         raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
-    return said or {'tokens': len(tokens), 'bytes': n_bytes or None, 'sha256': digest.hexdigest()}
+    return said or {'tokens': len(tokens), 'bytes': n_bytes, 'sha256': digest.hexdigest()}
 
 
 def _sampled_digest(tokens: np.ndarray) -> str:
@@ -196,4 +197,4 @@ def check_ids(ids: np.ndarray, vocab_size: int, path, offset: int):
     if ids.size and ids.max() >= vocab_size:
         at = int((ids >= vocab_size).argmax())
         raise UserError(f'{path}: token id {ids.flat[at]} at offset {offset + at}, but the vocabulary has {vocab_size} '
-                        f'(ids 0 to {vocab_size - 1}); make the bins anew with their prepare.py')
+                        f'(ids 0 to {vocab_size - 1}): the bins were made for another one')

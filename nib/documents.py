@@ -17,7 +17,7 @@ from pathlib import Path
 from nib.errors import UserError
 from nib.tokenizer import without_surrogates
 
-PIECE = 1 << 20  # characters, and bytes of a file that are read at once
+PIECE = 1 << 16  # characters, and bytes of a file that are read at once
 VAL_FRACTION = 0.1
 _ROWS = 1000  # of a .parquet file that are read at once
 # GPT-2's pre-tokenizer puts a boundary between anything and white space that follows it, and no piece before such a place

@@ -54,7 +54,7 @@ def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode_batch(batch: list[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
-    ids, done, end = {split: [] for split in SPLITS}, Encoded(len(batch)), np.array([tokenizer.end_of_text])
+    ids, done = {split: [] for split in SPLITS}, Encoded(len(batch))
     for split, text, ends in batch:
         ids[split].append(tokenizer.encode(text))
         if ends:

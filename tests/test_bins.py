@@ -113,6 +113,22 @@ def test_what_another_run_left_is_not_gone_on_with(whole, stopped, tmp_path, cha
     assert (tmp_path / 'train.bin').read_bytes() == (whole / 'train.bin').read_bytes()
 
 
+def test_what_two_other_runs_left_is_not_mixed_up(whole, stopped, tmp_path):
+    """The second one writes over what the journal of the first tells of, and is killed before it has one of its own."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    second = program('waiting', {})
+    second[-1] = second[-1].replace('JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 0', 'JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 600')
+    run = subprocess.Popen([*second, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == 'waiting\n'
+    run.kill()
+    run.communicate()
+    with open(tmp_path / '.train.bin.unfinished', 'ab') as file:
+        file.write(bytes(100_000))  # long enough for the first one's journal
+    (tmp_path / '.val.bin.unfinished').write_bytes(bytes(100_000))
+    write(tmp_path)
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_the_old_dataset_is_whole_until_the_new_one_is(whole, tmp_path):
     write(tmp_path)
     run = start_program(tmp_path, {})

@@ -245,7 +245,7 @@ def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes
 @pytest.mark.parametrize('flags, said', [
     ([], '--input=PATH'), (['--input=nothing'], 'nothing'), (['--input={notes}/picture.png'], 'picture.png'),
     (['--input={notes}', '--name=shakespeare_char'], 'data/shakespeare_char/prepare.py'), (['--input={notes}', '--name=text'], 'data/text'),
-    (['--input={notes}', '--name=a/b'], '--name=a_b'), (['--input={notes}', '--name=..'], '--name=..'),
+    (['--input={notes}', '--name=a/b'], '--name=a_b'), (['--input={notes}', '--name=..'], '--name=notes'),
     (['--input={notes}', '--tokenizer=words'], 'words'), (['--input={notes}/empty.txt'], 'no text'),
     (['--input={notes}/ab.txt'], '2 characters'), (['--input={notes}/bad.jsonl'], 'bad.jsonl:1')])
 def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flags, said):

@@ -62,6 +62,7 @@ def load():
         datasets.utils.disable_progress_bars()
     try:
         if not input:
+            print(f'loading {NAME} from Hugging Face')
             dataset = datasets.load_dataset(NAME, split='train', num_proc=os.cpu_count())
         else:
             files, _ = documents.find_files(input.split(','))

@@ -66,9 +66,10 @@ def main(argv):
 
 def choose_folder(path: Path) -> Path:
     """data/NAME. UserError where the name is none for a folder, or taken by a dataset that has a script of its own."""
-    safe = re.sub(r'[^\w.-]+', '_', name or path.resolve().stem).strip('._-')
+    wanted = name or (path.stem if path.is_file() else path.resolve().name)
+    safe = re.sub(r'[^\w.-]+', '_', wanted).strip('._-')
     if not safe or name and safe != name:
-        raise UserError(f'--name={name or path}: letters, digits, - and _ make a name' + (f'; try --name={safe}' * bool(safe)))
+        raise UserError(f'{wanted!r} is no name for a folder: give one of letters, digits, - and _, such as --name={safe or "notes"}')
     folder = Path(__file__).resolve().parents[1] / safe
     if (folder / 'prepare.py').exists():
         raise UserError(f'data/{safe} belongs to data/{safe}/prepare.py: choose another --name=NAME')
