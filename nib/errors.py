@@ -1,6 +1,7 @@
 """How a script ends: the user's mistakes as one line, and the exit codes."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,7 +28,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.exit(EXIT_USER_ERROR)
     except (MemoryError, RuntimeError) as error:
         # torch has an exception of its own for a full GPU, and a plain RuntimeError for full memory.
-        if not isinstance(error, MemoryError) and 'out of memory' not in str(error) and 'not enough memory' not in str(error):
+        if not isinstance(error, MemoryError) and not re.search('out of memory|allocate memory|not enough memory', str(error)):
             raise
         print('error: the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or take a smaller model; '
               f'it said: {" ".join(str(error).split())[:200]}', file=sys.stderr)
