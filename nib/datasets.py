@@ -1,4 +1,5 @@
 """Finding the dataset that a run asks for, and making it where it is missing."""
+import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, 
     data_dir: folder of the datasets; empty: where the prepare scripts are. Rank 0 makes it while the others wait.
     UserError where there is no dataset to train on.
     """
-    folder = Path(data_dir) if data_dir else SCRIPTS
+    folder = Path(data_dir) if data_dir else Path(os.path.relpath(SCRIPTS))  # as a person would type it
 
     def prepare(name: str) -> str:
         if corpus.is_prepared(folder / name):
