@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,13 +18,13 @@ from nib import documents, nanogpt
 from nib.bins import UnfinishedBins
 from nib.encode import SPLITS, Piece, encode_all
 from nib.errors import UserError
+from nib.files import atomic_write
 from nib.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 
 FORMAT = 1
-# Larger bins are not read through before the first step, which would take minutes; the loader checks every batch.
-CHECKED_BYTES = 1 << 30
+# Larger bins are read through once, which may take a minute, and known again by size and time; the others every time.
+LARGE = 1 << 30
 _CHUNK = 1 << 24  # tokens
-_SAMPLES, _SAMPLE = 1024, 2048  # number and length of the stretches that stand for a bin too large to read through
 _PREPARE_SCRIPTS = Path(__file__).resolve().parent.parent / 'data'
 
 
@@ -97,6 +98,9 @@ def write_dataset(folder, read_pieces: Callable[[int], Iterator[Piece]], tokeniz
         meta = {'format': FORMAT, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'splits': splits,
                 'source': source, 'tokenizer': tokenizer.to_json()}
         unfinished.finish(meta)
+    for split in SPLITS:
+        if splits[split]['tokens'] * dtype.itemsize > LARGE:
+            _remember(folder / f'{split}.bin', tokenizer, splits[split])
     return meta
 
 
@@ -167,29 +171,49 @@ def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict 
     """The bin's tokens, bytes of text and sha256: as meta.json says, once that is found true, or else as they are."""
     if said and len(tokens) != said['tokens']:
         raise UserError(f'{path} holds {len(tokens):,} tokens, but meta.json says {said["tokens"]:,}')
-    if tokens.nbytes > CHECKED_BYTES:
-        return said or {'tokens': len(tokens), 'bytes': None, 'sha256': _sampled_digest(tokens)}
+    large = tokens.nbytes > LARGE
+    found = _recall(path, tokenizer) if large else None
+    if not found:
+        found = _read_through(path, tokens, tokenizer, count_bytes=not said)
+        if large:
+            _remember(path, tokenizer, found)
+    if said and found['sha256'] != said['sha256']:
+        raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
+    return said or found
+
+
+def _read_through(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, count_bytes: bool) -> dict:
+    from tqdm import tqdm  # here: only a large bin shows it
     digest, n_bytes, sizes = hashlib.sha256(), None, None
-    if not said and isinstance(tokenizer, CharTokenizer):  # of the others, bytes would take the vocabulary's files
+    if count_bytes and isinstance(tokenizer, CharTokenizer):  # of the others, bytes would take the vocabulary's files
         sizes = np.array([len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters], np.uint8)
         n_bytes = 0
-    for start in range(0, len(tokens), _CHUNK):
+    starts = range(0, len(tokens), _CHUNK)
+    for start in tqdm(starts, f'checking {path}', disable=None if tokens.nbytes > LARGE else True, leave=False):
         chunk = tokens[start:start + _CHUNK]
         check_ids(chunk, tokenizer.vocab_size, path, start)
         digest.update(chunk)
         if sizes is not None:
             n_bytes += int(sizes[chunk].sum())
-    if said and digest.hexdigest() != said['sha256']:
-        raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
-    return said or {'tokens': len(tokens), 'bytes': n_bytes, 'sha256': digest.hexdigest()}
+    return {'tokens': len(tokens), 'bytes': n_bytes, 'sha256': digest.hexdigest()}
 
 
-def _sampled_digest(tokens: np.ndarray) -> str:
-    """Tells one large bin from another by its size and stretches spread evenly over it."""
-    digest = hashlib.sha256(str(len(tokens)).encode())
-    for start in np.linspace(0, len(tokens) - _SAMPLE, _SAMPLES, dtype=np.int64):
-        digest.update(tokens[start:start + _SAMPLE])
-    return digest.hexdigest()
+def _stamp(path: Path, tokenizer: Tokenizer) -> list[int]:
+    """What tells that a file is still the one that was read through, for this vocabulary."""
+    return [path.stat().st_size, path.stat().st_mtime_ns, tokenizer.vocab_size]
+
+
+def _remember(path: Path, tokenizer: Tokenizer, found: dict):
+    with suppress(OSError), atomic_write(path.with_name(f'.{path.stem}.checked.json')) as file:  # a folder may be read-only
+        file.write(json.dumps({'stamp': _stamp(path, tokenizer), 'found': found}).encode())
+
+
+def _recall(path: Path, tokenizer: Tokenizer) -> dict | None:
+    try:
+        known = json.loads(path.with_name(f'.{path.stem}.checked.json').read_bytes())
+        return known['found'] if known['stamp'] == _stamp(path, tokenizer) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path, offset: int):

@@ -194,10 +194,25 @@ def test_bins_are_checked_in_pieces_to_the_last_token(folder, monkeypatch):
         corpus.open_dataset(folder, BLOCK_SIZE)
 
 
-def test_a_large_bin_is_opened_without_reading_it_through(folder, monkeypatch):
-    monkeypatch.setattr(corpus, 'CHECKED_BYTES', 100)
-    replace_bin(folder, 'train', [500] * 700)
-    assert corpus.open_dataset(folder, BLOCK_SIZE).train[0] == 500
+def test_a_large_bin_is_read_through_once_and_known_again(folder, monkeypatch):
+    read, check_ids = [], corpus.check_ids
+    monkeypatch.setattr(corpus, 'check_ids', lambda ids, *rest: read.append(len(ids)) or check_ids(ids, *rest))
+    monkeypatch.setattr(corpus, 'LARGE', 100)
+    first = corpus.open_dataset(folder, BLOCK_SIZE)
+    assert sum(read) == len(first.train) + len(first.val)
+    assert corpus.open_dataset(folder, BLOCK_SIZE).fingerprint == first.fingerprint
+    assert sum(read) == len(first.train) + len(first.val)  # nothing more
+    replace_bin(folder, 'train', [0] * 700 + [500])
+    for _ in range(2):  # what is refused is not known the next time
+        with pytest.raises(UserError, match='id 500 at offset 700'):
+            corpus.open_dataset(folder, BLOCK_SIZE)
+
+
+def test_a_large_bin_that_was_just_written_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, 'LARGE', 100)
+    corpus.write_char_dataset(tmp_path / 'own', TEXT, {})
+    monkeypatch.setattr(corpus, 'check_ids', lambda *arguments: pytest.fail('read through again'))
+    corpus.open_dataset(tmp_path / 'own', BLOCK_SIZE)
 
 
 def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
@@ -249,25 +264,6 @@ def test_the_same_tokens_have_the_same_fingerprint_whoever_wrote_them(nanogpt, t
     corpus.write_dataset(tmp_path / 'own', split_pieces(TEXT, text[-50:]), CharTokenizer.train(text), {})
     assert (corpus.open_dataset(tmp_path / 'own', BLOCK_SIZE).fingerprint
             == corpus.open_dataset(nanogpt, BLOCK_SIZE).fingerprint)
-
-
-def test_a_bin_too_large_to_read_through_is_known_by_its_size_and_by_samples(nanogpt, monkeypatch):
-    monkeypatch.setattr(corpus, 'CHECKED_BYTES', 100)
-    monkeypatch.setattr(corpus, '_SAMPLES', 20)
-    monkeypatch.setattr(corpus, '_SAMPLE', 5)
-
-    def fingerprint():
-        return corpus.open_dataset(nanogpt, BLOCK_SIZE).fingerprint
-
-    first = fingerprint()
-    assert fingerprint() == first and corpus.open_dataset(nanogpt, BLOCK_SIZE).bits_per_byte(1.0, 'train') is None
-    tokens = np.fromfile(nanogpt / 'train.bin', dtype=np.uint16)
-    tokens[-3] += 1
-    tokens.tofile(nanogpt / 'train.bin')
-    assert fingerprint() != first
-    tokens[-3] -= 1
-    np.append(tokens, tokens[-1]).tofile(nanogpt / 'train.bin')
-    assert fingerprint() != first
 
 
 class RunsCode:
