@@ -44,9 +44,9 @@ class Checkpoint:
     def check_dataset(self, dataset, fingerprint: str):
         """UserError where this checkpoint is of a dataset with another fingerprint."""
         if self.state['dataset_fingerprint'] != fingerprint:
-            raise UserError(f'{self.path} was trained on {self.state["dataset"]} as it was then, not on {dataset} as it is '
-                            f'now: resume with the same bins (--dataset={self.state["dataset"]}), or start a new run in '
-                            f'another --out_dir')
+            raise UserError(f'{self.path} was trained on {self.state["dataset"]} with the fingerprint '
+                            f'{self.state["dataset_fingerprint"][:16]}, but {dataset} has {fingerprint[:16]} now: resume with '
+                            f'the same bins (--dataset={self.state["dataset"]}), or start a new run in another --out_dir')
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of 'model' or 'optimizer', on the CPU. Damaged where the file is not the one saved."""

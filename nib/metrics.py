@@ -59,11 +59,17 @@ class Metrics:
                  wandb_run_name: str = ''):
         self.writer = _tensorboard(out_dir, step) if tensorboard else None
         self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
-        path = Path(out_dir) / 'metrics.jsonl'
-        kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= step] if step else []
-        with atomic_write(path) as file:
+        self.path, self.file = Path(out_dir) / 'metrics.jsonl', None
+        self.rewind(step)
+
+    def rewind(self, step: int):
+        """Drops the records of metrics.jsonl after `step`; TensorBoard and wandb keep theirs."""
+        if self.file:
+            self.file.close()
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)['step'] <= step] if step else []
+        with atomic_write(self.path) as file:
             file.write(''.join(line + '\n' for line in kept).encode())
-        self.file = open(path, 'a', encoding='utf-8')
+        self.file = open(self.path, 'a', encoding='utf-8')
 
     def log(self, step: int, values: dict[str, float | str | None]):
         """Writes the values of a step, numbers and texts; a None is left out, and a number that is not finite becomes null

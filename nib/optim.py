@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the optimizer's state by parameter name."""
+"""Parameter groups, AdamW, its step, and the optimizer's state by parameter name."""
 import torch
 
 
@@ -16,6 +16,16 @@ def adamw(model: torch.nn.Module, learning_rate: float, betas: tuple[float, floa
           weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), all parameters updated in one fused kernel."""
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+
+
+def step(optimizer: torch.optim.Optimizer, usable: torch.Tensor):
+    """One step of a fused optimizer, which the device itself leaves out where `usable` is False: nobody waits to ask."""
+    if usable.device.type == 'mps':  # its fused kernel does not read found_inf
+        if usable:
+            optimizer.step()
+        return
+    optimizer.found_inf = (~usable).float()
+    optimizer.step()
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:

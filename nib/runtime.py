@@ -187,6 +187,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, value) -> list:
+        """Every rank's value, in their order."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def on_first(self, function: Callable):
         """function() is run by rank 0 alone; all ranks get its result, or end where it raised UserError."""
         if self.world_size == 1:
@@ -225,6 +232,16 @@ def start_ranks(device: str) -> Ranks:
     return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
 
 
+def launch_id() -> str | None:
+    """What torchrun calls this launch of the run, the same in all its restarts; None without torchrun."""
+    return os.environ.get('TORCHELASTIC_RUN_ID')
+
+
+def restarts() -> int:
+    """How often torchrun has started the processes anew (--max-restarts)."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+
+
 def command(argv: Sequence[str]) -> str:
     """What was typed to start train.py with these arguments."""
     launcher, world, local = 'python', os.environ.get('WORLD_SIZE', '1'), os.environ.get('LOCAL_WORLD_SIZE', '1')
@@ -245,8 +262,10 @@ class StopSignal:
         self._announced = announced
 
     def listen(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        """SIGINT is Ctrl-C, SIGTERM a machine that goes down; clusters announce preemption by SIGUSR1, which Windows lacks."""
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+            if number := getattr(signal, name, None):
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
         if self.number and time.monotonic() - self._since > 1.0:
