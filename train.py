@@ -11,15 +11,15 @@ import platform
 import shlex
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import configurator
-from model import GPT, GPTConfig
 from nib import checkpoint, datasets, loader, optim, runtime, weights
+from nib.checks import check_config
 from nib.errors import EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
 
@@ -156,7 +156,7 @@ def main(argv):
     compile_used, compile_reason = runtime.pick_compile(compile, device)
     ranks = runtime.start_ranks(device)
     device_used = f'cuda:{ranks.local_rank}' if device == 'cuda' else device
-    check_config(ranks.world_size)
+    check_config(values, ranks.world_size)
     micro_steps = gradient_accumulation_steps // ranks.world_size
     precision = runtime.precision(dtype_used, device_used)
     console = Console(shown=ranks.is_first)
@@ -174,7 +174,7 @@ def main(argv):
                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
 
     config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used}
-    raw_model = new_model(config, data, start).to(device_used).train()
+    raw_model = weights.new_model(config, data, start).to(device_used).train()
     optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
     state = resume(start, config, raw_model, optimizer, scaler, console) if init_from == 'resume' else TrainState()
@@ -303,49 +303,7 @@ def main(argv):
     return exit_code
 
 
-# -- setting up, in the order of main --------------------------------------------------------------------------------
-
-def check_config(world_size):
-    """UserError for a value that no run can have."""
-    counts = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
-              'gradient_accumulation_steps')
-    amounts = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'max_iters',
-               'sample_tokens')
-    for keys, least, below in ((counts, 1, math.inf), (amounts, 0, math.inf), (('beta1', 'beta2'), 0, 1)):
-        for key in keys:
-            if not least <= globals()[key] < below:
-                raise UserError(f'{key} is {globals()[key]}: it must be at least {least} and less than {below}')
-    if lr_schedule != 'constant' and warmup_iters > lr_decay_iters:
-        raise UserError(f'warmup_iters {warmup_iters} is more than lr_decay_iters {lr_decay_iters}: '
-                        f'lower it, for instance --warmup_iters={lr_decay_iters // 20}')
-    if lr_schedule == 'wsd' and not 0 < cooldown_iters <= lr_decay_iters - warmup_iters:
-        raise UserError(f'cooldown_iters {cooldown_iters}: with lr_schedule wsd it is from 1 to lr_decay_iters - warmup_iters = '
-                        f'{lr_decay_iters - warmup_iters}, for instance --cooldown_iters={lr_decay_iters // 5}')
-    for key in ('out_dir', 'dataset') + ('wandb_project',) * wandb_log:
-        if not globals()[key]:
-            raise UserError(f'{key} is empty: name one with --{key}=NAME')
-    if gradient_accumulation_steps % world_size:
-        more = math.ceil(gradient_accumulation_steps / world_size) * world_size
-        raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} cannot be shared out over '
-                        f'{world_size} processes: try --gradient_accumulation_steps={more}')
-
-
-def new_model(config: dict, data, start: weights.Weights | None) -> GPT:
-    """A fresh model, with the same weights on every rank, or one with the weights of `start`. UserError for a shape that
-    cannot be, or a vocabulary that is not the dataset's."""
-    try:
-        model_config = GPTConfig.pick(config, data.vocab_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if start is None:
-        runtime.seed_everything(seed)
-        return GPT(model_config)
-    start.check_dataset(data)
-    model = GPT(replace(model_config, block_size=start.model.block_size))
-    model.load_state_dict(start.tensors['model'])
-    model.crop_block_size(block_size)
-    return model
-
+# -- what main calls -------------------------------------------------------------------------------------------------
 
 def resume(start, config, model, optimizer, scaler, console) -> TrainState:
     """Puts back what a checkpoint holds beside the weights, and says what of the config has changed since."""
@@ -353,15 +311,11 @@ def resume(start, config, model, optimizer, scaler, console) -> TrainState:
     state = TrainState(**start.resumed.state['train'])
     if state.scaler and scaler.is_enabled():
         scaler.load_state_dict(state.scaler)
-    before = start.resumed.state['config']
-    changed = [f'{key} {before[key]!r} -> {value!r}' for key, value in config.items() if before.get(key, value) != value
-               and key not in ('init_from', 'overwrite', 'out_dir')]
-    if changed:
-        console.say(f'changed since the checkpoint: {", ".join(changed)}')
+    if changes := start.changes(config):
+        console.say('changed since the checkpoint: '
+                    + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
     return state
 
-
-# -- what the loop says ----------------------------------------------------------------------------------------------
 
 def write_sample(model, data, console) -> str:
     """What the model writes after the validation split's first tokens; the same randomness each time."""

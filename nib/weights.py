@@ -7,8 +7,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from model import GPTConfig
-from nib import checkpoint
+from model import GPT, GPTConfig
+from nib import checkpoint, runtime
 from nib.corpus import TokenDataset
 from nib.errors import UserError
 
@@ -47,6 +47,12 @@ class Weights:
                                 f'{key} out, or train a new model with --init_from=scratch and another --out_dir')
         return adopted
 
+    def changes(self, config: Mapping) -> dict[str, list]:
+        """Keys of a resumed run's config that have changed since the checkpoint -> [value then, value now]."""
+        before = self.resumed.state['config']
+        return {key: [before[key], value] for key, value in config.items()
+                if before.get(key, value) != value and key not in ('init_from', 'overwrite', 'out_dir')}
+
     def check_dataset(self, data: TokenDataset):
         """UserError where a resumed run's dataset is not the one it had, or a dataset's tokens mean something else here."""
         if self.resumed:
@@ -55,6 +61,23 @@ class Weights:
             raise UserError(f'{self.name} reads tokens of another tokenizer ({self.tokenizer["kind"]}, vocabulary '
                             f'{self.model.vocab_size}) than dataset {data.name} has (vocabulary {data.vocab_size}): choose a '
                             f'--dataset that was prepared with its tokenizer')
+
+
+def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT:
+    """A fresh model, with the same weights on every rank, or one with the weights of `start`. UserError for a shape that
+    cannot be, or a vocabulary that is not the dataset's."""
+    try:
+        model_config = GPTConfig.pick(config, data.vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if start is None:
+        runtime.seed_everything(config['seed'])
+        return GPT(model_config)
+    start.check_dataset(data)
+    model = GPT(replace(model_config, block_size=start.model.block_size))
+    model.load_state_dict(start.tensors['model'])
+    model.crop_block_size(config['block_size'])
+    return model
 
 
 def read(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Weights | None:

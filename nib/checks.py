@@ -1,0 +1,31 @@
+"""Values of a config that no run can have, refused before anything is read or written."""
+import math
+from collections.abc import Mapping
+
+from nib.errors import UserError
+
+COUNTS = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
+          'gradient_accumulation_steps')
+AMOUNTS = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'max_iters', 'sample_tokens')
+
+
+def check_config(config: Mapping, world_size: int):
+    """UserError for the first value of train.py's config that cannot be. What the model and the data refuse is theirs."""
+    for keys, least, below in ((COUNTS, 1, math.inf), (AMOUNTS, 0, math.inf), (('beta1', 'beta2'), 0, 1)):
+        for key in keys:
+            if not least <= config[key] < below:
+                raise UserError(f'{key} is {config[key]}: it must be at least {least} and less than {below}')
+    warmup, decay, cooldown = (config[key] for key in ('warmup_iters', 'lr_decay_iters', 'cooldown_iters'))
+    if config['lr_schedule'] != 'constant' and warmup > decay:
+        raise UserError(f'warmup_iters {warmup} is more than lr_decay_iters {decay}: lower it, for instance '
+                        f'--warmup_iters={max(0, decay // 20)}')
+    if config['lr_schedule'] == 'wsd' and not 0 < cooldown <= decay - warmup:
+        raise UserError(f'cooldown_iters {cooldown}: with lr_schedule wsd it is from 1 to lr_decay_iters - warmup_iters = '
+                        f'{decay - warmup}, for instance --cooldown_iters={decay // 5}')
+    for key in ('out_dir', 'dataset') + ('wandb_project',) * config['wandb_log']:
+        if not config[key]:
+            raise UserError(f'{key} is empty: name one with --{key}=NAME')
+    accumulation = config['gradient_accumulation_steps']
+    if accumulation % world_size:
+        raise UserError(f'gradient_accumulation_steps {accumulation} cannot be shared out over {world_size} processes: try '
+                        f'--gradient_accumulation_steps={math.ceil(accumulation / world_size) * world_size}')
