@@ -18,7 +18,7 @@ import torch
 
 import configurator
 from model import GPT, GPTConfig
-from nib import corpus, datasets, loader, measure, optim, runtime
+from nib import corpus, datasets, guard, loader, measure, optim, runtime
 from nib.errors import UserError, run_script
 from train import train_step
 
@@ -93,6 +93,7 @@ class Contestant:
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=values['dtype'] == 'float16')
         self.batches = loader.BatchLoader(data.train, values['block_size'], values['batch_size'], values['seed'], 'train',
                                           self.micro_steps, device=self.device, vocab_size=data.vocab_size)
+        self.bad_steps = guard.BadSteps(None, self.device)
         self.model = self.raw_model
         if values['compile']:
             self.model = runtime.compile_model(self.raw_model, self.batches.batch(0, 0), self.precision, print)
@@ -104,7 +105,7 @@ class Contestant:
 
     def train_step(self, model, micro_batches):
         train_step(model, self.optimizer, self.scaler, micro_batches, self.micro_steps, self.precision,
-                   self.values['grad_clip'], (self.values['seed'], self.step, 0))
+                   self.values['grad_clip'], (self.values['seed'], self.step, 0), runtime.Ranks(), self.bad_steps)
         self.step += 1
 
     def round(self) -> dict[str, float]:

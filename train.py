@@ -18,7 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import configurator
-from nib import checkpoint, datasets, loader, optim, runtime, weights
+from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, weights
 from nib.checks import check_config
 from nib.errors import EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
@@ -70,6 +70,8 @@ weight_decay: float = 0.1  # on matrices and embeddings only
 beta1: float = 0.9  # memory of the mean gradient
 beta2: float = 0.95  # memory of the squared gradient
 grad_clip: float = 1.0  # largest norm of the gradient; 0 clips nothing
+max_bad_steps: int = 3  # steps in a row whose loss or gradients are not finite: none is applied, and after so many on_nonfinite is done
+on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # 'skip' goes on; 'rewind' goes back to the last checkpoint and passes over the batches that led here
 # learning rate schedule
 lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # after the warm-up; wsd is warmup-stable-decay
 warmup_iters: int = 2000  # steps of linear warm-up
@@ -115,26 +117,36 @@ def evaluate(model, batches, precision, ranks, stop) -> float:
     return summed / tokens
 
 
-def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, grad_clip, seeds):
-    """One step of training: gradients from every micro batch, clipped, given to the optimizer.
+def accumulate_gradients(model, scaler, micro_batches, micro_steps, precision, seeds):
+    """Adds up the gradients of a step's micro batches; returns the mean of their losses, a tensor.
 
     micro_batches: yields micro_steps pairs (x, y) of token ids (batch_size, block_size). seeds: what dropout's
-    randomness is drawn from, beside the micro step. Returns this rank's mean loss over all micro steps and the norm
-    of the gradients before clipping, both as tensors, so that nothing waits for the device.
+    randomness is drawn from, beside the micro step.
     """
     mean_loss = 0.0
     for micro_step, (x, y) in enumerate(micro_batches):
         runtime.seed_everything(*seeds, micro_step)
         last = micro_step == micro_steps - 1
-        # Gradients add up over the micro steps; ranks exchange them once, on the last.
+        # Ranks exchange the sum of their gradients, once, on the last micro step.
         with nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync():
             with precision:
                 loss = model(x, y) / micro_steps
             scaler.scale(loss).backward()
         mean_loss += loss.detach()
+    return mean_loss
+
+
+def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, grad_clip, seeds, ranks, bad_steps):
+    """One step of training: gradients from every micro batch, clipped, given to the optimizer if they are finite.
+
+    Returns the mean loss over all micro steps and ranks and the norm of the gradients before clipping, both as tensors,
+    so that nothing waits for the device.
+    """
+    mean_loss = accumulate_gradients(model, scaler, micro_batches, micro_steps, precision, seeds)
+    mean_loss = ranks.sum(mean_loss) / ranks.world_size
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
+    optim.step(optimizer, bad_steps.usable(mean_loss, grad_norm))
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -143,7 +155,9 @@ def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, 
 @dataclass
 class TrainState:
     """All that a resumed run needs beside the weights, the optimizer and the config."""
-    step: int = 0  # updates done
+    step: int = 0  # steps done
+    passed_over: int = 0  # steps whose batches rewinding left out: step s trains on the batches of step s + passed_over
+    bad_steps: int = 0  # so many steps before this one were not finite
     evaluated: int = -1  # the last step that was evaluated
     best_val_loss: float | None = None
     scaler: dict | None = None  # the loss scale of float16
@@ -163,6 +177,9 @@ def main(argv):
     console.say(f'device {runtime.describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
                 f'({dtype_reason}), compile {"on" if compile_used else "off"} ({compile_reason})')
 
+    if rundir.restarted(out_dir):
+        values['init_from'] = 'resume'
+        globals().update(values)
     start = weights.read(init_from, out_dir, console.warn)  # None from scratch
     if start:
         console.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
@@ -177,9 +194,15 @@ def main(argv):
     raw_model = weights.new_model(config, data, start).to(device_used).train()
     optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
-    state = resume(start, config, raw_model, optimizer, scaler, console) if init_from == 'resume' else TrainState()
+    state, changes = TrainState(), {}
+    if init_from == 'resume':
+        state, changes = put_back(start.resumed, start.tensors, raw_model, optimizer, scaler), start.changes(config)
+        if changes:
+            console.say('changed since the checkpoint: '
+                        + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
+    lock = rundir.RunLock(out_dir)
     if not eval_only:
-        ranks.on_first(lambda: checkpoint.check_out_dir(out_dir, new_run=init_from != 'resume' and not overwrite))
+        ranks.on_first(lambda: lock.take(new_run=init_from != 'resume' and not overwrite))
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
     console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters ({raw_model.num_params(positions=False) / 1e6:.2f}M '
                 f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step')
@@ -203,14 +226,35 @@ def main(argv):
             'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__}, 'ranks': ranks.world_size})
 
+    def find_nonfinite(step) -> str:
+        """Computes a step that was not finite again, and says where it went wrong on any rank."""
+        with guard.watch_outputs(raw_model) as outputs:
+            accumulate_gradients(raw_model, scaler, batches.micro_batches(step), micro_steps, precision, (seed, step, ranks.rank))
+        found = ranks.gather((outputs, guard.nonfinite_parameters(raw_model)))
+        optimizer.zero_grad(set_to_none=True)
+        return guard.describe(*max(found, key=lambda names: len(names[1])))
+
+    def rewind(data_step) -> TrainState:
+        """Goes back to the last checkpoint, to train on from there with the batches of data_step."""
+        found, tensors = checkpoint.load(out_dir, warn=console.warn)
+        back = put_back(found, tensors, raw_model, optimizer, scaler)
+        back.passed_over, back.bad_steps = data_step - back.step, 0
+        if metrics:
+            metrics.rewind(back.step)
+        console.warn(f'{state.bad_steps} steps in a row not finite: going back to step {back.step}, past the batches that led here')
+        return back
+
     metrics = None
     if ranks.is_first and not eval_only:
         metrics = Metrics(out_dir, state.step, config, tensorboard, wandb_project if wandb_log else '', wandb_run_name)
         if init_from != 'resume':  # only now, as nothing can go wrong any more before the first step
             checkpoint.remove_all(out_dir)
-        checkpoint.write_config(out_dir, {'config': config, 'origins': origins})
+        rundir.write_config(out_dir, config, origins, state.step, changes)
     peak = runtime.peak_flops(device_used, dtype_used)
     saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
+    limit = None if on_nonfinite == 'skip' else max_bad_steps
+    bad_steps = guard.BadSteps(limit, device_used, scaler.is_enabled(), state.bad_steps)
+    rewinds = 0  # since the last checkpoint
     exit_code = 0
     stop = runtime.StopSignal(announced=ranks.is_first)
     stop.listen()
@@ -224,13 +268,29 @@ def main(argv):
         evaluation_due = (state.step % eval_interval == 0 or state.step >= max_iters) and state.evaluated < state.step
         stopping = ranks.largest(stop.number)
 
+        # -- look for steps that were not finite; none of them has touched the weights
+        if state.step % log_interval == 0 or evaluation_due or stopping:
+            state.bad_steps, new, since = bad_steps.look()
+            where = f'step {state.step - since}: loss or gradients not finite'
+            if limit and (state.bad_steps >= limit or scaler.is_enabled() and scaler.get_scale() < 1):
+                bad = state.step - since - 1 + state.passed_over  # the last bad step's batches
+                if on_nonfinite == 'stop' or not saved or rewinds == guard.MAX_REWINDS:
+                    exit_code = stop_nonfinite(console, f'{where}, {state.bad_steps} steps in a row; {find_nonfinite(bad)}')
+                    break
+                state = rewind(bad + 1)
+                bad_steps, rewinds, saved = guard.BadSteps(limit, device_used, scaler.is_enabled()), rewinds + 1, state.step
+                clock, clock_step = time.perf_counter(), state.step
+                continue
+            if new:
+                console.warn(f'{where}, so it is not applied' + (f'; {new} such steps since the last look' if new > 1 else ''))
+
         # -- save when due; before the evaluation, which may take long
         if (evaluation_due or stopping) and saved < state.step:
-            if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
-                exit_code = stop_nonfinite(console, state.step, 'weights not finite')
+            if broken := [name for name, parameter in raw_model.named_parameters() if not parameter.isfinite().all()]:
+                exit_code = stop_nonfinite(console, f'step {state.step}: weights not finite; {guard.describe([], broken)}')
                 break
             ranks.on_first(save)
-            saved = state.step
+            saved, rewinds = state.step, 0
         if stopping:
             console.say(f'stopped by signal {stopping} after step {state.step}'
                         + (f', which is saved; to go on: {runtime.command(argv)} --init_from=resume' if saved else ''))
@@ -244,7 +304,7 @@ def main(argv):
             if ranks.largest(stop.number):
                 continue  # it was cut short; a resumed run makes up for it
             if not math.isfinite(val_loss):
-                exit_code = stop_nonfinite(console, state.step, f'validation loss {val_loss}')
+                exit_code = stop_nonfinite(console, f'step {state.step}: validation loss {val_loss}')
                 break
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.evaluated, state.best_val_loss = state.step, val_loss if best else state.best_val_loss
@@ -263,13 +323,14 @@ def main(argv):
             break
 
         # -- one training step
-        mean_loss, grad_norm = train_step(model, optimizer, scaler, batches.micro_batches(state.step), micro_steps,
-                                          precision, grad_clip, (seed, state.step, ranks.rank))
+        data_step = state.step + state.passed_over
+        mean_loss, grad_norm = train_step(model, optimizer, scaler, batches.micro_batches(data_step), micro_steps, precision,
+                                          grad_clip, (seed, data_step, ranks.rank), ranks, bad_steps)
         state.step += 1
 
-        # -- log; the only place that waits for the device
+        # -- log; only here and where it looks, saves or evaluates does the host wait for the device
         if state.step % log_interval == 0 or state.step == 1:
-            loss = float(ranks.sum(mean_loss)) / ranks.world_size
+            loss = float(mean_loss)
             seconds = (time.perf_counter() - clock) / (state.step - clock_step)
             clock, clock_step = time.perf_counter(), state.step
             tokens_per_second = tokens_per_step / seconds
@@ -281,9 +342,6 @@ def main(argv):
                 metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr, 'mfu': mfu,
                                          'tokens_per_second': tokens_per_second,
                                          'peak_memory': runtime.peak_memory(device_used)})
-            if not math.isfinite(loss):
-                exit_code = stop_nonfinite(console, state.step, f'loss {loss}')
-                break
 
     if not exit_code:
         loss = split_loss('val', None)
@@ -299,21 +357,20 @@ def main(argv):
     console.close()
     if metrics:
         metrics.close()
+    lock.release()
     ranks.close()
     return exit_code
 
 
 # -- what main calls -------------------------------------------------------------------------------------------------
 
-def resume(start, config, model, optimizer, scaler, console) -> TrainState:
-    """Puts back what a checkpoint holds beside the weights, and says what of the config has changed since."""
-    optim.load_named_state(optimizer, model, start.tensors['optimizer'])
-    state = TrainState(**start.resumed.state['train'])
+def put_back(found, tensors, model, optimizer, scaler) -> TrainState:
+    """Puts back all that a checkpoint holds."""
+    model.load_state_dict(tensors['model'])
+    optim.load_named_state(optimizer, model, tensors['optimizer'])
+    state = TrainState(**found.state['train'])
     if state.scaler and scaler.is_enabled():
         scaler.load_state_dict(state.scaler)
-    if changes := start.changes(config):
-        console.say('changed since the checkpoint: '
-                    + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
     return state
 
 
@@ -326,10 +383,10 @@ def write_sample(model, data, console) -> str:
     return text
 
 
-def stop_nonfinite(console, step, what) -> int:
+def stop_nonfinite(console, what) -> int:
     kept = f'the last checkpoint in {out_dir} is good' if checkpoint.exists(out_dir) else 'no checkpoint was there yet'
-    console.warn(f'{what} at step {step}: nothing is saved; {kept}. '
-                 f'Try a lower learning_rate, more warmup_iters, or dtype float32.')
+    console.warn(f'{what}. Nothing is saved; {kept}. Try a lower learning_rate, more warmup_iters, dtype float32, or '
+                 f'on_nonfinite rewind.')
     return EXIT_NONFINITE
 
 

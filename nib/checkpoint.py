@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,25 +126,6 @@ def prune(out_dir, keep_last: int):
     for folder in _step_folders(Path(out_dir))[keep_last:]:
         if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_out_dir(out_dir, new_run: bool):
-    """Makes the folder where it is missing. UserError where it cannot be written, or a new run meets an old one."""
-    out_dir = Path(out_dir)
-    if new_run and exists(out_dir):
-        raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another --out_dir, or '
-                        f'replace it (--overwrite)')
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
-    except OSError as error:
-        raise UserError(f'out_dir {out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
-
-
-def write_config(out_dir, record: dict):
-    with atomic_write(Path(out_dir) / 'config.json') as file:
-        file.write(json.dumps(record, indent=1).encode())
 
 
 def exists(out_dir) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from nib.errors import UserError
 
-COUNTS = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
+COUNTS = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size', 'max_bad_steps',
           'gradient_accumulation_steps')
 AMOUNTS = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'max_iters', 'sample_tokens')
 

@@ -232,16 +232,6 @@ def start_ranks(device: str) -> Ranks:
     return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
 
 
-def launch_id() -> str | None:
-    """What torchrun calls this launch of the run, the same in all its restarts; None without torchrun."""
-    return os.environ.get('TORCHELASTIC_RUN_ID')
-
-
-def restarts() -> int:
-    """How often torchrun has started the processes anew (--max-restarts)."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-
-
 def command(argv: Sequence[str]) -> str:
     """What was typed to start train.py with these arguments."""
     launcher, world, local = 'python', os.environ.get('WORLD_SIZE', '1'), os.environ.get('LOCAL_WORLD_SIZE', '1')

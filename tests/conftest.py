@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import configurator
 from nib import corpus
 
 torch.set_num_threads(1)  # the tests' models are too small to share out
@@ -46,6 +48,28 @@ def train(data_dir, out_dir, *flags, launcher=(), **options):
     done = run_script(*launcher, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags, **options)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@pytest.fixture
+def train_here(data_dir, capsys):
+    """Trains the small model in this process, as `train` does in another: returns the exit code and what was printed.
+
+    What train.main leaves behind in a process is put back: its globals and the handlers of signals.
+    """
+    import train as training
+    before = dict(vars(training))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def train_here(out_dir, *flags):
+        capsys.readouterr()
+        vars(training).update({key: before[key] for key in configurator.read_block(training.__file__).defaults})
+        code = training.main([*SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags])
+        return code, capsys.readouterr()
+
+    yield train_here
+    vars(training).update({key: before[key] for key in configurator.read_block(training.__file__).defaults})
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def records(out_dir) -> list[dict]:

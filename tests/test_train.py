@@ -17,9 +17,15 @@ from conftest import ROOT, SMALL_RUN, records, run_script, train
 
 import train as training
 from model import GPT, GPTConfig
-from nib import checkpoint, corpus, loader, optim, runtime
+from nib import checkpoint, corpus, guard, loader, optim, runtime
 
 SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+def step(model, optimizer, batches, grad_clip, seeds=(0, 0, 0)):
+    """train_step on one process, in float32."""
+    return training.train_step(model, optimizer, torch.amp.GradScaler('cpu', enabled=False), batches, len(batches),
+                               runtime.precision('float32', 'cpu'), grad_clip, seeds, runtime.Ranks(), guard.BadSteps(3, 'cpu'))
 
 
 def tensors_of(out_dir, which='latest'):
@@ -188,8 +194,7 @@ def test_gradients_are_exchanged_on_the_last_micro_step_only():
 
     model = Replicas()
     x = torch.zeros(1, 4, dtype=torch.long)
-    training.train_step(model, optim.adamw(model, 1e-3, (0.9, 0.95), 0.0), torch.amp.GradScaler('cpu', enabled=False),
-                        [(x, x)] * 3, 3, runtime.precision('float32', 'cpu'), 1.0, (0, 0, 0))
+    step(model, optim.adamw(model, 1e-3, (0.9, 0.95), 0.0), [(x, x)] * 3, 1.0)
     assert model.passes == [False, False, True]
 
 
@@ -273,9 +278,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch():
             def zero_grad(self, set_to_none):
                 model.zero_grad(set_to_none)
 
-        scaler = torch.amp.GradScaler('cpu', enabled=False)
-        loss, norm = training.train_step(model, Catch(), scaler, batches, micro_steps, runtime.precision('float32', 'cpu'),
-                                         0.0, (0, 0, 0))
+        loss, norm = step(model, Catch(), batches, 0.0)
         gradients.append((caught, loss, norm))
     (once, loss, norm), (accumulated, loss4, norm4) = gradients
     for name in once:
@@ -292,11 +295,9 @@ def test_a_step_equals_plain_pytorch():
     theirs.load_state_dict(ours.state_dict())
     optimizer = optim.adamw(ours, 1e-2, (0.9, 0.95), 0.1)
     plain = torch.optim.AdamW(optim.parameter_groups(theirs, 0.1), lr=1e-2, betas=(0.9, 0.95), foreach=False)
-    scaler = torch.amp.GradScaler('cpu', enabled=False)
-    for step in range(5):
+    for number in range(5):
         ids = torch.randint(31, (4, 17))
-        loss, norm = training.train_step(ours, optimizer, scaler, [(ids[:, :-1], ids[:, 1:])], 1,
-                                         runtime.precision('float32', 'cpu'), 0.5, (0, step, 0))
+        loss, norm = step(ours, optimizer, [(ids[:, :-1], ids[:, 1:])], 0.5, (0, number, 0))
         expected = theirs(ids[:, :-1], ids[:, 1:])
         expected.backward()
         norm_by_hand = math.sqrt(sum(p.grad.double().square().sum().item() for p in theirs.parameters()))
@@ -358,7 +359,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, 
     done = train(data_dir, tmp_path / 'run', '--init_from=resume', '--learning_rate=1e30', '--min_lr=1e30',
                  '--grad_clip=0', check=False)
     assert done.returncode == 3
-    assert 'nothing is saved' in done.stderr
+    assert 'Nothing is saved' in done.stderr
     found, tensors = checkpoint.load(tmp_path / 'run')
     assert found.step == 10
     assert all(value.isfinite().all() for value in tensors['model'].values())
@@ -374,7 +375,7 @@ def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path)
     time.sleep(1)  # many steps
     run.send_signal(signal.SIGINT)
     said = run.communicate(timeout=60)[1]
-    assert run.returncode == 3 and 'nothing is saved' in said
+    assert run.returncode == 3 and 'Nothing is saved' in said
     assert not checkpoint.exists(tmp_path / 'run')
 
 
