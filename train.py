@@ -235,13 +235,12 @@ def main(argv):
         return guard.describe(*max(found, key=lambda names: len(names[1])))
 
     def rewind(data_step) -> TrainState:
-        """Goes back to the last checkpoint, to train on from there with the batches of data_step."""
+        """Back to the last checkpoint, from where the run goes on with the batches of data_step."""
         found, tensors = checkpoint.load(out_dir, warn=console.warn)
         back = put_back(found, tensors, raw_model, optimizer, scaler)
         back.passed_over, back.bad_steps = data_step - back.step, 0
         if metrics:
             metrics.rewind(back.step)
-        console.warn(f'{state.bad_steps} steps in a row not finite: going back to step {back.step}, past the batches that led here')
         return back
 
     metrics = None
@@ -270,19 +269,20 @@ def main(argv):
 
         # -- look for steps that were not finite; none of them has touched the weights
         if state.step % log_interval == 0 or evaluation_due or stopping:
-            state.bad_steps, new, since = bad_steps.look()
-            where = f'step {state.step - since}: loss or gradients not finite'
-            if limit and (state.bad_steps >= limit or scaler.is_enabled() and scaler.get_scale() < 1):
-                bad = state.step - since - 1 + state.passed_over  # the last bad step's batches
+            seen = bad_steps.look(state.step, scaler)
+            state.bad_steps = seen.in_a_row
+            if seen.ending:
                 if on_nonfinite == 'stop' or not saved or rewinds == guard.MAX_REWINDS:
-                    exit_code = stop_nonfinite(console, f'{where}, {state.bad_steps} steps in a row; {find_nonfinite(bad)}')
+                    why = find_nonfinite(seen.last - 1 + state.passed_over)
+                    exit_code = stop_nonfinite(console, f'{seen.sentence}; {why}')
                     break
-                state = rewind(bad + 1)
+                console.warn(f'{seen.sentence}: going back to the last checkpoint, past the batches that led here')
+                state = rewind(seen.last + state.passed_over)
                 bad_steps, rewinds, saved = guard.BadSteps(limit, device_used, scaler.is_enabled()), rewinds + 1, state.step
                 clock, clock_step = time.perf_counter(), state.step
                 continue
-            if new:
-                console.warn(f'{where}, so it is not applied' + (f'; {new} such steps since the last look' if new > 1 else ''))
+            if seen.new:
+                console.warn(f'{seen.sentence}: not applied')
 
         # -- save when due; before the evaluation, which may take long
         if (evaluation_due or stopping) and saved < state.step:

@@ -1,9 +1,11 @@
 """Steps whose loss or gradients are not finite: kept from the weights, counted, and looked into."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
+ENDLESS = 1 << 62
 MAX_REWINDS = 3  # from the same checkpoint; batch after batch that fails is no accident
 
 
@@ -16,7 +18,7 @@ class BadSteps:
     """
 
     def __init__(self, limit: int | None, device: str, float16: bool = False, in_a_row: int = 0):
-        self.limit, self.float16 = limit or 1 << 62, float16
+        self.limit, self.float16 = limit or ENDLESS, float16
         self._counts = torch.tensor([in_a_row, 0, 0], device=device)  # in a row; in all; steps since the last one
         self._reported = 0
 
@@ -30,11 +32,24 @@ class BadSteps:
                                     torch.where(bad & open_, 0, since + 1)))
         return finite & open_
 
-    def look(self) -> tuple[int, int, int]:
-        """Bad steps in a row, bad steps since the last look, and steps since the last bad one. Waits for the device."""
+    def look(self, step: int, scaler: torch.amp.GradScaler) -> 'Seen':
+        """What has come up since the last look, after `step` steps. Waits for the device."""
         in_a_row, in_all, since = self._counts.tolist()
         new, self._reported = in_all - self._reported, in_all
-        return in_a_row, new, since
+        if scaler.is_enabled() and scaler.get_scale() < 1 and self.limit < ENDLESS:
+            return Seen(in_a_row, new, step, True, f'step {step}: gradients not finite at a loss scale below 1')
+        ending = in_a_row >= self.limit
+        count = f', {in_a_row} steps in a row' if ending else f' ({new} such steps since the last look)' if new > 1 else ''
+        return Seen(in_a_row, new, step - since, ending, f'step {step - since}: loss or gradients not finite{count}')
+
+
+@dataclass(frozen=True)
+class Seen:
+    in_a_row: int  # bad steps, up to the last step
+    new: int  # bad steps since the last look
+    last: int  # the number of the last bad step; the first step is 1
+    ending: bool  # it cannot go on like this
+    sentence: str
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""Steps whose loss or gradients are not finite: they never reach the weights, on any rank, and the run ends as it should."""
+import math
+import re
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, records, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train as training
+from model import GPT, GPTConfig
+from nib import checkpoint, guard
+
+EVERY_STEP = ['--eval_interval=1', '--keep_last=100', '--dropout=0.1']
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the loss or the gradients of some steps' batches not finite; returns the list of the steps computed."""
+    original, computed = training.accumulate_gradients, []
+
+    def poison(steps, what):
+        def poisoned(model, scaler, batches, micro_steps, precision, seeds):
+            loss = original(model, scaler, batches, micro_steps, precision, seeds)
+            computed.append(seeds[1])
+            if seeds[1] in steps and what == 'loss':
+                return loss * math.nan
+            if seeds[1] in steps:
+                model.transformer.h[1].mlp.c_proj.weight.grad[0, 0] = {'gradient': math.inf, 'NaN gradient': math.nan}[what]
+            return loss
+        monkeypatch.setattr(training, 'accumulate_gradients', poisoned)
+        return computed
+    return poison
+
+
+def tensors_at(out_dir, step):
+    return {f'{kind}/{name}': value for kind, tensors in checkpoint.load(out_dir, str(step))[1].items()
+            for name, value in tensors.items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize('what', ['loss', 'gradient', 'NaN gradient'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(train_here, poison, tmp_path, what, dtype):
+    poison({5, 8, 9}, what)
+    code, said = train_here(tmp_path / 'run', *EVERY_STEP, f'--dtype={dtype}', '--max_iters=12')
+    assert code == 0
+    for step in range(1, 12):
+        before, after = tensors_at(tmp_path / 'run', step), tensors_at(tmp_path / 'run', step + 1)
+        assert equal(before, after) == (step in (5, 8, 9)), step
+        assert all(value.isfinite().all() for value in after.values())
+    counted = dtype != 'float16' or what == 'loss'  # in float16 the scaler's ordinary business
+    assert [int(step) for step in re.findall(r'step (\d+): loss or gradients not finite: not applied', said.err)] == (
+        [6, 9, 10] if counted else [])
+
+
+@pytest.mark.parametrize('log_interval', [1, 7, 1000])
+def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_them(train_here, poison, tmp_path, log_interval):
+    """However late the run looks: good steps that follow change nothing any more."""
+    poison({2, 3, 12, 13, 14}, 'gradient')
+    code, said = train_here(tmp_path / 'run', f'--log_interval={log_interval}')
+    assert code == 3
+    line = said.err.strip().splitlines()[-1]
+    assert line.startswith('step 15: loss or gradients not finite, 3 steps in a row')
+    assert 'parameters affected: transformer.h.1.mlp.c_proj.weight.' in line and 'the last checkpoint in' in line
+    found, tensors = checkpoint.load(tmp_path / 'run')
+    assert found.step == 10 and all(value.isfinite().all() for value in tensors['model'].values())
+    assert sorted(path.name for path in (tmp_path / 'run').glob('step-*')) == ['step-00000010']
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_resume(train_here, poison, tmp_path):
+    poison({8, 9, 10}, 'loss')
+    assert train_here(tmp_path / 'run', '--max_iters=10')[0] == 0
+    code, said = train_here(tmp_path / 'run', '--init_from=resume')
+    assert code == 3 and 'step 11: loss or gradients not finite, 3 steps in a row' in said.err
+
+
+def test_max_bad_steps_and_skip_are_what_they_say(train_here, poison, tmp_path):
+    poison({4, 5, 6, 7}, 'loss')
+    assert train_here(tmp_path / 'four', '--max_bad_steps=5')[0] == 0
+    assert train_here(tmp_path / 'skip', '--on_nonfinite=skip', '--max_bad_steps=1')[0] == 0
+    assert equal(tensors_at(tmp_path / 'four', 20), tensors_at(tmp_path / 'skip', 20))
+
+
+def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here, poison, tmp_path):
+    computed = poison({12, 13, 14}, 'loss')
+    flags = ['--on_nonfinite=rewind', '--dropout=0.1']
+    code, said = train_here(tmp_path / 'run', *flags)
+    assert code == 0 and 'going back to the last checkpoint' in said.err
+    assert computed == [*range(15), *range(15, 25)]
+    found, tensors = checkpoint.load(tmp_path / 'run')
+    assert found.step == 20 and found.state['train']['passed_over'] == 5
+    assert [r['step'] for r in records(tmp_path / 'run') if 'loss/step' in r] == list(range(1, 21))
+    computed.clear()  # and a run that is cut after it goes on with the same batches
+    train_here(tmp_path / 'cut', *flags, '--eval_interval=5', '--max_iters=15')
+    train_here(tmp_path / 'cut', *flags, '--eval_interval=5', '--init_from=resume')
+    assert computed == [*range(25)]
+    assert equal(tensors_at(tmp_path / 'cut', 20), tensors_at(tmp_path / 'run', 20))
+
+
+def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
+    computed = poison(range(12, 1000), 'gradient')
+    code, said = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
+    assert code == 3 and said.err.count('going back to the last checkpoint') == guard.MAX_REWINDS
+    assert computed[:15] == [*range(15)] and len(computed) < 15 + 3 * (guard.MAX_REWINDS + 1)
+    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+    poison(range(3, 1000), 'gradient')
+    code, said = train_here(tmp_path / 'new', '--on_nonfinite=rewind')
+    assert code == 3 and 'no checkpoint was there yet' in said.err
+
+
+def test_a_loss_scale_that_only_falls_ends_the_run(train_here, poison, tmp_path):
+    """From 65,536 to below 1 in 17 steps: then it is not the scale."""
+    poison(range(1000), 'gradient')
+    code, said = train_here(tmp_path / 'run', '--dtype=float16', '--eval_interval=100')
+    assert code == 3 and 'step 17: ' in said.err
+
+
+POISONED_RANK = """
+import hashlib, math, os, sys, torch, train
+original, kept = train.accumulate_gradients, []
+def poisoned(model, scaler, batches, micro_steps, precision, seeds):
+    kept.append(model)
+    loss = original(model, scaler, batches, micro_steps, precision, seeds)
+    return loss * math.nan if seeds[1:] in ((4, 1), (7, 1), (8, 1), (9, 1)) else loss
+train.accumulate_gradients = poisoned
+code = train.main(sys.argv[1:])
+weights = b''.join(p.detach().numpy().tobytes() for p in kept[-1].parameters())
+print(f'rank {os.environ["RANK"]}: exit {code}, finite {all(p.isfinite().all() for p in kept[-1].parameters())}, '
+      f'{hashlib.sha256(weights).hexdigest()}', flush=True)
+"""
+
+
+def test_a_loss_that_is_nan_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path):
+    (tmp_path / 'poisoned.py').write_text(POISONED_RANK)
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'poisoned.py']
+    done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--eval_interval=5',
+                      env={'PYTHONPATH': str(ROOT)})
+    ranks = re.findall(r'rank \d: exit (\d), finite (\w+), (\w+)', done.stdout)
+    assert len(ranks) == 2 and ranks[0] == ranks[1] and ranks[0][:2] == ('3', 'True'), done.stdout + done.stderr
+    assert 'step 5: loss or gradients not finite: not applied' in done.stderr
+    assert 'step 10: loss or gradients not finite, 3 steps in a row' in done.stderr
+    assert checkpoint.load(tmp_path / 'run')[0].step == 5
+
+
+def test_the_first_module_and_parameter_that_are_not_finite_are_named():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=3, n_head=2, n_embd=32))
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.inf
+    ids = torch.randint(31, (2, 16))
+    with guard.watch_outputs(model) as outputs:
+        model(ids, ids).backward()
+    names = guard.nonfinite_parameters(model)
+    assert outputs[0] == 'transformer.h.1.mlp.c_fc' and 'transformer.h.0.attn' not in outputs
+    assert 'transformer.h.1.mlp.c_fc.weight' in names
+    assert f'parameters affected: {", ".join(names[:3])} and {len(names) - 3} more' in guard.describe(outputs, names)
+    model(ids, ids)
+    assert outputs.count('transformer.h.1.mlp.c_fc') == 1  # it watches no longer
+
+
+@given(st.lists(st.sampled_from([(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)]), max_size=30),
+       st.sampled_from([None, 1, 2, 3]), st.booleans(), st.integers(0, 2))
+def test_bad_steps_are_counted_as_a_plain_loop_counts_them(steps, limit, float16, before):
+    bad_steps = guard.BadSteps(limit, 'cpu', float16, before)
+    in_a_row, total, since = before, 0, 0
+    for loss, norm in steps:
+        latched = limit is not None and in_a_row >= limit
+        usable = bad_steps.usable(torch.tensor(loss), torch.tensor(norm))
+        assert bool(usable) == (math.isfinite(loss) and math.isfinite(norm) and not latched)
+        bad = not math.isfinite(loss) or not (float16 or math.isfinite(norm))
+        if bad and not latched:
+            in_a_row, total, since = in_a_row + 1, total + 1, 0
+        else:
+            in_a_row, since = in_a_row if latched else 0, since + 1
+    for new in (total, 0):
+        seen = bad_steps.look(100, torch.amp.GradScaler('cpu', enabled=False))
+        assert (seen.in_a_row, seen.new, seen.last) == (in_a_row, new, 100 - since)
+        assert seen.ending == (limit is not None and in_a_row >= limit)
