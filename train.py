@@ -358,6 +358,7 @@ def main(argv):
     if metrics:
         metrics.close()
     lock.release()
+    stop.ignore()
     ranks.close()
     return exit_code
 

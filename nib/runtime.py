@@ -228,7 +228,10 @@ def start_ranks(device: str) -> Ranks:
             raise UserError(f'{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: '
                             f'--nproc_per_node={torch.cuda.device_count()}')
         torch.cuda.set_device(local_rank)
-    dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+    # torchrun may keep one store over its restarts, in which the addresses of the processes that died still stand.
+    store, *_ = next(dist.rendezvous('env://'))
+    store = dist.PrefixStore(f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    dist.init_process_group('nccl' if device == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
     return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
 
 
@@ -252,10 +255,18 @@ class StopSignal:
         self._announced = announced
 
     def listen(self):
-        """SIGINT is Ctrl-C, SIGTERM a machine that goes down; clusters announce preemption by SIGUSR1, which Windows lacks."""
+        self._handle(self._receive)
+
+    def ignore(self):
+        """All is done: torchrun's SIGTERM to the ranks that end a moment later must not change their exit code."""
+        self._handle(signal.SIG_IGN)
+
+    @staticmethod
+    def _handle(handler):
+        # Ctrl-C; a machine that goes down; what clusters announce a preemption with, and Windows lacks.
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
             if number := getattr(signal, name, None):
-                signal.signal(number, self._receive)
+                signal.signal(number, handler)
 
     def _receive(self, number, frame):
         if self.number and time.monotonic() - self._since > 1.0:

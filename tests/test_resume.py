@@ -1,0 +1,146 @@
+"""A run that is cut and resumed is the run that was not cut: weights, optimizer, losses and tokens, by SHA-256."""
+import hashlib
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from conftest import ROOT, records, run_script
+
+import train as training
+
+STEPS = 50
+# Dropout, accumulation and a schedule; the last --max_iters and --lr_decay_iters win over SMALL_RUN's.
+RUN = ['--dropout=0.1', '--n_layer=1', f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--eval_interval=20',
+       '--eval_iters=1', '--keep_last=1']
+CURVE = ('loss/step', 'grad_norm', 'learning_rate', 'loss/train', 'loss/val', 'loss/val_whole')
+
+
+def digests(out_dir) -> dict[str, str]:
+    """SHA-256 of all that a run leaves which does not tell the time: its last checkpoint's files and its curves."""
+    folder = out_dir / f'step-{STEPS:08d}'
+    files = {name: (folder / name).read_bytes() for name in ('model.safetensors', 'optimizer.safetensors')}
+    state = json.loads((folder / 'state.json').read_text())
+    files['train state'] = json.dumps(state['train']).encode()
+    files['curves'] = json.dumps([(r['step'], name, r[name]) for r in records(out_dir) for name in CURVE if name in r]).encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def watch(cut_at=(), cut_rank=0):
+    """Lets training take the digest of every micro batch, and signals this process in the steps of cut_at, one a run.
+
+    Returns the digests by step, and a function that undoes it.
+    """
+    original, tokens, cuts = training.train_step, {}, list(cut_at)
+
+    def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, grad_clip, seeds, *rest):
+        def watched():
+            for x, y in micro_batches:
+                tokens.setdefault(seeds[1], []).append(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())
+                yield x, y
+        result = original(model, optimizer, scaler, watched(), micro_steps, precision, grad_clip, seeds, *rest)
+        if cuts and seeds[1] + 1 == cuts[0]:
+            cuts.pop(0)
+            if seeds[2] == cut_rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    training.train_step = train_step
+    return tokens, lambda: setattr(training, 'train_step', original)
+
+
+@pytest.fixture
+def run_cut(train_here):
+    """Runs with cuts after the given steps, each time resumed; returns the digests of what is left."""
+    def run_cut(out_dir, cuts, *flags):
+        tokens, undo = watch(cuts)
+        try:
+            for number in range(len(cuts) + 1):
+                code, said = train_here(out_dir, *RUN, *flags, *(['--init_from=resume'] if number else []))
+                assert code == (143 if number < len(cuts) else 0), said.err
+        finally:
+            undo()
+        assert list(tokens) == list(range(STEPS))
+        return digests(out_dir) | {'tokens': tokens}
+    return run_cut
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_run_cut_at_any_step_equals_the_uninterrupted_one(run_cut, tmp_path, dtype):
+    whole = run_cut(tmp_path / 'whole', [], f'--dtype={dtype}')
+    for step in range(1, STEPS):
+        assert run_cut(tmp_path / f'cut-{step}', [step], f'--dtype={dtype}') == whole, step
+    assert run_cut(tmp_path / 'other', [], f'--dtype={dtype}', '--seed=1') != whole
+
+
+def test_a_chain_of_five_resumes_equals_the_uninterrupted_run(run_cut, tmp_path):
+    assert run_cut(tmp_path / 'cut', [1, 19, 20, 33, 49]) == run_cut(tmp_path / 'whole', [])
+
+
+@pytest.mark.slow
+def test_a_compiled_run_cut_and_resumed_equals_the_uninterrupted_compiled_one(run_cut, tmp_path):
+    whole = run_cut(tmp_path / 'whole', [], '--compile')
+    for cuts in ([1], [20, 37]):
+        assert run_cut(tmp_path / f'cut-{cuts}', cuts, '--compile') == whole
+
+
+ON_RANKS = f"""
+import json, os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import test_resume
+import train as training
+from conftest import SMALL_RUN
+from nib import runtime
+ranks, close = runtime.start_ranks('cpu'), runtime.Ranks.close
+runtime.start_ranks, runtime.Ranks.close = lambda device: ranks, lambda ranks: None  # torch joins processes once
+cuts, flags = json.loads(sys.argv[1]), sys.argv[2:]
+for out_dir, steps in cuts.items():
+    tokens, undo = test_resume.watch(steps, cut_rank=1)
+    for number in range(len(steps) + 1):
+        code = training.main([*SMALL_RUN, *flags, f'--out_dir={{out_dir}}'] + ['--init_from=resume'] * (number > 0))
+        assert code == (143 if number < len(steps) else 0), (out_dir, code)
+    undo()
+    with open(f'{{out_dir}}/tokens-{{os.environ["RANK"]}}.json', 'w') as file:
+        json.dump(tokens, file)
+close(ranks)
+"""
+
+
+def run_on_two_ranks(data_dir, folder, cuts, *flags):
+    """Runs each of the cuts, {name: steps}, on two processes; a cut signals rank 1 alone."""
+    script = folder / 'on_ranks.py'
+    script.write_text(ON_RANKS)
+    done = run_script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script,
+                      json.dumps({str(folder / name): steps for name, steps in cuts.items()}), f'--data_dir={data_dir}', *RUN, *flags)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def tokens_of(out_dir):
+    return [json.loads((out_dir / f'tokens-{rank}.json').read_text()) for rank in (0, 1)]
+
+
+def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(data_dir, tmp_path):
+    cuts = {'whole': [], 'chain': [1, 19, 20, 33, 49]} | {f'cut-{step}': [step] for step in range(1, STEPS)}
+    run_on_two_ranks(data_dir, tmp_path, cuts)
+    whole, tokens = digests(tmp_path / 'whole'), tokens_of(tmp_path / 'whole')
+    assert len(tokens[0]) == STEPS and tokens[0] != tokens[1]
+    for name in cuts:
+        assert digests(tmp_path / name) == whole, name
+        assert tokens_of(tmp_path / name) == tokens, name
+
+
+def test_a_run_goes_on_with_the_same_tokens_and_loss_on_other_ranks(data_dir, tmp_path, train_here):
+    """The micro steps of one process are shared out over two, and back."""
+    flags = ['--dropout=0', '--learning_rate=1e-3', '--min_lr=1e-4']  # dropout draws by rank
+    tokens, undo = watch([25])
+    assert train_here(tmp_path / 'one', *RUN, *flags)[0] == 143
+    shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+    assert train_here(tmp_path / 'one', *RUN, *flags, '--init_from=resume')[0] == 0
+    undo()
+    run_on_two_ranks(data_dir, tmp_path, {'two': []}, *flags, '--init_from=resume')
+    first, second = tokens_of(tmp_path / 'two')
+    assert {int(step): both + second[step] for step, both in first.items()} == {step: tokens[step] for step in range(25, STEPS)}
+    for one, two in zip(records(tmp_path / 'one'), records(tmp_path / 'two'), strict=True):
+        for name in CURVE:
+            assert two.get(name) == (pytest.approx(one[name], abs=1e-4) if name in one else None), (name, one['step'])
