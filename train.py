@@ -22,6 +22,7 @@ from model import GPT, GPTConfig
 from nib import checkpoint, datasets, loader, optim, runtime, weights
 from nib.errors import EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
+from nib.writer import CheckpointWriter
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -34,6 +35,7 @@ seed: int = 1337  # of the weights, the order of the data and dropout
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
 eval_iters: int = 200  # batches of each split in an evaluation; the last one takes the whole validation split
 keep_last: int = 1  # newest checkpoints to keep, beside the best
+keep_every: int = 0  # also keep the checkpoint of every so many steps for good; 0 keeps none of them
 # watching
 log_interval: int = 10  # steps between lines; the device is waited for on these steps only
 sample_tokens: int = 0  # tokens that the model writes at each evaluation, for you to read
@@ -198,7 +200,7 @@ def main(argv):
 
     def save():
         state.scaler = scaler.state_dict() or None
-        return checkpoint.save(out_dir, state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
+        writer.save(state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
             'train': asdict(state), 'model': asdict(raw_model.config), 'config': config, 'dataset': data.name,
             'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__}, 'ranks': ranks.world_size})
@@ -209,6 +211,7 @@ def main(argv):
         if init_from != 'resume':  # only now, as nothing can go wrong any more before the first step
             checkpoint.remove_all(out_dir)
         checkpoint.write_config(out_dir, {'config': config, 'origins': origins})
+        writer = CheckpointWriter(out_dir, keep_last, keep_every, state.step)
     peak = runtime.peak_flops(device_used, dtype_used)
     saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
     exit_code = 0
@@ -232,6 +235,7 @@ def main(argv):
             ranks.on_first(save)
             saved = state.step
         if stopping:
+            ranks.on_first(lambda: writer.wait())
             console.say(f'stopped by signal {stopping} after step {state.step}'
                         + (f', which is saved; to go on: {runtime.command(argv)} --init_from=resume' if saved else ''))
             exit_code = 128 + stopping
@@ -255,9 +259,8 @@ def main(argv):
                     'loss/train': train_loss, 'loss/val': val_loss, 'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
                     'bits_per_byte/val': data.bits_per_byte(val_loss),
                     'sample': write_sample(raw_model, data, console) if sample_tokens else None})
-            if ranks.is_first and saved:
-                checkpoint.record_evaluation(out_dir, state.step, asdict(state), best)
-                checkpoint.prune(out_dir, keep_last)
+            if saved:
+                ranks.on_first(lambda: writer.record_evaluation(state.step, asdict(state), best))
             clock += time.perf_counter() - started  # not the training's time
         if state.step >= max_iters:
             break
@@ -294,6 +297,8 @@ def main(argv):
             console.say(f'step {state.step}: val loss {data.describe_loss(loss)} over the whole validation split')
             if metrics:
                 metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
+    if not eval_only:
+        ranks.on_first(lambda: writer.close())
     if saved and not exit_code and not eval_only:
         console.say(f'samples: python sample.py --out_dir={shlex.quote(out_dir)}')
     console.close()
@@ -310,7 +315,7 @@ def check_config(world_size):
     counts = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size',
               'gradient_accumulation_steps')
     amounts = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'max_iters',
-               'sample_tokens')
+               'sample_tokens', 'keep_every')
     for keys, least, below in ((counts, 1, math.inf), (amounts, 0, math.inf), (('beta1', 'beta2'), 0, 1)):
         for key in keys:
             if not least <= globals()[key] < below:

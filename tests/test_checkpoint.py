@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
 def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, best=step == 2)
-    checkpoint.prune(tmp_path, keep_last=2)
+    checkpoint.prune(tmp_path, 6, keep_last=2)
     assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-00000002', 'step-00000005', 'step-00000006']
 
 
