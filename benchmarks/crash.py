@@ -57,9 +57,9 @@ def main(argv):
     table = '\n'.join([
         measure.describe_machine(), '', f'{"cut at every operation of":46}' + ''.join(f'{way:>12}' for way in WAYS), *rows, '',
         f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
-        *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in saving),
-        f'{"most steps lost, of a save interval of":46}{"":>12}{training["lost"]:>9} / {SAVE_INTERVAL}',
-        f'{"finished runs whose weights differ":46}{"":>12}{training["differ"]:>6} of {training["finished"]}',
+        *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
+        f'{"runs that ended, resumed after their kills":46}{"":>12}{training["ended"]:>12,}',
+        f'{"of these, with other weights than uninterrupted":46}{"":>11}{training["differ"]:>12,}',
         '', f'violations: {len(troubles)}', *troubles[:20]]) + '\n'
     print(table, end='')
     if result:
@@ -254,10 +254,13 @@ def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[st
 
 # -- kills at random moments -----------------------------------------------------------------------------------------
 
+COUNTED = ('kills', 'within a save or deletion', 'folders that cannot be loaded', 'most saves lost of those begun')
+
+
 def kill_saving(kills: int, draw: random.Random, out_dir: Path, troubles: list[str]) -> dict[str, int]:
     """Kills a process that does nothing but save, again and again, each going on from what the one before left."""
     out_dir.mkdir()
-    counts = {'kills': 0, 'within a save or deletion': 0, 'folders that cannot be loaded': 0}
+    counts = dict.fromkeys(COUNTED, 0)
     while counts['kills'] < kills:
         newest = max(checkpoint.steps_after(out_dir, 0), default=0)
         begun, told = os.pipe()
@@ -273,6 +276,7 @@ def kill_saving(kills: int, draw: random.Random, out_dir: Path, troubles: list[s
         with os.fdopen(begun) as lines:
             last = int((lines.read().split() or [newest])[-1])
         found = check_steps(out_dir, troubles, counts)
+        counts['most saves lost of those begun'] = max(counts['most saves lost of those begun'], last - found)
         if found < last - 1 or any(read_value(out_dir, str(step), troubles, []) != step
                                    for step in checkpoint.steps_after(out_dir, 0)):
             troubles.append(f'killed while saving step {last}: the newest is {found}')
@@ -302,7 +306,7 @@ def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list
     duration = time.perf_counter() - started
     expected = checkpoint.load(scratch / 'whole')[1]
     out_dir, output = scratch / 'run', scratch / 'run.txt'
-    counts = {'kills': 0, 'within a save or deletion': 0, 'folders that cannot be loaded': 0, 'lost': 0, 'finished': 0, 'differ': 0}
+    counts = dict.fromkeys((*COUNTED, 'ended', 'differ'), 0)
     while counts['kills'] < kills or checkpoint.exists(out_dir):
         resume = ['--init_from=resume'] if checkpoint.exists(out_dir) else []
         process = fork(lambda: train.main([*flags, f'--out_dir={out_dir}', *resume]), output)
@@ -311,10 +315,10 @@ def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list
             os.kill(process, signal.SIGKILL)
         code = exit_code(process)
         if code == 0:
-            counts['finished'] += 1
+            counts['ended'] += 1
             if not is_same(checkpoint.load(out_dir)[1], expected):
                 counts['differ'] += 1
-                troubles.append(f'run {counts["finished"]} ends with other weights than the uninterrupted one')
+                troubles.append(f'run {counts["ended"]} ends with other weights than the uninterrupted one')
             shutil.rmtree(out_dir)
             continue
         if code != -signal.SIGKILL:
@@ -324,9 +328,9 @@ def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list
         counts['within a save or deletion'] += has_leftovers(out_dir)
         found = check_steps(out_dir, troubles, counts)
         reached = max(map(int, re.findall(r'^step (\d+): loss', output.read_text(), re.MULTILINE)), default=0)
-        counts['lost'] = max(counts['lost'], reached - found)
-        # The save before the last one begun is whole; the last one may be cut.
-        if found < (reached - 1) // SAVE_INTERVAL * SAVE_INTERVAL - SAVE_INTERVAL:
+        lost = max(reached - 1, 0) // SAVE_INTERVAL - found // SAVE_INTERVAL  # the last one may not have begun
+        counts['most saves lost of those begun'] = max(counts['most saves lost of those begun'], lost)
+        if lost > 1:
             troubles.append(f'killed at step {reached}: the newest checkpoint is {found}')
     return counts
 
