@@ -146,6 +146,7 @@ def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: li
         where = f'{scenario}, {way} at operation {operation}'
         if code not in (0, 50, 51, 52):
             troubles.append(f'{where}: exit code {code}')
+            break
         troubles += [f'{where}: {trouble}' for trouble in check_folder(out_dir, allowed)]
         done = code == 0
         operation += not done
@@ -157,10 +158,9 @@ def play(act, out_dir: Path, operation: int, way: str):
     reached = intercept(operation, way)
     try:
         act(out_dir)
-    except UserError:
-        os._exit(51)
-    except OSError:
-        if act is not checkpoint.remove_all:  # before a run, where train.py shows what it says
+    except (UserError, OSError) as error:
+        # checkpoint.remove_all comes before a run; there it is train.py that makes a line of the error
+        if not reached() or not isinstance(error, UserError) and act is not checkpoint.remove_all:
             raise
         os._exit(51)
     if reached():
