@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,11 +45,11 @@ def main(argv):
                 troubles.append(f'damage {number}, {kind}: {said}')
             restore(out_dir, content)
     columns = {'older': 'older taken', 'none': 'none left', 'harmless': 'no harm', 'silent': 'silent', 'wrong': 'wrong'}
-    total = sum(counts.values(), Counter())
+    rows = [*counts.items(), ('all', sum(counts.values(), Counter()))]
     table = '\n'.join([
         measure.describe_machine(), '', f'{"damage":46}' + ''.join(f'{heading:>12}' for heading in columns.values()),
-        *(f'{kind:46}' + ''.join(f'{count[outcome]:>12,}' for outcome in columns) for kind, count in (*counts.items(), ('all', total))),
-        '', f'loaded without a word: {total["silent"]} of {damages:,}', *troubles[:20]]) + '\n'
+        *(f'{kind:46}' + ''.join(f'{count[outcome]:>12,}' for outcome in columns) for kind, count in rows),
+        '', f'loaded without a word: {rows[-1][1]["silent"]} of {damages:,}', *troubles[:20]]) + '\n'
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -62,7 +63,8 @@ def make_run(out_dir: Path) -> dict[int, dict]:
     for step in reversed(STEPS):
         model = {f'h.{layer}.{name}': torch.randn(shape) for layer in range(2)
                  for name, shape in (('weight', (16, 12)), ('proj', (16, 12)), ('bias', (16,)))}
-        optimizer = {f'{name}/{key}': torch.rand_like(value) for name, value in model.items() for key in ('exp_avg', 'exp_avg_sq')}
+        optimizer = {f'{name}/{key}': torch.rand_like(value) for name, value in model.items()
+                     for key in ('exp_avg', 'exp_avg_sq')}
         whole[step] = {'model': model, 'optimizer': optimizer}
         checkpoint.save(out_dir, step, model, optimizer, {'train': {}, 'config': {'learning_rate': 1e-05, 'dataset': 'é'}})
         checkpoint.record_evaluation(out_dir, step, {'best_val_loss': 1 + 1 / step}, best=step == 20)
@@ -120,7 +122,7 @@ def exchange_files(path: Path, draw: random.Random):
 def swap_tensors(path: Path, draw: random.Random):
     """Two of the same shape, in a file that is whole otherwise."""
     path = path if path.suffix == '.safetensors' else path.with_name(FILES[0])
-    tensors, _ = tensorfile.read(path)
+    tensors = safetensors.torch.load(path.read_bytes())
     first = draw.choice(sorted(tensors))
     second = draw.choice(sorted(name for name in tensors if name != first and tensors[name].shape == tensors[first].shape))
     tensorfile.write(path, {**tensors, first: tensors[second], second: tensors[first]})
@@ -154,7 +156,8 @@ def damage_and_load(out_dir: Path, kind: str, whole: dict[int, dict], content: d
     try:
         found, tensors = checkpoint.load(out_dir, 'latest', warn=said.append)
     except UserError as error:
-        return ('none' if expected is None and all(f'{name}/' in str(error) for name in passed_over) else 'wrong'), str(error)
+        named = all(f'{name}/' in str(error) for name in passed_over)
+        return ('none' if expected is None and named else 'wrong'), str(error)
     text = f'{found.step}: {said}'
     if found.path.name in damaged or not all(torch.equal(value, whole[found.step][part][name])
                                              for part in tensors for name, value in tensors[part].items()):

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401 -- which making an optimizer imports: here once, and not in every process that is killed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,7 +37,7 @@ folder: str = ''  # where to write the runs; empty: the system's folder for temp
 result: str = ''  # file to write the table to, too
 
 SAVE_INTERVAL = 2  # steps, of the runs of train.py that are killed
-RUN = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
+RUN = ['--dataset=tiny', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2',
        '--gradient_accumulation_steps=1', '--dropout=0.1', '--max_iters=60', '--lr_decay_iters=60', '--warmup_iters=4',
        f'--eval_interval={SAVE_INTERVAL}', '--eval_iters=1', '--log_interval=1', '--learning_rate=1e-2', '--keep_every=20']
 
@@ -58,7 +59,7 @@ def main(argv):
         measure.describe_machine(), '', f'{"cut at every operation of":46}' + ''.join(f'{way:>12}' for way in WAYS), *rows, '',
         f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
         *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
-        f'{"runs that ended, resumed after their kills":46}{"":>12}{training["ended"]:>12,}',
+        f'{"runs that ended, after kills and resumes":46}{"":>12}{training["ended"]:>12,}',
         f'{"of these, with other weights than uninterrupted":46}{"":>11}{training["differ"]:>12,}',
         '', f'violations: {len(troubles)}', *troubles[:20]]) + '\n'
     print(table, end='')
@@ -125,7 +126,8 @@ SCENARIOS = {
     'a save and its evaluation, the best so far': (
         prepare_two, lambda out_dir: save(out_dir, 30, 3.0, best=True), {(20, 2.0), (30, 3.0)}),
     'an evaluation after a resume': (prepare_two, record_best, {(20, 2.0)}),
-    'a step saved again': (prepare_two, lambda out_dir: save(out_dir, 20, 7.0, start=10, keep_last=2), {(20, 2.0), (20, 7.0)}),
+    'a step saved again': (
+        prepare_two, lambda out_dir: save(out_dir, 20, 7.0, start=10, keep_last=2), {(20, 2.0), (20, 7.0)}),
     'a new run that replaces an old one': (prepare_two, checkpoint.remove_all, {None, (10, 1.0), (20, 2.0)}),
 }
 WAYS = ('stop', 'power cut', 'error')

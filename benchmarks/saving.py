@@ -56,8 +56,8 @@ def main(argv):
                 turns[name].append(take_turn(model, optimizer, out_dir))
                 print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.3g}' for k, v in turns[name][-1].items()),
                       file=sys.stderr, flush=True)
-    table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}\n{model.num_params() / 1e6:.2f}M parameters, seconds\n\n'
-             + measure.make_table(turns))
+    table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}\n'
+             f'{model.num_params() / 1e6:.2f}M parameters, seconds\n\n' + measure.make_table(turns))
     print(table, end='')
     if result:
         Path(result).write_text(table)

@@ -54,14 +54,11 @@ class Checkpoint:
         """The tensors of 'model' or 'optimizer', on the CPU. Damaged where the file is not the one saved."""
         path = self.path / f'{name}.safetensors'
         try:
-            tensors, digest = tensorfile.read(path)
+            return tensorfile.read(path, self.state['files'][path.name])
         except OSError as error:
             raise Damaged(f'{path}: {error.strerror}') from error
-        except tensorfile.NotTensors as error:
+        except tensorfile.Altered as error:
             raise Damaged(str(error)) from error
-        if digest != self.state['files'].get(path.name):
-            raise Damaged(f'{path}: its content is not what was saved (SHA-256 differs)')
-        return tensors
 
 
 def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
@@ -73,8 +70,8 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     try:
         return _save(out_dir, step, model, optimizer, state)
     except OSError as error:
-        raise UserError(f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before it '
-                        f'are whole: make room, then go on with --init_from=resume') from error
+        raise UserError(f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before '
+                        f'it are whole: make room, then go on with --init_from=resume') from error
 
 
 def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
@@ -86,11 +83,7 @@ def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path
         temporary.mkdir()
         digests = {f'{name}.safetensors': tensorfile.write(temporary / f'{name}.safetensors', tensors)
                    for name, tensors in (('model', model), ('optimizer', optimizer))}
-        with open(temporary / 'state.json', 'wb') as file:
-            file.write(_encode({'format': FORMAT, 'step': step, **state, 'files': digests}))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(temporary)
+        _write_state(temporary, {'format': FORMAT, 'step': step, **state, 'files': digests})
         if final.exists():  # the same step saved again, after resuming from an earlier one
             os.rename(final, replaced)  # under this name it still counts, until the next line is done
         os.rename(temporary, final)
@@ -114,11 +107,11 @@ def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
         state = {**_read_state(folder), 'train': train_state}
         if best:  # first: cut here, the state says that this step is not evaluated yet, and a resumed run makes up for it
             point(out_dir, 'best', folder)
-        with atomic_write(folder / 'state.json') as file:
-            file.write(_encode(state))
+        _write_state(folder, state)
     except (OSError, Damaged) as error:
-        raise UserError(f'the evaluation of step {step} could not be recorded in {folder} '
-                        f'({getattr(error, "strerror", None) or error}): make room, then go on with --init_from=resume') from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f'the evaluation of step {step} could not be recorded in {folder} ({reason}): make room, then go on '
+                        f'with --init_from=resume') from error
 
 
 def point(out_dir, name: str, step_folder: Path):
@@ -143,7 +136,7 @@ def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[
         for older in folders.keys() - kept:
             _delete(folders[older])
     except OSError as error:
-        raise UserError(f'{error.filename or out_dir} cannot be deleted ({error.strerror}); all checkpoints are whole') from error
+        raise UserError(f'an older checkpoint in {out_dir} cannot be deleted ({error.strerror})') from error
 
 
 def steps_after(out_dir, step: int) -> set[int]:
@@ -152,8 +145,10 @@ def steps_after(out_dir, step: int) -> set[int]:
 
 
 def check_out_dir(out_dir, new_run: bool):
-    """Makes the folder where it is missing, and rids it of what a crash left. UserError where it cannot be written, or a
-    new run meets an old one."""
+    """Makes the folder where it is missing, and rids it of what a crash left there.
+
+    UserError where it cannot be written, or a new run meets an old one.
+    """
     out_dir = Path(out_dir)
     if new_run and exists(out_dir):
         raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another --out_dir, or '
@@ -196,7 +191,8 @@ def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'opti
     """
     out_dir = Path(out_dir)
     if not out_dir.is_dir():
-        raise UserError(f'out_dir {out_dir}: there is no such folder; train first: python train.py CONFIG --out_dir={out_dir}')
+        raise UserError(f'out_dir {out_dir}: there is no such folder; train first: python train.py CONFIG '
+                        f'--out_dir={out_dir}')
     damages = []
     for folder in _candidates(out_dir, which, warn):
         try:
@@ -251,6 +247,11 @@ def _read_state(folder: Path) -> dict:
     if state['step'] != _step_of(folder):
         raise Damaged(f'{path}: it is of step {state["step"]}')
     return state
+
+
+def _write_state(folder: Path, state: dict):
+    with atomic_write(folder / 'state.json') as file:
+        file.write(_encode(state))
 
 
 def _encode(state: dict) -> bytes:

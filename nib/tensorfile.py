@@ -21,8 +21,8 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class NotTensors(Exception):
-    """A file that is no safetensors file."""
+class Altered(Exception):
+    """A file whose content is not what was written."""
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -36,8 +36,8 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a file, and the SHA-256 of the very bytes that they were made of."""
+def read(path: Path, expected: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file. Altered where the SHA-256 of the very bytes that they were made of is not the expected one."""
     with _hashing() as (digest, update):
         with open(path, 'rb', buffering=0) as file:
             content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
@@ -46,11 +46,16 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
             while start < len(view) and (length := file.readinto(view[start:start + BLOCK])):
                 update(view[start:start + length])
                 start += length
+        tensors, trouble = {}, None
         try:  # while the hash is catching up
             tensors = _parse(content[:start])
-        except Exception as error:  # whatever damage makes of it
-            raise NotTensors(f'{path}: not a safetensors file') from error
-    return tensors, digest.hexdigest()
+        except Exception as error:  # whatever damage makes of it, or too little memory
+            trouble = error
+    if digest.hexdigest() != expected:
+        raise Altered(f'{path}: its content is not what was saved (SHA-256 differs)')
+    if trouble:
+        raise trouble
+    return tensors
 
 
 def _blocks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
@@ -85,7 +90,7 @@ def _parse(content: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _hashing():
-    """Yields a SHA-256 and the function that gives it bytes; a thread of its own computes it, complete when the block ends."""
+    """A SHA-256 and the function that gives it bytes. A thread of its own computes it, which is done when the block ends."""
     digest, blocks = hashlib.sha256(), queue.SimpleQueue()
     # not an executor: those take no more work when the program is ending, and a last save may still be under way then
     thread = threading.Thread(target=lambda: [digest.update(block) for block in iter(blocks.get, None)])

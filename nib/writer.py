@@ -33,7 +33,7 @@ class CheckpointWriter:
         self._submit(lambda: self._save(step, *copies, state))
 
     def record_evaluation(self, step: int, train_state: dict, best: bool):
-        """Writes what an evaluation told into the checkpoint of `step`, which is the last one saved or the one resumed from."""
+        """Writes what an evaluation told into the checkpoint of `step`: the last one saved, or the one resumed from."""
         self._submit(lambda: self._record_evaluation(step, train_state, best))
 
     def wait(self):
