@@ -26,6 +26,7 @@ from nib.files import atomic_write, clear_temporaries, sync_folder
 FORMAT = 1
 _TEMPORARY = '.tmp-'  # of directories that are being written or deleted
 _REPLACED = '.tmp-replaced-'  # of a step's directory while another takes its place
+_TRAIN_FIRST = 'train first: python train.py CONFIG --out_dir='
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
 
 
@@ -62,10 +63,9 @@ class Checkpoint:
 
 
 def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
-    """Writes the checkpoint of `step` and lets `latest` point to it.
+    """Writes the checkpoint of `step` and lets `latest` point to it. UserError where that fails; those before stay whole.
 
-    model, optimizer: name -> tensor on the CPU. state: anything that JSON holds. UserError where it cannot be written,
-    which leaves what was there as it was.
+    model, optimizer: name -> tensor on the CPU. state: anything that JSON holds.
     """
     try:
         return _save(out_dir, step, model, optimizer, state)
@@ -99,9 +99,7 @@ def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path
 
 def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
     """Writes what was learnt about the checkpoint of `step` since it was saved into its state.json, and names it `best`.
-
-    UserError where that cannot be written; the checkpoint stays what it was.
-    """
+    UserError where that cannot be written; the checkpoint stays what it was."""
     folder = Path(out_dir) / _name(step)
     try:
         state = {**_read_state(folder), 'train': train_state}
@@ -109,8 +107,7 @@ def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
             point(out_dir, 'best', folder)
         _write_state(folder, state)
     except (OSError, Damaged) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f'the evaluation of step {step} could not be recorded in {folder} ({reason}): make room, then go on '
+        raise UserError(f'the evaluation of step {step} could not be recorded in {folder} ({error}): make room, then go on '
                         f'with --init_from=resume') from error
 
 
@@ -122,10 +119,9 @@ def point(out_dir, name: str, step_folder: Path):
 
 def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[int] = frozenset()):
     """Deletes the checkpoints up to `step`, which is whole, but itself, the newest `keep_last`, those of every `keep_every`
-    steps, and what `latest` and `best` name.
+    steps, and what `latest` and `best` name. Leaves what is newer than `step` alone.
 
-    damaged: steps that are known to be unusable, so that they are none of those to keep. What is newer than `step` is
-    left alone. UserError where something cannot be deleted.
+    damaged: steps known to be unusable, which are none of those to keep. UserError where something cannot be deleted.
     """
     out_dir = Path(out_dir)
     folders = {_step_of(folder): folder for folder in _step_folders(out_dir) if _step_of(folder) <= step}
@@ -145,10 +141,8 @@ def steps_after(out_dir, step: int) -> set[int]:
 
 
 def check_out_dir(out_dir, new_run: bool):
-    """Makes the folder where it is missing, and rids it of what a crash left there.
-
-    UserError where it cannot be written, or a new run meets an old one.
-    """
+    """Makes the folder where it is missing, and rids it of what a crash left there. UserError where it cannot be written,
+    or a new run meets an old one."""
     out_dir = Path(out_dir)
     if new_run and exists(out_dir):
         raise UserError(f'{out_dir} holds a run already: go on with it (--init_from=resume), choose another --out_dir, or '
@@ -191,8 +185,7 @@ def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'opti
     """
     out_dir = Path(out_dir)
     if not out_dir.is_dir():
-        raise UserError(f'out_dir {out_dir}: there is no such folder; train first: python train.py CONFIG '
-                        f'--out_dir={out_dir}')
+        raise UserError(f'out_dir {out_dir}: there is no such folder; {_TRAIN_FIRST}{out_dir}')
     damages = []
     for folder in _candidates(out_dir, which, warn):
         try:
@@ -207,8 +200,8 @@ def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'opti
         for damage in damages:
             warn(f'warning: passing over a damaged checkpoint: {damage}; using step {checkpoint.step}')
         return checkpoint, tensors
-    raise UserError(f'{out_dir} holds no checkpoint that can be used' + (': ' + '; '.join(damages) if damages else
-                    f'; train first: python train.py CONFIG --out_dir={out_dir}'))
+    raise UserError(f'{out_dir} holds no checkpoint that can be used'
+                    + (': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}'))
 
 
 def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[Path]:
@@ -223,11 +216,10 @@ def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[
         return sorted(folders, key=lambda folder: _step_of(folder) != best)  # stable: the best, then newest first
     if not (which.isascii() and which.isdecimal()):
         raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
-    wanted = [folder for folder in folders if _step_of(folder) == int(which)]
-    if not wanted:
-        have = ', '.join(str(_step_of(folder)) for folder in folders) or 'none'
-        raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: {have}')
-    return wanted
+    if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
+        return wanted
+    raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: '
+                    + (', '.join(str(_step_of(folder)) for folder in folders) or 'none'))
 
 
 def _read_state(folder: Path) -> dict:
