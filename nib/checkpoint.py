@@ -218,8 +218,7 @@ def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[
         raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
     if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
         return wanted
-    raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: '
-                    + (', '.join(str(_step_of(folder)) for folder in folders) or 'none'))
+    raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: {[*map(_step_of, folders)] or "none"}')
 
 
 def _read_state(folder: Path) -> dict:
