@@ -1,10 +1,12 @@
 """A run survives whatever stops it: a kill at any moment, a full disk, one that cannot be written."""
 import os
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
-from conftest import run_script, train
+from conftest import ROOT, SMALL_RUN, run_script, train
 
 from nib import checkpoint
 
@@ -58,14 +60,26 @@ def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(data_di
     assert 'cannot be written' in done.stderr and 'step 1' not in done.stdout
 
 
+# Its files may have 100 kB: enough for metrics, too little for a checkpoint.
+CRAMPED = ['-c', 'import resource, train\n'
+                 'from nib.errors import run_script\n'
+                 'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+                 'run_script(train.main)\n', *SMALL_RUN, '--eval_interval=100000']
+
+
 def test_a_last_save_that_fails_is_no_success(data_dir, tmp_path):
-    """Its files may have 100 kB: enough for metrics, too little for a checkpoint."""
-    done = run_script('-c', 'import resource, sys, train\n'
-                            'from nib.errors import run_script\n'
-                            'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-                            'run_script(train.main)\n', '--dataset=tiny', f'--data_dir={data_dir}', '--device=cpu',
-                      '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--max_iters=2', '--eval_iters=1',
-                      '--gradient_accumulation_steps=1', f'--out_dir={tmp_path / "run"}')
+    done = run_script(*CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2')
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert 'step 2 could not be written' in done.stderr and 'samples:' not in done.stdout
     assert not checkpoint.exists(tmp_path / 'run')
+
+
+def test_a_stopped_run_whose_save_fails_does_not_say_that_it_is_saved(data_dir, tmp_path):
+    run = subprocess.Popen([sys.executable, *CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
+                            '--max_iters=100000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    next(line for line in run.stdout if line.startswith('step 2: loss'))
+    run.send_signal(signal.SIGTERM)
+    said, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and 'could not be written' in errors.splitlines()[-1]
+    assert 'is saved' not in said
