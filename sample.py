@@ -11,7 +11,7 @@ from pathlib import Path
 
 import configurator
 from model import GPT, GPTConfig
-from nib import checkpoint, runtime
+from nib import checkpoint, runtime, weights
 from nib.errors import UserError, run_script
 from nib.tokenizer import encode_prompt, tokenizer_from_json
 
@@ -38,7 +38,7 @@ def main(argv):
     if num_samples < 1:
         raise UserError(f'num_samples is {num_samples}: it must be at least 1')
     prompt = read_prompt(start)
-    found, tensors = checkpoint.load(out_dir, which, read=('model',))
+    found, tensors = checkpoint.load(out_dir, which, read=('model',), check=weights.check_shapes)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     model = GPT(GPTConfig(**found.state['model']))
     model.load_state_dict(tensors['model'])

@@ -22,6 +22,7 @@ from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, wei
 from nib.checks import check_config
 from nib.errors import EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
+from nib.writer import CheckpointWriter
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -34,6 +35,7 @@ seed: int = 1337  # of the weights, the order of the data and dropout
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
 eval_iters: int = 200  # batches of each split in an evaluation; the last one takes the whole validation split
 keep_last: int = 1  # newest checkpoints to keep, beside the best
+keep_every: int = 0  # also keep the checkpoint of every so many steps for good; 0 keeps none of them
 # watching
 log_interval: int = 10  # steps between lines; the device is waited for on these steps only
 sample_tokens: int = 0  # tokens that the model writes at each evaluation, for you to read
@@ -221,7 +223,7 @@ def main(argv):
 
     def save():
         state.scaler = scaler.state_dict() or None
-        return checkpoint.save(out_dir, state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
+        writer.save(state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
             'train': asdict(state), 'model': asdict(raw_model.config), 'config': config, 'dataset': data.name,
             'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__}, 'ranks': ranks.world_size})
@@ -236,6 +238,7 @@ def main(argv):
 
     def rewind(data_step) -> TrainState:
         """Back to the last checkpoint, from where the run goes on with the batches of data_step."""
+        ranks.on_first(lambda: writer.wait())
         found, tensors = checkpoint.load(out_dir, warn=console.warn)
         back = put_back(found, tensors, raw_model, optimizer, scaler)
         back.passed_over, back.bad_steps = data_step - back.step, 0
@@ -249,6 +252,7 @@ def main(argv):
         if init_from != 'resume':  # only now, as nothing can go wrong any more before the first step
             checkpoint.remove_all(out_dir)
         rundir.write_config(out_dir, config, origins, state.step, changes)
+        writer = CheckpointWriter(out_dir, keep_last, keep_every, state.step)
     peak = runtime.peak_flops(device_used, dtype_used)
     saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
     limit = None if on_nonfinite == 'skip' else max_bad_steps
@@ -274,7 +278,7 @@ def main(argv):
             if seen.ending:
                 if on_nonfinite == 'stop' or not saved or rewinds == guard.MAX_REWINDS:
                     why = find_nonfinite(seen.last - 1 + state.passed_over)
-                    exit_code = stop_nonfinite(console, f'{seen.sentence}; {why}')
+                    exit_code = stop_nonfinite(console, saved, f'{seen.sentence}; {why}')
                     break
                 console.warn(f'{seen.sentence}: going back to the last checkpoint, past the batches that led here')
                 state = rewind(seen.last + state.passed_over)
@@ -287,11 +291,12 @@ def main(argv):
         # -- save when due; before the evaluation, which may take long
         if (evaluation_due or stopping) and saved < state.step:
             if broken := [name for name, parameter in raw_model.named_parameters() if not parameter.isfinite().all()]:
-                exit_code = stop_nonfinite(console, f'step {state.step}: weights not finite; {guard.describe([], broken)}')
+                exit_code = stop_nonfinite(console, saved, f'step {state.step}: weights not finite; {guard.describe([], broken)}')
                 break
             ranks.on_first(save)
             saved, rewinds = state.step, 0
         if stopping:
+            ranks.on_first(lambda: writer.wait())
             console.say(f'stopped by signal {stopping} after step {state.step}'
                         + (f', which is saved; to go on: {runtime.command(argv)} --init_from=resume' if saved else ''))
             exit_code = 128 + stopping
@@ -304,7 +309,7 @@ def main(argv):
             if ranks.largest(stop.number):
                 continue  # it was cut short; a resumed run makes up for it
             if not math.isfinite(val_loss):
-                exit_code = stop_nonfinite(console, f'step {state.step}: validation loss {val_loss}')
+                exit_code = stop_nonfinite(console, saved, f'step {state.step}: validation loss {val_loss}')
                 break
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.evaluated, state.best_val_loss = state.step, val_loss if best else state.best_val_loss
@@ -315,9 +320,8 @@ def main(argv):
                     'loss/train': train_loss, 'loss/val': val_loss, 'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
                     'bits_per_byte/val': data.bits_per_byte(val_loss),
                     'sample': write_sample(raw_model, data, console) if sample_tokens else None})
-            if ranks.is_first and saved:
-                checkpoint.record_evaluation(out_dir, state.step, asdict(state), best)
-                checkpoint.prune(out_dir, keep_last)
+            if saved:
+                ranks.on_first(lambda: writer.record_evaluation(state.step, asdict(state), best))
             clock += time.perf_counter() - started  # not the training's time
         if state.step >= max_iters:
             break
@@ -352,6 +356,8 @@ def main(argv):
             console.say(f'step {state.step}: val loss {data.describe_loss(loss)} over the whole validation split')
             if metrics:
                 metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
+    if not eval_only:
+        ranks.on_first(lambda: writer.close())
     if saved and not exit_code and not eval_only:
         console.say(f'samples: python sample.py --out_dir={shlex.quote(out_dir)}')
     console.close()
@@ -384,8 +390,8 @@ def write_sample(model, data, console) -> str:
     return text
 
 
-def stop_nonfinite(console, what) -> int:
-    kept = f'the last checkpoint in {out_dir} is good' if checkpoint.exists(out_dir) else 'no checkpoint was there yet'
+def stop_nonfinite(console, saved, what) -> int:
+    kept = f'the checkpoint of step {saved} in {out_dir} is good' if saved else 'no checkpoint was there yet'
     console.warn(f'{what}. Nothing is saved; {kept}. Try a lower learning_rate, more warmup_iters, dtype float32, or '
                  f'on_nonfinite rewind.')
     return EXIT_NONFINITE

@@ -3,7 +3,8 @@
     out_dir/step-00000250/  model.safetensors  optimizer.safetensors  state.json
     out_dir/latest  out_dir/best     each holds the name of a step directory
 
-A checkpoint is written under a temporary name, synced, renamed, and only then named by `latest` or `best`.
+A checkpoint is written under a temporary name, synced, renamed, and only then named by `latest` or `best`. So a directory
+with a step's name is a whole checkpoint, whenever the machine stopped; deleting one begins with renaming it, too.
 """
 import hashlib
 import json
@@ -11,19 +12,21 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
+from nib import tensorfile
 from nib.errors import UserError
-from nib.files import atomic_write, sync_folder
+from nib.files import atomic_write, clear_temporaries, sync_folder
 
 FORMAT = 1
+_TEMPORARY = '.tmp-'  # of directories that are being written or deleted
+_REPLACED = '.tmp-replaced-'  # of a step's directory while another takes its place
+_TRAIN_FIRST = 'train first: python train.py CONFIG --out_dir='
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
-_TEMPORARY = '.tmp-'
 
 
 class Damaged(Exception):
@@ -49,69 +52,62 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of 'model' or 'optimizer', on the CPU. Damaged where the file is not the one saved."""
-        file = f'{name}.safetensors'
+        path = self.path / f'{name}.safetensors'
         try:
-            content = (self.path / file).read_bytes()
+            return tensorfile.read(path, self.state['files'][path.name])
         except OSError as error:
-            raise Damaged(f'{self.path / file}: {error.strerror}') from error
-        if hashlib.sha256(content).hexdigest() != self.state['files'].get(file):
-            raise Damaged(f'{self.path / file}: its content is not what was saved (SHA-256 differs)')
-        return safetensors.torch.load(content)
+            raise Damaged(f'{path}: {error.strerror}') from error
+        except tensorfile.Altered as error:
+            raise Damaged(str(error)) from error
 
 
 def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
-    """Writes the checkpoint of `step` and lets `latest` point to it.
+    """Writes the checkpoint of `step` and lets `latest` point to it. UserError where that fails; those before stay whole.
 
-    model, optimizer: name -> tensor. state: anything that JSON holds. UserError where it cannot be written, which leaves
-    what was there as it was.
+    model, optimizer: name -> tensor on the CPU. state: anything that JSON holds.
     """
     try:
         return _save(out_dir, step, model, optimizer, state)
     except OSError as error:
-        raise UserError(f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before it '
-                        f'are whole: make room, then go on with --init_from=resume') from error
+        raise UserError(f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before '
+                        f'it are whole: make room, then go on with --init_from=resume') from error
 
 
 def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
-    out_dir = Path(out_dir)
-    final = out_dir / f'step-{step:08d}'
-    temporary = out_dir / f'{_TEMPORARY}{final.name}'
-    shutil.rmtree(temporary, ignore_errors=True)  # what a crash may have left
-    temporary.mkdir(parents=True)
+    final = Path(out_dir) / _name(step)
+    temporary, replaced = final.with_name(_TEMPORARY + final.name), final.with_name(_REPLACED + final.name)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(final.parent)
     try:
-        digests = {}
-        for name, tensors in (('model', model), ('optimizer', optimizer)):
-            file = f'{name}.safetensors'
-            content = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-            _write_synced(temporary / file, content)
-            digests[file] = hashlib.sha256(content).hexdigest()
-        state = {'format': FORMAT, 'step': step, **state, 'files': digests}
-        _write_synced(temporary / 'state.json', _encode(state))
-        sync_folder(temporary)
+        temporary.mkdir()
+        digests = {f'{name}.safetensors': tensorfile.write(temporary / f'{name}.safetensors', tensors)
+                   for name, tensors in (('model', model), ('optimizer', optimizer))}
+        _write_state(temporary, {'format': FORMAT, 'step': step, **state, 'files': digests})
         if final.exists():  # the same step saved again, after resuming from an earlier one
-            replaced = out_dir / f'{_TEMPORARY}replaced-{final.name}'
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(final, replaced)
-            os.rename(temporary, final)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(temporary, final)
-        sync_folder(out_dir)
+            os.rename(final, replaced)  # under this name it still counts, until the next line is done
+        os.rename(temporary, final)
+        sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    point(out_dir, 'latest', final)
+    if replaced.exists():
+        _delete(replaced)
+    point(final.parent, 'latest', final)
     return final
 
 
 def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
-    """Writes what was learnt about the checkpoint of `step` since it was saved into its state.json, and names it `best`."""
-    folder = Path(out_dir) / f'step-{step:08d}'
-    state = {**_read_state(folder), 'train': train_state}
-    with atomic_write(folder / 'state.json') as file:
-        file.write(_encode(state))
-    if best:
-        point(out_dir, 'best', folder)
+    """Writes what was learnt about the checkpoint of `step` since it was saved into its state.json, and names it `best`.
+    UserError where that cannot be written; the checkpoint stays what it was."""
+    folder = Path(out_dir) / _name(step)
+    try:
+        state = {**_read_state(folder), 'train': train_state}
+        if best:  # first: cut here, the state says that this step is not evaluated yet, and a resumed run makes up for it
+            point(out_dir, 'best', folder)
+        _write_state(folder, state)
+    except (OSError, Damaged) as error:
+        raise UserError(f'the evaluation of step {step} could not be recorded in {folder} ({error}): make room, then go on '
+                        f'with --init_from=resume') from error
 
 
 def point(out_dir, name: str, step_folder: Path):
@@ -120,12 +116,27 @@ def point(out_dir, name: str, step_folder: Path):
         file.write(step_folder.name.encode() + b'\n')
 
 
-def prune(out_dir, keep_last: int):
-    """Deletes step directories but the newest `keep_last` and what `latest` and `best` name."""
-    kept = {_named(Path(out_dir), name) for name in ('latest', 'best')}
-    for folder in _step_folders(Path(out_dir))[keep_last:]:
-        if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[int] = frozenset()):
+    """Deletes the checkpoints up to `step`, which is whole, but itself, the newest `keep_last`, those of every `keep_every`
+    steps, and what `latest` and `best` name. Leaves what is newer than `step` alone.
+
+    damaged: steps known to be unusable, which are none of those to keep. UserError where something cannot be deleted.
+    """
+    out_dir = Path(out_dir)
+    folders = {_step_of(folder): folder for folder in _step_folders(out_dir) if _step_of(folder) <= step}
+    whole = [older for older in folders if older not in damaged]
+    kept = {step, *whole[:keep_last], *(older for older in whole if keep_every and older % keep_every == 0),
+            _named(out_dir, 'latest'), _named(out_dir, 'best')}
+    try:
+        for older in folders.keys() - kept:
+            _delete(folders[older])
+    except OSError as error:
+        raise UserError(f'an older checkpoint in {out_dir} cannot be deleted ({error.strerror})') from error
+
+
+def steps_after(out_dir, step: int) -> set[int]:
+    """The steps after `step` that there are directories of."""
+    return {newer for newer in map(_step_of, _step_folders(Path(out_dir))) if newer > step}
 
 
 def exists(out_dir) -> bool:
@@ -138,63 +149,78 @@ def remove_all(out_dir):
     for name in ('latest', 'best'):
         (Path(out_dir) / name).unlink(missing_ok=True)
     for folder in _step_folders(Path(out_dir)):
-        shutil.rmtree(folder)
+        _delete(folder)
 
 
 def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'optimizer'),
-         warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> tuple[Checkpoint, dict]:
+         warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+         check: Callable[[Checkpoint, dict], None] = lambda checkpoint, tensors: None) -> tuple[Checkpoint, dict]:
     """Reads a checkpoint; returns it and its tensors as {'model': {...}, 'optimizer': {...}}, as `read` asks.
 
-    which: 'latest', 'best' or a step number. A damaged one is passed over for the newest good one, with a warning,
-    unless a step was asked for by number. UserError when none is left.
+    which: 'latest', 'best' or a step number. check: raises Damaged where a checkpoint that holds what was saved cannot be
+    used all the same. A damaged one is passed over for the newest good one, with a warning, unless a step was asked for by
+    number. UserError when none is left. Only reads, so that it may look into a run that goes on.
     """
     out_dir = Path(out_dir)
     if not out_dir.is_dir():
-        raise UserError(f'out_dir {out_dir}: there is no such folder; train first: python train.py CONFIG --out_dir={out_dir}')
-    folders = _step_folders(out_dir)
-    if which.isascii() and which.isdecimal():
-        if (wanted := out_dir / f'step-{int(which):08d}') not in folders:
-            have = ', '.join(str(_step_of(folder)) for folder in folders) or 'none'
-            raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: {have}')
-        folders = [wanted]
-    elif which in ('latest', 'best'):
-        named = _named(out_dir, which)
-        if which == 'best' and named is None and folders:
-            warn(f'{out_dir} has no best checkpoint yet: taking the newest')
-        folders = sorted(folders, key=lambda folder: folder != named)  # stable: the named one, then newest first
-    else:
-        raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
+        raise UserError(f'out_dir {out_dir}: there is no such folder; {_TRAIN_FIRST}{out_dir}')
     damages = []
-    for folder in folders:
+    for folder in _candidates(out_dir, which, warn):
         try:
             checkpoint = Checkpoint(folder, _read_state(folder))
             tensors = {name: checkpoint.tensors(name) for name in read}
+            check(checkpoint, tensors)
         except Damaged as damage:
+            if not folder.exists():  # the run has replaced or deleted it meanwhile, so there are others now
+                return load(out_dir, which, read, warn, check)
             damages.append(str(damage))
             continue
         for damage in damages:
             warn(f'warning: passing over a damaged checkpoint: {damage}; using step {checkpoint.step}')
         return checkpoint, tensors
-    raise UserError(f'{out_dir} holds no checkpoint that can be used' + (': ' + '; '.join(damages) if damages else
-                    f'; train first: python train.py CONFIG --out_dir={out_dir}'))
+    raise UserError(f'{out_dir} holds no checkpoint that can be used'
+                    + (': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}'))
+
+
+def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[Path]:
+    """The directories that may be what is asked for, the likeliest first. UserError where that is none's name."""
+    folders = _step_folders(out_dir)
+    if which == 'latest':  # the newest, not what `latest` names: a crash may have come between the two
+        return folders
+    if which == 'best':
+        best = _named(out_dir, 'best')
+        if best is None and folders:
+            warn(f'{out_dir} has no best checkpoint yet: taking the newest')
+        return sorted(folders, key=lambda folder: _step_of(folder) != best)  # stable: the best, then newest first
+    if not (which.isascii() and which.isdecimal()):
+        raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
+    if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
+        return wanted
+    raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: {[*map(_step_of, folders)] or "none"}')
 
 
 def _read_state(folder: Path) -> dict:
     path = folder / 'state.json'
     try:
-        state = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        state = json.loads(content)
         digest = state.pop('sha256')
     except OSError as error:
         raise Damaged(f'{path}: {error.strerror}') from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f'{path}: not a checkpoint\'s state') from error
-    if digest != _digest(state):
+    if digest != _digest(state) or content != _encode(state):  # JSON can say the same in other bytes
         raise Damaged(f'{path}: its content is not what was saved (SHA-256 differs)')
     if state['format'] != FORMAT:
         raise Damaged(f'{path}: format {state["format"]}, this version reads {FORMAT}')
     if state['step'] != _step_of(folder):
         raise Damaged(f'{path}: it is of step {state["step"]}')
     return state
+
+
+def _write_state(folder: Path, state: dict):
+    with atomic_write(folder / 'state.json') as file:
+        file.write(_encode(state))
 
 
 def _encode(state: dict) -> bytes:
@@ -205,27 +231,48 @@ def _digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def _name(step: int) -> str:
+    return f'step-{step:08d}'
+
+
 def _step_of(folder: Path) -> int:
-    return int(_STEP_FOLDER.fullmatch(folder.name)[1])
+    return int(_STEP_FOLDER.fullmatch(folder.name.removeprefix(_REPLACED))[1])
 
 
 def _step_folders(out_dir: Path) -> list[Path]:
-    """Step directories, newest first."""
+    """Step directories, newest first. One that was being replaced stands for its step where a crash left no other."""
     if not out_dir.is_dir():
         return []
-    return sorted((path for path in out_dir.iterdir() if _STEP_FOLDER.fullmatch(path.name)), key=_step_of, reverse=True)
+    names = {path.name for path in out_dir.iterdir()}
+    present = [name for name in names if _STEP_FOLDER.fullmatch(name.removeprefix(_REPLACED))
+               and (not name.startswith(_REPLACED) or name.removeprefix(_REPLACED) not in names)]
+    return sorted((out_dir / name for name in present), key=_step_of, reverse=True)
 
 
-def _named(out_dir: Path, name: str) -> Path | None:
+def _named(out_dir: Path, name: str) -> int | None:
+    """The step that `latest` or `best` names."""
     try:
-        text = (out_dir / name).read_text().strip()
+        match = _STEP_FOLDER.fullmatch((out_dir / name).read_text().strip())
     except (OSError, UnicodeDecodeError):
         return None
-    return out_dir / text if _STEP_FOLDER.fullmatch(text) else None  # never a path that leads out of out_dir
+    return int(match[1]) if match else None
 
 
-def _write_synced(path: Path, content: bytes):
-    with open(path, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _delete(folder: Path):
+    """Deletes a step directory. Renamed first, a half-deleted one is never taken for a checkpoint."""
+    doomed = folder.with_name(f'{_TEMPORARY}deleted-{folder.name}')
+    shutil.rmtree(doomed, ignore_errors=True)  # what a crash may have left
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(out_dir: Path):
+    """Removes what a crash in the midst of writing or deleting left; where one came in the midst of replacing, undoes it."""
+    for folder in _step_folders(out_dir):
+        if folder.name.startswith(_REPLACED):
+            os.rename(folder, out_dir / _name(_step_of(folder)))
+        else:
+            clear_temporaries(folder, 'state.json')
+    for path in out_dir.glob(f'{_TEMPORARY}*'):
+        shutil.rmtree(path, ignore_errors=True)
+    clear_temporaries(out_dir, 'latest', 'best', 'config.json', 'metrics.jsonl')

@@ -6,7 +6,8 @@ from nib.errors import UserError
 
 COUNTS = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size', 'max_bad_steps',
           'gradient_accumulation_steps')
-AMOUNTS = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'max_iters', 'sample_tokens')
+AMOUNTS = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'max_iters',
+           'sample_tokens', 'keep_every')
 
 
 def check_config(config: Mapping, world_size: int):

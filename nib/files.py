@@ -13,7 +13,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     On any error the file that was at path stays as it was, and nothing else is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(_temporary_name(path.name, os.getpid()))
     try:
         with open(temporary, 'wb') as file:
             yield file
@@ -24,6 +24,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def clear_temporaries(folder: str | os.PathLike, *names: str):
+    """Removes what atomic_write left of these files where another process was killed in the midst of it."""
+    for name in names:
+        for path in Path(folder).glob(_temporary_name(name, '*')):
+            if path.name != _temporary_name(name, os.getpid()):
+                path.unlink(missing_ok=True)
+
+
+def _temporary_name(name: str, process: int | str) -> str:
+    return f'.{name}.{process}.tmp'
 
 
 def sync_folder(folder: str | os.PathLike):

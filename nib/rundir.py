@@ -40,6 +40,7 @@ class RunLock:
             self.file.truncate(0)
             self.file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid()}) + '\n')
             self.file.flush()
+            checkpoint.clear_leftovers(self.out_dir)
         except OSError as error:
             raise UserError(f'out_dir {self.out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
 

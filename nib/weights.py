@@ -85,15 +85,39 @@ def read(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Weights |
     if init_from == 'scratch':
         return None
     if init_from == 'resume':
-        found, tensors = checkpoint.load(out_dir, 'latest', warn=warn)
+        found, tensors = checkpoint.load(out_dir, 'latest', warn=warn, check=check_shapes)
         return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors, found)
     if checkpoint.exists(init_from):
-        found, tensors = checkpoint.load(init_from, 'best', read=('model',), warn=warn)
+        found, tensors = checkpoint.load(init_from, 'best', read=('model',), warn=warn, check=check_shapes)
         return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors)
     if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         return read_gpt2(init_from)
     raise UserError(f"init_from {init_from!r} is neither 'scratch', 'resume', nor {', '.join(map(repr, GPT2_NAMES))}, nor the "
                     f'folder of a run or of a Hugging Face GPT-2')
+
+
+def check_shapes(found: checkpoint.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
+    """Damaged where the tensors are not those of the model that the checkpoint is of."""
+    try:
+        with torch.device('meta'):  # shapes alone
+            shapes = {name: tensor.shape for name, tensor in GPT(GPTConfig(**found.state['model'])).state_dict().items()}
+    except (TypeError, ValueError) as error:
+        raise checkpoint.Damaged(f'{found.path / "state.json"}: its model cannot be built ({error})') from error
+    have = {name: tensor.shape for name, tensor in tensors['model'].items()}
+    for name in sorted(have.keys() | shapes.keys()):
+        if have.get(name) != shapes.get(name):
+            raise checkpoint.Damaged(f'{found.path / "model.safetensors"}: {name} is {_shape(have.get(name))}, where the '
+                                     f'model has {_shape(shapes.get(name))}')
+    for full_name, tensor in tensors.get('optimizer', {}).items():
+        shape = shapes.get(full_name.rpartition('/')[0])
+        # other optimizers may keep less than a number for each weight
+        if shape is None or tensor.dim() == len(shape) and tensor.shape != shape:
+            raise checkpoint.Damaged(f'{found.path / "optimizer.safetensors"}: {full_name} is {_shape(tensor.shape)}, where '
+                                     f'the model has {_shape(shape)}')
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return 'missing' if shape is None else f'of shape {tuple(shape)}'
 
 
 def read_gpt2(name: str) -> Weights:

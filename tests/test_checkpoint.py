@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import run_script
 
-from nib import checkpoint
+from benchmarks import corruption
+from model import GPT, GPTConfig
+from nib import checkpoint, weights
 from nib.errors import UserError
 
 
@@ -102,7 +104,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
 def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, best=step == 2)
-    checkpoint.prune(tmp_path, keep_last=2)
+    checkpoint.prune(tmp_path, 6, keep_last=2)
     assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-00000002', 'step-00000005', 'step-00000006']
 
 
@@ -126,3 +128,81 @@ def test_state_is_plain_json_with_the_digest_of_every_file(tmp_path):
     state = json.loads((folder / 'state.json').read_text())
     assert state['step'] == 10 and state['note'] == 10
     assert set(state['files']) == {'model.safetensors', 'optimizer.safetensors'}
+
+
+def test_no_damage_is_loaded_without_a_word(capsys):
+    """200 damages of all kinds at random places, in one to three checkpoints."""
+    assert corruption.main(['--damages=200']) == 0, capsys.readouterr().out
+    assert 'loaded without a word: 0 of 200' in capsys.readouterr().out
+
+
+def test_a_state_that_says_the_same_in_other_bytes_is_damaged(tmp_path):
+    path = save(tmp_path, 10) / 'state.json'
+    path.write_bytes(path.read_bytes().replace(b': ', b':  ', 1))
+    with pytest.raises(UserError, match='state.json'):
+        checkpoint.load(tmp_path)
+
+
+def test_what_was_newest_when_the_machine_stopped_is_the_latest(tmp_path):
+    """Between the renaming of a directory and that of `latest`."""
+    save(tmp_path, 10)
+    before = (tmp_path / 'latest').read_bytes()
+    save(tmp_path, 20)
+    (tmp_path / 'latest').write_bytes(before)
+    assert value_of(tmp_path, 'latest', warn=pytest.fail)[0] == 20
+
+
+def test_a_step_that_was_being_saved_again_counts_under_the_name_it_was_put_aside_with(tmp_path):
+    save(tmp_path, 10)
+    folder = save(tmp_path, 20, best=True)
+    aside = folder.rename(tmp_path / f'.tmp-replaced-{folder.name}')
+    for which in ('latest', 'best', '20'):
+        assert value_of(tmp_path, which, warn=pytest.fail)[0] == 20
+    assert aside.exists() and not folder.exists()  # loading repairs nothing
+    checkpoint.clear_leftovers(tmp_path)
+    assert folder.exists() and not aside.exists()
+
+
+def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_not_called_damaged(tmp_path):
+    save(tmp_path, 10)
+
+    def run_goes_on(found, tensors):
+        if found.step == 10:
+            save(tmp_path, 20)
+            checkpoint.prune(tmp_path, 20, keep_last=1)
+            raise checkpoint.Damaged('a file is gone')
+    assert value_of(tmp_path, 'latest', warn=pytest.fail, check=run_goes_on)[0] == 20
+
+
+def test_what_a_kill_left_is_gone_after_the_next_save(tmp_path):
+    save(tmp_path, 10)
+    for name in ('.tmp-step-00000020', '.tmp-deleted-step-00000005', '.tmp-replaced-step-00000010'):
+        (tmp_path / name).mkdir()
+    for name in ('.latest.1.tmp', '.metrics.jsonl.1.tmp', 'step-00000010/.state.json.1.tmp'):
+        (tmp_path / name).write_text('half')
+    (tmp_path / '.notes').write_text('the user\'s own')
+    save(tmp_path, 20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.notes', 'latest', 'step-00000010', 'step-00000020']
+    assert len(list((tmp_path / 'step-00000010').iterdir())) == 3
+
+
+def save_model(out_dir, step, model_tensors=None, optimizer=None, **config):
+    shape = dict(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=4)
+    model = GPT(GPTConfig(**shape)).state_dict()
+    name = next(iter(model))
+    checkpoint.save(out_dir, step, {**model, **(model_tensors or {})},
+                    {f'{name}/exp_avg': torch.zeros_like(model[name]), f'{name}/step': torch.tensor(1.0), **(optimizer or {})},
+                    {'model': {**shape, **config}})
+
+
+@pytest.mark.parametrize('wrong, said', [
+    ({'n_embd': 8}, 'model.safetensors'), ({'n_layer': 2}, 'is missing, where the model has of shape'),
+    ({'rotary_basis': 1}, 'state.json: its model cannot be built'), ({'model_tensors': {'other': torch.ones(2)}}, 'other'),
+    ({'optimizer': {'other/step': torch.ones(())}}, 'optimizer.safetensors: other/step'),
+    ({'optimizer': {'transformer.wte.weight/exp_avg': torch.ones(2, 2)}}, 'optimizer.safetensors: transformer.wte')])
+def test_tensors_of_another_model_are_passed_over_by_name(tmp_path, wrong, said):
+    save_model(tmp_path, 10)
+    save_model(tmp_path, 20, **wrong)
+    warnings = []
+    found, _ = checkpoint.load(tmp_path, warn=warnings.append, check=weights.check_shapes)
+    assert found.step == 10 and len(warnings) == 1 and said in warnings[0]

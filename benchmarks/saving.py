@@ -1,0 +1,95 @@
+"""Measures saving and loading a checkpoint, with and without digests, in turns, and how long training waits for a save.
+
+    python benchmarks/saving.py                          a model of 124M parameters: 0.5 GB, and 1 GB of the optimizer
+    python benchmarks/saving.py --n_layer=2 --rounds=1   a quick look
+
+Every file is out of the machine's memory when it is loaded, as it is after a crash, unless the row says warm.
+"""
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from nib import checkpoint, measure, optim, tensorfile  # noqa: E402
+from nib.errors import UserError, run_script  # noqa: E402
+from nib.writer import CheckpointWriter  # noqa: E402
+
+rounds: int = 5  # turns of each
+n_layer: int = 12  # blocks of the model
+n_head: int = 12  # attention heads in a block
+n_embd: int = 768  # width
+device: str = 'cpu'  # where the model is: 'cpu', 'cuda', 'mps'
+folder: str = ''  # where to write; empty: the system's folder for temporary files
+result: str = ''  # file to write the table to, too
+
+NO_DIGEST = SimpleNamespace(sha256=lambda: SimpleNamespace(update=lambda block: None, hexdigest=lambda: 'none'))
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    if rounds < 1:
+        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    model = GPT(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)).to(device)
+    optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    turns = {'no digests': [], 'digests': []}
+    with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
+        out_dir = Path(scratch)
+        take_turn(model, optimizer, out_dir)  # unmeasured: the first write finds an empty disk
+        for turn in range(rounds):
+            # each is first in every other round
+            for name in list(turns)[::1 if turn % 2 else -1]:
+                tensorfile.hashlib = hashlib if name == 'digests' else NO_DIGEST
+                turns[name].append(take_turn(model, optimizer, out_dir))
+                print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.3g}' for k, v in turns[name][-1].items()),
+                      file=sys.stderr, flush=True)
+    table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}\n'
+             f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes {hash_alone(model, optimizer):.2f} of '
+             f'one core\n\n' + measure.make_table(turns))
+    print(table, end='')
+    if result:
+        Path(result).write_text(table)
+
+
+def take_turn(model, optimizer, out_dir: Path) -> dict[str, float]:
+    writer = CheckpointWriter(out_dir, keep_last=1)
+    tensors = model.state_dict(), optim.named_state(optimizer, model)
+    measured = {'training waits': seconds(lambda: writer.save(1, *tensors, {}))}
+    measured['saving'] = measured['training waits'] + seconds(writer.wait)
+    writer.close()
+    for path in (out_dir / 'step-00000001').iterdir():
+        with open(path) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    measured['loading'] = seconds(lambda: checkpoint.load(out_dir))
+    measured['loading, warm'] = seconds(lambda: checkpoint.load(out_dir))
+    return measured
+
+
+def hash_alone(model, optimizer) -> float:
+    """Seconds for a checkpoint's digests where nothing else is done meanwhile."""
+    tensors = [*model.state_dict().values(), *optim.named_state(optimizer, model).values()]
+    contents = [tensor.detach().cpu().numpy() for tensor in tensors]
+    return seconds(lambda: [hashlib.sha256(content).digest() for content in contents])
+
+
+def seconds(function: Callable) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+if __name__ == '__main__':
+    run_script(main)
