@@ -49,7 +49,7 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
     remount('size=20m')
     done = train(data_dir, disk / 'run', *flags, '--init_from=resume')
     assert sorted(checkpoint.steps_after(disk / 'run', 0)) == [5, 10, 15, 20]
-    assert not [path.name for path in (disk / 'run').iterdir() if path.name.startswith('.')]
+    assert [path.name for path in (disk / 'run').iterdir() if path.name.startswith('.')] == ['.lock']
 
 
 def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(data_dir, small_disk):
