@@ -39,8 +39,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
+            below = 10_000 if name == 'n_layer' else 1 << 31  # more would take hours to build, or cannot be counted
+            if not 1 <= getattr(self, name) < below:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1 and less than {below:,}')
         for name, kind in get_type_hints(type(self)).items():
             if get_args(kind) and getattr(self, name) not in get_args(kind):
                 raise ValueError(f'{name} is {getattr(self, name)!r}: it must be one of {", ".join(get_args(kind))}')

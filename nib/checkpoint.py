@@ -172,7 +172,7 @@ def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'opti
     if not out_dir.is_dir():
         raise UserError(f'out_dir {out_dir}: there is no such folder; train first: python train.py CONFIG --out_dir={out_dir}')
     folders = _step_folders(out_dir)
-    if which.isascii() and which.isdecimal():
+    if which.isascii() and which.isdecimal() and len(which) < 20:
         if (wanted := out_dir / f'step-{int(which):08d}') not in folders:
             have = ', '.join(str(_step_of(folder)) for folder in folders) or 'none'
             raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: {have}')
@@ -206,7 +206,7 @@ def _read_state(folder: Path) -> dict:
         digest = state.pop('sha256')
     except OSError as error:
         raise Damaged(f'{path}: {error.strerror}') from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f'{path}: not a checkpoint\'s state') from error
     if digest != _digest(state):
         raise Damaged(f'{path}: its content is not what was saved (SHA-256 differs)')

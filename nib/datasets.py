@@ -24,7 +24,7 @@ def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, 
         if corpus.is_prepared(folder / name):
             return name
         script = SCRIPTS / name / 'prepare.py'
-        if not script.exists():
+        if Path(name).name != name or not script.exists():  # a path leads to scripts that are not this project's
             known = ', '.join(sorted(path.parent.name for path in SCRIPTS.glob('*/prepare.py')))
             raise UserError(f'{folder / name}/train.bin is missing: python data/text/prepare.py --input=PATH --name={name} makes '
                             f'it of your own text; datasets with a script of their own: {known}')

@@ -194,8 +194,10 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
             for batch in table.iter_batches(_ROWS, columns=[field]):
                 for value in batch.column(field).to_pylist():
                     yield from _document(value, field, file)
-    except pyarrow.ArrowException as error:
-        raise UserError(f'{file} is not a .parquet file that can be read: {error}') from error
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, ValueError) as error:  # a text that is not UTF-8 is a ValueError
+        raise UserError(f'{file} is not a .parquet file that can be read ({error}); write it anew') from error
 
 
 READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parquet': _read_parquet}

@@ -45,7 +45,7 @@ def replace_bin(folder, split, ids, dtype='<u2'):
     """Other tokens, with a meta.json that agrees to them."""
     content = np.array(ids, dtype=dtype).tobytes()
     (folder / f'{split}.bin').write_bytes(content)
-    change_split(folder, split, tokens=len(ids), sha256=hashlib.sha256(content).hexdigest())
+    change_split(folder, split, tokens=len(ids), bytes=len(ids), sha256=hashlib.sha256(content).hexdigest())
 
 
 def test_a_dataset_opens_as_it_was_written(whole):
