@@ -1,15 +1,18 @@
 """What several test files use: a small dataset, and the scripts run as a user runs them."""
+import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from nib import corpus
+from nib import corpus, errors
 
 torch.set_num_threads(1)  # the tests' models are too small to share out
 
@@ -50,3 +53,43 @@ def train(data_dir, out_dir, *flags, launcher=(), **options):
 
 def records(out_dir) -> list[dict]:
     return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
+
+
+@dataclass
+class Ended:
+    """How a script called in this process ended: what a shell would see."""
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd):
+    """run_main(script, *argv): calls a script's main in this process, as its command line would, which takes no seconds to
+    import torch; returns how it ended. What a script changes in its process is put back."""
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    modules = {}
+
+    def run(script, *argv) -> Ended:
+        path = ROOT / script
+        if script not in modules:
+            spec = importlib.util.spec_from_file_location(f'{path.parent.name}_{path.stem}', path)
+            modules[script] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # a fresh one: main sets its globals
+            spec.loader.exec_module(modules[script])
+        capfd.readouterr()
+        try:
+            status = errors.call(modules[script].main, list(map(str, argv)))
+        except SystemExit as end:  # --help
+            status = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.set_num_threads(threads)
+        said = capfd.readouterr()
+        return Ended(status or 0, said.out, said.err)
+
+    yield run
+    for module in modules.values():
+        del sys.modules[module.__name__]
