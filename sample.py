@@ -44,8 +44,8 @@ def main(argv):
     prompt_ids = encode_prompt(tokenizer, prompt)
     if len(prompt_ids) > config.block_size:
         fitting = len(tokenizer.decode(prompt_ids[-config.block_size:]))
-        raise UserError(f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over {config.block_size:,}: '
-                        f'shorten it, for instance to its last {fitting:,} characters')
+        raise UserError(f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
+                        f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters')
     encode_prompt(tokenizer, stop)  # a text that the vocabulary cannot write would never come
     try:
         check_sampling([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size)

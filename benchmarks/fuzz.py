@@ -9,6 +9,7 @@ imported torch once; it may take 2 GiB of memory, so that what is too large real
 """
 import json
 import os
+import pickle
 import random
 import resource
 import runpy
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'disabled',
                'ARROW_DEFAULT_MEMORY_POOL': 'system'}  # the other one reserves what it may never use
-os.environ |= dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')  # refuses at once
+# A network that refuses at once.
+os.environ |= dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
 import safetensors.torch  # noqa: E402
 import tiktoken  # noqa: E402
 import torch  # noqa: E402
@@ -59,19 +61,21 @@ BASE = {'train.py': [*TRAIN, '--out_dir=new'],
         PREPARE['shakespeare']: ['--input=texts/a.txt'], PREPARE['stdlib_char']: [], PREPARE['openwebtext']: ['--input=texts']}
 TYPES = {script: configurator.read_block(str(ROOT / script)).types for script in BASE}
 # Keys whose larger values are a longer run, which is what was asked for; they get values that are small or refused.
-WORK = {'max_iters', 'eval_iters', 'sample_tokens', 'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'rounds', 'steps',
-        'new_tokens'}
+WORK = {'max_iters', 'eval_iters', 'sample_tokens', 'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'rounds',
+        'steps', 'new_tokens'}
 NUMBERS = ['0', '1', '2', '3', '-0', '-1', '1.5', '1e-400', 'nan', 'inf', '-inf', '1e400', '-1e400', 'None', 'True', '', 'abc']
 LARGE = ['7', '8', '17', '64', '1000', '1e3', '100000', '2147483647', '1e9', '1e18', '1e308', '9' * 400, '-' + '9' * 50, '0x10']
 TEXTS = ['', 'x', '-', '--', '.', 'run', 'new', 'data', 'texts', 'texts/a.txt', 'published', 'data/tiny', 'run/latest', 'best', '2',
          '/dev/null', '/dev/full', '/proc/self/mem', '~', '~nobody', 'x' * 300, 'x' * 5000, 'x/' * 2000, 'é€🙂', '\udcff', '\ud800',
          'a\nb', '\t', '"', "'", "'a'", '[]', '()', '{}', '%s', '{0}', '$(touch canary)', "__import__('os').mkdir('canary')",
-         'FILE:', 'FILE:.', 'FILE:texts/a.txt', 'FILE:nowhere', 'The ', '<|endoftext|>', 'auto', 'cpu', 'cuda', 'cuda:7', 'cpu:1', 'meta',
-         'resume', 'scratch', 'gpt2', '9' * 5000, 'none', 'tiny', 'shakespeare_char', 'text', 'stdlib', ',', 'texts,nowhere']
-CONFIGS = ['', 'seed = 2', 'seed = = 2', 'sed = 2', "seed = 'a'", 'seed = 1e400', 'raise ValueError', 'import sys; sys.exit(0)', 'seed = 1/0',
-           'include("config.py")', 'include("nowhere.py")', 'global seed', 'def _f(): return _f()\n_f()', 'x' * 9999, '(' * 9999,
-           "out_dir = 'a\\0b'", "start = '\\ud800'", "device = 'abacus'", 'def f(): pass', '\0', '\ufeffseed = 1', 'seed: int = 3', 'del seed']
-JSON = [None, True, -1, 0, 1.5, 10 ** 30, 1e308, '', 'x', 'é', '../x', 'x' * 5000, [], {}, [[]], {'': None}, float('nan'), float('inf')]
+         'FILE:', 'FILE:.', 'FILE:texts/a.txt', 'FILE:nowhere', 'The ', '<|endoftext|>', 'auto', 'cpu', 'cuda', 'cuda:7', 'cpu:1',
+         'meta', 'resume', 'scratch', 'gpt2', '9' * 5000, 'none', 'tiny', 'shakespeare_char', 'text', 'stdlib', ',', 'texts,nowhere']
+CONFIGS = ['', 'seed = 2', 'seed = = 2', 'sed = 2', "seed = 'a'", 'seed = 1e400', 'raise ValueError', 'import sys; sys.exit(0)',
+           'seed = 1/0', 'include("config.py")', 'include("nowhere.py")', 'global seed', 'def _f(): return _f()\n_f()', 'x' * 9999, '(' * 9999,
+           "out_dir = 'a\\0b'", "start = '\\ud800'", "device = 'abacus'", 'def f(): pass', '\0', '\ufeffseed = 1', 'seed: int = 3',
+           'del seed']
+JSON = [None, True, -1, 0, 1.5, 10 ** 30, 1e308, '', 'x', 'é', '../x', 'x' * 5000, [], {}, [[]], {'': None}, float('nan'),
+        float('inf')]
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,10 @@ def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
             bad = judge(code, said) or ('code of an argument ran' if (folder / 'canary').exists() else '')
             ended.append((made.kind, code, bad))
             if bad or case >= 0:
-                print(f'case {number_ended}: {made.script} {made.argv}\n    exit code {code}, {bad or "well"}: ' + said[-1500 if bad else 0:])
+                print(f'case {number_ended}: {made.script} {ascii(made.argv)}')
+                print(f'    exit code {code}, {bad or "well"}: {said[-3000:]}', flush=True)
             shutil.rmtree(folder)
+            folder.with_suffix('.said').unlink()
         if number is not None:
             folder = scratch / str(number)
             made = make_case(random.Random(f'{seed}/{number}'))
@@ -147,7 +153,8 @@ def judge(code: int, said: str) -> str:
 
 
 def make_table(ended, seconds: float) -> str:
-    counts = {kind: Counter(code for other, code, _ in ended if other == kind) for kind in sorted({kind for kind, _, _ in ended})}
+    kinds = sorted({kind for kind, _, _ in ended})
+    counts = {kind: Counter(code for other, code, _ in ended if other == kind) for kind in kinds}
     codes = sorted({code for _, code, _ in ended})
     lines = [f'{len(ended):,} cases, seed {seed}, in {seconds / 60:.1f} minutes; {measure.describe_machine()}', '',
              f'{"exit code":34}' + ''.join(f'{code:>8}' for code in codes) + f'{"bad":>8}']
@@ -216,8 +223,8 @@ def case_of_flags(draw) -> Case:
         flags += random_flag(draw, types)
     config = draw.choice(CONFIGS).encode('utf-8', 'surrogatepass') if draw.random() < 0.8 else draw.randbytes(50)
     if draw.random() < 0.2:
-        flags.insert(draw.randint(0, len(flags)), draw.choice(['config.py', 'config.py', 'nowhere.py', 'texts', 'texts/a.txt', str(
-            ROOT / 'config/train_shakespeare_char.py')]))
+        files = ['config.py', 'config.py', 'nowhere.py', 'texts', 'texts/a.txt', str(ROOT / 'config/train_shakespeare_char.py')]
+        flags.insert(draw.randint(0, len(flags)), draw.choice(files))
     if script.startswith('data'):  # never into the project's own folder
         flags.append('--out_dir=' + draw.choice(['new', 'new', 'data/tiny', 'texts/a.txt', '/dev/null', 'é', 'x' * 300]))
     return Case(f'flags of {script}', script, BASE[script] + flags, lambda: Path('config.py').write_bytes(config))
@@ -235,7 +242,8 @@ def random_flag(draw, types: dict) -> list[str]:
     if draw.random() < 0.1:  # misspelt
         at = draw.randrange(len(key))
         key = key[:at] + draw.choice(['', 'x', '-', 'é', key[at] * 2]) + key[at + 1:]
-    form = draw.choices(['--{key}={value}', '--{key} {value}', '--{key}', '--no-{key}', '{key}={value}', '-{key}={value}'], [10, 3, 1, 1, 1, 1])[0]
+    forms = ['--{key}={value}', '--{key} {value}', '--{key}', '--no-{key}', '{key}={value}', '-{key}={value}']
+    form = draw.choices(forms, [10, 3, 1, 1, 1, 1])[0]
     return [part.format(key=key, value=value) for part in form.split(' ')]
 
 
@@ -267,8 +275,8 @@ def case_of_run(draw) -> Case:
 
 def case_of_published(draw) -> Case:
     damage = random_damage(draw, ['published/config.json', 'published/model.safetensors'])
-    argv = ['--device=cpu', '--data_dir=data', '--dataset=gpt2', '--batch_size=2', '--gradient_accumulation_steps=1', '--out_dir=new',
-            '--init_from=published', '--max_iters=1', '--eval_iters=1', '--warmup_iters=1']
+    argv = ['--device=cpu', '--data_dir=data', '--dataset=gpt2', '--batch_size=2', '--gradient_accumulation_steps=1',
+            '--out_dir=new', '--init_from=published', '--max_iters=1', '--eval_iters=1', '--warmup_iters=1']
     return Case('damaged published weights', 'train.py', argv, damage)
 
 
@@ -281,10 +289,12 @@ def case_of_text(draw) -> Case:
         script = PREPARE[draw.choice(['shakespeare_char', 'shakespeare'])]
         return Case('damaged text', script, ['--input=texts/a.txt', '--out_dir=new'], random_damage(draw, ['texts/a.txt']))
     if what == 'journal':
-        damage = random_damage(draw, [f'stopped/{name}' for name in ('.journal.json', '.train.bin.unfinished', '.val.bin.unfinished')])
+        files = ('.journal.json', '.train.bin.unfinished', '.val.bin.unfinished')
+        damage = random_damage(draw, [f'stopped/{file}' for file in files])
         return Case('damaged journal', PREPARE['text'], ['--input=texts', '--out_dir=stopped'], damage)
     file = draw.choice(['a.txt', 'b.md', 'rows.jsonl', 'rows.parquet', 'rows.parquet'])
-    argv = [f'--input=texts/{file}', f'--tokenizer={draw.choice(["char", "byte", "gpt2"])}', '--out_dir=' + draw.choice(['new', 'data/tiny'])]
+    argv = [f'--input=texts/{file}', f'--tokenizer={draw.choice(["char", "byte", "gpt2"])}',
+            f'--out_dir={draw.choice(["new", "data/tiny"])}']
     return Case('damaged text', PREPARE['text'], argv, random_damage(draw, [f'texts/{file}']))
 
 
@@ -317,7 +327,8 @@ def change_json(draw, data):
 def change_bytes(draw, path: Path):
     content = path.read_bytes()
     start, stop = sorted(draw.choices(range(len(content) + 1), k=2))
-    how = draw.choice(['cut', 'flip', 'flip', 'insert', 'take out', 'repeat', 'empty', 'noise', 'nest', 'remove', 'folder', 'link', 'null'])
+    how = draw.choice(['cut', 'flip', 'flip', 'insert', 'take out', 'repeat', 'empty', 'noise', 'nest', 'remove', 'folder', 'link',
+                       'null'])
     if how in ('remove', 'folder', 'link'):
         path.unlink()
         path.mkdir() if how == 'folder' else path.symlink_to(path.name) if how == 'link' else None
@@ -343,8 +354,8 @@ def make_ground(folder: Path):
     numbers = {character: number for number, character in enumerate(characters)}
     for split in ('train', 'val'):
         Path(f'data/nano/{split}.bin').write_bytes(b''.join(numbers[character].to_bytes(2, 'little') for character in text))
-    import pickle
-    Path('data/nano/meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(numbers), 'stoi': numbers, 'itos': dict(enumerate(characters))}))
+    meta = {'vocab_size': len(numbers), 'stoi': numbers, 'itos': dict(enumerate(characters))}
+    Path('data/nano/meta.pkl').write_bytes(pickle.dumps(meta))
     Path('data/gpt2').mkdir()
     for split in ('train', 'val'):
         Path(f'data/gpt2/{split}.bin').write_bytes(random.Random(0).randbytes(2000).translate(bytes(range(128)) * 2))
@@ -360,7 +371,8 @@ def make_ground(folder: Path):
     Path('texts').mkdir()
     for name in ('a.txt', 'b.md'):
         Path('texts', name).write_text(text + 'é€🙂')
-    Path('texts/rows.jsonl').write_text(''.join(json.dumps({'text': f'Row {number}: {text[:60]}'}) + '\n' for number in range(30)))
+    rows = [{'text': f'Row {number}: {text[:60]}'} for number in range(30)]
+    Path('texts/rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     Path('texts/prompt.txt').write_text('The')
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.table({'text': [f'Row {number}: é' for number in range(30)]}), 'texts/rows.parquet')

@@ -183,8 +183,8 @@ def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], tokenizer: Tok
                             f'beside it, and without one ids are read as uint16')
     largest = max(int(ids.max()) for ids in begins.values())
     if isinstance(tokenizer, Gpt2Tokenizer) and largest < 256:
-        raise UserError(f'{folder} has neither meta.json nor meta.pkl, so its ids would be GPT-2\'s tokens; but the largest is '
-                        f'{largest}, as of characters or bytes')
+        raise UserError(f'{folder} has neither meta.json nor meta.pkl, so its ids would be GPT-2\'s tokens; but the largest '
+                        f'is {largest}, as of characters or bytes')
 
 
 def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict | None) -> dict:

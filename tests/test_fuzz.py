@@ -35,12 +35,14 @@ def fill():
     return bytearray(1 << 40)
 
 ends = {'well': lambda: None, 'refused': lambda: fail(UserError('no')), 'full': fill, 'traceback': lambda: fail(KeyError()),
-        'not one line': two_lines, 'another exit code': lambda: os.kill(os.getpid(), signal.SIGKILL), 'too long': lambda: time.sleep(9)}
+        'not one line': two_lines, 'another exit code': lambda: os.kill(os.getpid(), signal.SIGKILL),
+        'too long': lambda: time.sleep(9)}
 fuzz.SECONDS = 1
 for name, end in ends.items():
     fuzz.MAINS['script'] = lambda argv: end()
-    code = fuzz.wait(fuzz.fork(lambda _: fuzz.play(fuzz.Case('', 'script', [], lambda: None)), Path(sys.argv[1]), Path(sys.argv[2], name)))
-    print(name, '->', fuzz.judge(code, Path(sys.argv[2], name).read_text()) or 'well')
+    made, said = fuzz.Case('', 'script', [], lambda: None), Path(sys.argv[2], name)
+    code = fuzz.wait(fuzz.fork(lambda _: fuzz.play(made), Path(sys.argv[1]), said))
+    print(name, '->', fuzz.judge(code, said.read_text()) or 'well')
 ''', tmp_path / 'case', tmp_path)
     assert done.stdout.splitlines() == [
         'well -> well', 'refused -> well', 'full -> well', 'traceback -> traceback', 'not one line -> not one line',
