@@ -52,7 +52,8 @@ class GPTConfig:
             raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}: '
                              f'try n_kv_head {math.gcd(self.n_head, self.n_kv_head)}')
         if self.position == 'rotary' and self.head_dim % 2:
-            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of dimensions, so it must be even')
+            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of dimensions, so it must be even: '
+                             f'try n_embd {self.n_head * (self.head_dim + 1)}')
         if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
             raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
         if not 0.0 <= self.dropout < 1.0:

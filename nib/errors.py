@@ -15,6 +15,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error
 FULL = "out of memory|allocate memory|not enough memory|Storage size calculation overflowed"  # in torch's words
+LONGEST = 1500  # characters of the line that tells an error
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does not know its file's name
 
 
@@ -76,5 +77,8 @@ def _fail(sentence: str) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(PATIENCE)
-    print('error:', ' '.join(sentence.splitlines()), file=sys.stderr)
+    line = ' '.join(sentence.splitlines())
+    if len(line) > LONGEST:  # a value of thousands of characters; what to type stands at the end
+        line = f'{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}'
+    print('error:', line, file=sys.stderr)
     return EXIT_USER_ERROR
