@@ -19,6 +19,7 @@ import torch
 import configurator
 from model import GPT, GPTConfig
 from nib import corpus, datasets, guard, loader, measure, optim, runtime
+from nib.checks import check_config
 from nib.errors import UserError, run_script
 from train import train_step
 
@@ -39,9 +40,10 @@ def main(argv):
     globals().update(values)
     values['dtype'], _ = runtime.pick_dtype(values['dtype'], values['device'])
     values['compile'], _ = runtime.pick_compile(values['compile'], values['device'])
-    for key in ('rounds', 'steps', 'prompt_tokens', 'batch_size', 'block_size', 'gradient_accumulation_steps'):
-        if values[key] < 1:
-            raise UserError(f'{key} is {values[key]}: it must be at least 1')
+    check_config(values, world_size=1)
+    for key, least in (('rounds', 1), ('steps', 1), ('prompt_tokens', 1), ('new_tokens', 0)):
+        if values[key] < least:
+            raise UserError(f'{key} is {values[key]}: it must be at least {least}')
     with tempfile.TemporaryDirectory() as scratch:
         data = find_data(values, Path(scratch))
         contestants = {'nibGPT': Contestant(values, data)}

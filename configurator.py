@@ -334,7 +334,7 @@ def read_python(path: str) -> tuple[str, ast.Module]:
             source = file.read()
         return source, ast.parse(source, path)
     except SyntaxError as error:
-        reason = f':{error.lineno or 1}: SyntaxError: {error.msg}'
+        reason = f':{error.lineno or 1}: SyntaxError: {error.msg}; a config file is Python, such as: batch_size = 12'
     except UnicodeDecodeError as error:
         reason = f': found bytes that are no UTF-8 ({error.reason}), expected a Python file'
     except (OSError, ValueError, MemoryError, RecursionError) as error:

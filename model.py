@@ -39,8 +39,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
+            below = 10_000 if name == 'n_layer' else 1 << 31  # more would take hours to build, or cannot be counted
+            if not 1 <= getattr(self, name) < below:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1 and less than {below:,}')
         for name, kind in get_type_hints(type(self)).items():
             if get_args(kind) and getattr(self, name) not in get_args(kind):
                 raise ValueError(f'{name} is {getattr(self, name)!r}: it must be one of {", ".join(get_args(kind))}')
@@ -51,7 +52,8 @@ class GPTConfig:
             raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}: '
                              f'try n_kv_head {math.gcd(self.n_head, self.n_kv_head)}')
         if self.position == 'rotary' and self.head_dim % 2:
-            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of dimensions, so it must be even')
+            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of dimensions, so it must be even: '
+                             f'try n_embd {self.n_head * (self.head_dim + 1)}')
         if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
             raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
         if not 0.0 <= self.dropout < 1.0:

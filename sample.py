@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import configurator
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_sampling
 from nib import checkpoint, runtime, weights
 from nib.errors import UserError, run_script
 from nib.tokenizer import encode_prompt, tokenizer_from_json
@@ -35,31 +35,37 @@ device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 def main(argv):
     values, _ = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
     globals().update(values)
-    if num_samples < 1:
-        raise UserError(f'num_samples is {num_samples}: it must be at least 1')
+    if not 1 <= num_samples < 1 << 20:
+        raise UserError(f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}')
     prompt = read_prompt(start)
     found, tensors = checkpoint.load(out_dir, which, read=('model',), check=weights.check_shapes)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
-    model = GPT(GPTConfig(**found.state['model']))
+    config = GPTConfig(**found.state['model'])
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    if len(prompt_ids) > config.block_size:
+        fitting = len(tokenizer.decode(prompt_ids[-config.block_size:]))
+        raise UserError(f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
+                        f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters')
+    encode_prompt(tokenizer, stop)  # a text that the vocabulary cannot write would never come
+    try:
+        check_sampling([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model = GPT(config)
     model.load_state_dict(tensors['model'])
     model.to(device)
     print(f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {runtime.describe_device(device)}',
           file=sys.stderr)
 
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    encode_prompt(tokenizer, stop)  # a text that the vocabulary cannot write would never come
     samples = [Sample() for _ in range(num_samples)]
-    try:
-        show(prompt)
-        for tokens in model.generate([prompt_ids] * num_samples, max_new_tokens, temperature, top_k, top_p, seed):
-            for sample, token in zip(samples, tokens.tolist()):
-                text = sample.add(tokenizer.decode_bytes([token]))
-                if sample is samples[0]:
-                    show(text)
-            if all(sample.ended for sample in samples):
-                break
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    show(prompt)
+    for tokens in model.generate([prompt_ids] * num_samples, max_new_tokens, temperature, top_k, top_p, seed):
+        for sample, token in zip(samples, tokens.tolist()):
+            text = sample.add(tokenizer.decode_bytes([token]))
+            if sample is samples[0]:
+                show(text)
+        if all(sample.ended for sample in samples):
+            break
     show(samples[0].add(b'', final=True))
     for sample in samples[1:]:
         sample.add(b'', final=True)

@@ -38,8 +38,10 @@ class UnfinishedBins:
         try:
             done = json.loads(self.journal.read_bytes())
             whole = all(path.stat().st_size >= done['tokens'][split] * self.itemsize for split, path in self.paths.items())
+            counts = [done['pieces'], *(done[what][split] for what in ('tokens', 'bytes') for split in SPLITS)]
+            whole = whole and all(type(count) is int and count >= 0 for count in counts)
             return done if done['key'] == json.loads(json.dumps(key)) and whole else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _rewind(self, file, tokens: int):

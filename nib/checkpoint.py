@@ -192,7 +192,7 @@ def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[
         if best is None and folders:
             warn(f'{out_dir} has no best checkpoint yet: taking the newest')
         return sorted(folders, key=lambda folder: _step_of(folder) != best)  # stable: the best, then newest first
-    if not (which.isascii() and which.isdecimal()):
+    if not (which.isascii() and which.isdecimal() and len(which) < 20):
         raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
     if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
         return wanted

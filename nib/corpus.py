@@ -19,7 +19,7 @@ from nib.bins import UnfinishedBins
 from nib.encode import SPLITS, Piece, encode_all
 from nib.errors import UserError
 from nib.files import atomic_write
-from nib.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
+from nib.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, tokenizer_from_json
 
 FORMAT = 1
 # Larger bins are read through once, which may take a minute, and known again by size and time; the others every time.
@@ -121,7 +121,9 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
             meta, tokenizer = _read_meta(folder / 'meta.json')
         else:
             meta, tokenizer = {'dtype': 'uint16', 'splits': {}}, nanogpt.read_tokenizer(folder)
-        bins = {split: _map_bin(folder / f'{split}.bin', meta['dtype']) for split in SPLITS}
+        bins = {split: _map_bin(folder / f'{split}.bin', meta['dtype'], meta['splits'].get(split)) for split in SPLITS}
+        if not meta['splits']:
+            _check_undescribed(folder, bins, tokenizer)
         splits = {split: _check_bin(folder / f'{split}.bin', bins[split], tokenizer, meta['splits'].get(split))
                   for split in SPLITS}
     except UserError as error:
@@ -144,7 +146,7 @@ def _remedy(name: str) -> str:
 def _read_meta(path: Path) -> tuple[dict, Tokenizer]:
     try:
         meta = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path} is not JSON ({error})') from error
     match meta:
         case {'format': int(form), 'dtype': 'uint16' | 'uint32', 'vocab_size': int(size), 'tokenizer': dict(), 'splits': {
@@ -160,11 +162,29 @@ def _read_meta(path: Path) -> tuple[dict, Tokenizer]:
     raise UserError(f'{path} does not describe a dataset of format {FORMAT}')
 
 
-def _map_bin(path: Path, dtype: str) -> np.ndarray:
+def _map_bin(path: Path, dtype: str, said: dict | None) -> np.ndarray:
     size, dtype = path.stat().st_size, np.dtype(dtype).newbyteorder('<')
+    if said:
+        for other in ('uint16', 'uint32'):
+            if other != dtype.name and size == said['tokens'] * np.dtype(other).itemsize > 0:
+                raise UserError(f'{path} holds {other} ids, but meta.json says {dtype.name}: it has {size:,} bytes for '
+                                f'{said["tokens"]:,} tokens')
     if size == 0 or size % dtype.itemsize:
         raise UserError(f'{path} has {size} bytes: it must be a whole number of {dtype.itemsize}-byte ids, at least one')
     return np.memmap(path, dtype=dtype, mode='r')
+
+
+def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], tokenizer: Tokenizer):
+    """UserError for bins without a meta.json that are surely not what such bins are taken for: uint16 ids of nanoGPT's."""
+    begins = {split: tokens[:_CHUNK] for split, tokens in bins.items()}
+    for split, ids in begins.items():
+        if len(ids) > 1 and ids[::2].any() and not ids[1::2].any():
+            raise UserError(f'{folder / split}.bin holds uint32 ids, as every second uint16 in it is 0; there is no meta.json '
+                            f'beside it, and without one ids are read as uint16')
+    largest = max(int(ids.max()) for ids in begins.values())
+    if isinstance(tokenizer, Gpt2Tokenizer) and largest < 256:
+        raise UserError(f'{folder} has neither meta.json nor meta.pkl, so its ids would be GPT-2\'s tokens; but the largest '
+                        f'is {largest}, as of characters or bytes')
 
 
 def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict | None) -> dict:
@@ -174,20 +194,22 @@ def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict 
     large = tokens.nbytes > LARGE
     found = _recall(path, tokenizer) if large else None
     if not found:
-        found = _read_through(path, tokens, tokenizer, count_bytes=not said)
+        found = _read_through(path, tokens, tokenizer)
         if large:
             _remember(path, tokenizer, found)
     if said and found['sha256'] != said['sha256']:
         raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
+    if said and found['bytes'] not in (None, said['bytes']):
+        raise UserError(f'{path} holds {found["bytes"]:,} bytes of text, but meta.json says {said["bytes"]:,}')
     return said or found
 
 
-def _read_through(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, count_bytes: bool) -> dict:
+def _read_through(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
     from tqdm import tqdm  # here: only a large bin shows it
     digest, n_bytes, sizes = hashlib.sha256(), None, None
-    if count_bytes and isinstance(tokenizer, CharTokenizer):  # of the others, bytes would take the vocabulary's files
-        sizes = np.array([len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters], np.uint8)
-        n_bytes = 0
+    if isinstance(tokenizer, CharTokenizer):  # of GPT-2's tokens, bytes would take the vocabulary's files
+        sizes = [len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters]
+        sizes, n_bytes = np.array(sizes + [0] * tokenizer.has_end_of_text, np.uint8), 0
     starts = range(0, len(tokens), _CHUNK)
     for start in tqdm(starts, f'checking {path}', disable=None if tokens.nbytes > LARGE else True, leave=False):
         chunk = tokens[start:start + _CHUNK]
@@ -211,9 +233,12 @@ def _remember(path: Path, tokenizer: Tokenizer, found: dict):
 def _recall(path: Path, tokenizer: Tokenizer) -> dict | None:
     try:
         known = json.loads(path.with_name(f'.{path.stem}.checked.json').read_bytes())
-        return known['found'] if known['stamp'] == _stamp(path, tokenizer) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError):
         return None
+    match known:
+        case {'stamp': stamp, 'found': {'tokens': int(), 'bytes': int() | None, 'sha256': str()} as found}:
+            return found if stamp == _stamp(path, tokenizer) else None
+    return None
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path, offset: int):

@@ -23,13 +23,14 @@ def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, 
     def prepare(name: str) -> str:
         if corpus.is_prepared(folder / name):
             return name
+        missing = next(path for path in (folder / name / f'{split}.bin' for split in corpus.SPLITS) if not path.exists())
         script = SCRIPTS / name / 'prepare.py'
-        if not script.exists():
+        if Path(name).name != name or not script.exists():  # a path leads to scripts that are not this project's
             known = ', '.join(sorted(path.parent.name for path in SCRIPTS.glob('*/prepare.py')))
-            raise UserError(f'{folder / name}/train.bin is missing: python data/text/prepare.py --input=PATH --name={name} makes '
+            raise UserError(f'{missing} is missing: python data/text/prepare.py --input=PATH --name={name} makes '
                             f'it of your own text; datasets with a script of their own: {known}')
         if not may_prepare:
-            raise UserError(f'{folder / name}/train.bin is missing: make it with python data/{name}/prepare.py'
+            raise UserError(f'{missing} is missing: make it with python data/{name}/prepare.py'
                             + (f' --out_dir={folder / name}' if data_dir else ''))
         say(f'preparing {name}')
         runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])

@@ -96,7 +96,7 @@ def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool) -> Survey:
             lengths.append(length)
             length = 0
     if not lengths:
-        raise UserError('the files hold no text: each is empty')
+        raise UserError('the files hold no text: each is empty; name others as --input=PATH')
     return Survey(lengths, n_bytes, digest.hexdigest(), ''.join(sorted(characters)))
 
 
@@ -126,7 +126,8 @@ def split_text(texts: Iterable[str], length: int) -> Iterator[tuple[str, str, bo
     validate on, cut where nanoGPT cuts it. No end of text follows it. UserError where it is too short."""
     cut_at = int(length * (1 - VAL_FRACTION))
     if cut_at < 2 or length - cut_at < 2:
-        raise UserError(f'the text has {length} characters: too few to split into training and validation')
+        raise UserError(f'the text has {length} characters: too few to split into training and '
+                        f'validation; take a longer one')
     return _split_at(texts, cut_at)
 
 
@@ -194,8 +195,10 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
             for batch in table.iter_batches(_ROWS, columns=[field]):
                 for value in batch.column(field).to_pylist():
                     yield from _document(value, field, file)
-    except pyarrow.ArrowException as error:
-        raise UserError(f'{file} is not a .parquet file that can be read: {error}') from error
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, ValueError) as error:  # a text that is not UTF-8 is a ValueError
+        raise UserError(f'{file} is not a .parquet file that can be read ({error}); write it anew') from error
 
 
 READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parquet': _read_parquet}

@@ -1,12 +1,15 @@
 """What a run tells the world: the console and its progress bar, metrics.jsonl, TensorBoard, wandb."""
 import json
 import math
+import re
 import secrets
 import sys
 from pathlib import Path
 
 from nib.errors import UserError
 from nib.files import atomic_write
+
+WANDB_SECONDS = 20.0  # to reach its server
 
 
 class Console:
@@ -57,8 +60,9 @@ class Metrics:
 
     def __init__(self, out_dir, step: int, config: dict, tensorboard: bool = False, wandb_project: str = '',
                  wandb_run_name: str = ''):
-        self.writer = _tensorboard(out_dir, step) if tensorboard else None
+        writer = _summary_writer() if tensorboard else None  # both may be missing: nothing is written before both are there
         self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
+        self.writer = writer(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else 0) if writer else None
         self.path, self.file = Path(out_dir) / 'metrics.jsonl', None
         self.rewind(step)
 
@@ -97,19 +101,19 @@ def _whole_lines(path: Path) -> list[str]:
     def is_record(line):
         try:
             return isinstance(json.loads(line)['step'], int)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
     lines = path.read_text(encoding='utf-8', errors='replace').split('\n') if path.exists() else []
     return [line for line in lines if is_record(line)]
 
 
-def _tensorboard(out_dir, step: int):
+def _summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError('--tensorboard needs a package that is not here: pip install tensorboard') from error
-    return SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else 0)
+    return SummaryWriter
 
 
 def _wandb(out_dir, step: int, config: dict, project: str, name: str):
@@ -119,9 +123,14 @@ def _wandb(out_dir, step: int, config: dict, project: str, name: str):
         raise UserError('--wandb_log needs a package that is not here: pip install wandb') from error
     # The id is kept, so that a resumed run continues its curves.
     id_file = Path(out_dir) / 'wandb_id'
-    run_id = id_file.read_text().strip() if step and id_file.exists() else secrets.token_hex(4)
-    id_file.write_text(run_id + '\n')
+    kept = id_file.read_text(errors='replace').strip() if step and id_file.exists() else ''
+    run_id = kept if re.fullmatch(r'[\w-]{1,64}', kept) else secrets.token_hex(4)
     try:
-        return wandb.init(project=project, name=name or None, config=config, dir=str(out_dir), id=run_id, resume='allow')
-    except wandb.errors.Error as error:
-        raise UserError(f'wandb cannot start ({error}); without an account or network: WANDB_MODE=offline') from error
+        run = wandb.init(project=project, name=name or None, config=config, dir=str(out_dir), id=run_id, resume='allow',
+                         settings=wandb.Settings(init_timeout=WANDB_SECONDS))
+    except (wandb.errors.Error, UnicodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # what follows are hints for programmers
+        raise UserError(f'wandb cannot start ({reason}); without an account or network, set the environment variable '
+                        f'WANDB_MODE=offline') from error
+    id_file.write_text(run_id + '\n')
+    return run

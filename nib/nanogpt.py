@@ -26,7 +26,7 @@ def read_tokenizer(folder: Path) -> CharTokenizer | Gpt2Tokenizer:
     except Exception as error:  # damaged, a pickle can raise almost anything
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error})') from error
     match meta:
-        case {'vocab_size': int(size), 'itos': dict(itos), 'stoi': dict(stoi)}:
+        case {'vocab_size': int(size), 'itos': dict(itos), 'stoi': dict(stoi)} if size == len(itos) == len(stoi):
             characters = list(itos.values())
             ordered = all(isinstance(c, str) and len(c) == 1 for c in characters) and characters == sorted(set(characters))
             if ordered and list(itos) == list(range(size)) and stoi == {c: number for number, c in itos.items()}:

@@ -31,9 +31,11 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
     places = [place / 'input.txt' for place in (here, folder, here.parent / 'shakespeare', here.parent / 'shakespeare_char')]
     path = Path(given) if given else next(filter(Path.exists, places), None) or _fetch(folder, here)
     text, digest = _read(path)
-    if digest != SHA256:
-        print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); going on with it', file=sys.stderr)
+    if not text:
+        raise UserError(f'{path} is empty; --input=PATH takes the path of a text file')
     meta = corpus.write_text(folder, text, make_tokenizer(text), {'file': path.name, 'sha256': digest})
+    if digest != SHA256:
+        print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); taken all the same', file=sys.stderr)
     print(f'{folder}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
           f'{meta["splits"]["train"]["tokens"]:,} training and {meta["splits"]["val"]["tokens"]:,} validation tokens')
 

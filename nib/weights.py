@@ -75,7 +75,11 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
         return GPT(model_config)
     start.check_dataset(data)
     model = GPT(replace(model_config, block_size=start.model.block_size))
-    model.load_state_dict(start.tensors['model'])
+    try:
+        model.load_state_dict(start.tensors['model'])
+    except RuntimeError as error:  # published weights have no digest that would tell
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise UserError(f'the weights of {start.name} are not those of its config ({reason}); fetch both anew') from error
     model.crop_block_size(config['block_size'])
     return model
 
@@ -126,10 +130,14 @@ def read_gpt2(name: str) -> Weights:
     try:
         config = json.loads(config_file.read_bytes())
         tensors = safetensors.torch.load_file(weights_file)
-        model = GPTConfig(vocab_size=config['vocab_size'], block_size=config['n_positions'], n_layer=config['n_layer'],
-                          n_head=config['n_head'], n_embd=config['n_embd'])
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f'{config_file.parent} is no GPT-2 of Hugging Face ({type(error).__name__}: {error})') from error
+        sizes = {own: config[theirs] for own, theirs in (('vocab_size', 'vocab_size'), ('block_size', 'n_positions'),
+                                                         ('n_layer', 'n_layer'), ('n_head', 'n_head'), ('n_embd', 'n_embd'))}
+        if not all(type(size) is int for size in sizes.values()):
+            raise ValueError(f'its config has {sizes}, which are no whole numbers')
+        model = GPTConfig(**sizes)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise UserError(f'{config_file.parent} is no GPT-2 of Hugging Face ({type(error).__name__}: {error}): it takes their '
+                        f'config.json and model.safetensors; fetch both anew') from error
     renamed = {}
     for key, tensor in tensors.items():
         key = 'transformer.' + key.removeprefix('transformer.')

@@ -1,17 +1,19 @@
 """What several test files use: a small dataset, and the scripts run as a user runs them."""
+import importlib.util
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-import configurator
-from nib import corpus
+from nib import corpus, errors
 
 torch.set_num_threads(1)  # the tests' models are too small to share out
 
@@ -50,27 +52,52 @@ def train(data_dir, out_dir, *flags, launcher=(), **options):
     return done
 
 
-@pytest.fixture
-def train_here(data_dir, capsys):
-    """Trains the small model in this process, as `train` does in another: returns the exit code and what was printed.
-
-    What train.main leaves behind in a process is put back: its globals and the handlers of signals.
-    """
-    import train as training
-    before = dict(vars(training))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-
-    def train_here(out_dir, *flags):
-        capsys.readouterr()
-        vars(training).update({key: before[key] for key in configurator.read_block(training.__file__).defaults})
-        code = training.main([*SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags])
-        return code, capsys.readouterr()
-
-    yield train_here
-    vars(training).update({key: before[key] for key in configurator.read_block(training.__file__).defaults})
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def records(out_dir) -> list[dict]:
     return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
+
+
+@dataclass
+class Ended:
+    """How a script called in this process ended: what a shell would see."""
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd):
+    """run_main(script, *argv): calls the main of a script, or of its module, in this process, as its command line would, which
+    takes no seconds to import torch; returns how it ended. What a script changes in its process is put back."""
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    modules = {}
+
+    def run(script, *argv) -> Ended:
+        if not isinstance(script, ModuleType) and script not in modules:
+            path = ROOT / script
+            spec = importlib.util.spec_from_file_location(f'{path.parent.name}_{path.stem}', path)
+            modules[script] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # a fresh one: main sets its globals
+            spec.loader.exec_module(modules[script])
+        capfd.readouterr()
+        try:
+            status = errors.call(modules.get(script, script).main, list(map(str, argv)))
+        except SystemExit as end:  # --help
+            status = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.set_num_threads(threads)
+        said = capfd.readouterr()
+        return Ended(status or 0, said.out, said.err)
+
+    yield run
+    for module in modules.values():
+        del sys.modules[module.__name__]
+
+
+@pytest.fixture
+def train_here(data_dir, run_main):
+    """train_here(out_dir, *flags) trains the small model in this process, with what a test has changed in the module train."""
+    import train as training
+    return lambda out_dir, *flags: run_main(training, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags)

@@ -83,16 +83,6 @@ def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
         assert len(re.findall(r'\(.*?\)', line)) >= 2 or row.startswith('peak')
 
 
-@pytest.mark.parametrize('flags, said', [
-    (['--vs_nanogpt=nowhere'], 'a clone of karpathy/nanoGPT'), (['--steps=0'], 'steps is 0'), (['--n_embd=33'], 'n_embd 33'),
-    (['--stepps=3'], 'did you mean --steps'), (['--mlp=swiglu', '--vs_nanogpt=CLONE'], 'no mlp swiglu')])
-def test_a_mistake_is_named_on_one_line(data_dir, tmp_path, flags, said):
-    (tmp_path / 'model.py').write_text('')
-    flags = [flag.replace('CLONE', str(tmp_path)) for flag in flags]
-    done = bench('--dataset=tiny', f'--data_dir={data_dir}', *flags)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
 def test_a_table_has_medians_spreads_and_the_ratios_of_rounds():
     table = measure.make_table({'a': [{'x': 1.0}, {'x': 2.0}, {'x': 4.0}],
                                 'b': [{'x': 2.0, 'y': 5.0}, {'x': 2.0}, {'x': 2000.0}]})

@@ -462,6 +462,17 @@ def main(argv):
         os.kill(os.getpid(), signal.SIGINT)
     if values['mode'] == 'bug':
         raise KeyError('bug')
+    if values['mode'] == 'no file':
+        open('nowhere/at all')
+    if values['mode'] == 'no room':
+        with open('/dev/full', 'w') as file:
+            file.write('x')
+    if values['mode'] == 'large':
+        range(10 ** 30)[10 ** 29:].__len__()
+    if values['mode'] == 'full':
+        bytearray(1 << 60)
+    if values['mode'] == 'letters':
+        print('caf\\xe9')
     if values['mode'] == 'other pipe':
         raise BrokenPipeError('of a worker')
     if values['mode'] == 'status':
@@ -495,6 +506,22 @@ def run(tmp_path):
 def test_a_mistake_is_one_line_and_exit_2(run, argv, line):
     done = run(*argv)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_USER_ERROR, '', line)
+
+
+@pytest.mark.parametrize('mode, words', [
+    pytest.param('no room', ['No space left', 'name another path'], marks=pytest.mark.skipif(
+        not os.path.exists('/dev/full'), reason='Linux has it')),
+    ('no file', ['nowhere/at all', 'No such file', 'name another path']), ('large', ['a number is too large', 'take a smaller one']),
+    ('full', ['the memory is full', '--batch_size', 'a smaller model'])])
+def test_what_no_place_foresaw_is_one_line_where_a_person_can_mend_it(run, mode, words):
+    done = run(f'--mode={mode}')
+    assert done.returncode == EXIT_USER_ERROR and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith('error: ') and all(word in done.stderr for word in words)
+
+
+def test_what_a_terminal_cannot_show_is_escaped(run):
+    done = run('--mode=letters', env={'PYTHONIOENCODING': 'ascii'})
+    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('caf\\xe9\n')
 
 
 def test_main_decides_the_exit_status(run):

@@ -47,14 +47,14 @@ def equal(first, second):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(train_here, poison, tmp_path, what, dtype):
     poison({5, 8, 9}, what)
-    code, said = train_here(tmp_path / 'run', *EVERY_STEP, f'--dtype={dtype}', '--max_iters=12')
-    assert code == 0
+    done = train_here(tmp_path / 'run', *EVERY_STEP, f'--dtype={dtype}', '--max_iters=12')
+    assert done.returncode == 0
     for step in range(1, 12):
         before, after = tensors_at(tmp_path / 'run', step), tensors_at(tmp_path / 'run', step + 1)
         assert equal(before, after) == (step in (5, 8, 9)), step
         assert all(value.isfinite().all() for value in after.values())
     counted = dtype != 'float16' or what == 'loss'  # in float16 the scaler's ordinary business
-    assert [int(step) for step in re.findall(r'step (\d+): loss or gradients not finite: not applied', said.err)] == (
+    assert [int(step) for step in re.findall(r'step (\d+): loss or gradients not finite: not applied', done.stderr)] == (
         [6, 9, 10] if counted else [])
 
 
@@ -62,9 +62,9 @@ def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(trai
 def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_them(train_here, poison, tmp_path, log_interval):
     """However late the run looks: good steps that follow change nothing any more."""
     poison({2, 3, 12, 13, 14}, 'gradient')
-    code, said = train_here(tmp_path / 'run', f'--log_interval={log_interval}')
-    assert code == 3
-    line = said.err.strip().splitlines()[-1]
+    done = train_here(tmp_path / 'run', f'--log_interval={log_interval}')
+    assert done.returncode == 3
+    line = done.stderr.strip().splitlines()[-1]
     assert line.startswith('step 15: loss or gradients not finite, 3 steps in a row')
     assert 'parameters affected: transformer.h.1.mlp.c_proj.weight.' in line and 'the checkpoint of step 10 in' in line
     found, tensors = checkpoint.load(tmp_path / 'run')
@@ -74,23 +74,23 @@ def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_th
 
 def test_bad_steps_in_a_row_are_counted_over_a_resume(train_here, poison, tmp_path):
     poison({8, 9, 10}, 'loss')
-    assert train_here(tmp_path / 'run', '--max_iters=10')[0] == 0
-    code, said = train_here(tmp_path / 'run', '--init_from=resume')
-    assert code == 3 and 'step 11: loss or gradients not finite, 3 steps in a row' in said.err
+    assert train_here(tmp_path / 'run', '--max_iters=10').returncode == 0
+    done = train_here(tmp_path / 'run', '--init_from=resume')
+    assert done.returncode == 3 and 'step 11: loss or gradients not finite, 3 steps in a row' in done.stderr
 
 
 def test_max_bad_steps_and_skip_are_what_they_say(train_here, poison, tmp_path):
     poison({4, 5, 6, 7}, 'loss')
-    assert train_here(tmp_path / 'four', '--max_bad_steps=5')[0] == 0
-    assert train_here(tmp_path / 'skip', '--on_nonfinite=skip', '--max_bad_steps=1')[0] == 0
+    assert train_here(tmp_path / 'four', '--max_bad_steps=5').returncode == 0
+    assert train_here(tmp_path / 'skip', '--on_nonfinite=skip', '--max_bad_steps=1').returncode == 0
     assert equal(tensors_at(tmp_path / 'four', 20), tensors_at(tmp_path / 'skip', 20))
 
 
 def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here, poison, tmp_path):
     computed = poison({12, 13, 14}, 'loss')
     flags = ['--on_nonfinite=rewind', '--dropout=0.1']
-    code, said = train_here(tmp_path / 'run', *flags)
-    assert code == 0 and 'going back to the last checkpoint' in said.err
+    done = train_here(tmp_path / 'run', *flags)
+    assert done.returncode == 0 and 'going back to the last checkpoint' in done.stderr
     assert computed == [*range(15), *range(15, 25)]
     found, tensors = checkpoint.load(tmp_path / 'run')
     assert found.step == 20 and found.state['train']['passed_over'] == 5
@@ -104,20 +104,20 @@ def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here,
 
 def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     computed = poison(range(12, 1000), 'gradient')
-    code, said = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
-    assert code == 3 and said.err.count('going back to the last checkpoint') == guard.MAX_REWINDS
+    done = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
+    assert done.returncode == 3 and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
     assert computed[:15] == [*range(15)] and len(computed) < 15 + 3 * (guard.MAX_REWINDS + 1)
     assert checkpoint.load(tmp_path / 'run')[0].step == 10
     poison(range(3, 1000), 'gradient')
-    code, said = train_here(tmp_path / 'new', '--on_nonfinite=rewind')
-    assert code == 3 and 'no checkpoint was there yet' in said.err
+    done = train_here(tmp_path / 'new', '--on_nonfinite=rewind')
+    assert done.returncode == 3 and 'no checkpoint was there yet' in done.stderr
 
 
 def test_a_loss_scale_that_only_falls_ends_the_run(train_here, poison, tmp_path):
     """From 65,536 to below 1 in 17 steps: then it is not the scale."""
     poison(range(1000), 'gradient')
-    code, said = train_here(tmp_path / 'run', '--dtype=float16', '--eval_interval=100')
-    assert code == 3 and 'step 17: ' in said.err
+    done = train_here(tmp_path / 'run', '--dtype=float16', '--eval_interval=100')
+    assert done.returncode == 3 and 'step 17: ' in done.stderr
 
 
 POISONED_RANK = """

@@ -79,17 +79,6 @@ def test_without_a_network_the_error_names_every_address_and_how_to_mend_it(tmp_
     assert list((tmp_path / 'new').iterdir()) == []
 
 
-@pytest.mark.parametrize('content, said', [(None, 'No such file'), (b'caf\xe9 ' * 50, 'not UTF-8 text (byte 3)'),
-                                           (b'', '0 characters'), (b'abc', '3 characters')])
-def test_a_text_that_will_not_do_is_named_on_one_line(tmp_path, content, said):
-    path = tmp_path / 'text.txt'
-    if content is not None:
-        path.write_bytes(content)
-    done = run_script(SHAKESPEARE, f'--input={path}', f'--out_dir={tmp_path / "out"}')
-    assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr
-    assert not corpus.is_prepared(tmp_path / 'out')
-
-
 def test_shakespeare_by_gpt2_s_tokens(small_gpt2, given, tmp_path, capsys):
     runpy.run_path(str(SHAKESPEARE_GPT2))['main']([f'--input={given}', f'--out_dir={tmp_path / "romeo"}'])
     assert text_of(tmp_path / 'romeo') == TEXT

@@ -57,8 +57,8 @@ def run_cut(train_here):
         tokens, undo = watch(cuts)
         try:
             for number in range(len(cuts) + 1):
-                code, said = train_here(out_dir, *RUN, *flags, *(['--init_from=resume'] if number else []))
-                assert code == (143 if number < len(cuts) else 0), said.err
+                done = train_here(out_dir, *RUN, *flags, *(['--init_from=resume'] if number else []))
+                assert done.returncode == (143 if number < len(cuts) else 0), done.stderr
         finally:
             undo()
         assert list(tokens) == list(range(STEPS))
@@ -99,7 +99,7 @@ for out_dir, steps in cuts.items():
     tokens, undo = test_resume.watch(steps, cut_rank=1)
     for number in range(len(steps) + 1):
         code = training.main([*SMALL_RUN, *flags, f'--out_dir={{out_dir}}'] + ['--init_from=resume'] * (number > 0))
-        assert code == (143 if number < len(steps) else 0), (out_dir, code)
+        assert done.returncode == (143 if number < len(steps) else 0), (out_dir, code)
     undo()
     with open(f'{{out_dir}}/tokens-{{os.environ["RANK"]}}.json', 'w') as file:
         json.dump(tokens, file)
@@ -134,9 +134,9 @@ def test_a_run_goes_on_with_the_same_tokens_and_loss_on_other_ranks(data_dir, tm
     """The micro steps of one process are shared out over two, and back."""
     flags = ['--dropout=0', '--learning_rate=1e-3', '--min_lr=1e-4']  # dropout draws by rank
     tokens, undo = watch([25])
-    assert train_here(tmp_path / 'one', *RUN, *flags)[0] == 143
+    assert train_here(tmp_path / 'one', *RUN, *flags).returncode == 143
     shutil.copytree(tmp_path / 'one', tmp_path / 'two')
-    assert train_here(tmp_path / 'one', *RUN, *flags, '--init_from=resume')[0] == 0
+    assert train_here(tmp_path / 'one', *RUN, *flags, '--init_from=resume').returncode == 0
     undo()
     run_on_two_ranks(data_dir, tmp_path, {'two': []}, *flags, '--init_from=resume')
     first, second = tokens_of(tmp_path / 'two')

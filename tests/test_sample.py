@@ -59,11 +59,6 @@ def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest
     assert f'step {step}, trained on tiny' in done.stderr
 
 
-def test_a_step_that_is_not_there_is_named_with_those_that_are(out_dir):
-    done = sample(out_dir, '--which=15')
-    assert done.returncode == 2 and '15' in done.stderr and '20, 10' in done.stderr and 'Traceback' not in done.stderr
-
-
 def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, tmp_path):
     (tmp_path / 'prompt.txt').write_text('The dog')
     given = sample(out_dir, '--start=The dog')
@@ -110,18 +105,6 @@ def test_bytes_that_come_one_by_one_make_the_text_that_they_make_together(conten
     row = script.Sample()
     shown = ''.join([row.add(content[at:at + 1]) for at in range(len(content))] + [row.add(b'', final=True)])
     assert shown == row.text == content.decode('utf-8', 'replace')
-
-
-@pytest.mark.parametrize('flags, said', [
-    (['--start=The caé'], "'é' (the first at offset 6)"), (['--start='], 'empty'), (['--start=FILE:/no/such/file'], '/no/such/file'),
-    (['--temperature=-1'], 'temperature'), (['--top_k=0'], 'top_k'), (['--top_p=1.5'], 'top_p'), (['--num_samples=0'], 'num_samples'),
-    (['--max_new_tokens=-1'], 'max_new_tokens'), (['--which=newest'], 'newest'), (['--stop=é'], "'é'"),
-    (['--out_dir=/no/such/folder'], '/no/such/folder')])
-def test_a_mistake_is_named_on_one_line(out_dir, flags, said):
-    done = sample(out_dir, *flags)
-    assert done.returncode == 2
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith('error: ') and said in line and 'Traceback' not in done.stderr
 
 
 def test_tokens_reach_the_terminal_as_they_come(out_dir):

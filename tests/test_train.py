@@ -126,13 +126,6 @@ def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
         torch.testing.assert_close(value, tensors_of(tmp_path / 'one')['model'][name], atol=2e-3, rtol=0)
 
 
-def test_a_step_that_cannot_be_shared_out_is_refused_on_one_line(data_dir, tmp_path):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    done = train(data_dir, tmp_path / 'run', '--gradient_accumulation_steps=3', launcher=torchrun, check=False)
-    assert done.returncode != 0
-    assert '--gradient_accumulation_steps=4' in done.stderr
-
-
 def test_a_run_is_what_its_config_says(data_dir, tmp_path):
     """Three steps of the script against plain PyTorch: seeds, batches, dropout, accumulation, schedule, clipping, AdamW."""
     train(data_dir, tmp_path / 'run', '--max_iters=3', '--lr_decay_iters=3', '--warmup_iters=1', '--min_lr=1e-3', '--seed=5',
@@ -435,28 +428,6 @@ def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
     assert checkpoint.load(tmp_path / 'run')[0].state['config']['seed'] == 2
 
 
-def test_a_run_is_not_resumed_as_another_one(data_dir, tmp_path):
-    train(data_dir, tmp_path / 'run', '--max_iters=10')
-    done = train(data_dir, tmp_path / 'run', '--init_from=resume', '--n_embd=64', check=False)
-    assert done.returncode == 2 and 'n_embd 32' in done.stderr and '64' in done.stderr
-    corpus.write_char_dataset(tmp_path / 'data' / 'tiny', 'The cat sees a dog, and then it sleeps.\n' * 60, {})
-    done = train(tmp_path / 'data', tmp_path / 'run', '--init_from=resume', check=False)
-    assert done.returncode == 2 and 'was trained' in done.stderr
-
-
-@pytest.mark.parametrize('flags, said', [
-    (['--batch_size=0'], 'batch_size'), (['--n_embd=33'], 'n_embd 33'), (['--learning_rate=nan'], 'learning_rate'),
-    (['--warmup_iters=50'], 'warmup_iters 50'), (['--dataset=none'], 'none/train.bin'), (['--device=cuda:99'], 'cuda:99'),
-    (['--device=abacus'], 'abacus'), (['--learing_rate=1'], 'learning_rate'), (['--init_from=resume'], 'no such folder'),
-    (['--block_size=100000'], 'block_size'), (['--grad_clip=-1'], 'grad_clip'), (['--out_dir='], 'out_dir is empty'), (['--n_kv_head=3'], 'n_kv_head 3'),
-    (['--lr_schedule=wsd'], 'cooldown_iters 0'), (['--lr_schedule=step'], 'lr_schedule'), (['--init_from=resum'], "'resum'")])
-def test_a_mistake_is_named_on_one_line(data_dir, tmp_path, flags, said):
-    done = train(data_dir, tmp_path / 'run', *flags, check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr
-    assert not (tmp_path / 'run').exists()
-
-
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
     """The config's dataset cannot be fetched through a proxy that refuses; the fallback is prepared and recorded."""
     copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
@@ -560,17 +531,6 @@ def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_p
     best = checkpoint.load(whole_run[0], 'best')
     assert float(first) == pytest.approx(best[0].state['train']['best_val_loss'], abs=1e-4)
     assert_equal_tensors({'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']})
-
-
-@pytest.mark.parametrize('flags, said', [
-    (['--n_layer=3'], 'n_layer 2, but command line says 3'), (['--block_size=33'], 'at most --block_size=32'),
-    (['--dataset=other'], 'another tokenizer')])
-def test_weights_of_another_model_are_refused(published_gpt2, gpt2_data, tmp_path, flags, said):
-    corpus.write_char_dataset(gpt2_data / 'other', 'the cat sees a dog\n' * 100, {})
-    done = run_script('train.py', '--dataset=tiny', f'--data_dir={gpt2_data}', '--device=cpu', f'--out_dir={tmp_path / "run"}',
-                      f'--init_from={published_gpt2[0]}', *flags)
-    assert done.returncode == 2 and said in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / 'run').exists()
 
 
 def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data):

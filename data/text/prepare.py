@@ -7,6 +7,7 @@
 Every .txt and .md file is a document, and so is every row of the others. Of several documents a tenth of the text, in whole
 documents, is kept to validate on, and the end-of-text token follows each; of a single one, its last tenth.
 """
+import os
 import re
 import shlex
 import sys
@@ -32,7 +33,7 @@ def main(argv):
     globals().update(values)
     if not input:
         raise UserError('--input=PATH is missing: name the files and folders that hold your text')
-    paths = [Path(path).expanduser() for path in ([input] if Path(input).exists() else input.split(','))]
+    paths = [Path(os.path.expanduser(path)) for path in ([input] if Path(input).exists() else input.split(','))]
     folder = Path(out_dir) if out_dir else choose_folder(paths[0])
     files, ignored = documents.find_files(paths)
     if ignored:
