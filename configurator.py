@@ -48,12 +48,12 @@ def configure(
 ) -> tuple[dict[str, object], dict[str, str]]:
     """A script's values and where each came from; --help and --print_config print and exit.
 
-    base: another script, whose keys this one has too, before its own.
+    base: another script, whose keys this one has too, after its own.
     """
     block = read_block(script)
     if base:
         below = read_block(os.path.join(os.path.dirname(script), base))
-        block = Block(*(getattr(below, part) | getattr(block, part) for part in PARTS), block.doc)
+        block = Block(*(getattr(block, part) | getattr(below, part) for part in PARTS), block.doc)
     if '--help' in argv or '-h' in argv:
         print_help(script, block)
         raise SystemExit(0)
@@ -248,8 +248,12 @@ def is_value(item: str, kind: Type) -> bool:
 
 
 def check_file(path: str, types: Mapping[str, Type]) -> str:
-    if os.path.exists(path):
+    if os.path.exists(path) and path.endswith('.py'):
         return path
+    if os.path.exists(path):  # a text, or a run's folder: not to be executed because somebody forgot the flag's name
+        key = 'input' if 'input' in types else 'out_dir' if 'out_dir' in types and os.path.isdir(path) else None
+        raise UserError(f'{path} is no config file, whose name ends in .py'
+                        + (f'; did you mean --{key}={path}?' if key else ' (flags are typed --key=value)'))
     flag = path.lstrip('-')
     if flag.partition('=')[0].replace('-', '_') in types:
         raise UserError(f'{path}: no such config file; did you mean --{flag}?')

@@ -41,12 +41,12 @@ def main(argv):
     found, tensors = checkpoint.load(out_dir, which, read=('model',), check=weights.check_shapes)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     config = GPTConfig(**found.state['model'])
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    prompt_ids = encode_prompt(tokenizer, prompt, '--start')
     if len(prompt_ids) > config.block_size:
         fitting = len(tokenizer.decode(prompt_ids[-config.block_size:]))
         raise UserError(f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
                         f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters')
-    encode_prompt(tokenizer, stop)  # a text that the vocabulary cannot write would never come
+    encode_prompt(tokenizer, stop, '--stop')  # a text that the vocabulary cannot write would never come
     try:
         check_sampling([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size)
     except ValueError as error:

@@ -188,6 +188,8 @@ def main(argv):
         values = start.adopt(values, origins)
         globals().update(values)
     data = datasets.open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, console.say)
+    if sample_tokens:
+        data.tokenizer.decode([0])  # GPT-2's vocabulary may be missing: said now, not after the first evaluation
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     console.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
@@ -261,8 +263,6 @@ def main(argv):
     exit_code = 0
     stop = runtime.StopSignal(announced=ranks.is_first)
     stop.listen()
-    if not eval_only:
-        console.start_bar(max_iters, state.step)
     clock, clock_step = time.perf_counter(), state.step
     while not eval_only:
         lr = get_lr(state.step)
@@ -298,7 +298,8 @@ def main(argv):
         if stopping:
             ranks.on_first(lambda: writer.wait())
             console.say(f'stopped by signal {stopping} after step {state.step}'
-                        + (f', which is saved; to go on: {runtime.command(argv)} --init_from=resume' if saved else ''))
+                        + (f', which is saved; to go on: {runtime.resume_command(argv)}' if saved else
+                           ', nothing is saved yet: start again with the same command'))
             exit_code = 128 + stopping
             break
 
@@ -331,6 +332,7 @@ def main(argv):
         mean_loss, grad_norm = train_step(model, optimizer, scaler, batches.micro_batches(data_step), micro_steps, precision,
                                           grad_clip, (seed, data_step, ranks.rank), ranks, bad_steps)
         state.step += 1
+        console.advance(state.step, max_iters)
 
         # -- log; only here and where it looks, saves or evaluates does the host wait for the device
         if state.step % log_interval == 0 or state.step == 1:

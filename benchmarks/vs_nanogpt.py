@@ -23,7 +23,7 @@ from nib.errors import UserError, run_script  # noqa: E402
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
 rounds: int = 3  # turns of each
-max_iters: int = 2000  # steps in a turn; fewer for a quick look
+max_iters: int = 2000  # steps in a turn; at least 250, for a quick look
 result: str = ''  # file to write the table to; empty: standard output only
 
 TOKENS_PER_STEP = 12 * 64
@@ -51,8 +51,10 @@ def main(argv):
     if not nanogpt or not all((clone / name).exists() for name in ('train.py', 'data/shakespeare_char/meta.pkl')):
         raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT whose '
                         f'data/shakespeare_char/prepare.py has been run')
-    if rounds < 1 or max_iters < 250:
-        raise UserError(f'rounds {rounds} must be at least 1, and max_iters {max_iters} at least 250: before, nanoGPT saves nothing')
+    if rounds < 1:
+        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    if max_iters < 250:
+        raise UserError(f'max_iters is {max_iters}: it must be at least 250, as nanoGPT saves nothing before')
     text = clone / 'data/shakespeare_char/input.txt'
     turns = {'nanoGPT': [], 'nibGPT': []}
     with tempfile.TemporaryDirectory() as scratch:

@@ -47,8 +47,9 @@ class Checkpoint:
         """UserError where this checkpoint is of a dataset with another fingerprint."""
         if self.state['dataset_fingerprint'] != fingerprint:
             raise UserError(f'{self.path} was trained on {self.state["dataset"]} with the fingerprint '
-                            f'{self.state["dataset_fingerprint"][:16]}, but {dataset} has {fingerprint[:16]} now: resume with '
-                            f'the same bins (--dataset={self.state["dataset"]}), or start a new run in another --out_dir')
+                            f'{self.state["dataset_fingerprint"][:16]}, but {dataset} has {fingerprint[:16]}: resume with the same '
+                            f'bins (--dataset={self.state["dataset"]}), or start a new run, in another --out_dir or with '
+                            f'--overwrite in place of --init_from=resume')
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of 'model' or 'optimizer', on the CPU. Damaged where the file is not the one saved."""
@@ -196,7 +197,8 @@ def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[
         raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
     if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
         return wanted
-    raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: {[*map(_step_of, folders)] or "none"}')
+    raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: '
+                    + (', '.join(str(_step_of(folder)) for folder in folders) or 'none'))
 
 
 def _read_state(folder: Path) -> dict:

@@ -15,7 +15,8 @@ def check_config(config: Mapping, world_size: int):
     for keys, least, below in ((COUNTS, 1, 1 << 31), (AMOUNTS, 0, math.inf), (('beta1', 'beta2'), 0, 1)):
         for key in keys:
             if not least <= config[key] < below:
-                raise UserError(f'{key} is {config[key]}: it must be at least {least} and less than {below:,}')
+                raise UserError(f'{key} is {config[key]}: it must be at least {least}'
+                                + (f' and less than {below:,}' if below < math.inf else ' and finite'))
     warmup, decay, cooldown = (config[key] for key in ('warmup_iters', 'lr_decay_iters', 'cooldown_iters'))
     if config['lr_schedule'] != 'constant' and warmup > decay:
         raise UserError(f'warmup_iters {warmup} is more than lr_decay_iters {decay}: lower it, for instance '

@@ -131,7 +131,8 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
     for split in SPLITS:
         if len(bins[split]) < block_size + 1:
             raise UserError(f'{folder / split}.bin holds {len(bins[split]):,} tokens, fewer than block_size + 1 = '
-                            f'{block_size + 1:,}: lower --block_size or take a longer text')
+                            f'{block_size + 1:,}: take a longer text'
+                            + (f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else ''))
     digests = '\n'.join([splits[split]['sha256'] for split in SPLITS] + [str(tokenizer.vocab_size)])
     return TokenDataset(folder.name, folder, bins['train'], bins['val'], tokenizer.vocab_size, tokenizer,
                         {**meta, 'splits': splits}, hashlib.sha256(digests.encode()).hexdigest())

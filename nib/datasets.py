@@ -26,7 +26,7 @@ def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, 
         missing = next(path for path in (folder / name / f'{split}.bin' for split in corpus.SPLITS) if not path.exists())
         script = SCRIPTS / name / 'prepare.py'
         if Path(name).name != name or not script.exists():  # a path leads to scripts that are not this project's
-            known = ', '.join(sorted(path.parent.name for path in SCRIPTS.glob('*/prepare.py')))
+            known = ', '.join(sorted({path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}))
             raise UserError(f'{missing} is missing: python data/text/prepare.py --input=PATH --name={name} makes '
                             f'it of your own text; datasets with a script of their own: {known}')
         if not may_prepare:
@@ -42,7 +42,8 @@ def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, 
         except UserError as error:
             if not fallback:
                 raise UserError(f'{error}; or train on another text: --dataset=NAME, --fallback_dataset=NAME') from error
-            say(f'*** COULD NOT PREPARE {name} ({error}); TRAINING ON {fallback} INSTEAD ***')
+            say(f'*** TRAINING ON {fallback} INSTEAD OF {name}, WHICH COULD NOT BE PREPARED: {error}; then repeat the command '
+                f'with --overwrite ***')
             return prepare(fallback)
 
     def prepare_and_check() -> str:

@@ -1,6 +1,7 @@
 """What a run tells the world: the console and its progress bar, metrics.jsonl, TensorBoard, wandb."""
 import json
 import math
+import os
 import re
 import secrets
 import sys
@@ -17,13 +18,16 @@ class Console:
 
     def __init__(self, shown: bool):
         self.shown = shown
+        self.has_terminal = shown and _width(sys.stderr) > 0
         self.bar = None
 
-    def start_bar(self, total: int, step: int):
-        """Shows the bar where standard error is a terminal; elsewhere progress() prints plain lines."""
-        if self.shown and sys.stderr.isatty():
+    def advance(self, step: int, total: int):
+        """Moves the bar, which begins with the first call, when the first step, always the slowest, is done."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        elif self.has_terminal:
             from tqdm import tqdm  # imported only where there is a terminal to draw on
-            self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, smoothing=0.1)
+            self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, smoothing=0.1, leave=False)
 
     def say(self, line: str):
         if self.bar is not None:
@@ -39,10 +43,9 @@ class Console:
             print(line, file=sys.stderr, flush=True)
 
     def progress(self, step: int, parts: dict[str, str]):
-        """The state of a logged step: on the bar, or as a line."""
+        """The state of a logged step: its first two parts, for which there is room, on the bar, or all as a line."""
         if self.bar is not None:
-            self.bar.set_postfix(parts, refresh=False)
-            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(', '.join(f'{name} {value}' for name, value in list(parts.items())[:2]), refresh=False)
         else:
             self.say(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in parts.items()))
 
@@ -50,6 +53,14 @@ class Console:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _width(stream) -> int:
+    """Columns of the terminal; 0 where there is none, or it does not tell."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        return 0
 
 
 class Metrics:

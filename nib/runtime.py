@@ -119,7 +119,7 @@ def pick_compile(compile: bool | str, device: str) -> tuple[bool, str]:
     compiler = os.environ.get('CXX') or 'g++'
     if compile == 'auto':
         if not device.startswith('cuda'):
-            return False, 'it takes longer than a short run off CUDA wins back'
+            return False, 'it takes longer than a short run on this device wins back'
         compile = True
         reason = 'faster on a GPU'
     else:
@@ -235,12 +235,13 @@ def start_ranks(device: str) -> Ranks:
     return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
 
 
-def command(argv: Sequence[str]) -> str:
-    """What was typed to start train.py with these arguments."""
+def resume_command(argv: Sequence[str]) -> str:
+    """What to type to go on with a run of train.py that was started with these arguments."""
     launcher, world, local = 'python', os.environ.get('WORLD_SIZE', '1'), os.environ.get('LOCAL_WORLD_SIZE', '1')
     if world != '1':
         launcher = f'torchrun --standalone --nproc_per_node={local}' if world == local else 'torchrun (as before)'
-    return f'{launcher} train.py {shlex.join(argv)}'
+    kept = [item for item in argv if not item.startswith(('--init_from', '--overwrite'))]
+    return f'{launcher} train.py {shlex.join([*kept, "--init_from=resume"])}'
 
 
 class StopSignal:

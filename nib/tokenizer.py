@@ -141,14 +141,16 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
     raise UserError('the tokenizer is broken: a char tokenizer has its distinct characters in order')
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text that a person typed: END_OF_TEXT stands for that token where the tokenizer has one."""
-    if tokenizer.end_of_text is None:
-        return tokenizer.encode(text).tolist()
-    first, *others = text.split(END_OF_TEXT)
-    ids = tokenizer.encode(first).tolist()
-    for part in others:
-        ids += [tokenizer.end_of_text, *tokenizer.encode(part).tolist()]
+def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
+    """Token ids of a text that a person typed: END_OF_TEXT stands for that token where the tokenizer has one. UserError,
+    which begins with the flag, where the tokenizer cannot write the text."""
+    first, *others = [text] if tokenizer.end_of_text is None else text.split(END_OF_TEXT)
+    try:
+        ids = tokenizer.encode(first).tolist()
+        for part in others:
+            ids += [tokenizer.end_of_text, *tokenizer.encode(part).tolist()]
+    except UserError as error:
+        raise UserError(f'{flag}: {error}') from error
     return ids
 
 

@@ -17,7 +17,7 @@ def read(out_dir):
 
 def test_without_a_terminal_progress_is_lines(capsys):
     console = Console(shown=True)
-    console.start_bar(10, 0)
+    console.advance(3, 10)
     console.progress(3, {'loss': '2.5000', 'lr': '1e-3'})
     console.warn('careful')
     console.close()
@@ -27,7 +27,7 @@ def test_without_a_terminal_progress_is_lines(capsys):
 
 def test_other_ranks_are_silent(capsys):
     console = Console(shown=False)
-    console.start_bar(10, 0)
+    console.advance(1, 10)
     console.say('a')
     console.progress(1, {'loss': '1'})
     console.warn('b')

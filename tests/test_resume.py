@@ -99,7 +99,7 @@ for out_dir, steps in cuts.items():
     tokens, undo = test_resume.watch(steps, cut_rank=1)
     for number in range(len(steps) + 1):
         code = training.main([*SMALL_RUN, *flags, f'--out_dir={{out_dir}}'] + ['--init_from=resume'] * (number > 0))
-        assert done.returncode == (143 if number < len(steps) else 0), (out_dir, code)
+        assert code == (143 if number < len(steps) else 0), (out_dir, code)
     undo()
     with open(f'{{out_dir}}/tokens-{{os.environ["RANK"]}}.json', 'w') as file:
         json.dump(tokens, file)

@@ -27,6 +27,8 @@ tokenizer: Literal['char', 'byte', 'gpt2'] = 'char'  # what a token is: a charac
 name: str = ''  # of the dataset, which goes to data/NAME; empty: that of the input
 out_dir: str = ''  # where the bins go; empty: data/NAME
 
+LITTLE = 100_000  # characters; with fewer a model learns them by heart
+
 
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
@@ -37,7 +39,7 @@ def main(argv):
     folder = Path(out_dir) if out_dir else choose_folder(paths[0])
     files, ignored = documents.find_files(paths)
     if ignored:
-        print(f'note: left out {ignored} of other types than {", ".join(documents.READERS)}', file=sys.stderr)
+        print(f'note: {ignored} file{"s" * (ignored > 1)} left out, of other types than {", ".join(documents.READERS)}', file=sys.stderr)
     if tokenizer == 'gpt2':
         Gpt2Tokenizer().encode('')  # without its files, say so before reading all the text
 
@@ -61,6 +63,8 @@ def main(argv):
     print(f'{folder}: documents {len(found.lengths):,}, characters {sum(found.lengths):,}, vocabulary '
           f'{meta["vocab_size"]:,}, {meta["splits"]["train"]["tokens"]:,} training and '
           f'{meta["splits"]["val"]["tokens"]:,} validation tokens')
+    if sum(found.lengths) < LITTLE:
+        print(f'note: this is little text to learn from: {LITTLE:,} characters are a beginning', file=sys.stderr)
     where = f' --data_dir={shlex.quote(str(folder.parent))}' if out_dir else ''
     print(f'to train on it: python train.py config/train_text.py --dataset={shlex.quote(folder.name)}{where}')
 
