@@ -65,8 +65,8 @@ def _sentence(error: Exception) -> str | None:
         return f'a number is too large for this machine, take a smaller one; it said: {said[:200]}'
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; name another path, or mend what stands in the way of this one'
-    if isinstance(error, ValueError) and 'embedded null' in said:
-        return 'a path holds a NUL character, which no file\'s name can have: name another'
+    if isinstance(error, UnicodeEncodeError) or isinstance(error, ValueError) and 'embedded null' in said:
+        return f'a path holds a character that no file\'s name can have, such as NUL: name another; it said: {said[:200]}'
     return None
 
 
