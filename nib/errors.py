@@ -14,7 +14,7 @@ EXIT_NONFINITE = 3  # the loss or the gradients became NaN or infinite
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error
-FULL = "out of memory|allocate memory|not enough memory|Storage size calculation overflowed"  # in torch's words
+FULL = 'out of memory|allocate memory|not enough memory|Storage size calculation overflowed'  # in torch's words
 LONGEST = 1500  # characters of the line that tells an error
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does not know its file's name
 
