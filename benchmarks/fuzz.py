@@ -157,10 +157,10 @@ def make_table(ended, seconds: float) -> str:
     counts = {kind: Counter(code for other, code, _ in ended if other == kind) for kind in kinds}
     codes = sorted({code for _, code, _ in ended})
     lines = [f'{len(ended):,} cases, seed {seed}, in {seconds / 60:.1f} minutes; {measure.describe_machine()}', '',
-             f'{"exit code":34}' + ''.join(f'{code:>8}' for code in codes) + f'{"bad":>8}']
+             f'{"exit code":40}' + ''.join(f'{code:>8}' for code in codes) + f'{"bad":>8}']
     for kind, count in [*counts.items(), ('all', sum(counts.values(), Counter()))]:
         bad = sum(bool(reason) for other, _, reason in ended if kind in (other, 'all'))
-        lines.append(f'{kind:34}' + ''.join(f'{count[code]:>8,}' for code in codes) + f'{bad:>8}')
+        lines.append(f'{kind:40}' + ''.join(f'{count[code]:>8,}' for code in codes) + f'{bad:>8}')
     reasons = Counter(reason for _, _, reason in ended if reason)
     lines += ['', f'tracebacks {reasons.pop("traceback", 0)}'] + [f'{reason} {count}' for reason, count in reasons.items()]
     return '\n'.join(lines) + '\n'

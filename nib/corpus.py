@@ -179,7 +179,7 @@ def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], tokenizer: Tok
     """UserError for bins without a meta.json that are surely not what such bins are taken for: uint16 ids of nanoGPT's."""
     begins = {split: tokens[:_CHUNK] for split, tokens in bins.items()}
     for split, ids in begins.items():
-        if len(ids) > 1 and ids[::2].any() and not ids[1::2].any():
+        if len(ids) >= 16 and ids[::2].any() and not ids[1::2].any():
             raise UserError(f'{folder / split}.bin holds uint32 ids, as every second uint16 in it is 0; there is no meta.json '
                             f'beside it, and without one ids are read as uint16')
     largest = max(int(ids.max()) for ids in begins.values())

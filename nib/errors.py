@@ -14,7 +14,7 @@ EXIT_NONFINITE = 3  # the loss or the gradients became NaN or infinite
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error
-FULL = "out of memory|allocate memory|not enough memory|Storage size calculation overflowed"  # in torch's words
+FULL = 'out of memory|allocate memory|not enough memory|Storage size calculation overflowed'  # in torch's words
 LONGEST = 1500  # characters of the line that tells an error
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does not know its file's name
 
@@ -65,8 +65,8 @@ def _sentence(error: Exception) -> str | None:
         return f'a number is too large for this machine, take a smaller one; it said: {said[:200]}'
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; name another path, or mend what stands in the way of this one'
-    if isinstance(error, ValueError) and 'embedded null' in said:
-        return 'a path holds a NUL character, which no file\'s name can have: name another'
+    if isinstance(error, UnicodeEncodeError) or isinstance(error, ValueError) and 'embedded null' in said:
+        return f'a path holds a character that no file\'s name can have, such as NUL: name another; it said: {said[:200]}'
     return None
 
 

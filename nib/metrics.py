@@ -71,7 +71,7 @@ class Metrics:
 
     def __init__(self, out_dir, step: int, config: dict, tensorboard: bool = False, wandb_project: str = '',
                  wandb_run_name: str = ''):
-        writer = _summary_writer() if tensorboard else None  # both may be missing: nothing is written before both are there
+        writer = _summary_writer() if tensorboard else None  # made last: it writes at once, and wandb may refuse
         self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
         self.writer = writer(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else 0) if writer else None
         self.path, self.file = Path(out_dir) / 'metrics.jsonl', None

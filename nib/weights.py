@@ -78,6 +78,8 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     try:
         model.load_state_dict(start.tensors['model'])
     except RuntimeError as error:  # published weights have no digest that would tell
+        if 'in loading state_dict' not in str(error):
+            raise
         reason = str(error).splitlines()[1].strip()[:200]
         raise UserError(f'the weights of {start.name} are not those of its config ({reason}); fetch both anew') from error
     model.crop_block_size(config['block_size'])

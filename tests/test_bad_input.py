@@ -268,6 +268,7 @@ FILES = {
     'wrong type': ("seed = 1\ndropout = 'none'", ["config.py:2: dropout: found 'none'", 'expected float']),
     'an error of its own': ('\n\nseed = 1 // 0', ['config.py:3: ZeroDivisionError']),
     'a path with a NUL': ("out_dir = 'a\\0b'", ['NUL', 'name another']),
+    'a path with half a character': ("out_dir = 'a\\ud800b'", ["no file's name can have", 'name another']),
 }
 
 
