@@ -83,15 +83,15 @@ def test_the_end_of_text_is_the_last_token_and_is_shown(small_gpt2, tokenizer, v
 def test_the_end_of_text_stands_for_its_token_in_a_prompt_and_for_its_characters_in_a_text(small_gpt2, tokenizer):
     end = tokenizer.end_of_text
     a, b = tokenizer.encode('a').tolist(), tokenizer.encode('b').tolist()
-    assert encode_prompt(tokenizer, 'a<|endoftext|>b<|endoftext|>') == [*a, end, *b, end]
-    assert encode_prompt(tokenizer, '') == []
+    assert encode_prompt(tokenizer, 'a<|endoftext|>b<|endoftext|>', '--start') == [*a, end, *b, end]
+    assert encode_prompt(tokenizer, '', '--start') == []
     ids = tokenizer.encode('a<|endoftext|>b')
     assert end not in ids and tokenizer.decode(ids) == 'a<|endoftext|>b'
 
 
 def test_a_prompt_of_a_tokenizer_without_end_of_text_is_plain_text():
     tokenizer = CharTokenizer.train('<|endoftext|>')
-    assert encode_prompt(tokenizer, '<|endoftext|>') == tokenizer.encode('<|endoftext|>').tolist()
+    assert encode_prompt(tokenizer, '<|endoftext|>', '--start') == tokenizer.encode('<|endoftext|>').tolist()
 
 
 @pytest.mark.parametrize('tokenizer', [ByteTokenizer(), Gpt2Tokenizer()])
