@@ -167,7 +167,7 @@ class TrainState:
 
 def main(argv):
     values, origins = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
-    globals().update(values)
+    globals().update(values)  # from here on the names at the top of this file have the values of this run
     dtype_used, dtype_reason = runtime.pick_dtype(dtype, device)
     compile_used, compile_reason = runtime.pick_compile(compile, device)
     ranks = runtime.start_ranks(device)
@@ -180,7 +180,7 @@ def main(argv):
                 f'({dtype_reason}), compile {"on" if compile_used else "off"} ({compile_reason})')
 
     if rundir.restarted(out_dir):
-        values['init_from'] = 'resume'
+        values['init_from'] = 'resume'  # the command says something else, and was typed for the first start
         globals().update(values)
     start = weights.read(init_from, out_dir, console.warn)  # None from scratch
     if start:
@@ -197,6 +197,7 @@ def main(argv):
     config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used}
     raw_model = weights.new_model(config, data, start).to(device_used).train()
     optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
+    # Scales the loss up, so that small gradients are not 0 in float16; without float16 it does nothing.
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
     state, changes = TrainState(), {}
     if init_from == 'resume':
@@ -204,6 +205,8 @@ def main(argv):
         if changes:
             console.say('changed since the checkpoint: '
                         + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
+        if state.step >= max_iters and not eval_only:
+            console.say(f'all {max_iters} steps are done; to train on, raise --max_iters and --lr_decay_iters')
     lock = rundir.RunLock(out_dir)
     if not eval_only:
         ranks.on_first(lambda: lock.take(new_run=init_from != 'resume' and not overwrite))
@@ -264,6 +267,7 @@ def main(argv):
     stop = runtime.StopSignal(announced=ranks.is_first)
     stop.listen()
     clock, clock_step = time.perf_counter(), state.step
+    # Between two steps: look, save, stop, evaluate, whatever of these is due. Then one step, and a line about it.
     while not eval_only:
         lr = get_lr(state.step)
         for group in optimizer.param_groups:

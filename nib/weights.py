@@ -1,5 +1,6 @@
 """The weights that a run starts from: its own checkpoint, another run's, or GPT-2's as Hugging Face publishes them."""
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -155,6 +156,7 @@ def _find(name: str, file: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise UserError(f'--init_from={name} needs a package that is not here: pip install huggingface_hub') from error
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every attempt; the line below sums them up
     try:
         return Path(hf_hub_download(f'openai-community/{name}', file))
     except Exception as error:  # its errors have no common base
