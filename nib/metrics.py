@@ -25,6 +25,8 @@ class Console:
         """Moves the bar, which begins with the first call, when the first step, always the slowest, is done."""
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
+            if step >= total:
+                self.bar.refresh()  # it shows what it has come to, before it goes
         elif self.has_terminal:
             from tqdm import tqdm  # imported only where there is a terminal to draw on
             self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, smoothing=0.1, leave=False)

@@ -1,6 +1,7 @@
 """What the config promises: one schema, files and flags on top of it, and one line for every mistake."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -333,8 +334,17 @@ def test_missing_file_names_the_nearest(config, tmp_path, monkeypatch):
         assert complaint(typed) == f'{typed}: no such config file; did you mean config/train_shakespeare.py?'
 
 
-def test_directory_is_no_file(config, tmp_path):
-    assert complaint(str(tmp_path)).startswith(f'{tmp_path}: cannot be read')
+def test_what_is_no_python_file_is_not_executed(config, tmp_path):
+    (tmp_path / 'a.py').mkdir()
+    assert complaint(str(tmp_path / 'a.py')).startswith(f'{tmp_path / "a.py"}: cannot be read')
+    (tmp_path / 'notes.txt').write_text('raise SystemExit')
+    for path in (tmp_path, tmp_path / 'notes.txt'):
+        assert complaint(str(path)).startswith(f'{path} is no config file, whose name ends in .py')
+    prepare = {'input': (str,)}, tmp_path / 'notes.txt'
+    sample = {'out_dir': (str,)}, tmp_path
+    for (types, path), key in ((prepare, 'input'), (sample, 'out_dir')):
+        with pytest.raises(UserError, match=f'did you mean --{key}={re.escape(str(path))}'):
+            resolve(dict.fromkeys(types, ''), types, [str(path)])
 
 
 def test_calls_do_not_leak_into_each_other(config):

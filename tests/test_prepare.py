@@ -176,14 +176,16 @@ def test_a_folder_of_notes_becomes_a_dataset(small_gpt2, notes, tmp_path, capsys
     said = capsys.readouterr()
     for words in (f'vocabulary {vocabulary:,}', 'documents 20', f'{len(data.train):,} training', f'{len(data.val):,} validation'):
         assert words in said.out
-    assert said.err == 'note: left out 1 of other types than .txt, .md, .jsonl, .parquet\n'
+    assert said.err.splitlines() == ['note: 1 file left out, of other types than .txt, .md, .jsonl, .parquet',
+                                     'note: this is little text to learn from: 100,000 characters are a beginning']
     assert said.out.splitlines()[-1] == ('to train on it: python train.py config/train_text.py --dataset=mine '
                                          f'--data_dir={tmp_path}')
 
 
 def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
     done = run_script(WRITTEN, '--input=romeo.txt', '--out_dir=romeo', folder=tmp_path)
-    assert done.returncode == 0 and done.stderr == ''
+    assert done.returncode == 0 and done.stderr.splitlines() == [
+        'note: this is little text to learn from: 100,000 characters are a beginning']
     data = corpus.open_dataset(tmp_path / 'romeo', 16)
     assert text_of(tmp_path / 'romeo') == TEXT and data.vocab_size == len(set(TEXT))
     assert len(data.train) == int(len(TEXT) * 0.9)

@@ -4,9 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, run_script
 
 import configurator
+from nib.checks import check_config
+from nib.errors import UserError
 
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
 README = (ROOT / 'README.md').read_text()
@@ -70,10 +73,10 @@ def test_every_key_that_the_readme_sets_is_a_key():
                     assert key in ('help', 'print_config') or re.search(rf'^{key}: ', source, re.MULTILINE), (command, key)
 
 
-def resolved(config, device):
+def resolved(config, device, *flags):
     """A config file's values on a machine with this device."""
     block = configurator.read_block(str(ROOT / 'train.py'))
-    return configurator.resolve(block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}'])[0]
+    return configurator.resolve(block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}', *flags])[0]
 
 
 def test_configs_are_what_the_readme_says():
@@ -89,7 +92,9 @@ def test_configs_are_what_the_readme_says():
     assert resolved('train_gpt2.py', 'cuda')['gradient_accumulation_steps'] == 40
     modern = resolved('modern_shakespeare_char.py', 'cpu')
     assert {modern[key] for key in ('position', 'norm', 'mlp', 'qk_norm')} == {'rotary', 'rms', 'swiglu', True}
-    assert resolved('train_text.py', 'cpu')['out_dir'] == 'out-text'
+    with pytest.raises(UserError, match='dataset is empty'):
+        check_config(resolved('train_text.py', 'cpu'), world_size=1)
+    assert resolved('train_text.py', 'cpu', '--dataset=notes')['out_dir'] == 'out-notes'
 
 
 def test_a_vs_nanogpt_that_cannot_be_is_refused_on_one_line(tmp_path):
