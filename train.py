@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, weights
@@ -145,9 +144,10 @@ def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, 
     so that nothing waits for the device.
     """
     mean_loss = accumulate_gradients(model, scaler, micro_batches, micro_steps, precision, seeds)
-    mean_loss = ranks.sum(mean_loss) / ranks.world_size
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    # The norm is the same on all ranks, or else something is wrong with one, which then no rank may learn from.
+    mean_loss, grad_norm = ranks.sum(torch.stack((mean_loss, grad_norm))) / ranks.world_size
     optim.step(optimizer, bad_steps.usable(mean_loss, grad_norm))
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -179,9 +179,12 @@ def main(argv):
     console.say(f'device {runtime.describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
                 f'({dtype_reason}), compile {"on" if compile_used else "off"} ({compile_reason})')
 
-    if rundir.restarted(out_dir):
+    if ranks.on_first(lambda: rundir.restarted(out_dir)):
         values['init_from'] = 'resume'  # the command says something else, and was typed for the first start
         globals().update(values)
+    lock = rundir.RunLock(out_dir)
+    if init_from == 'resume' and not eval_only:  # before the checkpoint is read: another run might save one meanwhile
+        ranks.on_first(lambda: checkpoint.exists(out_dir) and lock.take(new_run=False))
     start = weights.read(init_from, out_dir, console.warn)  # None from scratch
     if start:
         console.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
@@ -194,22 +197,23 @@ def main(argv):
     console.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
 
-    config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used}
+    config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used, 'ranks': ranks.world_size}
     raw_model = weights.new_model(config, data, start).to(device_used).train()
     optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
     # Scales the loss up, so that small gradients are not 0 in float16; without float16 it does nothing.
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
     state, changes = TrainState(), {}
     if init_from == 'resume':
-        state, changes = put_back(start.resumed, start.tensors, raw_model, optimizer, scaler), start.changes(config)
+        state = put_back(start.resumed, start.tensors, raw_model, optimizer, scaler, ranks)
+        changes = start.changes(config)
         if changes:
             console.say('changed since the checkpoint: '
                         + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
         if state.step >= max_iters and not eval_only:
             console.say(f'all {max_iters} steps are done; to train on, raise --max_iters and --lr_decay_iters')
-    lock = rundir.RunLock(out_dir)
-    if not eval_only:
-        ranks.on_first(lambda: lock.take(new_run=init_from != 'resume' and not overwrite))
+    elif not eval_only:
+        ranks.on_first(lambda: lock.take(new_run=not overwrite))
+    del start  # it holds a copy of all weights
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
     console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters ({raw_model.num_params(positions=False) / 1e6:.2f}M '
                 f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step')
@@ -219,8 +223,8 @@ def main(argv):
     model = raw_model
     if compile_used and not eval_only:
         model = runtime.compile_model(raw_model, batches.batch(step=0, micro_step=0), precision, console.say)
-    if ranks.world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if device == 'cuda' else None)
+    if ranks.world_size > 1 and not eval_only:
+        model = runtime.distribute(model, ranks.local_rank, device_used, batches.batch(step=0, micro_step=0), precision)
 
     def split_loss(split, max_batches):
         return evaluate(raw_model, loader.eval_batches(data.split(split), block_size, batch_size, max_batches, ranks.rank,
@@ -231,7 +235,7 @@ def main(argv):
         writer.save(state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
             'train': asdict(state), 'model': asdict(raw_model.config), 'config': config, 'dataset': data.name,
             'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__}, 'ranks': ranks.world_size})
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__}})
 
     def find_nonfinite(step) -> str:
         """Computes a step that was not finite again, and says where it went wrong on any rank."""
@@ -245,19 +249,28 @@ def main(argv):
         """Back to the last checkpoint, from where the run goes on with the batches of data_step."""
         ranks.on_first(lambda: writer.wait())
         found, tensors = checkpoint.load(out_dir, warn=console.warn)
-        back = put_back(found, tensors, raw_model, optimizer, scaler)
+        back = put_back(found, tensors, raw_model, optimizer, scaler, ranks)
         back.passed_over, back.bad_steps = data_step - back.step, 0
         if metrics:
             metrics.rewind(back.step)
         return back
 
-    metrics = None
-    if ranks.is_first and not eval_only:
+    metrics = writer = None
+
+    def open_out_dir():
+        nonlocal metrics, writer
         metrics = Metrics(out_dir, state.step, config, tensorboard, wandb_project if wandb_log else '', wandb_run_name)
-        if init_from != 'resume':  # only now, as nothing can go wrong any more before the first step
-            checkpoint.remove_all(out_dir)
+        if init_from != 'resume':  # only now, as this run can start; those set aside are deleted when it has saved
+            checkpoint.set_aside(out_dir)
         rundir.write_config(out_dir, config, origins, state.step, changes)
         writer = CheckpointWriter(out_dir, keep_last, keep_every, state.step)
+
+    def close_out_dir():
+        writer.close()
+        metrics.close()
+
+    if not eval_only:
+        ranks.on_first(open_out_dir)
     peak = runtime.peak_flops(device_used, dtype_used)
     saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
     limit = None if on_nonfinite == 'skip' else max_bad_steps
@@ -294,11 +307,12 @@ def main(argv):
 
         # -- save when due; before the evaluation, which may take long
         if (evaluation_due or stopping) and saved < state.step:
-            if broken := [name for name, parameter in raw_model.named_parameters() if not parameter.isfinite().all()]:
+            broken = [name for name, parameter in raw_model.named_parameters() if not parameter.isfinite().all()]
+            if ranks.largest(len(broken)):
                 exit_code = stop_nonfinite(console, saved, f'step {state.step}: weights not finite; {guard.describe([], broken)}')
                 break
             ranks.on_first(save)
-            saved, rewinds = state.step, 0
+            saved, rewinds = state.step, rewinds if state.bad_steps else 0
         if stopping:
             ranks.on_first(lambda: writer.wait())
             console.say(f'stopped by signal {stopping} after step {state.step}'
@@ -362,23 +376,25 @@ def main(argv):
             console.say(f'step {state.step}: val loss {data.describe_loss(loss)} over the whole validation split')
             if metrics:
                 metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
+            exit_code = 0 if math.isfinite(loss) else EXIT_NONFINITE
     if not eval_only:
-        ranks.on_first(lambda: writer.close())
+        ranks.on_first(close_out_dir)
+    stop.ignore()
     if saved and not exit_code and not eval_only:
         console.say(f'samples: python sample.py --out_dir={shlex.quote(out_dir)}')
     console.close()
-    if metrics:
-        metrics.close()
     lock.release()
-    stop.ignore()
     ranks.close()
     return exit_code
 
 
 # -- what main calls -------------------------------------------------------------------------------------------------
 
-def put_back(found, tensors, model, optimizer, scaler) -> TrainState:
-    """Puts back all that a checkpoint holds."""
+def put_back(found, tensors, model, optimizer, scaler, ranks) -> TrainState:
+    """Puts back all that a checkpoint holds. UserError where the ranks have read different ones."""
+    if len(set(steps := ranks.gather(found.step))) > 1:
+        raise UserError(f'the processes have read checkpoints of different steps, {steps} by rank: see that all can read '
+                        f'{found.path.parent}, then start again')
     model.load_state_dict(tensors['model'])
     optim.load_named_state(optimizer, model, tensors['optimizer'])
     state = TrainState(**found.state['train'])

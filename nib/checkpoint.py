@@ -24,6 +24,7 @@ from nib.files import atomic_write, clear_temporaries, sync_folder
 
 FORMAT = 1
 _TEMPORARY = '.tmp-'  # of directories that are being written or deleted
+_ASIDE = '.old-'  # of checkpoints of a run that is being replaced
 _REPLACED = '.tmp-replaced-'  # of a step's directory while another takes its place
 _TRAIN_FIRST = 'train first: python train.py CONFIG --out_dir='
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
@@ -145,12 +146,23 @@ def exists(out_dir) -> bool:
     return bool(_step_folders(Path(out_dir)))
 
 
-def remove_all(out_dir):
-    """Deletes every checkpoint of out_dir, the names first, so that no name is left pointing nowhere."""
-    for name in ('latest', 'best'):
-        (Path(out_dir) / name).unlink(missing_ok=True)
-    for folder in _step_folders(Path(out_dir)):
-        _delete(folder)
+def set_aside(out_dir):
+    """Takes the checkpoints of a run that is being replaced out of the way. They are there, as `.old-step-N`, until
+    delete_set_aside(): a new run may end before it has saved anything. UserError where that cannot be."""
+    try:
+        for name in ('latest', 'best'):
+            (Path(out_dir) / name).unlink(missing_ok=True)
+        for folder in _step_folders(Path(out_dir)):
+            aside = folder.with_name(_ASIDE + _name(_step_of(folder)))
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+    except OSError as error:
+        raise UserError(f'the run in {out_dir} cannot be set aside ({error.strerror}): choose another --out_dir') from error
+
+
+def delete_set_aside(out_dir):
+    for folder in Path(out_dir).glob(f'{_ASIDE}*'):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'optimizer'),
@@ -179,6 +191,9 @@ def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'opti
         for damage in damages:
             warn(f'warning: passing over a damaged checkpoint: {damage}; using step {checkpoint.step}')
         return checkpoint, tensors
+    if aside := sorted(out_dir.glob(f'{_ASIDE}*')):
+        damages.append(f'one of the run that was replaced is still in {aside[-1]}: rename it to '
+                       f'{aside[-1].name.removeprefix(_ASIDE)} to have it back')
     raise UserError(f'{out_dir} holds no checkpoint that can be used'
                     + (': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}'))
 

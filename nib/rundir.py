@@ -81,14 +81,18 @@ def write_config(out_dir, config: Mapping, origins: Mapping, step: int, changes:
 
 
 def restarted(out_dir) -> bool:
-    """Whether torchrun (--max-restarts) has started this very run anew, and there is a checkpoint to go on from."""
+    """Whether torchrun (--max-restarts) has started this very run anew, and there is a checkpoint to go on from.
+
+    Ask rank 0 alone: only its torchrun is known to be the one that has started the run.
+    """
     return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and _read(out_dir).get('launch') == _launch()
             and checkpoint.exists(out_dir))
 
 
 def _launch() -> str | None:
-    """What torchrun calls a launch, the same in all its restarts; None without torchrun."""
-    return os.environ.get('TORCHELASTIC_RUN_ID')
+    """The torchrun that has started this process: the same in all its restarts, and no other's; None without torchrun."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        return f'{os.environ["TORCHELASTIC_RUN_ID"]} {socket.gethostname()} {os.getppid()}'
 
 
 def _read(out_dir) -> dict:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -232,7 +233,24 @@ def start_ranks(device: str) -> Ranks:
     store, *_ = next(dist.rendezvous('env://'))
     store = dist.PrefixStore(f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
     dist.init_process_group('nccl' if device == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
-    return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo'))
+    patience = timedelta(days=7)  # while rank 0 prepares a dataset; a process that has died is noticed at once
+    return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo', timeout=patience))
+
+
+def distribute(model: torch.nn.Module, local_rank: int, device: str, batch: tuple[torch.Tensor, torch.Tensor],
+               context) -> torch.nn.Module:
+    """The model as DistributedDataParallel, whose backward pass averages the gradients over all ranks.
+
+    It settles the order in which it sums them only after the first pass. So two passes go before, or the first step of a
+    resumed run would round otherwise than the same step of a run that was not stopped.
+    """
+    distributed = torch.nn.parallel.DistributedDataParallel(model, [local_rank] if device.startswith('cuda') else None)
+    for _ in range(2):
+        with context:
+            loss = distributed(*batch)
+        loss.backward()
+    distributed.zero_grad(set_to_none=True)
+    return distributed
 
 
 def resume_command(argv: Sequence[str]) -> str:
@@ -240,8 +258,9 @@ def resume_command(argv: Sequence[str]) -> str:
     launcher, world, local = 'python', os.environ.get('WORLD_SIZE', '1'), os.environ.get('LOCAL_WORLD_SIZE', '1')
     if world != '1':
         launcher = f'torchrun --standalone --nproc_per_node={local}' if world == local else 'torchrun (as before)'
-    kept = [item for item in argv if not item.startswith(('--init_from', '--overwrite'))]
-    return f'{launcher} train.py {shlex.join([*kept, "--init_from=resume"])}'
+    # The later flag wins.
+    extra = ['--no-overwrite'] * any(item.startswith('--overwrite') for item in argv) + ['--init_from=resume']
+    return f'{launcher} train.py {shlex.join([item for item in argv if item not in extra] + extra)}'
 
 
 class StopSignal:

@@ -52,6 +52,7 @@ class CheckpointWriter:
 
     def _save(self, step, model, optimizer, state):
         checkpoint.save(self.out_dir, step, model, optimizer, state)
+        checkpoint.delete_set_aside(self.out_dir)
         self._damaged.discard(step)
         self._prune(step)
 

@@ -10,6 +10,7 @@ from benchmarks import corruption
 from model import GPT, GPTConfig
 from nib import checkpoint, weights
 from nib.errors import UserError
+from nib.writer import CheckpointWriter
 
 
 def save(out_dir, step, value=None, best=False):
@@ -206,3 +207,19 @@ def test_tensors_of_another_model_are_passed_over_by_name(tmp_path, wrong, said)
     warnings = []
     found, _ = checkpoint.load(tmp_path, warn=warnings.append, check=weights.check_shapes)
     assert found.step == 10 and len(warnings) == 1 and said in warnings[0]
+
+
+def test_checkpoints_that_are_set_aside_are_there_until_the_next_run_has_saved(tmp_path):
+    save(tmp_path, 10, best=True)
+    save(tmp_path, 20)
+    checkpoint.set_aside(tmp_path)
+    assert not checkpoint.exists(tmp_path)
+    with pytest.raises(UserError, match='still in .*old-step-00000020: rename it to step-00000020'):
+        checkpoint.load(tmp_path)
+    (tmp_path / '.old-step-00000020').rename(tmp_path / 'step-00000020')
+    assert value_of(tmp_path, 'latest')[0] == 20
+    checkpoint.set_aside(tmp_path)
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.save(5, {}, {}, {})
+    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['latest', 'step-00000005']

@@ -113,6 +113,12 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     assert done.returncode == 3 and 'no checkpoint was there yet' in done.stderr
 
 
+def test_rewinds_are_counted_also_where_a_checkpoint_comes_between_bad_steps(train_here, poison, tmp_path):
+    poison(range(6, 1000), 'loss')
+    done = train_here(tmp_path / 'run', '--on_nonfinite=rewind', '--eval_interval=1')
+    assert done.returncode == 3 and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+
+
 def test_a_loss_scale_that_only_falls_ends_the_run(train_here, poison, tmp_path):
     """From 65,536 to below 1 in 17 steps: then it is not the scale."""
     poison(range(1000), 'gradient')
@@ -126,7 +132,12 @@ original, kept = train.accumulate_gradients, []
 def poisoned(model, scaler, batches, micro_steps, precision, seeds):
     kept.append(model)
     loss = original(model, scaler, batches, micro_steps, precision, seeds)
-    return loss * math.nan if seeds[1:] in ((4, 1), (7, 1), (8, 1), (9, 1)) else loss
+    if seeds[1:] not in ((4, 1), (7, 1), (8, 1), (9, 1)):
+        return loss
+    if WHAT == 'loss':
+        return loss * math.nan
+    next(model.parameters()).grad[0, 0] = math.inf  # after the ranks have exchanged their gradients
+    return loss
 train.accumulate_gradients = poisoned
 code = train.main(sys.argv[1:])
 weights = b''.join(p.detach().numpy().tobytes() for p in kept[-1].parameters())
@@ -135,8 +146,9 @@ print(f'rank {os.environ["RANK"]}: exit {code}, finite {all(p.isfinite().all() f
 """
 
 
-def test_a_loss_that_is_nan_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path):
-    (tmp_path / 'poisoned.py').write_text(POISONED_RANK)
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_what_is_not_finite_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path, what):
+    (tmp_path / 'poisoned.py').write_text(POISONED_RANK.replace('WHAT', repr(what)))
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'poisoned.py']
     done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--eval_interval=5',
                       env={'PYTHONPATH': str(ROOT)})

@@ -107,11 +107,11 @@ close(ranks)
 """
 
 
-def run_on_two_ranks(data_dir, folder, cuts, *flags):
-    """Runs each of the cuts, {name: steps}, on two processes; a cut signals rank 1 alone."""
+def run_on_ranks(n, data_dir, folder, cuts, *flags):
+    """Runs each of the cuts, {name: steps}, on n processes; a cut signals rank 1 alone."""
     script = folder / 'on_ranks.py'
     script.write_text(ON_RANKS)
-    done = run_script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script,
+    done = run_script('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', script,
                       json.dumps({str(folder / name): steps for name, steps in cuts.items()}), f'--data_dir={data_dir}', *RUN, *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -122,12 +122,18 @@ def tokens_of(out_dir):
 
 def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(data_dir, tmp_path):
     cuts = {'whole': [], 'chain': [1, 19, 20, 33, 49]} | {f'cut-{step}': [step] for step in range(1, STEPS)}
-    run_on_two_ranks(data_dir, tmp_path, cuts)
+    run_on_ranks(2, data_dir, tmp_path, cuts)
     whole, tokens = digests(tmp_path / 'whole'), tokens_of(tmp_path / 'whole')
     assert len(tokens[0]) == STEPS and tokens[0] != tokens[1]
     for name in cuts:
         assert digests(tmp_path / name) == whole, name
         assert tokens_of(tmp_path / name) == tokens, name
+
+
+def test_a_run_on_four_ranks_cut_and_resumed_equals_the_uninterrupted_one(data_dir, tmp_path):
+    """Where the order in which gradients are summed would show."""
+    run_on_ranks(4, data_dir, tmp_path, {'whole': [], 'cut': [10, 31]}, '--gradient_accumulation_steps=4')
+    assert digests(tmp_path / 'cut') == digests(tmp_path / 'whole')
 
 
 def test_a_run_goes_on_with_the_same_tokens_and_loss_on_other_ranks(data_dir, tmp_path, train_here):
@@ -138,7 +144,7 @@ def test_a_run_goes_on_with_the_same_tokens_and_loss_on_other_ranks(data_dir, tm
     shutil.copytree(tmp_path / 'one', tmp_path / 'two')
     assert train_here(tmp_path / 'one', *RUN, *flags, '--init_from=resume').returncode == 0
     undo()
-    run_on_two_ranks(data_dir, tmp_path, {'two': []}, *flags, '--init_from=resume')
+    run_on_ranks(2, data_dir, tmp_path, {'two': []}, *flags, '--init_from=resume')
     first, second = tokens_of(tmp_path / 'two')
     assert {int(step): both + second[step] for step, both in first.items()} == {step: tokens[step] for step in range(25, STEPS)}
     for one, two in zip(records(tmp_path / 'one'), records(tmp_path / 'two'), strict=True):

@@ -144,6 +144,7 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
     flags = ['--dropout=0.1', '--eval_interval=5', '--keep_last=9']
     whole = train(data_dir, tmp_path / 'whole', *flags, launcher=TORCHRUN)
     launcher = [*TORCHRUN, '--max-restarts=1', tmp_path / 'dies.py']
+    rank or launcher.remove('--standalone')  # either way
     done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', *flags, '--overwrite')
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout and 'resuming' not in whole.stdout
@@ -152,3 +153,37 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
     assert untimed[0] == untimed[1]
     for file in ('model.safetensors', 'optimizer.safetensors'):
         assert (tmp_path / 'run/step-00000020' / file).read_bytes() == (tmp_path / 'whole/step-00000020' / file).read_bytes()
+
+
+def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_path):
+    """Without --standalone all launches have one name."""
+    launcher = [item for item in TORCHRUN if item != '--standalone']
+    train(data_dir, tmp_path / 'run', '--max_iters=2', launcher=launcher)
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    done = train(data_dir, tmp_path / 'run', '--seed=9', launcher=[*launcher, '--max-restarts=1'], check=False)
+    assert done.returncode != 0 and 'holds a run already' in done.stderr and 'resuming' not in done.stdout
+    assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
+
+
+def test_ranks_that_read_different_checkpoints_do_not_train_together(data_dir, tmp_path):
+    """One process that cannot read the newest would take an older one."""
+    (tmp_path / 'blind.py').write_text(BLIND)
+    train(data_dir, tmp_path / 'run', '--eval_interval=5', '--max_iters=10', '--keep_last=2')
+    done = run_script(*TORCHRUN, tmp_path / 'blind.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
+                      '--init_from=resume', env={'PYTHONPATH': str(ROOT)})
+    assert done.returncode != 0 and 'different steps, [10, 5] by rank' in done.stderr
+    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+
+
+BLIND = """
+import os, sys, train
+from nib import tensorfile
+read = tensorfile.read
+def blind(path, expected):
+    if os.environ['RANK'] == '1' and 'step-00000010' in str(path):
+        raise OSError(5, 'Input/output error')
+    return read(path, expected)
+tensorfile.read = blind
+from nib.errors import run_script
+run_script(train.main)
+"""

@@ -161,3 +161,12 @@ def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
         run.kill()
         run.stdout.close()
         run.stderr.close()
+
+
+def test_the_command_that_goes_on_can_be_typed(monkeypatch):
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    for argv, expected in ((['config/a.py', '--out_dir=my run'], "config/a.py '--out_dir=my run' --init_from=resume"),
+                           (['--init_from', 'gpt2', '--overwrite', 'true'],
+                            '--init_from gpt2 --overwrite true --no-overwrite --init_from=resume'),
+                           (['a.py', '--init_from=resume'], 'a.py --init_from=resume')):
+        assert runtime.resume_command(argv) == f'python train.py {expected}'
