@@ -54,7 +54,7 @@ class RunLock:
             self.file.seek(0)
             holder = json.loads(self.file.read())
             return f'host {holder["host"]}, pid {holder["pid"]}'
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return 'it has not said which'
 
 
@@ -100,5 +100,5 @@ def _read(out_dir) -> dict:
     try:
         record = json.loads((Path(out_dir) / 'config.json').read_bytes())
         return record if isinstance(record, dict) and isinstance(record.get('changes', []), list) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
