@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 IGNORED = -1  # a target that counts nothing towards the loss; also what generate() yields for a row that has ended
 LOSS_CHUNK = 1 << 26  # logits that the loss holds at a time, in float32: 256 MiB
+QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,29 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(k, v)  # (B, K, S, D) with S the positions seen so far
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1],
-                                           dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if T > 1 and q.device.type == 'cpu' and q.dtype == torch.bfloat16:
+            y = attend_in_blocks(q, k, v, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1, dropout_p=dropout,
+                                               enable_gqa=q.shape[1] != k.shape[1])
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
+
+
+def attend_in_blocks(q, k, v, dropout: float = 0.0):
+    """Causal attention as scaled_dot_product_attention computes it, q (B, H, T, D), k and v (B, K, T, D), for bfloat16 on a CPU:
+    its matrix products run at the rate of others, and the keys after a block's last query are never looked at."""
+    B, H, T, D = q.shape
+    k, v = (part.repeat_interleave(H // part.shape[1], dim=1).reshape(B * H, T, D) for part in (k, v))
+    q = q.reshape(B * H, T, D)
+    blocks = []
+    for first in range(0, T, QUERY_BLOCK):
+        end = min(first + QUERY_BLOCK, T)
+        mask = torch.full((end - first, end), -math.inf, dtype=q.dtype).triu(first + 1)
+        scores = torch.baddbmm(mask, q[:, first:end], k[:, :end].transpose(1, 2), alpha=1 / math.sqrt(D))
+        blocks.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :end])  # (B * H, end - first, D)
+    return torch.cat(blocks, dim=1).view(B, H, T, D)
 
 
 class MLP(nn.Module):
