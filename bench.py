@@ -90,8 +90,8 @@ class Contestant:
             self.raw_model = GPT(GPTConfig.pick(values, data.vocab_size)).to(self.device).train()
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.optimizer = optim.adamw(self.raw_model, values['learning_rate'], (values['beta1'], values['beta2']),
-                                     values['weight_decay'])
+        self.optimizer = optim.Optimizer.pick(values, self.raw_model, runtime.has_bfloat16(self.device))
+        self.optimizer.lr = values['learning_rate']
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=values['dtype'] == 'float16')
         self.batches = loader.BatchLoader(data.train, values['block_size'], values['batch_size'], values['seed'], 'train',
                                           self.micro_steps, device=self.device, vocab_size=data.vocab_size)

@@ -37,6 +37,7 @@ class GPTConfig:
     mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'
     tied_head: bool = True  # the output head is the token embedding itself
     logit_cap: float = 0.0  # logits stay within plus and minus this; 0 is no cap
+    zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
@@ -83,7 +84,14 @@ class GPTConfig:
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     """LayerNorm (Ba et al. 2016), or RMSNorm, which leaves the mean alone (Zhang and Sennrich 2019)."""
-    return nn.LayerNorm(width, bias=config.bias) if config.norm == 'layer' else nn.RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm(width, bias=config.bias) if config.norm == 'layer' else RMSNorm(width, eps=1e-6)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, whose fast kernel wants its gain in the precision of x."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Rotary(nn.Module):
@@ -103,10 +111,10 @@ class Rotary(nn.Module):
 
 
 def rotate(x, rotary):
-    """x (B, H, T, D), turned by rotary's angles; in x's own precision again."""
-    cos, sin = rotary
+    """x (B, H, T, D), turned by rotary's angles, in x's precision."""
+    cos, sin = (part.type_as(x) for part in rotary)
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -223,8 +231,8 @@ class GPT(nn.Module):
         residual stream's variance does not grow with depth (GPT-2, section 2.3: two projections a layer)."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj') else 0.02
-                nn.init.normal_(module.weight, std=std)
+                residual_std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(module.weight, std=residual_std if name.endswith('c_proj') else 0.02)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

@@ -64,12 +64,17 @@ qk_norm: bool = False  # normalise queries and keys: attention stays calm at hig
 mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # non-linearity between the MLP's layers: GELU, squared ReLU or SwiGLU
 tied_head: bool = True  # the output head is the token embedding itself
 logit_cap: float = 0.0  # bends logits into plus and minus this; 0 does not
-# optimizer (AdamW)
+zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
+# optimizer
 max_iters: int = 600000  # steps in the run
+optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: the blocks' matrices by Muon, the rest by AdamW; a lower loss after as many steps
 learning_rate: float = 6e-4  # the highest one, reached after the warm-up
 weight_decay: float = 0.1  # on matrices and embeddings only
-beta1: float = 0.9  # memory of the mean gradient
-beta2: float = 0.95  # memory of the squared gradient
+beta1: float = 0.9  # AdamW's memory of the mean gradient
+beta2: float = 0.95  # AdamW's memory of the squared gradient
+muon_lr_ratio: float = 1.0  # learning rate of Muon's matrices, as a multiple of learning_rate
+muon_momentum: float = 0.95  # Muon's memory of the mean gradient
+muon_iterations: int = 5  # of Newton-Schulz, which makes Muon's updates orthogonal
 grad_clip: float = 1.0  # largest norm of the gradient; 0 clips nothing
 max_bad_steps: int = 3  # steps in a row whose loss or gradients are not finite: none is applied, and after so many on_nonfinite is done
 on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # 'skip' goes on; 'rewind' goes back to the last checkpoint and passes over the batches that led here
@@ -148,9 +153,9 @@ def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, 
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     # The norm is the same on all ranks, or else something is wrong with one, which then no rank may learn from.
     mean_loss, grad_norm = ranks.sum(torch.stack((mean_loss, grad_norm))) / ranks.world_size
-    optim.step(optimizer, bad_steps.usable(mean_loss, grad_norm))
+    optimizer.step(bad_steps.usable(mean_loss, grad_norm))
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return mean_loss, grad_norm
 
 
@@ -199,7 +204,7 @@ def main(argv):
 
     config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used, 'ranks': ranks.world_size}
     raw_model = weights.new_model(config, data, start).to(device_used).train()
-    optimizer = optim.adamw(raw_model, learning_rate, (beta1, beta2), weight_decay)
+    optimizer = optim.Optimizer.pick(config, raw_model, runtime.has_bfloat16(device_used))
     # Scales the loss up, so that small gradients are not 0 in float16; without float16 it does nothing.
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
     state, changes = TrainState(), {}
@@ -232,7 +237,7 @@ def main(argv):
 
     def save():
         state.scaler = scaler.state_dict() or None
-        writer.save(state.step, raw_model.state_dict(), optim.named_state(optimizer, raw_model), {
+        writer.save(state.step, raw_model.state_dict(), optimizer.named_state(raw_model), {
             'train': asdict(state), 'model': asdict(raw_model.config), 'config': config, 'dataset': data.name,
             'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__}})
@@ -242,7 +247,7 @@ def main(argv):
         with guard.watch_outputs(raw_model) as outputs:
             accumulate_gradients(raw_model, scaler, batches.micro_batches(step), micro_steps, precision, (seed, step, ranks.rank))
         found = ranks.gather((outputs, guard.nonfinite_parameters(raw_model)))
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return guard.describe(*max(found, key=lambda names: len(names[1])))
 
     def rewind(data_step) -> TrainState:
@@ -282,9 +287,7 @@ def main(argv):
     clock, clock_step = time.perf_counter(), state.step
     # Between two steps: look, save, stop, evaluate, whatever of these is due. Then one step, and a line about it.
     while not eval_only:
-        lr = get_lr(state.step)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
+        optimizer.lr = lr = get_lr(state.step)
         evaluation_due = (state.step % eval_interval == 0 or state.step >= max_iters) and state.evaluated < state.step
         stopping = ranks.largest(stop.number)
 
@@ -396,7 +399,7 @@ def put_back(found, tensors, model, optimizer, scaler, ranks) -> TrainState:
         raise UserError(f'the processes have read checkpoints of different steps, {steps} by rank: see that all can read '
                         f'{found.path.parent}, then start again')
     model.load_state_dict(tensors['model'])
-    optim.load_named_state(optimizer, model, tensors['optimizer'])
+    optimizer.load_named_state(model, tensors['optimizer'])
     state = TrainState(**found.state['train'])
     if state.scaler and scaler.is_enabled():
         scaler.load_state_dict(state.scaler)

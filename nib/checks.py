@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from nib.errors import UserError
 
 COUNTS = ('eval_interval', 'eval_iters', 'keep_last', 'log_interval', 'batch_size', 'block_size', 'max_bad_steps',
-          'gradient_accumulation_steps')
+          'gradient_accumulation_steps', 'muon_iterations')
 AMOUNTS = ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'cooldown_iters', 'lr_decay_iters',
-           'max_iters', 'sample_tokens', 'keep_every')
+           'max_iters', 'sample_tokens', 'keep_every', 'muon_lr_ratio')
 
 
 def check_config(config: Mapping, world_size: int):
     """UserError for the first value of train.py's config that cannot be. What the model and the data refuse is theirs."""
-    for keys, least, below in ((COUNTS, 1, 1 << 31), (AMOUNTS, 0, math.inf), (('beta1', 'beta2'), 0, 1)):
+    for keys, least, below in ((COUNTS, 1, 1 << 31), (AMOUNTS, 0, math.inf), (('beta1', 'beta2', 'muon_momentum'), 0, 1)):
         for key in keys:
             if not least <= config[key] < below:
                 raise UserError(f'{key} is {config[key]}: it must be at least {least}'

@@ -59,15 +59,21 @@ def describe_device(device: str) -> str:
     return f'cpu ({torch.get_num_threads()} threads; {"as asked" if has_gpu else "torch finds no GPU here"})'
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether the device multiplies matrices of bfloat16 faster than of float32."""
+    if device.startswith('cuda'):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def pick_dtype(dtype: str, device: str) -> tuple[str, str]:
-    """The precision of matrix products and why: ('bfloat16', 'the GPU has it'). UserError where the device lacks it."""
-    on_cuda = device.startswith('cuda')
-    has_bfloat16 = not on_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    """The precision of matrix products and why: ('bfloat16', 'this GPU has it'). UserError where a GPU lacks it."""
+    kind = 'GPU' if device.startswith('cuda') else 'CPU' if device == 'cpu' else 'device'
     if dtype == 'auto':
-        if not on_cuda:
-            return 'float32', 'exact, and the default off CUDA'
-        return ('bfloat16', 'this GPU has it') if has_bfloat16 else ('float16', 'this GPU has no bfloat16')
-    if dtype == 'bfloat16' and not has_bfloat16:
+        if has_bfloat16(device):
+            return 'bfloat16', f'this {kind} has it'
+        return ('float16' if kind == 'GPU' else 'float32'), f'this {kind} has no bfloat16'
+    if dtype == 'bfloat16' and kind == 'GPU' and not has_bfloat16(device):
         raise UserError(f'--dtype=bfloat16: {describe_device(device)} has no bfloat16; use --dtype=float16 or auto')
     return dtype, 'as asked'
 

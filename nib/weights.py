@@ -33,8 +33,10 @@ class Weights:
         UserError where the user has: but for dropout, and block_size, which may be shorter in a new run.
         """
         adopted = dict(values)
-        for field in fields(GPTConfig):
-            key, own = field.name, getattr(self.model, field.name)
+        fixed = {field.name: getattr(self.model, field.name) for field in fields(GPTConfig)}
+        if self.resumed:  # whose state is that of its optimizer
+            fixed['optimizer'] = self.resumed.state['config'].get('optimizer', 'adamw')
+        for key, own in fixed.items():
             if key in ('vocab_size', 'dropout') or values[key] == own:
                 continue
             if origins[key] == 'default':

@@ -18,8 +18,8 @@ from nib import corpus, errors
 torch.set_num_threads(1)  # the tests' models are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
-# A model and a run that take a second.
-SMALL_RUN = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
+# A model and a run that take a second, exact enough to compare with formulas.
+SMALL_RUN = ['--dataset=tiny', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
              '--batch_size=4', '--gradient_accumulation_steps=2', '--max_iters=20', '--lr_decay_iters=20',
              '--warmup_iters=4', '--eval_interval=10', '--eval_iters=3', '--log_interval=1', '--learning_rate=1e-2']
 

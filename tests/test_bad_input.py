@@ -304,6 +304,8 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     before = contents(place)
     ended = try_to_train(run_main, place, '--init_from=resume', '--n_embd=64')
     assert_refused(ended, ['was trained with n_embd 32', 'command line says 64', '--init_from=scratch'])
+    ended = try_to_train(run_main, place, '--init_from=resume', '--optimizer=muon')
+    assert_refused(ended, ['was trained with optimizer adamw', 'command line says muon', '--init_from=scratch'])
     assert contents(place) == before
 
 

@@ -1,13 +1,15 @@
 """The model against transformers' GPT-2, against arithmetic by hand, and against itself without a cache."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import model as model_file
-from model import GPT, GPTConfig, sample_tokens
+from model import GPT, GPTConfig, attend_in_blocks, sample_tokens
 
 SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=4, n_embd=32)
 CHOICES = {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2, 'tied_head': False, 'logit_cap': 5.0,
@@ -121,6 +123,55 @@ def test_a_fresh_model_knows_nothing(config):
         ids = torch.randint(vocab_size, (8, 33))
         loss = model(ids[:, :-1], ids[:, 1:]).item()
         assert abs(loss / math.log(vocab_size) - 1) < 0.03
+
+
+def test_with_zero_init_every_block_begins_as_the_identity():
+    model = GPT(replace(SMALL, zero_init=True)).eval()
+    ids = torch.randint(SMALL.vocab_size, (2, 8))
+    embedded = model.transformer.wte(ids) + model.transformer.wpe.weight[:8]
+    torch.testing.assert_close(model._hidden(ids, torch.arange(8)), model.transformer.ln_f(embedded))
+    assert {name.split('.')[-2] for name, p in model.named_parameters() if p.dim() == 2 and not p.any()} == {'c_proj'}
+
+
+@pytest.mark.parametrize('T, heads, kv_heads', [(1, 2, 2), (40, 6, 3), (256, 2, 1), (600, 4, 4)])
+def test_attention_in_blocks_is_attention(T, heads, kv_heads):
+    """In float64 to rounding, values and gradients; in bfloat16 as near to it as a few roundings."""
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads))
+
+    def run(attend, dtype):
+        inputs = [part.to(dtype, copy=True).requires_grad_() for part in (q, k, v)]
+        y = attend(*inputs)
+        y.backward(g.to(dtype))
+        return [y.detach().double(), *(part.grad.double() for part in inputs)]
+
+    exact = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), torch.float64)
+    for ours, expected in zip(run(attend_in_blocks, torch.float64), exact):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    for ours, expected in zip(run(attend_in_blocks, torch.bfloat16), exact):
+        assert (ours - expected).norm() < 0.03 * expected.norm() + 1e-12
+
+
+def test_bfloat16_on_a_cpu_attends_in_blocks_and_drops_out(monkeypatch):
+    """The loss and gradients of a whole model follow float32's; dropout sets some probabilities to 0 in training only."""
+    torch.manual_seed(0)
+    model, ids = GPT(MODERN), torch.randint(MODERN.vocab_size, (4, 17))
+    calls = []
+    monkeypatch.setattr('model.attend_in_blocks', lambda *args: calls.append(args[3]) or attend_in_blocks(*args))
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+        model.zero_grad()
+    assert calls == [0.0] * MODERN.n_layer
+    (loss, exact), (rounded_loss, rounded) = gradients
+    assert rounded_loss == pytest.approx(loss, rel=5e-3)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+    ones = torch.ones(1, 1, 64, 8)
+    kept = attend_in_blocks(ones, ones, ones, 0.5)[0, 0, -1, 0]  # of 64 equal probabilities half are dropped, the rest doubled
+    assert kept.item() == pytest.approx(1.0, abs=0.4) and (kept.item() * 32) % 1 == pytest.approx(0, abs=1e-4) and kept != 1.0
 
 
 def test_residual_projections_start_smaller_by_depth():

@@ -1,11 +1,16 @@
-"""AdamW and clipping against figures worked by hand."""
+"""AdamW, Muon and clipping against figures worked by hand and against torch's own."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig
 from nib import optim
+
+
+CONFIG = GPTConfig(vocab_size=7, block_size=4, n_layer=2, n_head=2, n_embd=8)
+UNTIED = replace(CONFIG, tied_head=False)
 
 
 def adamw_by_hand(p, gradients, lr, beta1, beta2, eps, weight_decay):
@@ -19,6 +24,15 @@ def adamw_by_hand(p, gradients, lr, beta1, beta2, eps, weight_decay):
     return p
 
 
+USABLE = torch.tensor(True)
+
+
+def make(model, lr, *args, **options):
+    optimizer = optim.Optimizer(model, *args, **options)
+    optimizer.lr = lr
+    return optimizer
+
+
 class OneMatrix(torch.nn.Module):
     def __init__(self, value):
         super().__init__()
@@ -27,9 +41,9 @@ class OneMatrix(torch.nn.Module):
 
 def test_one_step_of_adamw_gives_the_figure_worked_by_hand():
     model = OneMatrix(0.523)
-    optimizer = optim.adamw(model, 0.001, (0.9, 0.95), 0.1)
+    optimizer = make(model, 0.001, betas=(0.9, 0.95), weight_decay=0.1)
     model.weight.grad = torch.full((1, 1), -0.38)
-    optimizer.step()
+    optimizer.step(USABLE)
     # 0.523 * (1 - 0.001 * 0.1) - 0.001 * -0.38 / 0.38 = 0.5229477 + 0.001
     assert model.weight.item() == pytest.approx(0.5239477, abs=5e-8)
 
@@ -37,20 +51,22 @@ def test_one_step_of_adamw_gives_the_figure_worked_by_hand():
 def test_many_steps_of_adamw_follow_the_algorithm():
     gradients = [-0.38, 0.7, 0.0, 12.5, -0.001, 3.0]
     model = OneMatrix(0.523)
-    optimizer = optim.adamw(model, 0.01, (0.9, 0.95), 0.1)
+    optimizer = make(model, 0.01, betas=(0.9, 0.95), weight_decay=0.1)
     for gradient in gradients:
         model.weight.grad = torch.full((1, 1), gradient)
-        optimizer.step()
+        optimizer.step(USABLE)
     assert model.weight.item() == pytest.approx(adamw_by_hand(0.523, gradients, 0.01, 0.9, 0.95, 1e-8, 0.1), rel=1e-5)
 
 
-def test_weight_decay_falls_on_matrices_and_embeddings_only():
-    model = GPT(GPTConfig(vocab_size=7, block_size=4, n_layer=2, n_head=2, n_embd=8))
-    decayed, spared = optim.parameter_groups(model, 0.1)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    assert (decayed['weight_decay'], spared['weight_decay']) == (0.1, 0.0)
-    assert {names[p] for p in spared['params']} == {n for n in names.values() if 'ln_' in n or n.endswith('bias')}
-    assert len(decayed['params']) + len(spared['params']) == len(names)
+@pytest.mark.parametrize('method', ['adamw', 'muon'])
+def test_weight_decay_falls_on_matrices_and_embeddings_only(method):
+    model = GPT(CONFIG)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    make(model, 0.5, method, weight_decay=0.1).step(USABLE)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * 0.1 if p.dim() == 2 else 1), msg=name)
 
 
 def test_clipping_keeps_the_direction():
@@ -63,24 +79,114 @@ def test_clipping_keeps_the_direction():
     torch.testing.assert_close(parameter.grad, gradient / 45668.945, rtol=1e-5, atol=1e-9)
 
 
-def test_state_by_name_survives_a_round_trip():
-    torch.manual_seed(0)
-    config = GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=2, n_embd=8)
-    ids = torch.randint(7, (2, 5))
-
-    def step(model, optimizer):
+def train_a_little(model, optimizers, steps, seed=0):
+    """Steps on random tokens; every optimizer of the list steps on the same gradients."""
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        ids = torch.randint(7, (2, 5), generator=draw)
         model(ids[:, :-1], ids[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step(USABLE) if isinstance(optimizer, optim.Optimizer) else optimizer.step()
+        model.zero_grad()
 
-    first = GPT(config)
-    optimizer = optim.adamw(first, 0.01, (0.9, 0.95), 0.1)
-    step(first, optimizer)
-    second = GPT(config)
+
+def test_muon_makes_a_matrix_orthogonal():
+    """Every singular value ends near 1, from the largest to one a thousand times smaller; the singular vectors stay."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(size, 16, dtype=torch.float64)).Q for size in (16, 40))
+    for spread in (1.0, 10.0, 1000.0):
+        s = torch.logspace(0, -math.log10(spread), 16, dtype=torch.float64)
+        x = optim.orthogonalize((u @ s.diag() @ v.T)[None], 10, torch.float64)[0]
+        values = (u.T @ x @ v).diag()
+        assert 0.6 < values.min() and values.max() < 1.3
+        torch.testing.assert_close(x, u @ values.diag() @ v.T, atol=1e-9, rtol=0)
+
+
+def test_a_singular_value_follows_the_quintic():
+    """Three iterations on 1 x 1 matrices, whose norm is their value: 1 -> 3.4445 - 4.7750 + 2.0315 = 0.701 -> ..."""
+    s = 1.0
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    x = optim.orthogonalize(torch.tensor([[[-7.0]], [[0.02]]]), 3, torch.float32)
+    assert x.flatten().tolist() == pytest.approx([-s, s], rel=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon to compare with')
+@pytest.mark.parametrize('iterations', [5, 3])
+def test_muon_follows_torchs_own(iterations):
+    """Which takes one matrix after the other, in bfloat16: 8 steps with decay and Nesterov's momentum, square, wide and tall
+    matrices in one batch."""
+    torch.manual_seed(0)
+    ours, theirs = GPT(CONFIG), GPT(CONFIG)
+    theirs.load_state_dict(ours.state_dict())
+    own = make(ours, 0.02, 'muon', weight_decay=0.3, momentum=0.9, iterations=iterations, lr_ratio=2.0, dtype=torch.bfloat16)
+    matrices = [p for name, p in theirs.named_parameters() if p.dim() == 2 and '.h.' in name]
+    assert len(matrices) == 8 and {tuple(p.shape) for p in matrices} == {(24, 8), (8, 8), (32, 8), (8, 32)}
+    reference = torch.optim.Muon(matrices, lr=0.04, weight_decay=0.3, momentum=0.9, nesterov=True, ns_steps=iterations,
+                                 adjust_lr_fn='match_rms_adamw')
+    gradients = torch.Generator().manual_seed(1)
+    for _ in range(8):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn(p.shape, generator=gradients)
+            q.grad = p.grad.clone()
+        own.step(USABLE)
+        reference.step()
+    by_name = dict(ours.named_parameters())
+    for name, q in theirs.named_parameters():
+        if any(q is p for p in matrices):  # 8 updates of 0.04 * 0.2 * sqrt(the longer side) in bfloat16
+            torch.testing.assert_close(by_name[name], q, atol=3e-3, rtol=0, msg=name)
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    """Which each does as if it were alone."""
+    torch.manual_seed(0)
+    mixed, plain = GPT(UNTIED), GPT(UNTIED)
+    plain.load_state_dict(mixed.state_dict())
+    optimizers = make(mixed, 0.01, 'muon'), make(plain, 0.01)
+    gradients = torch.Generator().manual_seed(1)
+    for p, q in zip(mixed.parameters(), plain.parameters()):
+        p.grad = torch.randn(p.shape, generator=gradients)
+        q.grad = p.grad.clone()
+    for optimizer in optimizers:
+        optimizer.step(USABLE)
+    for (name, p), q in zip(mixed.named_parameters(), plain.parameters()):
+        assert torch.equal(p, q) == (not ('.h.' in name and p.dim() == 2)), name
+
+
+@pytest.mark.parametrize('method', ['adamw', 'muon'])
+def test_a_step_that_is_not_usable_changes_nothing(method):
+    """Not even with gradients that are not numbers, and not the steps after it."""
+    torch.manual_seed(0)
+    model, untouched = GPT(CONFIG), GPT(CONFIG)
+    untouched.load_state_dict(model.state_dict())
+    optimizer, other = make(model, 0.01, method), make(untouched, 0.01, method)
+    train_a_little(model, [optimizer], 2)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step(torch.tensor(False))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    train_a_little(untouched, [other], 2)
+    for m, o in ((model, optimizer), (untouched, other)):
+        train_a_little(m, [o], 2, seed=1)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, untouched.state_dict()[name]), name
+
+
+@pytest.mark.parametrize('method', ['adamw', 'muon'])
+def test_state_by_name_survives_a_round_trip(method):
+    torch.manual_seed(0)
+    first, second = GPT(CONFIG), GPT(CONFIG)
+    optimizer, restored = make(first, 0.01, method), make(second, 0.01, method)
+    train_a_little(first, [optimizer], 2)
     second.load_state_dict(first.state_dict())
-    restored = optim.adamw(second, 0.01, (0.9, 0.95), 0.1)
-    optim.load_named_state(restored, second, {k: v.clone() for k, v in optim.named_state(optimizer, first).items()})
-    step(first, optimizer)
-    step(second, restored)
+    state = {name: tensor.clone() for name, tensor in optimizer.named_state(first).items()}
+    shapes = {name: tuple(p.shape) for name, p in first.named_parameters()}
+    assert all(tensor.shape in ((), shapes[name.rpartition('/')[0]]) for name, tensor in state.items())
+    restored.load_named_state(second, state)
+    for model, o in ((first, optimizer), (second, restored)):
+        train_a_little(model, [o], 2, seed=1)
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+    with pytest.raises(KeyError):
+        restored.load_named_state(second, {'transformer.wte.weight/other': torch.ones(())})

@@ -74,8 +74,10 @@ def test_a_run_cut_at_any_step_equals_the_uninterrupted_one(run_cut, tmp_path, d
     assert run_cut(tmp_path / 'other', [], f'--dtype={dtype}', '--seed=1') != whole
 
 
-def test_a_chain_of_five_resumes_equals_the_uninterrupted_run(run_cut, tmp_path):
-    assert run_cut(tmp_path / 'cut', [1, 19, 20, 33, 49]) == run_cut(tmp_path / 'whole', [])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_chain_of_five_resumes_equals_the_uninterrupted_run(run_cut, tmp_path, optimizer):
+    flag = f'--optimizer={optimizer}'
+    assert run_cut(tmp_path / 'cut', [1, 19, 20, 33, 49], flag) == run_cut(tmp_path / 'whole', [], flag)
 
 
 @pytest.mark.slow

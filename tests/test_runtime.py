@@ -41,8 +41,12 @@ def test_a_device_that_is_not_there_is_refused_with_what_is(monkeypatch):
 
 def test_precision_is_what_the_device_has(monkeypatch):
     machine(monkeypatch)
-    assert runtime.pick_dtype('auto', 'cpu')[0] == 'float32'
-    assert runtime.pick_dtype('bfloat16', 'cpu') == ('bfloat16', 'as asked')
+    for avx512, amx, expected in ((False, False, 'float32'), (True, False, 'bfloat16'), (False, True, 'bfloat16')):
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+        assert runtime.pick_dtype('auto', 'cpu')[0] == expected
+        assert runtime.pick_dtype('bfloat16', 'cpu') == ('bfloat16', 'as asked')
+    assert runtime.pick_dtype('auto', 'mps')[0] == 'float32'
     machine(monkeypatch, cuda=1)
     assert runtime.pick_dtype('auto', 'cuda')[0] == 'bfloat16'
     machine(monkeypatch, cuda=1, bfloat16=False, name='Tesla T4')
