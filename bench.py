@@ -222,7 +222,7 @@ class NanoGPT:
         if not (Path(clone) / 'model.py').exists():
             raise UserError(f'--vs_nanogpt={clone}: it is the path of a clone of karpathy/nanoGPT')
         gpt2 = configurator.read_block(str(Path(__file__).with_name('train.py'))).defaults
-        for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap'):
+        for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap', 'zero_init', 'optimizer'):
             if values[key] != gpt2[key]:
                 raise UserError(f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2\'s architecture')
         keys = ('device', 'dtype', 'compile', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head',
@@ -253,7 +253,7 @@ job = json.loads(sys.argv[1])
 device, kind = job['device'], job['device'].split(':')[0]
 B, T, micro_steps = job['batch_size'], job['block_size'], job['gradient_accumulation_steps']
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-context = contextlib.nullcontext() if kind == 'cpu' and job['dtype'] == 'float32' else torch.amp.autocast(
+context = contextlib.nullcontext() if kind == 'cpu' else torch.amp.autocast(
     device_type=kind, dtype=getattr(torch, job['dtype']))
 raw_model = GPT(GPTConfig(**{k: job[k] for k in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}))
 raw_model.to(device)

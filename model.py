@@ -13,9 +13,10 @@ from typing import Literal, get_args, get_type_hints
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that counts nothing towards the loss; also what generate() yields for a row that has ended
-LOSS_CHUNK = 1 << 26  # logits that the loss holds at a time, in float32: 256 MiB
+LOSS_CHUNK = 1 << 25  # logits that the loss holds at a time, in float32: 128 MiB
 QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
 
 
@@ -38,6 +39,7 @@ class GPTConfig:
     tied_head: bool = True  # the output head is the token embedding itself
     logit_cap: float = 0.0  # logits stay within plus and minus this; 0 is no cap
     zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
+    recompute: bool = False  # of each block keep the input alone, and compute the rest again in the backward pass
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
@@ -157,17 +159,25 @@ class CausalSelfAttention(nn.Module):
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):
     """Causal attention as scaled_dot_product_attention computes it, q (B, H, T, D), k and v (B, K, T, D), for bfloat16 on a CPU:
-    its matrix products run at the rate of others, and the keys after a block's last query are never looked at."""
+    its matrix products run at the rate of others. The keys after a block's last query are never looked at, and of several
+    blocks the probabilities are computed again in the backward pass instead of kept."""
     B, H, T, D = q.shape
     k, v = (part.repeat_interleave(H // part.shape[1], dim=1).reshape(B * H, T, D) for part in (k, v))
     q = q.reshape(B * H, T, D)
-    blocks = []
-    for first in range(0, T, QUERY_BLOCK):
-        end = min(first + QUERY_BLOCK, T)
-        mask = torch.full((end - first, end), -math.inf, dtype=q.dtype).triu(first + 1)
-        scores = torch.baddbmm(mask, q[:, first:end], k[:, :end].transpose(1, 2), alpha=1 / math.sqrt(D))
-        blocks.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :end])  # (B * H, end - first, D)
+    if T <= QUERY_BLOCK:
+        return attend_block(q, k, v, dropout).view(B, H, T, D)
+    ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
+    blocks = [checkpoint(attend_block, q_block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
+              for q_block, end in zip(q.split(QUERY_BLOCK, dim=1), ends)]
     return torch.cat(blocks, dim=1).view(B, H, T, D)
+
+
+def attend_block(q, k, v, dropout):
+    """Attention of the last queries q (N, Q, D) of a context of S positions, k and v (N, S, D)."""
+    Q, S, D = q.shape[1], *k.shape[1:]
+    mask = torch.full((Q, S), -math.inf, dtype=q.dtype).triu(S - Q + 1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
 class MLP(nn.Module):
@@ -263,8 +273,12 @@ class GPT(nn.Module):
         else:
             rotary = self.rotary(positions)
         x = self.transformer.drop(x)
+        recompute = self.config.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rotary, caches[i] if caches else None)
+            if recompute:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary, caches[i] if caches else None)
         return self.transformer.ln_f(x)
 
     @property
@@ -368,31 +382,42 @@ class ChunkedLoss(torch.autograd.Function):
     """The mean cross-entropy of the head's logits, which are never there all at once.
 
     The logits of a large vocabulary are most of a small model's memory. A chunk of them gives its part of the loss and,
-    as d loss / d logits = softmax(logits) - one_hot(target), its part of the gradients at once, and is forgotten.
+    as d loss / d logits = softmax(logits) - one_hot(target), its part of the gradients at once, and makes room for the next
+    in the same memory: to get new pages from the system would take longer than to fill them.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, cap, with_gradients):  # x (N, C), weight (V, C), targets (N)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        head = weight.to(dtype)
-        losses = torch.zeros(len(x), device=x.device)
+        head, rows = weight.to(dtype), min(len(x), max(1, LOSS_CHUNK // len(weight)))
+        logits = head.new_empty(rows, len(head))
+        log_probs = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+        losses = torch.empty(len(x), device=x.device)
         # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
-        grad_x, grad_weight = (torch.zeros_like(t, dtype=torch.float32) for t in (x, weight)) if with_gradients else (None, None)
-        rows = max(1, LOSS_CHUNK // weight.shape[0])
+        grad_x, grad_weight, part = (torch.empty_like(x, dtype=torch.float32), torch.zeros_like(weight, dtype=torch.float32),
+                                     torch.empty_like(head)) if with_gradients else (None, None, None)
         for first in range(0, len(x), rows):
             chunk, target = x[first:first + rows].to(dtype), targets[first:first + rows, None]
-            logits = soft_cap((chunk @ head.t()).float(), cap)  # (rows, V)
+            logits, log_probs = logits[:len(chunk)], log_probs[:len(chunk)]
             counted = target != IGNORED
             target = target.clamp(min=0)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            losses[first:first + rows] = ((log_sum - logits.gather(1, target)) * counted)[:, 0]
+            torch.mm(chunk, head.t(), out=logits)
+            log_probs.copy_(logits)
+            if cap:
+                bent = log_probs.div_(cap).tanh_().clone()  # soft_cap
+                log_probs.mul_(cap)
+            torch.log_softmax(log_probs, dim=-1, out=log_probs)
+            losses[first:first + rows] = (log_probs.gather(1, target) * -counted.float())[:, 0]
             if with_gradients:
-                bend = 1 - (logits / cap).square() if cap else 1.0  # the derivative of soft_cap
-                grad = (logits - log_sum).exp().scatter_add(1, target, -torch.ones_like(log_sum))
-                grad = (grad * counted * bend).to(dtype)
-                grad_x[first:first + rows] = grad @ head
-                grad_weight += grad.t() @ chunk
+                grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                if cap:
+                    grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
+                logits.copy_(grad)
+                grad_x[first:first + rows] = (logits @ head) * counted
+                torch.mm(logits.t(), chunk * counted, out=part)
+                for total, addend in zip(grad_weight.split(4096), part.split(4096)):  # all at once would make a copy of part
+                    total += addend
         n_counted = (targets != IGNORED).sum()
         ctx.save_for_backward(grad_x, grad_weight, n_counted)
         ctx.dtypes = x.dtype, weight.dtype

@@ -65,6 +65,7 @@ mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # non-linearity between the ML
 tied_head: bool = True  # the output head is the token embedding itself
 logit_cap: float = 0.0  # bends logits into plus and minus this; 0 does not
 zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
+recompute: bool = False  # keep each block's input alone and compute the rest again in the backward pass: a quarter more time, little memory
 # optimizer
 max_iters: int = 600000  # steps in the run
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: the blocks' matrices by Muon, the rest by AdamW; a lower loss after as many steps

@@ -30,14 +30,14 @@ class Weights:
     def adopt(self, values: Mapping, origins: Mapping) -> dict:
         """The config's values, with this model's architecture where the user has not said otherwise.
 
-        UserError where the user has: but for dropout, and block_size, which may be shorter in a new run.
+        UserError where the user has: but for dropout and recompute, and block_size, which may be shorter in a new run.
         """
         adopted = dict(values)
         fixed = {field.name: getattr(self.model, field.name) for field in fields(GPTConfig)}
         if self.resumed:  # whose state is that of its optimizer
             fixed['optimizer'] = self.resumed.state['config'].get('optimizer', 'adamw')
         for key, own in fixed.items():
-            if key in ('vocab_size', 'dropout') or values[key] == own:
+            if key in ('vocab_size', 'dropout', 'recompute') or values[key] == own:
                 continue
             if origins[key] == 'default':
                 adopted[key] = own
