@@ -175,7 +175,6 @@ def main(argv):
     values, origins = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
     globals().update(values)  # from here on the names at the top of this file have the values of this run
     dtype_used, dtype_reason = runtime.pick_dtype(dtype, device)
-    compile_used, compile_reason = runtime.pick_compile(compile, device)
     ranks = runtime.start_ranks(device)
     device_used = f'cuda:{ranks.local_rank}' if device == 'cuda' else device
     check_config(values, ranks.world_size)
@@ -183,7 +182,7 @@ def main(argv):
     precision = runtime.precision(dtype_used, device_used)
     console = Console(shown=ranks.is_first)
     console.say(f'device {runtime.describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
-                f'({dtype_reason}), compile {"on" if compile_used else "off"} ({compile_reason})')
+                f'({dtype_reason})')
 
     if ranks.on_first(lambda: rundir.restarted(out_dir)):
         values['init_from'] = 'resume'  # the command says something else, and was typed for the first start
@@ -221,8 +220,12 @@ def main(argv):
         ranks.on_first(lambda: lock.take(new_run=not overwrite))
     del start  # it holds a copy of all weights
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
+    peak = runtime.peak_flops(device_used, dtype_used)
+    peak_seconds = flops_per_token * tokens_per_step * max_iters / (peak * ranks.world_size) if peak else None
+    compile_used, compile_reason = runtime.pick_compile(compile, device_used, peak_seconds)
     console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters ({raw_model.num_params(positions=False) / 1e6:.2f}M '
-                f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step')
+                f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step, '
+                f'compile {"on" if compile_used else "off"} ({compile_reason})')
 
     batches = loader.BatchLoader(data.train, block_size, batch_size, seed, 'train', micro_steps, ranks.rank,
                                  ranks.world_size, device_used, data.vocab_size)
@@ -277,7 +280,6 @@ def main(argv):
 
     if not eval_only:
         ranks.on_first(open_out_dir)
-    peak = runtime.peak_flops(device_used, dtype_used)
     saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
     limit = None if on_nonfinite == 'skip' else max_bad_steps
     bad_steps = guard.BadSteps(limit, device_used, scaler.is_enabled(), state.bad_steps)
@@ -329,6 +331,7 @@ def main(argv):
         if evaluation_due:
             started = time.perf_counter()
             train_loss, val_loss = split_loss('train', eval_iters), split_loss('val', eval_iters)
+            seconds = time.perf_counter() - started
             if ranks.largest(stop.number):
                 continue  # it was cut short; a resumed run makes up for it
             if not math.isfinite(val_loss):
@@ -337,9 +340,10 @@ def main(argv):
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.evaluated, state.best_val_loss = state.step, val_loss if best else state.best_val_loss
             console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
-                        f'{", the best so far" if best and saved else ""}')
+                        f'{", the best so far" if best and saved else ""}; {seconds:.1f} s')
             if metrics:
                 metrics.log(state.step, {
+                    'seconds/evaluation': seconds,
                     'loss/train': train_loss, 'loss/val': val_loss, 'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
                     'bits_per_byte/val': data.bits_per_byte(val_loss),
                     'sample': write_sample(raw_model, data, console) if sample_tokens else None})

@@ -1,10 +1,11 @@
-"""Trains the small character GPT with nanoGPT and with nibGPT, in turns, and prints time, tokens/s and loss of both.
+"""Trains the small character GPT with nanoGPT and with nibGPT, in turns, and prints time, tokens/s and loss of each.
 
     git clone https://github.com/karpathy/nanoGPT && python nanoGPT/data/shakespeare_char/prepare.py
     python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT
 
-Both train on nanoGPT's bins' text with the settings that nanoGPT's README gives for a CPU: the same model, batch, steps
-and number of evaluations. A turn is a whole process: start-up, training, evaluations, saving.
+All train on the text of nanoGPT's bins. nanoGPT and nibGPT take the settings that nanoGPT's README gives for a CPU: the same
+model, batch, steps and number of evaluations. fast is nibGPT with config/fast_shakespeare_char.py, a seed of its own in each
+turn. A turn is a whole process: start-up, training, evaluations, saving.
 """
 import json
 import re
@@ -56,23 +57,25 @@ def main(argv):
     if max_iters < 250:
         raise UserError(f'max_iters is {max_iters}: it must be at least 250, as nanoGPT saves nothing before')
     text = clone / 'data/shakespeare_char/input.txt'
-    turns = {'nanoGPT': [], 'nibGPT': []}
+    contestants = {'nanoGPT': train_nanogpt, 'nibGPT': train_nibgpt, 'fast': train_fast}
+    turns = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = Path(scratch) / 'data'
         run([sys.executable, str(ROOT / 'data/shakespeare_char/prepare.py'), f'--input={text.resolve()}',
              f'--out_dir={data_dir / "shakespeare_char"}'], ROOT)
         for turn in range(rounds):
-            for name, train in (('nanoGPT', train_nanogpt), ('nibGPT', train_nibgpt)):
-                turns[name].append(train(clone, data_dir, Path(scratch) / f'{name}-{turn}'))
+            for name, train in contestants.items():
+                turns[name].append(train(clone, data_dir, Path(scratch) / f'{name}-{turn}', turn))
                 print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()), flush=True)
     table = (f'{rounds} rounds in turns; {measure.describe_machine()}; {max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
-             + measure.make_table(turns))
+             + measure.make_table({name: turns[name] for name in ('nanoGPT', 'nibGPT')}) + '\n'
+             + measure.make_table({name: turns[name] for name in ('nanoGPT', 'fast')}))
     print(table)
     if result:
         Path(result).write_text(table)
 
 
-def train_nanogpt(clone, data_dir, out_dir):
+def train_nanogpt(clone, data_dir, out_dir, seed):
     command = [sys.executable, 'train.py', 'config/train_shakespeare_char.py', '--device=cpu', '--compile=False',
                '--eval_iters=20', '--log_interval=1', '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4',
                '--n_embd=128', f'--max_iters={max_iters}', f'--lr_decay_iters={max_iters}', '--dropout=0.0',
@@ -87,9 +90,17 @@ def train_nanogpt(clone, data_dir, out_dir):
             'val loss, whole split': float(whole.split()[-1])}
 
 
-def train_nibgpt(clone, data_dir, out_dir):
-    command = [sys.executable, 'train.py', 'config/train_shakespeare_char.py', '--device=cpu', '--compile=False',
-               f'--max_iters={max_iters}', f'--data_dir={data_dir}', f'--out_dir={out_dir}', '--fallback_dataset=']
+def train_nibgpt(clone, data_dir, out_dir, seed):
+    return train_config(data_dir, out_dir, 'config/train_shakespeare_char.py', f'--max_iters={max_iters}')
+
+
+def train_fast(clone, data_dir, out_dir, seed):
+    return train_config(data_dir, out_dir, 'config/fast_shakespeare_char.py', f'--seed={seed}')
+
+
+def train_config(data_dir, out_dir, *flags):
+    command = [sys.executable, 'train.py', *flags, '--device=cpu', '--compile=False', f'--data_dir={data_dir}',
+               f'--out_dir={out_dir}', '--fallback_dataset=']
     seconds, _ = run(command, ROOT)
     records = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
     return {'process s': seconds,

@@ -121,16 +121,16 @@ def synchronize(device: str):
         torch.mps.synchronize()
 
 
-def pick_compile(compile: bool | str, device: str) -> tuple[bool, str]:
-    """Whether to compile the model, and why."""
+def pick_compile(compile: bool | str, device: str, peak_seconds: float | None = None) -> tuple[bool, str]:
+    """Whether to compile the model, and why. peak_seconds: what the run would take at the device's peak rate, where known."""
     compiler = os.environ.get('CXX') or 'g++'
+    reason = 'as asked'
     if compile == 'auto':
         if not device.startswith('cuda'):
-            return False, 'it takes longer than a short run on this device wins back'
-        compile = True
-        reason = 'faster on a GPU'
-    else:
-        reason = 'as asked'
+            return False, 'measured to be no faster on a CPU'
+        if peak_seconds is not None and peak_seconds < 15:  # some minute in practice, of which compiling takes most
+            return False, 'the run is too short to win back the time that it takes'
+        compile, reason = True, 'faster on a GPU'
     if compile and not any(shutil.which(name) for name in (compiler, 'gcc', 'clang')):
         return False, 'there is no C compiler on this machine (install gcc)'
     return bool(compile), reason

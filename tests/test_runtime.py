@@ -78,6 +78,9 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
 def test_compile_is_for_gpus_unless_asked_for_and_needs_a_compiler(monkeypatch):
     monkeypatch.setattr(runtime.shutil, 'which', lambda name: '/usr/bin/' + name)
     assert runtime.pick_compile('auto', 'cuda')[0] is True
+    assert runtime.pick_compile('auto', 'cuda', peak_seconds=3600.0) == (True, 'faster on a GPU')
+    assert runtime.pick_compile('auto', 'cuda', peak_seconds=5.0) == (False, 'the run is too short to win back the time that it takes')
+    assert runtime.pick_compile(True, 'cuda', peak_seconds=5.0) == (True, 'as asked')
     assert runtime.pick_compile('auto', 'cpu')[0] is False
     assert runtime.pick_compile(True, 'cpu') == (True, 'as asked')
     assert runtime.pick_compile(False, 'cuda') == (False, 'as asked')
