@@ -539,10 +539,11 @@ def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_p
 def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data):
     """Two steps of each, at reduced size; those that start from published weights start from small ones."""
     configs = sorted((ROOT / 'config').rglob('*.py'))
-    assert {'train_shakespeare_char', 'train_shakespeare', 'finetune_shakespeare', 'train_gpt2', 'modern_shakespeare_char',
+    assert {'fast_shakespeare_char', 'fast_gpt2', 'train_shakespeare_char', 'train_shakespeare', 'finetune_shakespeare',
+            'train_gpt2', 'modern_shakespeare_char',
             'train_text', 'eval_gpt2', 'eval_gpt2_medium', 'eval_gpt2_large', 'eval_gpt2_xl'} <= {path.stem for path in configs}
     for config in configs:
-        published = 'gpt2' in config.stem.removeprefix('train_') or 'finetune' in config.stem
+        published = config.stem.startswith(('eval_', 'finetune_'))
         start = [f'--init_from={published_gpt2[0]}', '--bias'] if published else []
         flags = [flag for flag in SMALL_RUN if not flag.startswith('--block_size')] + ['--block_size=32']
         done = run_script('train.py', config, *flags, '--max_iters=2', *start, f'--out_dir={tmp_path / config.stem}',
