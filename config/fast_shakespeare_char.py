@@ -13,9 +13,8 @@ muon_momentum = 0.85  # short, as the run is
 position = 'rotary'
 rotary_base = 100.0  # tells apart the distances that there are in a short context
 qk_norm = True  # without it nothing else here bears this learning rate
-mlp = 'relu2'
+mlp = 'swiglu'
 tied_head = False  # embedding and head want different updates
-logit_cap = 15.0
 zero_init = True
 
 if device == 'cpu':
