@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that counts nothing towards the loss; also what generate() yields for a row that has ended
-LOSS_CHUNK = 1 << 25  # logits that the loss holds at a time, in float32: 128 MiB
+LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time, in float32: 64 MiB
 QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
 
 
@@ -395,10 +395,9 @@ class ChunkedLoss(torch.autograd.Function):
         log_probs = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         losses = torch.empty(len(x), device=x.device)
         # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
-        grad_x, grad_weight, part = (torch.empty_like(x, dtype=torch.float32), torch.zeros_like(weight, dtype=torch.float32),
-                                     torch.empty_like(head)) if with_gradients else (None, None, None)
+        grad_x, grad_weight = (torch.zeros_like(t, dtype=torch.float32) for t in (x, weight)) if with_gradients else (None, None)
         for first in range(0, len(x), rows):
-            chunk, target = x[first:first + rows].to(dtype), targets[first:first + rows, None]
+            chunk, target = x[first:first + rows].to(dtype, copy=True), targets[first:first + rows, None]
             logits, log_probs = logits[:len(chunk)], log_probs[:len(chunk)]
             counted = target != IGNORED
             target = target.clamp(min=0)
@@ -415,9 +414,9 @@ class ChunkedLoss(torch.autograd.Function):
                     grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
                 logits.copy_(grad)
                 grad_x[first:first + rows] = (logits @ head) * counted
-                torch.mm(logits.t(), chunk * counted, out=part)
-                for total, addend in zip(grad_weight.split(4096), part.split(4096)):  # all at once would make a copy of part
-                    total += addend
+                chunk *= counted
+                for total, columns in zip(grad_weight.split(4096), logits.split(4096, dim=1)):  # little by little: no large copy
+                    total += columns.t() @ chunk
         n_counted = (targets != IGNORED).sum()
         ctx.save_for_backward(grad_x, grad_weight, n_counted)
         ctx.dtypes = x.dtype, weight.dtype
