@@ -247,17 +247,22 @@ def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
     assert generate(model, prompts, n, temperature=0.0) == [greedy_without_cache(model, p, n) for p in prompts]
 
 
-@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
-def test_cached_logits_equal_uncached_ones(config):
-    model = make_model(config).double()
-    prompt = torch.randint(61, (1, 4)).tolist()
-    cached, plain = [], model._logits
-    model._logits = lambda x: cached.append(plain(x)) or cached[-1]
-    made = generate(model, prompt, 12, temperature=0.0)[0]
-    del model._logits
+def cached_and_uncached_logits(monkeypatch, model, prompt, n):
+    """The logits that generation takes its tokens from, and those of the whole text read at once; (n, V) each."""
+    cached = []
+    with monkeypatch.context() as patch:
+        patch.setattr(model_file, 'sample_tokens', lambda logits, *options: cached.append(logits) or sample_tokens(logits, *options))
+        made = generate(model, [prompt], n, temperature=0.0)[0]
     with torch.no_grad():
-        full = model(torch.tensor([prompt[0] + made[:-1]]))[0, 3:]
-    torch.testing.assert_close(torch.cat(cached), full, atol=1e-6, rtol=0)  # the rotary table is float32
+        return torch.cat(cached), model(torch.tensor([prompt + made[:-1]]))[0, len(prompt) - 1:]
+
+
+@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-4)])  # the rotary table is float32
+def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, monkeypatch):
+    model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
+    cached, full = cached_and_uncached_logits(monkeypatch, model, torch.randint(61, (4,)).tolist(), 12)
+    torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
