@@ -264,7 +264,11 @@ class GPT(nn.Module):
         return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight  # (V, C)
 
     def _logits(self, x):
-        return soft_cap(F.linear(x, self._head_weight), self.config.logit_cap)  # (B, T, V)
+        logits = F.linear(x, self.transformer.wte.weight) if self.config.tied_head else self.lm_head(x)  # (B, T, V)
+        return soft_cap(logits, self.config.logit_cap)
+
+    def _next_logits(self, idx, positions, caches):
+        return self._logits(self._hidden(idx, positions, caches)[:, -1])  # (B, V)
 
     def crop_block_size(self, block_size: int):
         """Shortens the context, keeping the first positions. ValueError when it would have to grow."""
@@ -302,7 +306,7 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-                 stop: Sequence[Sequence[int]] = ()) -> Iterator[torch.Tensor]:
+                 stop: Sequence[Sequence[int]] = (), compile: bool = False) -> Iterator[torch.Tensor]:
         """Continues every prompt, handing out tokens as they are made.
 
         prompts: B sequences of token ids, of any lengths >= 1; of one longer than block_size the end is used.
@@ -315,7 +319,7 @@ class GPT(nn.Module):
         that every token is written as the model was trained. That costs one pass every block_size / 2 tokens.
         """
         check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, self.config.vocab_size)
-        window = Window(self, prompts, max_new_tokens)
+        window = Window(self, prompts, max_new_tokens, compile)
         device = window.tokens.device
         generator = torch.Generator(device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -387,63 +391,65 @@ class Window:
     Lengths are kept on the host, so that generation never waits for the device.
     """
 
-    def __init__(self, model: GPT, prompts, max_new_tokens: int):
-        self.block_size = model.config.block_size
-        self.model = for_decoding(model)
-        self.head = PackedLinear.or_plain(model._head_weight, None)
-        prompts = [list(prompt)[-self.block_size:] for prompt in prompts]
+    def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
+        config, weight = model.config, model.transformer.wte.weight
+        self.model, self.compile, self.step = for_generation(model, packed=not compile), compile, GPT._next_logits
+        prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
         self.lengths = [len(prompt) for prompt in prompts]
         longest = max(self.lengths)
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-        self.tokens = torch.tensor(padded, device=model.transformer.wte.weight.device)  # (B, slots)
-        self.caches = [KVCache(min(self.block_size, longest + max_new_tokens)) for _ in range(model.config.n_layer)]
-        self.n_cached = 0  # slots whose keys and values the caches hold
+        self.tokens = self.unread = torch.tensor(padded, device=weight.device)  # (B, slots in use)
+        self.n_slots = min(config.block_size, longest + max_new_tokens)
+        self.caches = [KVCache(config, len(prompts), self.n_slots, weight) for _ in range(config.n_layer)]
+        if compile:
+            self.step = torch.compile(GPT._next_logits, mode='reduce-overhead', fullgraph=True)
+            for cache in self.caches:  # or a CUDA graph would copy them in every step
+                torch._dynamo.mark_static_address(cache.keys)
+                torch._dynamo.mark_static_address(cache.values)
 
     def append(self, tokens):
-        """Adds one token (B,) to every row; a full row first drops its oldest half, and everything must be read again."""
-        if max(self.lengths) == self.block_size:
-            self.lengths = [self.block_size // 2 if length == self.block_size else length for length in self.lengths]
-            self.n_cached = 0
-        self.lengths = [length + 1 for length in self.lengths]
+        """Adds one token (B,) to every row; a full row first drops its oldest half, and all rows must be read again."""
+        size = self.model.config.block_size
+        is_full = max(self.lengths) == size
+        self.lengths = [(size // 2 if length == size else length) + 1 for length in self.lengths]
         self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths):]
+        self.unread = self.tokens if is_full else tokens[:, None]  # (B, T), whose keys and values the caches lack
 
     def next_logits(self):
-        """Logits (B, V) of the token after each row's last, computing only what the caches do not hold."""
-        n_slots = self.tokens.shape[1]
-        slots = torch.arange(self.n_cached, n_slots, device=self.tokens.device)  # (T,), those to be read
+        """Logits (B, V) of the token after each row's last."""
+        n_tokens, T, device = self.tokens.shape[1], self.unread.shape[1], self.tokens.device
+        slots = torch.arange(n_tokens - T, n_tokens, device=device)
+        if T == n_tokens:
+            self.starts = n_tokens - torch.tensor(self.lengths, device=device)[:, None]  # (B, 1), each row's first slot
+        is_static = self.compile and T == 1  # a compiled step needs the same shapes every time
+        seen = self.n_slots if is_static else n_tokens
         positions, mask = slots, None
-        if min(self.lengths) < n_slots:
-            start = n_slots - torch.tensor(self.lengths, device=slots.device)[:, None]  # (B, 1), each row's first slot
-            positions = (slots - start).clamp(min=0)  # (B, T)
-            keys = torch.arange(n_slots, device=slots.device)
+        if is_static or min(self.lengths) < n_tokens:
+            positions = (slots - self.starts).clamp(min=0)  # (B, T)
+            keys = torch.arange(seen, device=device)
             # Padding looks at padding: a softmax over nothing would not be a number.
-            mask = (keys <= slots[:, None]) & ((keys >= start[..., None]) | (slots < start)[..., None])
-            mask = mask[:, None]  # (B, 1, T, slots)
+            mask = (keys <= slots[:, None]) & ((keys >= self.starts[..., None]) | (slots < self.starts)[..., None])
+            mask = mask[:, None]  # (B, 1, T, seen)
         for cache in self.caches:
-            cache.first, cache.mask = self.n_cached, mask
-        x = self.model._hidden(self.tokens[:, self.n_cached:], positions, self.caches)[:, -1]
-        self.n_cached = n_slots
-        return soft_cap(self.head(x), self.model.config.logit_cap)
+            cache.slots, cache.seen, cache.mask = slots, seen, mask
+        return (self.step if T == 1 else GPT._next_logits)(self.model, self.unread, positions, self.caches)
 
 
 class KVCache:
     """One layer's keys and values (B, K, n_slots, D). On a CPU in float32, whose attention is several times as fast there."""
 
-    def __init__(self, n_slots: int):
-        self.n_slots = n_slots
-        self.keys = self.values = None
+    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
+        dtype = torch.float32 if weight.device.type == 'cpu' and weight.dtype == torch.bfloat16 else weight.dtype
+        shape = n_rows, config.kv_heads, n_slots, config.head_dim
+        self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in range(2))
 
     def attend(self, q, k, v):
-        """Stores k and v (B, K, T, D) from slot `first` on, and lets q (B, H, T, D) attend over all slots up to its own."""
-        if self.keys is None:
-            dtype = torch.float32 if k.dtype == torch.bfloat16 and k.device.type == 'cpu' else k.dtype
-            self.keys, self.values = (part.new_zeros(*k.shape[:2], self.n_slots, k.shape[3], dtype=dtype) for part in (k, v))
-        T = k.shape[2]
-        self.keys[:, :, self.first:self.first + T] = k
-        self.values[:, :, self.first:self.first + T] = v
-        if T > 1 and self.mask is None:
+        """Stores k and v (B, K, T, D) at `slots`; q (B, H, T, D) attends over the slots up to its own that the mask shows it."""
+        self.keys.index_copy_(2, self.slots, k.type_as(self.keys))
+        self.values.index_copy_(2, self.slots, v.type_as(self.values))
+        if self.mask is None and k.shape[2] > 1:
             return attend(q, k, v)
-        k, v = self.keys[:, :, :self.first + T], self.values[:, :, :self.first + T]
+        k, v = self.keys[:, :, :self.seen], self.values[:, :, :self.seen]
         return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=self.mask,
                                               enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
 
@@ -452,30 +458,30 @@ class PackedLinear(nn.Module):
     """A linear layer for generation on a CPU. Its matrix is there once more, in the order in which oneDNN reads it: then a
     product with few rows runs at the memory's speed, of which the plain matrix reaches a third."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16), linear.bias
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
 
     @staticmethod
-    def fits(weight):
+    def can_hold(weight) -> bool:
         return weight.device.type == 'cpu' and torch.backends.mkldnn.is_available() and (
             weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    @classmethod
-    def or_plain(cls, weight, bias):
-        return cls(weight, bias) if cls.fits(weight) else lambda x: F.linear(x, weight, bias)
 
-
-def for_decoding(module: nn.Module) -> nn.Module:
+def for_generation(module: nn.Module, packed: bool) -> nn.Module:
     """The module once more, in evaluation mode; it shares everything with it but the matrices that can be packed."""
-    if isinstance(module, nn.Linear) and PackedLinear.fits(module.weight):
-        return PackedLinear(module.weight, module.bias)
+    if packed and isinstance(module, nn.Linear) and PackedLinear.can_hold(module.weight):
+        return PackedLinear(module)
     twin = copy.copy(module)
     twin.training = False
-    twin._modules = {name: for_decoding(child) for name, child in module._modules.items()}
+    twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
+    if isinstance(module, GPT) and module.config.tied_head:  # the embedding's matrix too, which tokens are looked up in
+        head = nn.Linear(1, 1, bias=False, device='meta')
+        head.weight = module.transformer.wte.weight
+        twin.lm_head, twin.config = for_generation(head, packed), replace(module.config, tied_head=False)
     return twin
 
 
