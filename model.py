@@ -313,6 +313,7 @@ class GPT(nn.Module):
         temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest tokens. top_p: only
         the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020). seed: the same seed, prompts
         and device give the same tokens. stop: token sequences; a row ends after one of them, which is handed out too.
+        compile: torch.compile for the step from token to token, which becomes a CUDA graph on a GPU.
         Yields a tensor (B,) for each position, -1 in rows that have ended; stops early when all rows have.
 
         Past block_size: a row whose window is full drops its oldest half, and the rest is read again from position 0, so
@@ -328,7 +329,7 @@ class GPT(nn.Module):
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             tokens = sample_tokens(window.next_logits(), temperature, top_k, top_p, generator)  # (B,)
-            yield torch.where(ended, IGNORED, tokens) if stops else tokens
+            yield torch.where(ended, IGNORED, tokens)
             window.append(tokens)
             if stops:
                 made = torch.cat((made, tokens[:, None]), dim=1)[:, 1:]
@@ -393,7 +394,8 @@ class Window:
 
     def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
         config, weight = model.config, model.transformer.wte.weight
-        self.model, self.compile, self.step = for_generation(model, packed=not compile), compile, GPT._next_logits
+        self.model = for_generation(model, packed=not compile and PackedLinear.can_hold(weight))
+        self.compile, self.step = compile, GPT._next_logits
         prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
         self.lengths = [len(prompt) for prompt in prompts]
         longest = max(self.lengths)
@@ -436,10 +438,10 @@ class Window:
 
 
 class KVCache:
-    """One layer's keys and values (B, K, n_slots, D). On a CPU in float32, whose attention is several times as fast there."""
+    """One layer's keys and values (B, K, n_slots, D); on a CPU in float32, in which one query attends several times as fast."""
 
     def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
-        dtype = torch.float32 if weight.device.type == 'cpu' and weight.dtype == torch.bfloat16 else weight.dtype
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == 'cpu' else weight.dtype
         shape = n_rows, config.kv_heads, n_slots, config.head_dim
         self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in range(2))
 
@@ -458,9 +460,9 @@ class PackedLinear(nn.Module):
     """A linear layer for generation on a CPU. Its matrix is there once more, in the order in which oneDNN reads it: then a
     product with few rows runs at the memory's speed, of which the plain matrix reaches a third."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight, bias):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16), linear.bias
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias  # for about 16 rows
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
@@ -472,16 +474,17 @@ class PackedLinear(nn.Module):
 
 
 def for_generation(module: nn.Module, packed: bool) -> nn.Module:
-    """The module once more, in evaluation mode; it shares everything with it but the matrices that can be packed."""
-    if packed and isinstance(module, nn.Linear) and PackedLinear.can_hold(module.weight):
-        return PackedLinear(module)
+    """The module once more, without dropout; it shares its parameters, but for the matrices where they are packed."""
+    if packed and isinstance(module, nn.Linear):
+        return PackedLinear(module.weight, module.bias)
+    if isinstance(module, nn.Dropout):
+        return nn.Identity()
     twin = copy.copy(module)
     twin.training = False
     twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
-    if isinstance(module, GPT) and module.config.tied_head:  # the embedding's matrix too, which tokens are looked up in
-        head = nn.Linear(1, 1, bias=False, device='meta')
-        head.weight = module.transformer.wte.weight
-        twin.lm_head, twin.config = for_generation(head, packed), replace(module.config, tied_head=False)
+    if packed and isinstance(module, GPT) and module.config.tied_head:
+        twin.lm_head = PackedLinear(module.transformer.wte.weight, None)
+        twin.config = replace(module.config, tied_head=False)
     return twin
 
 
