@@ -456,16 +456,16 @@ class KVCache:
                                               enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear:
     """A linear layer for generation on a CPU. Its matrix is there once more, in the order in which oneDNN reads it: then a
     product with few rows runs at the memory's speed, of which the plain matrix reaches a third."""
 
     def __init__(self, weight, bias):
-        super().__init__()
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias  # for about 16 rows
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+    def __call__(self, x):
+        return self.multiply(x, self.weight, self.bias, 'none', [], '')
 
     @staticmethod
     def can_hold(weight) -> bool:
@@ -473,7 +473,7 @@ class PackedLinear(nn.Module):
             weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def for_generation(module: nn.Module, packed: bool) -> nn.Module:
+def for_generation(module: nn.Module, packed: bool):
     """The module once more, without dropout; it shares its parameters, but for the matrices where they are packed."""
     if packed and isinstance(module, nn.Linear):
         return PackedLinear(module.weight, module.bias)
