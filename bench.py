@@ -47,7 +47,7 @@ def main(argv):
         data = find_data(values, Path(scratch))
         contestants = {'nibGPT': Contestant(values, data)}
         if vs_nanogpt:
-            contestants = {'nanoGPT': start_nanogpt(values, data, vs_nanogpt)} | contestants
+            contestants = {'nanoGPT': NanoGPT(values, data, vs_nanogpt)} | contestants
         measured = {name: [] for name in contestants}
         for turn in range(rounds):
             for name, contestant in contestants.items():
@@ -214,17 +214,22 @@ def time_startup(argv, scratch: Path) -> float:
     raise UserError(f'train.py did not reach its first step: {output[-300:]}')
 
 
-def start_nanogpt(values, data, clone: str) -> measure.NanoGPT:
-    """nanoGPT with the loop of its train.py, on the same model and batch. UserError where it has no such model."""
-    gpt2 = configurator.read_block(str(Path(__file__).with_name('train.py'))).defaults
-    for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap'):
-        if values[key] != gpt2[key]:
-            raise UserError(f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2\'s architecture')
-    keys = ('device', 'dtype', 'compile', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head',
-            'n_embd', 'dropout', 'bias', 'learning_rate', 'beta1', 'beta2', 'weight_decay', 'grad_clip', 'steps', 'new_tokens')
-    job = {key: values[key] for key in keys} | {'vocab_size': data.vocab_size, 'prompt': data.val[:prompt_tokens].tolist(),
-                                                'train_bin': str((data.folder / 'train.bin').resolve())}
-    return measure.NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
+class NanoGPT:
+    """nanoGPT's model.py in a process of its own, with the loop of its train.py, told when to run."""
+
+    def __init__(self, values, data, clone: str):
+        gpt2 = configurator.read_block(str(Path(__file__).with_name('train.py'))).defaults
+        for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap'):
+            if values[key] != gpt2[key]:
+                raise UserError(f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2\'s architecture')
+        keys = ('device', 'dtype', 'compile', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head',
+                'n_embd', 'dropout', 'bias', 'learning_rate', 'beta1', 'beta2', 'weight_decay', 'grad_clip', 'steps', 'new_tokens')
+        job = {key: values[key] for key in keys} | {'vocab_size': data.vocab_size, 'prompt': data.val[:prompt_tokens].tolist(),
+                                                    'train_bin': str((data.folder / 'train.bin').resolve())}
+        self.peer = measure.NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
+
+    def round(self) -> dict[str, float]:
+        return self.peer.round()
 
 
 NANOGPT_LOOP = '''
