@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 import model as model_file
 from model import GPT, GPTConfig, sample_tokens
-from nib import runtime
 
 SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=4, n_embd=32)
 CHOICES = {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2, 'tied_head': False, 'logit_cap': 5.0,
@@ -304,6 +303,7 @@ def test_generation_reads_the_weights_as_they_are_when_it_starts():
 
 def test_a_compiled_step_writes_the_same_tokens():
     """Rows of unequal length, past block_size, with no second compilation on the way."""
+    from nib import runtime
     if not runtime.pick_compile(True, 'cpu')[0]:
         pytest.skip('no C compiler')
     model, prompts = make_model(GPTConfig(**{**vars(MODERN), 'n_layer': 1})), [[1], [4, 5, 6, 7, 8]]
