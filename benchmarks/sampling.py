@@ -74,8 +74,8 @@ def main(argv):
         print(f'round {turn + 1}: ' + '; '.join(f'{key} {ours[key] / rate:.1f} x' for key, rate in theirs.items()),
               file=sys.stderr, flush=True)
     table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}{", compiled" if compile else ""}\n'
-             f'tokens/s of one prompt; time of {N_PROMPTS} prompts over that of one, {name}, float32;\n'
-             f'plain read of the weights of {next(iter(JOBS))}, and % of its rate at which the steps after the first read theirs\n\n'
+             f'tokens/s of one prompt; time of {N_PROMPTS} prompts, {name}, float32; % of a plain read\'s rate at which a step reads '
+             f'the weights\n\n'
              f'{measure.make_table(turns)}')
     print(table, end='')
     if result:
