@@ -6,7 +6,6 @@
 
 Takes every key of train.py. With --vs_nanogpt the same model and batch are measured in nanoGPT's code too, in turns.
 """
-import json
 import subprocess
 import sys
 import tempfile
@@ -219,8 +218,6 @@ class NanoGPT:
     """nanoGPT's model.py in a process of its own, with the loop of its train.py, told when to run."""
 
     def __init__(self, values, data, clone: str):
-        if not (Path(clone) / 'model.py').exists():
-            raise UserError(f'--vs_nanogpt={clone}: it is the path of a clone of karpathy/nanoGPT')
         gpt2 = configurator.read_block(str(Path(__file__).with_name('train.py'))).defaults
         for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap', 'zero_init', 'optimizer'):
             if values[key] != gpt2[key]:
@@ -229,20 +226,10 @@ class NanoGPT:
                 'n_embd', 'dropout', 'bias', 'learning_rate', 'beta1', 'beta2', 'weight_decay', 'grad_clip', 'steps', 'new_tokens')
         job = {key: values[key] for key in keys} | {'vocab_size': data.vocab_size, 'prompt': data.val[:prompt_tokens].tolist(),
                                                     'train_bin': str((data.folder / 'train.bin').resolve())}
-        self.process = subprocess.Popen([sys.executable, '-c', NANOGPT_LOOP, json.dumps(job)], cwd=clone, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.answer()  # it has warmed up
+        self.peer = measure.NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
 
     def round(self) -> dict[str, float]:
-        self.process.stdin.write('go\n')
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, float]:
-        for line in self.process.stdout:
-            if line.startswith('{'):  # its code prints other lines too
-                return json.loads(line)
-        raise UserError(f'nanoGPT ended with exit code {self.process.wait()}; what it said stands above')
+        return self.peer.round()
 
 
 NANOGPT_LOOP = '''

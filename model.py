@@ -5,6 +5,7 @@ make it anything between that and today's models (all of them together: Qwen3, Y
 Shapes: B sequences, T positions, C = n_embd, H = n_head, K = key and value heads, D = C / H (one head's width),
 V = vocab_size.
 """
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -129,9 +130,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.widths = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # query, key and value at once
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)  # query, key and value at once
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -139,22 +140,21 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotary=None, cache=None):  # x (B, T, C)
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2)  # q (B, H, T, D), k and v (B, K, T, D)
-                   for part in self.c_attn(x).split(self.widths, dim=2))
+        # q (B, H, T, D), k and v (B, K, T, D)
+        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.update(k, v)  # (B, K, S, D) with S the positions seen so far
-        dropout = self.dropout if self.training else 0.0
-        if T > 1 and q.device.type == 'cpu' and q.dtype == torch.bfloat16:
-            y = attend_in_blocks(q, k, v, dropout)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1, dropout_p=dropout,
-                                               enable_gqa=q.shape[1] != k.shape[1])
+        y = cache.attend(q, k, v) if cache else attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
+
+
+def attend(q, k, v, dropout: float = 0.0):
+    """Causal attention: every query of q (B, H, T, D) over the k and v (B, K, T, D) up to its own position."""
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
+        return attend_in_blocks(q, k, v, dropout)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):
@@ -286,7 +286,11 @@ class GPT(nn.Module):
         return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight  # (V, C)
 
     def _logits(self, x):
-        return soft_cap(F.linear(x, self._head_weight), self.config.logit_cap)  # (B, T, V)
+        logits = F.linear(x, self.transformer.wte.weight) if self.config.tied_head else self.lm_head(x)  # (B, T, V)
+        return soft_cap(logits, self.config.logit_cap)
+
+    def _next_logits(self, idx, positions, caches):
+        return self._logits(self._hidden(idx, positions, caches)[:, -1])  # (B, V)
 
     def crop_block_size(self, block_size: int):
         """Shortens the context, keeping the first positions. ValueError when it would have to grow."""
@@ -324,53 +328,37 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-                 stop: Sequence[Sequence[int]] = ()) -> Iterator[torch.Tensor]:
+                 stop: Sequence[Sequence[int]] = (), compile: bool = False) -> Iterator[torch.Tensor]:
         """Continues every prompt, handing out tokens as they are made.
 
         prompts: B sequences of token ids, of any lengths >= 1; of one longer than block_size the end is used.
         temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest tokens. top_p: only
         the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020). seed: the same seed, prompts
         and device give the same tokens. stop: token sequences; a row ends after one of them, which is handed out too.
+        compile: torch.compile for the step from token to token, which becomes a CUDA graph on a GPU.
         Yields a tensor (B,) for each position, -1 in rows that have ended; stops early when all rows have.
 
         Past block_size: a row whose window is full drops its oldest half, and the rest is read again from position 0, so
         that every token is written as the model was trained. That costs one pass every block_size / 2 tokens.
         """
         check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, self.config.vocab_size)
-        was_training = self.training
-        self.eval()
-        try:
-            device = self.transformer.wte.weight.device
-            generator = torch.Generator(device)
-            generator.manual_seed(seed) if seed is not None else generator.seed()
-            window = Window(prompts, self.config, max_new_tokens, device)
-            stops = [torch.tensor(list(tokens), device=device) for tokens in stop]
-            made = torch.full((len(prompts), max(map(len, stop), default=0)), IGNORED, device=device)
-            ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-            for _ in range(max_new_tokens):
-                tokens = sample_tokens(self._next_logits(window), temperature, top_k, top_p, generator)  # (B,)
-                yield torch.where(ended, IGNORED, tokens)
-                window.append(tokens)
-                if stops:
-                    made = torch.cat((made, tokens[:, None]), dim=1)[:, 1:]
-                    for sequence in stops:
-                        ended = ended | (made[:, -len(sequence):] == sequence).all(dim=1)
-                    if ended.all():
-                        return
-        finally:
-            self.train(was_training)
-
-    def _next_logits(self, window):
-        """Logits (B, V) of the token after each row's last, computing only what the cache does not hold."""
-        last = torch.tensor(window.lengths, device=window.tokens.device) - 1  # (B,)
-        if window.cached:
-            newest = window.tokens[window.rows, last]  # (B,)
-            x = self._hidden(newest[:, None], last[:, None], window.start_decoding(last))[:, -1]
-        else:  # rows of unequal length are filled up behind their end, where no earlier position looks
-            longest = max(window.lengths)
-            positions = torch.arange(longest, device=last.device)
-            x = self._hidden(window.tokens[:, :longest], positions, window.start_reading())[window.rows, last]
-        return self._logits(x)
+        window = Window(self, prompts, max_new_tokens, compile)
+        device = window.tokens.device
+        generator = torch.Generator(device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        stops = [torch.tensor(list(tokens), device=device) for tokens in stop]
+        made = torch.full((len(prompts), max(map(len, stop), default=0)), IGNORED, device=device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            tokens = sample_tokens(window.next_logits(), temperature, top_k, top_p, generator)  # (B,)
+            yield torch.where(ended, IGNORED, tokens)
+            window.append(tokens)
+            if stops:
+                made = torch.cat((made, tokens[:, None]), dim=1)[:, 1:]
+                for sequence in stops:
+                    ended = ended | (made[:, -len(sequence):] == sequence).all(dim=1)
+                if ended.all():
+                    return
 
 
 def soft_cap(logits, cap):
@@ -430,69 +418,106 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 class Window:
-    """The tokens that each row attends over, and one cache of keys and values a layer.
+    """The tokens that each row attends over, the model that reads them, and one cache of keys and values a layer.
 
-    Row b holds its tokens at slots 0 .. lengths[b] - 1; a slot's number is its position. Lengths are kept on the host,
-    so that generation never waits for the device.
+    Tokens lie in slots. All rows end at the same slot, so that a shorter row has padding before it, which it never looks at.
+    Lengths are kept on the host, so that generation never waits for the device.
     """
 
-    def __init__(self, prompts, config: GPTConfig, max_new_tokens: int, device):
+    def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
+        config, weight = model.config, model.transformer.wte.weight
+        self.model = for_generation(model, packed=not compile and PackedLinear.can_hold(weight))
+        self.compile, self.step = compile, GPT._next_logits
         prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
-        self.block_size = config.block_size
         self.lengths = [len(prompt) for prompt in prompts]
-        n_slots = min(config.block_size, max(self.lengths) + max_new_tokens)
-        padded = [prompt + [0] * (n_slots - len(prompt)) for prompt in prompts]
-        self.tokens = torch.tensor(padded, device=device)  # (B, n_slots)
-        self.rows = torch.arange(len(prompts), device=device)
-        self.cached = False  # whether the caches hold everything but each row's last token
-        self.caches = [KVCache(n_slots) for _ in range(config.n_layer)]
+        longest = max(self.lengths)
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        self.tokens = self.unread = torch.tensor(padded, device=weight.device)  # (B, slots in use)
+        self.n_slots = min(config.block_size, longest + max_new_tokens)
+        self.caches = [KVCache(config, len(prompts), self.n_slots, weight) for _ in range(config.n_layer)]
+        if compile:
+            self.step = torch.compile(GPT._next_logits, mode='reduce-overhead', fullgraph=True)
+            for cache in self.caches:  # or a CUDA graph would copy them in every step
+                torch._dynamo.mark_static_address(cache.keys)
+                torch._dynamo.mark_static_address(cache.values)
 
     def append(self, tokens):
-        """Adds one token (B,) to every row; a full row first drops its oldest half, and the cache must be read anew."""
-        keep = self.block_size // 2
-        full = [row for row, length in enumerate(self.lengths) if length == self.block_size]
-        for row in full:
-            self.tokens[row, :keep] = self.tokens[row, self.block_size - keep:].clone()
-            self.lengths[row] = keep
-        self.tokens[self.rows, torch.tensor(self.lengths, device=tokens.device)] = tokens
-        self.lengths = [length + 1 for length in self.lengths]
-        self.cached = not full
+        """Adds one token (B,) to every row; a full row first drops its oldest half, and all rows must be read again."""
+        size = self.model.config.block_size
+        is_full = max(self.lengths) == size
+        self.lengths = [(size // 2 if length == size else length) + 1 for length in self.lengths]
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths):]
+        self.unread = self.tokens if is_full else tokens[:, None]  # (B, T), whose keys and values the caches lack
 
-    def start_reading(self):
-        """The caches, ready to take every position at once."""
+    def next_logits(self):
+        """Logits (B, V) of the token after each row's last."""
+        n_tokens, T, device = self.tokens.shape[1], self.unread.shape[1], self.tokens.device
+        slots = torch.arange(n_tokens - T, n_tokens, device=device)
+        if T == n_tokens:
+            self.starts = n_tokens - torch.tensor(self.lengths, device=device)[:, None]  # (B, 1), each row's first slot
+        is_static = self.compile and T == 1  # a compiled step needs the same shapes every time
+        seen = self.n_slots if is_static else n_tokens
+        positions, mask = slots, None
+        if is_static or min(self.lengths) < n_tokens:
+            positions = (slots - self.starts).clamp(min=0)  # (B, T)
+            keys = torch.arange(seen, device=device)
+            # Padding looks at padding: a softmax over nothing would not be a number.
+            mask = (keys <= slots[:, None]) & ((keys >= self.starts[..., None]) | (slots < self.starts)[..., None])
+            mask = mask[:, None]  # (B, 1, T, seen)
         for cache in self.caches:
-            cache.slots = None
-        return self.caches
-
-    def start_decoding(self, last):
-        """The caches, ready to take one position a row at the slots `last` (B,)."""
-        seen = max(self.lengths)
-        mask = None
-        if min(self.lengths) < seen:  # a shorter row must not look at what lies behind its end
-            mask = (torch.arange(seen, device=last.device) <= last[:, None])[:, None, None, :]  # (B, 1, 1, S)
-        for cache in self.caches:
-            cache.slots, cache.seen, cache.mask, cache.rows = last, seen, mask, self.rows
-        return self.caches
+            cache.slots, cache.seen, cache.mask = slots, seen, mask
+        return (self.step if T == 1 else GPT._next_logits)(self.model, self.unread, positions, self.caches)
 
 
 class KVCache:
-    """One layer's keys and values (B, K, n_slots, D), made in the precision of the first ones it is given."""
+    """One layer's keys and values (B, K, n_slots, D); on a CPU in float32, in which one query attends several times as fast."""
 
-    def __init__(self, n_slots: int):
-        self.n_slots = n_slots
-        self.keys = self.values = self.slots = None
+    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == 'cpu' else weight.dtype
+        shape = n_rows, config.kv_heads, n_slots, config.head_dim
+        self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in range(2))
 
-    def update(self, k, v):
-        """Stores k and v (B, K, T, D); returns the keys, values (B, K, S, D) and mask to attend with."""
-        if self.keys is None:
-            self.keys, self.values = (part.new_zeros(*part.shape[:2], self.n_slots, part.shape[3]) for part in (k, v))
-        if self.slots is None:
-            self.keys[:, :, :k.shape[2]] = k
-            self.values[:, :, :v.shape[2]] = v
-            return k, v, None
-        self.keys[self.rows, :, self.slots] = k[:, :, 0]
-        self.values[self.rows, :, self.slots] = v[:, :, 0]
-        return self.keys[:, :, :self.seen], self.values[:, :, :self.seen], self.mask
+    def attend(self, q, k, v):
+        """Stores k and v (B, K, T, D) at `slots`; q (B, H, T, D) attends over the slots up to its own that the mask shows it."""
+        self.keys.index_copy_(2, self.slots, k.type_as(self.keys))
+        self.values.index_copy_(2, self.slots, v.type_as(self.values))
+        if self.mask is None and k.shape[2] > 1:
+            return attend(q, k, v)
+        k, v = self.keys[:, :, :self.seen], self.values[:, :, :self.seen]
+        return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=self.mask,
+                                              enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
+
+
+class PackedLinear:
+    """A linear layer for generation on a CPU. Its matrix is there once more, in the order in which oneDNN reads it: then a
+    product with few rows runs at the memory's speed, of which the plain matrix reaches a third."""
+
+    def __init__(self, weight, bias):
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias  # for about 16 rows
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x):
+        return self.multiply(x, self.weight, self.bias, 'none', [], '')
+
+    @staticmethod
+    def can_hold(weight) -> bool:
+        return weight.device.type == 'cpu' and torch.backends.mkldnn.is_available() and (
+            weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def for_generation(module: nn.Module, packed: bool):
+    """The module once more, without dropout; it shares its parameters, but for the matrices where they are packed."""
+    if packed and isinstance(module, nn.Linear):
+        return PackedLinear(module.weight, module.bias)
+    if isinstance(module, nn.Dropout):
+        return nn.Identity()
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
+    if packed and isinstance(module, GPT) and module.config.tied_head:
+        twin.lm_head = PackedLinear(module.transformer.wte.weight, None)
+        twin.config = replace(module.config, tied_head=False)
+    return twin
 
 
 def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size):
@@ -517,15 +542,14 @@ def sample_tokens(logits, temperature, top_k, top_p, generator):
     """One token (B,) for each row of logits (B, V), without waiting for the device."""
     if temperature < 1e-5:  # float32 could not tell it from 0
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        likeliest = logits.topk(min(top_k, logits.shape[-1]))
-        logits = torch.full_like(logits, -math.inf).scatter(-1, likeliest.indices, likeliest.values)
-    if top_p is not None:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # the likelier tokens already hold top_p
-        logits = ordered.masked_fill(beyond, -math.inf).gather(-1, order.argsort(dim=-1))
-    # The largest p / Exponential(1) falls on a token with probability p, as multinomial, which would synchronise.
+    logits, ids = logits.float() / temperature, None
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)  # (B, top_k)
+    elif top_p is not None:
+        logits, ids = logits.sort(dim=-1, descending=True)
     probs = logits.softmax(dim=-1)
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
+    if top_p is not None:
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # the likelier tokens already hold top_p
+    # The largest p / Exponential(1) falls on a token with probability p, as multinomial, which would synchronise.
+    chosen = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]

@@ -5,9 +5,14 @@
     echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 """
 import codecs
+import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 import configurator
 from model import GPT, GPTConfig, check_sampling
@@ -30,6 +35,8 @@ top_p: float | None = None  # only the likeliest tokens that hold this much prob
 seed: int = 1337  # another seed, other samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # precision of the weights
+compile: bool | Literal['auto'] = False  # torch.compile for the step from token to token: for many thousand tokens on a GPU
 
 
 def main(argv):
@@ -46,6 +53,7 @@ def main(argv):
         fitting = len(tokenizer.decode(prompt_ids[-config.block_size:]))
         raise UserError(f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
                         f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters')
+    dtype_used, dtype_reason = runtime.pick_dtype(dtype, device)
     encode_prompt(tokenizer, stop, '--stop')  # a text that the vocabulary cannot write would never come
     try:
         check_sampling([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size)
@@ -53,13 +61,17 @@ def main(argv):
         raise UserError(str(error)) from error
     model = GPT(config)
     model.load_state_dict(tensors['model'])
-    model.to(device)
-    print(f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {runtime.describe_device(device)}',
-          file=sys.stderr)
+    model.to(device, getattr(torch, dtype_used))
+    print(f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {runtime.describe_device(device)}, '
+          f'{dtype_used} ({dtype_reason})', file=sys.stderr)
 
+    def generate(compiled: bool):
+        return model.generate([prompt_ids] * num_samples, max_new_tokens, temperature, top_k, top_p, seed, compile=compiled)
+
+    compiled = compile and can_compile(generate)
     samples = [Sample() for _ in range(num_samples)]
     show(prompt)
-    for tokens in model.generate([prompt_ids] * num_samples, max_new_tokens, temperature, top_k, top_p, seed):
+    for tokens in generate(compiled):
         for sample, token in zip(samples, tokens.tolist()):
             text = sample.add(tokenizer.decode_bytes([token]))
             if sample is samples[0]:
@@ -71,6 +83,19 @@ def main(argv):
         sample.add(b'', final=True)
         show(f'\n---------------\n{prompt}{sample.text}')
     show('\n')
+
+
+def can_compile(generate: Callable) -> bool:
+    """Whether generation is to run compiled, which two tokens have shown to work; says on standard error why not."""
+    chosen, reason = runtime.pick_compile(compile, device)
+    if chosen:
+        try:
+            list(itertools.islice(generate(True), 2))
+        except Exception as error:  # the compiler's own errors have no common base
+            chosen, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if not chosen:
+        print(f'not compiled: {reason}', file=sys.stderr)
+    return chosen
 
 
 @dataclass

@@ -1,8 +1,14 @@
-"""What the benchmarks share: a machine's description and a table of medians with their spread."""
+"""What the benchmarks share: a machine's description, a table of medians with their spread, nanoGPT to measure beside."""
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nib.errors import UserError
 
 
 def describe_machine(device: str = 'cpu') -> str:
@@ -39,3 +45,30 @@ def _spread(figures: Sequence[float]) -> str:
     low, middle, high = (f'{figure:,.0f}' if figure >= 1000 else f'{figure:.4g}'
                          for figure in (min(figures), statistics.median(figures), max(figures)))
     return middle if low == high else f'{middle} ({low} to {high})'
+
+
+class NanoGPT:
+    """nanoGPT's model.py in a process of its own, which measures when it is told to.
+
+    script: Python that runs in the clone with the job as JSON in sys.argv[1]. It prints {} when it is ready, then for each
+    line of standard input a JSON object of figures.
+    """
+
+    def __init__(self, flag: str, clone: str, script: str, job: Mapping):
+        if not clone or not (Path(clone) / 'model.py').exists():
+            raise UserError(f'--{flag}={clone}: it is the path of a clone of karpathy/nanoGPT')
+        self._process = subprocess.Popen([sys.executable, '-c', script, json.dumps(job)], cwd=clone, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._answer()
+
+    def round(self, what: str = 'go') -> dict[str, float]:
+        """The figures of one round of what was asked for."""
+        self._process.stdin.write(what + '\n')
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        for line in self._process.stdout:
+            if line.startswith('{'):  # its code prints other lines too
+                return json.loads(line)
+        raise UserError(f'nanoGPT ended with exit code {self._process.wait()}; what it said stands above')

@@ -8,6 +8,7 @@ from conftest import ROOT, SMALL_RUN, run_script
 
 import bench as bench_script
 import configurator
+from benchmarks import sampling
 from nib import corpus, measure
 
 SMALL = [flag for flag in SMALL_RUN if not flag.startswith('--dataset')]
@@ -81,6 +82,23 @@ def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
     for row in ('tokens/s', 'ms/step', 'peak memory, MB', 'generated tokens/s'):
         line = next(line for line in done.stdout.splitlines() if line.startswith(row))
         assert len(re.findall(r'\(.*?\)', line)) >= 2 or row.startswith('peak')
+
+
+def test_generation_beside_nanogpt_is_measured_in_turns(tmp_path, run_main, monkeypatch):
+    (tmp_path / 'model.py').write_text(STAND_IN.format(root=str(ROOT)))
+    shape = dict(vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=16, bias=True, dropout=0.0)
+    monkeypatch.setattr(sampling, 'JOBS', {'tiny': sampling.Job(shape, 4, 20, 10)})
+    done = run_main(sampling, f'--nanogpt={tmp_path}', '--rounds=2', '--device=cpu', f'--result={tmp_path / "table.txt"}')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'table.txt').read_text() == done.stdout
+    assert [line.split(':')[0] for line in done.stderr.splitlines()] == ['round 1', 'round 2']
+    figures = rows(done.stdout)
+    assert list(figures) == ['tiny, float32', 'tiny, bfloat16', '4 tokens: 32 prompts / 1', '20 tokens: 32 prompts / 1',
+                             'plain read, GB/s', 'tiny, float32: %', 'tiny, bfloat16: %']
+    assert min(figures.values()) > 0
+    for clone in ('', tmp_path / 'nothing'):
+        done = run_main(sampling, f'--nanogpt={clone}', '--device=cpu')
+        assert done.returncode == 2 and done.stderr.startswith(f'error: --nanogpt={clone}: it is the path of a clone')
 
 
 def test_a_table_has_medians_spreads_and_the_ratios_of_rounds():

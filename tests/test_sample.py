@@ -35,16 +35,17 @@ def bytes_out_dir(tmp_path_factory):
 
 
 def sample(out_dir, *flags, **options):
-    return run_script('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=40', '--num_samples=1',
-                      *flags, **options)
+    return run_script('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32', '--max_new_tokens=40',
+                      '--num_samples=1', *flags, **options)
 
 
-def likeliest(out_dir, which, prompt, count) -> str:
+def likeliest(out_dir, which, prompt, count, dtype=torch.float32) -> str:
     """Greedy text, made without a cache from the checkpoint's tensors."""
     found, tensors = checkpoint.load(out_dir, which)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     model = GPT(GPTConfig(**found.state['model'])).eval()
     model.load_state_dict(tensors['model'])
+    model.to(dtype)
     ids = tokenizer.encode(prompt).tolist()
     with torch.no_grad():
         for _ in range(count):
@@ -57,6 +58,24 @@ def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest
     done = sample(out_dir, f'--which={which}', '--start=The cat', '--temperature=0', '--max_new_tokens=9')
     assert done.stdout == likeliest(out_dir, which, 'The cat', 9) + '\n'
     assert f'step {step}, trained on tiny' in done.stderr
+
+
+def test_weights_of_another_precision_write_what_they_find_likeliest(out_dir, run_main):
+    for dtype in ('bfloat16', 'float16'):
+        done = run_main('sample.py', f'--out_dir={out_dir}', '--which=latest', '--device=cpu', f'--dtype={dtype}',
+                        '--start=The cat', '--temperature=0', '--max_new_tokens=9', '--num_samples=1')
+        assert done.stdout == likeliest(out_dir, 'latest', 'The cat', 9, getattr(torch, dtype)) + '\n'
+        assert f'{dtype} (as asked)' in done.stderr
+
+
+def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys):
+    def generate(compiled):
+        raise RuntimeError('no Triton here\nand more')
+
+    monkeypatch.setattr(script, 'device', 'cpu')
+    monkeypatch.setattr(script, 'compile', True)
+    assert script.can_compile(lambda compiled: iter([torch.tensor([1])] * 5)) and capsys.readouterr().err == ''
+    assert not script.can_compile(generate) and capsys.readouterr().err == 'not compiled: no Triton here\n'
 
 
 def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, tmp_path):
