@@ -1,0 +1,96 @@
+"""Takes the ideas of config/fast_shakespeare_char.py back one at a time, and prints what each is worth in loss and in time.
+
+    python benchmarks/ablation.py --text=data/shakespeare_char/input.txt
+
+Trains on the first 81 % of the text and validates on the 9 % after it; the last tenth, on which results are reported, stays
+unseen, so that choosing by this table is no tuning on it.
+"""
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator  # noqa: E402
+from nib import measure  # noqa: E402
+from nib.errors import UserError, run_script  # noqa: E402
+
+text: str = ''  # path of a text of a million characters
+seeds: int = 3  # runs of each
+steps: int = 160  # in a run
+result: str = ''  # file to write the table to; empty: standard output only
+
+IDEAS = {  # what is taken back -> the flags that do so
+    'nothing': '',
+    'Muon (AdamW, rate 0.003)': '--optimizer=adamw --learning_rate=0.003',
+    'a short momentum': '--muon_momentum=0.95',
+    '2 of 5 Newton-Schulz iterations': '--muon_iterations=3',
+    'rotary positions': '--position=learned',
+    'a small rotary base': '--rotary_base=10000',
+    'query-key norm': '--no-qk_norm',
+    'SwiGLU (GELU)': '--mlp=gelu',
+    'SwiGLU (squared ReLU)': '--mlp=relu2',
+    'a head of its own': '--tied_head',
+    'unbounded logits (a soft cap of 15)': '--logit_cap=15',
+    'zero initialisation': '--no-zero_init',
+    'LayerNorm (RMSNorm)': '--norm=rms',
+    'warmup-stable-decay (cosine)': '--lr_schedule=cosine',
+    'a batch of 24 (12, twice the steps)': '--batch_size=12 --max_iters={twice}',
+    'a batch of 24 (48, half the steps)': '--batch_size=48 --max_iters={half}',
+    '3 layers (4)': '--n_layer=4',
+    'bfloat16': '--dtype=float32',
+}
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    if seeds < 1 or steps < 20:
+        raise UserError(f'seeds {seeds}, steps {steps}: they must be at least 1 and 20')
+    try:
+        seen = Path(text).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text') from error
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        (scratch / 'seen.txt').write_text(seen[:len(seen) * 9 // 10], encoding='utf-8')
+        run('data/shakespeare_char/prepare.py', f'--input={scratch / "seen.txt"}', f'--out_dir={scratch / "shakespeare_char"}')
+        measured = {idea: [] for idea in IDEAS}
+        for seed in range(seeds):
+            for idea, flags in IDEAS.items():
+                flags = flags.format(twice=2 * steps, half=steps // 2).split()
+                measured[idea].append(train(scratch, seed, flags))
+                print(f'seed {seed}, without {idea}: loss {measured[idea][-1][0]:.4f}, {measured[idea][-1][1]:.1f} s', flush=True)
+    lines = [f'{seeds} seeds; {measure.describe_machine()}; {steps} steps', '',
+             f'{"config/fast_shakespeare_char.py without":42}{"loss (lowest to highest)":>28}{"process, s":>12}']
+    for idea, runs in measured.items():
+        losses, seconds = zip(*runs)
+        lines.append(f'{idea:42}{f"{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})":>28}'
+                     f'{statistics.median(seconds):12.1f}')
+    print('\n'.join(lines))
+    if result:
+        Path(result).write_text('\n'.join(lines) + '\n')
+
+
+def train(scratch: Path, seed: int, flags) -> tuple[float, float]:
+    """Validation loss over the whole split, and seconds of the process."""
+    out_dir = scratch / 'run'
+    started = time.perf_counter()
+    run('train.py', 'config/fast_shakespeare_char.py', '--device=cpu', f'--max_iters={steps}', f'--seed={seed}',
+        f'--data_dir={scratch}', f'--out_dir={out_dir}', '--fallback_dataset=', '--overwrite', *flags)
+    seconds = time.perf_counter() - started
+    return json.loads((out_dir / 'metrics.jsonl').read_text().splitlines()[-1])['loss/val_whole'], seconds
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f'{" ".join(map(str, command[:2]))} failed: {(done.stderr or done.stdout)[-500:]}')
+
+
+if __name__ == '__main__':
+    run_script(main)
