@@ -141,8 +141,8 @@ def judge_grad_norm(norm: float, limits: tuple[float, float]) -> list[Finding]:
     low, high = limits
     if norm > high:
         return [Finding(f'gradient norm {norm:.3g}, above {high:.3g}',
-                        'Find the rows whose gradient stands out, and see whether their weights, or those before them, are '
-                        'too large; grad_clip 1 keeps such a batch from doing harm')]
+                        'A batch of few tokens can have that; else find the rows whose gradient stands out, and see whether their '
+                        'weights, or those before them, are too large. grad_clip 1 keeps such a batch from doing harm')]
     if norm < low:
         return [Finding(f'gradient norm {norm:.3g}, below {low:.3g}',
                         'Little is learnt here: the model knows the batch already, or its activations are dead, or its logits '

@@ -18,8 +18,8 @@ from model import GPT, GPTConfig
 from nib import checkpoint, examination, health, inspection, loader, runtime, walkthrough, weights
 
 SCRIPT = 'debug_training.py'
-SMALL = [flag for flag in SMALL_RUN if not flag.startswith('--gradient')] + ['--gradient_accumulation_steps=1', '--dtype=float32',
-                                                                                       '--learning_rate=3e-3']
+CALM = ['--gradient_accumulation_steps=1', '--dtype=float32', '--learning_rate=3e-3']
+SMALL = [*SMALL_RUN, *CALM]  # the later flag wins
 ARCHITECTURES = {
     'GPT-2': {'bias': True},
     'modern': {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'mlp': 'swiglu', 'n_kv_head': 2},
@@ -133,6 +133,7 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(data
     x, y = loader.BatchLoader(data.train, 16, 4, values['seed'], 'train', 2).batch(10, 0)
     assert_rows_agree(done.stdout, model, *step_by_hand(model, x, y, optimizer, values['grad_clip']))
     assert 'which step 10 of the run begins with' in done.stdout and 't = 11' in explained.stdout
+    assert 'marked is what is below 0.0002 or above 0.05.' in ' '.join(done.stdout.split())
     apart = re.search(r'^apart .*v and w +(.*)$', explained.stdout, re.MULTILINE)[1].split()
     assert len(apart) == 3 and all(float(figure) < 1e-6 for figure in apart)
 
@@ -207,6 +208,29 @@ def entropy_by_hand(attention, x, rotary, config) -> float:
     return sum(total) / len(total)
 
 
+def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
+    """Without dropout, with a warm-up of a tenth of the steps, and from the weights before the other parts of the report."""
+    done = debug('--dropout=0.5', '--overfit_steps=20', '--grad_clip=0.7')
+    training = make_training('--grad_clip=0.7')
+    model = weights.new_model(training.values, training.data, None)
+    optimizer, losses = plain_adamw(model, training.values), []
+    x, y = training.batch()
+    for step in range(21):
+        for group in optimizer.param_groups:
+            group['lr'] = 3e-3 * min(1.0, (step + 1) / 3)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    printed = re.findall(r'^step +(\d+) +loss +([\d.]+)$', done.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in printed] == [0, 4, 8, 12, 16, 20]
+    assert [float(loss) for _, loss in printed] == pytest.approx(losses[::4], abs=2e-3)
+    goal = health.MEMORISED * inspection.unigram_entropy(y)
+    assert float(re.search(r'healthy: +at most ([\d.]+)', done.stdout)[1]) == pytest.approx(goal, abs=1e-4)
+
+
 def test_entropies_against_sums_by_hand():
     for n in (1, 2, 7, 64):
         even = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
@@ -272,7 +296,7 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
 
 def test_nothing_is_marked_in_a_healthy_run(data_dir, train_here, debug, tmp_path):
     """Its next step, and as the beginning of another one."""
-    train_here(tmp_path / 'run', *SMALL[-3:], '--max_iters=60', '--lr_decay_iters=200')
+    train_here(tmp_path / 'run', *CALM, '--max_iters=60', '--lr_decay_iters=200')
     for flags in (['--init_from=resume', f'--out_dir={tmp_path / "run"}'], [f'--init_from={tmp_path / "run"}', '--dtype=bfloat16']):
         done = debug(*flags)
         assert 'Nothing: all' in done.stdout and '<-' not in done.stdout, done.stdout + done.stderr
@@ -483,6 +507,14 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
     assert figures('m             0.9 m + 0.1 g')[-3:] == pytest.approx(m, abs=1e-6)
     assert figures('v             0.95 v + 0.05 g^2')[-3:] == pytest.approx(v, abs=1e-6)
     assert all(figure < 1e-6 for figure in figures('apart         the most of m, v and w'))
+
+
+@pytest.mark.parametrize('grad_clip', [0.0, 100.0])
+def test_gradients_that_are_short_enough_are_not_clipped(debug, grad_clip):
+    said = debug('--explain', f'--grad_clip={grad_clip}').stdout
+    rows = {line[:28].strip(): line[28:].split() for line in said.split('4. CLIPPING')[1].splitlines()}
+    assert rows['factor, at most 1'][:2] == ['1.00000000', '1.00000000']
+    assert rows['norm before'][0] == rows['norm after'][0] and 'nothing is clipped in this step' in said
 
 
 # -- how much is looked at, and what of it is shown --------------------------------------------------------------------
