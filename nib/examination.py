@@ -116,6 +116,9 @@ def report_parameters(training, full: bool) -> Report:
         yield left_out
     yield ''
     yield from explain_parameters(training, norm, norm_limits, limits)
+    if any(row.behind_zeros for row in rows):
+        yield note('Where a c_proj is all 0, its block passes nothing on yet, and no gradient passes it: the rows before it have '
+                   'none in this step, and will have when it has moved.', 'zeros')
     return health.judge_grad_norm(norm, norm_limits) + health.judge_parameters(rows, limits, values['learning_rate'])
 
 

@@ -74,7 +74,7 @@ def mark_parameter(row: ParameterStats, limits: tuple[float, float]) -> str:
     if not math.isfinite(row.grad_norm):
         return 'gradient not finite'
     if row.grad_norm == 0.0:
-        return 'no gradient'
+        return '' if row.behind_zeros else 'no gradient'
     if len(row.shape) < 2 or row.update_ratio is None:
         return ''
     low = 0.0 if row.name.endswith(('wte.weight', 'wpe.weight')) else limits[0]
@@ -141,8 +141,8 @@ def judge_grad_norm(norm: float, limits: tuple[float, float]) -> list[Finding]:
     low, high = limits
     if norm > high:
         return [Finding(f'gradient norm {norm:.3g}, above {high:.3g}',
-                        'A batch of few tokens can have that; else find the rows whose gradient stands out, and see whether their '
-                        'weights, or those before them, are too large. grad_clip 1 keeps such a batch from doing harm')]
+                        'A batch of few tokens can have that; else find the rows whose gradient stands out, and see whether '
+                        'their weights, or those before them, are too large. grad_clip 1 keeps such a batch from doing harm')]
     if norm < low:
         return [Finding(f'gradient norm {norm:.3g}, below {low:.3g}',
                         'Little is learnt here: the model knows the batch already, or its activations are dead, or its logits '

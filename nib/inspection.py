@@ -24,7 +24,8 @@ class ParameterStats:
     grad_std: float
     grad_max: float  # the largest absolute value
     grad_norm: float  # root of the sum of squares
-    update_ratio: float | None = None  # ||w after - w before|| / ||w before||; None where nothing or only zeros stood before
+    update_ratio: float | None = None  # ||w after - w before|| / ||w before||; None before a step, and where all weights were 0
+    behind_zeros: bool = False  # its block passes it on through a matrix of zeros alone, which no gradient passes
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,25 @@ class LayerStats:
 @torch.no_grad()
 def measure_parameters(model: nn.Module) -> list[ParameterStats]:
     """Weights and gradients as they are now; a parameter that no gradient reached counts as one of zeros."""
+    blocked = behind_zeros(model)
+
     def measure(name, weight):
         grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         norm = torch.linalg.vector_norm
         figures = (norm(weight) / math.sqrt(weight.numel()), grad.mean(), grad.std(correction=0), grad.abs().max(), norm(grad))
-        return ParameterStats(name, tuple(weight.shape), *torch.stack(figures).tolist())
+        return ParameterStats(name, tuple(weight.shape), *torch.stack(figures).tolist(), behind_zeros=name.startswith(blocked))
     return [measure(name, weight) for name, weight in model.named_parameters()]
+
+
+def behind_zeros(model: nn.Module) -> tuple[str, ...]:
+    """How the names of parameters begin whose branch of a block ends in a projection that is 0, as it may be when fresh."""
+    blocked = []
+    for name, weight in model.named_parameters():
+        block, _, branch = name.removesuffix('.c_proj.weight').rpartition('.')
+        if name.endswith('.c_proj.weight') and not weight.any():
+            norm = {'attn': 'ln_1', 'mlp': 'ln_2'}[branch]
+            blocked += [f'{block}.{norm}.', *(f'{block}.{branch}.{part}' for part in ('c_attn.', 'c_fc.', 'q_norm.', 'k_norm.'))]
+    return tuple(blocked)
 
 
 @torch.no_grad()

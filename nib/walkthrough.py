@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from model import GPT
 from nib.examination import describe_batch, note
 
-PARAMETER = 'transformer.h.0.mlp.c_fc.weight'  # whose entry with the largest gradient is followed through the step
+# The first of these that has a gradient: its largest entry is followed through the step. Fresh blocks may end in zeros, which
+# let no gradient through to the layers before.
+PARAMETERS = ('transformer.h.0.mlp.c_fc.weight', 'transformer.h.0.mlp.c_proj.weight', 'transformer.wte.weight')
 SMALL = 1e-5  # how far a weight is moved to see what the loss does: in float64 neither rounding nor curvature matters
 
 
@@ -80,22 +82,23 @@ def walk_through(training) -> Iterator[str]:
     if model.config.dropout:
         yield 'Dropout is off here, so that each number can be had twice.'
     training.accumulate([(x, y)])
-    index = largest_gradient(model.get_parameter(PARAMETER))
+    name = next((name for name in PARAMETERS if model.get_parameter(name).grad.any()), PARAMETERS[-1])
+    index = largest_gradient(model.get_parameter(name))
     model.zero_grad(set_to_none=True)
     exact = double_copy(model)
     yield '\n1. FROM LOGITS TO THE LOSS\n'
     yield from explain_loss(exact, x.cpu(), y.cpu(), training.show_tokens, training.shown)
     yield '\n2. A GRADIENT, BY AUTOGRAD AND BY DIFFERENCES\n'
-    yield from explain_gradient(exact, x.cpu(), y.cpu(), PARAMETER, index)
+    yield from explain_gradient(exact, x.cpu(), y.cpu(), name, index)
     del exact  # twice the size of the model
     yield '\n3. MICRO BATCHES: WHY THE LOSS IS DIVIDED\n'
     size = len(x) // min(4, len(x))
     micro_batches = [(x[i:i + size], y[i:i + size]) for i in range(0, len(x) - len(x) % size, size)]
-    yield from explain_accumulation(training, micro_batches, PARAMETER, index)
+    yield from explain_accumulation(training, micro_batches, name, index)
     yield '\n4. CLIPPING\n'
-    yield from explain_clipping(training, [(x, y)], clip, PARAMETER, index)
+    yield from explain_clipping(training, [(x, y)], clip, name, index)
     yield '\n5. ADAMW\n'
-    yield from explain_adamw(training, [[training.batch(number)] for number in range(3)], clip, PARAMETER, index)
+    yield from explain_adamw(training, [[training.batch(number)] for number in range(3)], clip, name, index)
 
 
 def explain_loss(model: GPT, x, y, show: Callable[[torch.Tensor], str], shown: int) -> Iterator[str]:

@@ -297,7 +297,8 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
 def test_nothing_is_marked_in_a_healthy_run(data_dir, train_here, debug, tmp_path):
     """Its next step, and as the beginning of another one."""
     train_here(tmp_path / 'run', *CALM, '--max_iters=60', '--lr_decay_iters=200')
-    for flags in (['--init_from=resume', f'--out_dir={tmp_path / "run"}'], [f'--init_from={tmp_path / "run"}', '--dtype=bfloat16']):
+    for flags in (['--init_from=resume', f'--out_dir={tmp_path / "run"}'],
+                  [f'--init_from={tmp_path / "run"}', '--dtype=bfloat16']):
         done = debug(*flags)
         assert 'Nothing: all' in done.stdout and '<-' not in done.stdout, done.stdout + done.stderr
         assert ', healthy: below 0' in done.stdout
@@ -323,7 +324,8 @@ def test_a_dead_relu_layer_is_seen(make_training):
     assert 'dead units in h.1.' in findings
     assert re.search(r'^h\.1 .*100\.0% .*<- dead units$', text, re.MULTILINE)
     assert re.search(r'^h\.0 .* 0\.0% [^<]*$', text, re.MULTILINE)
-    assert table(text)['h.1.mlp.c_fc.weight'][-2:] == ['no', 'gradient'] and 'gradient' not in table(text)['h.0.mlp.c_fc.weight']
+    rows = table(text)
+    assert rows['h.1.mlp.c_fc.weight'][-2:] == ['no', 'gradient'] and 'gradient' not in rows['h.0.mlp.c_fc.weight']
     assert 'no gradient: 5 parameters, the first is h.1.ln_2.weight' in findings  # all of the branch but c_proj's bias
 
 
@@ -387,13 +389,27 @@ def test_numbers_that_are_not_finite_are_seen(make_training):
     assert re.search(r'^h\.1 .*nan.*<- not finite$', text, re.MULTILINE)
 
 
-def test_a_matrix_of_zeros_has_no_ratio_and_no_mark(make_training):
-    training = make_training()
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_training, name):
+    """As blocks do that begin as the identity. What comes out of nowhere else is marked all the same."""
+    keys = ARCHITECTURES[name] | {'n_head': 4, 'learning_rate': 2e-3}
+    training = make_training(*(f'--{key}={value}' for key, value in keys.items()))
+    first, second = training.model.transformer.h
     with torch.no_grad():
-        for block in training.model.transformer.h:
-            block.attn.c_proj.weight.zero_()
-    row = table(examined(training, steps=1)[0])['h.0.attn.c_proj.weight']
-    assert row[1] == '0.0000' and row[-1] == '-' and float(row[5]) > 0
+        for part in (first.attn, second.attn, second.mlp):
+            part.c_proj.weight.zero_()
+    text, findings = examined(training, steps=50)
+    assert 'Nothing: all' in findings and '<-' not in text, findings
+    rows = table(text)
+    assert rows['h.1.mlp.c_proj.weight'][1] == '0.0000' and rows['h.1.mlp.c_proj.weight'][-1] == '-'
+    assert float(rows['h.1.mlp.c_proj.weight'][5]) > 0 and 'Where a c_proj is all 0' in text
+    without = {row for row, cells in rows.items() if float(cells[5]) == 0.0}
+    assert without == {row for row in rows if re.match(r'h\.(0\.(ln_1|attn)|1\.(ln_1|ln_2|attn|mlp))\.(?!c_proj)', row)}
+    walked = '\n'.join(walkthrough.walk_through(training))
+    assert 'transformer.h.0.mlp.c_fc.weight[' in walked
+    with torch.no_grad():
+        first.mlp.c_proj.weight.zero_()
+    assert 'transformer.h.0.mlp.c_proj.weight[' in '\n'.join(walkthrough.walk_through(training))
 
 
 def test_marks_are_where_the_ranges_end():
