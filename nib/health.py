@@ -173,12 +173,13 @@ def judge_shift(share: float) -> list[Finding]:
 
 
 def judge_memorising(losses: Mapping[int, float], goal: float) -> list[Finding]:
-    """losses: step -> loss before it on the one batch that all steps learn from, from step 0 on."""
+    """losses: step -> loss before it on the one batch that all steps learn from, from step 0 on. goal: MEMORISED times what is
+    possible without looking at the inputs; a model that gets stuck there has not learnt from them."""
     first, last = losses[0], losses[max(losses)]
     if last <= goal:
         return []
     what = f'the batch is not learnt by heart: loss {first:.3f} -> {last:.3f} over {max(losses)} steps, the goal is {goal:.3f}'
-    if last == min(losses.values()) and last < 0.8 * first:
+    if last == min(losses.values()) and last < min(0.8 * first, 0.95 * goal / MEMORISED):
         return [Finding(what, 'It falls, so the loop works, but it needs more steps (--overfit_steps) or another learning_rate, '
                               'a lower one where updates are too large, else a higher one')]
     return [Finding(what, 'One batch must be learnable: look for a learning_rate far too low or far too high, gradients that do '

@@ -375,8 +375,13 @@ def test_a_loop_that_cannot_learn_is_seen(make_training):
 
 
 def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
-    findings = examined(make_training('--learning_rate=2e-3'), steps=15)[1]
+    findings = examined(make_training('--learning_rate=2e-3'), steps=20)[1]
     assert 'It falls, so the loop works' in findings
+    goal = health.MEMORISED * 3.0
+    for losses, works in (((4.0, 3.1, 2.7), True), ((4.0, 3.1, 2.9), False), ((4.0, 2.5, 2.7), False), ((2.9, 2.8, 2.7), False)):
+        # falling, stuck at the entropy of 3, rising again, hardly moving
+        assert ('the loop works' in health.judge_memorising(dict(enumerate(losses)), goal)[0].remedy) == works
+    assert health.judge_memorising({0: 4.0, 10: 2.0}, goal) == []
 
 
 def test_numbers_that_are_not_finite_are_seen(make_training):
