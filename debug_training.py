@@ -121,13 +121,13 @@ class Training:
         """Whether the optimizer goes on with what it has seen before."""
         return bool(self.start and 'optimizer' in self.start.tensors)
 
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        """The run's optimizer at its full learning rate."""
-        optimizer = optim.adamw(self.model, self.values['learning_rate'], (self.values['beta1'], self.values['beta2']),
-                                self.values['weight_decay'])
-        if self.has_memory:
-            optim.load_named_state(optimizer, self.model, {name: tensor.clone() for name, tensor in
-                                                           self.start.tensors['optimizer'].items()})
+    def new_optimizer(self, method: str = '') -> optim.Optimizer:
+        """The run's optimizer at its full learning rate; or one of another method, which begins without a memory."""
+        method = method or self.values['optimizer']
+        optimizer = optim.Optimizer.pick(self.values | {'optimizer': method}, self.model, runtime.has_bfloat16(self.device))
+        optimizer.lr = self.values['learning_rate']
+        if self.has_memory and method == self.values['optimizer']:
+            optimizer.load_named_state(self.model, self.start.tensors['optimizer'])
         return optimizer
 
     def accumulate(self, micro_batches) -> torch.Tensor:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from nib import health, inspection
+from nib import health, inspection, optim
 from nib.health import Finding
 
 MEMORISED_TOKENS = 1024  # as many can be learnt by heart in 50 steps
@@ -94,13 +94,17 @@ def report_parameters(training, full: bool) -> Report:
     training.accumulate([batch])
     rows = inspection.measure_parameters(training.model)
     training.model.zero_grad(set_to_none=True)
+    optimizer = training.new_optimizer()
     with training.undone() as before:
-        _, norm = training.step(training.new_optimizer(), [batch])
+        _, norm = training.step(optimizer, [batch])
         rows = inspection.add_updates(rows, training.model, before)
+    by_muon = {p for part in optimizer.parts if isinstance(part, optim.Muon) for p in part.params}
+    muons = [p in by_muon for p in training.model.parameters()]
     rows = [replace(row, name=row.name.removeprefix('transformer.')) for row in rows]
-    limits = health.update_limits(values['beta1'], not training.has_memory, training.start is not None)
+    state = values['beta1'], not training.has_memory, training.start is not None
+    limits = {row.name: health.update_limits(*state, row.name, muon) for row, muon in zip(rows, muons)}
     norm_limits = health.grad_norm_limits(config.n_layer, config.n_embd, training.start is None)
-    marks = {row.name: mark for row in rows if (mark := health.mark_parameter(row, limits))}
+    marks = {row.name: mark for row in rows if (mark := health.mark_parameter(row, limits[row.name]))}
     shown, left_out = shown_rows((row.name for row in rows), marks, config.n_layer, full)
     width = max(len(row.name) for row in rows)
     yield (f'{"parameter":{width}}{"shape":>14}{"weight rms":>12}{"grad mean":>11}{"grad std":>10}{"grad max":>10}'
@@ -115,17 +119,20 @@ def report_parameters(training, full: bool) -> Report:
     if left_out:
         yield left_out
     yield ''
-    yield from explain_parameters(training, norm, norm_limits, limits)
+    yield from explain_parameters(training, norm, norm_limits, health.update_limits(*state),
+                                  health.update_limits(*state, muon=True))
     if any(row.behind_zeros for row in rows):
         yield note('Where a c_proj is all 0, its block passes nothing on yet, and no gradient passes it: the rows before it have '
                    'none in this step, and will have when it has moved.', 'zeros')
     return health.judge_grad_norm(norm, norm_limits) + health.judge_parameters(rows, limits, values['learning_rate'])
 
 
-def explain_parameters(training, norm: float, norm_limits: tuple[float, float], limits: tuple[float, float]) -> Iterator[str]:
+def explain_parameters(training, norm: float, norm_limits: tuple[float, float], limits: tuple[float, float],
+                       muon_limits: tuple[float, float]) -> Iterator[str]:
+    """limits, muon_limits: of the update ratio of a matrix that AdamW moves, and of one that Muon moves."""
     values, clip, rate = training.values, training.values['grad_clip'], training.values['learning_rate']
-    residual = 0.02 / math.sqrt(2 * training.model.config.n_layer)
-    yield note(f'root mean square of the weights. Fresh: 0.02; {residual:.4f} in c_proj, whose outputs add up over the layers; '
+    residual = f'{0.02 / math.sqrt(2 * training.model.config.n_layer):.4f}' if not values['zero_init'] else '0'
+    yield note(f'root mean square of the weights. Fresh: 0.02; {residual} in c_proj, whose outputs add up over the layers; '
                f'gains (ln, norm) 1, biases 0.', 'weight rms')
     yield note('mean, std and largest absolute value of d loss / d weight over the parameter\'s entries, in nats per unit of '
                'weight. Healthy: finite, not all 0, and of one size in all layers but for a factor of ten or so.', 'grad ...')
@@ -149,6 +156,12 @@ def explain_parameters(training, norm: float, norm_limits: tuple[float, float], 
                   f'whatever its gradient, and the ratio is learning_rate / weight rms. In later steps gradients partly cancel, '
                   f'which makes them about {health.first_step_factor(values["beta1"]):.1f} times smaller, and the weights grow. '
                   f'Healthy here: {f"{limits[0]:.1g} to" if limits[0] else "up to"} {limits[1]:.2g}. ')
+    ratio += f'Embeddings and head may change {health.APART:g} times as much, as each row is of one token. '
+    if values['optimizer'] == 'muon':
+        ratio += (f'The blocks\' matrices are Muon\'s: in every step, the first like all others, their weights move by a root mean '
+                  f'square of about 0.2 * learning_rate * muon_lr_ratio = {0.2 * rate * values["muon_lr_ratio"]:.2g}, as far in rare '
+                  f'directions as in frequent ones, so they bear more. '
+                  f'Theirs are marked {f"below {muon_limits[0]:.1g} or " if muon_limits[0] else ""}above {muon_limits[1]:.2g}. ')
     yield note(ratio + 'Biases start at 0 and gains at 1, so their ratio has no range.', 'update/weight')
     if not training.has_memory:
         warmup = values['warmup_iters']
@@ -224,8 +237,7 @@ def report_memorising(training, steps: int) -> Report:
     with training.undone():
         optimizer = training.new_optimizer()
         for step in range(steps + 1):  # each tells the loss before it, so the last one is there for its loss alone
-            for group in optimizer.param_groups:
-                group['lr'] = rate * min(1.0, (step + 1) / (warmup + 1))
+            optimizer.lr = rate * min(1.0, (step + 1) / (warmup + 1))
             loss, _ = training.step(optimizer, [(x, y)])
             if step % max(1, steps // 5) == 0 or step == steps:
                 losses[step] = loss

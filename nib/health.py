@@ -10,6 +10,8 @@ from nib.inspection import LayerStats, ParameterStats, largest_entropy
 
 GRAD_NORM = (0.1, 10.0)  # of all parameters together, in a model that has begun to learn
 UPDATE_RATIO = (0.001, 0.01)  # per step, in a run that is well under way
+MUON_RATIO = (0.001, 0.05)  # of Muon's matrices, whose updates go no farther in one direction than in another
+APART = 4.0  # an embedding's or the head's may be so many times larger: its rows are of one token each, and move apart
 SLACK = 5.0  # an update ratio is marked when it is so many times out: a few times is no fault
 DEAD = 0.1  # share of an MLP's units
 ENTROPY = 0.05  # of attention, as a share of the largest possible
@@ -53,22 +55,26 @@ def first_step_factor(beta1: float) -> float:
     return math.sqrt((1 + beta1) / (1 - beta1))
 
 
-def update_limits(beta1: float, first: bool, learnt: bool) -> tuple[float, float]:
+def update_limits(beta1: float, first: bool, learnt: bool, name: str = '', muon: bool = False) -> tuple[float, float]:
     """The update ratios, at the full learning rate, outside of which a matrix is marked.
 
-    first: AdamW has no memory yet. learnt: the weights are not fresh; where a new optimizer starts from such, its steps
-    may be as small as one likes.
+    first: the optimizer has no memory yet; only AdamW's step is larger then. learnt: the weights are not fresh; where a new
+    optimizer starts from such, its steps may be as small as one likes. name: the parameter's; an embedding's ratio may be
+    small, as a batch has few tokens. muon: whether Muon moves it.
     """
-    factor = first_step_factor(beta1) if first else 1.0
-    low, high = UPDATE_RATIO
-    return (0.0 if first and learnt else low / SLACK * factor), high * SLACK * factor
+    factor = first_step_factor(beta1) if first and not muon else 1.0
+    low, high = MUON_RATIO if muon else UPDATE_RATIO
+    if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')):
+        high *= APART
+    small = first and learnt or name.endswith(('wte.weight', 'wpe.weight'))
+    return (0.0 if small else low / SLACK * factor), high * SLACK * factor
 
 
 # -- marks, and what they mean ---------------------------------------------------------------------------------------
 
 def mark_parameter(row: ParameterStats, limits: tuple[float, float]) -> str:
     """What is wrong with a parameter's gradient or update, or ''. Only matrices and embeddings have an update ratio with a
-    range: biases start at 0 and gains at 1, so theirs says nothing. An embedding's may be small, as a batch has few tokens."""
+    range: biases start at 0 and gains at 1, so theirs says nothing."""
     if not math.isfinite(row.rms):
         return 'weights not finite'
     if not math.isfinite(row.grad_norm):
@@ -77,8 +83,8 @@ def mark_parameter(row: ParameterStats, limits: tuple[float, float]) -> str:
         return '' if row.behind_zeros else 'no gradient'
     if len(row.shape) < 2 or row.update_ratio is None:
         return ''
-    low = 0.0 if row.name.endswith(('wte.weight', 'wpe.weight')) else limits[0]
-    return 'update too large' if row.update_ratio > limits[1] else 'update too small' if row.update_ratio <= low else ''
+    low, high = limits
+    return 'update too large' if row.update_ratio > high else 'update too small' if row.update_ratio <= low else ''
 
 
 def mark_layer(row: LayerStats, n_positions: int) -> str:
@@ -95,15 +101,18 @@ def mark_layer(row: LayerStats, n_positions: int) -> str:
     return ', '.join(marks)
 
 
-def judge_parameters(rows: Iterable[ParameterStats], limits: tuple[float, float], learning_rate: float) -> list[Finding]:
+def judge_parameters(rows: Iterable[ParameterStats], limits: Mapping[str, tuple[float, float]], learning_rate: float
+                     ) -> list[Finding]:
+    """limits: name of the parameter -> its update_limits."""
     marked = {}
     for row in rows:
-        if mark := mark_parameter(row, limits):
+        if mark := mark_parameter(row, limits[row.name]):
             marked.setdefault(mark, []).append(row)
     return [_explain_mark(mark, rows, limits, learning_rate) for mark, rows in marked.items()]
 
 
-def _explain_mark(mark: str, rows: list[ParameterStats], limits: tuple[float, float], learning_rate: float) -> Finding:
+def _explain_mark(mark: str, rows: list[ParameterStats], limits: Mapping[str, tuple[float, float]], learning_rate: float
+                  ) -> Finding:
     count = f'{len(rows)} parameter{"s" * (len(rows) > 1)}'
     named = f'{mark}: {count}, the first is {rows[0].name}' if len(rows) > 1 else f'{mark}: {rows[0].name}'
     if mark == 'weights not finite':
@@ -114,12 +123,14 @@ def _explain_mark(mark: str, rows: list[ParameterStats], limits: tuple[float, fl
         return Finding(named, 'See whether the loss depends on them at all: behind dead units or a matrix of zeros, or detached, '
                               'nothing learns')
     large = mark == 'update too large'
-    worst = (max if large else min)(rows, key=lambda row: row.update_ratio)
+    worst = max(rows, key=lambda row: row.update_ratio / limits[row.name][1]) if large else min(
+        rows, key=lambda row: row.update_ratio)
+    low, high = limits[worst.name]
     what = f'{mark} in {count}: {worst.update_ratio:.2g} in {worst.name}'
     if worst.update_ratio == 0.0:
         return Finding(what, 'Raise learning_rate, which is 0' if learning_rate == 0.0 else
                        'See whether the optimizer is given this parameter: it has a gradient, and the step does not move it')
-    wanted = limits[1] if large else math.sqrt(limits[0] * limits[1])
+    wanted = high if large else math.sqrt(low * high)
     return Finding(what, f'{"Lower" if large else "Raise"} learning_rate {learning_rate:g}, for instance to '
                          f'{learning_rate * wanted / worst.update_ratio:.0e}')
 

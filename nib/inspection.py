@@ -130,12 +130,12 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
 def attention_weights(attention: CausalSelfAttention, x, rotary=None):
     """The weights (B, H, T, T) that attention gives the values, and the values (B, H, T, D), which groups of heads may share.
 
-    F.scaled_dot_product_attention, which the module calls, keeps the weights to itself; so they are computed again from its
-    queries and keys: softmax(q k^T / sqrt(D)) (Vaswani et al. 2017, equation 1), where the key is no later than the query.
+    What the module calls for attention keeps the weights to itself; so they are computed again from its queries and keys:
+    softmax(q k^T / sqrt(D)) (Vaswani et al. 2017, equation 1), where the key is no later than the query.
     """
     B, T, _ = x.shape
-    q, k, v = (part.view(B, T, -1, attention.head_dim).transpose(1, 2)  # q (B, H, T, D), k and v (B, K, T, D)
-               for part in attention.c_attn(x).split(attention.widths, dim=2))
+    # q (B, H, T, D), k and v (B, K, T, D)
+    q, k, v = attention.c_attn(x).view(B, T, -1, attention.head_dim).transpose(1, 2).split(attention.heads, dim=1)
     q, k = attention.q_norm(q), attention.k_norm(k)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)

@@ -205,12 +205,10 @@ def explain_clipping(training, micro_batches: Sequence, grad_clip: float, name: 
 
 def explain_adamw(training, steps: Sequence[Sequence], grad_clip: float, name: str, index: tuple[int, ...]) -> Iterator[str]:
     """Real training steps, each on its micro batches, with one weight followed by hand. Changes the model."""
-    model, parameter, optimizer = training.model, training.model.get_parameter(name), training.new_optimizer()
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group['params']))
-    lr, (beta1, beta2), eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
-    state = optimizer.state[parameter]
-    m, v = (float(state[key][index]) if state else 0.0 for key in ('exp_avg', 'exp_avg_sq'))
-    first = int(state['step']) + 1 if state else 1
+    model, parameter, optimizer = training.model, training.model.get_parameter(name), training.new_optimizer('adamw')
+    part, state = next((part, state) for part in optimizer.parts for p, state in part.state() if p is parameter)
+    lr, (beta1, beta2), eps, decay = optimizer.lr, part.betas, 1e-8, part.weight_decay
+    m, v, first = float(state['exp_avg'][index]), float(state['exp_avg_sq'][index]), int(state['step']) + 1
     hand, torchs = [], []
     for t, micro_batches in enumerate(steps, start=first):
         training.accumulate(micro_batches)
@@ -219,8 +217,7 @@ def explain_adamw(training, steps: Sequence[Sequence], grad_clip: float, name: s
         model.zero_grad(set_to_none=True)
         hand.append(adamw_by_hand(weight, gradient, m, v, t, lr, (beta1, beta2), eps, decay))
         m, v = hand[-1].m, hand[-1].v
-        training.step(optimizer, micro_batches)
-        state = optimizer.state[parameter]
+        training.step(optimizer, micro_batches)  # which changes the state's tensors
         torchs.append((float(state['exp_avg'][index]), float(state['exp_avg_sq'][index]), float(parameter[index].detach())))
 
     def row(label, formula, cells):
@@ -229,6 +226,8 @@ def explain_adamw(training, steps: Sequence[Sequence], grad_clip: float, name: s
     def figures(label, formula, key, form):
         return row(label, formula, [form.format(getattr(step, key)) for step in hand])
 
+    if training.values['optimizer'] != 'adamw':
+        yield note('In this run Muon moves the blocks\' matrices, and AdamW the rest. Here AdamW moves all of them.')
     yield (f'The weight in {len(steps)} real steps on as many batches, with learning rate {lr:g}, beta1 {beta1:g}, beta2 '
            f'{beta2:g} and weight decay {decay:g}.\n')
     yield row('', '', [f't = {t}' for t in range(first, first + len(steps))])
@@ -241,7 +240,7 @@ def explain_adamw(training, steps: Sequence[Sequence], grad_clip: float, name: s
     yield figures('decay', f'-{lr:g} * {decay:g} w', 'decay', '{:.8f}')
     yield figures('update', f'-{lr:g} m_hat / (sqrt(v_hat) + {eps:g})', 'update', '{:.8f}')
     yield figures('w by hand', 'w + decay + update', 'after', '{:.8f}')
-    yield row('w by torch', 'after train_step with torch.optim.AdamW', [f'{theirs[2]:.8f}' for theirs in torchs])
+    yield row('w by torch', 'after train_step, by torch\'s fused kernel', [f'{theirs[2]:.8f}' for theirs in torchs])
     yield row('apart', 'the most of m, v and w', [f'{max(abs(a - b) for a, b in zip((step.m, step.v, step.after), theirs)):.1e}'
                                                   for step, theirs in zip(hand, torchs)])
     yield '\n' + note(

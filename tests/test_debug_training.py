@@ -192,11 +192,11 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
 
 def entropy_by_hand(attention, x, rotary, config) -> float:
     """Head by head and position by position, in Python's floats."""
-    q, k, _ = attention.c_attn(x).split(attention.widths, dim=2)
+    D = config.head_dim
+    q, k, _ = attention.c_attn(x).split([config.n_head * D, config.kv_heads * D, config.kv_heads * D], dim=2)
     total = []
     for b, head in itertools.product(range(len(x)), range(config.n_head)):
         shared = head // (config.n_head // config.kv_heads)
-        D = config.head_dim
         query, key = attention.q_norm(q[b, :, head * D:][:, :D]), attention.k_norm(k[b, :, shared * D:][:, :D])
         if rotary is not None:  # two dimensions are one complex number, turned by its angle
             turn = torch.complex(*(part[0] for part in rotary))  # (T, D / 2)
@@ -285,7 +285,7 @@ def test_the_tolerance_of_the_first_loss_covers_what_fresh_models_have():
             assert abs(excess) < health.start_tolerance(n_embd, 128)
 
 
-@pytest.mark.parametrize('config', ['train_shakespeare_char.py', 'modern_shakespeare_char.py'])
+@pytest.mark.parametrize('config', ['train_shakespeare_char.py', 'modern_shakespeare_char.py', 'fast_shakespeare_char.py'])
 def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     done = run_main(SCRIPT, f'config/{config}', '--dataset=tiny', f'--data_dir={data_dir}', '--device=cpu', '--dtype=float32')
     assert done.returncode == 0 and done.stderr == '', done.stderr
@@ -294,12 +294,13 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     assert len(losses) == 6 and losses[-1] < 1.0 < losses[0]
 
 
-def test_nothing_is_marked_in_a_healthy_run(data_dir, train_here, debug, tmp_path):
+@pytest.mark.parametrize('method', ['adamw', 'muon'])
+def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug, tmp_path):
     """Its next step, and as the beginning of another one."""
-    train_here(tmp_path / 'run', *CALM, '--max_iters=60', '--lr_decay_iters=200')
+    train_here(tmp_path / 'run', *CALM, '--max_iters=60', '--lr_decay_iters=200', f'--optimizer={method}')
     for flags in (['--init_from=resume', f'--out_dir={tmp_path / "run"}'],
                   [f'--init_from={tmp_path / "run"}', '--dtype=bfloat16']):
-        done = debug(*flags)
+        done = debug(*flags, f'--optimizer={method}')
         assert 'Nothing: all' in done.stdout and '<-' not in done.stdout, done.stdout + done.stderr
         assert ', healthy: below 0' in done.stdout
 
@@ -339,6 +340,19 @@ def test_a_learning_rate_that_is_too_high_is_seen(make_training):
     assert 'update too large' not in examined(make_training(f'--learning_rate={suggested * 0.9}'), steps=1)[1]
 
 
+def test_muons_matrices_have_limits_of_their_own(make_training):
+    """Their updates are 0.2 * learning_rate * muon_lr_ratio in root mean square, but for what Newton-Schulz leaves open."""
+    for ratio in (1.0, 100.0):
+        text, findings = examined(make_training('--optimizer=muon', f'--muon_lr_ratio={ratio}'), steps=1)
+        assert f'muon_lr_ratio = {0.2 * 3e-3 * ratio:.2g}, as far' in ' '.join(text.split())
+        for name, row in table(text).items():
+            by_muon = name.startswith('h.') and 'x' in row[0]
+            assert ('too large' in ' '.join(row)) == (by_muon and ratio == 100.0), (name, row)
+            if by_muon:
+                assert 0.6 < float(row[6]) * float(row[1]) / (0.2 * 3e-3 * ratio) < 1.25, (name, row)
+        assert ('update too large in 8 parameters' in findings) == (ratio == 100.0)
+
+
 def test_a_learning_rate_of_nothing_is_seen(make_training):
     findings = examined(make_training('--learning_rate=0'))[1]
     assert 'update too small in 10 parameters' in findings and 'Raise learning_rate, which is 0' in findings
@@ -359,8 +373,9 @@ def test_targets_that_were_not_shifted_are_seen(make_training):
 
 def test_a_loop_that_cannot_learn_is_seen(make_training):
     training = make_training()
-    others = [torch.nn.Parameter(torch.ones(2))]
-    training.new_optimizer = lambda: torch.optim.AdamW(others, lr=0.01, fused=True)
+    optimizer = training.new_optimizer()
+    optimizer.step = lambda usable: None
+    training.new_optimizer = lambda: optimizer
     findings = examined(training)[1]
     assert 'See whether the optimizer is given this parameter' in findings and 'not learnt by heart' in findings
     training = make_training()
@@ -425,13 +440,19 @@ def test_marks_are_where_the_ranges_end():
     for ratio, mark in ((0.001, ''), (0.01, ''), (limits[1] * 1.01, 'update too large'), (limits[0] * 0.99, 'update too small')):
         assert health.mark_parameter(row(ratio), limits) == mark
         assert health.mark_parameter(row(ratio, shape=(4,)), limits) == ''
-    assert health.mark_parameter(row(limits[0] * 0.99, 'wte.weight'), limits) == ''  # a batch does not have all tokens
-    assert health.mark_parameter(row(0.0, 'wte.weight'), limits) == 'update too small'
+    embedding = health.update_limits(0.9, False, True, 'wte.weight')
+    assert embedding == (0.0, health.APART * limits[1])  # a batch does not have all tokens, and rows move apart
+    assert health.update_limits(0.9, False, True, 'lm_head.weight') == (limits[0], health.APART * limits[1])
+    assert health.mark_parameter(row(limits[0] * 0.99), embedding) == ''
+    assert health.mark_parameter(row(0.0), embedding) == 'update too small'
     assert health.mark_parameter(row(None), limits) == ''
     assert health.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
     assert health.update_limits(0.9, first=True, learnt=True)[0] == 0.0  # fine-tuning may take small steps
     first = health.update_limits(0.9, first=True, learnt=False)
     assert first == pytest.approx([math.sqrt(19) * limit for limit in limits])
+    muon = health.update_limits(0.9, False, True, muon=True)
+    assert muon == pytest.approx([limit * end for limit, end in zip((1 / health.SLACK, health.SLACK), health.MUON_RATIO)])
+    assert muon == health.update_limits(0.9, True, False, muon=True)  # its first step is like the others
     for norm, found in ((0.09, 'below'), (0.11, ''), (9.9, ''), (10.1, 'above'), (math.inf, 'above'), (math.nan, 'nan')):
         assert found in ''.join(finding.what for finding in health.judge_grad_norm(norm, health.GRAD_NORM))
         assert bool(found) == bool(health.judge_grad_norm(norm, health.GRAD_NORM))
@@ -522,12 +543,24 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
         seen[-1] += (float(state['exp_avg'][index]), float(state['exp_avg_sq'][index]), float(weight.detach()[index]))
     before, gradients, m, v, after = zip(*seen)
     for label, wanted in (('w             the weight', before), ('w by hand     w + decay + update', after),
-                          ('w by torch    after train_step with torch.optim.AdamW', after),
+                          ('w by torch    after train_step, by torch\'s fused kernel', after),
                           ('g             its gradient, clipped', gradients)):
         assert figures(label) == pytest.approx(wanted, abs=1e-6), label
     assert figures('m             0.9 m + 0.1 g')[-3:] == pytest.approx(m, abs=1e-6)
     assert figures('v             0.95 v + 0.05 g^2')[-3:] == pytest.approx(v, abs=1e-6)
     assert all(figure < 1e-6 for figure in figures('apart         the most of m, v and w'))
+
+
+def test_the_walk_through_is_adamws_whatever_the_optimizer(train_here, debug, tmp_path):
+    def last_section(*flags):
+        done = debug('--explain', *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split('5. ADAMW\n')[1]
+    sentence = "\nIn this run Muon moves the blocks' matrices, and AdamW the rest. Here AdamW moves all of them.\n"
+    assert last_section('--optimizer=muon') == sentence + last_section('--optimizer=adamw').removeprefix('\n')
+    train_here(tmp_path / 'run', '--max_iters=4', '--optimizer=muon')
+    resumed = last_section('--init_from=resume', f'--out_dir={tmp_path / "run"}')  # Muon's memory is no AdamW's
+    assert resumed.startswith(sentence) and ' t = 1 ' in resumed
 
 
 @pytest.mark.parametrize('grad_clip', [0.0, 100.0])
