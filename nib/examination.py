@@ -158,10 +158,11 @@ def explain_parameters(training, norm: float, norm_limits: tuple[float, float], 
                   f'Healthy here: {f"{limits[0]:.1g} to" if limits[0] else "up to"} {limits[1]:.2g}. ')
     ratio += f'Embeddings and head may change {health.APART:g} times as much, as each row is of one token. '
     if values['optimizer'] == 'muon':
-        ratio += (f'The blocks\' matrices are Muon\'s: in every step, the first like all others, their weights move by a root mean '
-                  f'square of about 0.2 * learning_rate * muon_lr_ratio = {0.2 * rate * values["muon_lr_ratio"]:.2g}, as far in rare '
-                  f'directions as in frequent ones, so they bear more. '
-                  f'Theirs are marked {f"below {muon_limits[0]:.1g} or " if muon_limits[0] else ""}above {muon_limits[1]:.2g}. ')
+        below = f'below {muon_limits[0]:.1g} or ' if muon_limits[0] else ''
+        ratio += (f'The blocks\' matrices are Muon\'s: in every step, the first like all others, their weights move by a root '
+                  f'mean square of about 0.2 * learning_rate * muon_lr_ratio = {0.2 * rate * values["muon_lr_ratio"]:.2g}, as far '
+                  f'in rare directions as in frequent ones, so they bear more. Theirs are marked {below}above '
+                  f'{muon_limits[1]:.2g}. ')
     yield note(ratio + 'Biases start at 0 and gains at 1, so their ratio has no range.', 'update/weight')
     if not training.has_memory:
         warmup = values['warmup_iters']
