@@ -160,8 +160,8 @@ def explain_parameters(training, norm: float, norm_limits: tuple[float, float], 
     if values['optimizer'] == 'muon':
         below = f'below {muon_limits[0]:.1g} or ' if muon_limits[0] else ''
         ratio += (f'The blocks\' matrices are Muon\'s: in every step, the first like all others, their weights move by a root '
-                  f'mean square of about 0.2 * learning_rate * muon_lr_ratio = {0.2 * rate * values["muon_lr_ratio"]:.2g}, as far '
-                  f'in rare directions as in frequent ones, so they bear more. Theirs are marked {below}above '
+                  f'mean square of about 0.2 * learning_rate * muon_lr_ratio = {0.2 * rate * values["muon_lr_ratio"]:.2g}, as '
+                  f'far in rare directions as in frequent ones, so they bear more. Theirs are marked {below}above '
                   f'{muon_limits[1]:.2g}. ')
     yield note(ratio + 'Biases start at 0 and gains at 1, so their ratio has no range.', 'update/weight')
     if not training.has_memory:
