@@ -106,6 +106,7 @@ for out_dir, steps in cuts.items():
     with open(f'{{out_dir}}/tokens-{{os.environ["RANK"]}}.json', 'w') as file:
         json.dump(tokens, file)
 close(ranks)
+del ranks  # its groups' threads end here, not while Python itself ends
 """
 
 

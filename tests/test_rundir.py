@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL_RUN, records, run_script, train
 from nib import checkpoint, rundir
 from nib.errors import UserError
 
+TIMED = ('tokens_per_second', 'peak_memory', 'seconds/evaluation')  # what the same run measures differently
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 ENDLESS = ['--max_iters=1000000', '--lr_decay_iters=1000000', '--eval_interval=1000000']
 # A process that takes the lock, says so, and holds it until it is killed.
@@ -155,7 +156,7 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
     done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', *flags, '--overwrite')
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout and 'resuming' not in whole.stdout
-    untimed = [[{name: value for name, value in record.items() if name not in ('tokens_per_second', 'peak_memory')}
+    untimed = [[{name: value for name, value in record.items() if name not in TIMED}
                 for record in records(tmp_path / name)] for name in ('run', 'whole')]
     assert untimed[0] == untimed[1]
     for file in ('model.safetensors', 'optimizer.safetensors'):
