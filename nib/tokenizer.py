@@ -1,12 +1,14 @@
 """Text to token ids and back; every tokenizer is saved as JSON and travels with the checkpoint.
 
-All have vocab_size, end_of_text (the id that follows each of several documents, or None), encode, decode,
-decode_bytes (for text that is shown token by token, as a character's bytes may be shared out over tokens) and to_json.
+All have vocab_size, end_of_text (the id that follows each of several documents, or None), encode, encode_texts (of several
+texts, one after the other), decode, decode_bytes (for text that is shown token by token, as a character's bytes may be shared
+out over tokens) and to_json.
 """
 import functools
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,10 @@ class CharTokenizer:
                             f'{distinct} (the first at offset {first}); leave them out, or train on a text that has them')
         return ids
 
+    def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
+        """Token ids, uint32. With each text comes whether the end-of-text token follows it."""
+        return _one_by_one(self, texts)
+
     def decode(self, ids) -> str:
         """The text of token ids. UserError for an id that is not in the vocabulary."""
         ids = _checked(ids, self.vocab_size)
@@ -80,7 +86,11 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, uint32, as many as the text has bytes."""
-        return np.frombuffer(without_surrogates(text).encode(), dtype=np.uint8).astype(np.uint32)
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint32)
+
+    def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
+        """Token ids, uint32. With each text comes whether the end-of-text token follows it."""
+        return _one_by_one(self, texts)
 
     def decode(self, ids) -> str:
         """The text of token ids; bytes that are no UTF-8 as U+FFFD. UserError for an id that is not in the vocabulary."""
@@ -96,7 +106,7 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte pair encoding (Radford et al. 2019), as tiktoken computes it.
+    """GPT-2's byte pair encoding (Radford et al. 2019), as tiktoken computes it; nib/bpe.py makes it fast.
 
     Its vocabulary is two files that are fetched when it first encodes or decodes; UserError then where they cannot be.
     """
@@ -105,11 +115,11 @@ class Gpt2Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, uint32. END_OF_TEXT in the text is read as the characters that it is."""
-        encoding = load_gpt2()
-        try:
-            return encoding.encode_to_numpy(without_surrogates(text), disallowed_special=())
-        except ValueError as error:  # a run of millions of spaces is too long for its regular expressions
-            raise UserError(f'tiktoken cannot encode a text of {len(text):,} characters: {error}') from error
+        return self.encode_texts([(text, False)]).astype(np.uint32)
+
+    def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
+        """Token ids, uint16. With each text comes whether the end-of-text token follows it."""
+        return _word_table(load_gpt2(), self.end_of_text).encode((_utf8(text), ends) for text, ends in texts)
 
     def decode(self, ids) -> str:
         """The text of token ids; bytes that are no UTF-8 as U+FFFD. UserError for an id that is not in the vocabulary."""
@@ -161,6 +171,26 @@ def without_surrogates(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return without_surrogates(text).encode()
+
+
+def _one_by_one(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
+    parts = [np.empty(0, np.uint32)]
+    for text, ends in texts:
+        parts += [tokenizer.encode(text), np.array([tokenizer.end_of_text] * ends, np.uint32)]
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _word_table(encoding, end_of_text: int):
+    from nib.bpe import WordTable  # here: it needs tiktoken
+    return WordTable(encoding, end_of_text)
 
 
 @functools.cache
