@@ -4,7 +4,7 @@ Training reads every window of block_size tokens once an epoch, in an order that
 network (Luby and Rackoff 1988) is a permutation whose every value costs the same, however long the text is.
 """
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from nib.corpus import check_ids
 
 _ROUNDS = 6
+_TOGETHER = 1024  # sequences whose places are computed at once: numpy takes hardly longer for them than for a batch's
 
 
 def permute(positions: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
@@ -57,14 +58,24 @@ class BatchLoader:
         # One window fewer than there is room for: the epochs' offsets move within that room.
         self.n_windows = max(1, (len(tokens) - block_size) // block_size)
         self._ahead = {}  # (step, micro step) -> the batch prepared for it
+        self._batches_together = max(1, min(_TOGETHER, self.n_windows) // (batch_size * world_size))
+        self._together, self._starts = -1, None  # which of these groups of batches was asked for last, and its windows
 
     def starts(self, step: int, micro_step: int) -> np.ndarray:
         """Offsets (batch_size,) of a batch's windows in the tokens."""
-        first = ((step * self.micro_steps + micro_step) * self.world_size + self.rank) * self.batch_size
-        numbers = np.arange(first, first + self.batch_size, dtype=np.uint64)
+        together, row = divmod(step * self.micro_steps + micro_step, self._batches_together)
+        if together != self._together:
+            self._together, self._starts = together, self._compute_starts(together * self._batches_together)
+        return self._starts[row]
+
+    def _compute_starts(self, batch: int) -> np.ndarray:
+        """The same of this rank's batches from this one on, as many as are computed together: (batches, batch_size)."""
+        first = (batch * self.world_size + self.rank) * self.batch_size
+        later = np.arange(self._batches_together, dtype=np.uint64)[:, None] * np.uint64(self.world_size * self.batch_size)
+        numbers = np.uint64(first) + later + np.arange(self.batch_size, dtype=np.uint64)
         epochs, positions = numbers // self.n_windows, numbers % self.n_windows
-        starts = np.empty(self.batch_size, dtype=np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        starts = np.empty(numbers.shape, dtype=np.int64)
+        for epoch in range(int(epochs[0, 0]), int(epochs[-1, -1]) + 1):
             key = self._key(epoch)
             room = min(self.block_size, len(self.tokens) - self.n_windows * self.block_size)
             rows = epochs == epoch
@@ -100,25 +111,24 @@ def eval_batches(tokens: np.ndarray, block_size: int, batch_size: int, max_batch
     """
     starts = eval_starts(len(tokens), block_size, max_batches and max_batches * batch_size)
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
-        yield gather(tokens, starts[first:first + batch_size], block_size, device, vocab_size)
+        yield gather(tokens, np.array(starts[first:first + batch_size]), block_size, device, vocab_size)
 
 
-def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) -> np.ndarray:
+def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) -> Sequence[int]:
     """Offsets of windows that do not overlap: all of them, or max_windows spread evenly."""
     n = (n_tokens - 1) // block_size
-    count = min(n, max_windows or n)
-    return np.arange(count, dtype=np.int64) * n // count * block_size
+    if not max_windows or max_windows >= n:
+        return range(0, n * block_size, block_size)
+    return np.arange(max_windows, dtype=np.int64) * n // max_windows * block_size
 
 
 def gather(tokens, starts, block_size, device, vocab_size=None):
     """x and y (len(starts), block_size) of the windows at starts. UserError for an id >= vocab_size."""
-    windows = tokens[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
+    windows = np.asarray(tokens)[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1); a memmap itself is slower
     if vocab_size is not None and windows.max() >= vocab_size:
         row = int((windows >= vocab_size).any(axis=1).argmax())
         check_ids(windows[row], vocab_size, getattr(tokens, 'filename', 'tokens'), int(starts[row]))
-    ids = torch.from_numpy(windows.astype(np.int64))
+    x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in (windows[:, :-1], windows[:, 1:]))
     if str(device).startswith('cuda'):
-        ids = ids.pin_memory().to(device, non_blocking=True)  # pinned, so that nobody waits for the copy
-    elif str(device) != 'cpu':
-        ids = ids.to(device)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        return tuple(ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))  # pinned, so that nobody waits for the copy
+    return x.to(device), y.to(device)

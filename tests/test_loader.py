@@ -190,7 +190,7 @@ def test_evaluation_targets_are_the_inputs_one_token_later():
 @given(n_tokens=st.integers(2, 5000), block_size=st.integers(1, 50), max_windows=st.integers(1, 60))
 def test_a_short_evaluation_spreads_distinct_windows_over_the_split(n_tokens, block_size, max_windows):
     n = (n_tokens - 1) // block_size
-    windows = eval_starts(n_tokens, block_size, max_windows) / block_size
+    windows = np.array(eval_starts(n_tokens, block_size, max_windows)) / block_size
     assert len(windows) == len(set(windows)) == min(n, max_windows)
     if len(windows) > 1:
         gaps = np.diff(windows)
