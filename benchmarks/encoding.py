@@ -4,8 +4,8 @@
     python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER
 
 Both get the same documents as a .jsonl file, and their bins must be equal byte for byte. nanoGPT's script is run as it is in
-the clone but for three things: it gets these documents, one process instead of eight, and writes as many shards as there are
-documents to validate on, if they are fewer than its 1,024, without which it ends in an error.
+the clone but for three things: it gets these documents; it starts no further processes, as eight would share the core; and it
+writes no more shards than there are documents to validate on, as it fails where they are fewer than its 1,024.
 """
 import filecmp
 import json
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ script, file, out_dir = sys.argv[1:]
 dataset = datasets.load_dataset('json', data_files=file)
 datasets.load_dataset = lambda *names, **options: dataset
 shards = max(1, min(1024, int(0.0005 * len(dataset['train']))))
-code = open(script).read().replace({PROCESSES!r}, 'num_proc = 1\\n').replace({SHARDS!r}, f'total_batches = {{shards}}\\n')
+code = open(script).read().replace({PROCESSES!r}, 'num_proc = None\\n').replace({SHARDS!r}, f'total_batches = {{shards}}\\n')
 started = time.perf_counter()
 exec(compile(code, script, 'exec'), {{'__name__': '__main__', '__file__': out_dir + '/prepare.py'}})
 print('seconds', time.perf_counter() - started)
@@ -140,10 +141,11 @@ def take_turn(program: str, script: Path, file: Path, n_bytes: int, out_dir: Pat
 
 def watch_memory(process: subprocess.Popen, peak: list[int]):
     """Keeps in peak[0] the most memory, in kB, that is the process's own: without files that it has mapped."""
-    while process.poll() is None:
-        status = Path(f'/proc/{process.pid}/status').read_text()
-        peak[0] = max([peak[0], *(int(line.split()[1]) for line in status.splitlines() if line.startswith('RssAnon'))])
-        time.sleep(0.02)
+    with suppress(OSError):  # it has ended
+        while process.poll() is None:
+            status = Path(f'/proc/{process.pid}/status').read_text()
+            peak[0] = max([peak[0], *(int(line.split()[1]) for line in status.splitlines() if line.startswith('RssAnon'))])
+            time.sleep(0.02)
 
 
 if __name__ == '__main__':
