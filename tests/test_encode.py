@@ -25,6 +25,12 @@ class DyingTokenizer(ByteTokenizer):
         return super().encode(text)
 
 
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    """On one, no process is started."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1}, raising=False)
+
+
 def pieces(count, size=BATCH):
     """Pieces of a batch each; every third one goes into val."""
     for number in range(count):
@@ -61,6 +67,12 @@ def test_small_pieces_go_together(monkeypatch):
 def test_a_small_text_starts_no_process(monkeypatch):
     monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
     assert sum(result.pieces for result in encode_all(pieces(ALONE), ByteTokenizer(), UINT16)) == ALONE
+
+
+def test_one_core_starts_no_process(monkeypatch):
+    monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {1}, raising=False)
+    assert sum(result.pieces for result in encode_all(pieces(ALONE + 3), ByteTokenizer(), UINT16)) == ALONE + 3
 
 
 def test_many_processes_give_what_one_gives():
