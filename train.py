@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 
 import configurator
-from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, weights
+from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, vitals, weights
 from nib.checks import check_config
+from nib.doctor import Doctor
 from nib.errors import EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
 from nib.writer import CheckpointWriter
@@ -280,6 +281,10 @@ def main(argv):
 
     if not eval_only:
         ranks.on_first(open_out_dir)
+        signs = vitals.Vitals(raw_model, optimizer, scaler, device_used)
+        doctor = Doctor(config, vitals.examine_data(data.train, data.val, data.vocab_size),
+                        raw_model.num_params(), len(data.train), trained=init_from != 'scratch')
+        report = lambda findings: None
     saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
     limit = None if on_nonfinite == 'skip' else max_bad_steps
     bad_steps = guard.BadSteps(limit, device_used, scaler.is_enabled(), state.bad_steps)
@@ -342,6 +347,15 @@ def main(argv):
             console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
                         f'{", the best so far" if best and saved else ""}; {seconds:.1f} s')
             if metrics:
+                noise = None
+                evaluations = state.step // eval_interval
+                if evaluations and not evaluations & (evaluations - 1):
+                    n = vitals.noise_batches(batch_size * block_size)
+                    noise = vitals.gradient_noise(raw_model, scaler, (batches.batch(i, 0) for i in range(n)), precision)
+                    noise = noise / gradient_accumulation_steps
+                report(doctor.see_evaluation(vitals.examine_evaluation(
+                    raw_model, next(loader.eval_batches(data.val, block_size, batch_size, 1, device=device_used)), precision,
+                    state.step, train_loss, val_loss, noise)))
                 metrics.log(state.step, {
                     'seconds/evaluation': seconds,
                     'loss/train': train_loss, 'loss/val': val_loss, 'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
@@ -355,13 +369,16 @@ def main(argv):
 
         # -- one training step
         data_step = state.step + state.passed_over
-        mean_loss, grad_norm = train_step(model, optimizer, scaler, batches.micro_batches(data_step), micro_steps, precision,
-                                          grad_clip, (seed, data_step, ranks.rank), ranks, bad_steps)
+        line_due = (state.step + 1) % log_interval == 0 or state.step == 0
+        micro_batches = batches.micro_batches(data_step)
+        mean_loss, grad_norm = train_step(model, optimizer, scaler, signs.begin(micro_batches) if line_due else micro_batches,
+                                          micro_steps, precision, grad_clip, (seed, data_step, ranks.rank), ranks, bad_steps)
+        signs.note(mean_loss, grad_norm)
         state.step += 1
         console.advance(state.step, max_iters)
 
         # -- log; only here and where it looks, saves or evaluates does the host wait for the device
-        if state.step % log_interval == 0 or state.step == 1:
+        if line_due:
             loss = float(mean_loss)
             seconds = (time.perf_counter() - clock) / (state.step - clock_step)
             clock, clock_step = time.perf_counter(), state.step
@@ -371,6 +388,7 @@ def main(argv):
                 'loss': f'{loss:.4f}', 'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
                 'grad norm': f'{grad_norm:.2f}', 'lr': f'{lr:.2e}', 'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
             if metrics:
+                report(doctor.see_step(signs.read(state.step, lr, tokens_per_second)))
                 metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr, 'mfu': mfu,
                                          'tokens_per_second': tokens_per_second,
                                          'peak_memory': runtime.peak_memory(device_used)})

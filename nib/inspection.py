@@ -38,6 +38,7 @@ class LayerStats:
     mlp_std: float | None = None  # of what the MLP adds to it
     dead: float | None = None  # share of the MLP's hidden units that are closed for every token
     entropy: float | None = None  # of the attention weights, in nats, mean over sequences, heads and positions
+    attention_logit: float | None = None  # the largest score before the softmax, in absolute value
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -100,8 +101,12 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
     def watch_attention(name):
         def hook(module, args, output):
             x, rotary = args[:2]
-            means = [entropy(attention_weights(module, row[None], rotary)[0]).mean() for row in x[:n_sequences]]
-            note(name, entropy=float(torch.stack(means).mean()))
+            means, largest = [], 0.0
+            for row in x[:n_sequences]:
+                scores, _ = attention_scores(module, row[None], rotary)
+                means.append(entropy(scores.softmax(dim=-1)).mean())
+                largest = max(largest, float(scores.masked_fill(scores == -math.inf, 0.0).abs().max()))
+            note(name, entropy=float(torch.stack(means).mean()), attention_logit=largest)
         return hook
 
     def watch_units(name, mlp):
@@ -127,11 +132,12 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
     return loss, [LayerStats(name, **figures[name]) for name in order]
 
 
-def attention_weights(attention: CausalSelfAttention, x, rotary=None):
-    """The weights (B, H, T, T) that attention gives the values, and the values (B, H, T, D), which groups of heads may share.
+def attention_scores(attention: CausalSelfAttention, x, rotary=None):
+    """The scores (B, H, T, T) whose softmax are the weights of the values, and the values (B, H, T, D), which groups of heads
+    may share. A key later than the query has the score -inf.
 
-    What the module calls for attention keeps the weights to itself; so they are computed again from its queries and keys:
-    softmax(q k^T / sqrt(D)) (Vaswani et al. 2017, equation 1), where the key is no later than the query.
+    What the module calls for attention keeps them to itself; so they are computed again from its queries and keys:
+    q k^T / sqrt(D) (Vaswani et al. 2017, equation 1).
     """
     B, T, _ = x.shape
     # q (B, H, T, D), k and v (B, K, T, D)
@@ -144,7 +150,7 @@ def attention_weights(attention: CausalSelfAttention, x, rotary=None):
     with torch.autocast(x.device.type, enabled=False):
         scores = q.to(dtype) @ k.to(dtype).transpose(2, 3) / math.sqrt(attention.head_dim)  # (B, H, T, T)
     later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    return scores.masked_fill(later, -math.inf).softmax(dim=-1), v
+    return scores.masked_fill(later, -math.inf), v
 
 
 def entropy(weights):

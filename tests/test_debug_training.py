@@ -151,7 +151,8 @@ def test_weights_times_values_are_what_attention_computes(name, dtype):
     with torch.no_grad(), runtime.precision(dtype, 'cpu'):
         model(torch.randint(31, (3, 10)))
         for attention, args, output in list(seen):
-            weights_, values = inspection.attention_weights(attention, *args[:2])
+            scores, values = inspection.attention_scores(attention, *args[:2])
+            weights_ = scores.softmax(dim=-1)
             again = attention.c_proj((weights_.to(values.dtype) @ values).transpose(1, 2).reshape(output.shape))
             assert weights_.shape == (3, 4, 10, 10) and weights_.dtype == torch.float32
             assert float(weights_.triu(1).abs().max()) == 0.0

@@ -1,0 +1,17 @@
+# Biases that close every unit of the first block's MLP from the start.
+import model
+import torch
+
+include('healthy.py')
+out_dir = 'out-lab-dead-units'
+bias = True
+
+_reset = model.GPT.reset_parameters
+
+
+def _reset_closed(self):
+    _reset(self)
+    torch.nn.init.constant_(self.transformer.h[0].mlp.c_fc.bias, -10.0)
+
+
+model.GPT.reset_parameters = _reset_closed

@@ -1,0 +1,16 @@
+# A validation text in another alphabet than the training text.
+from dataclasses import replace
+from nib import corpus
+
+include('healthy.py')
+out_dir = 'out-lab-different-texts'
+
+_open = corpus.open_dataset
+
+
+def _open_two_texts(folder, block_size):
+    data = _open(folder, block_size)
+    return replace(data, val=(data.vocab_size - 1 - data.val).astype(data.val.dtype))
+
+
+corpus.open_dataset = _open_two_texts

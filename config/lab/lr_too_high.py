@@ -1,0 +1,5 @@
+# A learning rate 30 times too high.
+
+include('healthy.py')
+out_dir = 'out-lab-lr-too-high'
+learning_rate = min_lr = 0.06

@@ -1,0 +1,5 @@
+# A learning rate of 3e4, typed for 3e-4.
+
+include('healthy.py')
+out_dir = 'out-lab-not-finite'
+learning_rate = 3e4

@@ -1,0 +1,15 @@
+# Blocks without norms and without residual connections: the gradient shrinks in each on its way down.
+import model
+import torch
+
+include('healthy.py')
+out_dir = 'out-lab-vanishing-gradients'
+n_layer = 6
+model.make_norm = lambda config, width: torch.nn.Identity()
+
+
+def _forward(self, x, rotary=None, cache=None):
+    return self.mlp(self.ln_2(self.attn(self.ln_1(x), rotary, cache)))
+
+
+model.Block.forward = _forward

@@ -1,0 +1,19 @@
+# Weights that begin ten times too large: the fresh model is sure, and wrong.
+import model
+import torch
+
+include('healthy.py')
+out_dir = 'out-lab-wrong-initial-loss'
+
+_reset = model.GPT.reset_parameters
+
+
+def _reset_large(self):
+    _reset(self)
+    with torch.no_grad():
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10.0)
+
+
+model.GPT.reset_parameters = _reset_large

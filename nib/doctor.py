@@ -1,0 +1,298 @@
+"""The doctor of a run: reads its vital signs and names what is wrong, each trouble once, with the evidence.
+
+Every rule is a method of the trouble's name, which returns the evidence, or None. Where its threshold comes from, it says.
+docs/doctor.md has the experiment that checks them.
+"""
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nib import health
+from nib.troubles import TROUBLES, Finding
+from nib.vitals import DataSigns, EvaluationSigns, StepSigns
+
+LEARNING = ('attention', 'mlp')  # the groups of matrices that an update ratio is judged of: a batch has few of an embedding's rows
+LINES = 1000  # logged steps that are remembered; more are thinned out
+
+
+@dataclass(frozen=True)
+class Line:
+    """The mean over the steps that a logged step sums up."""
+    step: int
+    n: int
+    loss: float
+    variance: float  # of the losses of its steps
+    tokens_per_second: float
+
+
+class Doctor:
+    """see_data() once, then see_step() at each logged step and see_evaluation() at each evaluation; each returns new findings.
+
+    config: train.py's, as the run uses it. trained: whether the weights come from another run. From a resumed run's records,
+    recall() learns what was found before.
+    """
+    DATA_RULES = ('tiny_vocabulary', 'different_texts', 'val_leaked')
+    STEP_RULES = ('targets_not_shifted', 'constant_batches', 'wrong_initial_loss', 'no_warmup', 'lr_too_high', 'lr_too_low', 'diverging',
+                  'plateau', 'exploding_gradients', 'vanishing_gradients', 'all_clipped', 'weight_decay_too_strong', 'float16_underflow',
+                  'throughput_collapse')
+    EVALUATION_RULES = ('attention_collapsed', 'dead_units', 'overfitting', 'underfitting', 'batch_too_small')
+
+    def __init__(self, config: Mapping, data: DataSigns, n_params: int, train_tokens: int, trained: bool):
+        self.config, self.data, self.n_params, self.train_tokens, self.trained = config, data, n_params, train_tokens, trained
+        self.tokens_per_step = config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps']
+        self.findings: list[Finding] = []
+        self.lines: list[Line] = []
+        self.signs: StepSigns | None = None  # of the last logged step
+        self.first_rms: dict[str, float] | None = None  # of the weights
+        self.streak: dict[str, int] = {}  # rule -> how often in a row what it looks for was there
+        self.evaluations: list[EvaluationSigns] = []
+        self.recent_clipped: list[tuple[float, float]] = []
+
+    # -- what it is shown ------------------------------------------------------------------------------------------------
+
+    def see_data(self) -> list[Finding]:
+        return self._apply(self.DATA_RULES, 0)
+
+    def see_step(self, signs: StepSigns) -> list[Finding]:
+        self.signs = signs
+        finite = [loss for loss in signs.losses if math.isfinite(loss)]
+        if finite:
+            self.lines.append(Line(signs.step, len(finite), statistics.fmean(finite), statistics.pvariance(finite), signs.tokens_per_second))
+        if len(self.lines) > LINES:  # of the older half, every second goes
+            self.lines = self.lines[:LINES // 2:2] + self.lines[LINES // 2:]
+        self.first_rms = self.first_rms or signs.weight_rms
+        found = self._apply(self.STEP_RULES, signs.step)
+        return found
+
+    def see_evaluation(self, signs: EvaluationSigns) -> list[Finding]:
+        self.evaluations.append(signs)
+        return self._apply(self.EVALUATION_RULES, signs.step)
+
+    def see_nonfinite(self, step: int, sentence: str) -> list[Finding]:
+        return self._name('not_finite', step, sentence)
+
+    def verdict(self) -> str:
+        """The last word on a run, a sentence."""
+        if not self.findings:
+            return f'healthy: nothing found in {self.signs.step if self.signs else 0} steps'
+        by_severity = {severity: [finding.name for finding in self.findings if finding.trouble.severity == severity]
+                       for severity in ('critical', 'warning', 'note')}
+        return '; '.join(f'{severity}: {", ".join(names)}' for severity, names in by_severity.items() if names)
+
+    def _apply(self, rules, step: int) -> list[Finding]:
+        found = []
+        for rule in rules:
+            if evidence := getattr(self, rule)():
+                found += self._name('lr_too_high' if rule == 'attention_collapsed' else rule, step, evidence)
+        return found
+
+    def _found(self, *names: str) -> bool:
+        return any(finding.name in names for finding in self.findings)
+
+    def _name(self, name: str, step: int, evidence: str) -> list[Finding]:
+        if self._found(name, 'diverging', 'not_finite'):  # what comes after these comes from them
+            return []
+        self.findings.append(Finding(name, step, evidence))
+        return self.findings[-1:]
+
+    def _lasts(self, rule: str, there: bool, times: int) -> bool:
+        """Whether what a rule looks for has been there so many times in a row, this one included."""
+        self.streak[rule] = self.streak.get(rule, 0) + 1 if there else 0
+        return self.streak[rule] >= times
+
+    # -- the data --------------------------------------------------------------------------------------------------------
+
+    def tiny_vocabulary(self):
+        data = self.data
+        if not self.trained and data.sampled > 4 * data.vocab_size and data.used < 0.05 * data.vocab_size:
+            return f'{data.used} of {data.vocab_size:,} tokens come up in {data.sampled:,} of the training text'
+
+    def different_texts(self):
+        # Twice as far as the training text's parts are from each other. The hundredth is for texts whose parts are all alike.
+        data = self.data
+        if data.distance > 2 * data.usual_distance + 0.01:
+            return (f'the frequencies of the tokens in training and validation text differ by {data.distance:.3f} nats '
+                    f'(Jensen-Shannon), where parts of the training text differ by up to {data.usual_distance:.3f}')
+
+    def val_leaked(self):
+        if self.data.leaked > 0.25:
+            return f'{self.data.leaked:.0%} of the passages tried from the validation text stand in the training text, word for word'
+
+    # -- each logged step ------------------------------------------------------------------------------------------------
+
+    def targets_not_shifted(self):
+        if self.signs.shifted < 0.99:
+            return (f'{self.signs.shifted:.0%} of the targets are the next token of the input, and {self.signs.copied:.0%} are the '
+                    f'input itself')
+
+    def constant_batches(self):
+        if self.signs.repeated is not None and self.signs.repeated > 0.99:
+            return f'the batch of step {self.signs.step} is the one of the logged step before'
+
+    def wrong_initial_loss(self):
+        if self.signs.step == 1 and not self.trained and math.isfinite(self.signs.losses[0]):
+            # And 0.15 where a text repeats its tokens, which a tied head's first guess finds: Python's indentation.
+            tolerance = health.start_tolerance(self.config['n_embd'], self.tokens_per_step) + 0.15
+            if judged := health.judge_start(self.signs.losses[0], self.data.vocab_size, tolerance):
+                return judged[0].what
+
+    def no_warmup(self):
+        limit = health.update_limits(self.config['beta1'], first=True, learnt=self.trained)[1]
+        ratio = self._largest_ratio()
+        if self.signs.step == 1 and self.config['optimizer'] == 'adamw' and self.config['warmup_iters'] < 10 and ratio > limit:
+            return f'the first step moved the weights by {ratio:.2g} of their size, at most {limit:.2g} is usual'
+
+    def lr_too_high(self):
+        ratio, limit = self._largest_ratio(), 2 * self._ratio_limits()[1]
+        if self._lasts('lr_too_high', self.signs.step > 1 and ratio > limit, 2):
+            return (f'a step moves the weights by {ratio:.2g} of their size, again and again, where 0.001 to 0.01 is usual, at learning '
+                    f'rate {self.signs.learning_rate:.2g}')
+
+    def lr_too_low(self):
+        # During the warm-up, what the ratio will be at the full rate.
+        lr, full = self.signs.learning_rate, self.config['learning_rate']
+        if lr <= 0.0 or self.trained or self.signs.step < 10 or self.signs.step > self.config['warmup_iters'] and lr < 0.5 * full:
+            return None
+        ratio = self._largest_ratio() * full / lr
+        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0], 3):
+            return (f'a step moves the weights by {ratio:.2g} of their size at the full learning rate {full:g}, where 0.001 to 0.01 is '
+                    f'usual')
+
+    def diverging(self):
+        lines = self.lines
+        if len(lines) < 4:
+            return None
+        best = min(self._windows()[:-1], key=lambda window: window[1], default=None)
+        if best is None:
+            return None
+        step, now, error = self._windows()[-1]
+        rise = now - best[1]
+        if self._lasts('diverging', rise > max(0.1, 0.03 * best[1], 3 * math.hypot(error, best[2])), 3):
+            return f'the loss rises: {best[1]:.3f} at step {best[0]}, {now:.3f} at step {step}'
+
+    def plateau(self):
+        done = self.signs.step / self.config['max_iters']
+        if done > 0.8 or self.signs.step < self.config['warmup_iters']:
+            return None
+        still = self.signs.step > 1 and self._largest_ratio() < 1e-7
+        if self._lasts('plateau', still, 3):
+            return (f'nothing moves any more: the learning rate is {self.signs.learning_rate:.2g} after {done:.0%} of the run')
+        # A quarter of the run without progress, with certainty: with the upper end of its error, less than half a percent.
+        windows = [window for window in self._windows() if window[0] > self.signs.step - 0.25 * self.config['max_iters']]
+        if done < 0.25 or len(windows) < 8:
+            return None
+        half = len(windows) // 2
+        before, now = windows[:half], windows[half:]
+        gain = statistics.fmean(w[1] for w in before) - statistics.fmean(w[1] for w in now)
+        error = math.sqrt(sum(w[2] ** 2 for w in before) / len(before) ** 2 + sum(w[2] ** 2 for w in now) / len(now) ** 2)
+        if gain + 2 * error < 0.005 * now[-1][1]:
+            return f'the loss has stayed at {now[-1][1]:.3f} since step {windows[0][0]}, at learning rate {self.signs.learning_rate:.2g}'
+
+    def exploding_gradients(self):
+        _, high = health.grad_norm_limits(self.config['n_layer'], self.config['n_embd'], fresh=True)
+        norms = [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
+        if self.config['grad_clip'] == 0.0 and self._lasts('exploding_gradients', bool(norms) and max(norms) > high, 2):
+            return f'the norm of the gradients is up to {max(norms):.3g}, where {high:.3g} is much, and nothing clips it'
+
+    def vanishing_gradients(self):
+        rms = self.signs.block_grad_rms
+        small = len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
+        if self.signs.step > 1 and self._lasts('vanishing_gradients', small, 2):
+            return f'the gradients of the first block are {rms[0] / rms[-1]:.1g} times those of the last'
+
+    def all_clipped(self):
+        clip = self.config['grad_clip']
+        norms = [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
+        settled = self.signs.step >= min(max(self.config['warmup_iters'], 20), 0.1 * self.config['max_iters'])
+        if clip and norms and self._lasts('all_clipped', settled and min(norms) > 5 * clip, 4):
+            return f'every step is clipped: the norm of the gradients is {statistics.median(norms):.3g}, and grad_clip {clip:g}'
+
+    def weight_decay_too_strong(self):
+        shrunk = {group: self.signs.weight_rms[group] / self.first_rms[group] for group in LEARNING if self.first_rms.get(group)}
+        group = min(shrunk, key=shrunk.get, default=None)
+        if group and shrunk[group] < 0.75:
+            return f'the weights of {group} have shrunk to {shrunk[group]:.2f} of their size at the start'
+
+    def float16_underflow(self):
+        if self.signs.loss_scale is not None and self.signs.loss_scale < 1024:  # it begins at 65536, and halves at an overflow
+            return f'the loss scale of float16 has fallen to {self.signs.loss_scale:g}'
+
+    def throughput_collapse(self):
+        n, seconds = 0, 0.0
+        while n < len(self.lines) and (n < 3 or seconds < 1.0):  # a shorter pause is the machine's
+            n += 1
+            seconds += self.lines[-n].n * self.tokens_per_step / self.lines[-n].tokens_per_second
+        before, now = self.lines[1:-n], self.lines[-n:]
+        if len(before) >= 3:
+            usual = statistics.median(line.tokens_per_second for line in before)
+            if max(line.tokens_per_second for line in now) < 0.4 * usual:
+                return f'{now[-1].tokens_per_second:,.0f} tokens/s, where {usual:,.0f} were usual'
+
+    # -- each evaluation -------------------------------------------------------------------------------------------------
+
+    def attention_collapsed(self):
+        now = self.evaluations[-1]
+        if now.step and now.attention_logit > 200.0 and now.attention_entropy < 0.1:
+            return (f'attention looks at one place only: its scores are up to {now.attention_logit:.3g}, its entropy '
+                    f'{now.attention_entropy:.1%} of the largest')
+
+    def dead_units(self):
+        dead = self.evaluations[-1].dead_units
+        if self._lasts('dead_units', dead > health.DEAD, 2):
+            return f'{dead:.0%} of the units of an MLP are closed for every token'
+
+    def overfitting(self):
+        now, best = self.evaluations[-1], min(self.evaluations, key=lambda signs: signs.val_loss)
+        # The error of a mean over so many tokens, whose losses have a standard deviation of some 1.5 nats. Those that rise are
+        # of the same windows, so that little of it is left; the gap is between different ones.
+        error = 1.5 / math.sqrt(self.config['eval_iters'] * self.config['batch_size'] * self.config['block_size'])
+        rise, gap = now.val_loss - best.val_loss, now.val_loss - now.train_loss
+        read = now.step * self.tokens_per_step / self.train_tokens
+        rising = self._lasts('overfitting', rise > max(0.01 * best.val_loss, error) and now.train_loss < best.train_loss, 2)
+        if self._found('different_texts'):
+            return None
+        if rising or read > 2.0 and gap > max(0.1 * now.train_loss, 4 * error):
+            return (f'train loss {now.train_loss:.3f}, validation loss {now.val_loss:.3f}, best at step {best.step} ({best.val_loss:.3f}); '
+                    f'the text was read {read:.1f} times')
+
+    def underfitting(self):
+        now = self.evaluations[-1]
+        tokens = self.config['max_iters'] * self.tokens_per_step
+        before = [signs for signs in self.evaluations[:-1] if signs.step >= 0.5 * now.step]
+        if not before or tokens < 200 * self.n_params or self.trained:
+            return None
+        gap, gain = now.val_loss - now.train_loss, before[0].train_loss - now.train_loss
+        if gap < 0.03 * now.train_loss and gain < 0.05 * now.train_loss:
+            return (f'{tokens:,} tokens for {self.n_params:,} parameters, {tokens / self.n_params:,.0f} each, and train and validation '
+                    f'loss stand together at {now.train_loss:.3f} and {now.val_loss:.3f}')
+
+    def batch_too_small(self):
+        known = [signs.noise_scale for signs in self.evaluations if signs.noise_scale is not None]
+        # Training needs 1 + noise scale times the steps that it would need with batches without noise (McCandlish et al. 2018,
+        # equation 2.11 with B = 1): ten times is a waste of steps.
+        signal = statistics.fmean(1 / (1 + noise) for noise in known) if known else 1.0
+        if len(known) > 1 and signal < 1 / 11:
+            return (f'a step\'s gradient is {1 - signal:.0%} noise: the noise scale is about {1 / max(signal, 1e-6) - 1:,.0f} batches of '
+                    f'{self.tokens_per_step:,} tokens')
+
+    # -- of several rules ------------------------------------------------------------------------------------------------
+
+    def _largest_ratio(self) -> float:
+        return max(self.signs.update_ratio[group] for group in LEARNING)
+
+    def _ratio_limits(self) -> tuple[float, float]:
+        return health.update_limits(self.config['beta1'], first=False, learnt=self.trained, muon=self.config['optimizer'] == 'muon')
+
+    def _windows(self) -> list[tuple[int, float, float]]:
+        """(last step, mean loss, its standard error) of windows of at least ten steps."""
+        windows, held = [], []
+        for line in self.lines:
+            held.append(line)
+            n = sum(line.n for line in held)
+            if n >= 10:
+                mean = sum(line.loss * line.n for line in held) / n
+                within = sum(line.n * (line.variance + (line.loss - mean) ** 2) for line in held) / n
+                windows.append((line.step, mean, math.sqrt(within / n)))
+                held = []
+        return windows

@@ -1,0 +1,214 @@
+"""The vital signs of a run: collected on the device at every step, read when a line is due. nib/doctor.py says what they mean.
+
+Nothing here waits for the device but read(), which the loop calls where it waits anyway.
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model import GPT
+from nib import inspection
+from nib.optim import Optimizer
+
+SAMPLE = 4096  # weights of a matrix, evenly spread, that stand for all: a root mean square is 1 % off, and costs nothing
+KEPT = 1000  # steps whose losses are kept until they are read
+DATA_SAMPLE, PARTS, RUNS = 1 << 18, 8, 32  # tokens that stand for a text, from so many parts of it, in so many passages of each
+PROBES, PROBE_LENGTH = 32, 64  # passages of the validation text that are looked for in the training text, and their tokens
+SEARCHED = 1 << 23  # tokens of the training text that are searched for them
+
+
+@dataclass(frozen=True)
+class StepSigns:
+    """What the steps since the last look have shown, and the last of them more closely."""
+    step: int  # the last one's number; the first is 1
+    learning_rate: float
+    losses: list[float]  # of each step, nats per token
+    grad_norms: list[float]  # before clipping
+    update_ratio: dict[str, float]  # group of matrices -> ||w after - w before|| / ||w before||
+    weight_rms: dict[str, float]  # root mean square of the group's weights
+    block_grad_rms: list[float]  # of the recent gradients of each block's matrices, the first block first
+    repeated: float | None  # share of the batch's tokens that stood at the same place when last looked at
+    shifted: float  # share of the targets that are the input's next token
+    copied: float  # share of the targets that are the input's own token
+    tokens_per_second: float
+    loss_scale: float | None = None  # float16's
+
+
+@dataclass(frozen=True)
+class EvaluationSigns:
+    step: int
+    train_loss: float  # nats per token
+    val_loss: float
+    dead_units: float  # largest share of an MLP's hidden units that are closed for every token of a batch
+    attention_logit: float  # the largest score before the softmax, in absolute value
+    attention_entropy: float  # smallest mean of a layer, as a share of the largest possible
+    activation_std: float  # of the residual stream behind the last block
+    noise_scale: float | None  # of the gradient, in batches of a step; None before the first step
+
+
+@dataclass(frozen=True)
+class DataSigns:
+    vocab_size: int
+    used: int  # different tokens in a sample of the training text
+    sampled: int  # tokens in it
+    entropy: float  # in nats: the loss of a model that knows how often each token comes, and nothing else
+    leaked: float  # share of passages of the validation text that stand in the training text word for word
+    distance: float  # between the tokens' frequencies in both texts, Jensen-Shannon, in nats
+    usual_distance: float  # the largest between a part of the training text and the rest of it
+
+
+def group_of(name: str) -> str:
+    """The group that a matrix's name puts it in."""
+    return next((group for part, group in (('.attn.', 'attention'), ('.mlp.', 'mlp'), ('lm_head', 'head')) if part in name), 'embedding')
+
+
+def sample(matrix: torch.Tensor) -> torch.Tensor:
+    """A view of up to SAMPLE of its numbers, evenly spread. The stride is odd, so that it walks through the columns."""
+    flat = (matrix if matrix.is_contiguous() else matrix.t()).detach().view(-1)
+    return flat[::math.ceil(flat.numel() / SAMPLE) | 1]
+
+
+class Vitals:
+    """begin() before a step that a line is due after, note() after every step, read() when it is due."""
+
+    def __init__(self, model: GPT, optimizer: Optimizer, scaler: torch.amp.GradScaler, device: str):
+        matrices = [(name, weight) for name, weight in model.named_parameters() if weight.dim() >= 2]
+        state = optimizer.named_state(model)
+        self.scaler = scaler
+        self._groups, self._blocks = {}, {}  # name -> samples of the weights; of the memory of the gradient or its square
+        for name, weight in matrices:
+            self._groups.setdefault(group_of(name), []).append(sample(weight))
+            if '.h.' in name:
+                block = int(name.split('.h.')[1].split('.')[0])
+                muon = f'{name}/momentum' in state
+                memory = (sample(state[f'{name}/momentum']), 2) if muon else (sample(state[f'{name}/exp_avg_sq']), 1)
+                self._blocks.setdefault(block, []).append(memory)
+        self._noted = torch.zeros(KEPT, 2, device=device)
+        self._steps = 0  # noted since the last reading
+        self._batch = self._batch_before = self._before = None
+
+    def begin(self, micro_batches: Iterator) -> Iterator:
+        """Remembers the weights before the step, and its first micro batch on the way through."""
+        self._before = {group: torch.cat(weights) for group, weights in self._groups.items()}
+        self._batch_before, self._batch = self._batch, None
+        for batch in micro_batches:
+            self._batch = self._batch or batch
+            yield batch
+
+    def note(self, loss: torch.Tensor, grad_norm: torch.Tensor):
+        self._noted[self._steps % KEPT] = torch.stack((loss, grad_norm))
+        self._steps += 1
+
+    @torch.no_grad()
+    def read(self, step: int, learning_rate: float, tokens_per_second: float) -> StepSigns:
+        """The signs after a step that begin() was called before. Waits for the device."""
+        after = {group: torch.cat(weights) for group, weights in self._groups.items()}
+        norm = torch.linalg.vector_norm
+        figures = [norm(after[group] - before) / norm(before) for group, before in self._before.items()]
+        figures += [norm(weights) / math.sqrt(weights.numel()) for weights in after.values()]
+        figures += [torch.cat([memory ** power for memory, power in memories]).mean().sqrt() for memories in self._blocks.values()]
+        figures += self._compare_batches()
+        noted = self._noted[:min(self._steps, KEPT)].roll(-self._steps if self._steps > KEPT else 0, dims=0)
+        numbers = torch.cat((torch.stack([figure.float() for figure in figures]), noted.flatten())).tolist()
+        take = iter(numbers)
+        ratio, rms = ({group: next(take) for group in after} for _ in range(2))
+        block_grad_rms = [next(take) for _ in self._blocks]
+        repeated, shifted, copied = (next(take) for _ in range(3))
+        losses = list(take)
+        self._steps = 0
+        return StepSigns(step, learning_rate, losses[0::2], losses[1::2], ratio, rms, block_grad_rms, None if self._batch_before is None else repeated, shifted, copied, tokens_per_second,
+                         self.scaler.get_scale() if self.scaler.is_enabled() else None)
+
+    def _compare_batches(self) -> list[torch.Tensor]:
+        x, y = self._batch
+        before = x if self._batch_before is None else self._batch_before[0]
+        return [(x == before).float().mean(), (y[:, :-1] == x[:, 1:]).float().mean() if x.shape[1] > 1 else x.new_ones(()),
+                (y == x).float().mean()]
+
+
+@torch.enable_grad()
+def gradient_noise(model: GPT, scaler: torch.amp.GradScaler, batches, precision) -> float:
+    """The gradient noise scale (McCandlish et al. 2018, equation 2.8) in batches, tr(Sigma) / |G|^2: how many such batches
+    together have as much signal as noise. Infinite where no signal is left.
+
+    Over K batches at the same weights, |G|^2 is the mean product of two different gradients, and |G|^2 + tr(Sigma) the mean of
+    their squared norms. batches: K pairs (x, y). The gradients are samples of the matrices', and are None afterwards.
+    """
+    gradients = []
+    for x, y in batches:
+        with precision:
+            loss = model(x, y)
+        scaler.scale(loss).backward()
+        gradients.append(torch.cat([sample(p.grad).float() for p in model.parameters() if p.dim() >= 2]))
+        model.zero_grad(set_to_none=True)
+    products = torch.stack(gradients) @ torch.stack(gradients).t()  # (K, K)
+    k = len(gradients)
+    square = products.diagonal().mean()
+    signal = (products.sum() - products.diagonal().sum()) / (k * (k - 1))
+    return max(0.0, float((square - signal) / signal)) if signal > 0.0 else math.inf
+
+
+def noise_batches(tokens: int) -> int:
+    """How many batches of so many tokens the noise scale is measured on: more where each says little."""
+    return min(max(4, 8192 // tokens), 32)
+
+
+def examine_evaluation(model: GPT, batch, precision, step: int, train_loss: float, val_loss: float,
+                       noise_scale: float | None) -> EvaluationSigns:
+    """The model's activations on one batch beside the losses of an evaluation."""
+    _, layers = inspection.measure_layers(model, *batch, precision, n_sequences=1)
+    blocks = [row for row in layers if row.entropy is not None]
+    largest = inspection.largest_entropy(batch[0].shape[1])
+    return EvaluationSigns(step, train_loss, val_loss, max(row.dead for row in blocks), max(row.attention_logit for row in blocks),
+                           min(row.entropy for row in blocks) / largest if largest else 1.0, blocks[-1].std, noise_scale)
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
+
+def examine_data(train: np.ndarray, val: np.ndarray, vocab_size: int) -> DataSigns:
+    """Looks at samples of both texts; takes a fraction of a second however large they are."""
+    length = min(len(val), len(train) // PARTS)  # equally long, as few tokens are far from any text
+    starts = np.arange(PARTS) * len(train) // PARTS
+    parts = np.stack([_counts(train[start:start + length], vocab_size) for start in starts])  # (PARTS, V)
+    whole, held_out = parts.sum(axis=0), _counts(val, vocab_size)
+    usual = max(_distance(part, whole - part) for part in parts)
+    return DataSigns(vocab_size, int((whole > 0).sum()), int(whole.sum()), _entropy(whole / whole.sum()), _leaked(train, val),
+                     _distance(held_out, whole), usual)
+
+
+def _counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each token comes in RUNS passages, spread evenly over the text."""
+    size = min(len(tokens), DATA_SAMPLE // PARTS) // RUNS or len(tokens)
+    starts = np.arange(RUNS) * (len(tokens) - size) // RUNS
+    return np.bincount(np.concatenate([tokens[start:start + size] for start in starts]), minlength=vocab_size)
+
+
+def _entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def _distance(counts: np.ndarray, others: np.ndarray) -> float:
+    """Jensen-Shannon divergence in nats (Lin 1991): 0 for equal frequencies, ln 2 for texts that share no token."""
+    p, q = counts / counts.sum(), others / others.sum()
+    return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
+
+
+def _leaked(train: np.ndarray, val: np.ndarray) -> float:
+    """The share of PROBES passages of the validation text that stand in the training text, of which up to SEARCHED tokens are
+    searched."""
+    if len(val) < PROBE_LENGTH:
+        return 0.0
+    searched, width = train[-SEARCHED:].tobytes(), train.dtype.itemsize  # from the end, where a text is added to
+    starts = np.arange(PROBES) * (len(val) - PROBE_LENGTH) // PROBES
+    return sum(_stands_in(val[start:start + PROBE_LENGTH].tobytes(), searched, width) for start in starts) / PROBES
+
+
+def _stands_in(probe: bytes, text: bytes, width: int) -> bool:
+    at = text.find(probe)
+    while at % width and at >= 0:  # found, but between two tokens
+        at = text.find(probe, at + 1)
+    return at >= 0
