@@ -20,7 +20,7 @@ import configurator
 from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, vitals, weights
 from nib.checks import check_config
 from nib.doctor import Doctor
-from nib.errors import EXIT_NONFINITE, UserError, run_script
+from nib.errors import EXIT_FINDING, EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
 from nib.writer import CheckpointWriter
 
@@ -38,6 +38,8 @@ keep_last: int = 1  # newest checkpoints to keep, beside the best
 keep_every: int = 0  # also keep the checkpoint of every so many steps for good; 0 keeps none of them
 # watching
 log_interval: int = 10  # steps between lines; the device is waited for on these steps only
+on_critical: Literal['warn', 'stop'] = 'warn'  # when the doctor finds that the run is worthless as it is: say so, or also save and end
+on_warning: Literal['warn', 'stop'] = 'warn'  # when it finds what could be much better
 sample_tokens: int = 0  # tokens that the model writes at each evaluation, for you to read
 tensorboard: bool = False  # also write OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
@@ -230,9 +232,9 @@ def main(argv):
 
     batches = loader.BatchLoader(data.train, block_size, batch_size, seed, 'train', micro_steps, ranks.rank,
                                  ranks.world_size, device_used, data.vocab_size)
-    model = raw_model
+    model = own_model = raw_model
     if compile_used and not eval_only:
-        model = runtime.compile_model(raw_model, batches.batch(step=0, micro_step=0), precision, console.say)
+        model = own_model = runtime.compile_model(raw_model, batches.batch(step=0, micro_step=0), precision, console.say)
     if ranks.world_size > 1 and not eval_only:
         model = runtime.distribute(model, ranks.local_rank, device_used, batches.batch(step=0, micro_step=0), precision)
 
@@ -265,32 +267,53 @@ def main(argv):
             metrics.rewind(back.step)
         return back
 
-    metrics = writer = None
+    metrics = writer = doctor = None
 
     def open_out_dir():
-        nonlocal metrics, writer
+        nonlocal metrics, writer, doctor
         metrics = Metrics(out_dir, state.step, config, tensorboard, wandb_project if wandb_log else '', wandb_run_name)
         if init_from != 'resume':  # only now, as this run can start; those set aside are deleted when it has saved
             checkpoint.set_aside(out_dir)
         rundir.write_config(out_dir, config, origins, state.step, changes)
         writer = CheckpointWriter(out_dir, keep_last, keep_every, state.step)
+        doctor = Doctor(config, vitals.examine_data(data.train, data.val, data.vocab_size), raw_model.num_params(), len(data.train),
+                        trained=init_from != 'scratch')
+        doctor.recall(metrics.records)
+        tell(doctor.see_data())
+
+    def tell(findings):
+        """Shows and records what the doctor has found, and stops the run where the config says so."""
+        for finding in findings:
+            console.warn(f'step {finding.step}: {finding.name}, {finding}')
+            metrics.log(finding.step, {f'finding/{finding.name}': str(finding)})
+            if {'critical': on_critical, 'warning': on_warning}.get(finding.trouble.severity) == 'stop':
+                stop.number = stop.number or runtime.FINDING
+
+    def end_nonfinite(what) -> int:
+        """Says that the run ends, as its numbers are not finite; returns its exit code."""
+        if doctor:
+            tell(doctor.see_nonfinite(state.step, what))
+        kept = f'the checkpoint of step {saved} in {out_dir} is good' if saved else 'no checkpoint was there yet'
+        console.warn(f'{what}. Nothing is saved; {kept}. Try a lower learning_rate, more warmup_iters, dtype float32, or '
+                     f'on_nonfinite rewind.')
+        return EXIT_NONFINITE
 
     def close_out_dir():
         writer.close()
+        if exit_code < 128:  # not stopped halfway
+            console.say(f'verdict of the doctor: {doctor.verdict()}')
+            metrics.log(state.step, {'verdict': doctor.verdict()})
         metrics.close()
 
+    stop = runtime.StopSignal(announced=ranks.is_first)
     if not eval_only:
         ranks.on_first(open_out_dir)
-        signs = vitals.Vitals(raw_model, optimizer, scaler, device_used)
-        doctor = Doctor(config, vitals.examine_data(data.train, data.val, data.vocab_size),
-                        raw_model.num_params(), len(data.train), trained=init_from != 'scratch')
-        report = lambda findings: None
+    signs = vitals.Vitals(own_model, optimizer, scaler, batches, precision)
     saved = state.step if init_from == 'resume' else 0  # the last step that a checkpoint holds; nobody needs one of step 0
     limit = None if on_nonfinite == 'skip' else max_bad_steps
     bad_steps = guard.BadSteps(limit, device_used, scaler.is_enabled(), state.bad_steps)
     rewinds = 0  # since the last checkpoint
     exit_code = 0
-    stop = runtime.StopSignal(announced=ranks.is_first)
     stop.listen()
     clock, clock_step = time.perf_counter(), state.step
     # Between two steps: look, save, stop, evaluate, whatever of these is due. Then one step, and a line about it.
@@ -306,7 +329,7 @@ def main(argv):
             if seen.ending:
                 if on_nonfinite == 'stop' or not saved or rewinds == guard.MAX_REWINDS:
                     why = find_nonfinite(seen.last - 1 + state.passed_over)
-                    exit_code = stop_nonfinite(console, saved, f'{seen.sentence}; {why}')
+                    exit_code = end_nonfinite(f'{seen.sentence}; {why}')
                     break
                 console.warn(f'{seen.sentence}: going back to the last checkpoint, past the batches that led here')
                 state = rewind(seen.last + state.passed_over)
@@ -320,16 +343,16 @@ def main(argv):
         if (evaluation_due or stopping) and saved < state.step:
             broken = [name for name, parameter in raw_model.named_parameters() if not parameter.isfinite().all()]
             if ranks.largest(len(broken)):
-                exit_code = stop_nonfinite(console, saved, f'step {state.step}: weights not finite; {guard.describe([], broken)}')
+                exit_code = end_nonfinite(f'step {state.step}: weights not finite; {guard.describe([], broken)}')
                 break
             ranks.on_first(save)
             saved, rewinds = state.step, rewinds if state.bad_steps else 0
         if stopping:
             ranks.on_first(lambda: writer.wait())
-            console.say(f'stopped by signal {stopping} after step {state.step}'
+            console.say(f'stopped by {"the doctor" if stopping == runtime.FINDING else f"signal {stopping}"} after step {state.step}'
                         + (f', which is saved; to go on: {runtime.resume_command(argv)}' if saved else
                            ', nothing is saved yet: start again with the same command'))
-            exit_code = 128 + stopping
+            exit_code = EXIT_FINDING if stopping == runtime.FINDING else 128 + stopping
             break
 
         # -- evaluate when due
@@ -340,27 +363,21 @@ def main(argv):
             if ranks.largest(stop.number):
                 continue  # it was cut short; a resumed run makes up for it
             if not math.isfinite(val_loss):
-                exit_code = stop_nonfinite(console, saved, f'step {state.step}: validation loss {val_loss}')
+                exit_code = end_nonfinite(f'step {state.step}: validation loss {val_loss}')
                 break
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.evaluated, state.best_val_loss = state.step, val_loss if best else state.best_val_loss
             console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
                         f'{", the best so far" if best and saved else ""}; {seconds:.1f} s')
             if metrics:
-                noise = None
-                evaluations = state.step // eval_interval
-                if evaluations and not evaluations & (evaluations - 1):
-                    n = vitals.noise_batches(batch_size * block_size)
-                    noise = vitals.gradient_noise(raw_model, scaler, (batches.batch(i, 0) for i in range(n)), precision)
-                    noise = noise / gradient_accumulation_steps
-                report(doctor.see_evaluation(vitals.examine_evaluation(
-                    raw_model, next(loader.eval_batches(data.val, block_size, batch_size, 1, device=device_used)), precision,
-                    state.step, train_loss, val_loss, noise)))
+                val_batch = next(loader.eval_batches(data.val, block_size, batch_size, 1, device=device_used))
+                shown = signs.evaluate(state.step, train_loss, val_loss, val_batch)
+                tell(doctor.see_evaluation(shown))
                 metrics.log(state.step, {
                     'seconds/evaluation': seconds,
                     'loss/train': train_loss, 'loss/val': val_loss, 'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
                     'bits_per_byte/val': data.bits_per_byte(val_loss),
-                    'sample': write_sample(raw_model, data, console) if sample_tokens else None})
+                    'sample': write_sample(raw_model, data, console) if sample_tokens else None} | shown.metrics())
             if saved:
                 ranks.on_first(lambda: writer.record_evaluation(state.step, asdict(state), best))
             clock += time.perf_counter() - started  # not the training's time
@@ -371,7 +388,7 @@ def main(argv):
         data_step = state.step + state.passed_over
         line_due = (state.step + 1) % log_interval == 0 or state.step == 0
         micro_batches = batches.micro_batches(data_step)
-        mean_loss, grad_norm = train_step(model, optimizer, scaler, signs.begin(micro_batches) if line_due else micro_batches,
+        mean_loss, grad_norm = train_step(model, optimizer, scaler, signs.begin(micro_batches) if line_due and metrics else micro_batches,
                                           micro_steps, precision, grad_clip, (seed, data_step, ranks.rank), ranks, bad_steps)
         signs.note(mean_loss, grad_norm)
         state.step += 1
@@ -388,10 +405,11 @@ def main(argv):
                 'loss': f'{loss:.4f}', 'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
                 'grad norm': f'{grad_norm:.2f}', 'lr': f'{lr:.2e}', 'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
             if metrics:
-                report(doctor.see_step(signs.read(state.step, lr, tokens_per_second)))
+                shown = signs.read(state.step, lr, tokens_per_second)
+                tell(doctor.see_step(shown))
                 metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr, 'mfu': mfu,
                                          'tokens_per_second': tokens_per_second,
-                                         'peak_memory': runtime.peak_memory(device_used)})
+                                         'peak_memory': runtime.peak_memory(device_used)} | shown.metrics(grad_clip))
 
     if not exit_code:
         loss = split_loss('val', None)
@@ -436,13 +454,6 @@ def write_sample(model, data, console) -> str:
     text = data.tokenizer.decode(prompt + written)
     console.say(f'--- sample\n{text}\n---')
     return text
-
-
-def stop_nonfinite(console, saved, what) -> int:
-    kept = f'the checkpoint of step {saved} in {out_dir} is good' if saved else 'no checkpoint was there yet'
-    console.warn(f'{what}. Nothing is saved; {kept}. Try a lower learning_rate, more warmup_iters, dtype float32, or '
-                 f'on_nonfinite rewind.')
-    return EXIT_NONFINITE
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ docs/doctor.md has the experiment that checks them.
 """
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nib import health
@@ -47,7 +47,6 @@ class Doctor:
         self.first_rms: dict[str, float] | None = None  # of the weights
         self.streak: dict[str, int] = {}  # rule -> how often in a row what it looks for was there
         self.evaluations: list[EvaluationSigns] = []
-        self.recent_clipped: list[tuple[float, float]] = []
 
     # -- what it is shown ------------------------------------------------------------------------------------------------
 
@@ -62,8 +61,7 @@ class Doctor:
         if len(self.lines) > LINES:  # of the older half, every second goes
             self.lines = self.lines[:LINES // 2:2] + self.lines[LINES // 2:]
         self.first_rms = self.first_rms or signs.weight_rms
-        found = self._apply(self.STEP_RULES, signs.step)
-        return found
+        return self._apply(self.STEP_RULES, signs.step)
 
     def see_evaluation(self, signs: EvaluationSigns) -> list[Finding]:
         self.evaluations.append(signs)
@@ -71,6 +69,14 @@ class Doctor:
 
     def see_nonfinite(self, step: int, sentence: str) -> list[Finding]:
         return self._name('not_finite', step, sentence)
+
+    def recall(self, records: Iterable[Mapping]):
+        """Takes up what the records of metrics.jsonl say was found before; evaluations are judged from the resumed step on."""
+        for record in records:
+            for key in record:
+                name = key.removeprefix('finding/')
+                if key.startswith('finding/') and name in TROUBLES:
+                    self.findings.append(Finding(name, record['step'], 'found before the run was resumed'))
 
     def verdict(self) -> str:
         """The last word on a run, a sentence."""
@@ -91,7 +97,7 @@ class Doctor:
         return any(finding.name in names for finding in self.findings)
 
     def _name(self, name: str, step: int, evidence: str) -> list[Finding]:
-        if self._found(name, 'diverging', 'not_finite'):  # what comes after these comes from them
+        if self._found(name) or name != 'not_finite' and self._found('diverging', 'not_finite'):  # what follows is their doing
             return []
         self.findings.append(Finding(name, step, evidence))
         return self.findings[-1:]
@@ -196,10 +202,15 @@ class Doctor:
             return f'the norm of the gradients is up to {max(norms):.3g}, where {high:.3g} is much, and nothing clips it'
 
     def vanishing_gradients(self):
-        rms = self.signs.block_grad_rms
-        small = len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
-        if self.signs.step > 1 and self._lasts('vanishing_gradients', small, 2):
-            return f'the gradients of the first block are {rms[0] / rms[-1]:.1g} times those of the last'
+        rms, norms = self.signs.block_grad_rms, [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
+        below = rms[0] == 0.0 or len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
+        # A short gradient is no trouble where all is learnt.
+        low = health.GRAD_NORM[0] / health.SLACK
+        short = bool(norms) and max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
+        if self._lasts('vanishing_gradients', self.signs.step > 1 and (below or short), 2):
+            return (f'the gradients of the first block are {rms[0]:.1g}, those of the last {rms[-1]:.1g}' if below else
+                    f'the norm of the gradients is {max(norms):.1g}, where 0.1 to 10 is usual, and little is learnt: the loss is '
+                    f'{self.lines[-1].loss:.3f}')
 
     def all_clipped(self):
         clip = self.config['grad_clip']
@@ -272,7 +283,7 @@ class Doctor:
         # Training needs 1 + noise scale times the steps that it would need with batches without noise (McCandlish et al. 2018,
         # equation 2.11 with B = 1): ten times is a waste of steps.
         signal = statistics.fmean(1 / (1 + noise) for noise in known) if known else 1.0
-        if len(known) > 1 and signal < 1 / 11:
+        if len(known) > 1 and signal < 1 / 11 and not self._found('vanishing_gradients'):
             return (f'a step\'s gradient is {1 - signal:.0%} noise: the noise scale is about {1 / max(signal, 1e-6) - 1:,.0f} batches of '
                     f'{self.tokens_per_step:,} tokens')
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_NONFINITE = 3  # the loss or the gradients became NaN or infinite
+EXIT_FINDING = 4  # the doctor found what on_critical or on_warning stops at
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error

@@ -84,6 +84,7 @@ class Metrics:
         if self.file:
             self.file.close()
         kept = [line for line in _whole_lines(self.path) if json.loads(line)['step'] <= step] if step else []
+        self.records = [json.loads(line) for line in kept]  # of the run before it was resumed
         with atomic_write(self.path) as file:
             file.write(''.join(line + '\n' for line in kept).encode())
         self.file = open(self.path, 'a', encoding='utf-8')

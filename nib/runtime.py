@@ -269,6 +269,9 @@ def resume_command(argv: Sequence[str]) -> str:
     return f'{launcher} train.py {shlex.join([item for item in argv if item not in extra] + extra)}'
 
 
+FINDING = 1 << 10  # in the place of a signal's number: the doctor stops the run
+
+
 class StopSignal:
     """Remembers that the user or the system asked the run to stop, so that it can finish its step and save.
 
@@ -276,7 +279,7 @@ class StopSignal:
     """
 
     def __init__(self, announced: bool):
-        self.number = 0  # of the signal received; 0 is none
+        self.number = 0  # of the signal received, or FINDING; 0 is none
         self._since = 0.0
         self._announced = announced
 

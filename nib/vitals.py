@@ -3,14 +3,15 @@
 Nothing here waits for the device but read(), which the loop calls where it waits anyway.
 """
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
-from model import GPT
 from nib import inspection
+from nib.loader import BatchLoader
 from nib.optim import Optimizer
 
 SAMPLE = 4096  # weights of a matrix, evenly spread, that stand for all: a root mean square is 1 % off, and costs nothing
@@ -36,6 +37,12 @@ class StepSigns:
     tokens_per_second: float
     loss_scale: float | None = None  # float16's
 
+    def metrics(self, grad_clip: float) -> dict[str, float]:
+        """What metrics.jsonl and the others record of them, by name."""
+        clipped = statistics.fmean(norm > grad_clip for norm in self.grad_norms) if grad_clip else None
+        return {'clipped': clipped, 'loss_scale': self.loss_scale,
+                **{f'update_ratio/{group}': ratio for group, ratio in self.update_ratio.items()}}
+
 
 @dataclass(frozen=True)
 class EvaluationSigns:
@@ -46,7 +53,10 @@ class EvaluationSigns:
     attention_logit: float  # the largest score before the softmax, in absolute value
     attention_entropy: float  # smallest mean of a layer, as a share of the largest possible
     activation_std: float  # of the residual stream behind the last block
-    noise_scale: float | None  # of the gradient, in batches of a step; None before the first step
+    noise_scale: float | None  # of the gradient, in batches of a step; None where it was not measured
+
+    def metrics(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if name not in ('step', 'train_loss', 'val_loss')}
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,17 @@ def sample(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Vitals:
-    """begin() before a step that a line is due after, note() after every step, read() when it is due."""
+    """begin() before a step that a line is due after, note() after every step, read() when it is due; evaluate() beside an
+    evaluation.
 
-    def __init__(self, model: GPT, optimizer: Optimizer, scaler: torch.amp.GradScaler, device: str):
-        matrices = [(name, weight) for name, weight in model.named_parameters() if weight.dim() >= 2]
-        state = optimizer.named_state(model)
-        self.scaler = scaler
+    model: the one that trains, compiled or not, but not distributed: its backward pass here is this rank's alone.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, batches: BatchLoader, precision):
+        self.model, self.scaler, self.batches, self.precision = model, scaler, batches, precision
+        raw_model = getattr(model, '_orig_mod', model)  # what torch.compile wraps
+        matrices = [(name, weight) for name, weight in raw_model.named_parameters() if weight.dim() >= 2]
+        state = optimizer.named_state(raw_model)
         self._groups, self._blocks = {}, {}  # name -> samples of the weights; of the memory of the gradient or its square
         for name, weight in matrices:
             self._groups.setdefault(group_of(name), []).append(sample(weight))
@@ -86,8 +101,9 @@ class Vitals:
                 muon = f'{name}/momentum' in state
                 memory = (sample(state[f'{name}/momentum']), 2) if muon else (sample(state[f'{name}/exp_avg_sq']), 1)
                 self._blocks.setdefault(block, []).append(memory)
-        self._noted = torch.zeros(KEPT, 2, device=device)
+        self._noted = torch.zeros(KEPT, 2, device=batches.device)
         self._steps = 0  # noted since the last reading
+        self._evaluations = 0  # after the first step
         self._batch = self._batch_before = self._before = None
 
     def begin(self, micro_batches: Iterator) -> Iterator:
@@ -122,6 +138,23 @@ class Vitals:
         return StepSigns(step, learning_rate, losses[0::2], losses[1::2], ratio, rms, block_grad_rms, None if self._batch_before is None else repeated, shifted, copied, tokens_per_second,
                          self.scaler.get_scale() if self.scaler.is_enabled() else None)
 
+    def evaluate(self, step: int, train_loss: float, val_loss: float, val_batch: tuple[torch.Tensor, torch.Tensor]) -> EvaluationSigns:
+        """The activations on a batch of the validation text beside the losses of an evaluation; and, after the first, second,
+        fourth, eighth ... evaluation, as it costs some steps' time, the noise of the gradient."""
+        self._evaluations += step > 0
+        noise_scale = None
+        if step and not self._evaluations & (self._evaluations - 1):
+            tokens = self.batches.batch_size * self.batches.block_size
+            k = min(max(4, 8192 // tokens), 32)  # more of small batches, each of which says little
+            noise_scale = gradient_noise(self.model, self.scaler, (self.batches.batch(i, 0) for i in range(k)), self.precision)
+            noise_scale /= self.batches.micro_steps * self.batches.world_size  # a step's batch is so many of these
+        raw_model = getattr(self.model, '_orig_mod', self.model)
+        _, layers = inspection.measure_layers(raw_model, *val_batch, self.precision, n_sequences=1)
+        blocks = [row for row in layers if row.entropy is not None]
+        largest = inspection.largest_entropy(val_batch[0].shape[1])
+        return EvaluationSigns(step, train_loss, val_loss, max(row.dead for row in blocks), max(row.attention_logit for row in blocks),
+                               min(row.entropy for row in blocks) / largest if largest else 1.0, blocks[-1].std, noise_scale)
+
     def _compare_batches(self) -> list[torch.Tensor]:
         x, y = self._batch
         before = x if self._batch_before is None else self._batch_before[0]
@@ -130,7 +163,7 @@ class Vitals:
 
 
 @torch.enable_grad()
-def gradient_noise(model: GPT, scaler: torch.amp.GradScaler, batches, precision) -> float:
+def gradient_noise(model: torch.nn.Module, scaler: torch.amp.GradScaler, batches: Iterable, precision) -> float:
     """The gradient noise scale (McCandlish et al. 2018, equation 2.8) in batches, tr(Sigma) / |G|^2: how many such batches
     together have as much signal as noise. Infinite where no signal is left.
 
@@ -149,21 +182,6 @@ def gradient_noise(model: GPT, scaler: torch.amp.GradScaler, batches, precision)
     square = products.diagonal().mean()
     signal = (products.sum() - products.diagonal().sum()) / (k * (k - 1))
     return max(0.0, float((square - signal) / signal)) if signal > 0.0 else math.inf
-
-
-def noise_batches(tokens: int) -> int:
-    """How many batches of so many tokens the noise scale is measured on: more where each says little."""
-    return min(max(4, 8192 // tokens), 32)
-
-
-def examine_evaluation(model: GPT, batch, precision, step: int, train_loss: float, val_loss: float,
-                       noise_scale: float | None) -> EvaluationSigns:
-    """The model's activations on one batch beside the losses of an evaluation."""
-    _, layers = inspection.measure_layers(model, *batch, precision, n_sequences=1)
-    blocks = [row for row in layers if row.entropy is not None]
-    largest = inspection.largest_entropy(batch[0].shape[1])
-    return EvaluationSigns(step, train_loss, val_loss, max(row.dead for row in blocks), max(row.attention_logit for row in blocks),
-                           min(row.entropy for row in blocks) / largest if largest else 1.0, blocks[-1].std, noise_scale)
 
 
 # -- the data --------------------------------------------------------------------------------------------------------
