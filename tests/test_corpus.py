@@ -4,13 +4,16 @@ import json
 import math
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
+from conftest import run_script
 from gpt2 import small_gpt2  # noqa: F401, a fixture
 
 from nib import corpus, documents, encode
 from nib.errors import UserError
+from nib.loader import BatchLoader
 from nib.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
 
 TEXT = 'To be, or not to be: that is the question.\n' * 20
@@ -157,25 +160,90 @@ def test_bins_are_checked_in_pieces_to_the_last_token(folder, monkeypatch):
         corpus.open_dataset(folder, BLOCK_SIZE)
 
 
-def test_a_large_bin_is_read_through_once_and_known_again(folder, monkeypatch):
-    read, check_ids = [], corpus.check_ids
-    monkeypatch.setattr(corpus, 'check_ids', lambda ids, *rest: read.append(len(ids)) or check_ids(ids, *rest))
-    monkeypatch.setattr(corpus, 'LARGE', 100)
-    first = corpus.open_dataset(folder, BLOCK_SIZE)
-    assert sum(read) == len(first.train) + len(first.val)
-    assert corpus.open_dataset(folder, BLOCK_SIZE).fingerprint == first.fingerprint
-    assert sum(read) == len(first.train) + len(first.val)  # nothing more
-    replace_bin(folder, 'train', [0] * 700 + [500])
-    for _ in range(2):  # what is refused is not known the next time
-        with pytest.raises(UserError, match='id 500 at offset 700'):
-            corpus.open_dataset(folder, BLOCK_SIZE)
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """From 100 bytes on a bin is opened by four samples of five tokens."""
+    for name, value in (('LARGE', 100), ('_SAMPLES', 4), ('_SAMPLE', 5)):
+        monkeypatch.setattr(corpus, name, value)
 
 
-def test_a_large_bin_that_was_just_written_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, 'LARGE', 100)
-    corpus.write_char_dataset(tmp_path / 'own', TEXT, {})
-    monkeypatch.setattr(corpus, 'check_ids', lambda *arguments: pytest.fail('read through again'))
-    corpus.open_dataset(tmp_path / 'own', BLOCK_SIZE)
+def put_id(folder, place, id):
+    ids = np.fromfile(folder / 'train.bin', '<u2')
+    ids[place] = id
+    ids.tofile(folder / 'train.bin')
+
+
+@pytest.mark.parametrize('place', [0, 4, -1, -5])
+def test_a_large_bin_with_a_bad_id_in_a_sample_is_refused(small_is_large, folder, place):
+    put_id(folder, place, 500)
+    with pytest.raises(UserError, match=f'train.bin: token id 500 at offset {place % int(len(TEXT) * 0.9)}'):
+        corpus.open_dataset(folder, BLOCK_SIZE)
+
+
+def test_a_bad_id_between_the_samples_is_met_by_the_batch_that_holds_it(small_is_large, folder):
+    put_id(folder, 100, 500)
+    data = corpus.open_dataset(folder, BLOCK_SIZE)
+    batches = BatchLoader(data.train, BLOCK_SIZE, 1, 1, 'train', 1, vocab_size=data.vocab_size)
+    with pytest.raises(UserError, match='train.bin: token id 500 at offset 100'):
+        for step in range(2 * batches.n_windows):
+            batches.batch(step, 0)
+
+
+def test_a_large_bin_with_holes_is_not_the_one_that_was_written(small_is_large, tmp_path):
+    """What a copy that was broken off leaves where room was made for it: zeros, ids like others."""
+    corpus.write_char_dataset(tmp_path, TEXT, {})
+    put_id(tmp_path, slice(400, None), 0)
+    with pytest.raises(UserError, match='train.bin is not the file that meta.json describes'):
+        corpus.open_dataset(tmp_path, BLOCK_SIZE)
+
+
+def test_a_large_dataset_opens_as_it_was_written_and_has_one_fingerprint_whoever_wrote_it(small_is_large, tmp_path):
+    corpus.write_char_dataset(tmp_path, TEXT, {})
+    data = corpus.open_dataset(tmp_path, BLOCK_SIZE)
+    assert data.bits_per_byte(math.log(2), 'train') == pytest.approx(1)
+    (tmp_path / 'meta.json').unlink()
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({
+        'vocab_size': data.vocab_size, 'itos': dict(enumerate(data.tokenizer.characters)),
+        'stoi': {character: number for number, character in enumerate(data.tokenizer.characters)}}))
+    same = corpus.open_dataset(tmp_path, BLOCK_SIZE)
+    assert same.fingerprint == data.fingerprint and same.bits_per_byte(1.0) is None  # nobody has counted the bytes
+    put_id(tmp_path, -1, data.train[-1] ^ 1)
+    assert corpus.open_dataset(tmp_path, BLOCK_SIZE).fingerprint != data.fingerprint
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems tell the memory in other units, or write out the zeros')
+def test_20_gb_cost_what_2_mb_cost(tmp_path):
+    """Opening, and a thousand batches; in a process of its own, as the most memory that was used is the process's."""
+    program = '''
+import resource, sys, time
+from nib import corpus
+from nib.loader import BatchLoader, eval_batches
+def memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+for folder in sys.argv[1:]:
+    before, started = memory(), time.perf_counter()
+    data = corpus.open_dataset(folder, 64)
+    batches = BatchLoader(data.train, 64, 12, 1, 'train', 1, vocab_size=data.vocab_size)
+    next(eval_batches(data.val, 64, 12, vocab_size=data.vocab_size))
+    opened = time.perf_counter()
+    for step in range(1000):
+        batches.batch(step, 0)
+    print(opened - started, (time.perf_counter() - opened) / 1000, memory() - before, len(data.train))
+'''
+    sizes = {'warm': 2_000_000, 'small': 2_000_000, 'large': 20_000_000_000}
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'meta.pkl').write_bytes(pickle.dumps(META))
+        for split in ('train', 'val'):
+            with open(tmp_path / name / f'{split}.bin', 'wb') as file:
+                file.truncate(size)
+    done = run_script('-c', program, *(tmp_path / name for name in sizes))
+    assert done.returncode == 0, done.stderr
+    _, small, large = ([float(figure) for figure in line.split()] for line in done.stdout.splitlines())
+    assert large[3] == 10_000_000_000
+    assert large[0] < small[0] + 0.5  # seconds to open it
+    assert large[1] < small[1] + 0.001  # seconds a batch
+    assert large[2] < small[2] + 150  # MB; the 12,000 pages that were looked at are 49 of them
 
 
 def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
