@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run_script
 from gpt2 import small_gpt2  # noqa: F401, a fixture
 
+from benchmarks import loading
 from nib import corpus, documents, encode
 from nib.errors import UserError
 from nib.loader import BatchLoader
@@ -211,39 +211,17 @@ def test_a_large_dataset_opens_as_it_was_written_and_has_one_fingerprint_whoever
     assert corpus.open_dataset(tmp_path, BLOCK_SIZE).fingerprint != data.fingerprint
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='other systems tell the memory in other units, or write out the zeros')
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems write out the zeros of a sparse file')
 def test_20_gb_cost_what_2_mb_cost(tmp_path):
-    """Opening, and a thousand batches; in a process of its own, as the most memory that was used is the process's."""
-    program = '''
-import resource, sys, time
-from nib import corpus
-from nib.loader import BatchLoader, eval_batches
-def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-for folder in sys.argv[1:]:
-    before, started = memory(), time.perf_counter()
-    data = corpus.open_dataset(folder, 64)
-    batches = BatchLoader(data.train, 64, 12, 1, 'train', 1, vocab_size=data.vocab_size)
-    next(eval_batches(data.val, 64, 12, vocab_size=data.vocab_size))
-    opened = time.perf_counter()
-    for step in range(1000):
-        batches.batch(step, 0)
-    print(opened - started, (time.perf_counter() - opened) / 1000, memory() - before, len(data.train))
-'''
-    sizes = {'warm': 2_000_000, 'small': 2_000_000, 'large': 20_000_000_000}
-    for name, size in sizes.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'meta.pkl').write_bytes(pickle.dumps(META))
-        for split in ('train', 'val'):
-            with open(tmp_path / name / f'{split}.bin', 'wb') as file:
-                file.truncate(size)
-    done = run_script('-c', program, *(tmp_path / name for name in sizes))
-    assert done.returncode == 0, done.stderr
-    _, small, large = ([float(figure) for figure in line.split()] for line in done.stdout.splitlines())
-    assert large[3] == 10_000_000_000
-    assert large[0] < small[0] + 0.5  # seconds to open it
-    assert large[1] < small[1] + 0.001  # seconds a batch
-    assert large[2] < small[2] + 150  # MB; the 12,000 pages that were looked at are 49 of them
+    """Opening, and a thousand batches, each size in a process of its own. The pages that these look at are 49 MB."""
+    for name, n_bytes in loading.SIZES.items():
+        loading.make_dataset(tmp_path / name, n_bytes)
+    assert len(corpus.open_dataset(tmp_path / '20 GB', BLOCK_SIZE).train) == 10_000_000_000
+    small, large = (loading.time_loading_alone(tmp_path / name) for name in loading.SIZES)
+    assert large['ms to open it'] < small['ms to open it'] + 500
+    assert large['ms training batch'] < small['ms training batch'] + 1
+    assert large['memory of all that, MB'] < small['memory of all that, MB'] + 150
 
 
 def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
