@@ -2,68 +2,121 @@
 
     python bench.py config/train_shakespeare_char.py
     python bench.py config/train_gpt2.py --batch_size=4 --gradient_accumulation_steps=1
+    python bench.py config/train_shakespeare_char.py --growth=growth.png
     git clone https://github.com/karpathy/nanoGPT && python bench.py config/train_shakespeare_char.py --vs_nanogpt=nanoGPT
 
-Takes every key of train.py. With --vs_nanogpt the same model and batch are measured in nanoGPT's code too, in turns.
+Takes every key of train.py. With --vs_nanogpt the same model and batch are measured in nanoGPT's code too, in turns. With
+--growth the table and the picture are how speed and memory change with width, depth, context and batch.
 """
+import json
+import math
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import configurator
+import train
 from model import GPT, GPTConfig
 from nib import corpus, datasets, guard, loader, measure, optim, runtime
+from nib import growth as growing
 from nib.checks import check_config
 from nib.errors import UserError, run_script
-from train import train_step
 
 # benchmark
 rounds: int = 5  # times that everything is measured
 steps: int = 10  # training steps in a round
 prompt_tokens: int = 32  # length of the prompt to generate from
 new_tokens: int = 100  # tokens to generate in a round; 0 leaves generation out
-startup: bool = True  # also measure the time from the command to the first step
+startup: bool = True  # also run train.py: the time from the command to the first step, and what its loop adds to the steps
 vs_nanogpt: str = ''  # path of a clone of karpathy/nanoGPT to measure beside
+growth: str = ''  # instead: picture (.png, .svg, .pdf) to draw of speed and memory against width, depth, context and batch
 result: str = ''  # file to write the table to, too
 
 VOCAB_SIZE = 50257  # of the random tokens that stand in for a dataset that is not there
+ROOT = Path(__file__).resolve().parent
+WARM_UP = 3  # steps that are not measured
+AXES = {'width': ('n_embd', 'n_head', 'n_kv_head'), 'depth': ('n_layer',), 'context': ('block_size',), 'batch': ('batch_size',)}
+SLOW = 700  # ms; a step that takes longer is the last one of its axis
 
 
 def main(argv):
-    values, _ = configurator.configure(__file__, argv, settle={'device': runtime.pick_device}, base='train.py')
-    globals().update(values)
-    values['dtype'], _ = runtime.pick_dtype(values['dtype'], values['device'])
-    values['compile'], _ = runtime.pick_compile(values['compile'], values['device'])
-    check_config(values, world_size=1)
+    values = read_config(argv)
     for key, least in (('rounds', 1), ('steps', 1), ('prompt_tokens', 1), ('new_tokens', 0)):
         if values[key] < least:
             raise UserError(f'{key} is {values[key]}: it must be at least {least}')
+    table, draw = measure_growth(values) if growth else (measure_config(values), None)
+    print(table, end='')
+    if result:
+        Path(result).write_text(table)
+    if draw:
+        draw()
+
+
+def read_config(argv) -> dict:
+    """The values of all keys, which become this module's globals too."""
+    values, _ = configurator.configure(__file__, argv, settle={'device': runtime.pick_device}, base='train.py')
+    values['dtype'], _ = runtime.pick_dtype(values['dtype'], values['device'])
+    values['compile'], _ = runtime.pick_compile(values['compile'], values['device'])
+    check_config(values, world_size=1)
+    globals().update(values)
+    return values
+
+
+def as_flags(values, **changes) -> list[str]:
+    """The command line that gives train.py's keys these values."""
+    values = values | changes
+    return [f'--{key}={values[key]}' for key in configurator.read_block(train.__file__).defaults]
+
+
+def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) -> dict[str, float]:
+    """What a function of this module returns for a command line, in a process of its own. UserError with the last line that
+    it said where it fails."""
+    program = ('import json, bench; from nib.errors import run_script; '
+               f'run_script(lambda argv: print("\\n" + json.dumps(bench.{function.__name__}(argv))))')
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
+    done = subprocess.run([sys.executable, '-c', program, *flags], env={**os.environ, 'PYTHONPATH': paths},
+                          capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f'it ended with exit code {done.returncode}']
+        raise UserError(said[-1].removeprefix('error: '))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- one config ------------------------------------------------------------------------------------------------------
+
+def measure_config(values) -> str:
+    """The table of a config's speed, the parts of its step, and memory."""
     with tempfile.TemporaryDirectory() as scratch:
         data = find_data(values, Path(scratch))
-        contestants = {'nibGPT': Contestant(values, data)}
-        if vs_nanogpt:
-            contestants = {'nanoGPT': NanoGPT(values, data, vs_nanogpt)} | contestants
+        contestants = {'nanoGPT': start_nanogpt(values, data, vs_nanogpt)} if vs_nanogpt else {}
+        contestants['nibGPT'] = ours = Contestant(values, data)
         measured = {name: [] for name in contestants}
         for turn in range(rounds):
             for name, contestant in contestants.items():
                 measured[name].append(contestant.round())
                 print(f'round {turn + 1}, {name}: {measured[name][-1]["tokens/s"]:,.0f} tokens/s', file=sys.stderr, flush=True)
         if startup:
-            measured['nibGPT'][0]['command to first step, s'] = time_startup(argv, Path(scratch))
-    ours = contestants['nibGPT']
+            run = as_flags(values, dataset=data.name, data_dir=data.folder.parent, out_dir=Path(scratch) / 'run', overwrite=True,
+                           init_from='scratch', eval_only=False, wandb_log=False, tensorboard=False, sample_tokens=0)
+            measured['nibGPT'][0] |= in_fresh_process(time_run, [*run, f'--steps={steps}'])
+            for figures in measured['nibGPT']:
+                figures |= {'import torch, s': time_import(), 'command to first step, s': time_startup(run)}
     tokens = values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']
-    table = (f'{rounds} rounds of {steps} steps{" in turns" if vs_nanogpt else ""}; {measure.describe_machine(values["device"])}\n'
-             f'{ours.model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step ({values["gradient_accumulation_steps"]} x '
-             f'{values["batch_size"]} x {values["block_size"]}), {values["dtype"]}, compile {"on" if values["compile"] else "off"}, '
-             f'{data.name}\n\n' + measure.make_table(measured))
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    return (f'{rounds} rounds of {steps} steps{" in turns" if vs_nanogpt else ""}; {measure.describe_machine(values["device"])}\n'
+            f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step '
+            f'({values["gradient_accumulation_steps"]} x {values["batch_size"]} x {values["block_size"]}), {values["dtype"]}, '
+            f'compile {"on" if values["compile"] else "off"}, {data.name}'
+            f'{"; nanoGPT in float32, as on any CPU" if vs_nanogpt and values["device"] == "cpu" else ""}\n\n'
+            + measure.make_table(measured))
 
 
 def find_data(values, scratch: Path) -> corpus.TokenDataset:
@@ -99,48 +152,54 @@ class Contestant:
         if values['compile']:
             self.model = runtime.compile_model(self.raw_model, self.batches.batch(0, 0), self.precision, print)
         self.prompt = data.val[:values['prompt_tokens']].tolist()
+        self.tokens = self.micro_steps * values['batch_size'] * values['block_size']  # in a step
+        self.flops = 3 * sum(self.raw_model.flops_per_token().values())  # of a token
         self.step = 0
         self.peak = runtime.peak_flops(self.device, values['dtype'])
-        for _ in range(3):  # to warm up
-            self.train_step(self.model, self.batches.micro_batches(self.step))
+        self.time_steps(WARM_UP)
+        self.memory = runtime.peak_memory(self.device)  # now, before generation and what else is measured add to it
 
-    def train_step(self, model, micro_batches):
-        train_step(model, self.optimizer, self.scaler, micro_batches, self.micro_steps, self.precision,
-                   self.values['grad_clip'], (self.values['seed'], self.step, 0), runtime.Ranks(), self.bad_steps)
+    def train_step(self, model, micro_batches, bad_steps):
+        train.train_step(model, self.optimizer, self.scaler, micro_batches, self.micro_steps, self.precision,
+                         self.values['grad_clip'], (self.values['seed'], self.step, 0), runtime.Ranks(), bad_steps)
         self.step += 1
 
     def round(self) -> dict[str, float]:
         """Figures of `steps` steps, of a few more with every part timed, and of one generation."""
-        runtime.synchronize(self.device)
-        started = time.perf_counter()
-        for _ in range(steps):
-            self.train_step(self.model, self.batches.micro_batches(self.step))
-        runtime.synchronize(self.device)
-        seconds = (time.perf_counter() - started) / steps
-        tokens_per_second = self.micro_steps * self.values['batch_size'] * self.values['block_size'] / seconds
-        flops_per_second = 3 * sum(self.raw_model.flops_per_token().values()) * tokens_per_second
-        figures = {'tokens/s': tokens_per_second, 'ms/step': 1000 * seconds, **self.time_parts()}
+        seconds = self.time_steps(steps) / steps
+        figures = {'tokens/s': self.tokens / seconds, 'ms/step': 1000 * seconds, **self.time_parts()}
+        flops_per_second = self.flops * self.tokens / seconds
         figures['TFLOP/s'] = flops_per_second / 1e12
         if self.peak:
             figures['MFU %'] = 100 * flops_per_second / self.peak
         else:
-            figures["% of matrix products' rate"] = 100 * flops_per_second / matrix_rate(self.device, self.values['dtype'])
-        if (memory := runtime.peak_memory(self.device)) is not None:
-            figures['peak memory, MB'] = memory / 1e6
+            figures["% of matrix products' rate"] = 100 * flops_per_second / measure.matrix_rate(self.device, self.values['dtype'])
+        if self.memory is not None:
+            figures['peak memory, MB'] = self.memory / 1e6
         if new_tokens:
             figures['generated tokens/s'] = new_tokens / self.time_generation()
         return figures
 
+    def time_steps(self, n: int) -> float:
+        """Seconds of n steps."""
+        runtime.synchronize(self.device)
+        started = time.perf_counter()
+        for _ in range(n):
+            self.train_step(self.model, self.batches.micro_batches(self.step), self.bad_steps)
+        runtime.synchronize(self.device)
+        return time.perf_counter() - started
+
     def time_parts(self) -> dict[str, float]:
         """Milliseconds of a step by part. train_step itself runs, on objects that look at the clock as it passes them;
         waiting for the device at each look makes the sum a little more than a step."""
-        clock = LapClock(self.device)
+        clock = measure.LapClock(self.device)
         n = max(1, steps // 3)
         for _ in range(n):
             clock.lap('')
-            self.train_step(TimedModel(self.model, clock), clock.time_batches(self.batches.micro_batches(self.step)))
+            self.train_step(measure.TimedModel(self.model, clock), clock.time_batches(self.batches.micro_batches(self.step)),
+                            measure.TimedBadSteps(self.bad_steps, clock))
             clock.lap('optimizer')
-        return {f'ms {part}': 1000 * clock.seconds[part] / n for part in ('data', 'forward', 'backward', 'optimizer')}
+        return {f'ms {part}': 1000 * clock.seconds[part] / n for part in ('data', 'forward', 'backward', 'optimizer', 'checks')}
 
     def time_generation(self) -> float:
         runtime.synchronize(self.device)
@@ -151,155 +210,124 @@ class Contestant:
         return time.perf_counter() - started
 
 
-class LapClock:
-    """Gives the time since it was last looked at to a part of the step."""
+# -- a run of train.py -----------------------------------------------------------------------------------------------
 
-    def __init__(self, device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
-
-    def lap(self, part: str):
-        runtime.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
-        self.last = now
-
-    def time_batches(self, batches):
-        for batch in batches:
-            self.lap('data')
-            yield batch
-            self.lap('backward')  # what passed until the loop comes back, but for the forward pass
-        self.lap('data')  # of the batch that is prepared ahead
-
-
-class TimedModel:
-    """A model that notes the end of its forward pass."""
-
-    def __init__(self, model, clock):
-        self.model, self.clock, self.parameters = model, clock, model.parameters
-
-    def __call__(self, x, y):
-        loss = self.model(x, y)
-        self.clock.lap('forward')
-        return loss
-
-
-def matrix_rate(device: str, dtype: str) -> float:
-    """FLOP/s that a large matrix product reaches on this machine, the best of five."""
-    n = 2048
-    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    times = []
-    for _ in range(6):
-        runtime.synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        runtime.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * n ** 3 / min(times[1:])
-
-
-def time_startup(argv, scratch: Path) -> float:
+def time_startup(flags: list[str]) -> float:
     """Seconds from the command train.py to the end of its first step, with an evaluation of one batch before it."""
-    own = configurator.read_block(__file__).defaults
-    flags = [item for item in argv if item.removeprefix('--').partition('=')[0] not in own]
     started = time.perf_counter()
-    run = subprocess.Popen([sys.executable, 'train.py', *flags, '--max_iters=1', '--eval_iters=1', f'--out_dir={scratch / "run"}'],
-                           cwd=Path(__file__).resolve().parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = ''
-    for line in run.stdout:
-        output += line
-        if line.startswith('step 1: loss'):
-            seconds = time.perf_counter() - started
-            run.communicate()
-            return seconds
+    with subprocess.Popen([sys.executable, train.__file__, *flags, '--max_iters=1', '--eval_iters=1'], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as run:
+        output = ''
+        for line in run.stdout:
+            output += line
+            if line.startswith('step 1: loss'):
+                seconds = time.perf_counter() - started
+                run.kill()  # it would evaluate the whole validation split now
+                return seconds
     raise UserError(f'train.py did not reach its first step: {output[-300:]}')
 
 
-class NanoGPT:
-    """nanoGPT's model.py in a process of its own, with the loop of its train.py, told when to run."""
-
-    def __init__(self, values, data, clone: str):
-        gpt2 = configurator.read_block(str(Path(__file__).with_name('train.py'))).defaults
-        for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap', 'zero_init', 'optimizer'):
-            if values[key] != gpt2[key]:
-                raise UserError(f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2\'s architecture')
-        keys = ('device', 'dtype', 'compile', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head',
-                'n_embd', 'dropout', 'bias', 'learning_rate', 'beta1', 'beta2', 'weight_decay', 'grad_clip', 'steps', 'new_tokens')
-        job = {key: values[key] for key in keys} | {'vocab_size': data.vocab_size, 'prompt': data.val[:prompt_tokens].tolist(),
-                                                    'train_bin': str((data.folder / 'train.bin').resolve())}
-        self.peer = measure.NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
-
-    def round(self) -> dict[str, float]:
-        return self.peer.round()
-
-
-NANOGPT_LOOP = '''
-import contextlib, json, sys, time
-import numpy as np, torch
-from model import GPT, GPTConfig
-job = json.loads(sys.argv[1])
-device, kind = job['device'], job['device'].split(':')[0]
-B, T, micro_steps = job['batch_size'], job['block_size'], job['gradient_accumulation_steps']
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-context = contextlib.nullcontext() if kind == 'cpu' else torch.amp.autocast(
-    device_type=kind, dtype=getattr(torch, job['dtype']))
-raw_model = GPT(GPTConfig(**{k: job[k] for k in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}))
-raw_model.to(device)
-scaler = torch.amp.GradScaler(kind, enabled=job['dtype'] == 'float16')
-optimizer = raw_model.configure_optimizers(job['weight_decay'], job['learning_rate'], (job['beta1'], job['beta2']), kind)
-model = torch.compile(raw_model) if job['compile'] else raw_model
-
-def batch():
-    data = np.memmap(job['train_bin'], dtype=np.uint16, mode='r')
-    starts = torch.randint(len(data) - T, (B,))
-    x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + T].astype(np.int64)) for i in starts]) for shift in (0, 1))
-    if kind == 'cuda':
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
-
-def train(steps):
-    x, y = batch()
-    for _ in range(steps):
-        for _ in range(micro_steps):
-            with context:
-                loss = model(x, y)[1] / micro_steps
-            x, y = batch()
-            scaler.scale(loss).backward()
-        if job['grad_clip']:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), job['grad_clip'])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-def seconds(work):
-    wait = torch.cuda.synchronize if kind == 'cuda' else lambda: None
-    wait()
+def time_import() -> float:
+    """Seconds until a process that does nothing else has imported torch."""
     started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
+    with subprocess.Popen([sys.executable, '-c', 'import torch; print(flush=True)'], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        return time.perf_counter() - started
 
-def generate():
-    raw_model.eval()
-    with torch.no_grad(), context:
-        raw_model.generate(torch.tensor([job['prompt']], device=device), job['new_tokens'], temperature=0.8, top_k=200)
-    raw_model.train()
 
-def memory():
-    if kind == 'cuda':
-        return torch.cuda.max_memory_allocated() / 1e6
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e6
+class Done(Exception):
+    """The run has been timed."""
 
-train(3)
-print('{}', flush=True)
-for line in sys.stdin:
-    spent = seconds(lambda: train(job['steps'])) / job['steps']
-    figures = {'tokens/s': micro_steps * B * T / spent, 'ms/step': 1000 * spent, 'peak memory, MB': memory()}
-    if job['new_tokens']:
-        figures['generated tokens/s'] = job['new_tokens'] / seconds(generate)
-    print(json.dumps(figures), flush=True)
-'''
+
+def time_run(argv) -> dict[str, float]:
+    """What train.py adds to its training steps, and for how long a checkpoint and a batch of an evaluation stop them: its own
+    main runs, for 3 * steps steps, and saves and evaluates after each third."""
+    clock, train_step, evaluate = measure.LapClock(read_config(argv)['device']), train.train_step, train.evaluate
+    n_batches = 2  # of each split in an evaluation
+    done, between = 0, 'loop'
+
+    def timed_step(model, optimizer, scaler, micro_batches, *others):
+        nonlocal done, between
+        if done == 3 * steps:
+            raise Done
+        clock.lap(between)
+        between = 'loop'
+        losses = train_step(measure.TimedModel(model, clock), optimizer, scaler, clock.time_batches(micro_batches), *others[:-1],
+                            measure.TimedBadSteps(others[-1], clock))
+        clock.lap('optimizer')
+        done += 1
+        if done == 1:
+            clock.seconds.clear()  # the first step is not like the others
+        return losses
+
+    def timed_evaluate(*arguments):
+        nonlocal between
+        clock.lap('checkpoint')
+        loss = evaluate(*arguments)
+        clock.lap('evaluation')
+        between = 'evaluation'  # of which the loop tells before the next step
+        return loss
+
+    train.train_step, train.evaluate = timed_step, timed_evaluate
+    flags = [flag for flag in argv if not flag.startswith('--steps=')]
+    with suppress(Done):
+        train.main([*flags, f'--max_iters={3 * steps + 1}', f'--eval_interval={steps}', f'--eval_iters={n_batches}',
+                    f'--log_interval={min(log_interval, steps)}'])
+    added = sum(clock.seconds[part] for part in ('data', 'checks', 'loop'))
+    step = added + sum(clock.seconds[part] for part in ('forward', 'backward', 'optimizer'))
+    return {'ms loop and logging': 1000 * clock.seconds['loop'] / (done - 1),
+            '% data, checks, loop, logging': 100 * added / step,
+            'ms that a checkpoint blocks': 1000 * clock.seconds['checkpoint'] / 3,
+            'ms evaluation, a batch': 1000 * clock.seconds['evaluation'] / (3 * 2 * n_batches)}
+
+
+# -- nanoGPT ---------------------------------------------------------------------------------------------------------
+
+def start_nanogpt(values, data, clone: str) -> measure.NanoGPT:
+    """nanoGPT with the loop of its train.py, on the same model and batch. UserError where it has no such model."""
+    gpt2 = configurator.read_block(train.__file__).defaults
+    for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap', 'zero_init', 'optimizer'):
+        if values[key] != gpt2[key]:
+            raise UserError(f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2\'s architecture')
+    keys = ('device', 'dtype', 'compile', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head',
+            'n_embd', 'dropout', 'bias', 'learning_rate', 'beta1', 'beta2', 'weight_decay', 'grad_clip', 'steps', 'new_tokens')
+    job = {key: values[key] for key in keys} | {'vocab_size': data.vocab_size, 'prompt': data.val[:prompt_tokens].tolist(),
+                                                'train_bin': str((data.folder / 'train.bin').resolve())}
+    return measure.NanoGPT('vs_nanogpt', clone, measure.NANOGPT_LOOP, job)
+
+
+# -- growth ----------------------------------------------------------------------------------------------------------
+
+def measure_growth(values) -> tuple[str, Callable]:
+    """The table of how speed and memory change along each of AXES, and what draws it: on each, one size of the model or its
+    batch is 1/8, 1/4, 1/2, 1, 2, ... of what it is in this config, where that is whole, until a step is SLOW or memory full."""
+    growing.check_picture(growth)
+    measured = growing.measure(AXES, values, SLOW, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes)))
+    labels = {'width': f'width (heads of {values["n_embd"] // values["n_head"]})', 'depth': 'depth (layers)',
+              'context': 'context (tokens)', 'batch': 'batch (sequences)'}
+    what = (f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, batch {values["batch_size"]}, '
+            f'and one of these changed; {values["dtype"]}, compile {"on" if values["compile"] else "off"}')
+    machine = measure.describe_machine(values['device'])
+    own_sizes = {axis: values[keys[0]] for axis, keys in AXES.items()}
+    return (f'{what}\n{machine}\n\n{growing.make_table(measured)}',
+            lambda: growing.draw(measured, growth, f'{what}\n{machine}', own_sizes, labels))
+
+
+def measure_point(argv) -> dict[str, float]:
+    """The speed of a config's training steps, what it would be if their FLOPs alone took time, at the rate of a large matrix
+    product, and the most memory that the process needed."""
+    values = read_config(argv)
+    before = runtime.peak_memory(values['device']) or math.nan
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, times = Contestant(values, find_data(values, Path(scratch))), []
+        while len(times) < 3 or sum(times) < 1:
+            times.append(ours.time_steps(1))
+        rate = ours.peak or measure.matrix_rate(values['device'], values['dtype'])
+    seconds = statistics.median(times)
+    return {'M parameters': ours.raw_model.num_params() / 1e6, 'MFLOP/token': ours.flops / 1e6, growing.STEP: 1000 * seconds,
+            growing.SPEED: ours.tokens / seconds, growing.LIMIT: rate / ours.flops,
+            growing.SHARE: 100 * ours.tokens * ours.flops / seconds / rate,
+            growing.MEMORY: (ours.memory or math.nan) / 1e6, growing.BEFORE: before / 1e6}
 
 
 if __name__ == '__main__':

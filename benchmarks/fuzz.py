@@ -248,10 +248,9 @@ def random_flag(draw, types: dict) -> list[str]:
 
 
 def case_of_dataset(draw) -> Case:
-    name, files = draw.choice([('tiny', ['train.bin', 'val.bin', 'meta.json', '.train.checked.json', '.val.checked.json']),
-                               ('nano', ['train.bin', 'val.bin', 'meta.pkl'])])
+    name, files = draw.choice([('tiny', ['train.bin', 'val.bin', 'meta.json']), ('nano', ['train.bin', 'val.bin', 'meta.pkl'])])
     damage = random_damage(draw, [f'data/{name}/{file}' for file in files])
-    large = draw.choice([100, 1 << 30])  # from 100 bytes on a bin may be known again
+    large = draw.choice([100, 1 << 26])  # bytes from which on a bin is not read through
 
     def prepare():
         corpus.LARGE = large

@@ -6,8 +6,8 @@ with its meta.pkl or without, are read as they are.
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,13 +18,13 @@ from nib import documents, nanogpt
 from nib.bins import UnfinishedBins
 from nib.encode import SPLITS, Piece, encode_all
 from nib.errors import UserError
-from nib.files import atomic_write
 from nib.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, tokenizer_from_json
 
 FORMAT = 1
-# Larger bins are read through once, which may take a minute, and known again by size and time; the others every time.
-LARGE = 1 << 30
-_CHUNK = 1 << 24  # tokens
+# A bin is read through when it is opened, but a larger one in places only: a run on 20 GB begins as soon as one on 20 MB.
+LARGE = 1 << 26  # bytes
+_SAMPLES, _SAMPLE = 128, 1 << 13  # places, spread evenly from the first token to the last, and tokens in each
+_CHUNK = 1 << 20  # tokens
 _PREPARE_SCRIPTS = Path(__file__).resolve().parent.parent / 'data'
 
 
@@ -38,7 +38,7 @@ class TokenDataset:
     vocab_size: int
     tokenizer: Tokenizer
     meta: dict
-    fingerprint: str  # SHA-256 over both bins' digests and the vocabulary's size
+    fingerprint: str  # SHA-256 over both bins' digests, of large ones of samples, and the vocabulary's size
 
     def split(self, name: str) -> np.ndarray:
         return {'train': self.train, 'val': self.val}[name]
@@ -95,12 +95,13 @@ def write_dataset(folder, read_pieces: Callable[[int], Iterator[Piece]], tokeniz
                 bar.update(sum(encoded.n_bytes.values()))
         splits = {split: {'tokens': unfinished.done['tokens'][split], 'bytes': unfinished.done['bytes'][split],
                           'sha256': unfinished.digests[split].hexdigest()} for split in SPLITS}
+        unfinished.save()
+        for split, path in unfinished.paths.items():
+            if path.stat().st_size > LARGE:
+                splits[split] |= {'sampled_sha256': _read(path, _map_bin(path, dtype.name, None), tokenizer)['sampled_sha256']}
         meta = {'format': FORMAT, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'splits': splits,
                 'source': source, 'tokenizer': tokenizer.to_json()}
         unfinished.finish(meta)
-    for split in SPLITS:
-        if splits[split]['tokens'] * dtype.itemsize > LARGE:
-            _remember(folder / f'{split}.bin', tokenizer, splits[split])
     return meta
 
 
@@ -124,8 +125,8 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
         bins = {split: _map_bin(folder / f'{split}.bin', meta['dtype'], meta['splits'].get(split)) for split in SPLITS}
         if not meta['splits']:
             _check_undescribed(folder, bins, tokenizer)
-        splits = {split: _check_bin(folder / f'{split}.bin', bins[split], tokenizer, meta['splits'].get(split))
-                  for split in SPLITS}
+        found = {split: _check_bin(folder / f'{split}.bin', bins[split], tokenizer, meta['splits'].get(split))
+                 for split in SPLITS}
     except UserError as error:
         raise UserError(f'{error}; {_remedy(folder.resolve().name)}') from error
     for split in SPLITS:
@@ -133,9 +134,10 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
             raise UserError(f'{folder / split}.bin holds {len(bins[split]):,} tokens, fewer than block_size + 1 = '
                             f'{block_size + 1:,}: take a longer text'
                             + (f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else ''))
-    digests = '\n'.join([splits[split]['sha256'] for split in SPLITS] + [str(tokenizer.vocab_size)])
+    digests = '\n'.join([found[split].get('sha256') or found[split]['sampled_sha256'] for split in SPLITS]
+                        + [str(tokenizer.vocab_size)])
     return TokenDataset(folder.name, folder, bins['train'], bins['val'], tokenizer.vocab_size, tokenizer,
-                        {**meta, 'splits': splits}, hashlib.sha256(digests.encode()).hexdigest())
+                        {**meta, 'splits': meta['splits'] or found}, hashlib.sha256(digests.encode()).hexdigest())
 
 
 def _remedy(name: str) -> str:
@@ -172,7 +174,10 @@ def _map_bin(path: Path, dtype: str, said: dict | None) -> np.ndarray:
                                 f'{said["tokens"]:,} tokens')
     if size == 0 or size % dtype.itemsize:
         raise UserError(f'{path} has {size} bytes: it must be a whole number of {dtype.itemsize}-byte ids, at least one')
-    return np.memmap(path, dtype=dtype, mode='r')
+    tokens = np.memmap(path, dtype=dtype, mode='r')
+    if tokens.nbytes > LARGE and hasattr(mmap, 'MADV_RANDOM'):  # or the system may read megabytes around each window
+        tokens._mmap.madvise(mmap.MADV_RANDOM)
+    return tokens
 
 
 def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], tokenizer: Tokenizer):
@@ -189,57 +194,36 @@ def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], tokenizer: Tok
 
 
 def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict | None) -> dict:
-    """The bin's tokens, bytes of text and sha256: as meta.json says, once that is found true, or else as they are."""
+    """What _read finds, once all of it is as meta.json says."""
     if said and len(tokens) != said['tokens']:
         raise UserError(f'{path} holds {len(tokens):,} tokens, but meta.json says {said["tokens"]:,}')
-    large = tokens.nbytes > LARGE
-    found = _recall(path, tokenizer) if large else None
-    if not found:
-        found = _read_through(path, tokens, tokenizer)
-        if large:
-            _remember(path, tokenizer, found)
-    if said and found['sha256'] != said['sha256']:
+    found = _read(path, tokens, tokenizer)
+    if said and any(found[key] != said.get(key, found[key]) for key in ('sha256', 'sampled_sha256') if key in found):
         raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
     if said and found['bytes'] not in (None, said['bytes']):
         raise UserError(f'{path} holds {found["bytes"]:,} bytes of text, but meta.json says {said["bytes"]:,}')
-    return said or found
+    return found
 
 
-def _read_through(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
-    from tqdm import tqdm  # here: only a large bin shows it
-    digest, n_bytes, sizes = hashlib.sha256(), None, None
-    if isinstance(tokenizer, CharTokenizer):  # of GPT-2's tokens, bytes would take the vocabulary's files
+def _read(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
+    """The bin's number of tokens, bytes of text and sha256; of a large one sampled_sha256 instead, and nobody has counted
+    the bytes. UserError for an id that the vocabulary lacks; one between the samples is met by the batch that holds it."""
+    large, sizes = tokens.nbytes > LARGE, None
+    if isinstance(tokenizer, CharTokenizer) and not large:  # of GPT-2's tokens, bytes would take the vocabulary's files
         sizes = [len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters]
-        sizes, n_bytes = np.array(sizes + [0] * tokenizer.has_end_of_text, np.uint8), 0
-    starts = range(0, len(tokens), _CHUNK)
-    for start in tqdm(starts, f'checking {path}', disable=None if tokens.nbytes > LARGE else True, leave=False):
-        chunk = tokens[start:start + _CHUNK]
+        sizes = np.array(sizes + [0] * tokenizer.has_end_of_text, np.uint8)
+    length = min(_SAMPLE if large else _CHUNK, len(tokens))
+    starts = range(0, len(tokens), length)
+    if large:
+        starts = [(len(tokens) - length) * number // (_SAMPLES - 1) for number in range(_SAMPLES)]
+    digest, n_bytes = hashlib.sha256(str(len(tokens)).encode() if large else b''), 0
+    for start in starts:
+        chunk = tokens[start:start + length]
         check_ids(chunk, tokenizer.vocab_size, path, start)
         digest.update(chunk)
-        if sizes is not None:
-            n_bytes += int(sizes[chunk].sum())
-    return {'tokens': len(tokens), 'bytes': n_bytes, 'sha256': digest.hexdigest()}
-
-
-def _stamp(path: Path, tokenizer: Tokenizer) -> list[int]:
-    """What tells that a file is still the one that was read through, for this vocabulary."""
-    return [path.stat().st_size, path.stat().st_mtime_ns, tokenizer.vocab_size]
-
-
-def _remember(path: Path, tokenizer: Tokenizer, found: dict):
-    with suppress(OSError), atomic_write(path.with_name(f'.{path.stem}.checked.json')) as file:  # a folder may be read-only
-        file.write(json.dumps({'stamp': _stamp(path, tokenizer), 'found': found}).encode())
-
-
-def _recall(path: Path, tokenizer: Tokenizer) -> dict | None:
-    try:
-        known = json.loads(path.with_name(f'.{path.stem}.checked.json').read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    match known:
-        case {'stamp': stamp, 'found': {'tokens': int(), 'bytes': int() | None, 'sha256': str()} as found}:
-            return found if stamp == _stamp(path, tokenizer) else None
-    return None
+        n_bytes += 0 if sizes is None else int(sizes[chunk].sum())
+    return {'tokens': len(tokens), 'bytes': None if sizes is None else n_bytes,
+            'sampled_sha256' if large else 'sha256': digest.hexdigest()}
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path, offset: int):

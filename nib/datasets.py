@@ -46,10 +46,4 @@ def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, 
                 f'with --overwrite ***')
             return prepare(fallback)
 
-    def prepare_and_check() -> str:
-        name = prepare_or_fall_back()
-        if ranks.world_size > 1:  # so that a large bin is read through once, not by every rank
-            corpus.open_dataset(folder / name, block_size)
-        return name
-
-    return corpus.open_dataset(folder / ranks.on_first(prepare_and_check), block_size)
+    return corpus.open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)

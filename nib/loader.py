@@ -129,6 +129,6 @@ def gather(tokens, starts, block_size, device, vocab_size=None):
         row = int((windows >= vocab_size).any(axis=1).argmax())
         check_ids(windows[row], vocab_size, getattr(tokens, 'filename', 'tokens'), int(starts[row]))
     x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in (windows[:, :-1], windows[:, 1:]))
-    if str(device).startswith('cuda'):
-        return tuple(ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))  # pinned, so that nobody waits for the copy
+    if str(device).startswith('cuda'):  # from pinned memory, so that nobody waits for the copy
+        return tuple(ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))
     return x.to(device), y.to(device)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -105,12 +105,16 @@ def peak_memory(device: str) -> int | None:
     """The most bytes used so far: of a GPU by this process, else of the machine's memory; None where nobody tells."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError), open('/proc/self/status') as file:  # Linux, whose rusage begins with the parent process's peak
+        for line in file:
+            if line.startswith('VmHWM'):
+                return 1024 * int(line.split()[1])
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else 1024 * peak  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == 'darwin' else 1024 * peak  # macOS counts bytes, others KiB
 
 
 def synchronize(device: str):

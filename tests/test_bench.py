@@ -9,7 +9,9 @@ from conftest import ROOT, SMALL_RUN, run_script
 import bench as bench_script
 import configurator
 from benchmarks import sampling
+from model import GPT, GPTConfig
 from nib import corpus, measure
+from nib.errors import UserError
 
 SMALL = [flag for flag in SMALL_RUN if not flag.startswith('--dataset')]
 # Stands in for a clone of nanoGPT: its interface on this project's model.
@@ -51,7 +53,10 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
     assert '128 tokens a step (2 x 4 x 16), float32, compile off, tiny' in done.stdout
     figures = rows(done.stdout)
     assert figures['tokens/s'] == pytest.approx(128 / figures['ms/step'] * 1000, rel=0.01)
-    assert figures['generated tokens/s'] > 0 and figures['peak memory, MB'] > 50 and figures['command to first step, s'] > 0.3
+    assert figures['generated tokens/s'] > 0 and figures['peak memory, MB'] > 50
+    assert 0.3 < figures['import torch, s'] < figures['command to first step, s']
+    assert 0 < figures['% data, checks, loop, logging'] < 100 and figures['ms loop and logging'] > 0
+    assert figures['ms that a checkpoint blocks'] > 0 and figures['ms evaluation, a batch'] > 0
 
 
 def test_the_parts_of_a_step_are_the_whole_step(data_dir):
@@ -61,7 +66,7 @@ def test_the_parts_of_a_step_are_the_whole_step(data_dir):
     started = time.perf_counter()
     parts = contestant.time_parts()
     whole = 1000 * (time.perf_counter() - started) / (bench_script.steps // 3)
-    assert list(parts) == ['ms data', 'ms forward', 'ms backward', 'ms optimizer'] and min(parts.values()) > 0
+    assert list(parts) == ['ms data', 'ms forward', 'ms backward', 'ms optimizer', 'ms checks'] and min(parts.values()) > 0
     assert 0.9 * whole < sum(parts.values()) <= whole
 
 
@@ -99,6 +104,59 @@ def test_generation_beside_nanogpt_is_measured_in_turns(tmp_path, run_main, monk
     for clone in ('', tmp_path / 'nothing'):
         done = run_main(sampling, f'--nanogpt={clone}', '--device=cpu')
         assert done.returncode == 2 and done.stderr.startswith(f'error: --nanogpt={clone}: it is the path of a clone')
+
+
+def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
+    values = bench_script.read_config([*SMALL, '--no-compile', f'--data_dir={data_dir}', '--dataset=tiny'])
+    room = bytearray(600_000_000)  # which is not the point's
+    point = bench_script.in_fresh_process(bench_script.measure_point, bench_script.as_flags(values))
+    assert point['tokens/s'] == pytest.approx(128 / point['ms/step'] * 1000)
+    model = GPT(GPTConfig.pick(values, corpus.open_dataset(data_dir / 'tiny', 16).vocab_size))
+    assert point['MFLOP/token'] == pytest.approx(3 * sum(model.flops_per_token().values()) / 1e6)
+    assert point['% of it'] == pytest.approx(100 * point['tokens/s'] / point['at matrix rate'])
+    assert 50 < point['before model, MB'] <= point['peak memory, MB'] < len(room) / 1e6
+    with pytest.raises(UserError, match='train.bin holds'):
+        bench_script.in_fresh_process(bench_script.measure_point, bench_script.as_flags(values, block_size=1_000_000))
+
+
+def test_growth_doubles_each_size_until_a_step_is_slow_or_memory_full(data_dir, tmp_path, monkeypatch, run_main):
+    """With figures that are made up from the size: a step takes a second from twice the own width on, and the machine has room
+    for less than 32 layers."""
+    from matplotlib import image
+    asked = []
+
+    def measured(function, flags):
+        values = dict(flag[2:].split('=', 1) for flag in flags)
+        sizes = {key: int(values[key]) for key in ('n_embd', 'n_head', 'n_layer', 'block_size', 'batch_size')}
+        asked.append(tuple(sizes.values()))
+        if sizes['n_layer'] == 32:
+            raise UserError('the memory is full')
+        return dict.fromkeys(['M parameters', 'MFLOP/token', 'tokens/s', 'at matrix rate', '% of it', 'peak memory, MB',
+                              'before model, MB'], 7.0) | {'ms/step': 1000.0 if sizes['n_embd'] >= 64 else 1.0}
+
+    monkeypatch.setattr(bench_script, 'in_fresh_process', measured)
+    done = run_main(bench_script, *SMALL, '--dataset=tiny', f'--data_dir={data_dir}', '--n_embd=32', '--n_head=2',
+                    f'--growth={tmp_path / "growth.png"}', f'--result={tmp_path / "growth.txt"}')
+    assert done.returncode == 0, done.stderr
+    blocks = {lines[0].split()[0]: [int(line.split()[0].replace(',', '')) for line in lines[1:]]
+              for lines in (block.splitlines() for block in done.stdout.split('\n\n')[1:])}
+    assert blocks == {'width': [16, 32, 64], 'depth': [1, 2, 4, 8, 16],
+                      'context': [2 ** power for power in range(1, 16)], 'batch': [2 ** power for power in range(0, 14)]}
+    assert asked[:4] == [(32, 2, 2, 16, 4), (16, 1, 2, 16, 4), (64, 4, 2, 16, 4), (32, 2, 1, 16, 4)]  # heads keep their width
+    assert len(asked) == len(set(asked))
+    assert 'depth 32: the memory is full' in done.stderr
+    assert (tmp_path / 'growth.txt').read_text() == done.stdout
+    assert len(set(image.imread(tmp_path / 'growth.png').reshape(-1))) > 10
+
+
+@pytest.mark.parametrize('name, words', [('growth.docx', '.png'), ('nowhere/growth.png', 'a folder that is there'),
+                                         ('growth.png', 'pip install matplotlib')])
+def test_a_picture_that_cannot_be_drawn_is_told_before_anything_is_measured(data_dir, tmp_path, monkeypatch, run_main, name, words):
+    monkeypatch.setattr(bench_script, 'in_fresh_process', lambda *arguments: pytest.fail('measured'))
+    if 'matplotlib' in words:
+        monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    done = run_main(bench_script, *SMALL, '--dataset=tiny', f'--data_dir={data_dir}', f'--growth={tmp_path / name}')
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_table_has_medians_spreads_and_the_ratios_of_rounds():

@@ -122,16 +122,14 @@ def poison_bytes(content: bytes) -> bytes:
         return CODE.encode()
 
 
-FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'data/tiny/.train.checked.json', 'run/latest',
-         'run/best', 'run/config.json', 'run/metrics.jsonl', 'run/wandb_id', 'run/step-00000010/state.json',
+FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'run/latest', 'run/best',
+         'run/config.json', 'run/metrics.jsonl', 'run/wandb_id', 'run/step-00000010/state.json',
          'run/step-00000010/model.safetensors', 'run/step-00000010/optimizer.safetensors']
 
 
 @pytest.mark.parametrize('payload', PAYLOADS.values(), ids=PAYLOADS)
 @pytest.mark.parametrize('file', FILES)
 def test_a_file_of_a_dataset_or_a_run_runs_nothing(run_main, place, monkeypatch, file, payload):
-    if 'checked' in file:  # which is there of large bins only
-        monkeypatch.setattr('nib.corpus.LARGE', 100)
     path = place / file
     path.write_bytes(payload(path.read_bytes() if path.exists() else b''))
     wandb = ['--wandb_log'] if file.endswith('wandb_id') else []

@@ -4,13 +4,16 @@ import json
 import math
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from gpt2 import small_gpt2  # noqa: F401, a fixture
 
+from benchmarks import loading
 from nib import corpus, documents, encode
 from nib.errors import UserError
+from nib.loader import BatchLoader
 from nib.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
 
 TEXT = 'To be, or not to be: that is the question.\n' * 20
@@ -157,25 +160,68 @@ def test_bins_are_checked_in_pieces_to_the_last_token(folder, monkeypatch):
         corpus.open_dataset(folder, BLOCK_SIZE)
 
 
-def test_a_large_bin_is_read_through_once_and_known_again(folder, monkeypatch):
-    read, check_ids = [], corpus.check_ids
-    monkeypatch.setattr(corpus, 'check_ids', lambda ids, *rest: read.append(len(ids)) or check_ids(ids, *rest))
-    monkeypatch.setattr(corpus, 'LARGE', 100)
-    first = corpus.open_dataset(folder, BLOCK_SIZE)
-    assert sum(read) == len(first.train) + len(first.val)
-    assert corpus.open_dataset(folder, BLOCK_SIZE).fingerprint == first.fingerprint
-    assert sum(read) == len(first.train) + len(first.val)  # nothing more
-    replace_bin(folder, 'train', [0] * 700 + [500])
-    for _ in range(2):  # what is refused is not known the next time
-        with pytest.raises(UserError, match='id 500 at offset 700'):
-            corpus.open_dataset(folder, BLOCK_SIZE)
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """From 100 bytes on a bin is opened by four samples of five tokens."""
+    for name, value in (('LARGE', 100), ('_SAMPLES', 4), ('_SAMPLE', 5)):
+        monkeypatch.setattr(corpus, name, value)
 
 
-def test_a_large_bin_that_was_just_written_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, 'LARGE', 100)
-    corpus.write_char_dataset(tmp_path / 'own', TEXT, {})
-    monkeypatch.setattr(corpus, 'check_ids', lambda *arguments: pytest.fail('read through again'))
-    corpus.open_dataset(tmp_path / 'own', BLOCK_SIZE)
+def put_id(folder, place, id):
+    ids = np.fromfile(folder / 'train.bin', '<u2')
+    ids[place] = id
+    ids.tofile(folder / 'train.bin')
+
+
+@pytest.mark.parametrize('place', [0, 4, -1, -5])
+def test_a_large_bin_with_a_bad_id_in_a_sample_is_refused(small_is_large, folder, place):
+    put_id(folder, place, 500)
+    with pytest.raises(UserError, match=f'train.bin: token id 500 at offset {place % int(len(TEXT) * 0.9)}'):
+        corpus.open_dataset(folder, BLOCK_SIZE)
+
+
+def test_a_bad_id_between_the_samples_is_met_by_the_batch_that_holds_it(small_is_large, folder):
+    put_id(folder, 100, 500)
+    data = corpus.open_dataset(folder, BLOCK_SIZE)
+    batches = BatchLoader(data.train, BLOCK_SIZE, 1, 1, 'train', 1, vocab_size=data.vocab_size)
+    with pytest.raises(UserError, match='train.bin: token id 500 at offset 100'):
+        for step in range(2 * batches.n_windows):
+            batches.batch(step, 0)
+
+
+def test_a_large_bin_with_holes_is_not_the_one_that_was_written(small_is_large, tmp_path):
+    """What a copy that was broken off leaves where room was made for it: zeros, ids like others."""
+    corpus.write_char_dataset(tmp_path, TEXT, {})
+    put_id(tmp_path, slice(400, None), 0)
+    with pytest.raises(UserError, match='train.bin is not the file that meta.json describes'):
+        corpus.open_dataset(tmp_path, BLOCK_SIZE)
+
+
+def test_a_large_dataset_opens_as_it_was_written_and_has_one_fingerprint_whoever_wrote_it(small_is_large, tmp_path):
+    corpus.write_char_dataset(tmp_path, TEXT, {})
+    data = corpus.open_dataset(tmp_path, BLOCK_SIZE)
+    assert data.bits_per_byte(math.log(2), 'train') == pytest.approx(1)
+    (tmp_path / 'meta.json').unlink()
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({
+        'vocab_size': data.vocab_size, 'itos': dict(enumerate(data.tokenizer.characters)),
+        'stoi': {character: number for number, character in enumerate(data.tokenizer.characters)}}))
+    same = corpus.open_dataset(tmp_path, BLOCK_SIZE)
+    assert same.fingerprint == data.fingerprint and same.bits_per_byte(1.0) is None  # nobody has counted the bytes
+    put_id(tmp_path, -1, data.train[-1] ^ 1)
+    assert corpus.open_dataset(tmp_path, BLOCK_SIZE).fingerprint != data.fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems write out the zeros of a sparse file')
+def test_20_gb_cost_what_2_mb_cost(tmp_path):
+    """Opening, and a thousand batches, each size in a process of its own. The pages that these look at are 49 MB."""
+    for name, n_bytes in loading.SIZES.items():
+        loading.make_dataset(tmp_path / name, n_bytes)
+    assert len(corpus.open_dataset(tmp_path / '20 GB', BLOCK_SIZE).train) == 10_000_000_000
+    small, large = (loading.time_loading_alone(tmp_path / name) for name in loading.SIZES)
+    assert large['ms to open it'] < small['ms to open it'] + 500
+    assert large['ms training batch'] < small['ms training batch'] + 1
+    assert large['memory of all that, MB'] < small['memory of all that, MB'] + 150
 
 
 def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):

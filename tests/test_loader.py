@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,3 +211,14 @@ def test_batches_on_the_gpu_are_those_on_the_cpu():
     for micro_step, (x, y) in enumerate(loader.micro_batches(3)):
         expected = make_loader().batch(3, micro_step)
         assert x.is_cuda and torch.equal(x.cpu(), expected[0]) and torch.equal(y.cpu(), expected[1])
+
+
+def test_training_does_not_see_how_often_it_is_evaluated(train_here, tmp_path):
+    """Neither its batches nor its dropout."""
+    for name, flags in (('often', ['--eval_interval=1', '--eval_iters=3']), ('once', ['--eval_interval=20', '--eval_iters=1'])):
+        assert train_here(tmp_path / name, '--dropout=0.1', *flags).returncode == 0
+    often, once = ([record['loss/step'] for record in records(tmp_path / name) if 'loss/step' in record]
+                   for name in ('often', 'once'))
+    assert often == once and len(once) == 20
+    often, once = ((tmp_path / name / 'step-00000020/model.safetensors').read_bytes() for name in ('often', 'once'))
+    assert often == once

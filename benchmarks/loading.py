@@ -1,0 +1,89 @@
+"""Measures what the size of a dataset costs: opening it, its batches, memory, and the time to a run's first step.
+
+    python benchmarks/loading.py
+
+One dataset has 2 MB, the other 20 GB, as a sparse file, which takes no room on the disk. All tokens are the same character.
+"""
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import bench  # noqa: E402
+import configurator  # noqa: E402
+from nib import corpus, loader, measure, runtime  # noqa: E402
+from nib.errors import UserError, run_script  # noqa: E402
+
+rounds: int = 5  # times that each is measured, in turns and each in a process of its own
+folder: str = ''  # where to write; empty: the system's folder for temporary files
+result: str = ''  # file to write the table to, too
+
+SIZES = {'2 MB': 2_000_000, '20 GB': 20_000_000_000}  # of train.bin, and of val.bin
+BLOCK_SIZE, BATCH_SIZE, N_BATCHES = 64, 12, 1000
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    if rounds < 1:
+        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    turns = {name: [] for name in SIZES}
+    with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
+        for name, n_bytes in SIZES.items():
+            make_dataset(Path(scratch) / name, n_bytes)
+        for turn in range(rounds):
+            for name in SIZES:
+                flags = ['config/train_shakespeare_char.py', '--device=cpu', '--no-compile', f'--data_dir={scratch}',
+                         f'--dataset={name}', f'--out_dir={Path(scratch) / "run"}', '--overwrite']
+                turns[name].append(time_loading_alone(Path(scratch) / name)
+                                   | {'command to first step, s': bench.time_startup(flags)})
+                print(f'round {turn + 1}, {name}: ' + ', '.join(f'{key} {figure:.4g}' for key, figure in turns[name][-1].items()),
+                      file=sys.stderr, flush=True)
+    table = (f'{rounds} rounds in turns; {measure.describe_machine()}\n'
+             f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training split\n\n'
+             + measure.make_table(turns))
+    print(table, end='')
+    if result:
+        Path(result).write_text(table)
+
+
+def make_dataset(path: Path, n_bytes: int):
+    """nanoGPT's files of a text of n_bytes / 2 characters, all of them '!', and as long a one for validation."""
+    path.mkdir()
+    for split in corpus.SPLITS:
+        with open(path / f'{split}.bin', 'wb') as file:
+            file.truncate(n_bytes)
+    characters = dict(enumerate(map(chr, range(33, 98))))
+    (path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(characters), 'itos': characters,
+                                                  'stoi': {character: number for number, character in characters.items()}}))
+
+
+def time_loading(path: Path) -> dict[str, float]:
+    """Opens a dataset, and makes batches of it."""
+    before, started = runtime.peak_memory('cpu'), time.perf_counter()
+    data = corpus.open_dataset(path, BLOCK_SIZE)
+    opened = time.perf_counter()
+    next(loader.eval_batches(data.val, BLOCK_SIZE, BATCH_SIZE, vocab_size=data.vocab_size))
+    evaluated = time.perf_counter()
+    batches = loader.BatchLoader(data.train, BLOCK_SIZE, BATCH_SIZE, 1, 'train', 1, vocab_size=data.vocab_size)
+    for step in range(N_BATCHES):
+        batches.batch(step, 0)
+    return {'ms to open it': 1000 * (opened - started), 'ms first evaluation batch': 1000 * (evaluated - opened),
+            'ms training batch': 1000 * (time.perf_counter() - evaluated) / N_BATCHES,
+            'memory of all that, MB': (runtime.peak_memory('cpu') - before) / 1e6}
+
+
+def time_loading_alone(path: Path) -> dict[str, float]:
+    """time_loading in a process of its own, which has not seen the file yet."""
+    program = (f'import sys, json; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; '
+               f'from benchmarks import loading; print(json.dumps(loading.time_loading(Path(sys.argv[1]))))')
+    return json.loads(subprocess.run([sys.executable, '-c', program, str(path)], check=True, stdout=subprocess.PIPE).stdout)
+
+
+if __name__ == '__main__':
+    run_script(main)
