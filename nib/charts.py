@@ -138,9 +138,9 @@ def time_axis(charts: Sequence[Chart]) -> Axis:
 
 
 def show_number(value: float) -> str:
-    """A number as people read it on an axis: 0.0025, 1.9, 1,500, 30k, 2.5M, 3e-6."""
+    """A number as people read it on an axis: 3e-6, 0.0005, 1.9, 1,500, 30k, 2.5M."""
     size = abs(value)
-    if size >= 1e15 or 0 < size < 1e-3:
+    if size >= 1e15 or 0 < size < 1e-4:
         mantissa, _, exponent = f'{value:.2e}'.partition('e')
         return f'{float(mantissa):g}e{int(exponent)}'
     for unit, name in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
@@ -177,7 +177,7 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
         legend.append(f'<li><svg class="key" viewBox="0 0 24 10"><path class="level" d="M0 5H24"/></svg>{escape(chart.level[1])}</li>')
     for flag in flags:
         parts.append(f'<path class="flag {flag.severity}" d="M{x(flag.step)} 0V1000"/>')
-    for one in sorted(series, key=lambda one: not one.pale):
+    for one in series:
         points = [(x(step), None if value is None else y(value)) for step, value in zip(one.steps, one.values)]
         style = f'class="c{one.colour % len(LIGHT)}{" pale" if one.pale else ""}" stroke-dasharray="{DASHES[one.look]}"'
         if one.look != 'dots':
@@ -205,7 +205,7 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
          'values': [None if value is None else float(f'{value:.6g}') for value in one.values]} for one in series],
         'flags': [[flag.step, f'{flag.number} {flag.name}', flag.severity] for flag in flags]}
     return (f'<figure class="chart" id="{chart.key}"><figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>'
-            f'<ul class="legend">{"".join(legend)}</ul>'
+            f'<ul class="legend">{"".join(legend) if len(legend) > 1 else ""}</ul>'
             f'<div class="plot" style="margin-top:{20 * (max(rows, default=-1) + 1) + 8}px">'
             f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(chart.title)} by step">'
             f'{"".join(parts)}</svg>{"".join(labels)}<div class="cursor"></div><div class="tip"></div></div>'
@@ -252,33 +252,39 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
                      label=f'healthy: {show_number(chart.band[0])} to {show_number(chart.band[1])}')
     if chart.level:
         axes.axhline(chart.level[0], color='#5b5f66', lw=1, ls=(0, (4, 3)), label=chart.level[1])
-    for one in sorted((one.thinned() for one in chart.series), key=lambda one: not one.pale):
+    for one in (one.thinned() for one in chart.series):
         colour = LIGHT[one.colour % len(LIGHT)]
-        dashes = tuple(map(float, DASHES[one.look].split()))
+        dashes = tuple(float(part) / 2 for part in DASHES[one.look].split())  # in widths of the line
         axes.plot(one.steps, [math.nan if value is None else value for value in one.values], color=colour, label=one.name,
                   ls='' if one.look == 'dots' else (0, dashes) if dashes else '-', lw=1 if one.pale else 1.8,
-                  alpha=0.45 if one.pale else 1, marker='o' if one.dotted or one.look == 'dots' or len(one.steps) == 1 else '', ms=4)
+                  alpha=0.45 if one.pale else 1, marker='o' if one.dotted or one.look == 'dots' or len(one.steps) == 1 else '', ms=4,
+                  clip_on=False, zorder=3)
         gaps = [step for step, value in zip(one.steps, one.values) if value is None]
         if gaps:
             axes.plot(gaps, [axis.high] * len(gaps), 'x', color=SEVERITY_COLOURS['critical'], ms=6, clip_on=False,
                       label='not finite')
     for mark in chart.marks:
         left = time.share(mark.step) > 0.5
-        axes.plot([mark.step], [mark.value], 'o', ms=9, mfc='white', mec=LIGHT[mark.colour % len(LIGHT)], mew=2)
+        axes.plot([mark.step], [mark.value], 'o', ms=9, mfc='white', mec=LIGHT[mark.colour % len(LIGHT)], mew=2, clip_on=False, zorder=4)
         axes.annotate(mark.label, (mark.step, mark.value), (-8 if left else 8, 8), textcoords='offset points',
-                      ha='right' if left else 'left', fontsize=9, fontweight='bold')
-    for flag, row in zip(flags, badge_rows([time.share(flag.step) for flag in flags])):
+                      ha='right' if left else 'left', fontsize=9, fontweight='bold', zorder=5,
+                      bbox={'boxstyle': 'round,pad=0.15', 'fc': 'white', 'ec': 'none', 'alpha': 0.8})
+    rows = badge_rows([time.share(flag.step) for flag in flags])
+    for flag, row in zip(flags, rows):
         colour = SEVERITY_COLOURS[flag.severity]
         axes.axvline(flag.step, color=colour, lw=1.2, ls=(0, (2, 2)))
         axes.annotate(str(flag.number), (flag.step, 1), (0, 8 + 15 * row), xycoords=('data', 'axes fraction'),
                       textcoords='offset points', ha='center', va='center', color='white', fontsize=8, fontweight='bold',
                       bbox={'boxstyle': 'round,pad=0.25', 'fc': colour, 'ec': 'none'}, annotation_clip=False)
-    axes.set(xlim=(time.low, time.high), yscale='log' if axis.log else 'linear', ylim=(axis.low, axis.high), xlabel='step',
-             ylabel=chart.unit)
-    axes.set_title(chart.title, loc='left', fontweight='bold')
+    axes.set(xlim=(time.low, time.high), yscale='log' if axis.log else 'linear', ylim=(axis.low, axis.high), xlabel='step')
+    axes.set_title(f'{chart.title}, {chart.unit}'.removesuffix(', '), loc='left', fontweight='bold',
+                   pad=10 + 15 * (max(rows, default=-1) + 1))
+    axes.yaxis.set_major_formatter(lambda value, place: show_number(value))
     axes.grid(color='#e3e6ea', lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    handles = dict(zip(reversed((named := axes.get_legend_handles_labels())[1]), reversed(named[0])))  # each name once
-    axes.legend(list(handles.values())[::-1], list(handles)[::-1], frameon=False, fontsize=9, ncols=2)
+    handles, names = axes.get_legend_handles_labels()
+    once = dict(zip(names, handles))  # 'not finite' may come from each series
+    if len(once) > 1:
+        figure.legend(once.values(), once.keys(), loc='outside lower left', frameon=False, fontsize=9, ncols=3)
     figure.savefig(path)

@@ -1,193 +1,16 @@
-"""Runs as one page that needs nothing else: the verdict and findings, curves, samples and config, from what is in out_dir."""
+"""Runs as one page that needs nothing else: verdict and findings, curves, samples, config. And as PNGs, one for each chart."""
 import json
-import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from nib.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Axis, Chart, Flag, Mark, Series, save_png, time_axis, to_html
-from nib.errors import UserError
+from nib.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Flag, save_png, time_axis, to_html
 from nib.files import atomic_write
+from nib.history import Run, charts_of, memory_unit, read_runs
 
-UPDATE_BAND = {'adamw': (0.001, 0.01), 'muon': (0.001, 0.05)}  # those of nib/health.py, which needs torch
-GROUPS = ('embedding', 'attention', 'mlp', 'head')
 SAMPLES = 6  # shown of a run
-LATEST_STEP = 1 << 53  # a larger one is no step
-LOOKS = ('line', 'dashed', 'dotted', 'mixed')
-# A chart each, of one figure or of several: key, title, unit, {name in metrics.jsonl: what it is called}, factor, further options.
-PLAIN = (
-    ('throughput', 'Throughput', 'tokens per second', {'tokens_per_second': 'tokens/s'}, 1, {'from_zero': True}),
-    ('mfu', 'Model FLOPs utilisation', 'percent', {'mfu': 'MFU'}, 100, {'from_zero': True}),
-    ('memory', 'Peak memory', 'MB', {'peak_memory': 'memory'}, 1e-6, {'from_zero': True}),
-    ('noise_scale', 'Gradient noise scale', 'batches', {'noise_scale': 'noise scale'}, 1, {}),
-    ('units', 'Dead units and attention entropy', 'percent',
-     {'dead_units': 'dead units, of the layer that has most', 'attention_entropy': 'attention entropy, of the largest possible'},
-     100, {'from_zero': True}),
-    ('attention_logit', 'Largest attention logit', 'before softmax', {'attention_logit': 'largest logit'}, 1, {}),
-    ('activations', 'Activations', 'standard deviation', {'activation_std': 'largest of the layers'}, 1, {}),
-)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the doctor has found in a run."""
-    name: str
-    step: int
-    severity: str  # one of SEVERITIES
-    evidence: str
-    causes: list[str]  # the likeliest first
-    changes: list[str]  # 'key = value'
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has left in its folder. A number that was not finite is None."""
-    name: str
-    folder: Path
-    numbers: dict[str, dict[int, float | None]]  # name -> step -> value, by step
-    texts: dict[str, dict[int, str]]
-    unread: int = 0  # lines of metrics.jsonl that hold no record
-    config: dict = field(default_factory=dict)
-    origins: dict = field(default_factory=dict)
-
-    @property
-    def step(self) -> int:
-        return max((step for values in (*self.numbers.values(), *self.texts.values()) for step in values), default=0)
-
-    def findings(self) -> list[Finding]:
-        found = [parse_finding(name.removeprefix('finding/'), step, text) for name, texts in self.texts.items()
-                 if name.startswith('finding/') for step, text in texts.items()]
-        return sorted(found, key=lambda one: (one.step, SEVERITIES.index(one.severity)))
-
-    def best(self) -> tuple[int, float] | None:
-        """Step and value of the lowest validation loss."""
-        losses = {step: loss for step, loss in self.numbers.get('loss/val', {}).items() if loss is not None}
-        return min(losses.items(), key=lambda item: item[1]) if losses else None
-
-    def values(self, name: str) -> list[float]:
-        return [value for value in self.numbers.get(name, {}).values() if value is not None]
-
-
-# -- what a run has left ---------------------------------------------------------------------------------------------
-
-def read_run(folder, name: str = '') -> Run:
-    """UserError where the folder holds no run. What is damaged in it is left out and counted."""
-    folder = Path(folder)
-    log = folder / 'metrics.jsonl'
-    if not log.exists() and not (folder / 'config.json').exists():
-        raise UserError(f'--out_dir={folder}: ' + ('no run is there (it holds neither metrics.jsonl nor config.json); name the '
-                        'folder that train.py wrote to' if folder.is_dir() else 'no such folder; name the one that train.py wrote to'))
-    numbers, texts, unread = read_records(log)
-    config = read_json(folder / 'config.json')
-    return Run(name or folder.resolve().name, folder, numbers, texts, unread,
-               *(part if isinstance(part := config.get(key), dict) else {} for key in ('config', 'origins')))
-
-
-def read_records(path: Path) -> tuple[dict, dict, int]:
-    """Numbers and texts of metrics.jsonl, by name and step, and how many of its lines hold no record. Of two values of a step
-    the later stands. The last line may be cut: its run is still writing it, or was killed."""
-    numbers, texts, unread = {}, {}, 0
-    lines = path.read_bytes().decode(errors='replace').split('\n') if path.exists() else []
-    for index, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            step = record.pop('step')
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            unread += bool(line.strip()) and index < len(lines) - 1
-            continue
-        if type(step) is not int or not 0 <= step < LATEST_STEP:
-            unread += 1
-            continue
-        for name, value in record.items():
-            if isinstance(value, str):
-                texts.setdefault(name, {})[step] = value
-            elif value is None or type(value) in (int, float):
-                numbers.setdefault(name, {})[step] = value if value is not None and abs(value) < 1e300 else None
-    by_step = [{name: dict(sorted(values.items())) for name, values in kind.items()} for kind in (numbers, texts)]
-    return *by_step, unread
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def read_runs(folders: Sequence) -> list[Run]:
-    """Runs under the names of their folders, or their whole paths where two folders have one name."""
-    names = [Path(folder).resolve().name for folder in folders]
-    return [read_run(folder, str(folder) if names.count(name) > 1 else name) for folder, name in zip(folders, names)]
-
-
-def parse_finding(name: str, step: int, text: str) -> Finding:
-    """'warning: evidence. Likely causes, the likeliest first: a; b. Change: key = value; key = value.' and what is like it."""
-    head, _, change = text.partition(' Change: ')
-    head, _, causes = head.partition(' Likely causes, the likeliest first: ')
-    severity, colon, evidence = head.partition(': ')
-    if not colon or severity not in SEVERITIES:
-        severity, evidence = 'note', head
-    return Finding(name, step, severity, evidence, *([part.strip() for part in one.strip().rstrip('.').split(';') if part.strip()]
-                                                     for one in (causes, change)))
-
-
-# -- which charts ----------------------------------------------------------------------------------------------------
-
-def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """All charts for which there are records. One run's series have a colour each, several runs a colour a run."""
-    charts = [loss_chart(runs),
-              Chart('learning_rate', 'Learning rate', '', curves(runs, {'learning_rate': 'learning rate'})),
-              gradient_chart(runs),
-              Chart('update_ratios', 'Update ratios', 'size of a step / size of the weights',
-                    curves(runs, {f'update_ratio/{group}': group for group in GROUPS}), log=True,
-                    band=UPDATE_BAND['muon' if any(run.config.get('optimizer') == 'muon' for run in runs) else 'adamw'])]
-    charts += [Chart(key, title, unit, curves(runs, names, factor), **options)
-               for key, title, unit, names, factor, options in PLAIN]
-    return [chart for chart in charts if chart.series]
-
-
-def curves(runs, names: Mapping[str, str], factor: float = 1, **options) -> tuple[Series, ...]:
-    """A series for each run and name that has records."""
-    found = []
-    for colour, run in enumerate(runs):
-        for place, (name, shown) in enumerate(names.items()):
-            if points := run.numbers.get(name):
-                values = [None if value is None else factor * value for value in points.values()]
-                found.append(Series(label(runs, run, shown), list(points), values, colour if len(runs) > 1 else place,
-                                    **{'look': LOOKS[place % len(LOOKS)], **options}))
-    return tuple(found)
-
-
-def label(runs, run, shown: str) -> str:
-    return f'{run.name}: {shown}' if len(runs) > 1 else shown
-
-
-def loss_chart(runs) -> Chart:
-    evaluated = curves(runs, {'loss/val': 'validation', 'loss/train': 'training'}, dotted=True)
-    steps = curves(runs, {'loss/step': 'a step\'s batch'}, pale=True)
-    steps = tuple(Series(**{**vars(one), 'colour': 2}) for one in steps) if len(runs) == 1 else steps
-    marks = [Mark(*run.best(), f'best {run.best()[1]:.4f}', colour if len(runs) > 1 else 0)
-             for colour, run in enumerate(runs) if run.best()]
-    return Chart('loss', 'Loss', 'nats per token', evaluated + steps, tuple(marks))
-
-
-def gradient_chart(runs) -> Chart:
-    norms = list(curves(runs, {'grad_norm': 'gradient norm'}))
-    limits = {run.config.get('grad_clip') for run in runs}
-    for colour, run in enumerate(runs):
-        norm = run.numbers.get('grad_norm', {})
-        clipped = {step: norm[step] for step, share in run.numbers.get('clipped', {}).items() if share and norm.get(step)}
-        if clipped:
-            norms.append(Series(label(runs, run, 'some steps since the last point clipped'), list(clipped), list(clipped.values()),
-                                colour if len(runs) > 1 else 1, 'dots'))
-    limit = limits.pop() if len(limits) == 1 else None
-    level = (float(limit), f'grad_clip {limit:g}') if type(limit) in (int, float) and 0 < limit < 1e300 else None
-    return Chart('gradient_norm', 'Gradient norm', 'before clipping', tuple(norms), level=level)
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
@@ -252,8 +75,9 @@ def text(content) -> str:
 
 def flags_of(runs) -> list[Flag]:
     """All findings, numbered as the page lists them; in the order of their steps."""
-    found = [one for run in runs for one in run.findings()]
-    return sorted((Flag(one.step, number, one.severity, one.name) for number, one in enumerate(found, 1)), key=lambda flag: flag.step)
+    found = [(one, f'{run.name}: {one.name}' if len(runs) > 1 else one.name) for run in runs for one in run.findings()]
+    return sorted((Flag(one.step, number, one.severity, name) for number, (one, name) in enumerate(found, 1)),
+                  key=lambda flag: flag.step)
 
 
 def summary(run: Run, index: int, count: int) -> str:
@@ -274,7 +98,8 @@ def summary(run: Run, index: int, count: int) -> str:
     if speed := run.values('tokens_per_second'):
         facts.append(('tokens/s', f'{statistics.median(speed):,.0f}', 'the median'))
     if memory := run.values('peak_memory'):
-        facts.append(('peak memory', f'{max(memory) / 1e6:,.0f} MB', ''))
+        factor, unit = memory_unit([run])
+        facts.append(('peak memory', f'{factor * max(memory):,.4g} {unit}', ''))
     tiles = ''.join(f'<li><span>{name}</span><b>{value}</b><small>{detail}</small></li>' for name, value, detail in facts)
     unread = (f'<p class="quiet">{run.unread:,} line{"s" * (run.unread > 1)} of {text(run.folder / "metrics.jsonl")} could not be '
               'read.</p>') if run.unread else ''
