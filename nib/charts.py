@@ -1,4 +1,4 @@
-"""A chart as data, and the two ways to draw it: HTML with SVG for a page, or a PNG by matplotlib.
+"""A chart as data, and as HTML with SVG for a page; nib/pngs.py draws it as a PNG.
 
 A page's chart has no fixed width: the SVG is stretched with its box (its lines keep their width), and text is HTML beside it,
 placed by percentages, so that it is as readable on a phone as on a large screen.
@@ -11,6 +11,8 @@ from html import escape
 from itertools import pairwise
 
 BUCKETS = 500  # of a long series; each keeps its lowest and its highest value
+TREND_BUCKETS = 200  # of its medians
+FEW = 60  # so many dots can be told apart on a line
 HUGE = 1e300  # beyond it, sums of values are no numbers any more
 TICKS = 5  # about so many on an axis
 WIDE_RANGE = 10.0  # the largest value in medians, from which on an axis is logarithmic
@@ -19,6 +21,7 @@ BADGE = 0.06  # share of a chart's width that a finding's number takes, on a pho
 # in their dashes.
 LIGHT = ('#0072b2', '#d55e00', '#00805e', '#b0408a', '#7a6200', '#5b5f66')
 DARK = ('#56b4e9', '#ff9a4d', '#2fc79b', '#e79ac6', '#e6d34a', '#a7adb5')
+NEUTRAL = 5  # of them
 SEVERITIES = ('critical', 'warning', 'note')
 SEVERITY_COLOURS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
 DASHES = {'line': '', 'dots': '', 'dashed': '6 4', 'dotted': '1.5 4', 'mixed': '9 3 2 3'}
@@ -32,29 +35,40 @@ class Series:
     colour: int = 0
     look: str = 'line'  # a key of DASHES; 'dots' draws no line
     pale: bool = False  # in the background of the others
-    dotted: bool = False  # a dot at each value, which are few
+    dotted: bool = False  # a dot at each value, where they are few
+    run: str = ''  # whose it is, in a chart of several
 
-    def thinned(self) -> 'Series':
-        """At most about 1,000 of its values, and every peak, trough and gap among them."""
-        steps, values = self.steps, self.values
-        if len(steps) <= 2 * BUCKETS:
-            return self
-        kept = {0, len(steps) - 1}
-        for start, end in pairwise(bucket * len(steps) // BUCKETS for bucket in range(BUCKETS + 1)):
-            finite = [index for index in range(start, end) if values[index] is not None]
-            if finite:
-                kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+    @property
+    def label(self) -> str:
+        return f'{self.run}: {self.name}' if self.run else self.name
+
+    def drawn(self) -> list['Series']:
+        """The series itself, or of a long one its peaks and troughs in the background and its trend, the medians."""
+        if len(self.steps) <= 2 * BUCKETS:
+            return [replace(self, dotted=self.dotted and len(self.steps) <= FEW)]
+        peaks = self.chosen(BUCKETS, lambda finite: {finite[0], finite[-1]})
+        if self.look == 'dots':
+            return [peaks]
+        trend = self.chosen(TREND_BUCKETS, lambda finite: {finite[len(finite) // 2]})
+        return [replace(peaks, look='line', pale=True, dotted=False), replace(trend, name=f'{self.name}, medians', pale=False, dotted=False)]
+
+    def chosen(self, buckets: int, choose) -> 'Series':
+        """Of each bucket the values that choose takes of the finite ones, given in order of size, and a gap where it has one."""
+        kept, values = set(), self.values
+        for start, end in pairwise(bucket * len(values) // buckets for bucket in range(buckets + 1)):
+            finite = sorted((index for index in range(start, end) if values[index] is not None), key=values.__getitem__)
+            kept |= choose(finite) if finite else set()
             if len(finite) < end - start:
                 kept.add(next(index for index in range(start, end) if values[index] is None))
-        return replace(self, steps=[steps[index] for index in sorted(kept)], values=[values[index] for index in sorted(kept)])
+        return replace(self, steps=[self.steps[index] for index in sorted(kept)], values=[values[index] for index in sorted(kept)])
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point that is worth a name."""
+    """A point that stands out."""
     step: int
     value: float
-    label: str
+    label: str  # beside it; '' where there is no room
     colour: int = 0
 
 
@@ -130,10 +144,34 @@ class Axis:
                 range(first, first + 3 * TICKS) if index * width <= self.high + 1e-9 * width]
 
 
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend."""
+    shown: str  # 'series', 'band', 'level', 'ring' or 'gap'
+    label: str
+    series: Series | None = None  # one that looks like it
+
+
+def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
+    """Several runs are told apart by their colours, and what is drawn of each by its looks."""
+    keys = [Key('band', f'healthy: {show_number(chart.band[0])} to {show_number(chart.band[1])}')] if chart.band else []
+    keys += [Key('level', chart.level[1])] if chart.level else []
+    runs, names = ({getattr(one, part): one for one in reversed(series)} for part in ('run', 'name'))
+    if len(runs) > 1:
+        keys += [Key('series', run, Series(run, (), (), one.colour)) for run, one in reversed(runs.items())]
+        keys += [Key('series', name, replace(one, colour=NEUTRAL)) for name, one in reversed(names.items()) if len(names) > 1]
+    else:
+        keys += [Key('series', one.label, one) for one in series]
+    keys += [Key('ring', 'best')] if chart.marks and not any(mark.label for mark in chart.marks) else []
+    keys += [Key('gap', 'not finite')] if any(value is None for one in series for value in one.values) else []
+    return keys if len(keys) > 1 else []
+
+
 def time_axis(charts: Sequence[Chart]) -> Axis:
     """One for all charts, so that what happened together stands one above the other."""
     steps = [step for chart in charts for series in chart.series for step in (*series.steps[:1], *series.steps[-1:])]
     low, high = (min(steps), max(steps)) if steps else (0, 1)
+    low = 0 if low < 0.02 * high else low
     return Axis(low, high) if high > low else Axis(low - 1, high + 1)
 
 
@@ -153,7 +191,7 @@ def show_number(value: float) -> str:
 
 def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
     """A figure: its legend, its plot, and its values as JSON for the script that shows those under the pointer."""
-    axis, series = chart.axis(), [one.thinned() for one in chart.series]
+    axis, series = chart.axis(), [drawn for one in chart.series for drawn in one.drawn()]
 
     def x(step):  # in the SVG's units, a thousand on each side
         return round(1000 * time.share(step), 1)
@@ -161,55 +199,68 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
     def y(value):
         return round(1000 - 1000 * axis.share(value), 1)
 
-    parts, labels, legend = [], [], []
+    parts, labels = [], []
     for tick in axis.ticks():
         parts.append(f'<path class="grid" d="M0 {y(tick)}H1000"/>')
-        labels.append(f'<span class="y" style="top:{y(tick) / 10}%">{show_number(tick)}</span>')
+        labels.append(f'<span class="y" style="top:{y(tick) / 10:g}%">{show_number(tick)}</span>')
     for tick in time.ticks(whole=True):
-        labels.append(f'<span class="x" style="left:{x(tick) / 10}%">{show_number(tick)}</span>')
+        labels.append(f'<span class="x" style="left:{x(tick) / 10:g}%">{show_number(tick)}</span>')
     if chart.band:
         low, high = map(y, chart.band)
-        parts.append(f'<rect class="band" x="0" width="1000" y="{high}" height="{round(low - high, 1)}"/>')
-        legend.append('<li><svg class="key" viewBox="0 0 24 10"><rect class="band" width="24" height="10"/></svg>'
-                      f'healthy: {show_number(chart.band[0])} to {show_number(chart.band[1])}</li>')
+        parts.append(f'<rect class="band" width="1000" y="{high}" height="{low - high:g}"/>')
     if chart.level:
         parts.append(f'<path class="level" d="M0 {y(chart.level[0])}H1000"/>')
-        legend.append(f'<li><svg class="key" viewBox="0 0 24 10"><path class="level" d="M0 5H24"/></svg>{escape(chart.level[1])}</li>')
-    for flag in flags:
-        parts.append(f'<path class="flag {flag.severity}" d="M{x(flag.step)} 0V1000"/>')
+    parts += [f'<path class="flag {flag.severity}" d="M{x(flag.step)} 0V1000"/>' for flag in flags]
     for one in series:
         points = [(x(step), None if value is None else y(value)) for step, value in zip(one.steps, one.values)]
-        style = f'class="c{one.colour % len(LIGHT)}{" pale" if one.pale else ""}" stroke-dasharray="{DASHES[one.look]}"'
-        if one.look != 'dots':
-            parts.append(f'<path {style} d="{draw_line(points)}"/>')
-        if one.look == 'dots' or one.dotted:
-            parts.append(f'<path class="c{one.colour % len(LIGHT)} dot" d="{draw_dots(points)}"/>')
-        if any(value is None for value in one.values):
-            gaps = [(left, 0) for left, height in points if height is None]
+        parts.append(draw_series(one, points))
+        if gaps := [(left, 0) for left, height in points if height is None]:
             parts.append(f'<path class="gap" d="{draw_dots(gaps)}"/>')
-        key = '<path class="c{} dot" d="M12 5h0"/>' if one.look == 'dots' else f'<path {style} d="M0 5H24"/>'
-        legend.append(f'<li><svg class="key" viewBox="0 0 24 10">{key.format(one.colour % len(LIGHT))}</svg>{escape(one.name)}</li>')
-    if any(value is None for one in series for value in one.values):
-        legend.append('<li><svg class="key" viewBox="0 0 24 10"><path class="gap" d="M12 5h0"/></svg>not finite</li>')
     for mark in chart.marks:
-        parts.append(f'<path class="c{mark.colour % len(LIGHT)} ring" d="M{x(mark.step)} {y(mark.value)}h0"/>'
-                     f'<path class="hole" d="M{x(mark.step)} {y(mark.value)}h0"/>')
-        side = f'right:{100 - x(mark.step) / 10:.2f}%' if x(mark.step) > 500 else f'left:{x(mark.step) / 10}%'
-        below = ' below' if y(mark.value) < 120 else ''
-        labels.append(f'<span class="mark{below}" style="{side};top:{y(mark.value) / 10}%">{escape(mark.label)}</span>')
+        place = f'd="M{x(mark.step)} {y(mark.value)}h0"'
+        parts.append(f'<path class="c{mark.colour % len(LIGHT)} ring" {place}/><path class="hole" {place}/>')
+        if mark.label:
+            side = f'right:{100 - x(mark.step) / 10:g}%' if x(mark.step) > 500 else f'left:{x(mark.step) / 10:g}%'
+            below = ' below' if y(mark.value) < 120 else ''
+            labels.append(f'<span class="mark{below}" style="{side};top:{y(mark.value) / 10:g}%">{escape(mark.label)}</span>')
     rows = badge_rows([time.share(flag.step) for flag in flags])
     labels += [f'<a class="badge {flag.severity}" href="#finding-{flag.number}" title="{escape(flag.name)}" '
-               f'style="left:{x(flag.step) / 10}%;top:{-20 * (row + 1)}px">{flag.number}</a>' for flag, row in zip(flags, rows)]
-    data = {'time': [time.low, time.high], 'series': [
-        {'name': one.name, 'colour': one.colour % len(LIGHT), 'steps': list(one.steps),
-         'values': [None if value is None else float(f'{value:.6g}') for value in one.values]} for one in series],
-        'flags': [[flag.step, f'{flag.number} {flag.name}', flag.severity] for flag in flags]}
-    return (f'<figure class="chart" id="{chart.key}"><figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>'
-            f'<ul class="legend">{"".join(legend) if len(legend) > 1 else ""}</ul>'
-            f'<div class="plot" style="margin-top:{20 * (max(rows, default=-1) + 1) + 8}px">'
+               f'style="left:{x(flag.step) / 10:g}%;top:{-20 * (row + 1)}px">{flag.number}</a>' for flag, row in zip(flags, rows)]
+    keys = ''.join(f'<li><svg class="key" viewBox="0 0 24 10">{draw_key(key)}</svg>{escape(key.label)}</li>'
+                   for key in legend(chart, series))
+    data = {'time': [time.low, time.high], 'flags': [[flag.step, f'{flag.number} {flag.name}', flag.severity] for flag in flags],
+            'series': [{'name': one.label, 'colour': one.colour % len(LIGHT), 'steps': list(one.steps),
+                        'values': [None if value is None else float(f'{value:.6g}') for value in one.values]} for one in series]}
+    return (f'<figure class="chart" id="{chart.key}">'
+            f'<figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>'
+            f'<ul class="legend" style="margin-bottom:{20 * (max(rows, default=-1) + 1) + 8}px">{keys}</ul><div class="plot">'
             f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(chart.title)} by step">'
             f'{"".join(parts)}</svg>{"".join(labels)}<div class="cursor"></div><div class="tip"></div></div>'
-            f'<script type="application/json">{json.dumps(data, separators=(",", ":")).replace("<", chr(92) + "u003c")}</script></figure>')
+            f'<script type="application/json">{to_json(data)}</script></figure>')
+
+
+def to_json(data) -> str:
+    """JSON that may stand in a page: no text in it can end its script element."""
+    return json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
+
+
+def draw_series(series: Series, points: Sequence[tuple[float, float | None]]) -> str:
+    """A line with its dashes, dots, or both."""
+    colour, drawn = f'c{series.colour % len(LIGHT)}', ''
+    if series.look != 'dots':
+        dashes = f' stroke-dasharray="{DASHES[series.look]}"' if DASHES[series.look] else ''
+        drawn += f'<path class="{colour}{" pale" if series.pale else ""}"{dashes} d="{draw_line(points)}"/>'
+    if series.look == 'dots' or series.dotted:
+        drawn += f'<path class="{colour} {"dot" if len(points) <= 3 * FEW else "small dot"}" d="{draw_dots(points)}"/>'
+    return drawn
+
+
+def draw_key(key: Key) -> str:
+    if key.shown == 'series':
+        return draw_series(key.series, [(12, 5)] if key.series.look == 'dots' else [(0, 5), (24, 5)])
+    return {'band': '<rect class="band" width="24" height="10"/>', 'level': '<path class="level" d="M0 5H24"/>',
+            'ring': f'<path class="c{NEUTRAL} ring" d="M12 5h0"/><path class="hole" d="M12 5h0"/>',
+            'gap': '<path class="gap" d="M12 5h0"/>'}[key.shown]
 
 
 def draw_line(points: Sequence[tuple[float, float | None]]) -> str:
@@ -237,54 +288,3 @@ def badge_rows(places: Sequence[float]) -> list[int]:
         ends[row:row + 1] = [place + BADGE]
         rows.append(row)
     return rows
-
-
-# -- a PNG -----------------------------------------------------------------------------------------------------------
-
-def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
-    """Draws it with matplotlib. ImportError where that is missing."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a screen
-    axis = chart.axis()
-    figure = Figure(figsize=(9, 4.5), dpi=150, layout='constrained')
-    axes = figure.subplots()
-    if chart.band:
-        axes.axhspan(*chart.band, color='#00805e', alpha=0.12, lw=0,
-                     label=f'healthy: {show_number(chart.band[0])} to {show_number(chart.band[1])}')
-    if chart.level:
-        axes.axhline(chart.level[0], color='#5b5f66', lw=1, ls=(0, (4, 3)), label=chart.level[1])
-    for one in (one.thinned() for one in chart.series):
-        colour = LIGHT[one.colour % len(LIGHT)]
-        dashes = tuple(float(part) / 2 for part in DASHES[one.look].split())  # in widths of the line
-        axes.plot(one.steps, [math.nan if value is None else value for value in one.values], color=colour, label=one.name,
-                  ls='' if one.look == 'dots' else (0, dashes) if dashes else '-', lw=1 if one.pale else 1.8,
-                  alpha=0.45 if one.pale else 1, marker='o' if one.dotted or one.look == 'dots' or len(one.steps) == 1 else '', ms=4,
-                  clip_on=False, zorder=3)
-        gaps = [step for step, value in zip(one.steps, one.values) if value is None]
-        if gaps:
-            axes.plot(gaps, [axis.high] * len(gaps), 'x', color=SEVERITY_COLOURS['critical'], ms=6, clip_on=False,
-                      label='not finite')
-    for mark in chart.marks:
-        left = time.share(mark.step) > 0.5
-        axes.plot([mark.step], [mark.value], 'o', ms=9, mfc='white', mec=LIGHT[mark.colour % len(LIGHT)], mew=2, clip_on=False, zorder=4)
-        axes.annotate(mark.label, (mark.step, mark.value), (-8 if left else 8, 8), textcoords='offset points',
-                      ha='right' if left else 'left', fontsize=9, fontweight='bold', zorder=5,
-                      bbox={'boxstyle': 'round,pad=0.15', 'fc': 'white', 'ec': 'none', 'alpha': 0.8})
-    rows = badge_rows([time.share(flag.step) for flag in flags])
-    for flag, row in zip(flags, rows):
-        colour = SEVERITY_COLOURS[flag.severity]
-        axes.axvline(flag.step, color=colour, lw=1.2, ls=(0, (2, 2)))
-        axes.annotate(str(flag.number), (flag.step, 1), (0, 8 + 15 * row), xycoords=('data', 'axes fraction'),
-                      textcoords='offset points', ha='center', va='center', color='white', fontsize=8, fontweight='bold',
-                      bbox={'boxstyle': 'round,pad=0.25', 'fc': colour, 'ec': 'none'}, annotation_clip=False)
-    axes.set(xlim=(time.low, time.high), yscale='log' if axis.log else 'linear', ylim=(axis.low, axis.high), xlabel='step')
-    axes.set_title(f'{chart.title}, {chart.unit}'.removesuffix(', '), loc='left', fontweight='bold',
-                   pad=10 + 15 * (max(rows, default=-1) + 1))
-    axes.yaxis.set_major_formatter(lambda value, place: show_number(value))
-    axes.grid(color='#e3e6ea', lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
-    handles, names = axes.get_legend_handles_labels()
-    once = dict(zip(names, handles))  # 'not finite' may come from each series
-    if len(once) > 1:
-        figure.legend(once.values(), once.keys(), loc='outside lower left', frameon=False, fontsize=9, ncols=3)
-    figure.savefig(path)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from nib.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Flag, save_png, time_axis, to_html
+from nib.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Flag, time_axis, to_html
 from nib.files import atomic_write
 from nib.history import Run, charts_of, memory_unit, read_runs
+from nib.pngs import save_png
 
 SAMPLES = 6  # shown of a run
 
