@@ -12,6 +12,7 @@ from itertools import pairwise
 
 BUCKETS = 500  # of a long series; each keeps its lowest and its highest value
 TREND_BUCKETS = 200  # of its medians
+NOISY = 10.0  # times its whole range that such a series rises and falls
 FEW = 60  # so many dots can be told apart on a line
 HUGE = 1e300  # beyond it, sums of values are no numbers any more
 TICKS = 5  # about so many on an axis
@@ -43,14 +44,17 @@ class Series:
         return f'{self.run}: {self.name}' if self.run else self.name
 
     def drawn(self) -> list['Series']:
-        """The series itself, or of a long one its peaks and troughs in the background and its trend, the medians."""
+        """The series itself, or of a long one its peaks and troughs; behind its trend, the medians, where they rise and fall a lot."""
+        series = replace(self, dotted=self.dotted and len(self.steps) <= FEW)
         if len(self.steps) <= 2 * BUCKETS:
-            return [replace(self, dotted=self.dotted and len(self.steps) <= FEW)]
-        peaks = self.chosen(BUCKETS, lambda finite: {finite[0], finite[-1]})
-        if self.look == 'dots':
+            return [series]
+        peaks = series.chosen(BUCKETS, lambda finite: {finite[0], finite[-1]})
+        finite = [value for value in peaks.values if value is not None]
+        climbed = sum(abs(after - before) for before, after in pairwise(finite))
+        if self.look == 'dots' or not finite or climbed <= NOISY * (max(finite) - min(finite)):
             return [peaks]
-        trend = self.chosen(TREND_BUCKETS, lambda finite: {finite[len(finite) // 2]})
-        return [replace(peaks, look='line', pale=True, dotted=False), replace(trend, name=f'{self.name}, medians', pale=False, dotted=False)]
+        trend = series.chosen(TREND_BUCKETS, lambda finite: {finite[len(finite) // 2]})
+        return [replace(peaks, look='line', pale=True), replace(trend, name=f'{self.name}, medians', pale=False)]
 
     def chosen(self, buckets: int, choose) -> 'Series':
         """Of each bucket the values that choose takes of the finite ones, given in order of size, and a gap where it has one."""
@@ -257,7 +261,7 @@ def draw_series(series: Series, points: Sequence[tuple[float, float | None]]) ->
 
 def draw_key(key: Key) -> str:
     if key.shown == 'series':
-        return draw_series(key.series, [(12, 5)] if key.series.look == 'dots' else [(0, 5), (24, 5)])
+        return draw_series(replace(key.series, dotted=False), [(12, 5)] if key.series.look == 'dots' else [(0, 5), (24, 5)])
     return {'band': '<rect class="band" width="24" height="10"/>', 'level': '<path class="level" d="M0 5H24"/>',
             'ring': f'<path class="c{NEUTRAL} ring" d="M12 5h0"/><path class="hole" d="M12 5h0"/>',
             'gap': '<path class="gap" d="M12 5h0"/>'}[key.shown]

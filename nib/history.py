@@ -159,10 +159,11 @@ def curves(runs, names: Mapping[str, str], factor: float = 1, **options) -> tupl
 def loss_chart(runs) -> Chart:
     steps = curves(runs, {'loss/step': 'a step\'s batch'}, pale=True)
     steps = tuple(replace(one, colour=2) for one in steps) if len(runs) == 1 else steps
-    evaluated = curves(runs, {'loss/val': 'validation', 'loss/train': 'training'}, dotted=True)
+    evaluated = sorted(curves(runs, {'loss/val': 'validation', 'loss/train': 'training'}, dotted=True),
+                       key=lambda one: one.name == 'validation')  # drawn last, above the others
     marks = [Mark(*run.best(), f'best {run.best()[1]:.4f}' if len(runs) == 1 else '', colour)
              for colour, run in enumerate(runs) if run.best()]
-    return Chart('loss', 'Loss', 'nats per token', steps + evaluated[::-1], tuple(marks))
+    return Chart('loss', 'Loss', 'nats per token', (*steps, *evaluated), tuple(marks))
 
 
 def memory_chart(runs) -> Chart:

@@ -19,8 +19,8 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
         axes.axhline(chart.level[0], color=QUIET, lw=1, ls=(0, (4, 3)))
     for one in series:
         axes.plot(one.steps, [math.nan if value is None else value for value in one.values], clip_on=False, zorder=3, **style(one))
-        gaps = [step for step, value in zip(one.steps, one.values) if value is None]
-        axes.plot(gaps, [axis.high] * len(gaps), 'x', color=SEVERITY_COLOURS['critical'], ms=6, clip_on=False)
+        if gaps := [step for step, value in zip(one.steps, one.values) if value is None]:
+            axes.plot(gaps, [axis.high] * len(gaps), 'x', color=SEVERITY_COLOURS['critical'], ms=6, clip_on=False)
     for mark in chart.marks:
         left = time.share(mark.step) > 0.5
         axes.plot([mark.step], [mark.value], clip_on=False, zorder=4, **ring(mark.colour))

@@ -61,8 +61,8 @@ function point(event) {
     tip.append(row)
   }
   tip.style.display = 'block'
-  tip.style.left = share <= 0.5 ? `calc(${100 * share}% + 10px)` : 'auto'
-  tip.style.right = share > 0.5 ? `calc(${100 - 100 * share}% + 10px)` : 'auto'
+  const beside = share <= 0.5 ? share * box.width + 10 : share * box.width - 10 - tip.offsetWidth
+  tip.style.left = `${Math.max(0, Math.min(beside, box.width - tip.offsetWidth))}px`
   for (const cursor of page.querySelectorAll('.cursor')) {  // on every chart, as they have one time axis
     cursor.style.left = `${100 * share}%`
     cursor.style.display = 'block'
