@@ -14,7 +14,8 @@ BUCKETS = 500  # of a long series; each keeps its lowest and its highest value
 TREND_BUCKETS = 200  # of its medians
 NOISY = 10.0  # times its whole range that such a series rises and falls
 FEW = 60  # so many dots can be told apart on a line
-HUGE = 1e300  # beyond it, sums of values are no numbers any more
+TINY = 1e-290  # below it, quotients of values are no numbers any more
+DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # about so many on an axis
 WIDE_RANGE = 10.0  # the largest value in medians, from which on an axis is logarithmic
 BADGE = 0.06  # share of a chart's width that a finding's number takes, on a phone
@@ -44,7 +45,7 @@ class Series:
         return f'{self.run}: {self.name}' if self.run else self.name
 
     def drawn(self) -> list['Series']:
-        """The series itself, or of a long one its peaks and troughs; behind its trend, the medians, where they rise and fall a lot."""
+        """The series itself; or of a long one its peaks and troughs, with its medians before them where it is noisy."""
         series = replace(self, dotted=self.dotted and len(self.steps) <= FEW)
         if len(self.steps) <= 2 * BUCKETS:
             return [series]
@@ -64,7 +65,8 @@ class Series:
             kept |= choose(finite) if finite else set()
             if len(finite) < end - start:
                 kept.add(next(index for index in range(start, end) if values[index] is None))
-        return replace(self, steps=[self.steps[index] for index in sorted(kept)], values=[values[index] for index in sorted(kept)])
+        kept = sorted(kept)
+        return replace(self, steps=[self.steps[index] for index in kept], values=[values[index] for index in kept])
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,15 @@ class Chart:
         if log is None:
             log = bool(values) and min(values) > 0 and max(values) > WIDE_RANGE * sorted(values)[len(values) // 2]
         if log:
-            values = [value for value in values if value > 0]
+            values = [value for value in values if value > TINY]
         low, high = (min(values), max(values)) if values else (1.0, 10.0) if log else (0.0, 1.0)
         if log:
-            room = (high / low) ** 0.05 if high > low else 2.0
+            low = max(low, high / 10 ** DECADES)
+            room = (high / low) ** 0.05 if high > 1.001 * low else 2.0
             return Axis(low / room, high * room, log=True)
         low = min(low, 0.0) if self.from_zero else low
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        size = max(abs(low), abs(high))
+        room = 0.06 * (high - low) if high - low > max(1e-9 * size, TINY) else 0.1 * size if size > TINY else 1.0
         return Axis(low if self.from_zero and low == 0 else low - room, high + room)
 
 
@@ -205,24 +209,24 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
 
     parts, labels = [], []
     for tick in axis.ticks():
-        parts.append(f'<path class="grid" d="M0 {y(tick)}H1000"/>')
+        parts.append(f'<path class="grid" d="M0 {y(tick):g}H1000"/>')
         labels.append(f'<span class="y" style="top:{y(tick) / 10:g}%">{show_number(tick)}</span>')
     for tick in time.ticks(whole=True):
         labels.append(f'<span class="x" style="left:{x(tick) / 10:g}%">{show_number(tick)}</span>')
     if chart.band:
         low, high = map(y, chart.band)
-        parts.append(f'<rect class="band" width="1000" y="{high}" height="{low - high:g}"/>')
+        parts.append(f'<rect class="band" width="1000" y="{high:g}" height="{low - high:g}"/>')
     if chart.level:
-        parts.append(f'<path class="level" d="M0 {y(chart.level[0])}H1000"/>')
-    parts += [f'<path class="flag {flag.severity}" d="M{x(flag.step)} 0V1000"/>' for flag in flags]
+        parts.append(f'<path class="level" d="M0 {y(chart.level[0]):g}H1000"/>')
+    parts += [f'<path class="flag {flag.severity}" d="M{x(flag.step):g} 0V1000"/>' for flag in flags]
     for one in series:
         points = [(x(step), None if value is None else y(value)) for step, value in zip(one.steps, one.values)]
         parts.append(draw_series(one, points))
         if gaps := [(left, 0) for left, height in points if height is None]:
             parts.append(f'<path class="gap" d="{draw_dots(gaps)}"/>')
     for mark in chart.marks:
-        place = f'd="M{x(mark.step)} {y(mark.value)}h0"'
-        parts.append(f'<path class="c{mark.colour % len(LIGHT)} ring" {place}/><path class="hole" {place}/>')
+        place = draw_dots([(x(mark.step), y(mark.value))])
+        parts.append(f'<path class="c{mark.colour % len(LIGHT)} ring" d="{place}"/><path class="hole" d="{place}"/>')
         if mark.label:
             side = f'right:{100 - x(mark.step) / 10:g}%' if x(mark.step) > 500 else f'left:{x(mark.step) / 10:g}%'
             below = ' below' if y(mark.value) < 120 else ''

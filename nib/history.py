@@ -11,7 +11,7 @@ UPDATE_BAND = {'adamw': (0.001, 0.01), 'muon': (0.001, 0.05)}  # those of nib/he
 GROUPS = ('embedding', 'attention', 'mlp', 'head')
 LATEST_STEP = 1 << 53  # a larger one is no step
 LOOKS = ('line', 'dashed', 'dotted', 'mixed')
-# A chart each, of one figure or of several: key, title, unit, {name in metrics.jsonl: what it is called}, factor, further options.
+# A chart each: key, title, unit, {name in metrics.jsonl: what it is called}, factor, further options.
 PLAIN = (
     ('throughput', 'Throughput', 'tokens per second', {'tokens_per_second': 'tokens/s'}, 1, {'from_zero': True}),
     ('mfu', 'Model FLOPs utilisation', 'percent', {'mfu': 'MFU'}, 100, {'from_zero': True}),
@@ -71,8 +71,8 @@ def read_run(folder, name: str = '') -> Run:
     folder = Path(folder)
     log = folder / 'metrics.jsonl'
     if not log.exists() and not (folder / 'config.json').exists():
-        raise UserError(f'--out_dir={folder}: ' + ('no run is there (it holds neither metrics.jsonl nor config.json); name the '
-                        'folder that train.py wrote to' if folder.is_dir() else 'no such folder; name the one that train.py wrote to'))
+        what = 'no run is there, as it holds neither metrics.jsonl nor config.json' if folder.is_dir() else 'no such folder'
+        raise UserError(f'--out_dir={folder}: {what}; name the folder that train.py wrote to')
     numbers, texts, unread = read_records(log)
     config = read_json(folder / 'config.json')
     return Run(name or folder.resolve().name, folder, numbers, texts, unread,
@@ -173,7 +173,8 @@ def memory_chart(runs) -> Chart:
 
 def memory_unit(runs) -> tuple[float, str]:
     """What bytes are multiplied by, and are then."""
-    return (1e-9, 'GB') if max((value for run in runs for value in run.values('peak_memory')), default=0) >= 1e10 else (1e-6, 'MB')
+    most = max((value for run in runs for value in run.values('peak_memory')), default=0)
+    return (1e-9, 'GB') if most >= 1e10 else (1e-6, 'MB')
 
 
 def gradient_chart(runs) -> Chart:
@@ -191,4 +192,5 @@ def gradient_chart(runs) -> Chart:
             norms.append(Series(shown, list(clipped), list(clipped.values()), colour if len(runs) > 1 else 1, 'dots',
                                 run=run.name if len(runs) > 1 else ''))
     limit = limits.pop() if len(limits) == 1 else None
-    return Chart('gradient_norm', 'Gradient norm', 'before clipping', tuple(norms), level=limit and (limit, f'grad_clip {limit:g}'))
+    level = (limit, f'grad_clip {limit:g}') if limit else None
+    return Chart('gradient_norm', 'Gradient norm', 'before clipping', tuple(norms), level=level)

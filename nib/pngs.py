@@ -18,7 +18,8 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     if chart.level:
         axes.axhline(chart.level[0], color=QUIET, lw=1, ls=(0, (4, 3)))
     for one in series:
-        axes.plot(one.steps, [math.nan if value is None else value for value in one.values], clip_on=False, zorder=3, **style(one))
+        values = [math.nan if value is None else value for value in one.values]
+        axes.plot(one.steps, values, clip_on=False, zorder=3, **style(one))
         if gaps := [step for step, value in zip(one.steps, one.values) if value is None]:
             axes.plot(gaps, [axis.high] * len(gaps), 'x', color=SEVERITY_COLOURS['critical'], ms=6, clip_on=False)
     for mark in chart.marks:

@@ -49,8 +49,8 @@ function point(event) {
     const at = series.steps[places[index]], row = element('div', ''), dot = element('i', '')
     if (at !== step && (at < step - (last - first) / 50 || at > step + (last - first) / 50)) return
     dot.style.background = `var(--c${series.colour})`
-    row.append(dot, element('em', series.name + (at === step ? '' : ` (${at.toLocaleString('en')})`)), element('span', show(series.values[places[index]])))
-    row.lastChild.style.cssText = 'position: static; font-size: 13px; line-height: inherit; color: inherit'
+    const name = series.name + (at === step ? '' : ` (${at.toLocaleString('en')})`)
+    row.append(dot, element('em', name), element('strong', show(series.values[places[index]])))
     tip.append(row)
   })
   for (const [at, name, severity] of data.flags) {
@@ -76,7 +76,8 @@ async function refresh() {
     const answer = await fetch(location.pathname, {cache: 'no-store'}), content = await answer.text()
     if (answer.ok && content !== shown) {
       const open = [...page.querySelectorAll('details[open]')].map(one => one.id)
-      if (shown !== null) page.replaceChildren(...new DOMParser().parseFromString(content, 'text/html').getElementById('page').childNodes)
+      const fresh = new DOMParser().parseFromString(content, 'text/html').getElementById('page')
+      if (shown !== null) page.replaceChildren(...fresh.childNodes)
       for (const id of open) document.getElementById(id)?.setAttribute('open', '')
       shown = content
     }

@@ -47,15 +47,14 @@ def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -
     charts, flags, here = charts_of(runs), flags_of(runs), Path(__file__)
     time = time_axis(charts)
     title = ', '.join(run.name for run in runs)
-    colours = [f'{where}{{{";".join(f"--c{index}:{colour}" for index, colour in enumerate(colours))}}}{end}' for where, colours, end
-               in ((':root', LIGHT, ''), ('@media (prefers-color-scheme: dark){:root', DARK, '}'))]
-    colours.append(':root{' + ';'.join(f'--{severity}:{colour}' for severity, colour in SEVERITY_COLOURS.items()) + '}')
+    light, dark = (';'.join(f'--c{index}:{colour}' for index, colour in enumerate(colours)) for colours in (LIGHT, DARK))
+    severities = ';'.join(f'--{severity}:{colour}' for severity, colour in SEVERITY_COLOURS.items())
     return f'''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
 img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <title>{text(title)}: nibGPT report</title>
-<style>{''.join(colours)}
+<style>:root{{{light};{severities}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}
 {(here.with_name('report.css')).read_text(encoding='utf-8')}</style></head>
 <body{' data-watching' if watching else ''}><main id="page">
 <header><h1>{text(title)}</h1><p class="quiet" id="live"></p></header>
@@ -84,16 +83,19 @@ def flags_of(runs) -> list[Flag]:
 def summary(run: Run, index: int, count: int) -> str:
     """The verdict and a run's figures."""
     found, planned = run.findings(), run.config.get('max_iters')
-    verdict = ' '.join([*run.texts.get('verdict', {'': ''}).values()][-1:])
-    worst = min((one.severity for one in found), key=SEVERITIES.index, default='')
+    judged, verdict = next(reversed(run.texts.get('verdict', {}).items()), (0, ''))
+    worst = min((one.severity for one in found), key=SEVERITIES.index,
+                default='healthy' if verdict.startswith('healthy') else 'unknown')
     if not verdict:
-        verdict = (f'{len(found)} finding{"s" * (len(found) > 1)} so far' if found else 'no verdict is recorded')
-        worst = worst or 'unknown'
+        verdict = f'{len(found)} finding{"s" * (len(found) > 1)} so far' if found else 'no verdict is recorded'
+    elif judged < run.step:  # the run has been resumed since
+        verdict = f'at step {judged:,}: {verdict}'
     going = f' of {planned:,}' if type(planned) is int and run.step < planned else ''
     facts = [('steps', f'{run.step:,}', going.strip())]
     if best := run.best():
         bits = run.numbers.get('bits_per_byte/val', {}).get(best[0])
-        facts.append(('best validation loss', f'{best[1]:.4f}', f'at step {best[0]:,}' + (f'; {bits:.4f} bits per byte' if bits else '')))
+        detail = f'at step {best[0]:,}' + (f'; {bits:.4f} bits per byte' if bits else '')
+        facts.append(('best validation loss', f'{best[1]:.4f}', detail))
     if whole := run.values('loss/val_whole'):
         facts.append(('whole validation split', f'{whole[-1]:.4f}', 'nats per token, at the end'))
     if speed := run.values('tokens_per_second'):
@@ -102,23 +104,26 @@ def summary(run: Run, index: int, count: int) -> str:
         factor, unit = memory_unit([run])
         facts.append(('peak memory', f'{factor * max(memory):,.4g} {unit}', ''))
     tiles = ''.join(f'<li><span>{name}</span><b>{value}</b><small>{detail}</small></li>' for name, value, detail in facts)
-    unread = (f'<p class="quiet">{run.unread:,} line{"s" * (run.unread > 1)} of {text(run.folder / "metrics.jsonl")} could not be '
-              'read.</p>') if run.unread else ''
+    unread = (f'<p class="quiet">{run.unread:,} line{"s" * (run.unread > 1)} of {text(run.folder / "metrics.jsonl")} could not '
+              'be read.</p>') if run.unread else ''
     key = f'<svg class="key" viewBox="0 0 24 10"><path class="c{index % len(LIGHT)}" d="M0 5H24"/></svg>'
-    return (f'<section>{f"<h2>{key}{text(run.name)}</h2>" if count > 1 else ""}<p class="verdict {worst or "healthy"}">{text(verdict)}</p>'
-            f'<ul class="tiles">{tiles}</ul>{unread}</section>')
+    heading = f'<h2>{key}{text(run.name)}</h2>' if count > 1 else ''
+    return (f'<section>{heading}<p class="verdict {worst}">{text(verdict)}</p><ul class="tiles">{tiles}</ul>'
+            f'{unread}</section>')
 
 
 def findings_section(runs) -> str:
     found = [(run, one) for run in runs for one in run.findings()]
     items = []
     for number, (run, one) in enumerate(found, 1):
-        causes = f'<p>Likely causes, the likeliest first:</p><ol>{"".join(f"<li>{text(cause)}</li>" for cause in one.causes)}</ol>'
-        changes = f'<p>Change: {" ".join(f"<code>{text(change)}</code>" for change in one.changes)}</p>'
+        causes = ''.join(f'<li>{text(cause)}</li>' for cause in one.causes)
+        causes = f'<p>Likely causes, the likeliest first:</p><ol>{causes}</ol>' if causes else ''
+        changes = ' '.join(f'<code>{text(change)}</code>' for change in one.changes)
+        changes = f'<p>Change: {changes}</p>' if changes else ''
         where = f'{text(run.name)}, ' if len(runs) > 1 else ''
-        items.append(f'<li class="finding {one.severity}" id="finding-{number}"><h3><span class="badge {one.severity}">{number}</span>'
-                     f'{text(one.name)} <small>{one.severity}, {where}step {one.step:,}</small></h3><p>{text(one.evidence)}</p>'
-                     f'{causes if one.causes else ""}{changes if one.changes else ""}</li>')
+        items.append(f'<li class="finding {one.severity}" id="finding-{number}"><h3><span class="badge {one.severity}">'
+                     f'{number}</span>{text(one.name)} <small>{one.severity}, {where}step {one.step:,}</small></h3>'
+                     f'<p>{text(one.evidence)}</p>{causes}{changes}</li>')
     return f'<section><h2>Findings</h2><ul class="findings">{"".join(items)}</ul></section>' if items else ''
 
 
@@ -155,7 +160,7 @@ def config_section(runs, defaults: Mapping) -> str:
             f'<th>default</th>{"<th>set by</th>" if len(runs) == 1 else ""}</tr>')
     rest = ''.join(row(key) for key in keys if key not in changed)
     return (f'<section><h2>Config</h2><div class="wide"><table>{head}{"".join(row(key) for key in changed)}</table></div>'
-            f'<details id="defaults"><summary>{len(keys) - len(changed)} keys have their default or settled by themselves</summary>'
+            f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys, as they are by default</summary>'
             f'<div class="wide"><table>{head}{rest}</table></div></details></section>')
 
 
