@@ -237,7 +237,7 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
     keys = ''.join(f'<li><svg class="key" viewBox="0 0 24 10">{draw_key(key)}</svg>{escape(key.label)}</li>'
                    for key in legend(chart, series))
     data = {'time': [time.low, time.high], 'flags': [[flag.step, f'{flag.number} {flag.name}', flag.severity] for flag in flags],
-            'series': [{'name': one.label, 'colour': one.colour % len(LIGHT), 'steps': list(one.steps),
+            'series': [{'name': one.label, 'colour': one.colour % len(LIGHT), 'dots': one.look == 'dots', 'steps': list(one.steps),
                         'values': [None if value is None else float(f'{value:.6g}') for value in one.values]} for one in series]}
     return (f'<figure class="chart" id="{chart.key}">'
             f'<figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>'

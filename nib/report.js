@@ -47,7 +47,7 @@ function point(event) {
   tip.replaceChildren(element('b', `step ${step.toLocaleString('en')}`))
   data.series.forEach((series, index) => {
     const at = series.steps[places[index]], row = element('div', ''), dot = element('i', '')
-    if (at !== step && (at < step - (last - first) / 50 || at > step + (last - first) / 50)) return
+    if (at !== step && (series.dots || Math.abs(at - step) > (last - first) / 10)) return
     dot.style.background = `var(--c${series.colour})`
     const name = series.name + (at === step ? '' : ` (${at.toLocaleString('en')})`)
     row.append(dot, element('em', name), element('strong', show(series.values[places[index]])))
