@@ -19,11 +19,11 @@ DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # about so many on an axis
 WIDE_RANGE = 10.0  # the largest value in medians, from which on an axis is logarithmic
 BADGE = 0.06  # share of a chart's width that a finding's number takes, on a phone
-# Colours that people with any of the colour blindnesses tell apart: Okabe and Ito (2008), darker on white; series also differ
-# in their dashes.
-LIGHT = ('#0072b2', '#d55e00', '#00805e', '#b0408a', '#7a6200', '#5b5f66')
-DARK = ('#56b4e9', '#ff9a4d', '#2fc79b', '#e79ac6', '#e6d34a', '#a7adb5')
-NEUTRAL = 5  # of them
+# Near those of Okabe and Ito (2008), on white and on a dark ground: people with any of the colour blindnesses tell them apart,
+# and a run's series differ in their dashes too. The last one is neutral.
+LIGHT = ('#0072b2', '#e06000', '#005040', '#c4708c', '#5a3f0c', '#5b5f66')
+DARK = ('#56b4e9', '#f18a30', '#0b8d62', '#f6b7b8', '#f5ef66', '#a7adb5')
+NEUTRAL = 5
 SEVERITIES = ('critical', 'warning', 'note')
 SEVERITY_COLOURS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
 DASHES = {'line': '', 'dots': '', 'dashed': '6 4', 'dotted': '1.5 4', 'mixed': '9 3 2 3'}
@@ -237,7 +237,8 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
     keys = ''.join(f'<li><svg class="key" viewBox="0 0 24 10">{draw_key(key)}</svg>{escape(key.label)}</li>'
                    for key in legend(chart, series))
     data = {'time': [time.low, time.high], 'flags': [[flag.step, f'{flag.number} {flag.name}', flag.severity] for flag in flags],
-            'series': [{'name': one.label, 'colour': one.colour % len(LIGHT), 'dots': one.look == 'dots', 'steps': list(one.steps),
+            'series': [{'name': one.label, 'colour': one.colour % len(LIGHT), 'dots': one.look == 'dots',
+                        'steps': list(one.steps),
                         'values': [None if value is None else float(f'{value:.6g}') for value in one.values]} for one in series]}
     return (f'<figure class="chart" id="{chart.key}">'
             f'<figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>'

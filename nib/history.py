@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read with forbearance, and the charts that show it."""
+"""What a run has left in its folder, whatever of it is damaged, and the charts that show it."""
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,7 @@ class Run:
     unread: int = 0  # lines of metrics.jsonl that hold no record
     config: dict = field(default_factory=dict)
     origins: dict = field(default_factory=dict)
+    changes: list = field(default_factory=list)  # of its config, when it was resumed: {'step', 'changes': key -> [before, after]}
 
     @property
     def step(self) -> int:
@@ -74,9 +75,10 @@ def read_run(folder, name: str = '') -> Run:
         what = 'no run is there, as it holds neither metrics.jsonl nor config.json' if folder.is_dir() else 'no such folder'
         raise UserError(f'--out_dir={folder}: {what}; name the folder that train.py wrote to')
     numbers, texts, unread = read_records(log)
-    config = read_json(folder / 'config.json')
-    return Run(name or folder.resolve().name, folder, numbers, texts, unread,
-               *(part if isinstance(part := config.get(key), dict) else {} for key in ('config', 'origins')))
+    record = read_json(folder / 'config.json')
+    parts = [part if type(part := record.get(key)) is kind else kind()
+             for key, kind in (('config', dict), ('origins', dict), ('changes', list))]
+    return Run(name or folder.resolve().name, folder, numbers, texts, unread, *parts)
 
 
 def read_records(path: Path) -> tuple[dict, dict, int]:

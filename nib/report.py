@@ -159,9 +159,19 @@ def config_section(runs, defaults: Mapping) -> str:
     head = (f'<tr><th>key</th>{"".join(f"<th>{text(run.name)}</th>" for run in runs) if len(runs) > 1 else "<th>value</th>"}'
             f'<th>default</th>{"<th>set by</th>" if len(runs) == 1 else ""}</tr>')
     rest = ''.join(row(key) for key in keys if key not in changed)
-    return (f'<section><h2>Config</h2><div class="wide"><table>{head}{"".join(row(key) for key in changed)}</table></div>'
+    resumed = ''.join(f'<p>{text(line)}</p>' for run in runs for line in describe_changes(run, len(runs) > 1))
+    return (f'<section><h2>Config</h2>{resumed}<div class="wide"><table>{head}{"".join(map(row, changed))}</table></div>'
             f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys, as they are by default</summary>'
             f'<div class="wide"><table>{head}{rest}</table></div></details></section>')
+
+
+def describe_changes(run: Run, named: bool) -> list[str]:
+    """What was changed each time that the run was resumed, a line each."""
+    try:
+        return [f'{f"{run.name} " if named else ""}resumed at step {one["step"]:,} with ' + ', '.join(
+            f'{key} {before!r} -> {after!r}' for key, (before, after) in one['changes'].items()) for one in run.changes]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []  # config.json is damaged
 
 
 def show_value(values: Mapping, key) -> str:

@@ -1,4 +1,5 @@
 """A run as one page: its charts hold the records, whatever the records are, and nothing in them gets out of the text."""
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import ROOT, records, run_script
 from hypothesis import given
@@ -197,6 +199,15 @@ def test_config_shows_what_differs_from_the_defaults(tmp_path):
     assert set(re.findall('<tr><th>(.*?)</th>', rest)) - {'key'} == values.keys() - {'n_layer', 'dtype'}
 
 
+def test_config_shows_what_a_resumed_run_has_changed(tmp_path):
+    folder = write_run(tmp_path / 'run', [])
+    for changes, shown in (([{'step': 2000, 'changes': {'max_iters': [10, 20], 'dtype': ['auto', 'float32']}}], True), ([3], False),
+                           ({'step': 1}, False), ([{'step': 1, 'changes': {'max_iters': 3}}], False)):
+        (folder / 'config.json').write_text(json.dumps({'config': {'max_iters': 20}, 'changes': changes}))
+        line = "resumed at step 2,000 with max_iters 10 -> 20, dtype 'auto' -> 'float32'"
+        assert (line in page_of(folder).shown) == shown and ('resumed' in page_of(folder).shown) == shown
+
+
 def test_several_runs_are_drawn_over_each_other(tmp_path):
     first = write_run(tmp_path / 'a', [{'step': 10, 'loss/val': 2.0}, {'step': 20, 'loss/val': 1.5}], {'n_layer': 2, 'seed': 1})
     second = write_run(tmp_path / 'b', [{'step': 40, 'loss/val': 3.0}, {'step': 5, 'finding/plateau': FINDING}],
@@ -328,6 +339,35 @@ def test_no_badge_covers_another(places):
     rows = badge_rows(places)
     for index, (place, row) in enumerate(zip(places, rows)):
         assert all(row != other or place - before >= charts.BADGE - 1e-12 for before, other in zip(places[:index], rows))
+
+
+# What the eye makes of linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
+SIGHTS = {'full': [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+          'no red': [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+          'no green': [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+          'no blue': [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}
+
+
+def linear(colour):
+    parts = [int(colour[place:place + 2], 16) / 255 for place in (1, 3, 5)]
+    return np.array([part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts])
+
+
+def cielab(rgb):
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb.clip(0, 1)
+    x, y, z = (value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in xyz / (0.9505, 1, 1.089))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize('colours, ground', [(charts.LIGHT, '#ffffff'), (charts.DARK, '#171b21')])
+def test_colours_are_told_apart_by_the_colour_blind(colours, ground):
+    assert ground in (ROOT / 'nib' / 'report.css').read_text()
+    for sight in SIGHTS.values():
+        seen = [cielab(np.array(sight) @ linear(colour)) for colour in colours[:charts.NEUTRAL]]
+        assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 20
+    for colour in colours:  # WCAG 2.1, 1.4.11: at least 3 for what is drawn
+        darker, lighter = sorted(linear(one) @ (0.2126, 0.7152, 0.0722) for one in (colour, ground))
+        assert (lighter + 0.05) / (darker + 0.05) > 3
 
 
 def test_the_healthy_band_is_that_of_the_examination():
