@@ -22,6 +22,7 @@ from nib.checks import check_config
 from nib.doctor import Doctor
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, UserError, run_script
 from nib.metrics import Console, Metrics
+from nib.report import write_after_run
 from nib.writer import CheckpointWriter
 
 # The defaults train GPT-2 (124M) on OpenWebText.
@@ -45,6 +46,7 @@ tensorboard: bool = False  # also write OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
 wandb_project: str = 'nibgpt'  # project there
 wandb_run_name: str = ''  # name of the run there; empty lets wandb choose
+report: bool = True  # also write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir that holds train.bin, val.bin and meta.json
 data_dir: str = ''  # folder of the datasets; empty: data/ beside this script
@@ -304,6 +306,8 @@ def main(argv):
             console.say(f'verdict of the doctor: {doctor.verdict()}')
             metrics.log(state.step, {'verdict': doctor.verdict()})
         metrics.close()
+        if report:
+            write_after_run(out_dir, configurator.read_block(__file__).defaults, console.say, console.warn)
 
     stop = runtime.StopSignal(announced=ranks.is_first)
     if not eval_only:
