@@ -214,7 +214,7 @@ def test_the_chinese_chapter_has_the_same_code_numbers_and_headings():
     english, chinese = sections(ENGLISH), sections(CHINESE)
     assert [heading for heading, _ in chinese] == [heading for heading, _ in english] and len(english) > 20
     for (heading, ours), (_, theirs) in zip(english, chinese):
-        for pattern in (r'\d[\d,]*(?:\.\d+)?', r'`[^`]+`', r'^\|', r'^- ', r'^\d+\. ', r'^    .*$'):
+        for pattern in (r'\d+(?:,\d{3})*(?:\.\d+)?', r'`[^`]+`', r'^\|', r'^- ', r'^\d+\. ', r'^    .*$'):
             assert sorted(re.findall(pattern, theirs, re.MULTILINE)) == sorted(re.findall(pattern, ours, re.MULTILINE)), heading
 
 
