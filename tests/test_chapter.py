@@ -132,7 +132,7 @@ def assert_shown(shown: list[str], printed: str):
     """The lines stand in what was printed, in their order."""
     lines = iter(MACHINE.sub('', printed).splitlines())
     for line in shown:
-        assert any(close(MACHINE.sub('', line), other) for other in lines), f'{line!r} is not there, or not in this place:\n{printed}'
+        assert any(close(MACHINE.sub('', line), other) for other in lines), f'{line!r} is not there or not here:\n{printed}'
 
 
 def test_every_command_prints_what_is_shown(run_main, tmp_path, monkeypatch):
@@ -210,7 +210,8 @@ def sections(path: Path) -> list[tuple[str, str]]:
 
 
 def test_the_chinese_chapter_has_the_same_code_numbers_and_headings():
-    assert [(block.kind, block.body) for block in read_blocks(CHINESE)] == [(block.kind, block.body) for block in read_blocks(ENGLISH)]
+    for ours, theirs in zip(read_blocks(ENGLISH), read_blocks(CHINESE), strict=True):
+        assert (theirs.kind, theirs.body) == (ours.kind, ours.body), theirs.line
     english, chinese = sections(ENGLISH), sections(CHINESE)
     assert [heading for heading, _ in chinese] == [heading for heading, _ in english] and len(english) > 20
     for (heading, ours), (_, theirs) in zip(english, chinese):
