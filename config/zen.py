@@ -1,0 +1,24 @@
+# The run of docs/training_loop.md: a very small model begins to learn the Zen of Python by heart, in a second.
+#   python -c "import this" > zen.txt
+#   python data/text/prepare.py --input=zen.txt --name=zen
+#   python train.py config/zen.py --device=cpu
+
+out_dir = 'out-zen'
+dataset = 'zen'
+dtype = 'float32'  # the same digits on every machine
+
+n_layer, n_head, n_embd = 2, 2, 32
+block_size = 32
+batch_size = 8
+gradient_accumulation_steps = 1
+
+learning_rate = 1e-2  # a model of 27,200 parameters bears much
+min_lr = 1e-3  # learning_rate / 10
+beta2 = 0.99  # a longer memory, as a step has few tokens
+max_iters = 300
+lr_decay_iters = 300  # max_iters; written out, so that --max_iters=150 is the first half of the same run
+warmup_iters = 30
+
+eval_interval = 50
+eval_iters = 20
+log_interval = 50

@@ -1,0 +1,226 @@
+"""docs/training_loop.md: every number in it is computed here, every line of code that it quotes stands in its file, and the
+Chinese chapter says the same."""
+import doctest
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import configurator
+import train
+
+ENGLISH, CHINESE = ROOT / 'docs/training_loop.md', ROOT / 'docs/training_loop.zh.md'
+RECORDED = ROOT / 'benchmarks/results/training_loop.txt'
+DATASETS = Path(os.environ.get('NIBGPT_DATA_DIR', ROOT / 'data'))  # where tiny Shakespeare's bins may be
+NUMBER = re.compile(r'(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?')
+MACHINE = re.compile(r'tokens/s [\d,]+|ms/step [\d.]+|; [\d.]+ s$', re.MULTILINE)  # what depends on the machine
+NAMES = """diverging not_finite lr_too_high lr_too_low plateau exploding_gradients vanishing_gradients all_clipped no_warmup
+    overfitting underfitting constant_batches tiny_vocabulary different_texts targets_not_shifted val_leaked dead_units
+    wrong_initial_loss throughput_collapse float16_underflow weight_decay_too_strong batch_too_small""".split()
+
+needs_shakespeare = pytest.mark.skipif(not (DATASETS / 'shakespeare_char/train.bin').exists(),
+                                       reason='tiny Shakespeare has not been prepared')
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a chapter."""
+    kind: str  # what stands after the fence: 'pycon', 'console', 'python train.py'
+    body: str
+    line: int  # number of its first line
+
+
+def read_blocks(path: Path, kind: str = '') -> list[Block]:
+    text = path.read_text(encoding='utf-8')
+    blocks = [Block(found[1], found[2], text[:found.start(2)].count('\n'))
+              for found in re.finditer(r'^```(.+)\n((?:.*\n)*?)```$', text, re.MULTILINE)]
+    return [block for block in blocks if not kind or block.kind == kind]
+
+
+def close(want: str, got: str) -> bool:
+    """Whether two texts are the same but for the last digits of numbers with a point; white space does not count."""
+    want, got = ' '.join(want.split()), ' '.join(got.split())
+    if NUMBER.sub('#', want) != NUMBER.sub('#', got):
+        return False
+    for wanted, given in zip(NUMBER.findall(want), NUMBER.findall(got)):
+        digits, _, exponent = wanted.replace(',', '').partition('e')
+        # Another processor adds in another order.
+        units = 0 if '.' not in digits else 1 if len(digits.strip('-0.')) < 5 else 3  # of the last digit
+        allowed = units * 10.0 ** (int(exponent or 0) - len(digits.partition('.')[2]))
+        if abs(float(wanted.replace(',', '')) - float(given.replace(',', ''))) > allowed * (1 + 1e-9):
+            return False
+    return True
+
+
+class Checker(doctest.OutputChecker):
+    def check_output(self, want, got, optionflags):
+        return close(want, got)
+
+
+def run_examples(blocks: list[Block], names: dict):
+    """The blocks' examples, one after the other in one session."""
+    runner, failures = doctest.DocTestRunner(Checker(), verbose=False), []
+    for block in blocks:
+        examples = doctest.DocTestParser().get_doctest(block.body, names, ENGLISH.name, str(ENGLISH), block.line)
+        assert examples.examples, block
+        examples.globs = names  # the parser takes a copy
+        runner.run(examples, out=failures.append, clear_globs=False)
+    assert not failures, ''.join(failures)
+
+
+@pytest.fixture
+def config_of_train():
+    """What the chapter sets in the module train is put back."""
+    before = dict(vars(train))
+    yield
+    vars(train).clear()
+    vars(train).update(before)
+
+
+def test_every_example_gives_what_it_shows(config_of_train):
+    with torch.random.fork_rng():
+        run_examples(read_blocks(ENGLISH, 'pycon'), {'__name__': 'chapter'})
+
+
+def test_a_wrong_digit_is_noticed():
+    assert close('loss 3.8057, grad  norm 0.77\n', 'loss 3.8055, grad norm 0.77') and close('1e-05 of 27,200', '1e-05 of 27,200')
+    for want, got in [('3.8057', '3.8061'), ('27,200', '27,201'), ('-0.5', '0.5'), ('loss 1.0', 'lost 1.0'), ('1.0', '1.0 2.0'),
+                      ('3.23e-04', '3.25e-04'), ('True', 'False'), ('0.77', '0.79')]:
+        assert not close(want, got)
+    for blocks in (read_blocks(ENGLISH, 'pycon'), read_blocks(ENGLISH, 'console')):
+        assert len(blocks) > 1
+    with pytest.raises(AssertionError, match='0.30000000000000004'):
+        run_examples([Block('pycon', '>>> 0.1 + 0.2\n0.5\n', 1)], {})
+
+
+@pytest.mark.parametrize('block', [block for block in read_blocks(ENGLISH) if block.kind.startswith('python ')],
+                         ids=lambda block: f'line {block.line}')
+def test_quoted_lines_stand_in_their_file(block):
+    lines = (ROOT / block.kind.removeprefix('python ')).read_text().splitlines()
+    place = 0
+    for quoted in block.body.splitlines():
+        if quoted.strip() != '...':
+            assert quoted in lines[place:], f'{block.kind}: {quoted.strip()!r} is not there, or not in this place'
+            place = lines.index(quoted, place) + 1
+
+
+def test_sums_in_the_prose_are_right():
+    prose = ' '.join(' '.join(text for _, text in sections(ENGLISH)).replace(',', '').split())
+    sums = re.findall(r'((?:\d[\d./]*|[*/+-]{1,2}) (?:[\d./*+ -]*))= (-?\d[\d.]*\d)', prose)
+    sums = [(left, right) for left, right in sums if set(left) & set('*/+-')]
+    assert len(sums) >= 9
+    for left, right in sums:
+        assert round(eval(left), len(right.partition('.')[2])) == float(right), (left, right)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+def commands(block: Block) -> list[tuple[str, list[str]]]:
+    """Each command with the lines of its output that are shown."""
+    parts = re.split(r'^\$ (.*)\n', block.body, flags=re.MULTILINE)[1:]
+    return [(command, [line for line in shown.splitlines() if line != '...']) for command, shown in zip(parts[::2], parts[1::2])]
+
+
+def assert_shown(shown: list[str], printed: str):
+    """The lines stand in what was printed, in their order."""
+    lines = iter(MACHINE.sub('', printed).splitlines())
+    for line in shown:
+        assert any(close(MACHINE.sub('', line), other) for other in lines), f'{line!r} is not there or not here:\n{printed}'
+
+
+def test_every_command_prints_what_is_shown(run_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command, shown in [pair for block in read_blocks(ENGLISH, 'console') for pair in commands(block)]:
+        program, script, *flags = shlex.split(command)
+        assert program == 'python'
+        if script == '-c':
+            subprocess.run(command.replace('python', shlex.quote(sys.executable), 1), shell=True, check=True)
+            continue
+        flags = [str(ROOT / flag) if flag.startswith('config/') else flag for flag in flags]
+        done = run_main(script, *flags, '--out_dir=data/zen' if script.endswith('prepare.py') else '--data_dir=data')
+        assert done.returncode == 0, done.stderr
+        assert_shown(shown, done.stdout)
+
+
+def test_the_recorded_run_is_the_one_that_is_shown():
+    (block,) = read_blocks(ENGLISH, 'console recorded')
+    for command, shown in commands(block):
+        assert RECORDED.read_text().startswith(f'$ {command}\n') and len(shown) > 5
+        assert_shown(shown, RECORDED.read_text())
+
+
+@needs_shakespeare
+@pytest.mark.slow
+def test_the_recorded_run_begins_like_this_one(run_main, tmp_path):
+    done = run_main('train.py', 'config/train_shakespeare_char.py', '--device=cpu', '--dtype=float32', f'--data_dir={DATASETS}',
+                    f'--out_dir={tmp_path}', '--max_iters=50', '--lr_decay_iters=2000', '--warmup_iters=100')
+    begun = [line for line in RECORDED.read_text().splitlines() if re.match(r'step (0|1|50):', line)]
+    assert len(begun) == 3
+    assert_shown(begun, done.stdout)
+
+
+@needs_shakespeare
+def test_tables_of_characters_lose_what_is_shown():
+    run_examples([Block(block.kind, block.body.replace("'data/", f"'{DATASETS}/"), block.line)
+                  for block in read_blocks(ENGLISH, 'pycon shakespeare')], {})
+
+
+# -- the table of troubles ---------------------------------------------------------------------------------------------
+
+def trouble_rows(path: Path) -> list[list[str]]:
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in path.read_text(encoding='utf-8').splitlines()
+            if line.startswith('| ') and 'config/lab/' in line]
+    assert rows
+    return rows
+
+
+def test_every_trouble_has_its_row():
+    rows = trouble_rows(ENGLISH)
+    assert [row[2] for row in rows] == [f'`{name}`' for name in NAMES]
+    assert [row[4] for row in rows] == [f'`python train.py config/lab/{name}.py`' for name in NAMES]
+
+
+def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
+    block = configurator.read_block(str(ROOT / 'train.py'))
+    elsewhere = {'x', 'y', 'gather', 'nib/loader.py', 'reset_parameters'}
+    for _, _, name, change, _ in trouble_rows(ENGLISH):
+        words = [word for word in re.findall('`([^`]+)`', change) if word not in elsewhere and not word.startswith("'")]
+        assert words or 'nib/loader.py' in change
+        for word in words:
+            key, equals, value = word.partition(' = ')
+            assert key in block.defaults, (name, key)
+            if equals and value not in block.defaults:  # the value is one that the key can have
+                configurator.resolve(block.defaults, block.types, [f'--{key}={value.strip(chr(39))}'])
+
+
+# -- the chapter in Chinese --------------------------------------------------------------------------------------------
+
+def sections(path: Path) -> list[tuple[str, str]]:
+    """The headings' level and number, each with the prose below it."""
+    text = re.sub(r'^```.+\n(?:.*\n)*?```$', '', path.read_text(encoding='utf-8'), flags=re.MULTILINE)
+    parts = re.split(r'^(#+(?: \d+\.)?)(?: .*)$|^<details><summary>(\d+\.) .*$', text, flags=re.MULTILINE)
+    return [(heading or answer, prose) for heading, answer, prose in zip(parts[1::3], parts[2::3], parts[3::3])]
+
+
+def test_the_chinese_chapter_has_the_same_code_numbers_and_headings():
+    for ours, theirs in zip(read_blocks(ENGLISH), read_blocks(CHINESE), strict=True):
+        assert (theirs.kind, theirs.body) == (ours.kind, ours.body), theirs.line
+    english, chinese = sections(ENGLISH), sections(CHINESE)
+    assert [heading for heading, _ in chinese] == [heading for heading, _ in english] and len(english) > 20
+    for (heading, ours), (_, theirs) in zip(english, chinese):
+        for pattern in (r'\d+(?:,\d{3})*(?:\.\d+)?', r'`[^`]+`', r'^\|', r'^- ', r'^\d+\. ', r'^    .*$'):
+            assert sorted(re.findall(pattern, theirs, re.MULTILINE)) == sorted(re.findall(pattern, ours, re.MULTILINE)), heading
+
+
+@pytest.mark.parametrize('path', [ENGLISH, CHINESE], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    targets = re.findall(r'\]\(([^)#:]+)\)', path.read_text(encoding='utf-8'))
+    assert 'training_loop.png' in targets
+    assert all((path.parent / target).exists() for target in targets)
