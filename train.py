@@ -392,10 +392,12 @@ def main(argv):
         data_step = state.step + state.passed_over
         line_due = (state.step + 1) % log_interval == 0 or state.step == 0
         micro_batches = batches.micro_batches(data_step)
-        mean_loss, grad_norm = train_step(model, optimizer, scaler, signs.begin(micro_batches) if line_due and metrics else micro_batches,
-                                          micro_steps, precision, grad_clip, (seed, data_step, ranks.rank), ranks, bad_steps)
-        signs.note(mean_loss, grad_norm)
+        if line_due and metrics:
+            micro_batches = signs.begin(micro_batches)  # looks at the weights before the step, and at the batch
+        mean_loss, grad_norm = train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, grad_clip,
+                                          (seed, data_step, ranks.rank), ranks, bad_steps)
         state.step += 1
+        signs.note(mean_loss, grad_norm)
         console.advance(state.step, max_iters)
 
         # -- log; only here and where it looks, saves or evaluates does the host wait for the device
