@@ -251,7 +251,8 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 
 def test_damaged_lines_are_left_out_and_counted(tmp_path):
     damaged = [b'{"step": 2, "loss/st\n', b'\xff\xfe\x00\n', b'[1, 2]\n', b'{"loss/step": 1}\n', b'{"step": true}\n',
-               b'{"step": -1}\n', b'{"step": 1.5}\n', b'{"step": ' + b'9' * 40 + b'}\n', b'[' * 100_000 + b'\n', b'null\n', b'"step"\n']
+               b'{"step": -1}\n', b'{"step": 1.5}\n', b'{"step": ' + b'9' * 40 + b'}\n', b'[' * 100_000 + b'\n', b'null\n',
+               b'"step"\n']
     good = [{'step': 1, 'loss/step': 3.0}, b'\n', b'{"step": 3, "loss/step": NaN, "grad_norm": -Infinity, "mfu": 1' + b'0' * 400
             + b', "clipped": [1], "x": true}\n', {'step': 4, 'loss/step': 2.0}]
     run = history.read_run(write_run(tmp_path / 'run', [good[0], *damaged, *good[1:], b'{"step": 5, "lo']))
