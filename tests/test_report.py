@@ -285,6 +285,12 @@ def test_any_record_has_its_place(tmp_path_factory, lines, config):
             assert all(value is None or math.isfinite(value) for series in chart['series'] for value in series['values'])
 
 
+def test_a_run_of_one_record_shows_its_values_as_dots(tmp_path):
+    page = page_of(write_run(tmp_path / 'run', [{'step': 7, 'loss/val': 2.0, 'learning_rate': 0.1}]))
+    assert page.values('loss') == {'validation': {7: 2.0}}
+    assert [path.split()[0] for path in page.paths('learning_rate', 'c0 dot')] == ['M500']  # the axis is from 6 to 8
+
+
 def test_a_long_run_is_thinned_and_keeps_its_spikes():
     steps = range(0, 400_000, 10)
     noisy = [1.0 + 0.1 * math.sin(step) for step in steps]
