@@ -385,9 +385,11 @@ def test_the_healthy_band_is_that_of_the_examination():
 
 # -- the script ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.filterwarnings('error')
 def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     pytest.importorskip('matplotlib')
-    run = write_run(tmp_path / 'run', [*full_records(), {'step': 9, 'finding/a': FINDING}, {'step': 10, 'loss/step': None}], {})
+    run = write_run(tmp_path / 'run', [*full_records(), {'step': 9, 'finding/a': FINDING}, {'step': 10, 'loss/step': None},
+                                       {'step': 11, 'update_ratio/mlp': 0.0, 'update_ratio/head': 1e200}], {})
     done = run_main('report.py', f'--out_dir={run}')
     assert (done.returncode, done.stderr) == (0, '') and str(run / 'report.html') in done.stdout
     drawn = {path.stem: path.read_bytes() for path in (run / 'report').iterdir()}
