@@ -34,7 +34,7 @@ def main(argv):
         raise UserError(f'--page={page}: the name of a page ends in .html')
     try:
         drawn = write_report(folders, defaults, target, png)
-        print(target, f'and {drawn} PNGs in {target.with_suffix("")}' if drawn else '')
+        print(f'{target} and {drawn} PNGs in {target.with_suffix("")}' if drawn else target)
     except ImportError:
         print(target)
         print('no PNGs, as matplotlib is missing: pip install matplotlib, or leave them out with --no-png', file=sys.stderr)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nib.charts import SEVERITIES, Chart, Mark, Series
+from nib.charts import NEUTRAL, SEVERITIES, Chart, Mark, Series
 from nib.errors import UserError
 
 UPDATE_BAND = {'adamw': (0.001, 0.01), 'muon': (0.001, 0.05)}  # those of nib/health.py, which needs torch
@@ -160,7 +160,7 @@ def curves(runs, names: Mapping[str, str], factor: float = 1, **options) -> tupl
 
 def loss_chart(runs) -> Chart:
     steps = curves(runs, {'loss/step': 'a step\'s batch'}, pale=True)
-    steps = tuple(replace(one, colour=2) for one in steps) if len(runs) == 1 else steps
+    steps = tuple(replace(one, colour=NEUTRAL) for one in steps) if len(runs) == 1 else steps
     evaluated = sorted(curves(runs, {'loss/val': 'validation', 'loss/train': 'training'}, dotted=True),
                        key=lambda one: one.name == 'validation')  # drawn last, above the others
     marks = [Mark(*run.best(), f'best {run.best()[1]:.4f}' if len(runs) == 1 else '', colour)

@@ -18,7 +18,8 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     if chart.level:
         axes.axhline(chart.level[0], color=QUIET, lw=1, ls=(0, (4, 3)))
     for one in series:
-        values = [math.nan if value is None else value for value in one.values]
+        # A logarithmic axis has no 0: such a value is at its border, as on the page.
+        values = [math.nan if value is None else min(max(value, axis.low), axis.high) for value in one.values]
         axes.plot(one.steps, values, clip_on=False, zorder=3, **style(one))
         if gaps := [step for step, value in zip(one.steps, one.values) if value is None]:
             axes.plot(gaps, [axis.high] * len(gaps), 'x', color=SEVERITY_COLOURS['critical'], ms=6, clip_on=False)

@@ -118,7 +118,7 @@ def findings_section(runs) -> str:
     for number, (run, one) in enumerate(found, 1):
         causes = ''.join(f'<li>{text(cause)}</li>' for cause in one.causes)
         causes = f'<p>Likely causes, the likeliest first:</p><ol>{causes}</ol>' if causes else ''
-        changes = ' '.join(f'<code>{text(change)}</code>' for change in one.changes)
+        changes = '; '.join(f'<code>{text(change)}</code>' if ' = ' in change else text(change) for change in one.changes)
         changes = f'<p>Change: {changes}</p>' if changes else ''
         where = f'{text(run.name)}, ' if len(runs) > 1 else ''
         items.append(f'<li class="finding {one.severity}" id="finding-{number}"><h3><span class="badge {one.severity}">'

@@ -251,7 +251,8 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 
 def test_damaged_lines_are_left_out_and_counted(tmp_path):
     damaged = [b'{"step": 2, "loss/st\n', b'\xff\xfe\x00\n', b'[1, 2]\n', b'{"loss/step": 1}\n', b'{"step": true}\n',
-               b'{"step": -1}\n', b'{"step": 1.5}\n', b'{"step": ' + b'9' * 40 + b'}\n', b'[' * 100_000 + b'\n', b'null\n', b'"step"\n']
+               b'{"step": -1}\n', b'{"step": 1.5}\n', b'{"step": ' + b'9' * 40 + b'}\n', b'[' * 100_000 + b'\n', b'null\n',
+               b'"step"\n']
     good = [{'step': 1, 'loss/step': 3.0}, b'\n', b'{"step": 3, "loss/step": NaN, "grad_norm": -Infinity, "mfu": 1' + b'0' * 400
             + b', "clipped": [1], "x": true}\n', {'step': 4, 'loss/step': 2.0}]
     run = history.read_run(write_run(tmp_path / 'run', [good[0], *damaged, *good[1:], b'{"step": 5, "lo']))
@@ -282,6 +283,12 @@ def test_any_record_has_its_place(tmp_path_factory, lines, config):
     for page in (page_of(folder), page_of(folder, folder)):
         for chart in page.charts.values():
             assert all(value is None or math.isfinite(value) for series in chart['series'] for value in series['values'])
+
+
+def test_a_run_of_one_record_shows_its_values_as_dots(tmp_path):
+    page = page_of(write_run(tmp_path / 'run', [{'step': 7, 'loss/val': 2.0, 'learning_rate': 0.1}]))
+    assert page.values('loss') == {'validation': {7: 2.0}}
+    assert [path.split()[0] for path in page.paths('learning_rate', 'c0 dot')] == ['M500']  # the axis is from 6 to 8
 
 
 def test_a_long_run_is_thinned_and_keeps_its_spikes():
@@ -378,9 +385,11 @@ def test_the_healthy_band_is_that_of_the_examination():
 
 # -- the script ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.filterwarnings('error')
 def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     pytest.importorskip('matplotlib')
-    run = write_run(tmp_path / 'run', [*full_records(), {'step': 9, 'finding/a': FINDING}, {'step': 10, 'loss/step': None}], {})
+    run = write_run(tmp_path / 'run', [*full_records(), {'step': 9, 'finding/a': FINDING}, {'step': 10, 'loss/step': None},
+                                       {'step': 11, 'update_ratio/mlp': 0.0, 'update_ratio/head': 1e200}], {})
     done = run_main('report.py', f'--out_dir={run}')
     assert (done.returncode, done.stderr) == (0, '') and str(run / 'report.html') in done.stdout
     drawn = {path.stem: path.read_bytes() for path in (run / 'report').iterdir()}
