@@ -161,7 +161,8 @@ class Doctor:
         if lr <= 0.0 or self.trained or self.signs.step < 10 or self.signs.step > self.config['warmup_iters'] and lr < 0.5 * full:
             return None
         ratio = self._largest_ratio() * full / lr
-        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0], 3):
+        others = self._found('lr_too_high', 'no_warmup', 'vanishing_gradients')  # weights grown by large steps make them look small
+        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0] and not others, 3):
             return (f'a step moves the weights by {ratio:.2g} of their size at the full learning rate {full:g}, where 0.001 to 0.01 is '
                     f'usual')
 
@@ -197,9 +198,10 @@ class Doctor:
 
     def exploding_gradients(self):
         _, high = health.grad_norm_limits(self.config['n_layer'], self.config['n_embd'], fresh=True)
-        norms = [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
-        if self.config['grad_clip'] == 0.0 and self._lasts('exploding_gradients', bool(norms) and max(norms) > high, 2):
-            return f'the norm of the gradients is up to {max(norms):.3g}, where {high:.3g} is much, and nothing clips it'
+        largest = max(self.signs.grad_norms, key=lambda norm: math.inf if math.isnan(norm) else norm)
+        long = self._lasts('exploding_gradients', not largest <= high, 2)
+        if self.config['grad_clip'] == 0.0 and self.signs.loss_scale is None and (long or not math.isfinite(largest)):
+            return f'the norm of the gradients is up to {largest:.3g}, where {high:.3g} is much, and nothing clips it'
 
     def vanishing_gradients(self):
         rms, norms = self.signs.block_grad_rms, [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
