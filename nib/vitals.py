@@ -40,7 +40,8 @@ class StepSigns:
     def metrics(self, grad_clip: float) -> dict[str, float]:
         """What metrics.jsonl and the others record of them, by name."""
         clipped = statistics.fmean(norm > grad_clip for norm in self.grad_norms) if grad_clip else None
-        return {'clipped': clipped, 'loss_scale': self.loss_scale,
+        return {'loss/mean': statistics.fmean(self.losses), 'loss/max': max(self.losses), 'clipped': clipped,
+                'loss_scale': self.loss_scale,
                 **{f'update_ratio/{group}': ratio for group, ratio in self.update_ratio.items()}}
 
 
