@@ -167,16 +167,14 @@ class Doctor:
                     f'usual')
 
     def diverging(self):
-        lines = self.lines
-        if len(lines) < 4:
+        *before, (step, now, error) = self._windows() or [(0, math.inf, 0.0)]
+        if not before:
             return None
-        best = min(self._windows()[:-1], key=lambda window: window[1], default=None)
-        if best is None:
-            return None
-        step, now, error = self._windows()[-1]
-        rise = now - best[1]
-        if self._lasts('diverging', rise > max(0.1, 0.03 * best[1], 3 * math.hypot(error, best[2])), 3):
-            return f'the loss rises: {best[1]:.3f} at step {best[0]}, {now:.3f} at step {step}'
+        best_step, best, best_error = min(before, key=lambda window: window[1])
+        guess = math.log(self.data.vocab_size)
+        rises = self._lasts('diverging', now - best > max(0.1, 0.03 * best, 3 * math.hypot(error, best_error)), 3)
+        if rises or best < guess < now - 0.5:  # worse than a model that knows nothing, and it was better
+            return f'the loss rises: {best:.3f} at step {best_step}, {now:.3f} at step {step}'
 
     def plateau(self):
         done = self.signs.step / self.config['max_iters']
