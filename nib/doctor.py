@@ -173,7 +173,7 @@ class Doctor:
         best_step, best, best_error = min(before, key=lambda window: window[1])
         guess = math.log(self.data.vocab_size)
         rises = self._lasts('diverging', now - best > max(0.1, 0.03 * best, 3 * math.hypot(error, best_error)), 3)
-        if rises or best < guess < now - 0.5:  # worse than a model that knows nothing, and it was better
+        if rises or best + 0.5 < guess < now - 0.2:  # worse than a model that knows nothing, and it was better
             return f'the loss rises: {best:.3f} at step {best_step}, {now:.3f} at step {step}'
 
     def plateau(self):
