@@ -426,7 +426,7 @@ class Window:
 
     def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
         config, weight = model.config, model.transformer.wte.weight
-        self.model = for_generation(model, packed=not compile and PackedLinear.can_hold(weight))
+        self.model = for_generation(model, packed=not compile)
         self.compile, self.step = compile, GPT._next_logits
         prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
         self.lengths = [len(prompt) for prompt in prompts]
@@ -491,6 +491,7 @@ class KVCache:
 class PackedLinear:
     """A linear layer for generation on a CPU. Its matrix is there once more, in the order in which oneDNN reads it: then a
     product with few rows runs at the memory's speed, of which the plain matrix reaches a third."""
+    SMALLEST = 1 << 17  # numbers in a float32 matrix; a call takes 10 us before it begins, in which a smaller one has been read
 
     def __init__(self, weight, bias):
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias  # for about 16 rows
@@ -499,22 +500,27 @@ class PackedLinear:
     def __call__(self, x):
         return self.multiply(x, self.weight, self.bias, 'none', [], '')
 
-    @staticmethod
-    def can_hold(weight) -> bool:
-        return weight.device.type == 'cpu' and torch.backends.mkldnn.is_available() and (
-            weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    @classmethod
+    def pays(cls, weight) -> bool:
+        """Whether it is faster here, and torch has its operators, which are not public."""
+        mkldnn = torch.ops.mkldnn
+        if weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available() or not all(hasattr(mkldnn, name) for name in (
+                '_reorder_linear_weight', '_linear_pointwise', '_is_mkldnn_bf16_supported')):
+            return False
+        return (weight.dtype == torch.float32 and weight.numel() >= cls.SMALLEST
+                or weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
 
 
 def for_generation(module: nn.Module, packed: bool):
-    """The module once more, without dropout; it shares its parameters, but for the matrices where they are packed."""
-    if packed and isinstance(module, nn.Linear):
+    """The module once more, without dropout; it shares its parameters, but for the matrices that are packed."""
+    if packed and isinstance(module, nn.Linear) and PackedLinear.pays(module.weight):
         return PackedLinear(module.weight, module.bias)
     if isinstance(module, nn.Dropout):
         return nn.Identity()
     twin = copy.copy(module)
     twin.training = False
     twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
-    if packed and isinstance(module, GPT) and module.config.tied_head:
+    if packed and isinstance(module, GPT) and module.config.tied_head and PackedLinear.pays(module.transformer.wte.weight):
         twin.lm_head = PackedLinear(module.transformer.wte.weight, None)
         twin.config = replace(module.config, tied_head=False)
     return twin

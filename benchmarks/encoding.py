@@ -52,11 +52,11 @@ import runpy, sys, time
 script, file, out_dir = sys.argv[1:]
 main = runpy.run_path(script)['main']
 load, loading = main.__globals__['load'], []
-def timed_load():
+def timed_load(folder):
     started = time.perf_counter()
-    dataset = load()
+    texts = load(folder)
     loading.append(time.perf_counter() - started)
-    return dataset
+    return texts
 main.__globals__['load'] = timed_load
 started = time.perf_counter()
 main([f'--input={file}', f'--out_dir={out_dir}'])

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,12 +60,13 @@ def find_files(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], int]:
     return list(dict.fromkeys(files)), ignored
 
 
-def read_documents(files: Iterable[Path], field: str = 'text') -> Iterator[tuple[str, bool]]:
+def read_documents(files: Iterable[Path], field: str = 'text', with_empty: bool = False) -> Iterator[tuple[str, bool]]:
     """Pieces of the documents in these files: a .txt or .md file is one, and so is every row of the others, whose text
-    is in `field`. Empty documents are left out. UserError names the file, and the row, that cannot be read."""
+    is in `field`. Empty documents are left out, but for rows where with_empty asks for them. UserError names the file, and
+    the row, that cannot be read."""
     for file in files:
         try:
-            yield from READERS[file.suffix.lower()](file, field)
+            yield from (piece for piece in READERS[file.suffix.lower()](file, field) if piece[0] or with_empty)
         except OSError as error:
             raise UserError(f'{file} cannot be read: {error.strerror or error}') from error
 
@@ -141,6 +143,39 @@ def _split_at(texts: Iterable[str], cut_at: int) -> Iterator[tuple[str, str, boo
             yield 'val', val, False
 
 
+class StoredTexts:
+    """Texts that were read once, in a temporary file, from where they are read in any order. Only where each of them ends is
+    in memory, 8 bytes a text. The file has no name, so that nothing is left of it however the process ends."""
+
+    def __init__(self, folder: Path, texts: Iterable[str]):
+        """folder: on whose disk the texts find room; it need not be there yet. UserError where they do not."""
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        self._ends, digest = array('q', [0]), hashlib.sha256()
+        try:
+            self._file = tempfile.TemporaryFile(dir=there)
+            for text in texts:
+                content = text.encode()
+                self._file.write(content)
+                digest.update(len(content).to_bytes(8, 'little') + content)
+                self._ends.append(self._ends[-1] + len(content))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f'{there} cannot be written ({error.strerror}): it takes room for the whole text; name '
+                            f'another folder as --out_dir=PATH') from error
+        self.n_bytes, self.fingerprint = self._ends[-1], digest.hexdigest()
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def read(self, rows: Iterable[int]) -> list[str]:
+        """The texts of these numbers."""
+        texts = []
+        for row in rows:
+            self._file.seek(self._ends[row])
+            texts.append(self._file.read(self._ends[row + 1] - self._ends[row]).decode())
+        return texts
+
+
 # -- one reader for each type of file ----------------------------------------------------------------------------------
 
 def _read_text(file: Path, field: str) -> Iterator[tuple[str, bool]]:
@@ -180,7 +215,7 @@ def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, bool]]:
             row = row if isinstance(row, dict) else {}
             if field not in row:
                 raise _missing(f'{file}:{number}', field, row)
-            yield from _document(row[field], field, f'{file}:{number}')
+            yield _document(row[field], field, f'{file}:{number}'), True
 
 
 def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
@@ -194,7 +229,7 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
                 raise _missing(file, field, table.schema_arrow.names)
             for batch in table.iter_batches(_ROWS, columns=[field]):
                 for value in batch.column(field).to_pylist():
-                    yield from _document(value, field, file)
+                    yield _document(value, field, file), True
     except UserError:
         raise
     except (pyarrow.ArrowException, ValueError) as error:  # a text that is not UTF-8 is a ValueError
@@ -204,11 +239,10 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
 READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parquet': _read_parquet}
 
 
-def _document(value, field: str, where) -> Iterator[tuple[str, bool]]:
+def _document(value, field: str, where) -> str:
     if not isinstance(value, str | None):
         raise UserError(f'{where}: {field!r} is no text but of type {type(value).__name__}; name another as --field=NAME')
-    if value:
-        yield without_surrogates(value), True
+    return without_surrogates(value or '')
 
 
 def _missing(where, field: str, names: Iterable[str]) -> UserError:

@@ -2,6 +2,7 @@
 import json
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -226,3 +227,20 @@ def test_a_single_text_is_cut_where_nanogpt_cuts_it(length, piece):
 def test_a_text_too_short_to_split_is_refused(text):
     with pytest.raises(UserError, match=f'{len(text)} characters'):
         documents.split_text([text], len(text))
+
+
+def test_stored_texts_are_read_in_any_order_and_known_by_their_fingerprint(tmp_path):
+    texts = ['one', '', 'zwei \N{SNOWMAN}', 'x' * 100_000]
+    stored = documents.StoredTexts(tmp_path / 'not there yet', texts)
+    assert [len(stored), stored.n_bytes] == [4, sum(len(text.encode()) for text in texts)]
+    assert stored.read([3, 0, 2, 1, 0]) == [texts[3], texts[0], texts[2], texts[1], texts[0]]
+    assert list(tmp_path.iterdir()) == []  # nobody sees the file
+    others = [documents.StoredTexts(tmp_path, other).fingerprint for other in (texts[::-1], ['o', 'ne', *texts[1:]])]
+    assert documents.StoredTexts(tmp_path, texts).fingerprint == stored.fingerprint not in others
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a disk that is full')
+def test_texts_that_find_no_room_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr('tempfile.TemporaryFile', lambda dir: open('/dev/full', 'w+b'))
+    with pytest.raises(UserError, match='No space left.*--out_dir'):
+        documents.StoredTexts(tmp_path, ['x' * 100_000])

@@ -1,6 +1,7 @@
 """The model against transformers' GPT-2, against arithmetic by hand, and against itself without a cache."""
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,6 +359,7 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-4)])  # the rotary table is float32
 def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(model_file.PackedLinear, 'SMALLEST', 1)  # where a CPU can, all matrices of float32 are packed
     model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
     cached, full = cached_and_uncached_logits(monkeypatch, model, torch.randint(61, (4,)).tolist(), 12)
     torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
@@ -372,6 +374,15 @@ def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_nea
     torch.testing.assert_close(cached, full, atol=1e-4, rtol=0)
     rounded, _ = cached_and_uncached_logits(monkeypatch, model.bfloat16(), prompt, 1)
     assert 0 < (rounded - cached[:1]).std() < 0.02 * cached[0].std()  # bfloat16 has 8 bits: 0.4%
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_torch_without_the_operators_of_packed_matrices_generates_all_the_same(dtype, monkeypatch):
+    model = make_model(scale=0.05).to(dtype)
+    packed, _ = cached_and_uncached_logits(monkeypatch, model, [1, 2], 1)
+    monkeypatch.setattr(torch.ops, 'mkldnn', SimpleNamespace())
+    plain, _ = cached_and_uncached_logits(monkeypatch, model, [1, 2], 1)
+    torch.testing.assert_close(plain, packed, atol=0.02 * float(packed.std()), rtol=0)
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():

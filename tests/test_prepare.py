@@ -251,9 +251,8 @@ def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flag
 # -- OpenWebText, on documents that are here ---------------------------------------------------------------------------
 
 @pytest.fixture
-def pages(tmp_path, monkeypatch):
-    """Fifty documents in two files of two types, and where Hugging Face's copies of them go."""
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+def pages(tmp_path):
+    """Fifty documents in two files of two types."""
     texts = [f'Page {number} ' + 'of the web. ' * (number % 7) for number in range(50)]
     folder = tmp_path / 'pages'
     folder.mkdir()
@@ -268,13 +267,29 @@ def openwebtext(*flags):
 
 def test_openwebtext_is_split_and_ordered_as_nanogpt_does(small_gpt2, pages, tmp_path, capsys):
     folder, texts = pages
+    (folder / 'c.jsonl').write_text('{"text": ""}\n{"text": null}\n')  # documents too; .parquet files come last
+    texts[30:30] = ['', '']
     openwebtext(f'--input={folder}', f'--out_dir={tmp_path / "owt"}')
     data = corpus.open_dataset(tmp_path / 'owt', 2)
-    order = np.random.default_rng(2357).permutation(50)  # of datasets' train_test_split: the test rows come first
-    assert data.tokenizer.decode(data.val).split('<|endoftext|>') == [texts[order[0]], '']
-    assert data.tokenizer.decode(data.train).split('<|endoftext|>') == [*(texts[row] for row in order[1:]), '']
-    assert data.meta['source']['documents'] == {'train': 49, 'val': 1}
-    assert 'documents 50' in capsys.readouterr().out
+    parts = datasets.Dataset.from_dict({'text': texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    for ids, part in ((data.val, parts['test']), (data.train, parts['train'])):
+        assert data.tokenizer.decode(ids).split('<|endoftext|>') == [*part['text'], '']
+    assert data.meta['source']['documents'] == {'train': 51, 'val': 1}
+    assert 'documents 52' in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / 'owt').iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_openwebtext_from_hugging_face_gives_the_bins_of_the_same_texts_in_files(small_gpt2, pages, tmp_path, monkeypatch, capsys):
+    folder, texts = pages
+    texts[7] = ''
+    (folder / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts[:30]))
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split, num_proc: datasets.Dataset.from_dict(
+        {'text': [text or None for text in texts], 'url': ['x'] * 50}))
+    openwebtext(f'--input={folder}', f'--out_dir={tmp_path / "files"}')
+    openwebtext(f'--out_dir={tmp_path / "hub"}')
+    for name in ('train.bin', 'val.bin'):
+        assert (tmp_path / 'hub' / name).read_bytes() == (tmp_path / 'files' / name).read_bytes()
+    assert 'has changed since' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('at', [1, 30, 49])
@@ -309,9 +324,9 @@ def test_openwebtext_without_its_package_says_what_to_install(small_gpt2, pages,
 
 
 @pytest.mark.parametrize('name, content, said', [
-    ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl could not be loaded'),
-    ('other.jsonl', '{"body": "one"}\n', "could not be loaded.*'text'"), ('one.jsonl', '{"text": "one"}\n', 'two'),
-    ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'no text'), ('notes.txt', 'one', 'no .jsonl or .parquet')])
+    ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl:2: found no JSON'),
+    ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: found no field 'text'"), ('one.jsonl', '{"text": "one"}\n', 'two'),
+    ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*no text'), ('notes.txt', 'one', 'no .jsonl or .parquet')])
 def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=said):

@@ -4,21 +4,26 @@ Fetches it from Hugging Face (pip install datasets; 54 GB in its cache, HF_HOME 
 split and the order are nanoGPT's. A run that was stopped goes on where it was.
 """
 import logging
+import math
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import numpy as np  # noqa: E402
+
 import configurator  # noqa: E402
 from nib import corpus, documents  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
 from nib.tokenizer import Gpt2Tokenizer  # noqa: E402
 
-input: str = ''  # .jsonl and .parquet files, or a folder of them, whose rows have a text; empty: OpenWebText itself
+input: str = ''  # .jsonl and .parquet files, or a folder of them, whose rows are documents; empty: OpenWebText itself
+field: str = 'text'  # the field of these rows that holds the text
 out_dir: str = ''  # where the bins go; empty: beside this file
 
 NAME = 'Skylion007/openwebtext'
 EXPECTED = {'train': 9_035_582_198, 'val': 4_434_897}  # tokens, as nanoGPT has published them
+VAL_FRACTION, SEED = 0.0005, 2357
 
 
 def main(argv):
@@ -26,63 +31,67 @@ def main(argv):
     globals().update(values)
     folder = Path(out_dir) if out_dir else Path(__file__).resolve().parent
     Gpt2Tokenizer().encode('')  # without its files, say so before fetching 54 GB
-    dataset = load()
-    if len(dataset) < 2:
-        raise UserError(f'{input} holds {len(dataset)} documents: it takes two to have one of them to validate on')
-    parts = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    parts = {'train': parts['train'], 'val': parts['test']}
+    texts = load(folder)
+    if len(texts) < 2:
+        raise UserError(f'{input} holds {len(texts)} documents: it takes two to have one of them to validate on')
+    n_val = math.ceil(VAL_FRACTION * len(texts))
+    order = np.random.default_rng(SEED).permutation(len(texts))  # as Hugging Face's train_test_split has it
+    splits = {'train': order[n_val:], 'val': order[:n_val]}
 
     def read_pieces(start):
-        for split, part in parts.items():
-            if start < len(part):
-                for rows in part.skip(start).iter(1000):
-                    yield from ((split, text or '', True) for text in rows['text'])
-            start = max(0, start - len(part))
+        for split, rows in splits.items():
+            for first in range(start, len(rows), 1000):
+                yield from ((split, text or '', True) for text in texts.read(rows[first:first + 1000]))
+            start = max(0, start - len(rows))
 
-    # The fingerprint is Hugging Face's: of the files that the dataset was made of.
-    source = {'dataset': Path(input).name if input else NAME, 'fingerprint': dataset._fingerprint,
-              'documents': {split: len(part) for split, part in parts.items()}}
-    meta = corpus.write_dataset(folder, read_pieces, Gpt2Tokenizer(), source, dataset.data.nbytes)
+    source = {'dataset': Path(input).name if input else NAME, 'fingerprint': texts.fingerprint,
+              'documents': {split: len(rows) for split, rows in splits.items()}}
+    meta = corpus.write_dataset(folder, read_pieces, Gpt2Tokenizer(), source, texts.n_bytes)
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
-    print(f'{folder}: documents {len(dataset):,}, vocabulary {meta["vocab_size"]:,}, {tokens["train"]:,} training and '
+    print(f'{folder}: documents {len(texts):,}, vocabulary {meta["vocab_size"]:,}, {tokens["train"]:,} training and '
           f'{tokens["val"]:,} validation tokens')
     if not input and tokens != EXPECTED:
         print(f'note: nanoGPT has published {EXPECTED["train"]:,} and {EXPECTED["val"]:,} tokens; {NAME} has changed since',
               file=sys.stderr)
 
 
-def load():
-    """All documents, as a Hugging Face dataset with one column, text, that is read from the disk as it is needed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError('this dataset needs a package that is not installed: pip install datasets') from error
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every one of five attempts
-    if not sys.stderr.isatty():
-        datasets.utils.disable_progress_bars()
-    try:
-        if not input:
-            print(f'loading {NAME} from Hugging Face')
-            dataset = datasets.load_dataset(NAME, split='train', num_proc=os.cpu_count())
-        else:
-            files, _ = documents.find_files(input.split(','))
-            parts = [datasets.load_dataset(kind, data_files=names, split='train').select_columns('text')
-                     for kind, ending in (('json', '.jsonl'), ('parquet', '.parquet'))
-                     if (names := [str(file) for file in files if file.suffix.lower() == ending])]
-            if not parts:
-                raise UserError(f'{input} holds no .jsonl or .parquet file')
-            dataset = datasets.concatenate_datasets(parts)
-            if dataset.features['text'].dtype not in ('string', 'large_string'):
-                raise UserError(f"{input}: 'text' is no text but of type {dataset.features['text'].dtype}")
-    except UserError:
-        raise
-    except Exception as error:  # what can go wrong between here and the Hub is of many types
-        while error.__cause__:
-            error = error.__cause__
-        remedy = ('--input=FOLDER takes .jsonl and .parquet files with a field named text' if input else
-                  'fetch it where there is a network, or name a folder of .jsonl or .parquet files: --input=FOLDER')
-        raise UserError(f'{input or NAME} could not be loaded ({type(error).__name__}: {error}); {remedy}') from error
-    return dataset.select_columns('text')
+def load(folder: Path):
+    """All documents, as something that is read in any order: it has a length, n_bytes, a fingerprint and read(rows)."""
+    if not input:
+        return HubTexts()
+    files, _ = documents.find_files(input.split(','))
+    files = [file for ending in ('.jsonl', '.parquet') for file in files if file.suffix.lower() == ending]
+    if not files:
+        raise UserError(f'{input} holds no .jsonl or .parquet file')
+    return documents.StoredTexts(folder, (text for text, _ in documents.read_documents(files, field, with_empty=True)))
+
+
+class HubTexts:
+    """OpenWebText in Hugging Face's cache on this disk, fetched where it is not there."""
+
+    def __init__(self):
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError('this dataset needs a package that is not installed: pip install datasets') from error
+        logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every one of five attempts
+        if not sys.stderr.isatty():
+            datasets.utils.disable_progress_bars()
+        print(f'loading {NAME} from Hugging Face')
+        try:
+            self.rows = datasets.load_dataset(NAME, split='train', num_proc=os.cpu_count()).select_columns('text')
+        except Exception as error:  # what can go wrong between here and the Hub is of many types
+            while error.__cause__:
+                error = error.__cause__
+            raise UserError(f'{NAME} could not be loaded ({type(error).__name__}: {error}); fetch it where there is a network, '
+                            f'or name a folder of .jsonl or .parquet files: --input=FOLDER') from error
+        self.n_bytes, self.fingerprint = self.rows.data.nbytes, self.rows._fingerprint  # of the files that it was made of
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, rows: np.ndarray) -> list[str]:
+        return self.rows[rows.tolist()]['text']
 
 
 if __name__ == '__main__':
