@@ -5,7 +5,7 @@ docs/doctor.md has the experiment that checks them.
 """
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nib import health
@@ -13,7 +13,7 @@ from nib.troubles import TROUBLES, Finding
 from nib.vitals import DataSigns, EvaluationSigns, StepSigns
 
 LEARNING = ('attention', 'mlp')  # the groups of matrices that an update ratio is judged of: a batch has few of an embedding's rows
-LINES = 1000  # logged steps that are remembered; more are thinned out
+KEPT = 1000  # lines and windows that are remembered; more are thinned out
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,21 @@ class Line:
     loss: float
     variance: float  # of the losses of its steps
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """The mean loss over at least ten steps, of which so many lines sum up."""
+    step: int  # the last one
+    loss: float
+    error: float  # the mean's standard error
+
+    @classmethod
+    def over(cls, lines: Sequence[Line]) -> 'Window':
+        n = sum(line.n for line in lines)
+        loss = sum(line.loss * line.n for line in lines) / n
+        variance = sum(line.n * (line.variance + (line.loss - loss) ** 2) for line in lines) / n
+        return cls(lines[-1].step, loss, math.sqrt(variance / n))
 
 
 class Doctor:
@@ -43,6 +58,10 @@ class Doctor:
         self.tokens_per_step = config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps']
         self.findings: list[Finding] = []
         self.lines: list[Line] = []
+        self.fastest = 0.0  # tokens per second of any line
+        self.windows: list[Window] = []
+        self.lowest: Window | None = None  # of those before the last
+        self._unsummed: list[Line] = []  # lines that are in no window yet
         self.signs: StepSigns | None = None  # of the last logged step
         self.first_rms: dict[str, float] | None = None  # of the weights
         self.streak: dict[str, int] = {}  # rule -> how often in a row what it looks for was there
@@ -57,9 +76,9 @@ class Doctor:
         self.signs = signs
         finite = [loss for loss in signs.losses if math.isfinite(loss)]
         if finite:
-            self.lines.append(Line(signs.step, len(finite), statistics.fmean(finite), statistics.pvariance(finite), signs.tokens_per_second))
-        if len(self.lines) > LINES:  # of the older half, every second goes
-            self.lines = self.lines[:LINES // 2:2] + self.lines[LINES // 2:]
+            mean = statistics.fmean(finite)
+            variance = statistics.fmean((loss - mean) ** 2 for loss in finite)
+            self._add_line(Line(signs.step, len(finite), mean, variance, signs.tokens_per_second))
         self.first_rms = self.first_rms or signs.weight_rms
         return self._apply(self.STEP_RULES, signs.step)
 
@@ -89,9 +108,24 @@ class Doctor:
     def _apply(self, rules, step: int) -> list[Finding]:
         found = []
         for rule in rules:
-            if evidence := getattr(self, rule)():
-                found += self._name('lr_too_high' if rule == 'attention_collapsed' else rule, step, evidence)
+            name = 'lr_too_high' if rule == 'attention_collapsed' else rule
+            if not self._found(name) and (evidence := getattr(self, rule)()):
+                found += self._name(name, step, evidence)
         return found
+
+    def _add_line(self, line: Line):
+        """Sums up the losses as they come, so that a look costs the same however many there were."""
+        self.lines.append(line)
+        self.fastest = max(self.fastest, line.tokens_per_second)
+        self._unsummed.append(line)
+        if sum(line.n for line in self._unsummed) >= 10:
+            if self.windows and (self.lowest is None or self.windows[-1].loss < self.lowest.loss):
+                self.lowest = self.windows[-1]
+            self.windows.append(Window.over(self._unsummed))
+            self._unsummed = []
+        for kept in (self.lines, self.windows):
+            if len(kept) > KEPT:
+                del kept[1:KEPT // 2:2]  # of the older half, every second goes
 
     def _found(self, *names: str) -> bool:
         return any(finding.name in names for finding in self.findings)
@@ -166,16 +200,12 @@ class Doctor:
                     f'usual')
 
     def diverging(self):
-        lines = self.lines
-        if len(lines) < 4:
+        if len(self.lines) < 4 or self.lowest is None:
             return None
-        best = min(self._windows()[:-1], key=lambda window: window[1], default=None)
-        if best is None:
-            return None
-        step, now, error = self._windows()[-1]
-        rise = now - best[1]
-        if self._lasts('diverging', rise > max(0.1, 0.03 * best[1], 3 * math.hypot(error, best[2])), 3):
-            return f'the loss rises: {best[1]:.3f} at step {best[0]}, {now:.3f} at step {step}'
+        now, lowest = self.windows[-1], self.lowest
+        rise = now.loss - lowest.loss
+        if self._lasts('diverging', rise > max(0.1, 0.03 * lowest.loss, 3 * math.hypot(now.error, lowest.error)), 3):
+            return f'the loss rises: {lowest.loss:.3f} at step {lowest.step}, {now.loss:.3f} at step {now.step}'
 
     def plateau(self):
         done = self.signs.step / self.config['max_iters']
@@ -185,15 +215,18 @@ class Doctor:
         if self._lasts('plateau', still, 3):
             return (f'nothing moves any more: the learning rate is {self.signs.learning_rate:.2g} after {done:.0%} of the run')
         # A quarter of the run without progress, with certainty: with the upper end of its error, less than half a percent.
-        windows = [window for window in self._windows() if window[0] > self.signs.step - 0.25 * self.config['max_iters']]
-        if done < 0.25 or len(windows) < 8:
+        if done < 0.25 or self._unsummed:  # nothing new since the last window
+            return None
+        windows = [window for window in self.windows if window.step > self.signs.step - 0.25 * self.config['max_iters']]
+        if len(windows) < 8:
             return None
         half = len(windows) // 2
         before, now = windows[:half], windows[half:]
-        gain = statistics.fmean(w[1] for w in before) - statistics.fmean(w[1] for w in now)
-        error = math.sqrt(sum(w[2] ** 2 for w in before) / len(before) ** 2 + sum(w[2] ** 2 for w in now) / len(now) ** 2)
-        if gain + 2 * error < 0.005 * now[-1][1]:
-            return f'the loss has stayed at {now[-1][1]:.3f} since step {windows[0][0]}, at learning rate {self.signs.learning_rate:.2g}'
+        gain = statistics.fmean(w.loss for w in before) - statistics.fmean(w.loss for w in now)
+        error = math.sqrt(sum(w.error ** 2 for w in before) / len(before) ** 2 + sum(w.error ** 2 for w in now) / len(now) ** 2)
+        if gain + 2 * error < 0.005 * now[-1].loss:
+            return (f'the loss has stayed at {now[-1].loss:.3f} since step {windows[0].step}, at learning rate '
+                    f'{self.signs.learning_rate:.2g}')
 
     def exploding_gradients(self):
         _, high = health.grad_norm_limits(self.config['n_layer'], self.config['n_embd'], fresh=True)
@@ -230,6 +263,8 @@ class Doctor:
             return f'the loss scale of float16 has fallen to {self.signs.loss_scale:g}'
 
     def throughput_collapse(self):
+        if not self.lines or self.lines[-1].tokens_per_second >= 0.4 * self.fastest:  # no median is above the fastest
+            return None
         n, seconds = 0, 0.0
         while n < len(self.lines) and (n < 3 or seconds < 1.0):  # a shorter pause is the machine's
             n += 1
@@ -294,16 +329,3 @@ class Doctor:
 
     def _ratio_limits(self) -> tuple[float, float]:
         return health.update_limits(self.config['beta1'], first=False, learnt=self.trained, muon=self.config['optimizer'] == 'muon')
-
-    def _windows(self) -> list[tuple[int, float, float]]:
-        """(last step, mean loss, its standard error) of windows of at least ten steps."""
-        windows, held = [], []
-        for line in self.lines:
-            held.append(line)
-            n = sum(line.n for line in held)
-            if n >= 10:
-                mean = sum(line.loss * line.n for line in held) / n
-                within = sum(line.n * (line.variance + (line.loss - mean) ** 2) for line in held) / n
-                windows.append((line.step, mean, math.sqrt(within / n)))
-                held = []
-        return windows

@@ -4,6 +4,7 @@ Nothing here waits for the device but read(), which the loop calls where it wait
 """
 import math
 import statistics
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -28,8 +29,8 @@ class StepSigns:
     learning_rate: float
     losses: list[float]  # of each step, nats per token
     grad_norms: list[float]  # before clipping
-    update_ratio: dict[str, float]  # group of matrices -> ||w after - w before|| / ||w before||
-    weight_rms: dict[str, float]  # root mean square of the group's weights
+    update_ratio: dict[str, float]  # group of matrices -> ||w after - w before|| / ||w before||, over the samples of its matrices
+    weight_rms: dict[str, float]  # root mean square of the same
     block_grad_rms: list[float]  # of the recent gradients of each block's matrices, the first block first
     repeated: float | None  # share of the batch's tokens that stood at the same place when last looked at
     shifted: float  # share of the targets that are the input's next token
@@ -94,49 +95,49 @@ class Vitals:
         matrices = [(name, weight) for name, weight in raw_model.named_parameters() if weight.dim() >= 2]
         state = optimizer.named_state(raw_model)
         self._groups, self._blocks = {}, {}  # name -> samples of the weights; of the memory of the gradient or its square
+        # AdamW remembers the square, whose sum is its norm of order 1; Muon the gradient, whose sum of squares is of order 2.
+        has_muon = any(name.endswith('/momentum') for name in state)
+        memory, self._order = ('momentum', 2) if has_muon else ('exp_avg_sq', 1)
         for name, weight in matrices:
             self._groups.setdefault(group_of(name), []).append(sample(weight))
             if '.h.' in name:
                 block = int(name.split('.h.')[1].split('.')[0])
-                muon = f'{name}/momentum' in state
-                memory = (sample(state[f'{name}/momentum']), 2) if muon else (sample(state[f'{name}/exp_avg_sq']), 1)
-                self._blocks.setdefault(block, []).append(memory)
-        self._noted = torch.zeros(KEPT, 2, device=batches.device)
-        self._steps = 0  # noted since the last reading
+                self._blocks.setdefault(block, []).append(sample(state[f'{name}/{memory}']))
+        self._noted = deque(maxlen=KEPT)  # loss and grad_norm of each step since the last reading, on the device
         self._evaluations = 0  # after the first step
         self._batch = self._batch_before = self._before = None
 
     def begin(self, micro_batches: Iterator) -> Iterator:
         """Remembers the weights before the step, and its first micro batch on the way through."""
-        self._before = {group: torch.cat(weights) for group, weights in self._groups.items()}
+        self._before = self._sample_groups()
         self._batch_before, self._batch = self._batch, None
         for batch in micro_batches:
             self._batch = self._batch or batch
             yield batch
 
     def note(self, loss: torch.Tensor, grad_norm: torch.Tensor):
-        self._noted[self._steps % KEPT] = torch.stack((loss, grad_norm))
-        self._steps += 1
+        self._noted.append((loss, grad_norm))
 
     @torch.no_grad()
     def read(self, step: int, learning_rate: float, tokens_per_second: float) -> StepSigns:
         """The signs after a step that begin() was called before. Waits for the device."""
-        after = {group: torch.cat(weights) for group, weights in self._groups.items()}
-        norm = torch.linalg.vector_norm
-        figures = [norm(after[group] - before) / norm(before) for group, before in self._before.items()]
-        figures += [norm(weights) / math.sqrt(weights.numel()) for weights in after.values()]
-        figures += [torch.cat([memory ** power for memory, power in memories]).mean().sqrt() for memories in self._blocks.values()]
-        figures += self._compare_batches()
-        noted = self._noted[:min(self._steps, KEPT)].roll(-self._steps if self._steps > KEPT else 0, dims=0)
-        numbers = torch.cat((torch.stack([figure.float() for figure in figures]), noted.flatten())).tolist()
-        take = iter(numbers)
-        ratio, rms = ({group: next(take) for group in after} for _ in range(2))
-        block_grad_rms = [next(take) for _ in self._blocks]
-        repeated, shifted, copied = (next(take) for _ in range(3))
-        losses = list(take)
-        self._steps = 0
-        return StepSigns(step, learning_rate, losses[0::2], losses[1::2], ratio, rms, block_grad_rms, None if self._batch_before is None else repeated, shifted, copied, tokens_per_second,
-                         self.scaler.get_scale() if self.scaler.is_enabled() else None)
+        before, after = (list(groups.values()) for groups in (self._before, self._sample_groups()))
+        norms = torch._foreach_norm([*before, *after, *torch._foreach_sub(after, before)])
+        memories = torch._foreach_norm([memory for block in self._blocks.values() for memory in block], self._order)
+        noted = [figure for pair in self._noted for figure in pair]
+        numbers = iter(torch.stack([*norms, *memories, *self._compare_batches(), *noted]).tolist())
+        norm_before, norm_after, moved = ([next(numbers) for _ in after] for _ in range(3))
+        block_grad_rms = [math.sqrt(sum(next(numbers) ** self._order for _ in block) / sum(memory.numel() for memory in block))
+                          for block in self._blocks.values()]
+        repeated, shifted, copied = (next(numbers) for _ in range(3))
+        losses = list(numbers)
+        self._noted.clear()
+        return StepSigns(
+            step, learning_rate, losses[0::2], losses[1::2],
+            {group: m / n if n else math.nan for group, m, n in zip(self._groups, moved, norm_before)},
+            {group: n / math.sqrt(weights.numel()) for group, n, weights in zip(self._groups, norm_after, after)},
+            block_grad_rms, None if self._batch_before is None else repeated, shifted, copied, tokens_per_second,
+            self.scaler.get_scale() if self.scaler.is_enabled() else None)
 
     def evaluate(self, step: int, train_loss: float, val_loss: float, val_batch: tuple[torch.Tensor, torch.Tensor]) -> EvaluationSigns:
         """The activations on a batch of the validation text beside the losses of an evaluation; and, after the first, second,
@@ -155,11 +156,14 @@ class Vitals:
         return EvaluationSigns(step, train_loss, val_loss, max(row.dead for row in blocks), max(row.attention_logit for row in blocks),
                                min(row.entropy for row in blocks) / largest if largest else 1.0, blocks[-1].std, noise_scale)
 
+    def _sample_groups(self) -> dict[str, torch.Tensor]:
+        return {group: torch.cat(weights) for group, weights in self._groups.items()}
+
     def _compare_batches(self) -> list[torch.Tensor]:
         x, y = self._batch
         before = x if self._batch_before is None else self._batch_before[0]
-        return [(x == before).float().mean(), (y[:, :-1] == x[:, 1:]).float().mean() if x.shape[1] > 1 else x.new_ones(()),
-                (y == x).float().mean()]
+        shifted = (y[:, :-1] == x[:, 1:]).float().mean() if x.shape[1] > 1 else torch.ones((), device=x.device)
+        return [(x == before).float().mean(), shifted, (y == x).float().mean()]
 
 
 @torch.enable_grad()
