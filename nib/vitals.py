@@ -149,6 +149,7 @@ class Vitals:
             k = min(max(4, 8192 // tokens), 32)  # more of small batches, each of which says little
             noise_scale = gradient_noise(self.model, self.scaler, (self.batches.batch(i, 0) for i in range(k)), self.precision)
             noise_scale /= self.batches.micro_steps * self.batches.world_size  # a step's batch is so many of these
+            noise_scale = None if math.isnan(noise_scale) else noise_scale  # float16's may overflow
         raw_model = getattr(self.model, '_orig_mod', self.model)
         _, layers = inspection.measure_layers(raw_model, *val_batch, self.precision, n_sequences=1)
         blocks = [row for row in layers if row.entropy is not None]
@@ -168,8 +169,8 @@ class Vitals:
 
 @torch.enable_grad()
 def gradient_noise(model: torch.nn.Module, scaler: torch.amp.GradScaler, batches: Iterable, precision) -> float:
-    """The gradient noise scale (McCandlish et al. 2018, equation 2.8) in batches, tr(Sigma) / |G|^2: how many such batches
-    together have as much signal as noise. Infinite where no signal is left.
+    """The gradient noise scale (McCandlish et al. 2018, section 2.2) in batches, tr(Sigma) / |G|^2: how many such batches
+    together have as much signal as noise. Infinite where no signal is left, NaN where a gradient is not finite.
 
     Over K batches at the same weights, |G|^2 is the mean product of two different gradients, and |G|^2 + tr(Sigma) the mean of
     their squared norms. batches: K pairs (x, y). The gradients are samples of the matrices', and are None afterwards.
@@ -185,6 +186,8 @@ def gradient_noise(model: torch.nn.Module, scaler: torch.amp.GradScaler, batches
     k = len(gradients)
     square = products.diagonal().mean()
     signal = (products.sum() - products.diagonal().sum()) / (k * (k - 1))
+    if not products.isfinite().all():
+        return math.nan
     return max(0.0, float((square - signal) / signal)) if signal > 0.0 else math.inf
 
 
@@ -192,7 +195,7 @@ def gradient_noise(model: torch.nn.Module, scaler: torch.amp.GradScaler, batches
 
 def examine_data(train: np.ndarray, val: np.ndarray, vocab_size: int) -> DataSigns:
     """Looks at samples of both texts; takes a fraction of a second however large they are."""
-    length = min(len(val), len(train) // PARTS)  # equally long, as few tokens are far from any text
+    length = min(len(val), max(1, len(train) // PARTS))  # equally long, as few tokens are far from any text
     starts = np.arange(PARTS) * len(train) // PARTS
     parts = np.stack([_counts(train[start:start + length], vocab_size) for start in starts])  # (PARTS, V)
     whole, held_out = parts.sum(axis=0), _counts(val, vocab_size)
@@ -202,8 +205,10 @@ def examine_data(train: np.ndarray, val: np.ndarray, vocab_size: int) -> DataSig
 
 
 def _counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token comes in RUNS passages, spread evenly over the text."""
-    size = min(len(tokens), DATA_SAMPLE // PARTS) // RUNS or len(tokens)
+    """How often each token comes in RUNS passages, spread evenly over the text; in all of a short one."""
+    if len(tokens) <= DATA_SAMPLE // PARTS:
+        return np.bincount(tokens, minlength=vocab_size)
+    size = DATA_SAMPLE // PARTS // RUNS
     starts = np.arange(RUNS) * (len(tokens) - size) // RUNS
     return np.bincount(np.concatenate([tokens[start:start + size] for start in starts]), minlength=vocab_size)
 
@@ -215,7 +220,7 @@ def _entropy(p: np.ndarray) -> float:
 
 def _distance(counts: np.ndarray, others: np.ndarray) -> float:
     """Jensen-Shannon divergence in nats (Lin 1991): 0 for equal frequencies, ln 2 for texts that share no token."""
-    p, q = counts / counts.sum(), others / others.sum()
+    p, q = (n / max(1, n.sum()) for n in (counts, others))
     return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
 
 
