@@ -97,6 +97,16 @@ class Doctor:
                 if key.startswith('finding/') and name in TROUBLES:
                     self.findings.append(Finding(name, record['step'], 'found before the run was resumed'))
 
+    def rewind(self, step: int):
+        """Forgets what it has seen after `step`, from where the run goes on."""
+        self.findings = [finding for finding in self.findings if finding.step <= step]
+        self.evaluations = [signs for signs in self.evaluations if signs.step <= step]
+        lines, self.lines, self.windows, self.lowest, self._unsummed = self.lines, [], [], None, []
+        for line in lines:
+            if line.step <= step:
+                self._add_line(line)
+        self.streak.clear()
+
     def verdict(self) -> str:
         """The last word on a run, a sentence."""
         if not self.findings:
@@ -167,7 +177,9 @@ class Doctor:
                     f'input itself')
 
     def constant_batches(self):
-        if self.signs.repeated is not None and self.signs.repeated > 0.99:
+        # Batches of a few tokens, or of one token mostly, are the same by chance: one of 50 nats and more is not.
+        text = self.config['batch_size'] * self.config['block_size'] * self.data.entropy
+        if self.signs.repeated == 1.0 and text > 50.0:
             return f'the batch of step {self.signs.step} is the one of the logged step before'
 
     def wrong_initial_loss(self):
@@ -236,10 +248,12 @@ class Doctor:
 
     def vanishing_gradients(self):
         rms, norms = self.signs.block_grad_rms, [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
+        if not norms or not self.lines:  # not a step so far that was finite
+            return None
         below = rms[0] == 0.0 or len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
         # A short gradient is no trouble where all is learnt.
         low = health.GRAD_NORM[0] / health.SLACK
-        short = bool(norms) and max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
+        short = max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
         if self._lasts('vanishing_gradients', self.signs.step > 1 and (below or short), 2):
             return (f'the gradients of the first block are {rms[0]:.1g}, those of the last {rms[-1]:.1g}' if below else
                     f'the norm of the gradients is {max(norms):.1g}, where 0.1 to 10 is usual, and little is learnt: the loss is '
@@ -316,7 +330,7 @@ class Doctor:
     def batch_too_small(self):
         known = [signs.noise_scale for signs in self.evaluations if signs.noise_scale is not None]
         # Training needs 1 + noise scale times the steps that it would need with batches without noise (McCandlish et al. 2018,
-        # equation 2.11 with B = 1): ten times is a waste of steps.
+        # section 2.3 with B = 1): ten times is a waste of steps.
         signal = statistics.fmean(1 / (1 + noise) for noise in known) if known else 1.0
         if len(known) > 1 and signal < 1 / 11 and not self._found('vanishing_gradients'):
             return (f'a step\'s gradient is {1 - signal:.0%} noise: the noise scale is about {1 / max(signal, 1e-6) - 1:,.0f} batches of '
