@@ -227,7 +227,7 @@ class Doctor:
         if self._lasts('plateau', still, 3):
             return (f'nothing moves any more: the learning rate is {self.signs.learning_rate:.2g} after {done:.0%} of the run')
         # A quarter of the run without progress, with certainty: with the upper end of its error, less than half a percent.
-        if done < 0.25 or self._unsummed:  # nothing new since the last window
+        if done < 0.25 or self._unsummed or self.streak.get('diverging'):  # no new window, or one that is about to be called worse
             return None
         windows = [window for window in self.windows if window.step > self.signs.step - 0.25 * self.config['max_iters']]
         if len(windows) < 8:
@@ -237,7 +237,7 @@ class Doctor:
         gain = statistics.fmean(w.loss for w in before) - statistics.fmean(w.loss for w in now)
         error = math.sqrt(sum(w.error ** 2 for w in before) / len(before) ** 2 + sum(w.error ** 2 for w in now) / len(now) ** 2)
         if gain + 2 * error < 0.005 * now[-1].loss:
-            return (f'the loss has stayed at {now[-1].loss:.3f} since step {windows[0].step}, at learning rate '
+            return (f'the loss has not fallen since step {windows[0].step}: it is {now[-1].loss:.3f}, at learning rate '
                     f'{self.signs.learning_rate:.2g}')
 
     def exploding_gradients(self):
