@@ -227,7 +227,8 @@ class Doctor:
         if self._lasts('plateau', still, 3):
             return (f'nothing moves any more: the learning rate is {self.signs.learning_rate:.2g} after {done:.0%} of the run')
         # A quarter of the run without progress, with certainty: with the upper end of its error, less than half a percent.
-        if done < 0.25 or self._unsummed or self.streak.get('diverging'):  # no new window, or one that is about to be called worse
+        # Not between two windows, and not where the last one looks like divergence.
+        if done < 0.25 or self._unsummed or self.streak.get('diverging'):
             return None
         windows = [window for window in self.windows if window.step > self.signs.step - 0.25 * self.config['max_iters']]
         if len(windows) < 8:
