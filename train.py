@@ -267,6 +267,7 @@ def main(argv):
         back.passed_over, back.bad_steps = data_step - back.step, 0
         if metrics:
             metrics.rewind(back.step)
+            doctor.rewind(back.step)
         return back
 
     metrics = writer = doctor = None
@@ -353,10 +354,11 @@ def main(argv):
             saved, rewinds = state.step, rewinds if state.bad_steps else 0
         if stopping:
             ranks.on_first(lambda: writer.wait())
-            console.say(f'stopped by {"the doctor" if stopping == runtime.FINDING else f"signal {stopping}"} after step {state.step}'
-                        + (f', which is saved; to go on: {runtime.resume_command(argv)}' if saved else
-                           ', nothing is saved yet: start again with the same command'))
-            exit_code = EXIT_FINDING if stopping == runtime.FINDING else 128 + stopping
+            by_doctor = stopping == runtime.FINDING
+            console.say(f'stopped by {"the doctor" if by_doctor else f"signal {stopping}"} after step {state.step}, '
+                        + (f'which is saved; to go on: {runtime.resume_command(argv)}' if saved else
+                           'nothing is saved yet' + ('' if by_doctor else ': start again with the same command')))
+            exit_code = EXIT_FINDING if by_doctor else 128 + stopping
             break
 
         # -- evaluate when due
@@ -418,6 +420,8 @@ def main(argv):
                                          'peak_memory': runtime.peak_memory(device_used)} | shown.metrics(grad_clip))
 
     if not exit_code:
+        if by_doctor := ranks.largest(stop.number) == runtime.FINDING:
+            stop.number = 0  # nothing is left to stop
         loss = split_loss('val', None)
         if number := ranks.largest(stop.number):
             console.say(f'stopped by signal {number} in the last evaluation')
@@ -426,7 +430,7 @@ def main(argv):
             console.say(f'step {state.step}: val loss {data.describe_loss(loss)} over the whole validation split')
             if metrics:
                 metrics.log(state.step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
-            exit_code = 0 if math.isfinite(loss) else EXIT_NONFINITE
+            exit_code = EXIT_NONFINITE if not math.isfinite(loss) else EXIT_FINDING if by_doctor else 0
     if not eval_only:
         ranks.on_first(close_out_dir)
     stop.ignore()

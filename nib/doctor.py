@@ -5,7 +5,7 @@ docs/doctor.md has the experiment that checks them.
 """
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nib import health
@@ -13,7 +13,7 @@ from nib.troubles import TROUBLES, Finding
 from nib.vitals import DataSigns, EvaluationSigns, StepSigns
 
 LEARNING = ('attention', 'mlp')  # the groups of matrices that an update ratio is judged of: a batch has few of an embedding's rows
-LINES = 1000  # logged steps that are remembered; more are thinned out
+KEPT = 1000  # lines and windows that are remembered; more are thinned out
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,21 @@ class Line:
     loss: float
     variance: float  # of the losses of its steps
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """The mean loss over at least ten steps, of which so many lines sum up."""
+    step: int  # the last one
+    loss: float
+    error: float  # the mean's standard error
+
+    @classmethod
+    def over(cls, lines: Sequence[Line]) -> 'Window':
+        n = sum(line.n for line in lines)
+        loss = sum(line.loss * line.n for line in lines) / n
+        variance = sum(line.n * (line.variance + (line.loss - loss) ** 2) for line in lines) / n
+        return cls(lines[-1].step, loss, math.sqrt(variance / n))
 
 
 class Doctor:
@@ -43,6 +58,10 @@ class Doctor:
         self.tokens_per_step = config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps']
         self.findings: list[Finding] = []
         self.lines: list[Line] = []
+        self.fastest = 0.0  # tokens per second of any line
+        self.windows: list[Window] = []
+        self.lowest: Window | None = None  # of those before the last
+        self._unsummed: list[Line] = []  # lines that are in no window yet
         self.signs: StepSigns | None = None  # of the last logged step
         self.first_rms: dict[str, float] | None = None  # of the weights
         self.streak: dict[str, int] = {}  # rule -> how often in a row what it looks for was there
@@ -57,9 +76,9 @@ class Doctor:
         self.signs = signs
         finite = [loss for loss in signs.losses if math.isfinite(loss)]
         if finite:
-            self.lines.append(Line(signs.step, len(finite), statistics.fmean(finite), statistics.pvariance(finite), signs.tokens_per_second))
-        if len(self.lines) > LINES:  # of the older half, every second goes
-            self.lines = self.lines[:LINES // 2:2] + self.lines[LINES // 2:]
+            mean = statistics.fmean(finite)
+            variance = statistics.fmean((loss - mean) ** 2 for loss in finite)
+            self._add_line(Line(signs.step, len(finite), mean, variance, signs.tokens_per_second))
         self.first_rms = self.first_rms or signs.weight_rms
         return self._apply(self.STEP_RULES, signs.step)
 
@@ -78,6 +97,16 @@ class Doctor:
                 if key.startswith('finding/') and name in TROUBLES:
                     self.findings.append(Finding(name, record['step'], 'found before the run was resumed'))
 
+    def rewind(self, step: int):
+        """Forgets what it has seen after `step`, from where the run goes on."""
+        self.findings = [finding for finding in self.findings if finding.step <= step]
+        self.evaluations = [signs for signs in self.evaluations if signs.step <= step]
+        lines, self.lines, self.windows, self.lowest, self._unsummed = self.lines, [], [], None, []
+        for line in lines:
+            if line.step <= step:
+                self._add_line(line)
+        self.streak.clear()
+
     def verdict(self) -> str:
         """The last word on a run, a sentence."""
         if not self.findings:
@@ -89,9 +118,24 @@ class Doctor:
     def _apply(self, rules, step: int) -> list[Finding]:
         found = []
         for rule in rules:
-            if evidence := getattr(self, rule)():
-                found += self._name('lr_too_high' if rule == 'attention_collapsed' else rule, step, evidence)
+            name = 'lr_too_high' if rule == 'attention_collapsed' else rule
+            if not self._found(name) and (evidence := getattr(self, rule)()):
+                found += self._name(name, step, evidence)
         return found
+
+    def _add_line(self, line: Line):
+        """Sums up the losses as they come, so that a look costs the same however many there were."""
+        self.lines.append(line)
+        self.fastest = max(self.fastest, line.tokens_per_second)
+        self._unsummed.append(line)
+        if sum(line.n for line in self._unsummed) >= 10:
+            if self.windows and (self.lowest is None or self.windows[-1].loss < self.lowest.loss):
+                self.lowest = self.windows[-1]
+            self.windows.append(Window.over(self._unsummed))
+            self._unsummed = []
+        for kept in (self.lines, self.windows):
+            if len(kept) > KEPT:
+                del kept[1:KEPT // 2:2]  # of the older half, every second goes
 
     def _found(self, *names: str) -> bool:
         return any(finding.name in names for finding in self.findings)
@@ -133,7 +177,9 @@ class Doctor:
                     f'input itself')
 
     def constant_batches(self):
-        if self.signs.repeated is not None and self.signs.repeated > 0.99:
+        # Batches of a few tokens, or of one token mostly, are the same by chance: one of 50 nats and more is not.
+        text = self.config['batch_size'] * self.config['block_size'] * self.data.entropy
+        if self.signs.repeated == 1.0 and text > 50.0:
             return f'the batch of step {self.signs.step} is the one of the logged step before'
 
     def wrong_initial_loss(self):
@@ -167,14 +213,13 @@ class Doctor:
                     f'usual')
 
     def diverging(self):
-        *before, (step, now, error) = self._windows() or [(0, math.inf, 0.0)]
-        if not before:
+        if self.lowest is None:
             return None
-        best_step, best, best_error = min(before, key=lambda window: window[1])
-        guess = math.log(self.data.vocab_size)
-        rises = self._lasts('diverging', now - best > max(0.1, 0.03 * best, 3 * math.hypot(error, best_error)), 3)
-        if rises or best + 0.5 < guess < now - 0.2:  # worse than a model that knows nothing, and it was better
-            return f'the loss rises: {best:.3f} at step {best_step}, {now:.3f} at step {step}'
+        now, lowest, guess = self.windows[-1], self.lowest, math.log(self.data.vocab_size)
+        rise = now.loss - lowest.loss
+        rises = self._lasts('diverging', rise > max(0.1, 0.03 * lowest.loss, 3 * math.hypot(now.error, lowest.error)), 3)
+        if rises or lowest.loss + 0.5 < guess < now.loss - 0.2:  # worse than a model that knows nothing, and it was better
+            return f'the loss rises: {lowest.loss:.3f} at step {lowest.step}, {now.loss:.3f} at step {now.step}'
 
     def plateau(self):
         done = self.signs.step / self.config['max_iters']
@@ -184,15 +229,19 @@ class Doctor:
         if self._lasts('plateau', still, 3):
             return (f'nothing moves any more: the learning rate is {self.signs.learning_rate:.2g} after {done:.0%} of the run')
         # A quarter of the run without progress, with certainty: with the upper end of its error, less than half a percent.
-        windows = [window for window in self._windows() if window[0] > self.signs.step - 0.25 * self.config['max_iters']]
-        if done < 0.25 or len(windows) < 8:
+        # Not between two windows, and not where the last one looks like divergence.
+        if done < 0.25 or self._unsummed or self.streak.get('diverging'):
+            return None
+        windows = [window for window in self.windows if window.step > self.signs.step - 0.25 * self.config['max_iters']]
+        if len(windows) < 8:
             return None
         half = len(windows) // 2
         before, now = windows[:half], windows[half:]
-        gain = statistics.fmean(w[1] for w in before) - statistics.fmean(w[1] for w in now)
-        error = math.sqrt(sum(w[2] ** 2 for w in before) / len(before) ** 2 + sum(w[2] ** 2 for w in now) / len(now) ** 2)
-        if gain + 2 * error < 0.005 * now[-1][1]:
-            return f'the loss has stayed at {now[-1][1]:.3f} since step {windows[0][0]}, at learning rate {self.signs.learning_rate:.2g}'
+        gain = statistics.fmean(w.loss for w in before) - statistics.fmean(w.loss for w in now)
+        error = math.sqrt(sum(w.error ** 2 for w in before) / len(before) ** 2 + sum(w.error ** 2 for w in now) / len(now) ** 2)
+        if gain + 2 * error < 0.005 * now[-1].loss:
+            return (f'the loss has not fallen since step {windows[0].step}: it is {now[-1].loss:.3f}, at learning rate '
+                    f'{self.signs.learning_rate:.2g}')
 
     def exploding_gradients(self):
         _, high = health.grad_norm_limits(self.config['n_layer'], self.config['n_embd'], fresh=True)
@@ -203,10 +252,12 @@ class Doctor:
 
     def vanishing_gradients(self):
         rms, norms = self.signs.block_grad_rms, [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
+        if not norms or not self.lines:  # not a step so far that was finite
+            return None
         below = rms[0] == 0.0 or len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
         # A short gradient is no trouble where all is learnt.
         low = health.GRAD_NORM[0] / health.SLACK
-        short = bool(norms) and max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
+        short = max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
         if self._lasts('vanishing_gradients', self.signs.step > 1 and (below or short), 2):
             return (f'the gradients of the first block are {rms[0]:.1g}, those of the last {rms[-1]:.1g}' if below else
                     f'the norm of the gradients is {max(norms):.1g}, where 0.1 to 10 is usual, and little is learnt: the loss is '
@@ -230,6 +281,8 @@ class Doctor:
             return f'the loss scale of float16 has fallen to {self.signs.loss_scale:g}'
 
     def throughput_collapse(self):
+        if not self.lines or self.lines[-1].tokens_per_second >= 0.4 * self.fastest:  # no median is above the fastest
+            return None
         n, seconds = 0, 0.0
         while n < len(self.lines) and (n < 3 or seconds < 1.0):  # a shorter pause is the machine's
             n += 1
@@ -281,7 +334,7 @@ class Doctor:
     def batch_too_small(self):
         known = [signs.noise_scale for signs in self.evaluations if signs.noise_scale is not None]
         # Training needs 1 + noise scale times the steps that it would need with batches without noise (McCandlish et al. 2018,
-        # equation 2.11 with B = 1): ten times is a waste of steps.
+        # section 2.3 with B = 1): ten times is a waste of steps.
         signal = statistics.fmean(1 / (1 + noise) for noise in known) if known else 1.0
         if len(known) > 1 and signal < 1 / 11 and not self._found('vanishing_gradients'):
             return (f'a step\'s gradient is {1 - signal:.0%} noise: the noise scale is about {1 / max(signal, 1e-6) - 1:,.0f} batches of '
@@ -294,16 +347,3 @@ class Doctor:
 
     def _ratio_limits(self) -> tuple[float, float]:
         return health.update_limits(self.config['beta1'], first=False, learnt=self.trained, muon=self.config['optimizer'] == 'muon')
-
-    def _windows(self) -> list[tuple[int, float, float]]:
-        """(last step, mean loss, its standard error) of windows of at least ten steps."""
-        windows, held = [], []
-        for line in self.lines:
-            held.append(line)
-            n = sum(line.n for line in held)
-            if n >= 10:
-                mean = sum(line.loss * line.n for line in held) / n
-                within = sum(line.n * (line.variance + (line.loss - mean) ** 2) for line in held) / n
-                windows.append((line.step, mean, math.sqrt(within / n)))
-                held = []
-        return windows

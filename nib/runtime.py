@@ -284,7 +284,7 @@ class StopSignal:
 
     def __init__(self, announced: bool):
         self.number = 0  # of the signal received, or FINDING; 0 is none
-        self._since = 0.0
+        self._since = 0.0  # when the first signal came; 0 is never
         self._announced = announced
 
     def listen(self):
@@ -302,9 +302,9 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _receive(self, number, frame):
-        if self.number and time.monotonic() - self._since > 1.0:
+        if self._since and time.monotonic() - self._since > 1.0:
             os._exit(128 + number)
-        if not self.number:
+        if not self._since:
             self.number, self._since = number, time.monotonic()
             if self._announced:  # by a plain write: print could meet itself here
                 os.write(2, f'\nsignal {number}: stopping after this step (once more: at once, without saving)\n'.encode())

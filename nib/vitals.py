@@ -4,6 +4,7 @@ Nothing here waits for the device but read(), which the loop calls where it wait
 """
 import math
 import statistics
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -28,8 +29,8 @@ class StepSigns:
     learning_rate: float
     losses: list[float]  # of each step, nats per token
     grad_norms: list[float]  # before clipping
-    update_ratio: dict[str, float]  # group of matrices -> ||w after - w before|| / ||w before||
-    weight_rms: dict[str, float]  # root mean square of the group's weights
+    update_ratio: dict[str, float]  # group of matrices -> ||w after - w before|| / ||w before||, over the samples of its matrices
+    weight_rms: dict[str, float]  # root mean square of the same
     block_grad_rms: list[float]  # of the recent gradients of each block's matrices, the first block first
     repeated: float | None  # share of the batch's tokens that stood at the same place when last looked at
     shifted: float  # share of the targets that are the input's next token
@@ -95,49 +96,49 @@ class Vitals:
         matrices = [(name, weight) for name, weight in raw_model.named_parameters() if weight.dim() >= 2]
         state = optimizer.named_state(raw_model)
         self._groups, self._blocks = {}, {}  # name -> samples of the weights; of the memory of the gradient or its square
+        # AdamW remembers the square, whose sum is its norm of order 1; Muon the gradient, whose sum of squares is of order 2.
+        has_muon = any(name.endswith('/momentum') for name in state)
+        memory, self._order = ('momentum', 2) if has_muon else ('exp_avg_sq', 1)
         for name, weight in matrices:
             self._groups.setdefault(group_of(name), []).append(sample(weight))
             if '.h.' in name:
                 block = int(name.split('.h.')[1].split('.')[0])
-                muon = f'{name}/momentum' in state
-                memory = (sample(state[f'{name}/momentum']), 2) if muon else (sample(state[f'{name}/exp_avg_sq']), 1)
-                self._blocks.setdefault(block, []).append(memory)
-        self._noted = torch.zeros(KEPT, 2, device=batches.device)
-        self._steps = 0  # noted since the last reading
+                self._blocks.setdefault(block, []).append(sample(state[f'{name}/{memory}']))
+        self._noted = deque(maxlen=KEPT)  # loss and grad_norm of each step since the last reading, on the device
         self._evaluations = 0  # after the first step
         self._batch = self._batch_before = self._before = None
 
     def begin(self, micro_batches: Iterator) -> Iterator:
         """Remembers the weights before the step, and its first micro batch on the way through."""
-        self._before = {group: torch.cat(weights) for group, weights in self._groups.items()}
+        self._before = self._sample_groups()
         self._batch_before, self._batch = self._batch, None
         for batch in micro_batches:
             self._batch = self._batch or batch
             yield batch
 
     def note(self, loss: torch.Tensor, grad_norm: torch.Tensor):
-        self._noted[self._steps % KEPT] = torch.stack((loss, grad_norm))
-        self._steps += 1
+        self._noted.append((loss, grad_norm))
 
     @torch.no_grad()
     def read(self, step: int, learning_rate: float, tokens_per_second: float) -> StepSigns:
         """The signs after a step that begin() was called before. Waits for the device."""
-        after = {group: torch.cat(weights) for group, weights in self._groups.items()}
-        norm = torch.linalg.vector_norm
-        figures = [norm(after[group] - before) / norm(before) for group, before in self._before.items()]
-        figures += [norm(weights) / math.sqrt(weights.numel()) for weights in after.values()]
-        figures += [torch.cat([memory ** power for memory, power in memories]).mean().sqrt() for memories in self._blocks.values()]
-        figures += self._compare_batches()
-        noted = self._noted[:min(self._steps, KEPT)].roll(-self._steps if self._steps > KEPT else 0, dims=0)
-        numbers = torch.cat((torch.stack([figure.float() for figure in figures]), noted.flatten())).tolist()
-        take = iter(numbers)
-        ratio, rms = ({group: next(take) for group in after} for _ in range(2))
-        block_grad_rms = [next(take) for _ in self._blocks]
-        repeated, shifted, copied = (next(take) for _ in range(3))
-        losses = list(take)
-        self._steps = 0
-        return StepSigns(step, learning_rate, losses[0::2], losses[1::2], ratio, rms, block_grad_rms, None if self._batch_before is None else repeated, shifted, copied, tokens_per_second,
-                         self.scaler.get_scale() if self.scaler.is_enabled() else None)
+        before, after = (list(groups.values()) for groups in (self._before, self._sample_groups()))
+        norms = torch._foreach_norm([*before, *after, *torch._foreach_sub(after, before)])
+        memories = torch._foreach_norm([memory for block in self._blocks.values() for memory in block], self._order)
+        noted = [figure for pair in self._noted for figure in pair]
+        numbers = iter(torch.stack([*norms, *memories, *self._compare_batches(), *noted]).tolist())
+        norm_before, norm_after, moved = ([next(numbers) for _ in after] for _ in range(3))
+        block_grad_rms = [math.sqrt(sum(next(numbers) ** self._order for _ in block) / sum(memory.numel() for memory in block))
+                          for block in self._blocks.values()]
+        repeated, shifted, copied = (next(numbers) for _ in range(3))
+        losses = list(numbers)
+        self._noted.clear()
+        return StepSigns(
+            step, learning_rate, losses[0::2], losses[1::2],
+            {group: m / n if n else math.nan for group, m, n in zip(self._groups, moved, norm_before)},
+            {group: n / math.sqrt(weights.numel()) for group, n, weights in zip(self._groups, norm_after, after)},
+            block_grad_rms, None if self._batch_before is None else repeated, shifted, copied, tokens_per_second,
+            self.scaler.get_scale() if self.scaler.is_enabled() else None)
 
     def evaluate(self, step: int, train_loss: float, val_loss: float, val_batch: tuple[torch.Tensor, torch.Tensor]) -> EvaluationSigns:
         """The activations on a batch of the validation text beside the losses of an evaluation; and, after the first, second,
@@ -149,6 +150,7 @@ class Vitals:
             k = min(max(4, 8192 // tokens), 32)  # more of small batches, each of which says little
             noise_scale = gradient_noise(self.model, self.scaler, (self.batches.batch(i, 0) for i in range(k)), self.precision)
             noise_scale /= self.batches.micro_steps * self.batches.world_size  # a step's batch is so many of these
+            noise_scale = None if math.isnan(noise_scale) else noise_scale  # float16's may overflow
         raw_model = getattr(self.model, '_orig_mod', self.model)
         _, layers = inspection.measure_layers(raw_model, *val_batch, self.precision, n_sequences=1)
         blocks = [row for row in layers if row.entropy is not None]
@@ -156,17 +158,20 @@ class Vitals:
         return EvaluationSigns(step, train_loss, val_loss, max(row.dead for row in blocks), max(row.attention_logit for row in blocks),
                                min(row.entropy for row in blocks) / largest if largest else 1.0, blocks[-1].std, noise_scale)
 
+    def _sample_groups(self) -> dict[str, torch.Tensor]:
+        return {group: torch.cat(weights) for group, weights in self._groups.items()}
+
     def _compare_batches(self) -> list[torch.Tensor]:
         x, y = self._batch
         before = x if self._batch_before is None else self._batch_before[0]
-        return [(x == before).float().mean(), (y[:, :-1] == x[:, 1:]).float().mean() if x.shape[1] > 1 else x.new_ones(()),
-                (y == x).float().mean()]
+        shifted = (y[:, :-1] == x[:, 1:]).float().mean() if x.shape[1] > 1 else torch.ones((), device=x.device)
+        return [(x == before).float().mean(), shifted, (y == x).float().mean()]
 
 
 @torch.enable_grad()
 def gradient_noise(model: torch.nn.Module, scaler: torch.amp.GradScaler, batches: Iterable, precision) -> float:
-    """The gradient noise scale (McCandlish et al. 2018, equation 2.8) in batches, tr(Sigma) / |G|^2: how many such batches
-    together have as much signal as noise. Infinite where no signal is left.
+    """The gradient noise scale (McCandlish et al. 2018, section 2.2) in batches, tr(Sigma) / |G|^2: how many such batches
+    together have as much signal as noise. Infinite where no signal is left, NaN where a gradient is not finite.
 
     Over K batches at the same weights, |G|^2 is the mean product of two different gradients, and |G|^2 + tr(Sigma) the mean of
     their squared norms. batches: K pairs (x, y). The gradients are samples of the matrices', and are None afterwards.
@@ -182,6 +187,8 @@ def gradient_noise(model: torch.nn.Module, scaler: torch.amp.GradScaler, batches
     k = len(gradients)
     square = products.diagonal().mean()
     signal = (products.sum() - products.diagonal().sum()) / (k * (k - 1))
+    if not products.isfinite().all():
+        return math.nan
     return max(0.0, float((square - signal) / signal)) if signal > 0.0 else math.inf
 
 
@@ -189,7 +196,7 @@ def gradient_noise(model: torch.nn.Module, scaler: torch.amp.GradScaler, batches
 
 def examine_data(train: np.ndarray, val: np.ndarray, vocab_size: int) -> DataSigns:
     """Looks at samples of both texts; takes a fraction of a second however large they are."""
-    length = min(len(val), len(train) // PARTS)  # equally long, as few tokens are far from any text
+    length = min(len(val), max(1, len(train) // PARTS))  # equally long, as few tokens are far from any text
     starts = np.arange(PARTS) * len(train) // PARTS
     parts = np.stack([_counts(train[start:start + length], vocab_size) for start in starts])  # (PARTS, V)
     whole, held_out = parts.sum(axis=0), _counts(val, vocab_size)
@@ -199,8 +206,10 @@ def examine_data(train: np.ndarray, val: np.ndarray, vocab_size: int) -> DataSig
 
 
 def _counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token comes in RUNS passages, spread evenly over the text."""
-    size = min(len(tokens), DATA_SAMPLE // PARTS) // RUNS or len(tokens)
+    """How often each token comes in RUNS passages, spread evenly over the text; in all of a short one."""
+    if len(tokens) <= DATA_SAMPLE // PARTS:
+        return np.bincount(tokens, minlength=vocab_size)
+    size = DATA_SAMPLE // PARTS // RUNS
     starts = np.arange(RUNS) * (len(tokens) - size) // RUNS
     return np.bincount(np.concatenate([tokens[start:start + size] for start in starts]), minlength=vocab_size)
 
@@ -212,7 +221,7 @@ def _entropy(p: np.ndarray) -> float:
 
 def _distance(counts: np.ndarray, others: np.ndarray) -> float:
     """Jensen-Shannon divergence in nats (Lin 1991): 0 for equal frequencies, ln 2 for texts that share no token."""
-    p, q = counts / counts.sum(), others / others.sum()
+    p, q = (n / max(1, n.sum()) for n in (counts, others))
     return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
 
 

@@ -15,15 +15,13 @@ from conftest import ROOT
 
 import configurator
 import train
+from nib.troubles import TROUBLES
 
 ENGLISH, CHINESE = ROOT / 'docs/training_loop.md', ROOT / 'docs/training_loop.zh.md'
 RECORDED = ROOT / 'benchmarks/results/training_loop.txt'
 DATASETS = Path(os.environ.get('NIBGPT_DATA_DIR', ROOT / 'data'))  # where tiny Shakespeare's bins may be
 NUMBER = re.compile(r'(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?')
 MACHINE = re.compile(r'tokens/s [\d,]+|ms/step [\d.]+|; [\d.]+ s$', re.MULTILINE)  # what depends on the machine
-NAMES = """diverging not_finite lr_too_high lr_too_low plateau exploding_gradients vanishing_gradients all_clipped no_warmup
-    overfitting underfitting constant_batches tiny_vocabulary different_texts targets_not_shifted val_leaked dead_units
-    wrong_initial_loss throughput_collapse float16_underflow weight_decay_too_strong batch_too_small""".split()
 
 needs_shakespeare = pytest.mark.skipif(not (DATASETS / 'shakespeare_char/train.bin').exists(),
                                        reason='tiny Shakespeare has not been prepared')
@@ -183,8 +181,15 @@ def trouble_rows(path: Path) -> list[list[str]]:
 
 def test_every_trouble_has_its_row():
     rows = trouble_rows(ENGLISH)
-    assert [row[2] for row in rows] == [f'`{name}`' for name in NAMES]
-    assert [row[4] for row in rows] == [f'`python train.py config/lab/{name}.py`' for name in NAMES]
+    assert [row[2] for row in rows] == [f'`{name}`' for name in TROUBLES]
+    assert [row[4] for row in rows] == [f'`python train.py config/lab/{name}.py`' for name in TROUBLES]
+
+
+@pytest.mark.parametrize('path', [ENGLISH, CHINESE], ids=lambda path: path.name)
+def test_commands_name_files_that_are_there(path):
+    named = re.findall(r'(?:(?<=python )|(?<=\.py ))(?:[\w-]+/)*\w+\.py', path.read_text(encoding='utf-8'))
+    assert len(set(named)) > len(TROUBLES)
+    assert [file for file in set(named) if not (ROOT / file).exists()] == []
 
 
 def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():

@@ -151,6 +151,13 @@ time.sleep(60)
 '''
 
 
+def test_a_signal_after_a_finding_still_saves(capfd):
+    stop = runtime.StopSignal(announced=True)
+    stop.number = runtime.FINDING
+    stop._receive(signal.SIGTERM, None)  # the first signal: it must not end the process
+    assert stop.number == signal.SIGTERM and 'signal 15: stopping after this step' in capfd.readouterr().err
+
+
 def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
     run = subprocess.Popen([sys.executable, '-c', SIGNALLED], cwd=ROOT, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True)
