@@ -126,7 +126,7 @@ def test_metrics_name_what_was_clipped():
         signs.note(torch.tensor(1.0), torch.tensor(norm))
     read = signs.read(4, 0.0, 1.0)
     assert read.metrics(grad_clip=1.0)['clipped'] == 0.75 and read.metrics(grad_clip=0.0)['clipped'] is None
-    assert set(read.metrics(1.0)) == {'clipped', 'loss_scale', 'update_ratio/attention', 'update_ratio/mlp', 'update_ratio/embedding'}
+    assert set(read.metrics(1.0)) == {'loss/mean', 'loss/max', 'clipped', 'loss_scale', 'update_ratio/attention', 'update_ratio/mlp', 'update_ratio/embedding'}
 
 
 class Waiting(TorchDispatchMode):
