@@ -289,7 +289,7 @@ def main(argv):
         for finding in findings:
             console.warn(f'step {finding.step}: {finding.name}, {finding}')
             metrics.log(finding.step, {f'finding/{finding.name}': str(finding)})
-            if {'critical': on_critical, 'warning': on_warning}.get(finding.trouble.severity) == 'stop':
+            if {'critical': on_critical, 'warning': on_warning}.get(finding.severity) == 'stop':
                 stop.number = stop.number or runtime.FINDING
 
     def end_nonfinite(what) -> int:
@@ -297,15 +297,14 @@ def main(argv):
         if doctor:
             tell(doctor.see_nonfinite(state.step, what))
         kept = f'the checkpoint of step {saved} in {out_dir} is good' if saved else 'no checkpoint was there yet'
-        console.warn(f'{what}. Nothing is saved; {kept}. Try a lower learning_rate, more warmup_iters, dtype float32, or '
-                     f'on_nonfinite rewind.')
+        console.warn(f'The run ends. Nothing is saved; {kept}.')
         return EXIT_NONFINITE
 
     def close_out_dir():
         writer.close()
         if exit_code < 128:  # not stopped halfway
-            console.say(f'verdict of the doctor: {doctor.verdict()}')
-            metrics.log(state.step, {'verdict': doctor.verdict()})
+            console.say(f'verdict of the doctor: {doctor.verdict(state.step)}')
+            metrics.log(state.step, {'verdict': doctor.verdict(state.step)})
         metrics.close()
         if report:
             write_after_run(out_dir, configurator.read_block(__file__).defaults, console.say, console.warn)

@@ -95,7 +95,7 @@ class Doctor:
             for key in record:
                 name = key.removeprefix('finding/')
                 if key.startswith('finding/') and name in TROUBLES:
-                    self.findings.append(Finding(name, record['step'], 'found before the run was resumed'))
+                    self.findings.append(Finding(name, record['step'], 'found before the run was resumed', self.config))
 
     def rewind(self, step: int):
         """Forgets what it has seen after `step`, from where the run goes on."""
@@ -107,11 +107,11 @@ class Doctor:
                 self._add_line(line)
         self.streak.clear()
 
-    def verdict(self) -> str:
-        """The last word on a run, a sentence."""
+    def verdict(self, step: int) -> str:
+        """The last word on a run of so many steps, a sentence."""
         if not self.findings:
-            return f'healthy: nothing found in {self.signs.step if self.signs else 0} steps'
-        by_severity = {severity: [finding.name for finding in self.findings if finding.trouble.severity == severity]
+            return f'healthy: nothing found in {step:,} step{"s" * (step != 1)}'
+        by_severity = {severity: [finding.name for finding in self.findings if finding.severity == severity]
                        for severity in ('critical', 'warning', 'note')}
         return '; '.join(f'{severity}: {", ".join(names)}' for severity, names in by_severity.items() if names)
 
@@ -143,7 +143,7 @@ class Doctor:
     def _name(self, name: str, step: int, evidence: str) -> list[Finding]:
         if self._found(name) or name != 'not_finite' and self._found('diverging', 'not_finite'):  # what follows is their doing
             return []
-        self.findings.append(Finding(name, step, evidence))
+        self.findings.append(Finding(name, step, evidence, self.config))
         return self.findings[-1:]
 
     def _lasts(self, rule: str, there: bool, times: int) -> bool:
@@ -202,15 +202,21 @@ class Doctor:
                     f'rate {self.signs.learning_rate:.2g}')
 
     def lr_too_low(self):
-        # During the warm-up, what the ratio will be at the full rate.
         lr, full = self.signs.learning_rate, self.config['learning_rate']
-        if lr <= 0.0 or self.trained or self.signs.step < 10 or self.signs.step > self.config['warmup_iters'] and lr < 0.5 * full:
+        warming = self.signs.step <= self.config['warmup_iters']
+        # What looks like small steps may be weights grown by large ones, or a schedule that has nearly ended.
+        others = self._found('lr_too_high', 'no_warmup', 'vanishing_gradients')
+        if others or self.trained or self.signs.step < 10 or not 0.0 < lr <= full or not warming and lr < 0.5 * full:
             return None
-        ratio = self._largest_ratio() * full / lr
-        others = self._found('lr_too_high', 'no_warmup', 'vanishing_gradients')  # weights grown by large steps make them look small
-        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0] and not others, 3):
+        ratio = self._largest_ratio() * full / lr  # during the warm-up, what it will be at the full rate
+        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0], 3):
             return (f'a step moves the weights by {ratio:.2g} of their size at the full learning rate {full:g}, where 0.001 to 0.01 is '
                     f'usual')
+        # Or steps in the lower part of what is usual, which after a quarter of the run have not taught it what is easiest.
+        if self.signs.step > 0.25 * self.config['max_iters'] and ratio < 0.003 and self.lines[-1].loss > self.data.entropy:
+            return (f'a step moves the weights by {ratio:.2g} of their size, and after a quarter of the run the loss, '
+                    f'{self.lines[-1].loss:.3f}, is that of a model that does not know how often each token comes, '
+                    f'{self.data.entropy:.3f}')
 
     def diverging(self):
         if self.lowest is None:
@@ -259,7 +265,8 @@ class Doctor:
         low = health.GRAD_NORM[0] / health.SLACK
         short = max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
         if self._lasts('vanishing_gradients', self.signs.step > 1 and (below or short), 2):
-            return (f'the gradients of the first block are {rms[0]:.1g}, those of the last {rms[-1]:.1g}' if below else
+            return ('no gradient reaches the first block' if rms[0] == 0.0 else
+                    f'the gradients of the first block are {rms[0]:.1g}, those of the last {rms[-1]:.1g}' if below else
                     f'the norm of the gradients is {max(norms):.1g}, where 0.1 to 10 is usual, and little is learnt: the loss is '
                     f'{self.lines[-1].loss:.3f}')
 
@@ -317,7 +324,7 @@ class Doctor:
         if self._found('different_texts'):
             return None
         if rising or read > 2.0 and gap > max(0.1 * now.train_loss, 4 * error):
-            return (f'train loss {now.train_loss:.3f}, validation loss {now.val_loss:.3f}, best at step {best.step} ({best.val_loss:.3f}); '
+            return (f'train loss {now.train_loss:.3f}, validation loss {now.val_loss:.3f}, the best so far is {best.val_loss:.3f} at step {best.step}; '
                     f'the text was read {read:.1f} times')
 
     def underfitting(self):

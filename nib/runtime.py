@@ -56,7 +56,8 @@ def describe_device(device: str) -> str:
     if device != 'cpu':
         return device
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    return f'cpu ({torch.get_num_threads()} threads; {"as asked" if has_gpu else "torch finds no GPU here"})'
+    threads = torch.get_num_threads()
+    return f'cpu ({threads} thread{"s" * (threads > 1)}; {"as asked" if has_gpu else "torch finds no GPU here"})'
 
 
 def has_bfloat16(device: str) -> bool:

@@ -103,7 +103,7 @@ def test_a_trouble_is_named_once_and_alone(name):
     assert [finding.name for finding in found] == [name] and found == doctor.findings
     assert found[0].step <= 270 and re.search(r'\d', found[0].evidence)
     severity = TROUBLES[name].severity
-    assert doctor.verdict() == f'{severity}: {name}'
+    assert doctor.verdict(300) == f'{severity}: {name}'
     assert str(found[0]).startswith(f'{severity}: {found[0].evidence}. Likely causes') and TROUBLES[name].change in str(found[0])
     assert show(doctor, first=300, last=400, **{key: FIRING[name][key] for key in ('step', 'evaluation') if key in FIRING[name]}) == []
 
@@ -118,7 +118,7 @@ def test_all_troubles_but_the_one_that_the_loop_sees_are_fired_here():
 def test_a_healthy_run_is_left_alone(changes, log_interval):
     doctor = make_doctor(**changes)
     assert show(doctor, log_interval=log_interval) == []
-    assert doctor.verdict() == f'healthy: nothing found in {300 if log_interval < 1000 else 1} steps'
+    assert doctor.verdict(300) == 'healthy: nothing found in 300 steps' and doctor.verdict(1) == 'healthy: nothing found in 1 step'
 
 
 def test_not_finite_is_what_the_loop_says_and_ends_the_search():
@@ -126,14 +126,14 @@ def test_not_finite_is_what_the_loop_says_and_ends_the_search():
     found = doctor.see_nonfinite(7, 'step 7: loss not finite')
     assert [(finding.name, finding.step, finding.evidence) for finding in found] == [('not_finite', 7, 'step 7: loss not finite')]
     assert doctor.see_nonfinite(9, 'again') == [] and show(doctor, step=lambda s: ratio(0.5)) == []
-    assert doctor.verdict() == 'critical: not_finite'
+    assert doctor.verdict(300) == 'critical: not_finite'
 
 
 def test_a_diverging_run_may_still_become_not_finite_but_nothing_else():
     doctor, found = diagnose('diverging')
     assert show(doctor, first=300, last=400, step=lambda s: ratio(0.5)) == []
     assert [finding.name for finding in doctor.see_nonfinite(301, 'NaN')] == ['not_finite']
-    assert doctor.verdict() == 'critical: diverging, not_finite'
+    assert doctor.verdict(300) == 'critical: diverging, not_finite'
 
 
 def test_collapsed_attention_is_a_learning_rate_too_high():
@@ -145,7 +145,7 @@ def test_the_verdict_goes_by_severity():
     doctor = make_doctor(data={'leaked': 1.0}, n_params=500)
     show(doctor, step=lambda s: {'grad_norms': [8.0] * 10},
          evaluation=lambda s: {'train_loss': 2.0, 'val_loss': 2.01, 'dead_units': 0.5})
-    assert doctor.verdict() == 'critical: val_leaked; warning: dead_units, all_clipped; note: underfitting'
+    assert doctor.verdict(300) == 'critical: val_leaked; warning: dead_units, all_clipped; note: underfitting'
 
 
 ALWAYS = {  # name of the rule -> signs just inside of what is bearable, and just outside
@@ -265,7 +265,7 @@ def test_what_was_found_before_is_not_said_again():
     other.recall([{'step': 5, 'loss/step': 3.0}, {'step': 10, 'finding/all_clipped': 'warning: ...'}, {'step': 0, 'finding/val_leaked': '...'},
                   {'step': 12, 'finding/of_a_later_version': '...'}])
     assert show(other, step=FIRING['all_clipped']['step']) == []
-    assert other.verdict() == 'critical: val_leaked; warning: all_clipped'
+    assert other.verdict(300) == 'critical: val_leaked; warning: all_clipped'
 
 
 def test_what_a_rewound_run_undid_is_forgotten():
@@ -307,7 +307,7 @@ def test_no_signs_confuse_it(config, data, trained, shown):
         found += doctor.see_step(signs) if isinstance(signs, StepSigns) else doctor.see_evaluation(signs)
     names = [finding.name for finding in found]
     assert len(names) == len(set(names)) and set(names) <= set(TROUBLES) and found == doctor.findings
-    assert doctor.verdict().startswith(('healthy', 'critical', 'warning', 'note')) and all(str(finding) for finding in found)
+    assert doctor.verdict(300).startswith(('healthy', 'critical', 'warning', 'note')) and all(str(finding) for finding in found)
 
 
 # -- what it says --------------------------------------------------------------------------------------------------------
