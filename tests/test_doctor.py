@@ -104,7 +104,7 @@ def test_a_trouble_is_named_once_and_alone(name):
     assert found[0].step <= 270 and re.search(r'\d', found[0].evidence)
     severity = TROUBLES[name].severity
     assert doctor.verdict(300) == f'{severity}: {name}'
-    assert str(found[0]).startswith(f'{severity}: {found[0].evidence}. Likely causes') and TROUBLES[name].change in str(found[0])
+    assert str(found[0]).startswith(f'{severity}: {found[0].evidence}. Likely causes') and ' Change: ' in str(found[0])
     assert show(doctor, first=300, last=400, **{key: FIRING[name][key] for key in ('step', 'evaluation') if key in FIRING[name]}) == []
 
 
@@ -314,15 +314,34 @@ def test_no_signs_confuse_it(config, data, trained, shown):
 
 @pytest.mark.parametrize('name', TROUBLES)
 def test_what_to_change_can_be_changed(name):
-    trouble = TROUBLES[name]
-    for word in re.findall(r'\b[a-z]+(?:_[a-z]+)+\b(?!\.py)', trouble.change) + re.findall(r'--(\w+)', trouble.change):
+    causes, changes = ([entry if isinstance(entry, str) else entry[1] for entry in advice]
+                       for advice in (TROUBLES[name].causes, TROUBLES[name].changes))
+    assert causes and changes and not any(text.endswith('.') for text in causes + changes)
+    change = '; '.join(changes)
+    for word in re.findall(r'\b[a-z]+(?:_[a-z]+)+\b(?!\.py)', change) + re.findall(r'--(\w+)', change):
         assert word in DEFAULTS or word == 'tokenizer', word  # prepare.py's
-    for script in re.findall(r'\w+\.py', trouble.change):
+    for script in re.findall(r'\w+\.py', change):
         assert (ROOT / script).exists() or script == 'prepare.py'
-    for key, value in re.findall(r'\b(\w+)(?: =)? (adamw|muon|gelu|relu2|swiglu|float32|bfloat16|rewind|skip)\b', trouble.change):
+    for key, value in re.findall(r'\b(\w+)(?: =)? (adamw|muon|gelu|relu2|swiglu|float32|bfloat16|rewind|skip)\b', change):
         if key in DEFAULTS:
             configurator.resolve(DEFAULTS, configurator.read_block(str(ROOT / 'train.py')).types, [f'--{key}={value}'])
-    assert trouble.causes and all(cause and not cause.endswith('.') for cause in (*trouble.causes, trouble.change))
+
+
+@pytest.mark.parametrize(('name', 'config', 'advised'), [
+    ('diverging', {'min_lr': 1.0}, 'min_lr = learning_rate / 10'), ('diverging', {'grad_clip': 0.0}, 'grad_clip = 1'),
+    ('not_finite', {'dtype': 'float16'}, 'dtype bfloat16 or float32'), ('lr_too_high', {}, 'or set qk_norm'),
+    ('plateau', {'lr_decay_iters': 30}, 'lr_decay_iters = max_iters'), ('all_clipped', {'grad_clip': 0.01}, 'grad_clip = 1'),
+    ('dead_units', {'mlp': 'relu2'}, 'mlp gelu or swiglu'), ('dead_units', {'bias': True}, 'bias = False'),
+])
+def test_advice_fits_the_config(name, config, advised):
+    opposite = {'qk_norm': True, 'bias': False, 'mlp': 'gelu', 'dtype': 'float32', 'grad_clip': 1.0, 'min_lr': 1e-4}
+    assert advised in str(Finding(name, 1, 'a figure', CONFIG | config))
+    assert advised not in str(Finding(name, 1, 'a figure', CONFIG | opposite))
+
+
+def test_a_rate_that_is_usual_and_yet_teaches_nothing_is_too_low():
+    found = show(make_doctor(), step=lambda s: {'losses': [4.1 - s / 1000] * 10, **ratio(0.001)})
+    assert [(finding.name, finding.step) for finding in found] == [('lr_too_low', 80)]
 
 
 @pytest.mark.parametrize('name', [*TROUBLES, 'healthy'])

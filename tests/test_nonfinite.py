@@ -64,9 +64,9 @@ def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_th
     poison({2, 3, 12, 13, 14}, 'gradient')
     done = train_here(tmp_path / 'run', f'--log_interval={log_interval}')
     assert done.returncode == 3
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith('step 15: loss or gradients not finite, 3 steps in a row')
-    assert 'parameters affected: transformer.h.1.mlp.c_proj.weight.' in line and 'the checkpoint of step 10 in' in line
+    line = next(line for line in done.stderr.splitlines() if ': not_finite, critical: ' in line)
+    assert ': not_finite, critical: step 15: loss or gradients not finite, 3 steps in a row' in line
+    assert 'parameters affected: transformer.h.1.mlp.c_proj.weight.' in line and 'the checkpoint of step 10 in' in done.stderr
     found, tensors = checkpoint.load(tmp_path / 'run')
     assert found.step == 10 and all(value.isfinite().all() for value in tensors['model'].values())
     assert sorted(path.name for path in (tmp_path / 'run').glob('step-*')) == ['step-00000010']
