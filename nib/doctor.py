@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nib import health
 from nib.troubles import TROUBLES, Finding
-from nib.vitals import DataSigns, EvaluationSigns, StepSigns
+from nib.vitals import PROBE_LENGTH, DataSigns, EvaluationSigns, StepSigns
 
 LEARNING = ('attention', 'mlp')  # the groups of matrices that an update ratio is judged of: a batch has few of an embedding's rows
 KEPT = 1000  # lines and windows that are remembered; more are thinned out
@@ -39,6 +39,14 @@ class Window:
         loss = sum(line.loss * line.n for line in lines) / n
         variance = sum(line.n * (line.variance + (line.loss - loss) ** 2) for line in lines) / n
         return cls(lines[-1].step, loss, math.sqrt(variance / n))
+
+
+def mean_loss(windows: Sequence[Window]) -> tuple[float, float]:
+    """The mean and its standard error: by the windows' own, or by how far they are apart, whichever is more, as after a spike."""
+    n, mean = len(windows), statistics.fmean(window.loss for window in windows)
+    within = sum(window.error ** 2 for window in windows) / n ** 2
+    between = sum((window.loss - mean) ** 2 for window in windows) / n ** 2
+    return mean, math.sqrt(max(within, between))
 
 
 class Doctor:
@@ -166,7 +174,8 @@ class Doctor:
                     f'(Jensen-Shannon), where parts of the training text differ by up to {data.usual_distance:.3f}')
 
     def val_leaked(self):
-        if self.data.leaked > 0.25:
+        # Where so many tokens hold 30 nats, none of 8 million places has the same by chance; of a text that is mostly one token it may.
+        if self.data.leaked > 0.25 and PROBE_LENGTH * self.data.entropy > 30.0:
             return f'{self.data.leaked:.0%} of the passages tried from the validation text stand in the training text, word for word'
 
     # -- each logged step ------------------------------------------------------------------------------------------------
@@ -219,11 +228,11 @@ class Doctor:
                     f'{self.data.entropy:.3f}')
 
     def diverging(self):
-        if self.lowest is None:
+        if self.lowest is None or self._unsummed:  # each window is judged once, however many lines it has
             return None
         now, lowest, guess = self.windows[-1], self.lowest, math.log(self.data.vocab_size)
         rise = now.loss - lowest.loss
-        rises = self._lasts('diverging', rise > max(0.1, 0.03 * lowest.loss, 3 * math.hypot(now.error, lowest.error)), 3)
+        rises = self._lasts('diverging', rise > max(0.1, 0.03 * lowest.loss, 3 * math.hypot(now.error, lowest.error)), 2)
         if rises or lowest.loss + 0.5 < guess < now.loss - 0.2:  # worse than a model that knows nothing, and it was better
             return f'the loss rises: {lowest.loss:.3f} at step {lowest.step}, {now.loss:.3f} at step {now.step}'
 
@@ -243,9 +252,8 @@ class Doctor:
             return None
         half = len(windows) // 2
         before, now = windows[:half], windows[half:]
-        gain = statistics.fmean(w.loss for w in before) - statistics.fmean(w.loss for w in now)
-        error = math.sqrt(sum(w.error ** 2 for w in before) / len(before) ** 2 + sum(w.error ** 2 for w in now) / len(now) ** 2)
-        if gain + 2 * error < 0.005 * now[-1].loss:
+        (loss_before, error_before), (loss_now, error_now) = mean_loss(before), mean_loss(now)
+        if loss_before - loss_now + 2 * math.hypot(error_before, error_now) < 0.005 * now[-1].loss:
             return (f'the loss has not fallen since step {windows[0].step}: it is {now[-1].loss:.3f}, at learning rate '
                     f'{self.signs.learning_rate:.2g}')
 
@@ -344,8 +352,9 @@ class Doctor:
         # section 2.3 with B = 1): ten times is a waste of steps.
         signal = statistics.fmean(1 / (1 + noise) for noise in known) if known else 1.0
         if len(known) > 1 and signal < 1 / 11 and not self._found('vanishing_gradients'):
-            return (f'a step\'s gradient is {1 - signal:.0%} noise: the noise scale is about {1 / max(signal, 1e-6) - 1:,.0f} batches of '
-                    f'{self.tokens_per_step:,} tokens')
+            scale = f'about {1 / signal - 1:,.0f}' if signal > 1e-3 else 'more than a thousand'
+            return (f'a step\'s gradient is {1 - signal:.0%} noise: the noise scale is {scale} batches of {self.tokens_per_step:,} '
+                    f'token{"s" * (self.tokens_per_step > 1)}')
 
     # -- of several rules ------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import configurator
 import model
 from nib import corpus, loader, troubles
-from nib.doctor import KEPT, Doctor, Line, Window
+from nib.doctor import KEPT, Doctor, Line, Window, mean_loss
 from nib.troubles import TROUBLES, Finding
 from nib.vitals import DataSigns, EvaluationSigns, StepSigns
 
@@ -183,6 +183,26 @@ def test_what_passes_is_no_trouble(rule, there):
         assert [finding.name for finding in found] == names, lines
 
 
+@pytest.mark.parametrize('log_interval', [1, 5, 10])
+def test_one_window_that_stands_out_is_no_divergence(log_interval):
+    for rise, names in ((range(100, 110), []), (range(100, 301), ['diverging'])):
+        def step(s):
+            return {'losses': [loss_at(i) + 2.0 * (i in rise) for i in range(max(0, s - log_interval), s)]}
+        found = show(make_doctor({'log_interval': log_interval}), step=step, log_interval=log_interval)
+        assert [finding.name for finding in found] == names and all(120 <= finding.step <= 130 for finding in found)
+
+
+def test_passages_of_a_text_that_is_mostly_one_token_come_again_by_chance():
+    assert make_doctor(data={'leaked': 1.0, 'entropy': 0.03}).see_data() == []
+    assert [finding.name for finding in make_doctor(data={'leaked': 1.0, 'entropy': math.log(2)}).see_data()] == ['val_leaked']
+
+
+@pytest.mark.parametrize('noise, words', [(40.0, 'about 40 batches of 512 tokens'), (math.inf, 'more than a thousand batches')])
+def test_noise_is_told_in_batches(noise, words):
+    (found,) = show(make_doctor(), evaluation=lambda s: {'noise_scale': noise})
+    assert found.name == 'batch_too_small' and words in found.evidence
+
+
 def test_a_loss_that_is_learnt_needs_no_gradient():
     for loss, names in ((0.001, []), (3.2, ['vanishing_gradients'])):  # nats; the text's entropy is 3.3
         found = show(make_doctor(), step=lambda s: {'losses': [loss] * 10, 'grad_norms': [0.001] * 10} if s > 1 else {}, last=50)
@@ -247,6 +267,13 @@ def test_a_window_over_lines_weighs_them_by_their_steps():
     window = Window.over([Line(3, 3, 2.0, 0.5, 1.0), Line(4, 1, 6.0, 0.0, 1.0)])
     assert (window.step, window.loss) == (4, 3.0)
     assert window.error == pytest.approx(math.sqrt((3 * (0.5 + 1) + 9) / 4 / 4))
+
+
+def test_the_error_of_a_mean_is_the_larger_of_two_estimates():
+    near = [Window(10, 2.0, 0.3), Window(20, 2.0, 0.4)]
+    assert mean_loss(near) == (2.0, pytest.approx(0.25))  # sqrt(0.3^2 + 0.4^2) / 2
+    apart = [Window(10, 1.0, 0.3), Window(20, 3.0, 0.4)]
+    assert mean_loss(apart) == (2.0, pytest.approx(statistics.pstdev([1.0, 3.0]) / math.sqrt(2)))
 
 
 def test_a_long_run_is_remembered_in_part():

@@ -416,6 +416,11 @@ def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(da
         expected = [(record['step'], pytest.approx(record[name])) for record in logged if name in record]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
         assert [(row['_step'], row[name]) for row in history if name in row] == expected, name
+    assert any(name.startswith('finding/') for name in texts) and 'verdict' in texts
+    for name in texts:
+        expected = [(record['step'], record[name]) for record in logged if name in record]
+        assert [(row['_step'], row[name]) for row in history if name in row] == expected, name
+        assert [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(f'{name}/text_summary')] == expected, name
     samples = [(record['step'], record['sample']) for record in logged if 'sample' in record]
     assert [step for step, _ in samples] == [0, 4, 8] and all(len(text) == 8 + 5 for _, text in samples)
     assert [(row['_step'], row['sample']) for row in history if 'sample' in row] == samples
