@@ -47,3 +47,9 @@ def sync_folder(folder: str | os.PathLike):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as a person would type it: from the working directory, where it is inside of it."""
+    relative = os.path.relpath(path)
+    return os.fspath(path) if relative.startswith('..') else relative

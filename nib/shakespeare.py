@@ -8,6 +8,7 @@ from nib import corpus
 from nib.documents import not_utf8
 from nib.download import download
 from nib.errors import UserError
+from nib.files import shown
 from nib.tokenizer import Tokenizer
 
 URLS = (
@@ -36,7 +37,7 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
     meta = corpus.write_text(folder, text, make_tokenizer(text), {'file': path.name, 'sha256': digest})
     if digest != SHA256:
         print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); taken all the same', file=sys.stderr)
-    print(f'{folder}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
+    print(f'{shown(folder)}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
           f'{meta["splits"]["train"]["tokens"]:,} training and {meta["splits"]["val"]["tokens"]:,} validation tokens')
 
 

@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 import configurator  # noqa: E402
 from nib import corpus, documents  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
+from nib.files import shown  # noqa: E402
 from nib.tokenizer import Gpt2Tokenizer  # noqa: E402
 
 input: str = ''  # .jsonl and .parquet files, or a folder of them, whose rows are documents; empty: OpenWebText itself
@@ -48,7 +49,7 @@ def main(argv):
               'documents': {split: len(rows) for split, rows in splits.items()}}
     meta = corpus.write_dataset(folder, read_pieces, Gpt2Tokenizer(), source, texts.n_bytes)
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
-    print(f'{folder}: documents {len(texts):,}, vocabulary {meta["vocab_size"]:,}, {tokens["train"]:,} training and '
+    print(f'{shown(folder)}: documents {len(texts):,}, vocabulary {meta["vocab_size"]:,}, {tokens["train"]:,} training and '
           f'{tokens["val"]:,} validation tokens')
     if not input and tokens != EXPECTED:
         print(f'note: nanoGPT has published {EXPECTED["train"]:,} and {EXPECTED["val"]:,} tokens; {NAME} has changed since',

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator  # noqa: E402
 from nib import corpus  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
+from nib.files import shown  # noqa: E402
 
 out_dir: str = ''  # where the bins go; empty: beside this file
 
@@ -27,7 +28,7 @@ def main(argv):
     meta = corpus.write_char_dataset(folder, text, {
         'text': "source of Python's standard library", 'python': platform.python_version(), 'files': len(sources),
         'sha256': hashlib.sha256(text.encode()).hexdigest()})
-    print(f'{folder}: {len(text):,} characters of {len(sources)} files of Python {platform.python_version()}, '
+    print(f'{shown(folder)}: {len(text):,} characters of {len(sources)} files of Python {platform.python_version()}, '
           f'vocabulary {meta["vocab_size"]}, {meta["splits"]["train"]["tokens"]:,} training and '
           f'{meta["splits"]["val"]["tokens"]:,} validation tokens')
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator  # noqa: E402
 from nib import corpus, documents  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
+from nib.files import shown  # noqa: E402
 from nib.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer  # noqa: E402
 
 input: str = ''  # files and folders, separated by commas; hidden ones in folders are left out
@@ -60,7 +61,7 @@ def main(argv):
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
         print(f'note: {share:.0%} of the text is kept to validate on, as documents stay whole', file=sys.stderr)
-    print(f'{folder}: documents {len(found.lengths):,}, characters {sum(found.lengths):,}, vocabulary '
+    print(f'{shown(folder)}: documents {len(found.lengths):,}, characters {sum(found.lengths):,}, vocabulary '
           f'{meta["vocab_size"]:,}, {meta["splits"]["train"]["tokens"]:,} training and '
           f'{meta["splits"]["val"]["tokens"]:,} validation tokens')
     if sum(found.lengths) < LITTLE:
