@@ -376,7 +376,8 @@ def main(argv):
                         f'{", the best so far" if best and saved else ""}; {seconds:.1f} s')
             if metrics:
                 val_batch = next(loader.eval_batches(data.val, block_size, batch_size, 1, device=device_used))
-                shown = signs.evaluate(state.step, train_loss, val_loss, val_batch)
+                number = state.step // eval_interval if state.step < max_iters else 0
+                shown = signs.evaluate(state.step, number, train_loss, val_loss, val_batch)
                 tell(doctor.see_evaluation(shown))
                 metrics.log(state.step, {
                     'seconds/evaluation': seconds,

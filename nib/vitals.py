@@ -105,7 +105,6 @@ class Vitals:
                 block = int(name.split('.h.')[1].split('.')[0])
                 self._blocks.setdefault(block, []).append(sample(state[f'{name}/{memory}']))
         self._noted = deque(maxlen=KEPT)  # loss and grad_norm of each step since the last reading, on the device
-        self._evaluations = 0  # after the first step
         self._batch = self._batch_before = self._before = None
 
     def begin(self, micro_batches: Iterator) -> Iterator:
@@ -140,12 +139,13 @@ class Vitals:
             block_grad_rms, None if self._batch_before is None else repeated, shifted, copied, tokens_per_second,
             self.scaler.get_scale() if self.scaler.is_enabled() else None)
 
-    def evaluate(self, step: int, train_loss: float, val_loss: float, val_batch: tuple[torch.Tensor, torch.Tensor]) -> EvaluationSigns:
-        """The activations on a batch of the validation text beside the losses of an evaluation; and, after the first, second,
-        fourth, eighth ... evaluation, as it costs some steps' time, the noise of the gradient."""
-        self._evaluations += step > 0
+    def evaluate(self, step: int, number: int, train_loss: float, val_loss: float, val_batch: tuple[torch.Tensor, torch.Tensor]
+                 ) -> EvaluationSigns:
+        """The activations on a batch of the validation text beside the losses of an evaluation; and, with the first, second,
+        fourth, eighth ... evaluation, as it costs some steps' time, the noise of the gradient. number: of the evaluation, 0 before
+        the first step and for the last one, which comes too late to change anything."""
         noise_scale = None
-        if step and not self._evaluations & (self._evaluations - 1):
+        if number and not number & (number - 1):
             tokens = self.batches.batch_size * self.batches.block_size
             k = min(max(4, 8192 // tokens), 32)  # more of small batches, each of which says little
             noise_scale = gradient_noise(self.model, self.scaler, (self.batches.batch(i, 0) for i in range(k)), self.precision)

@@ -234,14 +234,14 @@ def test_noise_of_the_model_is_that_of_its_batches_gradients(micro_steps):
             model.parameters(), torch.autograd.grad(loss, list(model.parameters()))) if p.dim() > 1]))
     products = np.array(gradients) @ np.array(gradients).T
     signal = (products.sum() - products.trace()) / (16 * 15)
-    shown = signs.evaluate(1, 2.0, 2.0, val_batch)
+    shown = signs.evaluate(1, 1, 2.0, 2.0, val_batch)
     assert shown.noise_scale == pytest.approx((products.trace() / 16 - signal) / signal / micro_steps, rel=1e-3)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_noise_is_measured_after_the_first_second_fourth_and_eighth_evaluation():
+def test_noise_is_measured_with_the_first_second_fourth_and_eighth_evaluation():
     model, optimizer, batches, signs = make(batch_size=512)
-    measured = [signs.evaluate(number, 2.0, 2.0, batches.batch(0, 0)).noise_scale is not None for number in range(10)]
+    measured = [signs.evaluate(number, number, 2.0, 2.0, batches.batch(0, 0)).noise_scale is not None for number in range(10)]
     assert [number for number, was in enumerate(measured) if was] == [1, 2, 4, 8]  # and not before the first step
 
 
@@ -249,13 +249,13 @@ def test_a_gradient_that_overflows_leaves_the_noise_unknown():
     model, optimizer, batches, signs = make()
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(math.inf)
-    assert signs.evaluate(1, 2.0, 2.0, batches.batch(0, 0)).noise_scale is None
+    assert signs.evaluate(1, 1, 2.0, 2.0, batches.batch(0, 0)).noise_scale is None
 
 
 @pytest.mark.parametrize('changes', [{'block_size': 1}, {'n_layer': 1}, {'mlp': 'relu2', 'bias': True}], ids=str)
 def test_activations_of_a_fresh_model_are_in_their_ranges(changes):
     model, optimizer, batches, signs = make(**changes)
-    shown = signs.evaluate(0, 2.0, 2.0, batches.batch(0, 0))
+    shown = signs.evaluate(0, 0, 2.0, 2.0, batches.batch(0, 0))
     assert 0.0 <= shown.dead_units < 0.5 and shown.attention_logit < 1.0 and 0.9 < shown.attention_entropy <= 1.0 + 1e-6
     assert model.training and set(shown.metrics()) == {'dead_units', 'attention_logit', 'attention_entropy', 'activation_std', 'noise_scale'}
 
@@ -366,5 +366,5 @@ def test_signs_of_odd_runs_are_recorded(train_here, tmp_path, flags):
     assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
     written = records(tmp_path / 'run')
     assert sum('update_ratio/attention' in record for record in written) == 6
-    assert [record['step'] for record in written if 'noise_scale' in record] == [3, 6]
+    assert [record['step'] for record in written if 'noise_scale' in record] == [3]  # not in the last evaluation
     assert not any('finding/constant_batches' in record or 'finding/targets_not_shifted' in record for record in written)
