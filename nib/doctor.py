@@ -232,7 +232,7 @@ class Doctor:
             return None
         now, lowest, guess = self.windows[-1], self.lowest, math.log(self.data.vocab_size)
         rise = now.loss - lowest.loss
-        rises = self._lasts('diverging', rise > max(0.1, 0.03 * lowest.loss, 3 * math.hypot(now.error, lowest.error)), 2)
+        rises = self._lasts('diverging', rise > max(0.15, 0.05 * lowest.loss, 4 * math.hypot(now.error, lowest.error)), 2)
         if rises or lowest.loss + 0.5 < guess < now.loss - 0.2:  # worse than a model that knows nothing, and it was better
             return f'the loss rises: {lowest.loss:.3f} at step {lowest.step}, {now.loss:.3f} at step {now.step}'
 
