@@ -41,7 +41,8 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
     disk, remount = small_disk
     flags = ['--eval_interval=5', '--keep_every=5']
     done = train(data_dir, disk / 'run', *flags, check=False)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if ', warning: ' not in line]  # what the doctor has found aside
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
     assert 'could not be written' in done.stderr and 'No space left' in done.stderr
     assert 'samples:' not in done.stdout
     found, _ = checkpoint.load(disk / 'run', warn=pytest.fail)
