@@ -2,8 +2,8 @@
 
     python benchmarks/doctor.py --text=data/shakespeare_char/input.txt
 
-Two texts, of characters: the given one, and the source of Python's own library. The thresholds of nib/doctor.py were set on runs of
-the model 'gpt2' with seed 1; the other models and seeds check them.
+Two texts, of characters: the given one, and the source of Python's own library. docs/doctor.md has the result, and says on which of
+these runs the thresholds of nib/doctor.py were set.
 """
 import json
 import multiprocessing
