@@ -126,7 +126,7 @@ class Doctor:
     def _apply(self, rules, step: int) -> list[Finding]:
         found = []
         for rule in rules:
-            name = 'lr_too_high' if rule == 'attention_collapsed' else rule
+            name = 'lr_too_high' if rule == 'attention_collapsed' else rule  # which it is the later sign of
             if not self._found(name) and (evidence := getattr(self, rule)()):
                 found += self._name(name, step, evidence)
         return found
@@ -242,7 +242,7 @@ class Doctor:
             return None
         still = self.signs.step > 1 and self._largest_ratio() < 1e-7
         if self._lasts('plateau', still, 3):
-            return (f'nothing moves any more: the learning rate is {self.signs.learning_rate:.2g} after {done:.0%} of the run')
+            return f'nothing moves any more: the learning rate is {self.signs.learning_rate:.2g} after {done:.0%} of the run'
         # A quarter of the run without progress, with certainty: with the upper end of its error, less than half a percent.
         # Not between two windows, and not where the last one looks like divergence.
         if done < 0.25 or self._unsummed or self.streak.get('diverging'):
@@ -332,8 +332,8 @@ class Doctor:
         if self._found('different_texts'):
             return None
         if rising or read > 2.0 and gap > max(0.1 * now.train_loss, 4 * error):
-            return (f'train loss {now.train_loss:.3f}, validation loss {now.val_loss:.3f}, the best so far is {best.val_loss:.3f} at step {best.step}; '
-                    f'the text was read {read:.1f} times')
+            return (f'train loss {now.train_loss:.3f}, validation loss {now.val_loss:.3f}, the best so far is {best.val_loss:.3f} at step '
+                    f'{best.step}; the text was read {read:.1f} times')
 
     def underfitting(self):
         now = self.evaluations[-1]

@@ -366,6 +366,12 @@ def test_advice_fits_the_config(name, config, advised):
     assert advised not in str(Finding(name, 1, 'a figure', CONFIG | opposite))
 
 
+@pytest.mark.parametrize(('height', 'named'), [(math.log(65) + 0.5, [('diverging', 150)]), (math.log(65) - 0.5, [])])
+def test_a_loss_above_that_of_a_guess_diverges_at_once_and_a_lower_peak_does_not(height, named):
+    found = show(make_doctor(), step=lambda s: {'losses': [height] * 10} if s == 150 else {})
+    assert [(finding.name, finding.step) for finding in found] == named
+
+
 def test_a_rate_that_is_usual_and_yet_teaches_nothing_is_too_low():
     found = show(make_doctor(), step=lambda s: {'losses': [4.1 - s / 1000] * 10, **ratio(0.001)})
     assert [(finding.name, finding.step) for finding in found] == [('lr_too_low', 80)]
