@@ -5,7 +5,6 @@
 Trains on the first 81 % of the text and validates on the 9 % after it; the last tenth, on which results are reported, stays
 unseen, so that choosing by this table is no tuning on it.
 """
-import json
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
 from nib import measure  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
+from nib.history import read_run  # noqa: E402
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each
@@ -83,7 +83,7 @@ def train(scratch: Path, seed: int, flags) -> tuple[float, float]:
     run('train.py', 'config/fast_shakespeare_char.py', '--device=cpu', f'--max_iters={steps}', f'--seed={seed}',
         f'--data_dir={scratch}', f'--out_dir={out_dir}', '--fallback_dataset=', '--overwrite', *flags)
     seconds = time.perf_counter() - started
-    return json.loads((out_dir / 'metrics.jsonl').read_text().splitlines()[-1])['loss/val_whole'], seconds
+    return read_run(out_dir).values('loss/val_whole')[-1], seconds
 
 
 def run(*command):

@@ -7,7 +7,6 @@ All train on the text of nanoGPT's bins. nanoGPT and nibGPT take the settings th
 model, batch, steps and number of evaluations. fast is nibGPT with config/fast_shakespeare_char.py, a seed of its own in each
 turn. A turn is a whole process: start-up, training, evaluations, saving.
 """
-import json
 import re
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
 from nib import measure  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
+from nib.history import read_run  # noqa: E402
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
 rounds: int = 3  # turns of each
@@ -102,10 +102,9 @@ def train_config(data_dir, out_dir, *flags):
     command = [sys.executable, 'train.py', *flags, '--device=cpu', '--compile=False', f'--data_dir={data_dir}',
                f'--out_dir={out_dir}', '--fallback_dataset=']
     seconds, _ = run(command, ROOT)
-    records = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
-    return {'process s': seconds,
-            'tokens/s': statistics.median(r['tokens_per_second'] for r in records if 'tokens_per_second' in r),
-            'val loss, whole split': records[-1]['loss/val_whole']}
+    done = read_run(out_dir)
+    return {'process s': seconds, 'tokens/s': statistics.median(done.values('tokens_per_second')),
+            'val loss, whole split': done.values('loss/val_whole')[-1]}
 
 
 def run(command, folder) -> tuple[float, str]:
