@@ -34,9 +34,11 @@ def bytes_out_dir(tmp_path_factory):
     return folder / 'run'
 
 
-def sample(out_dir, *flags, **options):
-    return run_script('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32', '--max_new_tokens=40',
-                      '--num_samples=1', *flags, **options)
+@pytest.fixture
+def sample(run_main):
+    """sample(out_dir, *flags): what sample.py writes."""
+    return lambda out_dir, *flags: run_main('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32',
+                                            '--max_new_tokens=40', '--num_samples=1', *flags)
 
 
 def likeliest(out_dir, which, prompt, count, dtype=torch.float32) -> str:
@@ -54,7 +56,7 @@ def likeliest(out_dir, which, prompt, count, dtype=torch.float32) -> str:
 
 
 @pytest.mark.parametrize('which, step', [('best', 10), ('latest', 20), ('10', 10), ('20', 20)])
-def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest(out_dir, which, step):
+def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest(out_dir, sample, which, step):
     done = sample(out_dir, f'--which={which}', '--start=The cat', '--temperature=0', '--max_new_tokens=9')
     assert done.stdout == likeliest(out_dir, which, 'The cat', 9) + '\n'
     assert f'step {step}, trained on tiny' in done.stderr
@@ -78,15 +80,17 @@ def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys
     assert not script.can_compile(generate) and capsys.readouterr().err == 'not compiled: no Triton here\n'
 
 
-def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, tmp_path):
+def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, tmp_path):
     (tmp_path / 'prompt.txt').write_text('The dog')
     given = sample(out_dir, '--start=The dog')
     assert given.returncode == 0 and given.stdout.startswith('The dog') and len(given.stdout) == len('The dog') + 40 + 1
     assert sample(out_dir, f'--start=FILE:{tmp_path / "prompt.txt"}').stdout == given.stdout
-    assert sample(out_dir, '--start=-', input='The dog').stdout == given.stdout
+    piped = run_script('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32', '--max_new_tokens=40',
+                       '--num_samples=1', '--start=-', input='The dog')
+    assert piped.stdout == given.stdout
 
 
-def test_the_same_seed_writes_the_same_and_another_another(out_dir):
+def test_the_same_seed_writes_the_same_and_another_another(out_dir, sample):
     several = sample(out_dir, '--num_samples=3', '--seed=7').stdout
     assert sample(out_dir, '--num_samples=3', '--seed=7').stdout == several
     assert sample(out_dir, '--num_samples=3', '--seed=8').stdout != several
@@ -94,12 +98,12 @@ def test_the_same_seed_writes_the_same_and_another_another(out_dir):
     assert len(parts) == 3 and len(set(parts)) == 3
 
 
-def test_a_sample_ends_after_the_stop_text(out_dir):
+def test_a_sample_ends_after_the_stop_text(out_dir, sample):
     text = sample(out_dir, '--start=The cat', '--stop=.', '--max_new_tokens=400').stdout
     assert text.rstrip('\n').endswith('.') and text.count('.') == 1
 
 
-def test_a_sample_ends_after_a_stop_text_of_several_tokens_in_each_row(out_dir):
+def test_a_sample_ends_after_a_stop_text_of_several_tokens_in_each_row(out_dir, sample):
     """Rows that go on longer do not let the shorter ones go on."""
     texts = sample(out_dir, '--stop=s ', '--num_samples=4', '--max_new_tokens=400').stdout.split('\n---------------\n')
     for text in texts:
@@ -107,14 +111,14 @@ def test_a_sample_ends_after_a_stop_text_of_several_tokens_in_each_row(out_dir):
     assert len({len(text) for text in texts}) > 1
 
 
-def test_the_end_of_text_starts_and_stops_a_sample_and_characters_are_whole(bytes_out_dir):
+def test_the_end_of_text_starts_and_stops_a_sample_and_characters_are_whole(bytes_out_dir, sample):
     """Each character here is of several bytes, which are of a token each."""
     done = sample(bytes_out_dir, '--start=<|endoftext|>', '--stop=<|endoftext|>', '--temperature=0', '--num_samples=2')
     text = '<|endoftext|>é€🙂.<|endoftext|>'
     assert done.stdout == f'{text}\n---------------\n{text}\n'
 
 
-def test_a_sample_that_ends_within_a_character_shows_that(bytes_out_dir):
+def test_a_sample_that_ends_within_a_character_shows_that(bytes_out_dir, sample):
     done = sample(bytes_out_dir, '--start=<|endoftext|>', '--temperature=0', '--num_samples=2', '--max_new_tokens=4')
     assert done.stdout == '<|endoftext|>é\ufffd\n---------------\n<|endoftext|>é\ufffd\n'
 
