@@ -1,4 +1,5 @@
-# A GPT of GPT-2's size (124M) on OpenWebText, for half the tokens of train_gpt2.py. Not run to its end yet: that takes GPUs.
+# A GPT of GPT-2's depth and width on OpenWebText, for half the tokens of train_gpt2.py. With a head of its own it has 162M
+# parameters, and no more FLOPs a token. Not run to its end yet: that takes GPUs. docs/speed.md has a small trial.
 
 include('train_gpt2.py')
 out_dir = 'out-fast-gpt2'
@@ -11,7 +12,8 @@ min_lr = 0.0
 position = 'rotary'
 norm = 'rms'
 qk_norm = True
-mlp = 'relu2'
+mlp = 'swiglu'
+tied_head = False  # behind blocks that begin as the identity a tied head finds the token that it was given
 logit_cap = 15.0
 zero_init = True
 

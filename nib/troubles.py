@@ -54,6 +54,10 @@ def over_early(config: Mapping) -> bool:
     return config['lr_decay_iters'] < 0.8 * config['max_iters'] and config['lr_schedule'] != 'constant'
 
 
+def guesses_its_input(config: Mapping) -> bool:
+    return config['zero_init'] and config['tied_head']
+
+
 RISING = (rises, 'the learning rate rises, as min_lr is above learning_rate')
 LOWER_MIN = (rises, 'min_lr = learning_rate / 10')
 
@@ -121,8 +125,10 @@ TROUBLES = {
         (lambda config: config['mlp'] == 'relu2', 'mlp gelu or swiglu'))),
     'wrong_initial_loss': Trouble('warning', (
         'where it is too high: weights that begin too large, above all those of the head, or a loss that is summed instead of averaged',
-        'where it is too low: targets that leak into the inputs or are the inputs'), (
-        'a standard deviation of 0.02 for the weights', 'look at the loss function and the targets')),
+        'where it is too low: targets that leak into the inputs or are the inputs',
+        (guesses_its_input, 'a tied head behind blocks that begin as the identity: its first guess is the token that it was given')), (
+        'a standard deviation of 0.02 for the weights', 'look at the loss function and the targets',
+        (guesses_its_input, 'tied_head = False'))),
     'throughput_collapse': Trouble('warning', (
         'another process uses this machine', 'the disk cannot deliver the data', 'the device is too hot, and slower'), (
         'look at the machine (top, nvidia-smi)', 'the training itself is not touched')),
