@@ -137,7 +137,7 @@ def test_sums_in_the_prose_are_right():
 
 
 # Numbers of the prose that nothing in the chapter computes, and where they are from.
-ELSEWHERE = {'1.88': 'common tutorials', '0.124': 'GPT-2, billions of weights', '65,536': 'GradScaler', '1000': 'an example',
+ELSEWHERE = {'1.88': 'common tutorials', '124': 'GPT-2, millions of weights', '65,536': 'GradScaler', '1000': 'an example',
              '1,000': 'an exercise', '1951': 'Shannon', '1.3': 'Shannon'}
 
 
