@@ -226,7 +226,8 @@ def test_every_trouble_has_its_row():
 
 def test_what_to_change_is_what_the_doctor_says():
     for (_, _, _, change), trouble in zip(trouble_rows(ENGLISH), TROUBLES.values(), strict=True):
-        assert change.replace('`', '') == '; '.join(advice if isinstance(advice, str) else advice[1] for advice in trouble.changes)
+        said = [advice if isinstance(advice, str) else advice[1] for advice in trouble.changes]
+        assert change.replace('`', '') == '; '.join(said)
 
 
 def test_what_the_doctor_sees_is_recorded_by_that_name(folder, run_main):
