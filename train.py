@@ -215,8 +215,8 @@ def main(argv):
     state, changes = TrainState(), {}
     if init_from == 'resume':
         state = put_back(start.resumed, start.tensors, raw_model, optimizer, scaler, ranks)
-        changes = start.changes(config)
-        if changes:
+        config['init_from'] = start.resumed.state['config']['init_from']  # the records say how the run began
+        if changes := start.changes(config):
             console.say('changed since the checkpoint: '
                         + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
         if state.step >= max_iters and not eval_only:
@@ -280,7 +280,7 @@ def main(argv):
         rundir.write_config(out_dir, config, origins, state.step, changes)
         writer = CheckpointWriter(out_dir, keep_last, keep_every, state.step)
         doctor = Doctor(config, vitals.examine_data(data.train, data.val, data.vocab_size), raw_model.num_params(), len(data.train),
-                        trained=init_from != 'scratch')
+                        trained=config['init_from'] != 'scratch')
         doctor.recall(metrics.records)
         tell(doctor.see_data())
 

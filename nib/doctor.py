@@ -52,8 +52,8 @@ def mean_loss(windows: Sequence[Window]) -> tuple[float, float]:
 class Doctor:
     """see_data() once, then see_step() at each logged step and see_evaluation() at each evaluation; each returns new findings.
 
-    config: train.py's, as the run uses it. trained: whether the weights come from another run. From a resumed run's records,
-    recall() learns what was found before.
+    config: train.py's, as the run uses it. trained: whether the run began with weights that had learnt before. From a resumed
+    run's records, recall() learns what was found and evaluated before.
     """
     DATA_RULES = ('tiny_vocabulary', 'different_texts', 'val_leaked')
     STEP_RULES = ('targets_not_shifted', 'constant_batches', 'wrong_initial_loss', 'no_warmup', 'lr_too_high', 'lr_too_low', 'diverging',
@@ -98,8 +98,10 @@ class Doctor:
         return self._name('not_finite', step, sentence)
 
     def recall(self, records: Iterable[Mapping]):
-        """Takes up what the records of metrics.jsonl say was found before; evaluations are judged from the resumed step on."""
+        """Takes up what the records of metrics.jsonl say was found and evaluated before."""
         for record in records:
+            if evaluation := EvaluationSigns.of_record(record):
+                self.evaluations.append(evaluation)
             for key in record:
                 name = key.removeprefix('finding/')
                 if key.startswith('finding/') and name in TROUBLES:
@@ -215,14 +217,15 @@ class Doctor:
         warming = self.signs.step <= self.config['warmup_iters']
         # What looks like small steps may be weights grown by large ones, or a schedule that has nearly ended.
         others = self._found('lr_too_high', 'no_warmup', 'vanishing_gradients')
-        if others or self.trained or self.signs.step < 10 or not 0.0 < lr <= full or not warming and lr < 0.5 * full:
+        if others or self.trained or not self.lines or self.signs.step < 10 or not 0.0 < lr <= full or not warming and lr < 0.5 * full:
             return None
         ratio = self._largest_ratio() * full / lr  # during the warm-up, what it will be at the full rate
-        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0], 3):
+        ignorant = self.lines[-1].loss > self.data.entropy  # one that has learnt may be resumed with a low rate on purpose
+        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0] and ignorant, 3):
             return (f'a step moves the weights by {ratio:.2g} of their size at the full learning rate {full:g}, where 0.001 to 0.01 is '
                     f'usual')
         # Or steps in the lower part of what is usual, which after a quarter of the run have not taught it what is easiest.
-        if self.signs.step > 0.25 * self.config['max_iters'] and ratio < 0.003 and self.lines[-1].loss > self.data.entropy:
+        if self.signs.step > 0.25 * self.config['max_iters'] and ratio < 0.003 and ignorant:
             return (f'a step moves the weights by {ratio:.2g} of their size, and after a quarter of the run the loss, '
                     f'{self.lines[-1].loss:.3f}, is that of a model that does not know how often each token comes, '
                     f'{self.data.entropy:.3f}')
