@@ -330,6 +330,8 @@ def main(argv):
         if state.step % log_interval == 0 or evaluation_due or stopping:
             seen = bad_steps.look(state.step, scaler)
             state.bad_steps = seen.in_a_row
+            if doctor:
+                tell(doctor.see_bad_steps(state.step, seen))
             if seen.ending:
                 if on_nonfinite == 'stop' or not saved or rewinds == guard.MAX_REWINDS:
                     why = find_nonfinite(seen.last - 1 + state.passed_over)
@@ -353,11 +355,8 @@ def main(argv):
             saved, rewinds = state.step, rewinds if state.bad_steps else 0
         if stopping:
             ranks.on_first(lambda: writer.wait())
-            by_doctor = stopping == runtime.FINDING
-            console.say(f'stopped by {"the doctor" if by_doctor else f"signal {stopping}"} after step {state.step}, '
-                        + (f'which is saved; to go on: {runtime.resume_command(argv)}' if saved else
-                           'nothing is saved yet' + ('' if by_doctor else ': start again with the same command')))
-            exit_code = EXIT_FINDING if by_doctor else 128 + stopping
+            console.say(runtime.describe_stop(stopping, state.step, saved > 0, argv))
+            exit_code = EXIT_FINDING if stopping == runtime.FINDING else 128 + stopping
             break
 
         # -- evaluate when due

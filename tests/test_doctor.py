@@ -15,6 +15,7 @@ import configurator
 import model
 from nib import corpus, loader, troubles
 from nib.doctor import KEPT, Doctor, Line, Window, mean_loss
+from nib.guard import Seen
 from nib.troubles import TROUBLES, Finding
 from nib.vitals import DataSigns, EvaluationSigns, StepSigns
 
@@ -125,6 +126,25 @@ def test_a_healthy_run_is_left_alone(changes, log_interval):
     doctor = make_doctor(**changes)
     assert show(doctor, log_interval=log_interval) == []
     assert doctor.verdict(300) == 'healthy: nothing found in 300 steps' and doctor.verdict(1) == 'healthy: nothing found in 1 step'
+
+
+@pytest.mark.parametrize('seen, named', [
+    ([(100, 2)], False), ([(100, 3)], True), ([(300, 0), (10, 3)], False), ([(100, 1), (100, 1), (99, 1)], True), ([(100, 1)] * 3, False)])
+def test_steps_left_out_are_many_from_three_and_more_than_a_hundredth(seen, named):
+    doctor, step, found = make_doctor(), 0, []
+    for n, bad in seen:
+        step += n
+        found += doctor.see_bad_steps(step, Seen(bad, n, bad, step - 1, False, ''))
+    assert [(finding.name, finding.severity) for finding in found] == [('not_finite', 'warning')] * named
+    if named:
+        assert doctor.see_bad_steps(step + 10, Seen(9, 10, 9, step + 10, False, '')) == []  # once
+        first = seen[0][0] - 1
+        assert f'{sum(bad for _, bad in seen)} of {step} steps' in found[0].evidence
+        assert f'the first by step {first}, the last was step {step - 1}' in found[0].evidence
+        other = make_doctor()
+        other.recall([{'step': step, 'finding/not_finite': str(found[0])}])
+        assert other.verdict(step) == 'warning: not_finite' and [f.name for f in show(other, step=lambda s: ratio(0.5))]  # it looks on
+        assert [f.severity for f in other.see_nonfinite(step, 'NaN')] == ['critical']
 
 
 def test_not_finite_is_what_the_loop_says_and_ends_the_search():
