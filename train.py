@@ -215,8 +215,8 @@ def main(argv):
     state, changes = TrainState(), {}
     if init_from == 'resume':
         state = put_back(start.resumed, start.tensors, raw_model, optimizer, scaler, ranks)
-        changes = start.changes(config)
-        if changes:
+        config['init_from'] = start.resumed.state['config']['init_from']  # the records say how the run began
+        if changes := start.changes(config):
             console.say('changed since the checkpoint: '
                         + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
         if state.step >= max_iters and not eval_only:
@@ -280,7 +280,7 @@ def main(argv):
         rundir.write_config(out_dir, config, origins, state.step, changes)
         writer = CheckpointWriter(out_dir, keep_last, keep_every, state.step)
         doctor = Doctor(config, vitals.examine_data(data.train, data.val, data.vocab_size), raw_model.num_params(), len(data.train),
-                        trained=init_from != 'scratch')
+                        trained=config['init_from'] != 'scratch')
         doctor.recall(metrics.records)
         tell(doctor.see_data())
 
@@ -330,6 +330,8 @@ def main(argv):
         if state.step % log_interval == 0 or evaluation_due or stopping:
             seen = bad_steps.look(state.step, scaler)
             state.bad_steps = seen.in_a_row
+            if doctor:
+                tell(doctor.see_bad_steps(state.step, seen))
             if seen.ending:
                 if on_nonfinite == 'stop' or not saved or rewinds == guard.MAX_REWINDS:
                     why = find_nonfinite(seen.last - 1 + state.passed_over)
@@ -353,11 +355,8 @@ def main(argv):
             saved, rewinds = state.step, rewinds if state.bad_steps else 0
         if stopping:
             ranks.on_first(lambda: writer.wait())
-            by_doctor = stopping == runtime.FINDING
-            console.say(f'stopped by {"the doctor" if by_doctor else f"signal {stopping}"} after step {state.step}, '
-                        + (f'which is saved; to go on: {runtime.resume_command(argv)}' if saved else
-                           'nothing is saved yet' + ('' if by_doctor else ': start again with the same command')))
-            exit_code = EXIT_FINDING if by_doctor else 128 + stopping
+            console.say(runtime.describe_stop(stopping, state.step, saved > 0, argv))
+            exit_code = EXIT_FINDING if stopping == runtime.FINDING else 128 + stopping
             break
 
         # -- evaluate when due

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nib import health
+from nib.guard import Seen
 from nib.troubles import TROUBLES, Finding
 from nib.vitals import PROBE_LENGTH, DataSigns, EvaluationSigns, StepSigns
 
@@ -52,8 +53,8 @@ def mean_loss(windows: Sequence[Window]) -> tuple[float, float]:
 class Doctor:
     """see_data() once, then see_step() at each logged step and see_evaluation() at each evaluation; each returns new findings.
 
-    config: train.py's, as the run uses it. trained: whether the weights come from another run. From a resumed run's records,
-    recall() learns what was found before.
+    config: train.py's, as the run uses it. trained: whether the run began with weights that had learnt before. From a resumed
+    run's records, recall() learns what was found and evaluated before.
     """
     DATA_RULES = ('tiny_vocabulary', 'different_texts', 'val_leaked')
     STEP_RULES = ('targets_not_shifted', 'constant_batches', 'wrong_initial_loss', 'no_warmup', 'lr_too_high', 'lr_too_low', 'diverging',
@@ -74,6 +75,8 @@ class Doctor:
         self.first_rms: dict[str, float] | None = None  # of the weights
         self.streak: dict[str, int] = {}  # rule -> how often in a row what it looks for was there
         self.evaluations: list[EvaluationSigns] = []
+        self.steps = self.bad_steps = 0  # since the run was started or resumed; those that were not finite
+        self.first_bad = self.last_bad = 0  # of those, as far as the looks tell
 
     # -- what it is shown ------------------------------------------------------------------------------------------------
 
@@ -94,16 +97,31 @@ class Doctor:
         self.evaluations.append(signs)
         return self._apply(self.EVALUATION_RULES, signs.step)
 
+    def see_bad_steps(self, step: int, seen: Seen) -> list[Finding]:
+        """Steps that were not finite, of which none is applied, in a run that goes on."""
+        self.steps, self.bad_steps = self.steps + seen.steps, self.bad_steps + seen.new
+        if seen.new:
+            self.first_bad, self.last_bad = self.first_bad or seen.last, seen.last
+        # Healthy runs have none, and float16's overflows are not counted. One bad batch of hundreds does no harm when it is left out.
+        if seen.ending or self.bad_steps < 3 or self.bad_steps <= 0.01 * self.steps or self._found('not_finite'):
+            return []
+        return self._name('not_finite', step, f'{self.bad_steps} of {self.steps:,} steps had a loss or gradients that were not finite, and '
+                          f'were left out: the first by step {self.first_bad}, the last was step {self.last_bad}', borne=True)
+
     def see_nonfinite(self, step: int, sentence: str) -> list[Finding]:
+        self.findings = [finding for finding in self.findings if not finding.borne]  # no longer
         return self._name('not_finite', step, sentence)
 
     def recall(self, records: Iterable[Mapping]):
-        """Takes up what the records of metrics.jsonl say was found before; evaluations are judged from the resumed step on."""
+        """Takes up what the records of metrics.jsonl say was found and evaluated before."""
         for record in records:
+            if evaluation := EvaluationSigns.of_record(record):
+                self.evaluations.append(evaluation)
             for key in record:
                 name = key.removeprefix('finding/')
                 if key.startswith('finding/') and name in TROUBLES:
-                    self.findings.append(Finding(name, record['step'], 'found before the run was resumed', self.config))
+                    borne = name == 'not_finite' and str(record[key]).startswith('warning')
+                    self.findings.append(Finding(name, record['step'], 'found before the run was resumed', self.config, borne))
 
     def rewind(self, step: int):
         """Forgets what it has seen after `step`, from where the run goes on."""
@@ -126,7 +144,8 @@ class Doctor:
     def _apply(self, rules, step: int) -> list[Finding]:
         found = []
         for rule in rules:
-            name = 'lr_too_high' if rule == 'attention_collapsed' else rule  # which it is the later sign of
+            # Collapsed attention is the later sign of a rate too high, and mended alike: a name of its own would be two for one cause.
+            name = 'lr_too_high' if rule == 'attention_collapsed' else rule
             if not self._found(name) and (evidence := getattr(self, rule)()):
                 found += self._name(name, step, evidence)
         return found
@@ -148,10 +167,11 @@ class Doctor:
     def _found(self, *names: str) -> bool:
         return any(finding.name in names for finding in self.findings)
 
-    def _name(self, name: str, step: int, evidence: str) -> list[Finding]:
-        if self._found(name) or name != 'not_finite' and self._found('diverging', 'not_finite'):  # what follows is their doing
+    def _name(self, name: str, step: int, evidence: str, borne: bool = False) -> list[Finding]:
+        ruined = any(finding.name in ('diverging', 'not_finite') and not finding.borne for finding in self.findings)
+        if self._found(name) or ruined and name != 'not_finite':  # what follows is its doing
             return []
-        self.findings.append(Finding(name, step, evidence, self.config))
+        self.findings.append(Finding(name, step, evidence, self.config, borne))
         return self.findings[-1:]
 
     def _lasts(self, rule: str, there: bool, times: int) -> bool:
@@ -215,14 +235,15 @@ class Doctor:
         warming = self.signs.step <= self.config['warmup_iters']
         # What looks like small steps may be weights grown by large ones, or a schedule that has nearly ended.
         others = self._found('lr_too_high', 'no_warmup', 'vanishing_gradients')
-        if others or self.trained or self.signs.step < 10 or not 0.0 < lr <= full or not warming and lr < 0.5 * full:
+        if others or self.trained or not self.lines or self.signs.step < 10 or not 0.0 < lr <= full or not warming and lr < 0.5 * full:
             return None
         ratio = self._largest_ratio() * full / lr  # during the warm-up, what it will be at the full rate
-        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0], 3):
+        ignorant = self.lines[-1].loss > self.data.entropy  # one that has learnt may be resumed with a low rate on purpose
+        if self._lasts('lr_too_low', ratio < self._ratio_limits()[0] and ignorant, 3):
             return (f'a step moves the weights by {ratio:.2g} of their size at the full learning rate {full:g}, where 0.001 to 0.01 is '
                     f'usual')
         # Or steps in the lower part of what is usual, which after a quarter of the run have not taught it what is easiest.
-        if self.signs.step > 0.25 * self.config['max_iters'] and ratio < 0.003 and self.lines[-1].loss > self.data.entropy:
+        if self.signs.step > 0.25 * self.config['max_iters'] and ratio < 0.003 and ignorant:
             return (f'a step moves the weights by {ratio:.2g} of their size, and after a quarter of the run the loss, '
                     f'{self.lines[-1].loss:.3f}, is that of a model that does not know how often each token comes, '
                     f'{self.data.entropy:.3f}')

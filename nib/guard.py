@@ -21,9 +21,11 @@ class BadSteps:
         self.limit, self.float16 = limit or ENDLESS, float16
         self._counts = torch.tensor([in_a_row, 0, 0], device=device)  # in a row; in all; steps since the last one
         self._reported = 0
+        self._steps = 0  # since the last look
 
     def usable(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Whether a step's gradients may change the weights, as a tensor: its loss and their norm are finite."""
+        self._steps += 1
         finite = loss.isfinite() & grad_norm.isfinite()
         bad = ~(loss.isfinite() if self.float16 else finite)
         in_a_row, in_all, since = self._counts
@@ -36,17 +38,19 @@ class BadSteps:
         """What has come up since the last look, after `step` steps. Waits for the device."""
         in_a_row, in_all, since = self._counts.tolist()
         new, self._reported = in_all - self._reported, in_all
+        steps, self._steps = self._steps, 0
         if scaler.is_enabled() and scaler.get_scale() < 1 and self.limit < ENDLESS:
-            return Seen(in_a_row, new, step, True, f'step {step}: gradients not finite at a loss scale below 1')
+            return Seen(in_a_row, steps, new, step, True, f'step {step}: gradients not finite at a loss scale below 1')
         ending = in_a_row >= self.limit
         count = f', {in_a_row} steps in a row' if ending else f' ({new} such steps since the last look)' if new > 1 else ''
-        return Seen(in_a_row, new, step - since, ending, f'step {step - since}: loss or gradients not finite{count}')
+        return Seen(in_a_row, steps, new, step - since, ending, f'step {step - since}: loss or gradients not finite{count}')
 
 
 @dataclass(frozen=True)
 class Seen:
     in_a_row: int  # bad steps, up to the last step
-    new: int  # bad steps since the last look
+    steps: int  # since the last look
+    new: int  # bad ones of them
     last: int  # the number of the last bad step; the first step is 1
     ending: bool  # it cannot go on like this
     sentence: str

@@ -274,6 +274,14 @@ def resume_command(argv: Sequence[str]) -> str:
     return f'{launcher} train.py {shlex.join([item for item in argv if item not in extra] + extra)}'
 
 
+def describe_stop(stop: int, step: int, saved: bool, argv: Sequence[str]) -> str:
+    """What has stopped a run after a step, and how it goes on. stop: StopSignal.number."""
+    by = 'the doctor' if stop == FINDING else f'signal {stop}'
+    more = (f'which is saved; to go on: {resume_command(argv)}' if saved else
+            'nothing is saved yet' if stop == FINDING else 'nothing is saved yet: start again with the same command')
+    return f'stopped by {by} after step {step}, {more}'
+
+
 FINDING = 1 << 10  # in the place of a signal's number: the doctor stops the run
 
 

@@ -16,15 +16,17 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Finding:
-    """A trouble, named at a step of a run, with its evidence. config: train.py's, which the advice is for."""
+    """A trouble, named at a step of a run, with its evidence. config: train.py's, which the advice is for. borne: the run goes on
+    in spite of what would end it, which then is a warning."""
     name: str
     step: int
     evidence: str
     config: Mapping
+    borne: bool = False
 
     @property
     def severity(self) -> Severity:
-        return TROUBLES[self.name].severity
+        return 'warning' if self.borne else TROUBLES[self.name].severity
 
     def __str__(self) -> str:
         causes, changes = (
@@ -44,6 +46,10 @@ def unclipped(config: Mapping) -> bool:
 
 def float16(config: Mapping) -> bool:
     return config['dtype'] == 'float16'
+
+
+def skips(config: Mapping) -> bool:
+    return config['on_nonfinite'] == 'skip'
 
 
 def no_qk_norm(config: Mapping) -> bool:
@@ -69,7 +75,7 @@ TROUBLES = {
         'the learning rate is far too high', (float16, 'an overflow in float16'), (unclipped, 'no clipping'),
         'a division by zero or a logarithm of 0 in changed code'), (
         'lower learning_rate', (unclipped, 'grad_clip = 1'), (float16, 'dtype bfloat16 or float32'),
-        'on_nonfinite rewind, which gets past a single bad batch')),
+        'on_nonfinite rewind, which gets past a single bad batch', (skips, 'or stop, which says where it begins'))),
     'lr_too_high': Trouble('warning', (
         RISING, 'the learning rate is too high for this model', (no_qk_norm, 'no query-key norm, which bears higher rates')), (
         LOWER_MIN, 'lower learning_rate, and min_lr with it, by 3 to 10', (no_qk_norm, 'or set qk_norm'))),

@@ -5,7 +5,7 @@ Nothing here waits for the device but read(), which the loop calls where it wait
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -56,6 +56,16 @@ class EvaluationSigns:
     attention_entropy: float  # smallest mean of a layer, as a share of the largest possible
     activation_std: float  # of the residual stream behind the last block
     noise_scale: float | None  # of the gradient, in batches of a step; None where it was not measured
+
+    @classmethod
+    def of_record(cls, record: Mapping) -> 'EvaluationSigns | None':
+        """Those of a line of metrics.jsonl; None where it is of no evaluation, or of one that was not finite."""
+        names = {'train_loss': 'loss/train', 'val_loss': 'loss/val'}
+        signs = {name: record.get(names.get(name, name)) for name in cls.__match_args__}
+        if 'noise_scale' in record and signs['noise_scale'] is None:
+            signs['noise_scale'] = math.inf  # which JSON cannot hold
+        measured = [value for name, value in signs.items() if name != 'step' and (name != 'noise_scale' or value is not None)]
+        return cls(**signs) if all(type(value) is float for value in measured) else None
 
     def metrics(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if name not in ('step', 'train_loss', 'val_loss')}

@@ -1,4 +1,5 @@
 """The doctor names each trouble when its signs are there, once, and leaves healthy runs alone; a run tells, records and obeys it."""
+import json
 import math
 import re
 import statistics
@@ -14,6 +15,7 @@ import configurator
 import model
 from nib import corpus, loader, troubles
 from nib.doctor import KEPT, Doctor, Line, Window, mean_loss
+from nib.guard import Seen
 from nib.troubles import TROUBLES, Finding
 from nib.vitals import DataSigns, EvaluationSigns, StepSigns
 
@@ -54,6 +56,11 @@ def show(doctor: Doctor, step=lambda s: {}, evaluation=lambda s: {}, log_interva
         if s % 30 == 0:
             found += doctor.see_evaluation(evaluation_signs(s, **evaluation(s)))
     return found
+
+
+def beginner() -> Doctor:
+    """Of a long run, with a loss above the entropy of its tokens to the end."""
+    return make_doctor({'max_iters': 3000}, {'entropy': 1.0})
 
 
 def ratio(value):
@@ -121,6 +128,25 @@ def test_a_healthy_run_is_left_alone(changes, log_interval):
     assert doctor.verdict(300) == 'healthy: nothing found in 300 steps' and doctor.verdict(1) == 'healthy: nothing found in 1 step'
 
 
+@pytest.mark.parametrize('seen, named', [
+    ([(100, 2)], False), ([(100, 3)], True), ([(300, 0), (10, 3)], False), ([(100, 1), (100, 1), (99, 1)], True), ([(100, 1)] * 3, False)])
+def test_steps_left_out_are_many_from_three_and_more_than_a_hundredth(seen, named):
+    doctor, step, found = make_doctor(), 0, []
+    for n, bad in seen:
+        step += n
+        found += doctor.see_bad_steps(step, Seen(bad, n, bad, step - 1, False, ''))
+    assert [(finding.name, finding.severity) for finding in found] == [('not_finite', 'warning')] * named
+    if named:
+        assert doctor.see_bad_steps(step + 10, Seen(9, 10, 9, step + 10, False, '')) == []  # once
+        first = seen[0][0] - 1
+        assert f'{sum(bad for _, bad in seen)} of {step} steps' in found[0].evidence
+        assert f'the first by step {first}, the last was step {step - 1}' in found[0].evidence
+        other = make_doctor()
+        other.recall([{'step': step, 'finding/not_finite': str(found[0])}])
+        assert other.verdict(step) == 'warning: not_finite' and [f.name for f in show(other, step=lambda s: ratio(0.5))]  # it looks on
+        assert [f.severity for f in other.see_nonfinite(step, 'NaN')] == ['critical']
+
+
 def test_not_finite_is_what_the_loop_says_and_ends_the_search():
     doctor = make_doctor()
     found = doctor.see_nonfinite(7, 'step 7: loss not finite')
@@ -169,7 +195,7 @@ def test_where_a_trouble_begins(name):
     names = []
     for signs in sides:
         found = (make_doctor(data=signs).see_data() if kind == 'data' else
-                 show(make_doctor(), **{kind: lambda s: signs if s > 1 or kind != 'step' else {}}))
+                 show(beginner(), **{kind: lambda s: signs if s > 1 or kind != 'step' else {}}))
         names.append([finding.name for finding in found])
     assert names == [[], [name]]
 
@@ -179,7 +205,7 @@ def test_what_passes_is_no_trouble(rule, there):
     """A sign must last so many lines in a row."""
     signs = FIRING[rule]['step'](50)
     for lines, names in ((there - 1, []), (there, [rule])):
-        found = show(make_doctor(), step=lambda s: signs if 100 < s <= 100 + 10 * lines else {})
+        found = show(beginner(), step=lambda s: signs if 100 < s <= 100 + 10 * lines else {})
         assert [finding.name for finding in found] == names, lines
 
 
@@ -230,6 +256,12 @@ def test_a_model_that_learnt_before_may_begin_as_it_likes():
         changes = FIRING[name]
         doctor = make_doctor(trained=True, data=changes.get('data'))
         assert show(doctor, step=changes['step']) == [], name
+
+
+def test_a_model_that_has_learnt_may_go_on_with_a_low_rate():
+    for entropy, names in ((2.5, []), (1.0, ['lr_too_low'])):  # the loss is 2.3 at step 100
+        found = show(make_doctor(data={'entropy': entropy}), step=lambda s: ratio(1e-5), first=100)
+        assert [finding.name for finding in found] == names
 
 
 def test_a_short_pause_of_the_machine_is_no_collapse():
@@ -293,6 +325,29 @@ def test_what_was_found_before_is_not_said_again():
                   {'step': 12, 'finding/of_a_later_version': '...'}])
     assert show(other, step=FIRING['all_clipped']['step']) == []
     assert other.verdict(300) == 'critical: val_leaked; warning: all_clipped'
+
+
+def recorded(evaluation=lambda s: {}, last=300) -> list[dict]:
+    """The lines that a run of 300 steps leaves of its evaluations."""
+    shown = [evaluation_signs(s, **evaluation(s)) for s in range(0, last + 1, 30)]
+    return [json.loads(json.dumps({'step': signs.step, 'loss/train': signs.train_loss, 'loss/val': signs.val_loss} | signs.metrics()))
+            for signs in shown]
+
+
+def test_a_resumed_run_is_compared_with_its_evaluations_before():
+    overfitting = FIRING['overfitting']['evaluation']  # best at step 90
+    doctor = make_doctor()
+    doctor.recall(recorded(overfitting, last=90))
+    (finding,) = show(doctor, evaluation=overfitting, first=91)
+    assert (finding.name, finding.step) == ('overfitting', 150) and 'is 2.000 at step 90' in finding.evidence
+    assert doctor.evaluations == [evaluation_signs(s, **overfitting(s)) for s in range(0, 301, 30)]
+    slow = {'n_params': 500}, lambda s: {'train_loss': 3.0 - s / 150, 'val_loss': 3.01 - s / 150}  # a gain of less than 5 % from 210 to 240
+    doctor = make_doctor(**slow[0])
+    doctor.recall(recorded(slow[1], last=210))
+    assert show(doctor, evaluation=slow[1], first=211, last=240) == []
+    doctor = make_doctor(n_params=500)
+    doctor.recall(recorded(FIRING['underfitting']['evaluation'], last=210))
+    assert [finding.name for finding in show(doctor, evaluation=FIRING['underfitting']['evaluation'], first=211)] == ['underfitting']
 
 
 def test_what_a_rewound_run_undid_is_forgotten():
@@ -450,6 +505,25 @@ def test_a_resumed_run_says_nothing_twice(train_here, tmp_path):
     second = train_here(tmp_path / 'run', '--grad_clip=0.001', '--init_from=resume', '--max_iters=30', '--lr_decay_iters=30')
     assert (first.stderr.count('all_clipped'), second.stderr.count('all_clipped')) == (1, 0)
     assert 'all_clipped' in second.stdout and [name for _, name in findings(tmp_path / 'run')].count('all_clipped') == 1
+
+
+@pytest.mark.parametrize('weights, names', [('scratch', ['lr_too_low']), ('{other}', [])])
+def test_a_resumed_run_is_judged_by_how_it_began(run_main, data_dir, tmp_path, weights, names):
+    """Cut before the doctor could tell, twice."""
+    def lab(name, out_dir, *flags):
+        done = run_main('train.py', f'config/lab/{name}.py', *LAB_FLAGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', '--lr_decay_iters=40', *flags)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    if weights != 'scratch':
+        lab('healthy', tmp_path / 'other', '--max_iters=2')
+    first = lab('lr_too_low', tmp_path / 'run', '--max_iters=7', f'--init_from={weights.format(other=tmp_path / "other")}')
+    second = lab('lr_too_low', tmp_path / 'run', '--max_iters=9', '--init_from=resume')
+    assert 'verdict of the doctor: healthy' in first.stdout and 'verdict of the doctor: healthy' in second.stdout
+    third = lab('lr_too_low', tmp_path / 'run', '--max_iters=40', '--init_from=resume')
+    assert [name for _, name in findings(tmp_path / 'run')] == names and ('lr_too_low, warning: ' in third.stderr) == bool(names)
+    began = json.loads((tmp_path / 'run' / 'config.json').read_text())['config']['init_from']
+    assert began == weights.format(other=tmp_path / 'other')
 
 
 def test_two_ranks_stop_together(data_dir, tmp_path):

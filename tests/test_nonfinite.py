@@ -86,6 +86,49 @@ def test_max_bad_steps_and_skip_are_what_they_say(train_here, poison, tmp_path):
     assert equal(tensors_at(tmp_path / 'four', 20), tensors_at(tmp_path / 'skip', 20))
 
 
+def findings(out_dir):
+    return [(r['step'], r['finding/not_finite']) for r in records(out_dir) if 'finding/not_finite' in r]
+
+
+def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path):
+    poison({3, 4, 8, 9}, 'gradient')
+    done = train_here(tmp_path / 'skip', '--on_nonfinite=skip', '--max_bad_steps=1', '--log_interval=3')
+    (step, said), = findings(tmp_path / 'skip')
+    assert done.returncode == 0 and step == 9 and said.startswith(
+        'warning: 3 of 9 steps had a loss or gradients that were not finite, and were left out: the first by step 5, the last was '
+        'step 9. Likely causes')
+    assert 'stop, which says where it begins' in said
+    assert done.stderr.count('not_finite, warning: ') == 1 and re.search('verdict of the doctor: warning: .*not_finite', done.stdout)
+    again = train_here(tmp_path / 'skip', '--on_nonfinite=skip', '--init_from=resume', '--max_iters=30')
+    assert re.search('verdict of the doctor: warning: .*not_finite', again.stdout) and len(findings(tmp_path / 'skip')) == 1
+    poison({3, 4}, 'gradient')
+    assert train_here(tmp_path / 'few', '--on_nonfinite=skip').returncode == 0 and findings(tmp_path / 'few') == []
+
+
+def test_overflows_of_float16_are_no_finding(train_here, poison, tmp_path):
+    poison({0, 1, 2, 5}, 'gradient')
+    done = train_here(tmp_path / 'run', '--dtype=float16', '--on_nonfinite=skip')
+    assert done.returncode == 0 and findings(tmp_path / 'run') == []
+    poison({0, 1, 2, 5}, 'loss')
+    train_here(tmp_path / 'loss', '--dtype=float16', '--on_nonfinite=skip')
+    assert [step for step, _ in findings(tmp_path / 'loss')] == [3]
+
+
+def test_a_warning_of_steps_left_out_gives_way_to_the_end(train_here, poison, tmp_path):
+    poison({2, 6, 8, 12, 13, 14}, 'loss')
+    done = train_here(tmp_path / 'run')
+    found = [(step, said.partition(':')[0]) for step, said in findings(tmp_path / 'run')]
+    assert done.returncode == 3 and found == [(9, 'warning'), (15, 'critical')]
+    assert 'verdict of the doctor: critical: not_finite' in done.stdout and done.stdout.count('not_finite') == 1
+
+
+def test_rewinding_is_a_warning_where_many_steps_were_not_finite(train_here, poison, tmp_path):
+    poison({12, 13, 14}, 'loss')
+    train_here(tmp_path / 'run', '--on_nonfinite=rewind')
+    (step, said), = findings(tmp_path / 'run')
+    assert step == 10 and said.startswith('warning: 3 of 15 steps ') and 'the first by step 13, the last was step 15' in said
+
+
 def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here, poison, tmp_path):
     computed = poison({12, 13, 14}, 'loss')
     flags = ['--on_nonfinite=rewind', '--dropout=0.1']
@@ -189,7 +232,7 @@ def test_bad_steps_are_counted_as_a_plain_loop_counts_them(steps, limit, float16
             in_a_row, total, since = in_a_row + 1, total + 1, 0
         else:
             in_a_row, since = in_a_row if latched else 0, since + 1
-    for new in (total, 0):
+    for n, new in ((len(steps), total), (0, 0)):
         seen = bad_steps.look(100, torch.amp.GradScaler('cpu', enabled=False))
-        assert (seen.in_a_row, seen.new, seen.last) == (in_a_row, new, 100 - since)
+        assert (seen.in_a_row, seen.steps, seen.new, seen.last) == (in_a_row, n, new, 100 - since)
         assert seen.ending == (limit is not None and in_a_row >= limit)

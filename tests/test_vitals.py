@@ -3,6 +3,7 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,7 @@ from model import GPT, GPTConfig
 from nib import checkpoint, vitals
 from nib.loader import BatchLoader
 from nib.optim import Optimizer
-from nib.vitals import KEPT, PROBE_LENGTH, SAMPLE, SEARCHED, Vitals, examine_data, gradient_noise, sample
+from nib.vitals import KEPT, PROBE_LENGTH, SAMPLE, SEARCHED, EvaluationSigns, Vitals, examine_data, gradient_noise, sample
 
 NO_SCALER = torch.amp.GradScaler('cpu', enabled=False)
 VOCAB = 11
@@ -245,6 +246,18 @@ def test_noise_is_measured_with_the_first_second_fourth_and_eighth_evaluation():
     assert [number for number, was in enumerate(measured) if was] == [1, 2, 4, 8]  # and not before the first step
 
 
+def test_an_evaluation_is_read_from_its_record():
+    record = {'step': 4, 'loss/train': 2.0, 'loss/val': 2.5, 'dead_units': 0.0, 'attention_logit': 3.0, 'attention_entropy': 0.5,
+              'activation_std': 1.0}
+    signs = EvaluationSigns(4, 2.0, 2.5, 0.0, 3.0, 0.5, 1.0, None)
+    assert EvaluationSigns.of_record({**record, 'sample': 'text', 'bits_per_byte/val': 3.0}) == signs
+    assert EvaluationSigns.of_record({**record, 'noise_scale': 7.0}) == replace(signs, noise_scale=7.0)
+    assert EvaluationSigns.of_record({**record, 'noise_scale': None}) == replace(signs, noise_scale=math.inf)
+    for damage in ({'loss/val': None}, {'dead_units': '0.1'}, {'noise_scale': 'large'}, {'loss/train': [2.0]}, {'attention_logit': 10 ** 400}):
+        assert EvaluationSigns.of_record(record | damage) is None
+    assert EvaluationSigns.of_record({'step': 4, 'loss/step': 2.0}) is None
+
+
 def test_a_gradient_that_overflows_leaves_the_noise_unknown():
     model, optimizer, batches, signs = make()
     with torch.no_grad():
@@ -367,4 +380,9 @@ def test_signs_of_odd_runs_are_recorded(train_here, tmp_path, flags):
     written = records(tmp_path / 'run')
     assert sum('update_ratio/attention' in record for record in written) == 6
     assert [record['step'] for record in written if 'noise_scale' in record] == [3]  # not in the last evaluation
+    evaluated = [record for record in written if 'loss/val' in record]
+    for record, signs in zip(evaluated, map(EvaluationSigns.of_record, evaluated)):
+        assert (signs.step, signs.train_loss, signs.val_loss) == (record['step'], record['loss/train'], record['loss/val'])
+        assert signs.metrics().items() - {('noise_scale', None)} <= record.items()
+    assert [record for record in written if EvaluationSigns.of_record(record)] == evaluated and len(evaluated) == 3
     assert not any('finding/constant_batches' in record or 'finding/targets_not_shifted' in record for record in written)
