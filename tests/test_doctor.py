@@ -414,6 +414,7 @@ def test_what_to_change_can_be_changed(name):
     ('not_finite', {'dtype': 'float16'}, 'dtype bfloat16 or float32'), ('lr_too_high', {}, 'or set qk_norm'),
     ('plateau', {'lr_decay_iters': 30}, 'lr_decay_iters = max_iters'), ('all_clipped', {'grad_clip': 0.01}, 'grad_clip = 1'),
     ('dead_units', {'mlp': 'relu2'}, 'mlp gelu or swiglu'), ('dead_units', {'bias': True}, 'bias = False'),
+    ('wrong_initial_loss', {'zero_init': True, 'tied_head': True}, 'tied_head = False'),
 ])
 def test_advice_fits_the_config(name, config, advised):
     opposite = {'qk_norm': True, 'bias': False, 'mlp': 'gelu', 'dtype': 'float32', 'grad_clip': 1.0, 'min_lr': 1e-4}

@@ -34,11 +34,13 @@ def bytes_out_dir(tmp_path_factory):
     return folder / 'run'
 
 
+FLAGS = ['--device=cpu', '--dtype=float32', '--max_new_tokens=40', '--num_samples=1']
+
+
 @pytest.fixture
 def sample(run_main):
     """sample(out_dir, *flags): what sample.py writes."""
-    return lambda out_dir, *flags: run_main('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32',
-                                            '--max_new_tokens=40', '--num_samples=1', *flags)
+    return lambda out_dir, *flags: run_main('sample.py', f'--out_dir={out_dir}', *FLAGS, *flags)
 
 
 def likeliest(out_dir, which, prompt, count, dtype=torch.float32) -> str:
@@ -85,9 +87,7 @@ def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, 
     given = sample(out_dir, '--start=The dog')
     assert given.returncode == 0 and given.stdout.startswith('The dog') and len(given.stdout) == len('The dog') + 40 + 1
     assert sample(out_dir, f'--start=FILE:{tmp_path / "prompt.txt"}').stdout == given.stdout
-    piped = run_script('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32', '--max_new_tokens=40',
-                       '--num_samples=1', '--start=-', input='The dog')
-    assert piped.stdout == given.stdout
+    assert run_script('sample.py', f'--out_dir={out_dir}', *FLAGS, '--start=-', input='The dog').stdout == given.stdout
 
 
 def test_the_same_seed_writes_the_same_and_another_another(out_dir, sample):
