@@ -37,6 +37,7 @@ import torch._dynamo  # noqa: E402, F401, which every optimizer imports, in a se
 
 import bench  # noqa: E402
 import configurator  # noqa: E402
+import report  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -50,16 +51,18 @@ result: str = ''  # file to write the table to; empty: standard output only
 
 MEMORY, SECONDS = 2 << 30, 60  # that a case may take
 PREPARE = {name: f'data/{name}/prepare.py' for name in ('text', 'shakespeare_char', 'shakespeare', 'stdlib_char', 'openwebtext')}
-MAINS = {'train.py': train.main, 'sample.py': sample.main, 'bench.py': bench.main}
+MAINS = {'train.py': train.main, 'sample.py': sample.main, 'bench.py': bench.main, 'report.py': report.main}
 TINY = ['--device=cpu', '--data_dir=data', '--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=8', '--block_size=8',
         '--batch_size=2', '--gradient_accumulation_steps=1', '--lr_decay_iters=2', '--warmup_iters=1', '--learning_rate=1e-2']
 TRAIN = [*TINY, '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--log_interval=1']
 BASE = {'train.py': [*TRAIN, '--out_dir=new'],
         'sample.py': ['--device=cpu', '--out_dir=run', '--max_new_tokens=3'],
         'bench.py': [*TINY, '--rounds=1', '--steps=1', '--new_tokens=2', '--prompt_tokens=2', '--no-startup'],
+        'report.py': ['--out_dir=run', '--no-png'],
         PREPARE['text']: ['--input=texts'], PREPARE['shakespeare_char']: ['--input=texts/a.txt'],
         PREPARE['shakespeare']: ['--input=texts/a.txt'], PREPARE['stdlib_char']: [], PREPARE['openwebtext']: ['--input=texts']}
 TYPES = {script: configurator.read_block(str(ROOT / script)).types for script in BASE}
+TYPES['report.py'].pop('watch')  # which serves until Ctrl-C
 # Keys whose larger values are a longer run, which is what was asked for; they get values that are small or refused.
 WORK = {'max_iters', 'eval_iters', 'sample_tokens', 'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'rounds',
         'steps', 'new_tokens'}
@@ -212,11 +215,12 @@ def play(made: Case):
 
 
 def make_case(draw: random.Random) -> Case:
-    return draw.choices([case_of_flags, case_of_dataset, case_of_run, case_of_published, case_of_text], [10, 3, 4, 2, 4])[0](draw)
+    return draw.choices([case_of_flags, case_of_dataset, case_of_run, case_of_report, case_of_published, case_of_text],
+                        [10, 3, 4, 2, 2, 4])[0](draw)
 
 
 def case_of_flags(draw) -> Case:
-    script = draw.choices(list(BASE), [8, 5, 3, 4, 1, 1, 0.1, 0.1])[0]
+    script = draw.choices(list(BASE), [8, 5, 3, 2, 4, 1, 1, 0.1, 0.1])[0]
     types = TYPES[script] if script != 'bench.py' else TYPES['train.py'] | TYPES['bench.py']
     flags = []
     for _ in range(draw.randint(1, 3)):
@@ -272,6 +276,12 @@ def case_of_run(draw) -> Case:
     return Case('damaged run', script, argv, damage)
 
 
+def case_of_report(draw) -> Case:
+    damage = random_damage(draw, ['run/config.json', 'run/metrics.jsonl', 'other/config.json', 'other/metrics.jsonl', 'run/report.html'])
+    flags = draw.choice([[], [], ['--out_dir=run,other'], ['--png']])
+    return Case('damaged run, its report', 'report.py', [*BASE['report.py'], *flags], damage)
+
+
 def case_of_published(draw) -> Case:
     damage = random_damage(draw, ['published/config.json', 'published/model.safetensors'])
     argv = ['--device=cpu', '--data_dir=data', '--dataset=gpt2', '--batch_size=2', '--gradient_accumulation_steps=1',
@@ -306,6 +316,11 @@ def random_damage(draw, paths: list[str]) -> Callable[[], None]:
                 continue
             if path.suffix == '.json' and draw.random() < 0.5:
                 path.write_text(json.dumps(change_json(draw, json.loads(path.read_text()))))
+            elif path.suffix == '.jsonl' and draw.random() < 0.5:
+                lines = path.read_text().splitlines()
+                place = draw.randrange(len(lines))
+                lines[place] = json.dumps(change_json(draw, json.loads(lines[place])))
+                path.write_text('\n'.join(lines) + '\n')
             else:
                 change_bytes(draw, path)
     return damage
@@ -359,6 +374,7 @@ def make_ground(folder: Path):
     for split in ('train', 'val'):
         Path(f'data/gpt2/{split}.bin').write_bytes(random.Random(0).randbytes(2000).translate(bytes(range(128)) * 2))
     train.main([*TRAIN, '--out_dir=run', '--eval_interval=1', '--keep_last=2'])
+    shutil.copytree('run', 'other')
     Path('run/wandb_id').write_text('0123abcd\n')
     Path('published').mkdir()
     model = GPT(GPTConfig(vocab_size=50257, block_size=8, n_layer=1, n_head=2, n_embd=4))

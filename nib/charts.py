@@ -75,7 +75,7 @@ class Mark:
     """A point that stands out."""
     step: int
     value: float
-    label: str  # beside it; '' where there is no room
+    label: str  # in the legend; '' where there are several
     colour: int = 0
 
 
@@ -171,7 +171,8 @@ def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
         keys += [Key('series', name, replace(one, colour=NEUTRAL)) for name, one in reversed(names.items()) if len(names) > 1]
     else:
         keys += [Key('series', one.label, one) for one in series]
-    keys += [Key('ring', 'best')] if chart.marks and not any(mark.label for mark in chart.marks) else []
+    keys += [Key('ring', mark.label, Series('', (), (), mark.colour)) for mark in chart.marks if mark.label]
+    keys += [Key('ring', 'best', Series('', (), (), NEUTRAL))] if any(not mark.label for mark in chart.marks) else []
     keys += [Key('gap', 'not finite')] if any(value is None for one in series for value in one.values) else []
     return keys if len(keys) > 1 else []
 
@@ -228,10 +229,6 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
     for mark in chart.marks:
         place = draw_dots([(x(mark.step), y(mark.value))])
         parts.append(f'<path class="c{mark.colour % len(LIGHT)} ring" d="{place}"/><path class="hole" d="{place}"/>')
-        if mark.label:
-            side = f'right:{100 - x(mark.step) / 10:g}%' if x(mark.step) > 500 else f'left:{x(mark.step) / 10:g}%'
-            below = ' below' if y(mark.value) < 120 else ''
-            labels.append(f'<span class="mark{below}" style="{side};top:{y(mark.value) / 10:g}%">{escape(mark.label)}</span>')
     rows = badge_rows([time.share(flag.step) for flag in flags])
     labels += [f'<a class="badge {flag.severity}" href="#finding-{flag.number}" title="{escape(flag.name)}" '
                f'style="left:{x(flag.step) / 10:g}%;top:{-20 * (row + 1)}px">{flag.number}</a>' for flag, row in zip(flags, rows)]
@@ -268,8 +265,9 @@ def draw_series(series: Series, points: Sequence[tuple[float, float | None]]) ->
 def draw_key(key: Key) -> str:
     if key.shown == 'series':
         return draw_series(replace(key.series, dotted=False), [(12, 5)] if key.series.look == 'dots' else [(0, 5), (24, 5)])
+    if key.shown == 'ring':
+        return f'<path class="c{key.series.colour % len(LIGHT)} ring" d="M12 5h0"/><path class="hole" d="M12 5h0"/>'
     return {'band': '<rect class="band" width="24" height="10"/>', 'level': '<path class="level" d="M0 5H24"/>',
-            'ring': f'<path class="c{NEUTRAL} ring" d="M12 5h0"/><path class="hole" d="M12 5h0"/>',
             'gap': '<path class="gap" d="M12 5h0"/>'}[key.shown]
 
 

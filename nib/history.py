@@ -52,9 +52,8 @@ class Run:
         return max((step for values in (*self.numbers.values(), *self.texts.values()) for step in values), default=0)
 
     def findings(self) -> list[Finding]:
-        found = [parse_finding(name.removeprefix('finding/'), step, text) for name, texts in self.texts.items()
-                 if name.startswith('finding/') for step, text in texts.items()]
-        return sorted(found, key=lambda one: (one.step, SEVERITIES.index(one.severity)))
+        return [parse_finding(name.removeprefix('finding/'), step, text) for name, texts in self.texts.items()
+                if name.startswith('finding/') for step, text in texts.items()]
 
     def best(self) -> tuple[int, float] | None:
         """Step and value of the lowest validation loss."""
@@ -163,8 +162,8 @@ def loss_chart(runs) -> Chart:
     steps = tuple(replace(one, colour=NEUTRAL) for one in steps) if len(runs) == 1 else steps
     evaluated = sorted(curves(runs, {'loss/val': 'validation', 'loss/train': 'training'}, dotted=True),
                        key=lambda one: one.name == 'validation')  # drawn last, above the others
-    marks = [Mark(*run.best(), f'best {run.best()[1]:.4f}' if len(runs) == 1 else '', colour)
-             for colour, run in enumerate(runs) if run.best()]
+    marks = [Mark(*best, f'best {best[1]:.4f} at step {best[0]:,}' if len(runs) == 1 else '', colour)
+             for colour, run in enumerate(runs) if (best := run.best())]
     return Chart('loss', 'Loss', 'nats per token', (*steps, *evaluated), tuple(marks))
 
 

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from nib.charts import DASHES, LIGHT, NEUTRAL, SEVERITY_COLOURS, Axis, Chart, Flag, Key, Series, badge_rows, legend, show_number
 
 GOOD, QUIET = '#00704f', LIGHT[NEUTRAL]
+HEIGHT = 4.5  # inches
+COLUMNS = 3  # of the legend
+NAMED = 24  # findings, so that the legend is no longer than the chart is high
 
 
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     """Draws what nib.charts.to_html draws. ImportError where matplotlib is missing."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a screen
+    from matplotlib.lines import Line2D
     axis, series = chart.axis(), [drawn for one in chart.series for drawn in one.drawn()]
-    figure = Figure(figsize=(9, 4.5), dpi=150, layout='constrained')
+    figure = Figure(figsize=(9, HEIGHT), dpi=150, layout='constrained')
     axes = figure.subplots()
     if chart.band:
         axes.axhspan(*chart.band, color=GOOD, alpha=0.12, lw=0)
@@ -24,11 +28,7 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
         if gaps := [step for step, value in zip(one.steps, one.values) if value is None]:
             axes.plot(gaps, [axis.high] * len(gaps), 'x', color=SEVERITY_COLOURS['critical'], ms=6, clip_on=False)
     for mark in chart.marks:
-        left = time.share(mark.step) > 0.5
         axes.plot([mark.step], [mark.value], clip_on=False, zorder=4, **ring(mark.colour))
-        axes.annotate(mark.label, (mark.step, mark.value), (-8 if left else 8, 8), textcoords='offset points', zorder=5,
-                      ha='right' if left else 'left', fontsize=9, fontweight='bold',
-                      bbox={'boxstyle': 'round,pad=0.15', 'fc': 'white', 'ec': 'none', 'alpha': 0.8})
     rows = badge_rows([time.share(flag.step) for flag in flags])
     for flag, row in zip(flags, rows):
         colour = SEVERITY_COLOURS[flag.severity]
@@ -46,9 +46,13 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     axes.grid(color='#e3e6ea', lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    if keys := legend(chart, series):
-        figure.legend([proxy(key) for key in keys], [key.label for key in keys], loc='outside lower left', frameon=False,
-                      fontsize=9, ncols=3)
+    keys = [(proxy(key), key.label) for key in legend(chart, series)]
+    keys += [(badge(flag), f'{flag.number} {flag.name}') for flag in sorted(flags, key=lambda flag: flag.number)[:NAMED]]
+    keys += [(Line2D([], [], ls=''), f'and {len(flags) - NAMED} more')] * (len(flags) > NAMED)
+    if keys:
+        figure.set_figheight(HEIGHT + 0.2 * ((len(keys) - 1) // COLUMNS))
+        by_rows = [key for column in range(COLUMNS) for key in keys[column::COLUMNS]]  # matplotlib fills column by column
+        figure.legend(*zip(*by_rows), loc='outside lower left', frameon=False, fontsize=9, ncols=COLUMNS)
     figure.savefig(path)
 
 
@@ -65,12 +69,18 @@ def ring(colour: int) -> dict:
     return {'marker': 'o', 'ms': 9, 'mfc': 'white', 'mec': LIGHT[colour % len(LIGHT)], 'mew': 2, 'ls': ''}
 
 
+def badge(flag: Flag):
+    """What stands for a finding in matplotlib's legend."""
+    from matplotlib.lines import Line2D
+    return Line2D([], [], color=SEVERITY_COLOURS[flag.severity], marker='s', ms=7, ls='')
+
+
 def proxy(key: Key):
     """What stands for it in matplotlib's legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     if key.shown == 'band':
         return Patch(color=GOOD, alpha=0.12, lw=0)
-    return Line2D([], [], **{'series': lambda: style(key.series), 'ring': lambda: ring(NEUTRAL),
+    return Line2D([], [], **{'series': lambda: style(key.series), 'ring': lambda: ring(key.series.colour),
                              'level': lambda: {'color': QUIET, 'lw': 1, 'ls': (0, (4, 3))},
                              'gap': lambda: {'color': SEVERITY_COLOURS['critical'], 'marker': 'x', 'ls': ''}}[key.shown]())

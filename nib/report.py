@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nib.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Flag, time_axis, to_html
 from nib.files import atomic_write
-from nib.history import Run, charts_of, memory_unit, read_runs
+from nib.history import Finding, Run, charts_of, memory_unit, read_runs
 from nib.pngs import save_png
 
 SAMPLES = 6  # shown of a run
@@ -73,11 +73,18 @@ def text(content) -> str:
     return escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', str(content)))
 
 
+def numbered_findings(runs) -> list[tuple[int, Run, Finding]]:
+    """All findings as the page lists them: the gravest first, by step among those as grave."""
+    found = [(run, one) for run in runs for one in run.findings()]
+    found.sort(key=lambda pair: (SEVERITIES.index(pair[1].severity), pair[1].step))
+    return [(number, run, one) for number, (run, one) in enumerate(found, 1)]
+
+
 def flags_of(runs) -> list[Flag]:
-    """All findings, numbered as the page lists them; in the order of their steps."""
-    found = [(one, f'{run.name}: {one.name}' if len(runs) > 1 else one.name) for run in runs for one in run.findings()]
-    return sorted((Flag(one.step, number, one.severity, name) for number, (one, name) in enumerate(found, 1)),
-                  key=lambda flag: flag.step)
+    """All findings in the order of their steps."""
+    flags = [Flag(one.step, number, one.severity, f'{run.name}: {one.name}' if len(runs) > 1 else one.name)
+             for number, run, one in numbered_findings(runs)]
+    return sorted(flags, key=lambda flag: flag.step)
 
 
 def summary(run: Run, index: int, count: int) -> str:
@@ -113,9 +120,8 @@ def summary(run: Run, index: int, count: int) -> str:
 
 
 def findings_section(runs) -> str:
-    found = [(run, one) for run in runs for one in run.findings()]
     items = []
-    for number, (run, one) in enumerate(found, 1):
+    for number, run, one in numbered_findings(runs):
         causes = ''.join(f'<li>{text(cause)}</li>' for cause in one.causes)
         causes = f'<p>Likely causes, the likeliest first:</p><ol>{causes}</ol>' if causes else ''
         changes = '; '.join(f'<code>{text(change)}</code>' if ' = ' in change else text(change) for change in one.changes)

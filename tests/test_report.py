@@ -147,7 +147,7 @@ def test_points_are_drawn_where_their_values_are(tmp_path):
 def test_the_best_validation_loss_is_marked(tmp_path):
     losses = {0: 4.0, 10: 2.5, 20: 2.25, 40: None, 50: 3.0}
     page = page_of(write_run(tmp_path / 'run', [{'step': step, 'loss/val': loss} for step, loss in losses.items()]))
-    assert 'best 2.2500' in page.shown and 'at step 20' in page.shown
+    assert 'best 2.2500 at step 20' in page.shown and not page.of_class('mark')  # in the legend, where it hides nothing
     ring, = page.paths('loss', 'c0 ring')
     assert ring.startswith('M400 ')
     assert page.paths('loss', 'gap') == ['M800 0h0']  # where it was not finite
@@ -162,14 +162,15 @@ def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
     assert page.paths('loss', 'flag note') == ['M750 0V1000'] and page.paths('loss', 'flag critical') == ['M760 0V1000']
     badges = {element['href']: element['style'] for element in page.of_class('badge warning') + page.of_class('badge note')
               + page.of_class('badge critical') if 'href' in element}
-    assert badges == {'#finding-1': 'left:25%;top:-20px', '#finding-2': 'left:75%;top:-20px', '#finding-3': 'left:76%;top:-40px'}
+    assert badges == {'#finding-2': 'left:25%;top:-20px', '#finding-3': 'left:75%;top:-20px', '#finding-1': 'left:76%;top:-40px'}
     assert [attributes['id'] for tag, attributes in page.elements if attributes.get('class', '').startswith('finding ')] == [
         'finding-1', 'finding-2', 'finding-3']
+    assert re.findall('not_finite|lr_too_high|odd', page.shown)[-3:] == ['not_finite', 'lr_too_high', 'odd']  # the gravest first
     for shown in ('the update ratio of attention is 0.02', 'learning_rate is too high', 'learning_rate = 0.0003', 'beta2 = 0.99',
                   'of no known form', 'loss is NaN.', '3 findings: see below'):
         assert page.shown.count(shown) == 1, shown
     assert page.of_class('verdict critical')  # the colour of the worst
-    found = history.read_run(tmp_path / 'run').findings()[0]
+    found, = [one for one in history.read_run(tmp_path / 'run').findings() if one.name == 'lr_too_high']
     assert (found.severity, found.evidence) == ('warning', 'the update ratio of attention is 0.02.')
     assert found.causes == ['learning_rate is too high', 'beta2'] and found.changes == ['learning_rate = 0.0003', 'beta2 = 0.99']
 
@@ -401,6 +402,17 @@ def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     assert Page((other / 'comparison.html').read_text()).values('loss')['other: a step\'s batch'] == {1: 1.0}
     assert run_main('report.py', f'--out_dir={run}', f'--page={tmp_path}/x.html', '--no-png').returncode == 0
     assert (tmp_path / 'x.html').exists() and not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('n, last', [(1, '1 trouble-0'), (30, 'and 6 more')])
+def test_a_png_names_its_findings(tmp_path, monkeypatch, n, last):
+    figure = pytest.importorskip('matplotlib.figure')
+    legends, legend = [], figure.Figure.legend
+    monkeypatch.setattr(figure.Figure, 'legend', lambda self, *args, **options: legends.append(legend(self, *args, **options)))
+    lines = [{'step': step, 'loss/val': 2.0} for step in (1, 40)] + [{'step': 1 + i, f'finding/trouble-{i}': FINDING} for i in range(n)]
+    report.write_report([write_run(tmp_path / 'run', lines)], DEFAULTS, tmp_path / 'page.html', png=True)
+    named, = [[label.get_text() for label in one.get_texts()] for one in legends]
+    assert '1 trouble-0' in named and last in named and len(named) == 2 + n - max(0, n - 24 - 1)
 
 
 def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, monkeypatch):
