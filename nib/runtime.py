@@ -264,6 +264,9 @@ def distribute(model: torch.nn.Module, local_rank: int, device: str, batch: tupl
     return distributed
 
 
+FINDING = 1 << 10  # in the place of a signal's number: the doctor stops the run
+
+
 def resume_command(argv: Sequence[str]) -> str:
     """What to type to go on with a run of train.py that was started with these arguments."""
     launcher, world, local = 'python', os.environ.get('WORLD_SIZE', '1'), os.environ.get('LOCAL_WORLD_SIZE', '1')
@@ -280,9 +283,6 @@ def describe_stop(stop: int, step: int, saved: bool, argv: Sequence[str]) -> str
     more = (f'which is saved; to go on: {resume_command(argv)}' if saved else
             'nothing is saved yet' if stop == FINDING else 'nothing is saved yet: start again with the same command')
     return f'stopped by {by} after step {step}, {more}'
-
-
-FINDING = 1 << 10  # in the place of a signal's number: the doctor stops the run
 
 
 class StopSignal:
