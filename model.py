@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, C = n_embd, H = n_head, K = key and value head
 V = vocab_size.
 """
 import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -434,7 +435,9 @@ class Window:
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         self.tokens = self.unread = torch.tensor(padded, device=weight.device)  # (B, slots in use)
         self.n_slots = min(config.block_size, longest + max_new_tokens)
-        self.caches = [KVCache(config, len(prompts), self.n_slots, weight) for _ in range(config.n_layer)]
+        n_numbers = 2 * len(prompts) * config.kv_heads * self.n_slots * config.head_dim
+        cache = BagCache if weight.device.type == 'cpu' and not compile and n_numbers >= BagCache.SMALLEST else KVCache
+        self.caches = [cache(config, len(prompts), self.n_slots, weight) for _ in range(config.n_layer)]
         if compile:
             self.step = torch.compile(GPT._next_logits, mode='reduce-overhead', fullgraph=True)
             for cache in self.caches:  # or a CUDA graph would copy them in every step
@@ -486,6 +489,54 @@ class KVCache:
         k, v = self.keys[:, :, :self.seen], self.values[:, :, :self.seen]
         return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=self.mask,
                                               enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
+
+
+class BagCache:
+    """KVCache for a large one on a CPU: a step's queries, one a row, attend at the memory's rate, of which
+    scaled_dot_product_attention reaches half.
+
+    Both of attention's sums are of rows of a table, weighted, as embedding_bag makes them. Values (B, K, blocks, 64, D) are
+    such rows. Keys lie the other way, (B, K, blocks, D, 64): the scores of a block are its D rows, weighted by the query.
+    """
+    SMALLEST = 1 << 20  # keys' and values' numbers in a layer; with fewer two calls take longer than the memory
+    BLOCK = 64
+
+    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
+        blocks = n_rows, config.kv_heads, math.ceil(n_slots / self.BLOCK)
+        self.keys = weight.new_zeros(*blocks, config.head_dim, self.BLOCK)
+        self.values = weight.new_zeros(*blocks, self.BLOCK, config.head_dim)
+
+    def attend(self, q, k, v):
+        """As KVCache's, for a whole window or for the one token (T = 1) after those before it."""
+        B, H, T, D = q.shape
+        used = math.ceil(self.seen / self.BLOCK)  # blocks
+        if T > 1:
+            k_blocks, v_blocks = (F.pad(part, (0, 0, 0, used * self.BLOCK - T)).unflatten(2, (used, self.BLOCK)) for part in (k, v))
+            self.keys[:, :, :used], self.values[:, :, :used] = k_blocks.transpose(3, 4), v_blocks
+            if self.mask is None:
+                return attend(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=H != k.shape[1])
+        block, slot = divmod(self.seen - 1, self.BLOCK)
+        self.keys[:, :, block, :, slot], self.values[:, :, block, slot] = k[:, :, 0], v[:, :, 0]
+        scores = self._add_rows(self.keys, used, q.expand(B, H, used, D) / math.sqrt(D)).view(B, H, 1, -1)
+        scores[..., self.seen:] = -math.inf
+        if self.mask is not None:
+            scores[..., :self.seen].masked_fill_(~self.mask, -math.inf)
+        return self._add_rows(self.values, used, scores.softmax(dim=-1)).view(B, H, 1, D)
+
+    @classmethod
+    def _add_rows(cls, table, used, weights):
+        """Sums (bags, width) of rows of table (B, K, blocks, rows, width), by weights (B, H, ..., rows in a bag): each head's bags
+        together hold the rows in its first used blocks."""
+        n_heads, (blocks, rows, width), bag = weights.shape[0] * weights.shape[1], table.shape[2:], weights.shape[-1]
+        places = cls._places(n_heads, n_heads // (table.shape[0] * table.shape[1]), blocks * rows, used * rows)
+        return F.embedding_bag(places.view(-1, bag), table.view(-1, width), mode='sum', per_sample_weights=weights.reshape(-1, bag))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=2)  # keys' and values', the same in all layers
+    def _places(n_heads, sharing, n_rows, n_used):
+        """The first n_used rows (n_heads, n_used) of every head, in a table that has n_rows for each `sharing` heads."""
+        return torch.arange(n_heads)[:, None] // sharing * n_rows + torch.arange(n_used)
 
 
 class PackedLinear:

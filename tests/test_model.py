@@ -341,9 +341,20 @@ def test_a_config_that_cannot_be_names_its_field(broken):
 @settings(max_examples=6, deadline=None)
 @given(prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4), n=st.integers(1, 40))
 def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
-    """Any prompts of unequal lengths, within block_size and far past it, each as if it were alone."""
+    """Any prompts of unequal lengths, within block_size and far past it, each as if it were alone; with both caches of a CPU."""
     model = make_model(config)
-    assert generate(model, prompts, n, temperature=0.0) == [greedy_without_cache(model, p, n) for p in prompts]
+    expected = [greedy_without_cache(model, p, n) for p in prompts]
+    assert generate(model, prompts, n, temperature=0.0) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        use_bags(patch)
+        assert generate(model, prompts, n, temperature=0.0) == expected
+
+
+def use_bags(monkeypatch):
+    """The cache of large models, in blocks of which a small one fills several."""
+    monkeypatch.setattr(model_file.BagCache, 'SMALLEST', 0)
+    monkeypatch.setattr(model_file.BagCache, 'BLOCK', 5)
+    monkeypatch.setattr(model_file, 'KVCache', None)
 
 
 def cached_and_uncached_logits(monkeypatch, model, prompt, n):
@@ -357,19 +368,23 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+@pytest.mark.parametrize('bags', [False, True], ids=['plain', 'bags'])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-4)])  # the rotary table is float32
-def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, monkeypatch):
+def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monkeypatch):
     monkeypatch.setattr(model_file.PackedLinear, 'SMALLEST', 1)  # where a CPU can, all matrices of float32 are packed
+    if bags:
+        use_bags(monkeypatch)
     model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
     cached, full = cached_and_uncached_logits(monkeypatch, model, torch.randint(61, (4,)).tolist(), 12)
     torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
 
 
 def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_near(monkeypatch):
-    """The shape of GPT-2 (124M), whose matrices are packed on a CPU that can."""
+    """The shape of GPT-2 (124M), whose matrices are packed on a CPU that can, with the cache that a long context has."""
+    monkeypatch.setattr(model_file, 'KVCache', None)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()
-    prompt = torch.randint(50257, (200,)).tolist()
+    prompt = torch.randint(50257, (700,)).tolist()
     cached, full = cached_and_uncached_logits(monkeypatch, model, prompt, 20)
     torch.testing.assert_close(cached, full, atol=1e-4, rtol=0)
     rounded, _ = cached_and_uncached_logits(monkeypatch, model.bfloat16(), prompt, 1)
