@@ -67,14 +67,17 @@ def main(argv):
                 ours[f'{name}, {dtype}'] = job.new_tokens / seconds[-1]
                 step = (seconds[-1] - seconds[0]) / (job.new_tokens - 1)
                 shares[f'{name}, {dtype}: %'] = 100 * sum(map(n_bytes, matrices(models[name, dtype]))) / step / memory_rate
-        alone, together = (generate(models[name, 'float32'], job, n) for n in (1, N_PROMPTS))
-        batches = {f'{n} tokens: {N_PROMPTS} prompts / 1': together[n - 1] / alone[n - 1] for n in (job.new_tokens // 5, job.new_tokens)}
+        batches = {}
+        for dtype in DTYPES:
+            alone, together = (generate(models[name, dtype], job, n) for n in (1, N_PROMPTS))
+            for n in (job.new_tokens // 5, job.new_tokens):
+                batches[f'{n} tokens, {dtype}: {N_PROMPTS} prompts / 1'] = together[n - 1] / alone[n - 1]
         turns['nanoGPT'].append(theirs)
         turns['nibGPT'].append(ours | batches | {'plain read, GB/s': memory_rate / 1e9} | shares)
         print(f'round {turn + 1}: ' + '; '.join(f'{key} {ours[key] / rate:.1f} x' for key, rate in theirs.items()),
               file=sys.stderr, flush=True)
     table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}{", compiled" if compile else ""}\n'
-             f'tokens/s of one prompt; time of {N_PROMPTS} prompts, {name}, float32; % of a plain read\'s rate at which a step reads '
+             f'tokens/s of one prompt; time of {N_PROMPTS} prompts, {name}; % of a plain read\'s rate at which a step reads '
              f'the weights\n\n'
              f'{measure.make_table(turns)}')
     print(table, end='')
