@@ -436,8 +436,8 @@ class Window:
         self.tokens = self.unread = torch.tensor(padded, device=weight.device)  # (B, slots in use)
         self.n_slots = min(config.block_size, longest + max_new_tokens)
         n_numbers = 2 * len(prompts) * config.kv_heads * self.n_slots * config.head_dim
-        cache = BagCache if weight.device.type == 'cpu' and not compile and n_numbers >= BagCache.SMALLEST else KVCache
-        self.caches = [cache(config, len(prompts), self.n_slots, weight) for _ in range(config.n_layer)]
+        kind = BagCache if weight.device.type == 'cpu' and not compile and n_numbers >= BagCache.SMALLEST else KVCache
+        self.caches = [kind(config, len(prompts), self.n_slots, weight) for _ in range(config.n_layer)]
         if compile:
             self.step = torch.compile(GPT._next_logits, mode='reduce-overhead', fullgraph=True)
             for cache in self.caches:  # or a CUDA graph would copy them in every step
