@@ -71,13 +71,13 @@ def main(argv):
         for dtype in DTYPES:
             alone, together = (generate(models[name, dtype], job, n) for n in (1, N_PROMPTS))
             for n in (job.new_tokens // 5, job.new_tokens):
-                batches[f'{n} tokens, {dtype}: {N_PROMPTS} prompts / 1'] = together[n - 1] / alone[n - 1]
+                batches[f'{n} tokens, {dtype}: {N_PROMPTS} / 1'] = together[n - 1] / alone[n - 1]
         turns['nanoGPT'].append(theirs)
         turns['nibGPT'].append(ours | batches | {'plain read, GB/s': memory_rate / 1e9} | shares)
         print(f'round {turn + 1}: ' + '; '.join(f'{key} {ours[key] / rate:.1f} x' for key, rate in theirs.items()),
               file=sys.stderr, flush=True)
     table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}{", compiled" if compile else ""}\n'
-             f'tokens/s of one prompt; time of {N_PROMPTS} prompts, {name}; % of a plain read\'s rate at which a step reads '
+             f'tokens/s of one prompt; time of {N_PROMPTS} prompts and of 1, {name}; % of a plain read\'s rate at which a step reads '
              f'the weights\n\n'
              f'{measure.make_table(turns)}')
     print(table, end='')

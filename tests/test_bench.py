@@ -99,8 +99,8 @@ def test_generation_beside_nanogpt_is_measured_in_turns(tmp_path, run_main, monk
     assert [line.split(':')[0] for line in done.stderr.splitlines()] == ['round 1', 'round 2']
     figures = rows(done.stdout)
     assert list(figures) == ['tiny, float32', 'tiny, bfloat16',
-                             '4 tokens, float32: 32 prompts / 1', '20 tokens, float32: 32 prompts / 1',
-                             '4 tokens, bfloat16: 32 prompts / 1', '20 tokens, bfloat16: 32 prompts / 1',
+                             '4 tokens, float32: 32 / 1', '20 tokens, float32: 32 / 1',
+                             '4 tokens, bfloat16: 32 / 1', '20 tokens, bfloat16: 32 / 1',
                              'plain read, GB/s', 'tiny, float32: %', 'tiny, bfloat16: %']
     assert min(figures.values()) > 0
     for clone in ('', tmp_path / 'nothing'):
