@@ -435,9 +435,9 @@ class Window:
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         self.tokens = self.unread = torch.tensor(padded, device=weight.device)  # (B, slots in use)
         self.n_slots = min(config.block_size, longest + max_new_tokens)
-        n_numbers = 2 * len(prompts) * config.kv_heads * self.n_slots * config.head_dim
-        kind = BagCache if weight.device.type == 'cpu' and not compile and n_numbers >= BagCache.SMALLEST else KVCache
-        self.caches = [kind(config, len(prompts), self.n_slots, weight) for _ in range(config.n_layer)]
+        shape = config, len(prompts), self.n_slots, weight
+        cache_type = BagCache if not compile and BagCache.pays(*shape) else KVCache
+        self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
         if compile:
             self.step = torch.compile(GPT._next_logits, mode='reduce-overhead', fullgraph=True)
             for cache in self.caches:  # or a CUDA graph would copy them in every step
@@ -498,7 +498,7 @@ class BagCache:
     Both of attention's sums are of rows of a table, weighted, as embedding_bag makes them. Values (B, K, blocks, 64, D) are
     such rows. Keys lie the other way, (B, K, blocks, D, 64): the scores of a block are its D rows, weighted by the query.
     """
-    SMALLEST = 1 << 20  # keys' and values' numbers in a layer; with fewer two calls take longer than the memory
+    SMALLEST = 1 << 20  # keys' and values' numbers in a layer; with fewer the two calls' own time is more than they save
     BLOCK = 64
 
     def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
@@ -523,6 +523,10 @@ class BagCache:
         if self.mask is not None:
             scores[..., :self.seen].masked_fill_(~self.mask, -math.inf)
         return self._add_rows(self.values, used, scores.softmax(dim=-1)).view(B, H, 1, D)
+
+    @classmethod
+    def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
+        return weight.device.type == 'cpu' and 2 * n_rows * config.kv_heads * n_slots * config.head_dim >= cls.SMALLEST
 
     @classmethod
     def _add_rows(cls, table, used, weights):
