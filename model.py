@@ -198,7 +198,7 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate='tanh')
         elif self.kind == 'relu2':
             x = F.relu(x).square()
-        else:
+        elif self.kind == 'swiglu':
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         return self.dropout(self.c_proj(x))
@@ -550,10 +550,10 @@ class PackedLinear:
 
     def __init__(self, weight, bias):
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias  # for about 16 rows
-        self.multiply = torch.ops.mkldnn._linear_pointwise.default
+        self.multiply, self.then = torch.ops.mkldnn._linear_pointwise.default, ('none', [], '')
 
     def __call__(self, x):
-        return self.multiply(x, self.weight, self.bias, 'none', [], '')
+        return self.multiply(x, self.weight, self.bias, *self.then)
 
     @classmethod
     def pays(cls, weight) -> bool:
@@ -575,6 +575,8 @@ def for_generation(module: nn.Module, packed: bool):
     twin = copy.copy(module)
     twin.training = False
     twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
+    if isinstance(module, MLP) and module.kind == 'gelu' and isinstance(twin.c_fc, PackedLinear):
+        twin.c_fc.then, twin.kind = ('gelu', [], 'tanh'), 'in c_fc'  # the product writes what GELU makes of it
     if packed and isinstance(module, GPT) and module.config.tied_head and PackedLinear.pays(module.transformer.wte.weight):
         twin.lm_head = PackedLinear(module.transformer.wte.weight, None)
         twin.config = replace(module.config, tied_head=False)
