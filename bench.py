@@ -138,6 +138,7 @@ class Contestant:
         self.values, self.device = values, values['device']
         self.micro_steps = values['gradient_accumulation_steps']
         self.precision = runtime.precision(values['dtype'], self.device)
+        runtime.keep_freed_memory(self.device)
         try:
             self.raw_model = GPT(GPTConfig.pick(values, data.vocab_size)).to(self.device).train()
         except ValueError as error:

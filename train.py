@@ -208,6 +208,7 @@ def main(argv):
                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
 
     config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used, 'ranks': ranks.world_size}
+    runtime.keep_freed_memory(device_used)
     raw_model = weights.new_model(config, data, start).to(device_used).train()
     optimizer = optim.Optimizer.pick(config, raw_model, runtime.has_bfloat16(device_used))
     # Scales the loss up, so that small gradients are not 0 in float16; without float16 it does nothing.

@@ -1,4 +1,5 @@
-"""The machine under a run: device, precision, compile, ranks, random seeds, signals."""
+"""The machine under a run: device, precision, memory, compile, ranks, random seeds, signals."""
+import ctypes
 import hashlib
 import os
 import re
@@ -116,6 +117,16 @@ def peak_memory(device: str) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024 * peak  # macOS counts bytes, others KiB
+
+
+def keep_freed_memory(device: str):
+    """Keeps the memory of freed tensors on a CPU for the next ones. glibc gives large blocks back to the system, and gets them
+    again page by page, each filled with zeros, in every step."""
+    libc = ctypes.CDLL(None) if device == 'cpu' and sys.platform == 'linux' else None
+    if hasattr(libc, 'mallopt'):  # musl has none
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)  # large blocks from the heap, as small ones
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
 def synchronize(device: str):
