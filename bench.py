@@ -241,8 +241,8 @@ class Done(Exception):
 
 
 def time_run(argv) -> dict[str, float]:
-    """What train.py adds to its training steps, and for how long a checkpoint and a batch of an evaluation stop them: its own
-    main runs, for 3 * steps steps, and saves and evaluates after each third."""
+    """What train.py adds to its training steps, and for how long a checkpoint, a batch of an evaluation and the doctor's check-up
+    stop them: its own main runs, for 3 * steps steps, and saves and evaluates after each third."""
     clock, train_step, evaluate = measure.LapClock(read_config(argv)['device']), train.train_step, train.evaluate
     n_batches = 2  # of each split in an evaluation
     done, between = 0, 'loop'
@@ -266,7 +266,7 @@ def time_run(argv) -> dict[str, float]:
         clock.lap('checkpoint')
         loss = evaluate(*arguments)
         clock.lap('evaluation')
-        between = 'evaluation'  # of which the loop tells before the next step
+        between = 'check-up'  # by the doctor, before the next step
         return loss
 
     train.train_step, train.evaluate = timed_step, timed_evaluate
@@ -279,7 +279,8 @@ def time_run(argv) -> dict[str, float]:
     return {'ms loop and logging': 1000 * clock.seconds['loop'] / (done - 1),
             '% data, checks, loop, logging': 100 * added / step,
             'ms that a checkpoint blocks': 1000 * clock.seconds['checkpoint'] / 3,
-            'ms evaluation, a batch': 1000 * clock.seconds['evaluation'] / (3 * 2 * n_batches)}
+            'ms evaluation, a batch': 1000 * clock.seconds['evaluation'] / (3 * 2 * n_batches),
+            "ms doctor's check-up after it": 1000 * clock.seconds['check-up'] / 3}
 
 
 # -- nanoGPT ---------------------------------------------------------------------------------------------------------

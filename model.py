@@ -198,7 +198,7 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate='tanh')
         elif self.kind == 'relu2':
             x = F.relu(x).square()
-        elif self.kind == 'swiglu':
+        elif self.kind != 'in c_fc':  # for_generation's twin: the product itself ends in GELU
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         return self.dropout(self.c_proj(x))
@@ -526,7 +526,8 @@ class BagCache:
 
     @classmethod
     def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
-        return weight.device.type == 'cpu' and 2 * n_rows * config.kv_heads * n_slots * config.head_dim >= cls.SMALLEST
+        size = 2 * n_rows * config.kv_heads * n_slots * config.head_dim
+        return weight.device.type == 'cpu' and size >= cls.SMALLEST and n_slots >= cls.BLOCK  # not many rows in blocks half empty
 
     @classmethod
     def _add_rows(cls, table, used, weights):
@@ -534,13 +535,15 @@ class BagCache:
         together hold the rows in its first used blocks."""
         n_heads, (blocks, rows, width), bag = weights.shape[0] * weights.shape[1], table.shape[2:], weights.shape[-1]
         places = cls._places(n_heads, n_heads // (table.shape[0] * table.shape[1]), blocks * rows, used * rows)
-        return F.embedding_bag(places.view(-1, bag), table.view(-1, width), mode='sum', per_sample_weights=weights.reshape(-1, bag))
+        return F.embedding_bag(places.view(-1, bag), table.view(-1, width), mode='sum',
+                               per_sample_weights=weights.reshape(-1, bag).type_as(table))
 
     @staticmethod
     @functools.lru_cache(maxsize=2)  # keys' and values', the same in all layers
     def _places(n_heads, sharing, n_rows, n_used):
         """The first n_used rows (n_heads, n_used) of every head, in a table that has n_rows for each `sharing` heads."""
-        return torch.arange(n_heads)[:, None] // sharing * n_rows + torch.arange(n_used)
+        heads, rows = (torch.arange(n, device='cpu') for n in (n_heads, n_used))
+        return heads[:, None] // sharing * n_rows + rows
 
 
 class PackedLinear:
@@ -576,7 +579,7 @@ def for_generation(module: nn.Module, packed: bool):
     twin.training = False
     twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
     if isinstance(module, MLP) and module.kind == 'gelu' and isinstance(twin.c_fc, PackedLinear):
-        twin.c_fc.then, twin.kind = ('gelu', [], 'tanh'), 'in c_fc'  # the product writes what GELU makes of it
+        twin.c_fc.then, twin.kind = ('gelu', [], 'tanh'), 'in c_fc'
     if packed and isinstance(module, GPT) and module.config.tied_head and PackedLinear.pays(module.transformer.wte.weight):
         twin.lm_head = PackedLinear(module.transformer.wte.weight, None)
         twin.config = replace(module.config, tied_head=False)

@@ -120,8 +120,8 @@ def peak_memory(device: str) -> int | None:
 
 
 def keep_freed_memory(device: str):
-    """Keeps the memory of freed tensors on a CPU for the next ones. glibc gives large blocks back to the system, and gets them
-    again page by page, each filled with zeros, in every step."""
+    """Keeps the memory of freed tensors on a CPU for the next ones of this thread, the main one. glibc gives large blocks back to
+    the system, and gets them again page by page, each filled with zeros, in every step."""
     libc = ctypes.CDLL(None) if device == 'cpu' and sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):  # musl has none
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
