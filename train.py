@@ -364,7 +364,6 @@ def main(argv):
         if evaluation_due:
             started = time.perf_counter()
             train_loss, val_loss = split_loss('train', eval_iters), split_loss('val', eval_iters)
-            seconds = time.perf_counter() - started
             if ranks.largest(stop.number):
                 continue  # it was cut short; a resumed run makes up for it
             if not math.isfinite(val_loss):
@@ -372,12 +371,14 @@ def main(argv):
                 break
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.evaluated, state.best_val_loss = state.step, val_loss if best else state.best_val_loss
-            console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
-                        f'{", the best so far" if best and saved else ""}; {seconds:.1f} s')
             if metrics:
                 val_batch = next(loader.eval_batches(data.val, block_size, batch_size, 1, device=device_used))
                 number = state.step // eval_interval if state.step < max_iters else 0
                 shown = signs.evaluate(state.step, number, train_loss, val_loss, val_batch)
+            seconds = time.perf_counter() - started
+            console.say(f'step {state.step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
+                        f'{", the best so far" if best and saved else ""}; {seconds:.1f} s')
+            if metrics:
                 tell(doctor.see_evaluation(shown))
                 metrics.log(state.step, {
                     'seconds/evaluation': seconds,

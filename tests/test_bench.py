@@ -57,6 +57,7 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
     assert min(figures['import torch, s'], figures['command to first step, s']) > 0.3  # each imports torch, in a process of its own
     assert 0 < figures['% data, checks, loop, logging'] < 100 and figures['ms loop and logging'] > 0
     assert figures['ms that a checkpoint blocks'] > 0 and figures['ms evaluation, a batch'] > 0
+    assert figures["ms doctor's check-up after it"] > 0
 
 
 def test_the_parts_of_a_step_are_the_whole_step(data_dir):
