@@ -111,7 +111,8 @@ def measure_config(values) -> str:
             for figures in measured['nibGPT']:
                 figures |= {'import torch, s': time_import(), 'command to first step, s': time_startup(run)}
     tokens = values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']
-    return (f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{" in turns" if vs_nanogpt else ""}; {measure.describe_machine(values["device"])}\n'
+    return (f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{" in turns" if vs_nanogpt else ""}; '
+            f'{measure.describe_machine(values["device"])}\n'
             f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step '
             f'({values["gradient_accumulation_steps"]} x {values["batch_size"]} x {values["block_size"]}), {values["dtype"]}, '
             f'compile {"on" if values["compile"] else "off"}, {data.name}'

@@ -54,7 +54,8 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
     figures = rows(done.stdout)
     assert figures['tokens/s'] == pytest.approx(128 / figures['ms/step'] * 1000, rel=0.01)
     assert figures['generated tokens/s'] > 0 and figures['peak memory, MB'] > 50
-    assert min(figures['import torch, s'], figures['command to first step, s']) > 0.3  # each imports torch, in a process of its own
+    # Each imports torch, in a process of its own: the second may be the luckier one, but not by half.
+    assert 0.3 < figures['import torch, s'] < 2 * figures['command to first step, s']
     assert 0 < figures['% data, checks, loop, logging'] < 100 and figures['ms loop and logging'] > 0
     assert figures['ms that a checkpoint blocks'] > 0 and figures['ms evaluation, a batch'] > 0
     assert figures["ms doctor's check-up after it"] > 0

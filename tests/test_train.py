@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL_RUN, records, run_script, train
 
 import train as training
 from model import GPT, GPTConfig
-from nib import checkpoint, corpus, guard, loader, optim, runtime
+from nib import checkpoint, corpus, guard, loader, optim, runtime, vitals
 
 SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -558,3 +558,13 @@ def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, r
         assert done.returncode == 0, f'{config}: {done.stderr}'
         if 'eval' not in config.stem:
             assert checkpoint.load(tmp_path / config.stem)[0].step == 2
+
+
+def test_a_run_keeps_freed_memory_and_an_evaluations_seconds_hold_the_check_up(train_here, tmp_path, monkeypatch):
+    devices, evaluate = [], vitals.Vitals.evaluate
+    monkeypatch.setattr(runtime, 'keep_freed_memory', devices.append)
+    monkeypatch.setattr(vitals.Vitals, 'evaluate', lambda *args: time.sleep(0.3) or evaluate(*args))
+    assert train_here(tmp_path, '--max_iters=1', '--eval_interval=1').returncode == 0
+    assert devices == ['cpu']
+    seconds = [record['seconds/evaluation'] for record in records(tmp_path) if 'seconds/evaluation' in record]
+    assert len(seconds) == 2 and min(seconds) >= 0.3
