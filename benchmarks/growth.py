@@ -3,8 +3,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.measure import show
 from nib.errors import UserError
-from nib.measure import show
 
 # An axis, such as width -> its points from small to large; a point's first figure is its size on the axis.
 Growth = Mapping[str, Sequence[Mapping[str, float]]]

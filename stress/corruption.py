@@ -1,7 +1,7 @@
 """Damages checkpoints at random; checks that none is loaded, and that the newest good one is, with a warning.
 
-    python benchmarks/corruption.py                 10,000 damages
-    python benchmarks/corruption.py --damages=200   a quick look
+    python stress/corruption.py                 10,000 damages
+    python stress/corruption.py --damages=200   a quick look
 """
 import random
 import sys
@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
-from nib import checkpoint, measure, tensorfile  # noqa: E402
+from benchmarks import measure  # noqa: E402
+from nib.checkpoint import store, tensorfile  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
 
 damages: int = 10_000  # in turns of every kind
@@ -66,8 +67,8 @@ def make_run(out_dir: Path) -> dict[int, dict]:
         optimizer = {f'{name}/{key}': torch.rand_like(value) for name, value in model.items()
                      for key in ('exp_avg', 'exp_avg_sq')}
         whole[step] = {'model': model, 'optimizer': optimizer}
-        checkpoint.save(out_dir, step, model, optimizer, {'train': {}, 'config': {'learning_rate': 1e-05, 'dataset': 'é'}})
-        checkpoint.record_evaluation(out_dir, step, {'best_val_loss': 1 + 1 / step}, best=step == 20)
+        store.save(out_dir, step, model, optimizer, {'train': {}, 'config': {'learning_rate': 1e-05, 'dataset': 'é'}})
+        store.record_evaluation(out_dir, step, {'best_val_loss': 1 + 1 / step}, best=step == 20)
     return whole
 
 
@@ -154,7 +155,7 @@ def damage_and_load(out_dir: Path, kind: str, whole: dict[int, dict], content: d
     passed_over = [name for name in damaged if expected is None or name > f'step-{expected:08d}']
     said = []
     try:
-        found, tensors = checkpoint.load(out_dir, 'latest', warn=said.append)
+        found, tensors = store.load(out_dir, 'latest', warn=said.append)
     except UserError as error:
         named = all(f'{name}/' in str(error) for name in passed_over)
         return ('none' if expected is None and named else 'wrong'), str(error)

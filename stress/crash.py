@@ -1,7 +1,7 @@
 """Stops saves at every operation and kills runs at random moments; checks that no more than the unsaved steps is lost.
 
-    python benchmarks/crash.py              1,000 kills, half of them of train.py, after a stop at every operation
-    python benchmarks/crash.py --kills=50   a quick look
+    python stress/crash.py              1,000 kills, half of them of train.py, after a stop at every operation
+    python stress/crash.py --kills=50   a quick look
 
 A stop is a process that ends before an operation on the disk, in the midst of a write; a power cut is a stop that also
 takes the content of every file that was not synced; an error is the operation refused with an I/O error.
@@ -27,9 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
 import train  # noqa: E402
-from nib import checkpoint, corpus, measure  # noqa: E402
+from benchmarks import measure  # noqa: E402
+from nib.checkpoint import store  # noqa: E402
+from nib.checkpoint.writer import CheckpointWriter  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
-from nib.writer import CheckpointWriter  # noqa: E402
+from nib.tokens.write import write_char_dataset  # noqa: E402
 
 kills: int = 1000  # SIGKILLs at random moments; half of them hit train.py, half a process that does nothing but save
 seed: int = 0  # of the moments
@@ -119,7 +121,7 @@ def record_best(out_dir: Path):
 
 
 def replace(out_dir: Path):
-    checkpoint.set_aside(out_dir)
+    store.set_aside(out_dir)
     save(out_dir, 30, 7.0, start=0)
 
 
@@ -229,7 +231,7 @@ def check_folder(out_dir: Path, allowed: set) -> list[str]:
     """What is wrong with a run's folder after a cut: its checkpoints, the newest one, and whether a run can go on from it."""
     troubles, warnings = [], []
     newest = None
-    for step in sorted(checkpoint.steps_after(out_dir, 0)):
+    for step in sorted(store.steps_after(out_dir, 0)):
         value = read_value(out_dir, str(step), troubles, warnings)
         newest = (step, value)
     if newest and read_value(out_dir, 'latest', troubles, warnings) != newest[1]:
@@ -248,7 +250,7 @@ def check_folder(out_dir: Path, allowed: set) -> list[str]:
 
 def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[str]) -> float | None:
     try:
-        found, tensors = checkpoint.load(out_dir, which, warn=warnings.append)
+        found, tensors = store.load(out_dir, which, warn=warnings.append)
     except UserError as error:
         troubles.append(str(error))
         return None
@@ -268,7 +270,7 @@ def kill_saving(kills: int, draw: random.Random, out_dir: Path, troubles: list[s
     out_dir.mkdir()
     counts = dict.fromkeys(COUNTED, 0)
     while counts['kills'] < kills:
-        newest = max(checkpoint.steps_after(out_dir, 0), default=0)
+        newest = max(store.steps_after(out_dir, 0), default=0)
         begun, told = os.pipe()
         process = fork(lambda: save_for_ever(out_dir, newest, told))
         os.close(told)
@@ -284,14 +286,14 @@ def kill_saving(kills: int, draw: random.Random, out_dir: Path, troubles: list[s
         found = check_steps(out_dir, troubles, counts)
         counts['most saves lost of those begun'] = max(counts['most saves lost of those begun'], last - found)
         if found < last - 1 or any(read_value(out_dir, str(step), troubles, []) != step
-                                   for step in checkpoint.steps_after(out_dir, 0)):
+                                   for step in store.steps_after(out_dir, 0)):
             troubles.append(f'killed while saving step {last}: the newest is {found}')
     return counts
 
 
 def save_for_ever(out_dir: Path, step: int, told: int):
     writer = CheckpointWriter(out_dir, keep_last=1, keep_every=50, start=step)
-    checkpoint.clear_leftovers(out_dir)
+    store.clear_leftovers(out_dir)
     while True:
         step += 1
         writer.wait()
@@ -304,17 +306,17 @@ def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list
     """Kills train.py again and again, resuming it each time until it ends; then its weights are the uninterrupted run's."""
     scratch.mkdir()
     text = ' '.join(random.Random(0).choices('the a cat dog bird sees hears chases small big red'.split(), k=4000))
-    corpus.write_char_dataset(scratch / 'data' / 'tiny', text, {'text': 'made up'})
+    write_char_dataset(scratch / 'data' / 'tiny', text, {'text': 'made up'})
     flags = [*RUN, f'--data_dir={scratch / "data"}']
     started = time.perf_counter()
     if exit_code(fork(lambda: train.main([*flags, f'--out_dir={scratch / "whole"}']), scratch / 'whole.txt')):
         raise UserError(f'train.py failed: {(scratch / "whole.txt").read_text()[-500:]}')
     duration = time.perf_counter() - started
-    expected = checkpoint.load(scratch / 'whole')[1]
+    expected = store.load(scratch / 'whole')[1]
     out_dir, output = scratch / 'run', scratch / 'run.txt'
     counts = dict.fromkeys((*COUNTED, 'ended', 'differ'), 0)
-    while counts['kills'] < kills or checkpoint.exists(out_dir):
-        resume = ['--init_from=resume'] if checkpoint.exists(out_dir) else []
+    while counts['kills'] < kills or store.exists(out_dir):
+        resume = ['--init_from=resume'] if store.exists(out_dir) else []
         output.write_text('')  # a process that is killed at once has said nothing
         process = fork(lambda: train.main([*flags, f'--out_dir={out_dir}', *resume]), output)
         time.sleep(draw.uniform(0, duration) if counts['kills'] < kills else 0)
@@ -323,7 +325,7 @@ def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list
         code = exit_code(process)
         if code == 0:
             counts['ended'] += 1
-            if not is_same(checkpoint.load(out_dir)[1], expected):
+            if not is_same(store.load(out_dir)[1], expected):
                 counts['differ'] += 1
                 troubles.append(f'run {counts["ended"]} ends with other weights than the uninterrupted one')
             shutil.rmtree(out_dir)
@@ -348,18 +350,18 @@ def has_leftovers(out_dir: Path) -> bool:
 
 def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> int:
     """The newest step, 0 where there is none; all of them, `latest` and `best` can be loaded."""
-    if not checkpoint.exists(out_dir):
+    if not store.exists(out_dir):
         return 0
     warnings = []
     try:
-        for which in ('best', 'latest', *map(str, checkpoint.steps_after(out_dir, 0))):
-            checkpoint.load(out_dir, which, warn=warnings.append)
+        for which in ('best', 'latest', *map(str, store.steps_after(out_dir, 0))):
+            store.load(out_dir, which, warn=warnings.append)
     except UserError as error:
         warnings.append(str(error))
     if found := [warning for warning in warnings if 'no best checkpoint yet' not in warning]:
         counts['folders that cannot be loaded'] += 1
         troubles += found
-    return checkpoint.load(out_dir, warn=lambda line: None)[0].step
+    return store.load(out_dir, warn=lambda line: None)[0].step
 
 
 def is_same(tensors: dict, others: dict) -> bool:

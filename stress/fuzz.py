@@ -1,7 +1,7 @@
 """Runs the scripts on random command lines and damaged files, and counts how they end.
 
-    python benchmarks/fuzz.py
-    python benchmarks/fuzz.py --case=1234        one case again, with all that it says
+    python stress/fuzz.py
+    python stress/fuzz.py --case=1234        one case again, with all that it says
 
 A case ends well with exit code 0; 2 and one line that begins with 'error: '; or 3, as what is not finite ends a run. It ends
 badly with a traceback, any other code, or after a minute. Each is a process of its own, forked from this one, which has
@@ -40,9 +40,12 @@ import configurator  # noqa: E402
 import report  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from benchmarks import measure  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from nib import bins, corpus, measure, tokenizer  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
+from nib.text import tokenizer  # noqa: E402
+from nib.tokens import dataset, unfinished  # noqa: E402
+from nib.tokens.write import write_char_dataset  # noqa: E402
 
 cases: int = 10000  # to run
 seed: int = 1  # other seeds, other cases
@@ -257,7 +260,7 @@ def case_of_dataset(draw) -> Case:
     large = draw.choice([100, 1 << 26])  # bytes from which on a bin is not read through
 
     def prepare():
-        corpus.LARGE = large
+        dataset.LARGE = large
         damage()
 
     resumes = ['--init_from=resume', '--out_dir=run', '--max_iters=3'] if name == 'tiny' and draw.random() < 0.3 else []
@@ -361,8 +364,8 @@ def change_bytes(draw, path: Path):
 def make_ground(folder: Path):
     """Datasets, a run with two checkpoints, published weights, texts, and bins in the making, in this folder."""
     text = 'The cat sees a dog, and then it sleeps.\n' * 50
-    corpus.LARGE = 100
-    corpus.write_char_dataset('data/tiny', text, {})
+    dataset.LARGE = 100
+    write_char_dataset('data/tiny', text, {})
     Path('data/nano').mkdir()
     characters = sorted(set(text))
     numbers = {character: number for number, character in enumerate(characters)}
@@ -391,12 +394,12 @@ def make_ground(folder: Path):
     Path('texts/prompt.txt').write_text('The')
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.table({'text': [f'Row {number}: é' for number in range(30)]}), 'texts/rows.parquet')
-    finish = bins.UnfinishedBins.finish
-    bins.UnfinishedBins.finish = lambda *_: sys.exit(0)  # as if stopped just before
+    finish = unfinished.UnfinishedBins.finish
+    unfinished.UnfinishedBins.finish = lambda *_: sys.exit(0)  # as if stopped just before
     try:
         MAINS[PREPARE['text']](['--input=texts', '--out_dir=stopped'])
     except SystemExit:
-        bins.UnfinishedBins.finish = finish
+        unfinished.UnfinishedBins.finish = finish
 
 
 if __name__ == '__main__':

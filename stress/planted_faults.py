@@ -1,9 +1,9 @@
 """Plants every fault of config/lab/ in several models, and runs healthy trainings beside them: what does the doctor name, and when?
 
-    python benchmarks/doctor.py --text=data/shakespeare_char/input.txt
+    python stress/planted_faults.py --text=data/shakespeare_char/input.txt
 
 Two texts, of characters: the given one, and the source of Python's own library. docs/doctor.md has the result, and says on which of
-these runs the thresholds of nib/doctor.py were set.
+these runs the thresholds of nib/doctor/rules.py were set.
 """
 import json
 import multiprocessing
@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
 import train  # noqa: E402
-from nib import corpus, measure  # noqa: E402
+from benchmarks import measure  # noqa: E402
+from nib.doctor.troubles import TROUBLES  # noqa: E402
 from nib.errors import UserError, call, run_script  # noqa: E402
-from nib.troubles import TROUBLES  # noqa: E402
+from nib.tokens.write import write_char_dataset  # noqa: E402
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each fault, model and text
@@ -108,7 +109,7 @@ def make_datasets(folder: Path):
     library = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
     code = ''.join(source for path in library if (source := path.read_text(encoding='utf-8', errors='replace')).isascii())
     for name, content in (('text', given), ('code', code)):
-        corpus.write_char_dataset(folder / name, content[:CHARACTERS], {'text': name})
+        write_char_dataset(folder / name, content[:CHARACTERS], {'text': name})
 
 
 def run_job(job) -> dict:

@@ -11,19 +11,22 @@ import sys
 import pytest
 from conftest import ROOT
 
-from nib import bins, corpus
 from nib.errors import UserError
-from nib.tokenizer import ByteTokenizer
+from nib.text.tokenizer import ByteTokenizer
+from nib.tokens import unfinished
+from nib.tokens.dataset import is_prepared, open_dataset
+from nib.tokens.write import write_dataset
 
 SOURCE = {'text': 'made up'}
 COUNT = 40
 # A run on the same pieces that notes its progress after each, and that, with the reader 'waiting', waits at the 25th.
 PROGRAM = '''
 import sys, time
-from nib import bins, corpus, encode
 from nib.errors import run_script
-from nib.tokenizer import ByteTokenizer
-bins.JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 0, 1, 1000
+from nib.text.tokenizer import ByteTokenizer
+from nib.tokens import encode, unfinished
+from nib.tokens.write import write_dataset
+unfinished.JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 0, 1, 1000
 
 def read_pieces(start):
     for number in range(start, 40):
@@ -36,7 +39,7 @@ def waiting(start):
             time.sleep(600)
         yield piece
 
-run_script(lambda argv: corpus.write_dataset(sys.argv[1], {reader}, ByteTokenizer(), {source}) and None)
+run_script(lambda argv: write_dataset(sys.argv[1], {reader}, ByteTokenizer(), {source}) and None)
 '''
 
 
@@ -46,7 +49,7 @@ def read_pieces(start, count=COUNT):
 
 
 def write(folder, reader=read_pieces, source=SOURCE):
-    return corpus.write_dataset(folder, reader, ByteTokenizer(), source)
+    return write_dataset(folder, reader, ByteTokenizer(), source)
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +80,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_if_never_stopped(whole, 
     run.send_signal(number)
     said = run.communicate()[1]
     assert run.returncode == (130 if number == signal.SIGINT else -number) and 'Traceback' not in said
-    assert not corpus.is_prepared(tmp_path)
+    assert not is_prepared(tmp_path)
     with open(tmp_path / '.train.bin.unfinished', 'ab') as file:
         file.write(b'a batch that the journal does not know of')
 
@@ -132,7 +135,7 @@ def test_what_two_other_runs_left_is_not_mixed_up(whole, stopped, tmp_path):
 def test_the_old_dataset_is_whole_until_the_new_one_is(whole, tmp_path):
     write(tmp_path)
     run = start_program(tmp_path, {})
-    assert corpus.open_dataset(tmp_path, 16).fingerprint == corpus.open_dataset(whole, 16).fingerprint
+    assert open_dataset(tmp_path, 16).fingerprint == open_dataset(whole, 16).fingerprint
     run.kill()
     run.communicate()
 
@@ -146,7 +149,7 @@ def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_noth
     """At each of the steps in turn: none is mistaken for bins of nanoGPT's, which have no meta.json."""
     write(tmp_path, lambda start: read_pieces(start, 20))
     (tmp_path / 'meta.pkl').write_bytes(b'of other bins')
-    old, steps = corpus.open_dataset(tmp_path, 16).fingerprint, 0
+    old, steps = open_dataset(tmp_path, 16).fingerprint, 0
 
     def crashing(function):
         def step(*args, **options):
@@ -157,13 +160,13 @@ def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_noth
             return function(*args, **options)
         return step
 
-    monkeypatch.setattr(bins.UnfinishedBins, 'finish', with_crashes(bins.UnfinishedBins.finish, crashing, monkeypatch))
+    monkeypatch.setattr(unfinished.UnfinishedBins, 'finish', with_crashes(unfinished.UnfinishedBins.finish, crashing, monkeypatch))
     with pytest.raises(Crash):
         write(tmp_path)
     monkeypatch.undo()
 
-    if corpus.is_prepared(tmp_path):
-        assert corpus.open_dataset(tmp_path, 16).fingerprint in (old, corpus.open_dataset(whole, 16).fingerprint)
+    if is_prepared(tmp_path):
+        assert open_dataset(tmp_path, 16).fingerprint in (old, open_dataset(whole, 16).fingerprint)
     write(tmp_path)
     assert contents(tmp_path) == contents(whole)
 

@@ -9,8 +9,8 @@ from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nib import bpe, tokenizer
-from nib.tokenizer import Gpt2Tokenizer
+from nib.text import bpe, tokenizer
+from nib.text.tokenizer import Gpt2Tokenizer
 
 END = 50256
 # What the pattern's rules and the table's sizes turn on, and characters of every kind and number of bytes.

@@ -6,23 +6,24 @@ import pytest
 import torch
 from conftest import run_script
 
-from benchmarks import corruption
 from model import GPT, GPTConfig
-from nib import checkpoint, weights
+from nib.checkpoint import store
+from nib.checkpoint.start import check_shapes
+from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError
-from nib.writer import CheckpointWriter
+from stress import corruption
 
 
 def save(out_dir, step, value=None, best=False):
     tensors = {'w': torch.full((4, 3), float(step if value is None else value))}
-    folder = checkpoint.save(out_dir, step, tensors, {'w/exp_avg': tensors['w'] * 2}, {'note': step})
+    folder = store.save(out_dir, step, tensors, {'w/exp_avg': tensors['w'] * 2}, {'note': step})
     if best:
-        checkpoint.record_evaluation(out_dir, step, {'evaluated': step}, best=True)
+        store.record_evaluation(out_dir, step, {'evaluated': step}, best=True)
     return folder
 
 
 def value_of(out_dir, which, **options):
-    found, tensors = checkpoint.load(out_dir, which, **options)
+    found, tensors = store.load(out_dir, which, **options)
     return found.step, tensors['model']['w'][0, 0].item(), tensors['optimizer']['w/exp_avg'][0, 0].item()
 
 
@@ -64,13 +65,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(tmp_path, f
     assert value_of(tmp_path, 'latest', warn=warnings.append) == (10, 10.0, 20.0)
     assert len(warnings) == 1 and file in warnings[0] and 'step-00000020' in warnings[0]
     with pytest.raises(UserError, match='step-00000020'):
-        checkpoint.load(tmp_path, '20')
+        store.load(tmp_path, '20')
 
 
 def test_an_error_while_saving_leaves_what_was_there(tmp_path):
     save(tmp_path, 10)
     with pytest.raises(TypeError):
-        checkpoint.save(tmp_path, 20, {}, {}, {'not JSON': object()})
+        store.save(tmp_path, 20, {}, {}, {'not JSON': object()})
     assert value_of(tmp_path, 'latest') == (10, 10.0, 20.0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['latest', 'step-00000010']
 
@@ -78,11 +79,11 @@ def test_an_error_while_saving_leaves_what_was_there(tmp_path):
 def test_what_an_evaluation_told_is_part_of_the_checkpoint(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 20)
-    checkpoint.record_evaluation(tmp_path, 10, {'best_val_loss': 1.5}, best=True)
-    checkpoint.record_evaluation(tmp_path, 20, {'best_val_loss': 1.5}, best=False)
+    store.record_evaluation(tmp_path, 10, {'best_val_loss': 1.5}, best=True)
+    store.record_evaluation(tmp_path, 20, {'best_val_loss': 1.5}, best=False)
     assert value_of(tmp_path, 'best') == (10, 10.0, 20.0) and value_of(tmp_path, 'latest') == (20, 20.0, 40.0)
     for which in ('best', 'latest'):
-        found, _ = checkpoint.load(tmp_path, which)
+        found, _ = store.load(tmp_path, which)
         assert found.state['train'] == {'best_val_loss': 1.5} and found.state['note'] == found.step
 
 
@@ -90,31 +91,31 @@ def test_what_an_evaluation_told_is_part_of_the_checkpoint(tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     """Run in a process of its own, as its files are limited to 500 bytes from the second save on."""
     done = run_script('-c', 'import resource, signal, sys, torch\n'
-                            'from nib import checkpoint\n'
+                            'from nib.checkpoint import store\n'
                             'w = {"w": torch.ones(1000)}\n'
-                            'checkpoint.save(sys.argv[1], 10, w, w, {})\n'
+                            'store.save(sys.argv[1], 10, w, w, {})\n'
                             'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
                             'resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n'
-                            'try: checkpoint.save(sys.argv[1], 20, w, w, {})\n'
+                            'try: store.save(sys.argv[1], 20, w, w, {})\n'
                             'except ValueError as error: print(error)\n', tmp_path / 'run')
     assert 'step 20 could not be written' in done.stdout, done.stderr
-    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+    assert store.load(tmp_path / 'run')[0].step == 10
     assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['latest', 'step-00000010']
 
 
 def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, best=step == 2)
-    checkpoint.prune(tmp_path, 6, keep_last=2)
+    store.prune(tmp_path, 6, keep_last=2)
     assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-00000002', 'step-00000005', 'step-00000006']
 
 
 @pytest.mark.parametrize('which, said', [('latest', 'no checkpoint'), ('7', 'no checkpoint of step 7'), ('newest', "'best'")])
 def test_a_checkpoint_that_is_not_there_is_a_user_error(tmp_path, which, said):
     with pytest.raises(UserError, match=said):
-        checkpoint.load(tmp_path, which)
+        store.load(tmp_path, which)
     with pytest.raises(UserError, match='no such folder'):
-        checkpoint.load(tmp_path / 'nowhere', which)
+        store.load(tmp_path / 'nowhere', which)
 
 
 def test_a_name_cannot_lead_out_of_the_run(tmp_path):
@@ -141,7 +142,7 @@ def test_a_state_that_says_the_same_in_other_bytes_is_damaged(tmp_path):
     path = save(tmp_path, 10) / 'state.json'
     path.write_bytes(path.read_bytes().replace(b': ', b':  ', 1))
     with pytest.raises(UserError, match='state.json'):
-        checkpoint.load(tmp_path)
+        store.load(tmp_path)
 
 
 def test_what_was_newest_when_the_machine_stopped_is_the_latest(tmp_path):
@@ -160,7 +161,7 @@ def test_a_step_that_was_being_saved_again_counts_under_the_name_it_was_put_asid
     for which in ('latest', 'best', '20'):
         assert value_of(tmp_path, which, warn=pytest.fail)[0] == 20
     assert aside.exists() and not folder.exists()  # loading repairs nothing
-    checkpoint.clear_leftovers(tmp_path)
+    store.clear_leftovers(tmp_path)
     assert folder.exists() and not aside.exists()
 
 
@@ -170,8 +171,8 @@ def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_not_called_damage
     def run_goes_on(found, tensors):
         if found.step == 10:
             save(tmp_path, 20)
-            checkpoint.prune(tmp_path, 20, keep_last=1)
-            raise checkpoint.Damaged('a file is gone')
+            store.prune(tmp_path, 20, keep_last=1)
+            raise store.Damaged('a file is gone')
     assert value_of(tmp_path, 'latest', warn=pytest.fail, check=run_goes_on)[0] == 20
 
 
@@ -191,7 +192,7 @@ def save_model(out_dir, step, model_tensors=None, optimizer=None, **config):
     shape = dict(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=4)
     model = GPT(GPTConfig(**shape)).state_dict()
     name = next(iter(model))
-    checkpoint.save(out_dir, step, {**model, **(model_tensors or {})},
+    store.save(out_dir, step, {**model, **(model_tensors or {})},
                     {f'{name}/exp_avg': torch.zeros_like(model[name]), f'{name}/step': torch.tensor(1.0), **(optimizer or {})},
                     {'model': {**shape, **config}})
 
@@ -205,20 +206,20 @@ def test_tensors_of_another_model_are_passed_over_by_name(tmp_path, wrong, said)
     save_model(tmp_path, 10)
     save_model(tmp_path, 20, **wrong)
     warnings = []
-    found, _ = checkpoint.load(tmp_path, warn=warnings.append, check=weights.check_shapes)
+    found, _ = store.load(tmp_path, warn=warnings.append, check=check_shapes)
     assert found.step == 10 and len(warnings) == 1 and said in warnings[0]
 
 
 def test_checkpoints_that_are_set_aside_are_there_until_the_next_run_has_saved(tmp_path):
     save(tmp_path, 10, best=True)
     save(tmp_path, 20)
-    checkpoint.set_aside(tmp_path)
-    assert not checkpoint.exists(tmp_path)
+    store.set_aside(tmp_path)
+    assert not store.exists(tmp_path)
     with pytest.raises(UserError, match='still in .*old-step-00000020: rename it to step-00000020'):
-        checkpoint.load(tmp_path)
+        store.load(tmp_path)
     (tmp_path / '.old-step-00000020').rename(tmp_path / 'step-00000020')
     assert value_of(tmp_path, 'latest')[0] == 20
-    checkpoint.set_aside(tmp_path)
+    store.set_aside(tmp_path)
     writer = CheckpointWriter(tmp_path, keep_last=1)
     writer.save(5, {}, {}, {})
     writer.close()

@@ -8,14 +8,14 @@ import sys
 import pytest
 from conftest import ROOT, SMALL_RUN, run_script, train
 
-from nib import checkpoint
+from nib.checkpoint import store
 
 
 def test_no_stop_and_no_kill_loses_more_than_what_was_not_saved_yet(tmp_path):
     """Every operation of a save, of an evaluation and of retention cut in three ways, then 50 kills at random moments, half
     of them of train.py, whose weights are at last the uninterrupted run's."""
     memory = '/dev/shm' if os.path.isdir('/dev/shm') else tmp_path  # as a disk takes its time over each sync
-    done = run_script('benchmarks/crash.py', '--kills=50', f'--folder={memory}')
+    done = run_script('stress/crash.py', '--kills=50', f'--folder={memory}')
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith('violations: 0\n')
     cut = [list(map(int, line.split()[-3:])) for line in done.stdout.split('cut at every')[1].splitlines()[1:7]]
@@ -45,11 +45,11 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
     assert done.returncode == 2 and len(errors) == 1, done.stderr
     assert 'could not be written' in done.stderr and 'No space left' in done.stderr
     assert 'samples:' not in done.stdout
-    found, _ = checkpoint.load(disk / 'run', warn=pytest.fail)
+    found, _ = store.load(disk / 'run', warn=pytest.fail)
     assert found.step in (5, 10, 15)
     remount('size=20m')
     done = train(data_dir, disk / 'run', *flags, '--init_from=resume')
-    assert sorted(checkpoint.steps_after(disk / 'run', 0)) == [5, 10, 15, 20]
+    assert sorted(store.steps_after(disk / 'run', 0)) == [5, 10, 15, 20]
     assert [path.name for path in (disk / 'run').iterdir() if path.name.startswith('.')] == ['.lock']
 
 
@@ -72,7 +72,7 @@ def test_a_last_save_that_fails_is_no_success(data_dir, tmp_path):
     done = run_script(*CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2')
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert 'step 2 could not be written' in done.stderr and 'samples:' not in done.stdout
-    assert not checkpoint.exists(tmp_path / 'run')
+    assert not store.exists(tmp_path / 'run')
 
 
 def test_a_stopped_run_whose_save_fails_does_not_say_that_it_is_saved(data_dir, tmp_path):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import configurator
 import model
-from nib import corpus, loader, troubles
-from nib.doctor import KEPT, Doctor, Line, Window, mean_loss
+from nib.doctor.rules import KEPT, Doctor, Line, Window, mean_loss
+from nib.doctor.troubles import TROUBLES, Finding
+from nib.doctor.vitals import DataSigns, EvaluationSigns, StepSigns
 from nib.guard import Seen
-from nib.troubles import TROUBLES, Finding
-from nib.vitals import DataSigns, EvaluationSigns, StepSigns
+from nib.tokens import batches, find
 
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
 CONFIG = DEFAULTS | {'n_layer': 4, 'n_embd': 128, 'max_iters': 300, 'lr_decay_iters': 300, 'warmup_iters': 20, 'learning_rate': 1e-3,
@@ -458,8 +458,8 @@ def findings(out_dir) -> list[tuple[int, str]]:
 
 
 def unshifted(monkeypatch):
-    gather = loader.gather
-    monkeypatch.setattr(loader, 'gather', lambda *arguments: (gather(*arguments)[0],) * 2)
+    gather = batches.gather
+    monkeypatch.setattr(batches, 'gather', lambda *arguments: (gather(*arguments)[0],) * 2)
 
 
 def test_a_critical_finding_ends_the_run_which_can_go_on(train_here, tmp_path, monkeypatch):
@@ -482,8 +482,8 @@ def test_a_finding_is_a_warning_unless_the_config_says_stop(train_here, tmp_path
 
 
 def test_a_finding_before_the_first_step_stops_too(train_here, tmp_path, monkeypatch):
-    opened = corpus.open_dataset
-    monkeypatch.setattr(corpus, 'open_dataset', lambda *arguments: replace(data := opened(*arguments), train=data.val))
+    opened = find.open_dataset
+    monkeypatch.setattr(find, 'open_dataset', lambda *arguments: replace(data := opened(*arguments), train=data.val))
     done = train_here(tmp_path / 'run', '--on_critical=stop')
     assert done.returncode == 4 and findings(tmp_path / 'run') == [(0, 'val_leaked')]
     assert 'stopped by the doctor after step 0, nothing is saved yet\n' in done.stdout

@@ -11,9 +11,9 @@ from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nib import documents
 from nib.errors import UserError
-from nib.tokenizer import Gpt2Tokenizer
+from nib.text import documents
+from nib.text.tokenizer import Gpt2Tokenizer
 
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 SPACES = ' \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000'

@@ -4,8 +4,8 @@ import time
 import pytest
 from bad_server import CONTENT, SHA256, address  # noqa: F401, a fixture
 
-from nib.download import download
 from nib.errors import UserError
+from nib.text.download import download
 
 
 def fetch(urls, path, **changes):

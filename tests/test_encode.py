@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from nib import encode
-from nib.encode import ALONE, BATCH, SPLITS, encode_all, encode_batch
 from nib.errors import UserError
-from nib.tokenizer import ByteTokenizer, CharTokenizer
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer
+from nib.tokens import encode
+from nib.tokens.encode import ALONE, BATCH, SPLITS, encode_all, encode_batch
 
 UINT16 = np.dtype('<u2')
 
@@ -112,7 +112,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line():
 
 def test_processes_end_with_the_one_that_started_them():
     """Also where that is killed, and cannot tell them."""
-    program = ('import itertools, sys, time; import numpy as np; from nib.encode import *; from nib.tokenizer import *\n'
+    program = ('import itertools, sys, time; import numpy as np; from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
                'pieces = (("train", "x" * BATCH, False) for _ in itertools.count())\n'
                'for n, _ in enumerate(encode_all(pieces, ByteTokenizer(), np.dtype("<u2"))):\n'
                '    if n == ALONE: print("started", flush=True); time.sleep(600)\n')

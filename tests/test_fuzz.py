@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='ca
 
 @pytest.mark.slow
 def test_300_random_cases_end_without_a_traceback(tmp_path):
-    done = run_script('benchmarks/fuzz.py', '--cases=300', '--seed=300', f'--result={tmp_path / "table.txt"}')
+    done = run_script('stress/fuzz.py', '--cases=300', '--seed=300', f'--result={tmp_path / "table.txt"}')
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / 'table.txt').read_text()
     assert table.startswith('300 cases') and table.endswith('\ntracebacks 0\n') and done.stdout == table
@@ -21,7 +21,7 @@ def test_what_ends_badly_is_seen(tmp_path):
     done = run_script('-c', '''
 import os, signal, sys, time
 from pathlib import Path
-from benchmarks import fuzz
+from stress import fuzz
 from nib.errors import UserError
 
 def two_lines():

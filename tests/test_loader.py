@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nib.errors import UserError
-from nib.loader import BatchLoader, eval_batches, eval_starts, permute
+from nib.tokens.batches import BatchLoader, eval_batches, eval_starts, permute
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6).map(lambda words: np.array(words, dtype=np.uint64))
 WINDOWS = 23

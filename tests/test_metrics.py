@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT, SMALL_RUN
 
 from nib.errors import UserError
-from nib.metrics import Console, Metrics
+from nib.run.console import Console
+from nib.run.metrics import Metrics
 
 
 def read(out_dir):

@@ -17,9 +17,10 @@ import pytest
 from conftest import ROOT, run_script
 from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 
-from nib import bins, corpus, encode, shakespeare
 from nib.errors import UserError
-from nib.tokenizer import CharTokenizer, Gpt2Tokenizer
+from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
+from nib.tokens import encode, shakespeare, unfinished
+from nib.tokens.dataset import is_prepared, open_dataset
 
 SHAKESPEARE = ROOT / 'data/shakespeare_char/prepare.py'
 SHAKESPEARE_GPT2 = ROOT / 'data/shakespeare/prepare.py'
@@ -39,7 +40,7 @@ def given(tmp_path):
 
 
 def text_of(folder):
-    data = corpus.open_dataset(folder, 16)
+    data = open_dataset(folder, 16)
     return data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val)
 
 
@@ -82,7 +83,7 @@ def test_without_a_network_the_error_names_every_address_and_how_to_mend_it(tmp_
 def test_shakespeare_by_gpt2_s_tokens(small_gpt2, given, tmp_path, capsys):
     runpy.run_path(str(SHAKESPEARE_GPT2))['main']([f'--input={given}', f'--out_dir={tmp_path / "romeo"}'])
     assert text_of(tmp_path / 'romeo') == TEXT
-    assert corpus.open_dataset(tmp_path / 'romeo', 16).tokenizer == Gpt2Tokenizer()
+    assert open_dataset(tmp_path / 'romeo', 16).tokenizer == Gpt2Tokenizer()
     assert 'vocabulary 50,257' in capsys.readouterr().out
 
 
@@ -127,7 +128,7 @@ def test_the_standard_library_is_text_enough_and_says_where_it_is_from(stdlib):
 
 def test_the_standard_library_gives_the_same_bins_twice(stdlib, tmp_path, capsys):
     runpy.run_path(str(STDLIB))['main']([f'--out_dir={tmp_path}'])
-    assert corpus.open_dataset(tmp_path, 16).fingerprint == corpus.open_dataset(stdlib, 16).fingerprint
+    assert open_dataset(tmp_path, 16).fingerprint == open_dataset(stdlib, 16).fingerprint
 
 
 def test_tests_installed_packages_and_what_is_not_ascii_are_left_out(tmp_path):
@@ -168,7 +169,7 @@ def notes(tmp_path):
 def test_a_folder_of_notes_becomes_a_dataset(small_gpt2, notes, tmp_path, capsys, tokenizer, vocabulary):
     runpy.run_path(str(WRITTEN))['main']([f'--input={notes}', f'--tokenizer={tokenizer}', f'--out_dir={tmp_path / "mine"}'])
 
-    data = corpus.open_dataset(tmp_path / 'mine', 16)
+    data = open_dataset(tmp_path / 'mine', 16)
     texts = {split: data.tokenizer.decode(data.split(split)).split('<|endoftext|>') for split in ('train', 'val')}
     assert data.vocab_size == vocabulary and texts['train'].pop() == texts['val'].pop() == ''
     assert len(texts['val']) in (1, 2) and len(texts['train']) + len(texts['val']) == 20
@@ -186,7 +187,7 @@ def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
     done = run_script(WRITTEN, '--input=romeo.txt', '--out_dir=romeo', folder=tmp_path)
     assert done.returncode == 0 and done.stderr.splitlines() == [
         'note: this is little text to learn from: 100,000 characters are a beginning']
-    data = corpus.open_dataset(tmp_path / 'romeo', 16)
+    data = open_dataset(tmp_path / 'romeo', 16)
     assert text_of(tmp_path / 'romeo') == TEXT and data.vocab_size == len(set(TEXT))
     assert len(data.train) == int(len(TEXT) * 0.9)
 
@@ -195,7 +196,7 @@ def test_several_inputs_and_another_field(given, tmp_path, capsys):
     (tmp_path / 'rows.jsonl').write_text('{"body": "one thing"}\n{"body": "another, thing"}')
     runpy.run_path(str(WRITTEN))['main']([f'--input={tmp_path}/rows.jsonl,{given}', '--field=body',
                                           f'--out_dir={tmp_path / "mine"}'])
-    data = corpus.open_dataset(tmp_path / 'mine', 2)
+    data = open_dataset(tmp_path / 'mine', 2)
     assert sorted(text_of(tmp_path / 'mine').split('<|endoftext|>')) == ['', TEXT, 'another, thing', 'one thing']
     assert data.meta['source']['documents'] == 3 and data.meta['source']['input'] == ['rows.jsonl', 'romeo.txt']
 
@@ -223,7 +224,7 @@ def checkout(tmp_path):
 def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes):
     done = run_script('data/text/prepare.py', f'--input={notes}', folder=checkout)
     assert done.returncode == 0, done.stderr
-    assert corpus.is_prepared(checkout / 'data/My_notes')
+    assert is_prepared(checkout / 'data/My_notes')
     assert done.stdout.splitlines()[-1] == 'to train on it: python train.py config/train_text.py --dataset=My_notes'
     subprocess.run(['git', 'init', '--quiet'], cwd=checkout, check=True)
     (checkout / 'data/mine').mkdir()
@@ -270,7 +271,7 @@ def test_openwebtext_is_split_and_ordered_as_nanogpt_does(small_gpt2, pages, tmp
     (folder / 'c.jsonl').write_text('{"text": ""}\n{"text": null}\n')  # documents too; .parquet files come last
     texts[30:30] = ['', '']
     openwebtext(f'--input={folder}', f'--out_dir={tmp_path / "owt"}')
-    data = corpus.open_dataset(tmp_path / 'owt', 2)
+    data = open_dataset(tmp_path / 'owt', 2)
     parts = datasets.Dataset.from_dict({'text': texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for ids, part in ((data.val, parts['test']), (data.train, parts['train'])):
         assert data.tokenizer.decode(ids).split('<|endoftext|>') == [*part['text'], '']
@@ -295,10 +296,10 @@ def test_openwebtext_from_hugging_face_gives_the_bins_of_the_same_texts_in_files
 @pytest.mark.parametrize('at', [1, 30, 49])
 def test_openwebtext_goes_on_where_it_was_stopped(small_gpt2, pages, tmp_path, monkeypatch, capsys, at):
     openwebtext(f'--input={pages[0]}', f'--out_dir={tmp_path / "whole"}')
-    monkeypatch.setattr(bins, 'JOURNAL_SECONDS', 0)
+    monkeypatch.setattr(unfinished, 'JOURNAL_SECONDS', 0)
     monkeypatch.setattr(encode, 'BATCH', 1)
     monkeypatch.setattr(encode, 'ALONE', 1000)
-    add, added = bins.UnfinishedBins.add, []
+    add, added = unfinished.UnfinishedBins.add, []
 
     def stopping(unfinished, encoded):
         if len(added) == at:
@@ -306,7 +307,7 @@ def test_openwebtext_goes_on_where_it_was_stopped(small_gpt2, pages, tmp_path, m
         added.append(encoded)
         add(unfinished, encoded)
 
-    monkeypatch.setattr(bins.UnfinishedBins, 'add', stopping)
+    monkeypatch.setattr(unfinished.UnfinishedBins, 'add', stopping)
     with pytest.raises(KeyboardInterrupt):
         openwebtext(f'--input={pages[0]}', f'--out_dir={tmp_path / "stopped"}')
     added.clear()

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, run_script
 
 import configurator
-from nib.checks import check_config
 from nib.errors import UserError
+from nib.run.checks import check_config
 
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
 README = (ROOT / 'README.md').read_text()
@@ -49,7 +49,7 @@ def test_third_party_imports_are_declared():
     pinned = {re.match('[a-z]+', line)[0] for line in (ROOT / 'requirements.txt').read_text().split()}
     assert pinned <= declared
     own = SCRIPTS | {'model', 'configurator', 'nib'}
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/*.py'), *ROOT.glob('data/*/*.py')]:
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/**/*.py'), *ROOT.glob('data/*/*.py')]:
         outside = imported(path) - own - set(sys.stdlib_module_names) - {'urllib3'}  # requests brings it
         assert outside <= declared, path
 

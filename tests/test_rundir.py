@@ -12,14 +12,15 @@ from contextlib import contextmanager
 import pytest
 from conftest import ROOT, SMALL_RUN, records, run_script, train
 
-from nib import checkpoint, rundir
+from nib.checkpoint import store
 from nib.errors import UserError
+from nib.run.folder import RunLock, write_config
 
 TIMED = ('tokens_per_second', 'peak_memory', 'seconds/evaluation')  # what the same run measures differently
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 ENDLESS = ['--max_iters=1000000', '--lr_decay_iters=1000000', '--eval_interval=1000000']
 # A process that takes the lock, says so, and holds it until it is killed.
-HOLDER = 'import sys, time; from nib import rundir; lock = rundir.RunLock(sys.argv[1]); lock.take(True); print(1, flush=True); time.sleep(60)'
+HOLDER = 'import sys, time; from nib.run.folder import RunLock; lock = RunLock(sys.argv[1]); lock.take(True); print(1, flush=True); time.sleep(60)'
 
 
 @contextmanager
@@ -56,8 +57,8 @@ def test_a_second_process_is_refused_with_the_first_ones_host_and_pid(tmp_path):
     with started('-c', HOLDER, tmp_path) as holder:
         wait_for(holder, '1')
         with pytest.raises(UserError, match=f'host {socket.gethostname()}, pid {holder.pid}'):
-            rundir.RunLock(tmp_path).take(new_run=True)
-    lock = rundir.RunLock(tmp_path)
+            RunLock(tmp_path).take(new_run=True)
+    lock = RunLock(tmp_path)
     lock.take(new_run=True)  # the first was killed: its lock is stale
     assert json.loads((tmp_path / '.lock').read_text())['pid'] == os.getpid()
     lock.release()
@@ -66,14 +67,14 @@ def test_a_second_process_is_refused_with_the_first_ones_host_and_pid(tmp_path):
 @pytest.mark.parametrize('content', ['', '{', '[]', '{"changes": 1}', '[' * 100_000])
 def test_a_damaged_config_json_stops_no_run(tmp_path, content):
     (tmp_path / 'config.json').write_text(content)
-    rundir.write_config(tmp_path, {'seed': 2}, {}, 10, {'seed': [1, 2]})
+    write_config(tmp_path, {'seed': 2}, {}, 10, {'seed': [1, 2]})
     assert json.loads((tmp_path / 'config.json').read_text())['changes'] == [{'step': 10, 'changes': {'seed': [1, 2]}}]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='file cannot be written'):
-        rundir.RunLock(tmp_path / 'file').take(new_run=True)
+        RunLock(tmp_path / 'file').take(new_run=True)
 
 
 @pytest.mark.parametrize('flags', [[], ['--init_from=resume'], ['--overwrite']])
@@ -99,7 +100,7 @@ def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_save
         took = time.monotonic() - since
     stopped_at = int(re.search(rf'stopped by signal {int(number)} after step (\d+), which is saved', said)[1])
     assert re.findall(r'exitcode  : (-?\d+)', errors) == [str(128 + number)] * 2, errors  # of both ranks
-    assert checkpoint.load(out_dir)[0].step == stopped_at
+    assert store.load(out_dir)[0].step == stopped_at
     assert [path.name for path in out_dir.glob('step-*')] == [f'step-{stopped_at:08d}']
     assert took < 10
 
@@ -127,7 +128,7 @@ def test_a_second_signal_ends_at_once_without_harm(data_dir, tmp_path):
         time.sleep(1.2)
         run.send_signal(signal.SIGTERM)
         assert run.wait(10) == 143
-    assert checkpoint.load(tmp_path / 'run')[0].step == 2
+    assert store.load(tmp_path / 'run')[0].step == 2
 
 
 DIES_ONCE = """
@@ -180,12 +181,12 @@ def test_ranks_that_read_different_checkpoints_do_not_train_together(data_dir, t
     done = run_script(*TORCHRUN, tmp_path / 'blind.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
                       '--init_from=resume', env={'PYTHONPATH': str(ROOT)})
     assert done.returncode != 0 and 'different steps, [10, 5] by rank' in done.stderr
-    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+    assert store.load(tmp_path / 'run')[0].step == 10
 
 
 BLIND = """
 import os, sys, train
-from nib import tensorfile
+from nib.checkpoint import tensorfile
 read = tensorfile.read
 def blind(path, expected):
     if os.environ['RANK'] == '1' and 'step-00000010' in str(path):

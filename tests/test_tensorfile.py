@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from nib import tensorfile
+from nib.checkpoint import tensorfile
 
 TENSORS = {'float': torch.arange(15.0).view(3, 5) / 7, 'scalar': torch.tensor(3.0),
            'half': torch.ones(3, 2, dtype=torch.bfloat16), 'none': torch.zeros(0, 3), 'flags': torch.tensor([True, False, True]),

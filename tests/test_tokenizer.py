@@ -11,7 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nib.errors import UserError
-from nib.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer, encode_prompt, tokenizer_from_json
+from nib.text.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    encode_prompt,
+    tokenizer_from_json,
+)
 
 ANY_CHARACTER = st.text(st.characters(exclude_categories=()))  # lone surrogates too
 TYPED = st.lists(st.sampled_from(['the bee', ' ', '\n', '€', '🙂', "don't", '<|endoftext|>', '<|', 'x'])).map(''.join)
@@ -164,7 +170,7 @@ def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_wh
         for name in names:
             (tmp_path / name).write_bytes(cached)
     began = time.monotonic()
-    done = run_script('-c', 'from nib.errors import run_script; from nib.tokenizer import Gpt2Tokenizer; '
+    done = run_script('-c', 'from nib.errors import run_script; from nib.text.tokenizer import Gpt2Tokenizer; '
                             'run_script(lambda argv: Gpt2Tokenizer().encode("x"))',
                       env={**NO_NETWORK, 'TIKTOKEN_CACHE_DIR': str(tmp_path)})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'Traceback' not in done.stderr
@@ -174,5 +180,5 @@ def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_wh
 
 
 def test_a_tokenizer_needs_tiktoken_only_once_it_encodes():
-    done = run_script('-c', 'import sys; from nib.tokenizer import *; Gpt2Tokenizer(); sys.exit("tiktoken" in sys.modules)')
+    done = run_script('-c', 'import sys; from nib.text.tokenizer import *; Gpt2Tokenizer(); sys.exit("tiktoken" in sys.modules)')
     assert done.returncode == 0, done.stderr

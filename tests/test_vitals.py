@@ -13,10 +13,21 @@ from conftest import records
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
-from nib import checkpoint, vitals
-from nib.loader import BatchLoader
+from nib.checkpoint import store
+from nib.doctor import vitals
+from nib.doctor.vitals import (
+    KEPT,
+    PROBE_LENGTH,
+    SAMPLE,
+    SEARCHED,
+    EvaluationSigns,
+    Vitals,
+    examine_data,
+    gradient_noise,
+    sample,
+)
 from nib.optim import Optimizer
-from nib.vitals import KEPT, PROBE_LENGTH, SAMPLE, SEARCHED, EvaluationSigns, Vitals, examine_data, gradient_noise, sample
+from nib.tokens.batches import BatchLoader
 
 NO_SCALER = torch.amp.GradScaler('cpu', enabled=False)
 VOCAB = 11
@@ -360,7 +371,7 @@ def test_looking_leaves_the_training_as_it_is(train_here, tmp_path, flags):
     for i, looks in enumerate(LOOKS):
         done = train_here(tmp_path / str(i), *flags, *looks)
         assert done.returncode == 0, done.stderr
-        ends.append(checkpoint.load(tmp_path / str(i)))
+        ends.append(store.load(tmp_path / str(i)))
     (first, tensors), (second, others) = ends
     assert first.step == second.step >= 10
     for kind in ('model', 'optimizer'):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import run_script
 
-from nib import checkpoint
+from nib.checkpoint import store
+from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError
-from nib.writer import CheckpointWriter
 
 
 def save(writer, step, value=None, best=None):
@@ -22,12 +22,12 @@ def save(writer, step, value=None, best=None):
 
 
 def newest(out_dir):
-    found, tensors = checkpoint.load(out_dir, warn=lambda line: None)
+    found, tensors = store.load(out_dir, warn=lambda line: None)
     return found.step, tensors['model']['w'].mean().item()
 
 
 def steps(out_dir):
-    return sorted(checkpoint.steps_after(out_dir, 0))
+    return sorted(store.steps_after(out_dir, 0))
 
 
 def damage(out_dir, step):
@@ -60,11 +60,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk):
     writer = CheckpointWriter(tmp_path, keep_last=1)
     weights = save(writer, 10, best=True)
     weights.zero_()  # the next step; the save has a copy
-    assert not checkpoint.exists(tmp_path)
+    assert not store.exists(tmp_path)
     slow_disk.set()
     writer.close()
     assert newest(tmp_path) == (10, 10.0)
-    assert checkpoint.load(tmp_path, 'best')[0].state['train'] == {'evaluated': 10}
+    assert store.load(tmp_path, 'best')[0].state['train'] == {'evaluated': 10}
 
 
 @pytest.mark.parametrize('call', ['save', 'record_evaluation', 'wait', 'close'])
@@ -100,7 +100,7 @@ def test_an_evaluation_of_a_checkpoint_that_fails_is_not_recorded(tmp_path, brok
 
 ENDING = '''
 import sys, torch
-from nib.writer import CheckpointWriter
+from nib.checkpoint.writer import CheckpointWriter
 writer = CheckpointWriter(sys.argv[1], keep_last=1)
 big = {'w': torch.ones(10_000_000)}
 writer.save(10, big, big, {})

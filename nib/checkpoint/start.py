@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 
 from model import GPT, GPTConfig
-from nib import checkpoint, runtime
-from nib.corpus import TokenDataset
+from nib.checkpoint import store
 from nib.errors import UserError
+from nib.machine.device import seed_everything
+from nib.tokens.dataset import TokenDataset
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # GPT-2's own code keeps these matrices as (inputs, outputs); nn.Linear has (outputs, inputs).
@@ -25,7 +26,7 @@ class Weights:
     model: GPTConfig
     tokenizer: dict
     tensors: dict[str, dict[str, torch.Tensor]]  # 'model', and in a resumed run 'optimizer'
-    resumed: checkpoint.Checkpoint | None = None
+    resumed: store.Checkpoint | None = None
 
     def adopt(self, values: Mapping, origins: Mapping) -> dict:
         """The config's values, with this model's architecture where the user has not said otherwise.
@@ -74,7 +75,7 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     except ValueError as error:
         raise UserError(str(error)) from error
     if start is None:
-        runtime.seed_everything(config['seed'])
+        seed_everything(config['seed'])
         return GPT(model_config)
     start.check_dataset(data)
     model = GPT(replace(model_config, block_size=start.model.block_size))
@@ -89,15 +90,15 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     return model
 
 
-def read(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Weights | None:
+def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Weights | None:
     """What init_from names; None for 'scratch'. UserError where it is not there or not usable."""
     if init_from == 'scratch':
         return None
     if init_from == 'resume':
-        found, tensors = checkpoint.load(out_dir, 'latest', warn=warn, check=check_shapes)
+        found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
         return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors, found)
-    if checkpoint.exists(init_from):
-        found, tensors = checkpoint.load(init_from, 'best', read=('model',), warn=warn, check=check_shapes)
+    if store.exists(init_from):
+        found, tensors = store.load(init_from, 'best', read=('model',), warn=warn, check=check_shapes)
         return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors)
     if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         return read_gpt2(init_from)
@@ -105,23 +106,23 @@ def read(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Weights |
                     f'folder of a run or of a Hugging Face GPT-2')
 
 
-def check_shapes(found: checkpoint.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
+def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
     """Damaged where the tensors are not those of the model that the checkpoint is of."""
     try:
         with torch.device('meta'):  # shapes alone
             shapes = {name: tensor.shape for name, tensor in GPT(GPTConfig(**found.state['model'])).state_dict().items()}
     except (TypeError, ValueError) as error:
-        raise checkpoint.Damaged(f'{found.path / "state.json"}: its model cannot be built ({error})') from error
+        raise store.Damaged(f'{found.path / "state.json"}: its model cannot be built ({error})') from error
     have = {name: tensor.shape for name, tensor in tensors['model'].items()}
     for name in sorted(have.keys() | shapes.keys()):
         if have.get(name) != shapes.get(name):
-            raise checkpoint.Damaged(f'{found.path / "model.safetensors"}: {name} is {_shape(have.get(name))}, where the '
+            raise store.Damaged(f'{found.path / "model.safetensors"}: {name} is {_shape(have.get(name))}, where the '
                                      f'model has {_shape(shapes.get(name))}')
     for full_name, tensor in tensors.get('optimizer', {}).items():
         shape = shapes.get(full_name.rpartition('/')[0])
         # other optimizers may keep less than a number for each weight
         if shape is None or tensor.dim() == len(shape) and tensor.shape != shape:
-            raise checkpoint.Damaged(f'{found.path / "optimizer.safetensors"}: {full_name} is {_shape(tensor.shape)}, where '
+            raise store.Damaged(f'{found.path / "optimizer.safetensors"}: {full_name} is {_shape(tensor.shape)}, where '
                                      f'the model has {_shape(shape)}')
 
 

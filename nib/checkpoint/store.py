@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nib import tensorfile
+from nib.checkpoint import tensorfile
 from nib.errors import UserError
 from nib.files import atomic_write, clear_temporaries, sync_folder
 

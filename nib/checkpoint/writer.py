@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from nib import checkpoint
+from nib.checkpoint import store
 
 
 class CheckpointWriter:
@@ -20,7 +20,7 @@ class CheckpointWriter:
     def __init__(self, out_dir, keep_last: int, keep_every: int = 0, start: int = 0):
         """start: the step that the run goes on from. What is newer was passed over as damaged, and is none of those kept."""
         self.out_dir, self.keep_last, self.keep_every = out_dir, keep_last, keep_every
-        self._damaged = checkpoint.steps_after(out_dir, start)
+        self._damaged = store.steps_after(out_dir, start)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix='checkpoint')
         self._last: Future | None = None  # what was asked for last
         atexit.register(self._report)
@@ -51,17 +51,17 @@ class CheckpointWriter:
             atexit.unregister(self._report)
 
     def _save(self, step, model, optimizer, state):
-        checkpoint.save(self.out_dir, step, model, optimizer, state)
-        checkpoint.delete_set_aside(self.out_dir)
+        store.save(self.out_dir, step, model, optimizer, state)
+        store.delete_set_aside(self.out_dir)
         self._damaged.discard(step)
         self._prune(step)
 
     def _record_evaluation(self, step, train_state, best):
-        checkpoint.record_evaluation(self.out_dir, step, train_state, best)
+        store.record_evaluation(self.out_dir, step, train_state, best)
         self._prune(step)
 
     def _prune(self, step):
-        checkpoint.prune(self.out_dir, step, self.keep_last, self.keep_every, self._damaged)
+        store.prune(self.out_dir, step, self.keep_last, self.keep_every, self._damaged)
 
     def _submit(self, work: Callable[[], None]):
         if self._last and self._last.done():

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from nib.inspection import LayerStats, ParameterStats, largest_entropy
-
 GRAD_NORM = (0.1, 10.0)  # of all parameters together, in a model that has begun to learn
 UPDATE_RATIO = (0.001, 0.01)  # per step, in a run that is well under way
 MUON_RATIO = (0.001, 0.05)  # of Muon's matrices, whose updates go no farther in one direction than in another
@@ -19,6 +17,33 @@ MEMORISED = 2 / 3  # of the loss that is possible without looking at the inputs
 
 
 @dataclass(frozen=True)
+class ParameterStats:
+    """One parameter. Its gradient is d loss / d weight, in nats per unit of weight."""
+    name: str
+    shape: tuple[int, ...]
+    rms: float  # root mean square of the weights
+    grad_mean: float
+    grad_std: float
+    grad_max: float  # the largest absolute value
+    grad_norm: float  # root of the sum of squares
+    update_ratio: float | None = None  # ||w after - w before|| / ||w before||; None before a step, and where all weights were 0
+    behind_zeros: bool = False  # its block passes it on through a matrix of zeros alone, which no gradient passes
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """The residual stream behind the embedding, a block or the last norm; what only blocks have is None elsewhere."""
+    name: str
+    mean: float
+    std: float
+    attention_std: float | None = None  # of what attention adds to the stream
+    mlp_std: float | None = None  # of what the MLP adds to it
+    dead: float | None = None  # share of the MLP's hidden units that are closed for every token
+    entropy: float | None = None  # of the attention weights, in nats, mean over sequences, heads and positions
+    attention_logit: float | None = None  # the largest score before the softmax, in absolute value
+
+
+@dataclass(frozen=True)
 class Finding:
     """Something out of its range: what, and what to change, a sentence."""
     what: str
@@ -26,6 +51,11 @@ class Finding:
 
 
 # -- ranges ----------------------------------------------------------------------------------------------------------
+
+def largest_entropy(n_positions: int) -> float:
+    """The largest mean entropy of causal attention: position t, from 1, has t places to look at, so the mean of ln t."""
+    return math.lgamma(n_positions + 1) / n_positions
+
 
 def start_tolerance(n_embd: int, n_tokens: int) -> float:
     """How far from ln(vocab_size) a fresh model's loss, the mean over n_tokens, may be, in nats.

@@ -1,44 +1,18 @@
 """What one batch does in a model: the gradient and the update of every parameter, the activations and attention of every
-layer, as plain numbers. nib/health.py says which of them are healthy."""
+layer, as plain numbers. nib/doctor/health.py says which of them are healthy."""
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from model import GPT, CausalSelfAttention, rotate
+from nib.doctor.health import LayerStats, ParameterStats
 
 # A unit is closed where its non-linearity lets hardly any gradient through: squared ReLU none at all, GELU and SwiGLU's gate
 # (SiLU) with a slope within 0.0125 of 0.
 CLOSED_BELOW = {'relu2': 0.0, 'gelu': -3.0, 'swiglu': -6.0}
-
-
-@dataclass(frozen=True)
-class ParameterStats:
-    """One parameter. Its gradient is d loss / d weight, in nats per unit of weight."""
-    name: str
-    shape: tuple[int, ...]
-    rms: float  # root mean square of the weights
-    grad_mean: float
-    grad_std: float
-    grad_max: float  # the largest absolute value
-    grad_norm: float  # root of the sum of squares
-    update_ratio: float | None = None  # ||w after - w before|| / ||w before||; None before a step, and where all weights were 0
-    behind_zeros: bool = False  # its block passes it on through a matrix of zeros alone, which no gradient passes
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """The residual stream behind the embedding, a block or the last norm; what only blocks have is None elsewhere."""
-    name: str
-    mean: float
-    std: float
-    attention_std: float | None = None  # of what attention adds to the stream
-    mlp_std: float | None = None  # of what the MLP adds to it
-    dead: float | None = None  # share of the MLP's hidden units that are closed for every token
-    entropy: float | None = None  # of the attention weights, in nats, mean over sequences, heads and positions
-    attention_logit: float | None = None  # the largest score before the softmax, in absolute value
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -156,11 +130,6 @@ def attention_scores(attention: CausalSelfAttention, x, rotary=None):
 def entropy(weights):
     """Entropy in nats of distributions along the last dimension: 0 is all on one place, ln n evenly over n."""
     return torch.special.entr(weights).sum(dim=-1)
-
-
-def largest_entropy(n_positions: int) -> float:
-    """The largest mean entropy of causal attention: position t, from 1, has t places to look at, so the mean of ln t."""
-    return math.lgamma(n_positions + 1) / n_positions
 
 
 def dead_share(mlp_kind: str, hidden) -> float:

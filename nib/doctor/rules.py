@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nib import health
+from nib.doctor import health
+from nib.doctor.troubles import TROUBLES, Finding
+from nib.doctor.vitals import PROBE_LENGTH, DataSigns, EvaluationSigns, StepSigns
 from nib.guard import Seen
-from nib.troubles import TROUBLES, Finding
-from nib.vitals import PROBE_LENGTH, DataSigns, EvaluationSigns, StepSigns
 
 LEARNING = ('attention', 'mlp')  # the groups of matrices that an update ratio is judged of: a batch has few of an embedding's rows
 KEPT = 1000  # lines and windows that are remembered; more are thinned out

@@ -1,4 +1,4 @@
-"""The troubles that nib/doctor.py can name: how grave each is, where it comes from, and which keys of the config to change."""
+"""The troubles that nib/doctor/rules.py can name: how grave each is, where it comes from, and which keys of the config to change."""
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The vital signs of a run: collected on the device at every step, read when a line is due. nib/doctor.py says what they mean.
+"""The vital signs of a run: collected on the device at every step, read when a line is due. nib/doctor/rules.py says what they mean.
 
 Nothing here waits for the device but read(), which the loop calls where it waits anyway.
 """
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from nib import inspection
-from nib.loader import BatchLoader
+from nib.doctor import health, inspection
 from nib.optim import Optimizer
+from nib.tokens.batches import BatchLoader
 
 SAMPLE = 4096  # weights of a matrix, evenly spread, that stand for all: a root mean square is 1 % off, and costs nothing
 KEPT = 1000  # steps whose losses are kept until they are read
@@ -164,7 +164,7 @@ class Vitals:
         raw_model = getattr(self.model, '_orig_mod', self.model)
         _, layers = inspection.measure_layers(raw_model, *val_batch, self.precision, n_sequences=1)
         blocks = [row for row in layers if row.entropy is not None]
-        largest = inspection.largest_entropy(val_batch[0].shape[1])
+        largest = health.largest_entropy(val_batch[0].shape[1])
         return EvaluationSigns(step, train_loss, val_loss, max(row.dead for row in blocks), max(row.attention_logit for row in blocks),
                                min(row.entropy for row in blocks) / largest if largest else 1.0, blocks[-1].std, noise_scale)
 

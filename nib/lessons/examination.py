@@ -8,8 +8,9 @@ import textwrap
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from nib import health, inspection, optim
-from nib.health import Finding
+from nib import optim
+from nib.doctor import health, inspection
+from nib.doctor.health import Finding
 
 MEMORISED_TOKENS = 1024  # as many can be learnt by heart in 50 steps
 ATTENDED = 4  # sequences whose attention is measured
@@ -172,9 +173,9 @@ def explain_parameters(training, norm: float, norm_limits: tuple[float, float], 
 
 # -- layers ----------------------------------------------------------------------------------------------------------
 
-def report_layers(training, rows: list[inspection.LayerStats], full: bool) -> Report:
+def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report:
     (x, _), config = training.batch(), training.model.config
-    largest = inspection.largest_entropy(x.shape[1])
+    largest = health.largest_entropy(x.shape[1])
     marks = {row.name: mark for row in rows if (mark := health.mark_layer(row, x.shape[1]))}
     shown, left_out = shown_rows((row.name for row in rows), marks, config.n_layer, full)
     yield (f'{"layer":12}{"mean":>10}{"std":>10}{"attention adds":>17}{"MLP adds":>11}{"dead units":>13}'

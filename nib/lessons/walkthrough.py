@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT
-from nib.examination import describe_batch, note
+from nib.lessons.examination import describe_batch, note
 
 # The first of these that has a gradient: its largest entry is followed through the step. Fresh blocks may end in zeros, which
 # let no gradient through to the layers before.

@@ -1,4 +1,4 @@
-"""A chart as data, and as HTML with SVG for a page; nib/pngs.py draws it as a PNG.
+"""A chart as data, and as HTML with SVG for a page; nib/report/pngs.py draws it as a PNG.
 
 A page's chart has no fixed width: the SVG is stretched with its box (its lines keep their width), and text is HTML beside it,
 placed by percentages, so that it is as readable on a phone as on a large screen.

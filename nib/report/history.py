@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nib.charts import NEUTRAL, SEVERITIES, Chart, Mark, Series
 from nib.errors import UserError
+from nib.report.charts import NEUTRAL, SEVERITIES, Chart, Mark, Series
 
-UPDATE_BAND = {'adamw': (0.001, 0.01), 'muon': (0.001, 0.05)}  # those of nib/health.py, which needs torch
+UPDATE_BAND = {'adamw': (0.001, 0.01), 'muon': (0.001, 0.05)}  # those of nib/doctor/health.py, which needs torch
 GROUPS = ('embedding', 'attention', 'mlp', 'head')
 LATEST_STEP = 1 << 53  # a larger one is no step
 LOOKS = ('line', 'dashed', 'dotted', 'mixed')

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from nib.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Flag, time_axis, to_html
 from nib.files import atomic_write
-from nib.history import Finding, Run, charts_of, memory_unit, read_runs
-from nib.pngs import save_png
+from nib.report.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Flag, time_axis, to_html
+from nib.report.history import Finding, Run, charts_of, memory_unit, read_runs
+from nib.report.pngs import save_png
 
 SAMPLES = 6  # shown of a run
 
@@ -55,7 +55,7 @@ def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -
 img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <title>{text(title)}: nibGPT report</title>
 <style>:root{{{light};{severities}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}
-{(here.with_name('report.css')).read_text(encoding='utf-8')}</style></head>
+{(here.with_name('page.css')).read_text(encoding='utf-8')}</style></head>
 <body{' data-watching' if watching else ''}><main id="page">
 <header><h1>{text(title)}</h1><p class="quiet" id="live"></p></header>
 {''.join(summary(run, index, len(runs)) for index, run in enumerate(runs))}
@@ -64,7 +64,7 @@ img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark
 {'' if charts else '<p class="quiet">No figures are recorded yet.</p>'}</section>
 {''.join(samples_section(runs, run) for run in runs)}
 {config_section(runs, defaults)}
-</main><script>{(here.with_name('report.js')).read_text(encoding='utf-8')}</script></body></html>
+</main><script>{(here.with_name('page.js')).read_text(encoding='utf-8')}</script></body></html>
 '''
 
 

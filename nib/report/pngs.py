@@ -2,7 +2,20 @@
 import math
 from collections.abc import Sequence
 
-from nib.charts import DASHES, LIGHT, NEUTRAL, SEVERITY_COLOURS, Axis, Chart, Flag, Key, Series, badge_rows, legend, show_number
+from nib.report.charts import (
+    DASHES,
+    LIGHT,
+    NEUTRAL,
+    SEVERITY_COLOURS,
+    Axis,
+    Chart,
+    Flag,
+    Key,
+    Series,
+    badge_rows,
+    legend,
+    show_number,
+)
 
 GOOD, QUIET = '#00704f', LIGHT[NEUTRAL]
 HEIGHT = 4.5  # inches
@@ -11,7 +24,7 @@ NAMED = 24  # findings, so that the legend is no longer than the chart is high
 
 
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
-    """Draws what nib.charts.to_html draws. ImportError where matplotlib is missing."""
+    """Draws what nib.report.charts.to_html draws. ImportError where matplotlib is missing."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a screen
     from matplotlib.lines import Line2D
     axis, series = chart.axis(), [drawn for one in chart.series for drawn in one.drawn()]

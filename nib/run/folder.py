@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from nib import checkpoint
+from nib.checkpoint import store
 from nib.errors import UserError
 from nib.files import atomic_write
 
@@ -34,13 +34,13 @@ class RunLock:
             if not _lock(self.file):
                 raise UserError(f'{self.out_dir} belongs to a run that is still going ({self._holder()}): stop that one, or '
                                 f'choose another --out_dir')
-            if new_run and checkpoint.exists(self.out_dir):
+            if new_run and store.exists(self.out_dir):
                 raise UserError(f'{self.out_dir} holds a run already: go on with it (--init_from=resume), choose another '
                                 f'--out_dir, or replace it (--overwrite)')
             self.file.truncate(0)
             self.file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid()}) + '\n')
             self.file.flush()
-            checkpoint.clear_leftovers(self.out_dir)
+            store.clear_leftovers(self.out_dir)
         except OSError as error:
             raise UserError(f'out_dir {self.out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
 
@@ -80,13 +80,13 @@ def write_config(out_dir, config: Mapping, origins: Mapping, step: int, changes:
         file.write(json.dumps({'config': config, 'origins': origins, 'changes': history, 'launch': _launch()}, indent=1).encode())
 
 
-def restarted(out_dir) -> bool:
+def restarted_by_torchrun(out_dir) -> bool:
     """Whether torchrun (--max-restarts) has started this very run anew, and there is a checkpoint to go on from.
 
     Ask rank 0 alone: only its torchrun is known to be the one that has started the run.
     """
     return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and _read(out_dir).get('launch') == _launch()
-            and checkpoint.exists(out_dir))
+            and store.exists(out_dir))
 
 
 def _launch() -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.tokenizer import without_surrogates
+from nib.text.tokenizer import without_surrogates
 
 PIECE = 1 << 16  # characters, and bytes of a file that are read at once
 VAL_FRACTION = 0.1

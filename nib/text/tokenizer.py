@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nib.download import download
 from nib.errors import UserError
+from nib.text.download import download
 
 END_OF_TEXT = '<|endoftext|>'  # how the end-of-text token is shown, and typed in a prompt
 # What tiktoken reads GPT-2's vocabulary from: name -> SHA-256.
@@ -106,7 +106,7 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte pair encoding (Radford et al. 2019), as tiktoken computes it; nib/bpe.py makes it fast.
+    """GPT-2's byte pair encoding (Radford et al. 2019), as tiktoken computes it; nib/text/bpe.py makes it fast.
 
     Its vocabulary is two files that are fetched when it first encodes or decodes; UserError then where they cannot be.
     """
@@ -189,7 +189,7 @@ def _one_by_one(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> np.n
 
 @functools.lru_cache(maxsize=1)
 def _word_table(encoding, end_of_text: int):
-    from nib.bpe import WordTable  # here: it needs tiktoken
+    from nib.text.bpe import WordTable  # here: it needs tiktoken
     return WordTable(encoding, end_of_text)
 
 

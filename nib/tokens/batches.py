@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from nib.corpus import check_ids
+from nib.tokens.dataset import check_ids
 
 _ROUNDS = 6
 _TOGETHER = 1024  # sequences whose places are computed at once: numpy takes hardly longer for them than for a batch's

@@ -7,25 +7,22 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from nib import documents, nanogpt
-from nib.bins import UnfinishedBins
-from nib.encode import SPLITS, Piece, encode_all
 from nib.errors import UserError
-from nib.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, tokenizer_from_json
+from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, tokenizer_from_json
+from nib.tokens import nanogpt_bins
+from nib.tokens.encode import SPLITS
 
 FORMAT = 1
 # A bin is read through when it is opened, but a larger one in places only: a run on 20 GB begins as soon as one on 20 MB.
 LARGE = 1 << 26  # bytes
 _SAMPLES, _SAMPLE = 128, 1 << 13  # places, spread evenly from the first token to the last, and tokens in each
 _CHUNK = 1 << 20  # tokens
-_PREPARE_SCRIPTS = Path(__file__).resolve().parent.parent / 'data'
+_PREPARE_SCRIPTS = Path(__file__).resolve().parents[2] / 'data'
 
 
 @dataclass(frozen=True)
@@ -55,58 +52,6 @@ class TokenDataset:
         return f'{loss:.4f} nats per token' + ('' if bits is None else f' ({bits:.4f} bits per byte)')
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-def write_char_dataset(folder, text: str, source: dict) -> dict:
-    """Makes a character dataset of one text, split by position; returns its meta. UserError for a text too short.
-
-    source: where the text came from, recorded in meta.json.
-    """
-    return write_text(folder, text, CharTokenizer.train(text), source)
-
-
-def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
-    """Makes a dataset of one text that is in memory, split by position; returns its meta."""
-    def read_pieces(start):
-        chunks = (text[first:first + documents.PIECE] for first in range(0, len(text), documents.PIECE))
-        return islice(documents.split_text(documents.cut(chunks), len(text)), start, None)
-
-    return write_dataset(folder, read_pieces, tokenizer, source)
-
-
-def write_dataset(folder, read_pieces: Callable[[int], Iterator[Piece]], tokenizer: Tokenizer, source: dict,
-                  n_bytes: int | None = None) -> dict:
-    """Encodes pieces of text on all cores and writes the bins and meta.json; returns what meta.json holds.
-
-    read_pieces(n): the pieces from the n-th on. source: where the text came from, recorded in meta.json; it must differ
-    where the text does, as a run with the same source and tokenizer as one that was stopped goes on with what that one
-    wrote. n_bytes: of all the text, for the progress bar. What was in the folder stays until all is written.
-    """
-    from tqdm import tqdm  # here: only a run that writes a dataset pays for the import
-    folder = Path(folder)
-    tokenizer.encode('')  # one that cannot be loaded says so now
-    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
-    key = {'format': FORMAT, 'piece': documents.PIECE, 'source': source, 'tokenizer': tokenizer.to_json()}
-    with UnfinishedBins(folder, key, dtype.itemsize) as unfinished:
-        with tqdm(total=n_bytes, initial=sum(unfinished.done['bytes'].values()), unit='B', unit_scale=True,
-                  desc=folder.name, leave=False, disable=None) as bar:
-            for encoded in encode_all(read_pieces(unfinished.done['pieces']), tokenizer, dtype):
-                unfinished.add(encoded)
-                bar.update(sum(encoded.n_bytes.values()))
-        splits = {split: {'tokens': unfinished.done['tokens'][split], 'bytes': unfinished.done['bytes'][split],
-                          'sha256': unfinished.digests[split].hexdigest()} for split in SPLITS}
-        unfinished.save()
-        for split, path in unfinished.paths.items():
-            if path.stat().st_size > LARGE:
-                splits[split] |= {'sampled_sha256': _read(path, _map_bin(path, dtype.name, None), tokenizer)['sampled_sha256']}
-        meta = {'format': FORMAT, 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'splits': splits,
-                'source': source, 'tokenizer': tokenizer.to_json()}
-        unfinished.finish(meta)
-    return meta
-
-
-# -- opening -----------------------------------------------------------------------------------------------------------
-
 def is_prepared(folder) -> bool:
     return all((Path(folder) / f'{split}.bin').exists() for split in SPLITS)
 
@@ -121,7 +66,7 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
         if (folder / 'meta.json').is_file():
             meta, tokenizer = _read_meta(folder / 'meta.json')
         else:
-            meta, tokenizer = {'dtype': 'uint16', 'splits': {}}, nanogpt.read_tokenizer(folder)
+            meta, tokenizer = {'dtype': 'uint16', 'splits': {}}, nanogpt_bins.read_tokenizer(folder)
         bins = {split: _map_bin(folder / f'{split}.bin', meta['dtype'], meta['splits'].get(split)) for split in SPLITS}
         if not meta['splits']:
             _check_undescribed(folder, bins, tokenizer)
@@ -138,6 +83,13 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
                         + [str(tokenizer.vocab_size)])
     return TokenDataset(folder.name, folder, bins['train'], bins['val'], tokenizer.vocab_size, tokenizer,
                         {**meta, 'splits': meta['splits'] or found}, hashlib.sha256(digests.encode()).hexdigest())
+
+
+def sampled_digest(path: Path, dtype: str, tokenizer: Tokenizer) -> str | None:
+    """The sampled_sha256 that meta.json keeps of a bin that is too large to be read through; None of a smaller one."""
+    if path.stat().st_size <= LARGE:
+        return None
+    return _read(path, _map_bin(path, dtype, None), tokenizer)['sampled_sha256']
 
 
 def _remedy(name: str) -> str:

@@ -13,7 +13,7 @@ from itertools import chain, islice
 import numpy as np
 
 from nib.errors import UserError
-from nib.tokenizer import Tokenizer
+from nib.text.tokenizer import Tokenizer
 
 SPLITS = ('train', 'val')
 BATCH = 1 << 20  # characters that go to a process together

@@ -4,26 +4,26 @@ import runpy
 from collections.abc import Callable
 from pathlib import Path
 
-from nib import corpus
 from nib.errors import UserError
-from nib.runtime import Ranks
+from nib.tokens.dataset import SPLITS, TokenDataset, is_prepared, open_dataset
 
-SCRIPTS = Path(__file__).resolve().parent.parent / 'data'  # SCRIPTS/NAME/prepare.py makes a dataset
+SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py makes a dataset
 
 
-def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, block_size: int, ranks: Ranks,
-                    say: Callable[[str], None]) -> corpus.TokenDataset:
+def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, block_size: int, ranks,
+                    say: Callable[[str], None]) -> TokenDataset:
     """The checked dataset `name`, made first where it is missing and may be; where that fails, `fallback` likewise.
 
-    data_dir: folder of the datasets; empty: where the prepare scripts are. Rank 0 makes it while the others wait.
+    data_dir: folder of the datasets; empty: where the prepare scripts are. ranks: the Ranks of the run, of which the
+    first makes it while the others wait.
     UserError where there is no dataset to train on.
     """
     folder = Path(data_dir) if data_dir else Path(os.path.relpath(SCRIPTS))  # as a person would type it
 
     def prepare(name: str) -> str:
-        if corpus.is_prepared(folder / name):
+        if is_prepared(folder / name):
             return name
-        missing = next(path for path in (folder / name / f'{split}.bin' for split in corpus.SPLITS) if not path.exists())
+        missing = next(path for path in (folder / name / f'{split}.bin' for split in SPLITS) if not path.exists())
         script = SCRIPTS / name / 'prepare.py'
         if Path(name).name != name or not script.exists():  # a path leads to scripts that are not this project's
             known = ', '.join(sorted({path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}))
@@ -46,4 +46,4 @@ def open_or_prepare(name: str, fallback: str, data_dir: str, may_prepare: bool, 
                 f'with --overwrite ***')
             return prepare(fallback)
 
-    return corpus.open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)
+    return open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)

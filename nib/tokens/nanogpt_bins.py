@@ -3,7 +3,7 @@ import pickle
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.tokenizer import CharTokenizer, Gpt2Tokenizer
+from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
 
 
 class _Unpickler(pickle.Unpickler):

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nib import corpus
-from nib.documents import not_utf8
-from nib.download import download
 from nib.errors import UserError
 from nib.files import shown
-from nib.tokenizer import Tokenizer
+from nib.text.documents import not_utf8
+from nib.text.download import download
+from nib.text.tokenizer import Tokenizer
+from nib.tokens.write import write_text
 
 URLS = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
@@ -34,7 +34,7 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
     text, digest = _read(path)
     if not text:
         raise UserError(f'{path} is empty; --input=PATH takes the path of a text file')
-    meta = corpus.write_text(folder, text, make_tokenizer(text), {'file': path.name, 'sha256': digest})
+    meta = write_text(folder, text, make_tokenizer(text), {'file': path.name, 'sha256': digest})
     if digest != SHA256:
         print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); taken all the same', file=sys.stderr)
     print(f'{shown(folder)}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '

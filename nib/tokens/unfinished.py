@@ -6,9 +6,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nib.encode import SPLITS, Encoded
 from nib.errors import UserError
 from nib.files import atomic_write, sync_folder
+from nib.tokens.encode import SPLITS, Encoded
 
 JOURNAL_SECONDS = 5.0  # between two notes of how far the writing is
 _CHUNK = 1 << 24  # bytes
