@@ -374,7 +374,7 @@ def cielab(rgb):
 
 @pytest.mark.parametrize('colours, ground', [(charts.LIGHT, '#ffffff'), (charts.DARK, '#171b21')])
 def test_colours_are_told_apart_by_the_colour_blind(colours, ground):
-    assert ground in (ROOT / 'nib' / 'report.css').read_text()
+    assert ground in (ROOT / 'nib/report/page.css').read_text()
     for sight in SIGHTS.values():
         seen = [cielab(np.array(sight) @ linear(colour)) for colour in colours[:charts.NEUTRAL]]
         assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 20
