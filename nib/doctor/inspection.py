@@ -11,7 +11,7 @@ from model import GPT, CausalSelfAttention, rotate
 from nib.doctor.health import LayerStats, ParameterStats
 
 # A unit is closed where its non-linearity lets hardly any gradient through: squared ReLU none at all, GELU and SwiGLU's gate
-# (SiLU) with a slope within 0.0125 of 0.
+# (SiLU) with a slope within 0.0125 of 0. Of another activation dead units are not counted.
 CLOSED_BELOW = {'relu2': 0.0, 'gelu': -3.0, 'swiglu': -6.0}
 
 
@@ -36,7 +36,7 @@ def behind_zeros(model: nn.Module) -> tuple[str, ...]:
     for name, weight in model.named_parameters():
         block, _, branch = name.removesuffix('.c_proj.weight').rpartition('.')
         if name.endswith('.c_proj.weight') and not weight.any():
-            norm = {'attn': 'ln_1', 'mlp': 'ln_2'}[branch]
+            norm = {'attn': 'ln_1', 'mlp': 'ln_2'}.get(branch)
             blocked += [f'{block}.{norm}.', *(f'{block}.{branch}.{part}' for part in ('c_attn.', 'c_fc.', 'q_norm.', 'k_norm.'))]
     return tuple(blocked)
 
@@ -84,7 +84,10 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
         return hook
 
     def watch_units(name, mlp):
-        return mlp.c_fc.register_forward_hook(lambda module, args, output: note(name, dead=dead_share(mlp.kind, output)))
+        def hook(module, args, output):
+            if mlp.kind in CLOSED_BELOW:
+                note(name, dead=dead_share(mlp.kind, output))
+        return mlp.c_fc.register_forward_hook(hook)
 
     parts = model.transformer
     hooks = [parts.drop.register_forward_hook(watch_stream('embedding')), parts.ln_f.register_forward_hook(watch_stream('ln_f'))]

@@ -25,7 +25,6 @@ BADGE = 0.06  # share of a chart's width that a finding's number takes, on a pho
 LIGHT = ('#0072b2', '#e06000', '#005040', '#c4708c', '#5a3f0c', '#5b5f66')
 DARK = ('#56b4e9', '#f18a30', '#0b8d62', '#f6b7b8', '#f5ef66', '#a7adb5')
 NEUTRAL = 5
-SEVERITIES = ('critical', 'warning', 'note')
 SEVERITY_COLOURS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
 DASHES = {'line': '', 'dots': '', 'dashed': '6 4', 'dotted': '1.5 4', 'mixed': '9 3 2 3'}
 
