@@ -14,7 +14,7 @@ BUCKETS = 500  # of a long series; each keeps its lowest and its highest value
 TREND_BUCKETS = 200  # of its medians
 NOISY = 10.0  # times its whole range that such a series rises and falls
 FEW = 60  # so many dots can be told apart on a line
-ALONE = 3  # so few values would be missed without dots
+SPARSE = 3  # so few values would be missed without dots
 TINY = 1e-290  # below it, quotients of values are no numbers any more
 DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # about so many on an axis
@@ -46,7 +46,7 @@ class Series:
 
     def drawn(self) -> list['Series']:
         """The series itself; or of a long one its peaks and troughs, with its medians before them where it is noisy."""
-        series = replace(self, dotted=self.dotted and len(self.steps) <= FEW or len(self.steps) <= ALONE)
+        series = replace(self, dotted=self.dotted and len(self.steps) <= FEW or len(self.steps) <= SPARSE)
         if len(self.steps) <= 2 * BUCKETS:
             return [series]
         peaks = series.chosen(BUCKETS, lambda finite: {finite[0], finite[-1]})

@@ -458,8 +458,8 @@ def findings(out_dir) -> list[tuple[int, str]]:
 
 
 def unshifted(monkeypatch):
-    gather = batches.gather
-    monkeypatch.setattr(batches, 'gather', lambda *arguments: (gather(*arguments)[0],) * 2)
+    cut_windows = batches.cut_windows
+    monkeypatch.setattr(batches, 'cut_windows', lambda *arguments: (cut_windows(*arguments)[0],) * 2)
 
 
 def test_a_critical_finding_ends_the_run_which_can_go_on(train_here, tmp_path, monkeypatch):
