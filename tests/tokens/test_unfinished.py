@@ -120,7 +120,7 @@ def test_what_two_other_runs_left_is_not_mixed_up(whole, stopped, tmp_path):
     """The second one writes over what the journal of the first tells of, and is killed before it has one of its own."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     second = program('waiting', {})
-    second[-1] = second[-1].replace('JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 0', 'JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 600')
+    second[-1] = second[-1].replace('JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 0', 'JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 600')
     run = subprocess.Popen([*second, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == 'waiting\n'
     run.kill()
