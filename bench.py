@@ -36,9 +36,10 @@ from nib.machine.device import (
     pick_dtype,
     synchronize,
 )
+from nib.machine.ranks import Ranks
 from nib.run.checks import check_config
 from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
-from nib.tokens.find import SCRIPTS
+from nib.tokens.find import SCRIPTS, open_or_prepare
 
 # benchmark
 rounds: int = 5  # times that everything is measured
@@ -78,6 +79,10 @@ def read_config(argv) -> dict:
     check_config(values, world_size=1)
     globals().update(values)
     return values
+
+
+def warn(line: str):
+    print(line, file=sys.stderr, flush=True)
 
 
 def as_flags(values, **changes) -> list[str]:
@@ -130,10 +135,16 @@ def measure_config(values) -> str:
 
 
 def find_data(values, scratch: Path) -> TokenDataset:
-    """The config's dataset where it is prepared, else random tokens."""
+    """The config's dataset, prepared as train.py does; if it is not available, random tokens, and a line that says so."""
     folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
-    if is_prepared(folder):
-        return open_dataset(folder, values['block_size'])
+    try:
+        return open_or_prepare(values['dataset'], values['fallback_dataset'], values['data_dir'], values['prepare_dataset'],
+                               values['block_size'], Ranks(), warn)
+    except UserError as error:
+        if is_prepared(folder):
+            raise
+        warn(f'*** MEASURING RANDOM TOKENS of a vocabulary of {VOCAB_SIZE:,}, so that embedding and head are not those of '
+             f'this config\'s dataset: {error} ***')
     folder = scratch / 'random tokens'
     folder.mkdir()
     for name in ('train.bin', 'val.bin'):  # without a meta.json: tokens of GPT-2
@@ -293,9 +304,9 @@ def measure_point(argv) -> dict[str, float]:
             times.append(ours.time_steps(1))
         rate = ours.peak or measure.matrix_rate(values['device'], values['dtype'])
     seconds = statistics.median(times)
-    return {'M parameters': ours.raw_model.num_params() / 1e6, 'MFLOP/token': ours.flops / 1e6, growing.STEP: 1000 * seconds,
-            growing.SPEED: ours.tokens / seconds, growing.LIMIT: rate / ours.flops,
-            growing.SHARE: 100 * ours.tokens * ours.flops / seconds / rate,
+    return {'M parameters': ours.raw_model.num_params() / 1e6, 'MFLOP/token': ours.training.flops_per_token / 1e6, growing.STEP: 1000 * seconds,
+            growing.SPEED: ours.tokens / seconds, growing.LIMIT: rate / ours.training.flops_per_token,
+            growing.SHARE: 100 * ours.tokens * ours.training.flops_per_token / seconds / rate,
             growing.MEMORY: (ours.memory or math.nan) / 1e6, growing.BEFORE: before / 1e6}
 
 

@@ -76,7 +76,14 @@ def test_without_its_dataset_a_config_is_measured_on_random_tokens(tmp_path):
     done = bench('config/train_gpt2.py', f'--data_dir={tmp_path}', '--no-startup', '--new_tokens=0')
     assert done.returncode == 0, done.stderr
     assert 'random tokens' in done.stdout
+    assert 'MEASURING RANDOM TOKENS' in done.stderr and 'openwebtext' in done.stderr
     assert not {'generated tokens/s', 'command to first step, s'} & rows(done.stdout).keys()
+
+
+def test_a_missing_dataset_is_prepared_as_train_py_does(tmp_path):
+    done = bench('--dataset=stdlib_char', '--prepare_dataset', f'--data_dir={tmp_path}', '--no-startup', '--new_tokens=0')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'stdlib_char/train.bin').exists() and 'stdlib_char' in done.stdout and 'random tokens' not in done.stdout
 
 
 def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
