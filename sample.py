@@ -19,7 +19,7 @@ from model import GPT, GPTConfig, check_sampling
 from nib.checkpoint import store
 from nib.checkpoint.start import check_shapes
 from nib.errors import UserError, run_script
-from nib.machine.compiling import pick_compile
+from nib.machine.compiling import explain_failure, pick_compile
 from nib.machine.device import describe_device, pick_device, pick_dtype
 from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 
@@ -95,7 +95,7 @@ def can_compile(generate: Callable) -> bool:
         try:
             list(itertools.islice(generate(True), 2))
         except Exception as error:  # the compiler's own errors have no common base
-            chosen, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            chosen, reason = False, explain_failure(error)
     if not chosen:
         print(f'not compiled: {reason}', file=sys.stderr)
     return chosen

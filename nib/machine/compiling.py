@@ -36,8 +36,12 @@ def compile_model(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tenso
         loss.backward()
         model.zero_grad(set_to_none=True)
     except Exception as error:  # the compiler's own errors have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        say(f'compile failed, going on without it: {reason}')
+        say(f'compile failed, going on without it: {explain_failure(error)}')
         return model
     say(f'compiled in {time.perf_counter() - started:.1f} s')
     return compiled
+
+
+def explain_failure(error: Exception) -> str:
+    """The first line of what the compiler said, which may be pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
