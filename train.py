@@ -1,11 +1,11 @@
 """Trains a GPT: prepares model and data, then repeats one training step until max_iters.
 
-    python train.py config/train_shakespeare_char.py            one process, on the best device found
+    python train.py config/train_shakespeare_char.py    one process, on the best device found
     python train.py config/train_shakespeare_char.py --max_iters=500 --learning_rate=3e-4
-    torchrun --standalone --nproc_per_node=8 train.py config/...   eight processes, on eight GPUs or a CPU
+    torchrun --standalone --nproc_per_node=8 train.py config/...    on eight GPUs, or on a CPU
 
-Read it from top to bottom: the config, the learning rate, the evaluation, one training step, what a step
-needs, main, the loop, and what the loop calls.
+Read it from top to bottom: the config, the learning rate, the evaluation, one training step, what a
+step needs, main, the loop, and what they call.
 """
 import math
 import time
@@ -24,7 +24,6 @@ from nib.guard import MAX_REWINDS, BadSteps, describe, nonfinite_parameters, wat
 from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import (
     autocast,
-    describe_device,
     has_bfloat16,
     keep_freed_memory,
     peak_flops,
@@ -43,18 +42,18 @@ from nib.tokens.find import open_or_prepare
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
 out_dir: str = 'out'  # where checkpoints, metrics and config.json go
-init_from: str = 'scratch'  # or 'resume', the out_dir of another run, 'gpt2' (-medium, -large, -xl), a folder
+init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2' (-medium, -large, -xl)
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # evaluate the whole validation split once and end
 seed: int = 1337  # of the weights, the order of the data and dropout
 # evaluation and checkpoints
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
-eval_iters: int = 200  # batches of each split in an evaluation; the last one takes all of the validation split
+eval_iters: int = 200  # batches of each split in an evaluation; the last one takes all of val
 keep_last: int = 1  # newest checkpoints to keep, beside the best
 keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0: none
 # watching
 log_interval: int = 10  # steps between lines; only these steps wait for the device
-stop_on: Literal['never', 'critical', 'warning'] = 'never'  # which findings of the doctor end the run
+stop_on: Literal['never', 'critical', 'warning'] = 'never'  # findings that end the run
 sample_tokens: int = 0  # tokens that the model writes at each evaluation, for you to read
 tensorboard: bool = False  # also write OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
@@ -74,20 +73,20 @@ n_layer: int = 12  # blocks
 n_head: int = 12  # attention heads in a block
 n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0: n_head
 n_embd: int = 768  # width
-dropout: float = 0.0  # share of activations set to zero; 0 for pretraining, 0.1 and more for small data
-bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; without is a bit better and faster
+dropout: float = 0.0  # share of activations set to 0; 0.1 and more for small data
+bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; slightly better without
 position: Literal['learned', 'rotary'] = 'learned'  # how the model knows the position of a token
 rotary_base: float = 10000.0  # of rotary positions; a larger one tells larger distances apart
 norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
 qk_norm: bool = False  # normalize queries and keys: attention stays calm at high learning rates
-mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # activation of the MLP: GELU, squared ReLU or SwiGLU
+mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # relu2 is squared ReLU
 tied_head: bool = True  # the output head is the token embedding itself
 logit_cap: float = 0.0  # logits are bent to stay between minus and plus this; 0: no cap
 zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
 recompute: bool = False  # recompute activations in the backward pass: 25 % slower, little memory
 # optimizer
 max_iters: int = 600000  # steps in the run
-optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: Muon for the blocks' matrices, AdamW for the rest
+optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon is for the blocks' matrices only
 learning_rate: float = 6e-4  # the highest one, reached after the warm-up
 weight_decay: float = 0.1  # on matrices and embeddings only
 beta1: float = 0.9  # AdamW's memory of the mean gradient
@@ -96,8 +95,8 @@ muon_lr_ratio: float = 1.0  # learning rate of Muon's matrices, as a multiple of
 muon_momentum: float = 0.95  # Muon's memory of the mean gradient
 muon_iterations: int = 5  # of Newton-Schulz, which makes Muon's updates orthogonal
 grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-max_bad_steps: int = 3  # consecutive non-finite steps, none of them applied, until on_nonfinite acts
-on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # skip: go on; rewind: to the last checkpoint
+max_bad_steps: int = 3  # consecutive non-finite steps, none of them applied, until on_nonfinite
+on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: to the last checkpoint
 # learning rate schedule
 lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # wsd is warmup-stable-decay
 warmup_iters: int = 2000  # steps of linear warm-up
@@ -106,15 +105,15 @@ lr_decay_iters: int | Literal['auto'] = 'auto'  # steps until min_lr is reached;
 min_lr: float | Literal['auto'] = 'auto'  # the lowest one; auto: learning_rate / 10
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; weights stay float32
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of products, not weights
 compile: bool | Literal['auto'] = 'auto'  # torch.compile
 
 
 def get_lr(step: int) -> float:
     """Returns the learning rate of a step: linear warm-up, then constant, or a fall to min_lr.
 
-    The fall ends at lr_decay_iters and follows a cosine (Loshchilov and Hutter 2017) or a line; wsd is
-    constant first and falls over the cooldown only (Hu et al. 2024).
+    The fall ends at lr_decay_iters and follows a cosine (Loshchilov and Hutter 2017) or a line; wsd
+    is constant first and falls over the cooldown only (Hu et al. 2024).
     """
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)  # never 0: the first step moves too
@@ -132,7 +131,7 @@ def get_lr(step: int) -> float:
 
 @torch.no_grad()
 def evaluate(model, batches, precision, ranks, stop) -> float:
-    """Returns the mean loss, in nats per token, over the batches (x, y) of all ranks, without dropout.
+    """Returns the mean loss, in nats per token, over batches (x, y) of all ranks, without dropout.
 
     If the run is asked to stop meanwhile, the remaining batches are left out: look at `stop` before
     using the result.
@@ -204,6 +203,7 @@ class Training:
     micro_steps: int  # of this rank
     grad_clip: float
     seed: int
+    dtype: str = 'float32'  # of matrix products
 
     @classmethod
     def set_up(cls, config, data, start=None, ranks=Ranks()) -> 'Training':
@@ -215,26 +215,44 @@ class Training:
         keep_freed_memory(device)
         model = new_model(config, data, start).to(device).train()
         micro_steps = config['gradient_accumulation_steps'] // ranks.world_size
-        batches = BatchLoader(data.train, config['block_size'], config['batch_size'], config['seed'], 'train',
-                              micro_steps, ranks.rank, ranks.world_size, device, data.vocab_size)
+        batches = BatchLoader(data.train, config['block_size'], config['batch_size'],
+                              config['seed'], 'train', micro_steps, ranks.rank, ranks.world_size,
+                              device, data.vocab_size)
         limit = None if config['on_nonfinite'] == 'skip' else config['max_bad_steps']
         return cls(model, model, Optimizer.pick(config, model, has_bfloat16(device)),
                    torch.amp.GradScaler(torch.device(device).type, enabled=float16), batches,
-                   BadSteps(limit, device, float16), autocast(config['dtype'], device), ranks, device,
-                   micro_steps, config['grad_clip'], config['seed'])
+                   BadSteps(limit, device, float16), autocast(config['dtype'], device), ranks,
+                   device, micro_steps, config['grad_clip'], config['seed'], config['dtype'])
 
     @property
     def flops_per_token(self) -> float:
         """Of a forward and a backward pass, which takes twice the operations."""
         return 3 * sum(self.raw_model.flops_per_token().values())
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks together."""
+        tokens = self.batches.batch_size * self.batches.block_size
+        return tokens * self.micro_steps * self.ranks.world_size
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The peak rate of all ranks together, in FLOP/s; None if it is not known."""
+        peak = peak_flops(self.device, self.dtype)
+        return peak * self.ranks.world_size if peak else None
+
+    def peak_seconds(self, steps: int) -> float | None:
+        """What so many steps would take at the peak rate."""
+        flops = self.flops_per_token * self.tokens_per_step * steps
+        return flops / self.peak_flops if self.peak_flops else None
+
     def compile_and_distribute(self, compiled: bool, say):
         """Wraps the model by torch.compile, if asked, and on several ranks by their own wrapper."""
         if compiled:
             self.model = compile_model(self.model, self.batches.batch(0, 0), self.precision, say)
         if self.ranks.world_size > 1:
-            self.model = distribute(self.model, self.ranks.local_rank, self.device, self.batches.batch(0, 0),
-                                    self.precision)
+            self.model = distribute(self.model, self.ranks.local_rank, self.device,
+                                    self.batches.batch(0, 0), self.precision)
 
 
 @dataclass
@@ -248,10 +266,10 @@ class TrainState:
     scaler: dict | None = None  # the loss scale of float16
 
     def restore(self, t: Training, found: store.Checkpoint, tensors):
-        """Puts back all that a checkpoint holds. Raises UserError if the ranks have read different ones."""
+        """Puts back what a checkpoint holds. Raises UserError if ranks have read different ones."""
         if len(set(steps := t.ranks.gather(found.step))) > 1:
-            raise UserError(f'the processes have read checkpoints of different steps, {steps} by rank: '
-                            f'make sure that all can read {found.path.parent}, then start again')
+            raise UserError(f'the processes have read checkpoints of different steps, {steps} by '
+                            f'rank: make sure that all can read {found.path.parent}')
         t.raw_model.load_state_dict(tensors['model'])
         t.optimizer.load_named_state(t.raw_model, tensors['optimizer'])
         vars(self).update(vars(TrainState(**found.state['train'])))
@@ -272,7 +290,7 @@ def main(argv):
     stop = StopSignal(announced=ranks.is_first)
     book = Logbook(out_dir, ranks, stop)  # all that the run says and writes
     used = {'device': ranks.own_device(device), 'dtype': dtype_used, 'ranks': ranks.world_size}
-    book.say(f'device {describe_device(used["device"])}, ranks {ranks.world_size}, dtype {dtype_used} ({reason})')
+    book.say_machine(**used, reason=reason)
 
     # The start: fresh weights, another model's, or this run's newest checkpoint.
     start, values = find_start(values, origins, book)
@@ -284,7 +302,8 @@ def main(argv):
     if start and start.resumed:
         changes = resume(t, state, start, config, book)
     del start  # it holds a copy of all weights
-    compiled = choose_compile(t, dtype_used, book)
+    compiled, reason = pick_compile(compile, t.device, t.peak_seconds(max_iters))
+    book.say_model(t, compiled, reason)
     if not eval_only:
         if not state.step:
             book.lock_new(overwrite)
@@ -307,11 +326,12 @@ def main(argv):
 
 
 def loop(t, data, state, book, stop):
-    """Between two steps: look back, save, stop, evaluate if due. Then one step, and a line about it."""
+    """Between two steps: look back, save, stop, evaluate, if due. Then one step, and its line."""
     while True:
         t.optimizer.lr = get_lr(state.step)
         at_end = state.step >= max_iters
-        evaluation_due = state.evaluated < state.step and (at_end or state.step % eval_interval == 0)
+        evaluation_due = at_end or state.step % eval_interval == 0
+        evaluation_due = evaluation_due and state.evaluated < state.step
         stopping = t.ranks.largest(stop.number)  # a signal to any rank counts for all
 
         if evaluation_due or stopping or state.step % log_interval == 0:
@@ -341,7 +361,7 @@ def loop(t, data, state, book, stop):
 # -- what the loop calls ---------------------------------------------------------------------------
 
 def look_back(t, state, book) -> bool:
-    """Looks for non-finite steps, none of which has touched the weights; returns whether it went back.
+    """Looks for non-finite steps, none of which was applied; returns whether it has gone back.
 
     Raises NotFinite if there were too many and the run may not go back to its last checkpoint.
     """
@@ -353,7 +373,8 @@ def look_back(t, state, book) -> bool:
             book.warn(f'{seen.sentence}: not applied')
         return False
     if on_nonfinite == 'stop' or not book.saved or book.rewinds == MAX_REWINDS:
-        raise NotFinite(f'{seen.sentence}; {explain_nonfinite(t, seen.last - 1 + state.passed_over)}')
+        why = explain_nonfinite(t, seen.last - 1 + state.passed_over)
+        raise NotFinite(f'{seen.sentence}; {why}')
     book.warn(f'{seen.sentence}: going back to the last checkpoint, past the batches that led here')
     data_step = seen.last + state.passed_over
     book.wait_for_checkpoint()
@@ -366,24 +387,26 @@ def look_back(t, state, book) -> bool:
 
 def explain_nonfinite(t, data_step: int) -> str:
     """Computes a step that was not finite again, and says where it went wrong on any rank."""
+    alone = replace(t, model=t.raw_model)  # without an exchange of gradients
     with watch_outputs(t.raw_model) as outputs:
-        accumulate_gradients(replace(t, model=t.raw_model), t.batches.micro_batches(data_step), data_step)
+        accumulate_gradients(alone, t.batches.micro_batches(data_step), data_step)
     found = t.ranks.gather((outputs, nonfinite_parameters(t.raw_model)))
     t.optimizer.zero_grad()
     return describe(*max(found, key=lambda names: len(names[1])))
 
 
 def split_loss(t, data, split: str, max_batches: int | None, stop) -> float:
-    """The loss on a split of the dataset: on max_batches batches, spread evenly, or on all of it."""
-    batches = eval_batches(data.split(split), block_size, batch_size, max_batches, t.ranks.rank, t.ranks.world_size,
-                           t.device, data.vocab_size)
+    """The loss on max_batches batches, spread evenly over a split, or on all of it."""
+    batches = eval_batches(data.split(split), block_size, batch_size, max_batches, t.ranks.rank,
+                           t.ranks.world_size, t.device, data.vocab_size)
     return evaluate(t.raw_model, batches, t.precision, t.ranks, stop)
 
 
 def check_up(t, data, state, book, stop) -> bool:
     """Evaluates both splits; returns False if a stop has cut it short."""
     started = time.perf_counter()
-    train_loss, val_loss = (split_loss(t, data, split, eval_iters, stop) for split in ('train', 'val'))
+    train_loss = split_loss(t, data, 'train', eval_iters, stop)
+    val_loss = split_loss(t, data, 'val', eval_iters, stop)
     if t.ranks.largest(stop.number):
         return False
     if not math.isfinite(val_loss):
@@ -408,7 +431,7 @@ def finish(t, data, state, book, stop) -> int:
 # -- what main calls -------------------------------------------------------------------------------
 
 def find_start(values, origins, book):
-    """Returns the weights to start from, None for fresh ones, and the values with their model's shape.
+    """Returns the weights to start from, None for fresh ones, and values with their model's shape.
 
     Raises UserError if init_from names nothing usable, or a key contradicts the weights.
     """
@@ -425,40 +448,25 @@ def find_start(values, origins, book):
 
 def find_data(ranks, book):
     """Returns the dataset, prepared first if need be. Raises UserError if none is available."""
-    data = open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say)
+    data = open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks,
+                           book.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # if its files are missing, raise UserError now
-    book.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
-             f'vocabulary {data.vocab_size}; a step is {tokens_per_step():,} tokens')
+    book.say_data(data, gradient_accumulation_steps * batch_size * block_size)
     return data
 
 
-def tokens_per_step() -> int:
-    return gradient_accumulation_steps * batch_size * block_size
-
-
 def resume(t, state, start, config, book) -> dict:
-    """Restores the checkpoint of `start`; returns the keys that have changed since, with both values."""
+    """Restores the checkpoint of `start`; returns the keys changed since, with both values."""
     state.restore(t, start.resumed, start.tensors)
-    config['init_from'] = start.resumed.state['config']['init_from']  # the records say how the run began
+    config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
     changes = start.changes(config)
     if changes:
-        book.say('changed since the checkpoint: '
-                 + ', '.join(f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items()))
+        pairs = (f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items())
+        book.say(f'changed since the checkpoint: {", ".join(pairs)}')
     if state.step >= max_iters and not eval_only:
         book.say(f'all {max_iters} steps are done; to train on, raise --max_iters')
     return changes
-
-
-def choose_compile(t, dtype_used, book) -> bool:
-    """Decides whether to compile the model, and says so in a line about the model."""
-    peak = peak_flops(t.device, dtype_used)
-    peak_seconds = t.flops_per_token * tokens_per_step() * max_iters / (peak * t.ranks.world_size) if peak else None
-    compiled, reason = pick_compile(compile, t.device, peak_seconds)
-    book.say(f'model: {t.raw_model.num_params() / 1e6:.2f}M parameters '
-             f'({t.raw_model.num_params(positions=False) / 1e6:.2f}M without positions), '
-             f'{t.flops_per_token / 1e6:.1f} MFLOP per token and step, compile {"on" if compiled else "off"} ({reason})')
-    return compiled
 
 
 if __name__ == '__main__':

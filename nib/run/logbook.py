@@ -1,4 +1,4 @@
-"""What a run says and writes: console, lock, metrics, checkpoints, the doctor's findings, report."""
+"""What a run says and writes: console, lock, metrics, checkpoints, findings, report."""
 import platform
 import shlex
 import time
@@ -14,7 +14,7 @@ from nib.doctor import vitals
 from nib.doctor.rules import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
-from nib.machine.device import peak_flops, peak_memory
+from nib.machine.device import describe_device, peak_memory
 from nib.machine.ranks import Ranks
 from nib.machine.signals import FINDING, StopSignal, describe_stop
 from nib.report.page import write_after_run
@@ -28,10 +28,10 @@ STOPS_AT = {'never': (), 'critical': ('critical',), 'warning': ('critical', 'war
 
 
 class Logbook:
-    """The records of one run. Every rank has one and calls the same methods; only rank 0's says and writes anything.
+    """The records of one run. Every rank calls the same methods; only rank 0 says and writes.
 
-    Say what the run is with open() before the first step. Then note() after every step, log() where a line is due, save(),
-    record_evaluation() and see_bad_steps() as they come, and close() at the end.
+    open() comes before the first step. Then note() after every step, log() where a line is due,
+    save(), record_evaluation() and see_bad_steps() as they come, and close() at the end.
     """
 
     def __init__(self, out_dir: str, ranks: Ranks, stop: StopSignal):
@@ -44,31 +44,48 @@ class Logbook:
         self._lock = RunLock(out_dir)
         self._clock = self._clock_step = 0  # the time since when, and the step after which, speed is measured
 
-    # -- before the first step -----------------------------------------------------------------------------------------
+    # -- before the first step --------------------------------------------------------------------
+
+    def say_machine(self, device: str, dtype: str, ranks: int, reason: str):
+        """A line about what the run computes with. reason: for the dtype."""
+        self.say(f'device {describe_device(device)}, ranks {ranks}, dtype {dtype} ({reason})')
+
+    def say_data(self, data: TokenDataset, tokens_per_step: int):
+        self.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
+                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
+
+    def say_model(self, training, compiled: bool, reason: str):
+        """A line about the model. reason: for compiling it or not."""
+        model = training.raw_model
+        self.say(f'model: {model.num_params() / 1e6:.2f}M parameters ({model.num_params(positions=False) / 1e6:.2f}M without '
+                 f'positions), {training.flops_per_token / 1e6:.1f} MFLOP per token and step, '
+                 f'compile {"on" if compiled else "off"} ({reason})')
 
     def restarted_by_torchrun(self) -> bool:
-        """Whether torchrun has started this very run anew, and a checkpoint exists to resume from."""
+        """Whether torchrun has restarted this very run, and a checkpoint exists to resume from."""
         return self.ranks.on_first(lambda: restarted_by_torchrun(self.out_dir))
 
     def lock_existing(self):
-        """Takes the right to write to the folder of a run, if it holds one. Raises UserError if another process has it."""
+        """Takes the right to write to the folder of a run, if it holds one.
+
+        Raises UserError if another process has it.
+        """
         self.ranks.on_first(lambda: store.exists(self.out_dir) and self._lock.take(new_run=False))
 
     def lock_new(self, overwrite: bool):
-        """Takes the right to write to the folder. Raises UserError if another process has it, or it holds a run that may not
-        be overwritten."""
+        """Takes the right to write to the folder.
+
+        Raises UserError if another process has it, or it holds a run that may not be overwritten.
+        """
         self.ranks.on_first(lambda: self._lock.take(new_run=not overwrite))
 
     def open(self, training, data: TokenDataset, config: Mapping, origins: Mapping, changes: Mapping, step: int):
-        """Begins to record a run that goes on from `step`; a new run's folder is emptied, and the data are examined.
+        """Begins to record a run that goes on from `step`; empties a new run's folder.
 
-        training: train.py's Training. config: as the run uses it. changes: of the config since the checkpoint.
+        training: train.py's Training. config: as the run uses it. changes: of the config since the
+        checkpoint.
         """
         self.training, self.data, self.config, self.saved = training, data, config, step
-        tokens_per_step = config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
-        self.tokens_per_step = tokens_per_step
-        peak = peak_flops(training.device, config['dtype'])
-        self.peak = peak * self.ranks.world_size if peak else None  # FLOP/s of all ranks together
         self.ranks.on_first(lambda: self._open(origins, changes, step))
         self.start_clock(step)
 
@@ -80,7 +97,7 @@ class Logbook:
             store.set_aside(self.out_dir)
         write_config(self.out_dir, config, origins, step, changes)
         self.writer = CheckpointWriter(self.out_dir, config['keep_last'], config['keep_every'], step)
-        # The model as this rank trains it, without DistributedDataParallel: the looks at it are this rank's alone.
+        # Without DistributedDataParallel, as only this rank looks at the model.
         self.vitals = vitals.Vitals(getattr(t.model, 'module', t.model), t.optimizer, t.scaler, t.batches, t.precision)
         signs = vitals.examine_data(self.data.train, self.data.val, self.data.vocab_size)
         self.doctor = Doctor(config, signs, t.raw_model.num_params(), len(self.data.train),
@@ -92,10 +109,10 @@ class Logbook:
         """Speed is measured from here on."""
         self._clock, self._clock_step = time.perf_counter(), step
 
-    # -- steps ---------------------------------------------------------------------------------------------------------
+    # -- steps ------------------------------------------------------------------------------------
 
     def watch(self, micro_batches: Iterator) -> Iterator:
-        """The same micro batches, of a step that log() follows: the doctor looks at the first, and at the weights before."""
+        """The same micro batches, of a step that log() follows; the doctor looks at the first."""
         return self.vitals.begin(micro_batches) if self.metrics else micro_batches
 
     def note(self, step: int, mean_loss: torch.Tensor, grad_norm: torch.Tensor):
@@ -105,15 +122,15 @@ class Logbook:
             self.console.advance(step, self.config['max_iters'])
 
     def log(self, step: int, mean_loss: torch.Tensor, grad_norm: torch.Tensor):
-        """A line about the last step and the speed since the last line, for the console, the metrics and the doctor. Waits
-        for the device."""
+        """A line about the last step and the speed since the last line. Waits for the device."""
         if not self.metrics:
             return
         loss, norm, lr = float(mean_loss), float(grad_norm), self.training.optimizer.lr
         seconds = (time.perf_counter() - self._clock) / (step - self._clock_step)
         self.start_clock(step)
-        tokens_per_second = self.tokens_per_step / seconds
-        mfu = self.training.flops_per_token * tokens_per_second / self.peak if self.peak else None
+        t = self.training
+        tokens_per_second = t.tokens_per_step / seconds
+        mfu = t.flops_per_token * tokens_per_second / t.peak_flops if t.peak_flops else None
         self.console.progress(step, {
             'loss': f'{loss:.4f}', 'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
             'grad norm': f'{norm:.2f}', 'lr': f'{lr:.2e}', 'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
@@ -128,11 +145,13 @@ class Logbook:
         if self.metrics:
             self._tell(self.doctor.see_bad_steps(step, seen))
 
-    # -- checkpoints and evaluations -----------------------------------------------------------------------------------
+    # -- checkpoints and evaluations --------------------------------------------------------------
 
     def save(self, state):
-        """Saves a checkpoint in the background, unless the last one is of this step. Raises NotFinite, on all ranks, if any
-        weight is not finite. state: train.py's TrainState."""
+        """Saves a checkpoint in the background, unless the last one is of this step.
+
+        Raises NotFinite, on all ranks, if any weight is not finite. state: train.py's TrainState.
+        """
         if self.saved == state.step:
             return
         model = self.training.raw_model
@@ -155,7 +174,7 @@ class Logbook:
         self.ranks.on_first(lambda: self.writer.wait())
 
     def rewind(self, step: int):
-        """Forgets what came after `step`, the one of the last checkpoint, from which the run goes on."""
+        """Forgets what came after `step`, that of the checkpoint from which the run goes on."""
         self.saved, self.rewinds = step, self.rewinds + 1
         if self.metrics:
             self.metrics.rewind(step)
@@ -163,10 +182,7 @@ class Logbook:
         self.start_clock(step)
 
     def record_evaluation(self, state, train_loss: float, val_loss: float, best: bool, started: float):
-        """A line about an evaluation that began at `started`, for the console, the metrics, the doctor and the checkpoint.
-
-        best: whether no validation loss was lower before.
-        """
+        """Records an evaluation that began at `started`. best: whether no loss was lower before."""
         if self.metrics:
             self._record_evaluation(state.step, train_loss, val_loss, best, started)
         if self.saved:
@@ -188,7 +204,7 @@ class Logbook:
             'sample': self._write_sample() if config['sample_tokens'] else None} | signs.metrics())
 
     def _write_sample(self) -> str:
-        """What the model writes after the validation split's first tokens; the same randomness each time."""
+        """What the model writes after the first tokens of the validation split, from one seed."""
         prompt = self.data.val[:min(8, self.config['block_size'])].tolist()
         tokens = self.training.raw_model.generate([prompt], self.config['sample_tokens'], temperature=0.8, top_k=200,
                                                   seed=self.config['seed'])
@@ -196,7 +212,7 @@ class Logbook:
         self.say(f'--- sample\n{text}\n---')
         return text
 
-    # -- the end -------------------------------------------------------------------------------------------------------
+    # -- the end ----------------------------------------------------------------------------------
 
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
         self.say(f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split')
@@ -212,7 +228,7 @@ class Logbook:
         return EXIT_NONFINITE
 
     def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
-        """Says, when the checkpoint is on the disk, what has stopped the run and how it goes on; returns the exit code."""
+        """Says, once the checkpoint is on disk, what has stopped the run; returns the exit code."""
         if stopped.at_end:
             self.say(f'stopped by signal {stopped.number} in the last evaluation')
         else:
@@ -221,7 +237,7 @@ class Logbook:
         return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
 
     def close(self, step: int, exit_code: int, defaults: Mapping):
-        """Waits for the last checkpoint, gives the doctor's verdict, writes the report; nothing in a run that was not opened.
+        """Waits for the last checkpoint, gives the doctor's verdict, writes the report.
 
         defaults: of train.py's keys.
         """
@@ -244,7 +260,7 @@ class Logbook:
         self._lock.release()
 
     def _tell(self, findings: list[Finding]):
-        """Shows and records what the doctor has found, and stops the run where the config says so."""
+        """Shows and records what the doctor has found, and stops the run if the config says so."""
         for finding in findings:
             self.warn(f'step {finding.step}: {finding.name}, {finding}')
             self.metrics.log_finding(finding)
