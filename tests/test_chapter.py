@@ -232,7 +232,7 @@ def test_what_to_change_is_what_the_doctor_says():
 
 def test_what_the_doctor_sees_is_recorded_by_that_name(folder, run_main):
     """The names in code in the table's second column are names in metrics.jsonl or keys of the config."""
-    sources = ' '.join((ROOT / file).read_text() for file in ('train.py', 'nib/doctor/vitals.py'))
+    sources = ' '.join((ROOT / file).read_text() for file in ('nib/run/logbook.py', 'nib/doctor/vitals.py'))
     keys = configurator.read_block(str(ROOT / 'train.py')).defaults
     named = {name for row in trouble_rows(ENGLISH) for name in re.findall('`([^`]+)`', row[1])}
     assert len(named) > 5

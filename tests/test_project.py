@@ -9,7 +9,7 @@ from conftest import ROOT, run_script
 
 import configurator
 from nib.errors import UserError
-from nib.run.checks import check_config
+from nib.run.checks import check_config, settle_schedule
 
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
 README = (ROOT / 'README.md').read_text()
@@ -69,7 +69,7 @@ def test_configs_are_what_the_readme_says():
         assert sizes(resolved(config, 'cpu')) == (4, 4, 128, 64, 12, 0.0, 2000)
         for device in ('cuda', 'cuda:1', 'mps'):
             assert sizes(resolved(config, device)) == (6, 6, 384, 256, 64, 0.2, 5000)
-        assert resolved(config, 'cpu')['lr_decay_iters'] == 2000
+        assert settle_schedule(resolved(config, 'cpu'))['lr_decay_iters'] == 2000
     assert sizes(resolved('train_gpt2.py', 'cuda')) == (12, 12, 768, 1024, 12, 0.0, 600000)
     assert resolved('train_gpt2.py', 'cuda')['gradient_accumulation_steps'] == 40
     modern = resolved('modern_shakespeare_char.py', 'cpu')
