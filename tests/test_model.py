@@ -246,7 +246,7 @@ def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
     x, weight, targets = torch.randn(40, 8), torch.randn(97, 8, requires_grad=True), torch.randint(97, (40,))
 
     def loss(x, weight):
-        return model_file.ChunkedLoss.apply(x, weight, targets, 0.0, True)
+        return model_file.ChunkedLoss.apply(x, weight, targets, 0.0, True, model_file.LOSS_CHUNK)
 
     found = []
     for run in (loss, torch.compile(loss)):
