@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import model as model_file
-from model import GPT, GPTConfig, attend_in_blocks, sample_tokens
+from model import GPT, GPTConfig, attend_in_blocks
+from nib import generation
+from nib.generation import sample_tokens
 
 SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=4, n_embd=32)
 CHOICES = {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2, 'tied_head': False, 'logit_cap': 5.0,
@@ -352,19 +354,19 @@ def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
 
 def use_bags(monkeypatch):
     """The cache of large models, in blocks of which a small one fills several."""
-    monkeypatch.setattr(model_file.BagCache, 'pays', lambda *shape: True)
-    monkeypatch.setattr(model_file.BagCache, 'BLOCK', 5)
-    monkeypatch.setattr(model_file, 'KVCache', None)
+    monkeypatch.setattr(generation.BagCache, 'pays', lambda *shape: True)
+    monkeypatch.setattr(generation.BagCache, 'BLOCK', 5)
+    monkeypatch.setattr(generation, 'KVCache', None)
 
 
 def test_the_cache_of_large_models_is_for_cpus_and_for_many_numbers_in_full_blocks():
     """From 2^20 numbers of keys and values in a layer: 2 * rows * slots * n_embd of GPT-2."""
     weight, shape = torch.zeros(1), GPTConfig()
-    assert model_file.BagCache.pays(shape, 1, 700, weight) and not model_file.BagCache.pays(shape, 1, 600, weight)
-    assert model_file.BagCache.pays(shape, 1024, 64, weight) and not model_file.BagCache.pays(shape, 1024, 63, weight)
-    assert model_file.BagCache.pays(replace(shape, n_kv_head=3), 4, 700, weight) != model_file.BagCache.pays(
+    assert generation.BagCache.pays(shape, 1, 700, weight) and not generation.BagCache.pays(shape, 1, 600, weight)
+    assert generation.BagCache.pays(shape, 1024, 64, weight) and not generation.BagCache.pays(shape, 1024, 63, weight)
+    assert generation.BagCache.pays(replace(shape, n_kv_head=3), 4, 700, weight) != generation.BagCache.pays(
         replace(shape, n_kv_head=3), 3, 700, weight)
-    assert not model_file.BagCache.pays(shape, 1024, 64, weight.to('meta'))
+    assert not generation.BagCache.pays(shape, 1024, 64, weight.to('meta'))
 
 
 @pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
@@ -374,7 +376,7 @@ def test_rows_of_unequal_length_in_a_large_models_cache_have_each_the_logits_of_
     use_bags(monkeypatch)
     model, texts = make_model(config, scale=0.1).to(dtype), torch.randint(61, (2, config.block_size)).tolist()
     with torch.inference_mode(), torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
-        window = model_file.Window(model, [texts[0][:3], texts[1][:9]], 7, compile=False)
+        window = generation.Window(model, [texts[0][:3], texts[1][:9]], 7, compile=False)
         for i in range(7):
             logits = window.next_logits()
             alone = torch.stack([model(torch.tensor([text[:n + i]]))[0, -1] for text, n in zip(texts, (3, 9))])
@@ -388,7 +390,7 @@ def test_generation_is_on_the_models_device_whatever_the_default_one_is(bags, mo
     expected = generate(model, [[1], [2, 3]], 11, seed=1)
     if bags:
         use_bags(monkeypatch)
-        model_file.BagCache._places.cache_clear()
+        generation.BagCache._places.cache_clear()
     with torch.device('meta'):
         assert generate(model, [[1], [2, 3]], 11, seed=1) == expected
 
@@ -397,7 +399,7 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
     """The logits that generation takes its tokens from, and those of the whole text read at once; (n, V) each."""
     cached = []
     with monkeypatch.context() as patch:
-        patch.setattr(model_file, 'sample_tokens', lambda logits, *options: cached.append(logits) or sample_tokens(logits, *options))
+        patch.setattr(generation, 'sample_tokens', lambda logits, *options: cached.append(logits) or sample_tokens(logits, *options))
         made = generate(model, [prompt], n, temperature=0.0)[0]
     with torch.no_grad():
         return torch.cat(cached), model(torch.tensor([prompt + made[:-1]]))[0, len(prompt) - 1:]
@@ -407,7 +409,7 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
 @pytest.mark.parametrize('bags', [False, True], ids=['plain', 'bags'])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-5)])  # the rotary table is float32
 def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monkeypatch):
-    monkeypatch.setattr(model_file.PackedLinear, 'SMALLEST', 1)  # where a CPU can, all matrices of float32 are packed
+    monkeypatch.setattr(generation.PackedLinear, 'SMALLEST', 1)  # where a CPU can, all matrices of float32 are packed
     if bags:
         use_bags(monkeypatch)
     model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
@@ -417,7 +419,7 @@ def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monke
 
 def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_near(monkeypatch):
     """The shape of GPT-2 (124M), whose matrices are packed on a CPU that can, with the cache that a long context has."""
-    monkeypatch.setattr(model_file, 'KVCache', None)
+    monkeypatch.setattr(generation, 'KVCache', None)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()
     prompt = torch.randint(50257, (700,)).tolist()
@@ -472,7 +474,7 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
     for options in ({'temperature': 0.0}, {'seed': 3}):
         expected = generate(model, prompts, 30, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(model_file, 'BagCache', SimpleNamespace(pays=lambda *shape: True))  # cannot be made
+            patch.setattr(generation, 'BagCache', SimpleNamespace(pays=lambda *shape: True))  # cannot be made
             assert generate(model, prompts, 30, **options, compile=True) == expected
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
