@@ -5,6 +5,7 @@ make it anything between that and today's models (all of them together: Qwen3, Y
 Shapes: B sequences, T positions, C = n_embd, H = n_head, K = key and value heads, D = C / H (one head's width),
 V = vocab_size.
 """
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -120,10 +121,10 @@ def rotate(x, rotary):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position takes a weighted mean over the values of the positions up to itself, in H heads.
+    """Every position takes a weighted mean of the values of the positions up to itself, in H heads.
 
-    With fewer key and value heads, groups of query heads share them (Ainslie et al. 2023). qk_norm bounds the scores
-    (Dehghani et al. 2023, section 2.1).
+    With fewer key and value heads, groups of query heads share them (Ainslie et al. 2023). qk_norm
+    bounds the scores (Dehghani et al. 2023, section 2.1).
     """
 
     def __init__(self, config: GPTConfig):
@@ -131,38 +132,111 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)  # query, key and value at once
+        # Queries, keys and values come from one matrix.
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, cache=None):  # x (B, T, C)
-        B, T, C = x.shape
-        # q (B, H, T, D), k and v (B, K, T, D)
-        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
+    def forward(self, x, rotary=None):  # x (B, T, C)
+        y = self.attend(*self.query_key_value(x, rotary))  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+    def query_key_value(self, x, rotary=None):
+        """The queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = heads.split(self.heads, dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        y = cache.attend(q, k, v) if cache else attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return q, k, v
+
+    def attend(self, q, k, v):
+        """The attention of a sequence to itself. When generating, a cache takes its place."""
+        return attend(q, k, v, self.dropout if self.training else 0.0)
+
+
+def attention_scores(q, k, query_positions, key_positions):
+    """The scores (B, H, Q, S) of queries q (B, H, Q, D) for keys k (B, H, S, D), -inf where a query
+    may not look at a key. Attention is the mean of the values weighted by softmax(scores).
+
+    This is the definition of attention. To change it (a sliding window, ALiBi, another scale),
+    change it here: training, generation and the doctor all follow. The fused kernels below are
+    used only while they compute the same.
+
+    Positions count from 0 at the start of a sequence; (Q) and (S), or (B, 1, Q) and (B, 1, S) if
+    they differ by row. Generation pads shorter rows with negative positions.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # Vaswani et al. 2017, equation 1
+    is_later = key_positions.unsqueeze(-2) > query_positions.unsqueeze(-1)  # (Q, S), or (B, 1, Q, S)
+    return scores.masked_fill(is_later, -math.inf)
 
 
 def attend(q, k, v, dropout: float = 0.0):
-    """Causal attention: every query of q (B, H, T, D) over the k and v (B, K, T, D) up to its own position."""
+    """The attention (B, H, T, D) of a sequence to itself: q (B, H, T, D), k and v (B, K, T, D)."""
+    if not kernels_fit():
+        positions = torch.arange(q.shape[2], device=q.device)
+        return attend_by_definition(q, k, v, positions, positions, dropout)
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
         return attend_in_blocks(q, k, v, dropout)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, mask=None):
+    """Attention by attention_scores(), whatever it says; it holds all scores in memory.
+
+    q (B, H, Q, D), k and v (B, K, S, D). mask: True for keys that exist, broadcast to (B, H, Q, S).
+    """
+    k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
+    scores = attention_scores(q, k, query_positions, key_positions)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return F.dropout(scores.softmax(dim=-1), dropout).type_as(v) @ v
+
+
+def share_heads(part, n_head: int):
+    """Keys or values (B, K, T, D), repeated for the n_head / K query heads that share each."""
+    return part.repeat_interleave(n_head // part.shape[1], dim=1)
+
+
+@torch.compiler.assume_constant_result
+def kernels_fit() -> bool:
+    """Whether the fused kernels, which know only causal attention, compute attention_scores()."""
+    return is_causal_attention(attention_scores)
+
+
+@functools.cache
+@torch.no_grad()
+def is_causal_attention(scores) -> bool:
+    """Whether `scores`, a function like attention_scores(), gives the weights of the causal kernel.
+
+    Compared on positions near and far, so that a window of any size shows.
+    """
+    positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
+    generator = torch.Generator('cpu').manual_seed(0)
+    q, k = torch.randn(2, 1, 4, len(positions), 16, generator=generator, dtype=torch.float64,
+                       device='cpu') * 2
+    identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
+    with torch.autocast('cpu', enabled=False):
+        weights = scores(q, k, positions, positions).softmax(dim=-1)
+        kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
+    return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):
-    """Causal attention as scaled_dot_product_attention computes it, q (B, H, T, D), k and v (B, K, T, D), for bfloat16 on a CPU:
-    its matrix products run at the rate of others. The keys after a block's last query are never looked at, and of several
-    blocks the probabilities are computed again in the backward pass instead of kept."""
+    """Causal attention in bfloat16 on a CPU, at the speed of other matrix products.
+
+    Computes what scaled_dot_product_attention does. A block of queries never looks at the keys
+    after its last one. The backward pass computes the weights of a block again instead of keeping
+    them, if there is more than one block.
+    """
     B, H, T, D = q.shape
-    k, v = (part.repeat_interleave(H // part.shape[1], dim=1).reshape(B * H, T, D) for part in (k, v))
-    q = q.reshape(B * H, T, D)
+    k, v = share_heads(k, H), share_heads(v, H)
+    q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
     if T <= QUERY_BLOCK:
         return attend_block(q, k, v, dropout).view(B, H, T, D)
     ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
@@ -179,26 +253,39 @@ def attend_block(q, k, v, dropout):
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
+class SquaredReLU(nn.Module):
+    """So et al. 2021."""
+
+    def forward(self, x):
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """The first half of the units gates the second (Shazeer 2020)."""
+
+    def forward(self, x):
+        gate, x = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+
+ACTIVATIONS = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
+    'gelu': lambda: nn.GELU(approximate='tanh'), 'relu2': SquaredReLU, 'swiglu': SwiGLU}
+
+
 class MLP(nn.Module):
-    """Two linear layers with a non-linearity between them: GELU (Hendrycks and Gimpel 2016, tanh form), squared ReLU
-    (So et al. 2021), or SwiGLU, in which the first layer makes a gate too (Shazeer 2020)."""
+    """Two linear layers with a non-linearity between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.kind = config.mlp
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (2 if self.kind == 'swiglu' else 1), bias=config.bias)
+        hidden = config.mlp_width * (2 if self.kind == 'swiglu' else 1)
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.activation = ACTIVATIONS[self.kind]()
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = self.c_fc(x)  # (B, T, mlp_width), twice as wide in SwiGLU
-        if self.kind == 'gelu':
-            x = F.gelu(x, approximate='tanh')
-        elif self.kind == 'relu2':
-            x = F.relu(x).square()
-        elif self.kind != 'in c_fc':  # for_generation's twin: the product itself ends in GELU
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
+    def forward(self, x):  # (B, T, C)
+        x = self.activation(self.c_fc(x))  # (B, T, mlp_width)
         return self.dropout(self.c_proj(x))
 
 
@@ -212,8 +299,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary=None, cache=None):
-        x = x + self.attn(self.ln_1(x), rotary, cache)
+    def forward(self, x, rotary=None):
+        x = x + self.attn(self.ln_1(x), rotary)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -264,7 +351,7 @@ class GPT(nn.Module):
                                      torch.is_grad_enabled())
         return F.cross_entropy(self._logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
-    def _hidden(self, idx, positions, caches=None):
+    def _hidden(self, idx, positions):
         x = self.transformer.wte(idx)  # (B, T, C)
         rotary = None
         if self.config.position == 'learned':
@@ -273,11 +360,11 @@ class GPT(nn.Module):
             rotary = self.rotary(positions)
         x = self.transformer.drop(x)
         recompute = self.config.recompute and torch.is_grad_enabled()
-        for i, block in enumerate(self.transformer.h):
+        for block in self.transformer.h:
             if recompute:
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
-                x = block(x, rotary, caches[i] if caches else None)
+                x = block(x, rotary)
         return self.transformer.ln_f(x)
 
     @property

@@ -1,21 +1,25 @@
-"""How a trained model writes: a window of tokens, caches of keys and values, packed matrices for CPUs, sampling.
+"""How a trained model writes: a window of tokens, a cache of keys and values, and sampling.
 
-The letters of shapes are model.py's.
+A model that generates is a copy of the trained one that shares its parameters. Attention in the copy
+goes through a cache, and on a CPU its matrices may be packed; the rest is the code of model.py.
+check_generation() compares the two. The letters of shapes are model.py's.
 """
 import copy
 import functools
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, IGNORED, MLP, GPTConfig, attend
+from model import GPT, IGNORED, MLP, GPTConfig, attend, attend_by_definition, kernels_fit
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompts, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None, seed=None, stop=(), compile=False):
+def generate(model: GPT, prompts, max_new_tokens: int, temperature, top_k, top_p, seed, stop, compile):
     """GPT.generate(), which documents it."""
     check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, model.config.vocab_size)
     window = Window(model, prompts, max_new_tokens, compile)
@@ -37,181 +41,8 @@ def generate(model: GPT, prompts, max_new_tokens: int, temperature=1.0, top_k=No
                 return
 
 
-def next_logits(model: GPT, idx, positions, caches):
-    """Logits (B, V) of the token after the last of idx (B, T)."""
-    return model._logits(model._hidden(idx, positions, caches)[:, -1])
-
-
-class Window:
-    """The tokens that each row attends over, the model that reads them, and one cache of keys and values a layer.
-
-    Tokens lie in slots. All rows end at the same slot, so that a shorter row has padding before it, which it never looks at.
-    Lengths are kept on the host, so that generation never waits for the device.
-    """
-
-    def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
-        config, weight = model.config, model.transformer.wte.weight
-        self.model = for_generation(model, packed=not compile)
-        self.compile, self.step = compile, next_logits
-        prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
-        self.lengths = [len(prompt) for prompt in prompts]
-        longest = max(self.lengths)
-        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-        self.tokens = self.unread = torch.tensor(padded, device=weight.device)  # (B, slots in use)
-        self.n_slots = min(config.block_size, longest + max_new_tokens)
-        shape = config, len(prompts), self.n_slots, weight
-        cache_type = BagCache if not compile and BagCache.pays(*shape) else KVCache
-        self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
-        if compile:
-            self.step = torch.compile(next_logits, mode='reduce-overhead', fullgraph=True)
-            for cache in self.caches:  # or a CUDA graph would copy them in every step
-                torch._dynamo.mark_static_address(cache.keys)
-                torch._dynamo.mark_static_address(cache.values)
-
-    def append(self, tokens):
-        """Adds one token (B,) to every row; a full row first drops its oldest half, and all rows must be read again."""
-        size = self.model.config.block_size
-        is_full = max(self.lengths) == size
-        self.lengths = [(size // 2 if length == size else length) + 1 for length in self.lengths]
-        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths):]
-        self.unread = self.tokens if is_full else tokens[:, None]  # (B, T), whose keys and values the caches lack
-
-    def next_logits(self):
-        """Logits (B, V) of the token after each row's last."""
-        n_tokens, T, device = self.tokens.shape[1], self.unread.shape[1], self.tokens.device
-        slots = torch.arange(n_tokens - T, n_tokens, device=device)
-        if T == n_tokens:
-            self.starts = n_tokens - torch.tensor(self.lengths, device=device)[:, None]  # (B, 1), each row's first slot
-        is_static = self.compile and T == 1  # a compiled step needs the same shapes every time
-        seen = self.n_slots if is_static else n_tokens
-        positions, mask = slots, None
-        if is_static or min(self.lengths) < n_tokens:
-            positions = (slots - self.starts).clamp(min=0)  # (B, T)
-            keys = torch.arange(seen, device=device)
-            # Padding looks at padding: a softmax over nothing would not be a number.
-            mask = (keys <= slots[:, None]) & ((keys >= self.starts[..., None]) | (slots < self.starts)[..., None])
-            mask = mask[:, None]  # (B, 1, T, seen)
-        for cache in self.caches:
-            cache.slots, cache.seen, cache.mask = slots, seen, mask
-        return (self.step if T == 1 else next_logits)(self.model, self.unread, positions, self.caches)
-
-
-class KVCache:
-    """One layer's keys and values (B, K, n_slots, D); on a CPU in float32, in which one query attends several times as fast."""
-
-    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
-        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == 'cpu' else weight.dtype
-        shape = n_rows, config.kv_heads, n_slots, config.head_dim
-        self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in range(2))
-
-    def attend(self, q, k, v):
-        """Stores k and v (B, K, T, D) at `slots`; q (B, H, T, D) attends over the slots up to its own that the mask shows it."""
-        self.keys.index_copy_(2, self.slots, k.type_as(self.keys))
-        self.values.index_copy_(2, self.slots, v.type_as(self.values))
-        if self.mask is None and k.shape[2] > 1:
-            return attend(q, k, v)
-        k, v = self.keys[:, :, :self.seen], self.values[:, :, :self.seen]
-        return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=self.mask,
-                                              enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
-
-
-class BagCache:
-    """KVCache for a large one on a CPU: a step's queries, one a row, attend at the memory's rate, of which
-    scaled_dot_product_attention reaches half.
-
-    Both of attention's sums are of rows of a table, weighted, as embedding_bag makes them. Values (B, K, blocks, 64, D) are
-    such rows. Keys lie the other way, (B, K, blocks, D, 64): the scores of a block are its D rows, weighted by the query.
-    """
-    SMALLEST = 1 << 20  # keys' and values' numbers in a layer; with fewer the two calls' own time is more than they save
-    BLOCK = 64
-
-    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
-        blocks = n_rows, config.kv_heads, math.ceil(n_slots / self.BLOCK)
-        self.keys = weight.new_zeros(*blocks, config.head_dim, self.BLOCK)
-        self.values = weight.new_zeros(*blocks, self.BLOCK, config.head_dim)
-
-    def attend(self, q, k, v):
-        """As KVCache's, for a whole window or for the one token (T = 1) after those before it."""
-        B, H, T, D = q.shape
-        used = math.ceil(self.seen / self.BLOCK)  # blocks
-        if T > 1:
-            k_blocks, v_blocks = (F.pad(part, (0, 0, 0, used * self.BLOCK - T)).unflatten(2, (used, self.BLOCK)) for part in (k, v))
-            self.keys[:, :, :used], self.values[:, :, :used] = k_blocks.transpose(3, 4), v_blocks
-            if self.mask is None:
-                return attend(q, k, v)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=H != k.shape[1])
-        block, slot = divmod(self.seen - 1, self.BLOCK)
-        self.keys[:, :, block, :, slot], self.values[:, :, block, slot] = k[:, :, 0], v[:, :, 0]
-        scores = self._add_rows(self.keys, used, q.expand(B, H, used, D) / math.sqrt(D)).view(B, H, 1, -1)
-        scores[..., self.seen:] = -math.inf
-        if self.mask is not None:
-            scores[..., :self.seen].masked_fill_(~self.mask, -math.inf)
-        return self._add_rows(self.values, used, scores.softmax(dim=-1)).view(B, H, 1, D)
-
-    @classmethod
-    def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
-        size = 2 * n_rows * config.kv_heads * n_slots * config.head_dim
-        return weight.device.type == 'cpu' and size >= cls.SMALLEST and n_slots >= cls.BLOCK  # not many rows in blocks half empty
-
-    @classmethod
-    def _add_rows(cls, table, used, weights):
-        """Sums (bags, width) of rows of table (B, K, blocks, rows, width), by weights (B, H, ..., rows in a bag): each head's bags
-        together hold the rows in its first used blocks."""
-        n_heads, (blocks, rows, width), bag = weights.shape[0] * weights.shape[1], table.shape[2:], weights.shape[-1]
-        places = cls._places(n_heads, n_heads // (table.shape[0] * table.shape[1]), blocks * rows, used * rows)
-        return F.embedding_bag(places.view(-1, bag), table.view(-1, width), mode='sum',
-                               per_sample_weights=weights.reshape(-1, bag).type_as(table))
-
-    @staticmethod
-    @functools.lru_cache(maxsize=2)  # keys' and values', the same in all layers
-    def _places(n_heads, sharing, n_rows, n_used):
-        """The first n_used rows (n_heads, n_used) of every head, in a table that has n_rows for each `sharing` heads."""
-        heads, rows = (torch.arange(n, device='cpu') for n in (n_heads, n_used))
-        return heads[:, None] // sharing * n_rows + rows
-
-
-class PackedLinear:
-    """A linear layer for generation on a CPU. Its matrix is there once more, in the order in which oneDNN reads it: then a
-    product with few rows runs at the memory's speed, of which the plain matrix reaches a third."""
-    SMALLEST = 1 << 17  # numbers in a float32 matrix; a call takes 10 us before it begins, in which a smaller one has been read
-
-    def __init__(self, weight, bias):
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias  # for about 16 rows
-        self.multiply, self.then = torch.ops.mkldnn._linear_pointwise.default, ('none', [], '')
-
-    def __call__(self, x):
-        return self.multiply(x, self.weight, self.bias, *self.then)
-
-    @classmethod
-    def pays(cls, weight) -> bool:
-        """Whether it is faster here, and torch has its operators, which are not public."""
-        mkldnn = torch.ops.mkldnn
-        if weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available() or not all(hasattr(mkldnn, name) for name in (
-                '_reorder_linear_weight', '_linear_pointwise', '_is_mkldnn_bf16_supported')):
-            return False
-        return (weight.dtype == torch.float32 and weight.numel() >= cls.SMALLEST
-                or weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-
-
-def for_generation(module: nn.Module, packed: bool):
-    """The module once more, without dropout; it shares its parameters, but for the matrices that are packed."""
-    if packed and isinstance(module, nn.Linear) and PackedLinear.pays(module.weight):
-        return PackedLinear(module.weight, module.bias)
-    if isinstance(module, nn.Dropout):
-        return nn.Identity()
-    twin = copy.copy(module)
-    twin.training = False
-    twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
-    if isinstance(module, MLP) and module.kind == 'gelu' and isinstance(twin.c_fc, PackedLinear):
-        twin.c_fc.then, twin.kind = ('gelu', [], 'tanh'), 'in c_fc'
-    if packed and isinstance(module, GPT) and module.config.tied_head and PackedLinear.pays(module.transformer.wte.weight):
-        twin.lm_head = PackedLinear(module.transformer.wte.weight, None)
-        twin.config = replace(module.config, tied_head=False)
-    return twin
-
-
 def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size):
-    """ValueError for what generate() cannot do, naming the argument."""
+    """Raises ValueError, which names the argument, for what generate() cannot do."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError('a prompt is empty: generation needs at least one token to start from')
     for id in (id for prompt in prompts for id in prompt if not 0 <= id < vocab_size):
@@ -229,7 +60,7 @@ def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, voc
 
 
 def sample_tokens(logits, temperature, top_k, top_p, generator):
-    """One token (B,) for each row of logits (B, V), without waiting for the device."""
+    """Draws one token (B,) for each row of logits (B, V), without waiting for the device."""
     if temperature < 1e-5:  # float32 could not tell it from 0
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / temperature, None
@@ -238,8 +69,300 @@ def sample_tokens(logits, temperature, top_k, top_p, generator):
     elif top_p is not None:
         logits, ids = logits.sort(dim=-1, descending=True)
     probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # the likelier tokens already hold top_p
-    # The largest p / Exponential(1) falls on a token with probability p, as multinomial, which would synchronise.
-    chosen = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
+    if top_p is not None:  # a token goes if the more likely ones already hold top_p
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
+    # The largest p / Exponential(1) is at a token with probability p; multinomial would synchronise.
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    chosen = (probs / noise).argmax(dim=-1, keepdim=True)
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+
+
+# -- the window and its caches --------------------------------------------------------------------
+
+@dataclass
+class Pass:
+    """What one forward pass reads; the same for the caches of all layers."""
+    slots: torch.Tensor  # (T,) of the tokens that are read
+    n_seen: int  # they attend over the slots before this one
+    mask: torch.Tensor | None  # (B, 1, T, n_seen), True to look; None: up to the token's own slot
+    # Only for attention_scores() that no fused kernel computes. Positions are negative in padding.
+    query_positions: torch.Tensor | None = None  # (B, 1, T)
+    key_positions: torch.Tensor | None = None  # (B, 1, n_seen)
+
+
+class Window:
+    """The tokens that each row attends over, the model that reads them, and a cache for each layer.
+
+    Tokens lie in slots. All rows end at the same slot: a shorter row has padding before it, which it
+    never looks at. Lengths are kept on the host, so generation never waits for the device.
+    """
+
+    def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
+        config, weight = model.config, model.transformer.wte.weight
+        prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
+        self.lengths = [len(prompt) for prompt in prompts]
+        longest = max(self.lengths)
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        self.tokens = torch.tensor(padded, device=weight.device)  # (B, slots in use)
+        self.unread = self.tokens  # (B, T), whose keys and values the caches lack
+        self.n_slots = min(config.block_size, longest + max_new_tokens)
+
+        shape = config, len(prompts), self.n_slots, weight
+        cache_type = BagCache if not compile and BagCache.pays(*shape) else KVCache
+        self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
+        self.model = for_generation(model, packed=not compile)
+        for block, cache in zip(self.model.transformer.h, self.caches, strict=True):
+            block.attn.attend = cache.attend
+        self.compile, self.step = compile, next_logits
+        if compile:
+            self.step = torch.compile(next_logits, mode='reduce-overhead', fullgraph=True)
+            for cache in self.caches:  # or a CUDA graph would copy them in every step
+                torch._dynamo.mark_static_address(cache.keys)
+                torch._dynamo.mark_static_address(cache.values)
+
+    def append(self, tokens):
+        """Adds one token (B,) to every row.
+
+        A full row first drops its oldest half, and then all rows must be read again.
+        """
+        size = self.model.config.block_size
+        is_full = max(self.lengths) == size
+        self.lengths = [(size // 2 if length == size else length) + 1 for length in self.lengths]
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths):]
+        self.unread = self.tokens if is_full else tokens[:, None]
+
+    def next_logits(self):
+        """Logits (B, V) of the token after each row's last."""
+        n_tokens, T, device = self.tokens.shape[1], self.unread.shape[1], self.tokens.device
+        slots = torch.arange(n_tokens - T, n_tokens, device=device)
+        if T == n_tokens:  # each row's first slot, (B, 1)
+            self.starts = n_tokens - torch.tensor(self.lengths, device=device)[:, None]
+        is_static = self.compile and T == 1  # a compiled step needs the same shapes every time
+        n_seen = self.n_slots if is_static else n_tokens
+        is_padded = min(self.lengths) < n_tokens
+        this_pass, positions = Pass(slots, n_seen, None), slots
+        if is_static or is_padded or not kernels_fit():
+            positions = (slots - self.starts).clamp(min=0)  # (B, T)
+            this_pass = self._masked_pass(slots, n_seen)
+        for cache in self.caches:
+            cache.this_pass = this_pass
+        return (self.step if T == 1 else next_logits)(self.model, self.unread, positions)
+
+    def _masked_pass(self, slots, n_seen: int) -> Pass:
+        """A pass in which rows have padding, or not all n_seen slots are in use yet."""
+        keys = torch.arange(n_seen, device=slots.device)
+        # Padding looks at padding: a softmax over nothing would not be a number.
+        not_padding = (keys >= self.starts[..., None]) | (slots < self.starts)[..., None]
+        if kernels_fit():
+            return Pass(slots, n_seen, ((keys <= slots[:, None]) & not_padding)[:, None])
+        query_positions, key_positions = slots - self.starts, keys - self.starts
+        in_use = (keys <= slots[-1]) & not_padding
+        return Pass(slots, n_seen, in_use[:, None], query_positions[:, None], key_positions[:, None])
+
+
+def next_logits(model: GPT, idx, positions):
+    """Logits (B, V) of the token after the last of idx (B, T)."""
+    return model._logits(model._hidden(idx, positions)[:, -1])
+
+
+class KVCache:
+    """One layer's keys and values (B, K, n_slots, D).
+
+    On a CPU they are float32, in which one query attends several times as fast as in bfloat16.
+    """
+
+    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
+        on_cpu = weight.device.type == 'cpu'
+        dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else weight.dtype
+        shape = n_rows, config.kv_heads, n_slots, config.head_dim
+        self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in range(2))
+
+    def attend(self, q, k, v):
+        """Stores k and v (B, K, T, D) of the tokens of `this_pass`, and attends: (B, H, T, D)."""
+        this = self.this_pass
+        self.keys.index_copy_(2, this.slots, k.type_as(self.keys))
+        self.values.index_copy_(2, this.slots, v.type_as(self.values))
+        if this.mask is None and k.shape[2] > 1:
+            return attend(q, k, v)
+        k, v = self.keys[:, :, :this.n_seen], self.values[:, :, :this.n_seen]
+        if not kernels_fit():
+            return attend_by_definition(q.type_as(k), k, v, this.query_positions, this.key_positions,
+                                        mask=this.mask).type_as(q)
+        return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=this.mask,
+                                              enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
+
+
+class BagCache:
+    """KVCache for a large one on a CPU: a step's queries, one a row, attend at the memory's rate, of
+    which scaled_dot_product_attention reaches half.
+
+    Both sums of attention are weighted sums of a table's rows, which is what embedding_bag computes.
+    Values (B, K, blocks, 64, D) are such rows. Keys lie the other way, (B, K, blocks, D, 64): the
+    scores of a block are its D rows, weighted by the query.
+    """
+    # Numbers in a layer's keys and values; with fewer, the two calls cost more than they save.
+    SMALLEST = 1 << 20
+    BLOCK = 64
+
+    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
+        blocks = n_rows, config.kv_heads, math.ceil(n_slots / self.BLOCK)
+        self.keys = weight.new_zeros(*blocks, config.head_dim, self.BLOCK)
+        self.values = weight.new_zeros(*blocks, self.BLOCK, config.head_dim)
+
+    def attend(self, q, k, v):
+        """As KVCache's, for a whole window or for the one token (T = 1) after those before it."""
+        n_seen, mask = self.this_pass.n_seen, self.this_pass.mask
+        B, H, T, D = q.shape
+        used = math.ceil(n_seen / self.BLOCK)  # blocks
+        if T > 1:
+            padding = 0, 0, 0, used * self.BLOCK - T
+            k_blocks, v_blocks = (F.pad(part, padding).unflatten(2, (used, self.BLOCK)) for part in (k, v))
+            self.keys[:, :, :used], self.values[:, :, :used] = k_blocks.transpose(3, 4), v_blocks
+            if mask is None:
+                return attend(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != k.shape[1])
+        block, slot = divmod(n_seen - 1, self.BLOCK)
+        self.keys[:, :, block, :, slot], self.values[:, :, block, slot] = k[:, :, 0], v[:, :, 0]
+        query = q.expand(B, H, used, D) / math.sqrt(D)
+        scores = self._add_rows(self.keys, used, query).view(B, H, 1, -1)
+        scores[..., n_seen:] = -math.inf
+        if mask is not None:
+            scores[..., :n_seen].masked_fill_(~mask, -math.inf)
+        return self._add_rows(self.values, used, scores.softmax(dim=-1)).view(B, H, 1, D)
+
+    @classmethod
+    def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
+        """Whether it is faster than KVCache, and computes the same."""
+        size = 2 * n_rows * config.kv_heads * n_slots * config.head_dim
+        fills_blocks = n_slots >= cls.BLOCK  # many rows in blocks that are half empty gain nothing
+        return weight.device.type == 'cpu' and size >= cls.SMALLEST and fills_blocks and kernels_fit()
+
+    @classmethod
+    def _add_rows(cls, table, used, weights):
+        """Sums (bags, width) of rows of table (B, K, blocks, rows, width), by weights
+        (B, H, ..., rows in a bag). Each head's bags together hold the rows in its used blocks."""
+        n_heads = weights.shape[0] * weights.shape[1]
+        sharing = n_heads // (table.shape[0] * table.shape[1])
+        (blocks, rows, width), bag = table.shape[2:], weights.shape[-1]
+        places = cls._places(n_heads, sharing, blocks * rows, used * rows)
+        return F.embedding_bag(places.view(-1, bag), table.view(-1, width), mode='sum',
+                               per_sample_weights=weights.reshape(-1, bag).type_as(table))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=2)  # for keys and for values, the same in all layers
+    def _places(n_heads, sharing, n_rows, n_used):
+        """The first n_used rows (n_heads, n_used) of every head, in a table that has n_rows for each
+        `sharing` heads."""
+        heads, rows = (torch.arange(n, device='cpu') for n in (n_heads, n_used))
+        return heads[:, None] // sharing * n_rows + rows
+
+
+# -- the model that generates ---------------------------------------------------------------------
+
+def for_generation(module: nn.Module, packed: bool):
+    """A copy of the module without dropout. It shares all parameters but those that are packed."""
+    if packed and isinstance(module, nn.Linear) and PackedLinear.pays(module.weight):
+        return PackedLinear(module.weight, module.bias)
+    if isinstance(module, nn.Dropout):
+        return nn.Identity()
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
+    if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear) and is_tanh_gelu(twin.activation):
+        twin.c_fc.then, twin.activation = ('gelu', [], 'tanh'), nn.Identity()
+    if isinstance(module, GPT) and module.config.tied_head and packed:
+        head = module.transformer.wte.weight
+        if PackedLinear.pays(head):
+            twin.lm_head = PackedLinear(head, None)
+            twin.config = replace(module.config, tied_head=False)
+    return twin
+
+
+def is_tanh_gelu(module) -> bool:
+    return isinstance(module, nn.GELU) and module.approximate == 'tanh'
+
+
+class PackedLinear:
+    """A linear layer for a CPU with its matrix once more, in the order in which oneDNN reads it.
+
+    A product with few rows then runs at the memory's speed; the plain matrix reaches a third of it.
+    """
+    SMALLEST = 1 << 17  # numbers in a float32 matrix; a smaller one is read within a call's overhead
+
+    def __init__(self, weight, bias):
+        rows = 16  # that the order is best for
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = bias
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
+        self.then = 'none', [], ''  # what the product ends in
+
+    def __call__(self, x):
+        return self.multiply(x, self.weight, self.bias, *self.then)
+
+    @classmethod
+    def pays(cls, weight) -> bool:
+        """Whether it is faster here, and torch has its operators, which are not public."""
+        mkldnn = torch.ops.mkldnn
+        needed = '_reorder_linear_weight', '_linear_pointwise', '_is_mkldnn_bf16_supported'
+        if weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+            return False
+        if not all(hasattr(mkldnn, name) for name in needed):
+            return False
+        if weight.dtype == torch.float32:
+            return weight.numel() >= cls.SMALLEST
+        return weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()
+
+
+# -- the check ------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def check_generation(model: GPT, prompt: Sequence[int], n_tokens: int = 8, precision=None) -> str | None:
+    """Compares the logits that generate() takes tokens from with those of whole forward passes.
+
+    Two rows go on greedily: one from the end of the prompt, so long that its context is full halfway,
+    and one from the first half of that. precision: the context manager that training runs forward
+    passes in, or None. Returns None if the logits agree to rounding, or a sentence if they differ.
+    """
+    prompt = list(prompt)[-max(1, model.config.block_size - n_tokens // 2):]
+    texts = [prompt, prompt[:max(1, len(prompt) // 2)]]
+    logits, lengths = [], []
+    try:
+        window = Window(model, texts, n_tokens, compile=False)
+        for _ in range(n_tokens):
+            logits.append(window.next_logits().float())  # (2, V)
+            lengths.append(window.lengths)
+            tokens = logits[-1].argmax(dim=-1)
+            texts = [[*text, token] for text, token in zip(texts, tokens.tolist(), strict=True)]
+            window.append(tokens)
+    except Exception as error:  # in code that somebody changed; it must not end a training run
+        return f'generate() fails with {type(error).__name__}: {error}'
+    was_training = model.training
+    model.eval()
+    try:
+        with precision or nullcontext():
+            whole = [logits_of_whole_passes(model, text[:-1], row_lengths)
+                     for text, row_lengths in zip(texts, zip(*lengths, strict=True), strict=True)]
+    finally:
+        model.train(was_training)
+    expected, actual = torch.stack(whole, dim=1), torch.stack(logits)  # (n_tokens, 2, V)
+    tolerance = 0.02 if expected.dtype in (torch.float32, torch.float64) else 0.1
+    expected = expected.float()
+    spread = expected.std(dim=-1, correction=0).clamp(min=1e-30)
+    share = (actual - expected).std(dim=-1, correction=0) / spread  # (n_tokens, 2)
+    if (share <= tolerance).all():  # not so if one is NaN
+        return None
+    step, row = divmod(int(share.argmax()), 2)
+    return (f'after {lengths[step][row]} tokens, the logits of generate() differ from those of a whole '
+            f'forward pass by {float(share[step, row]):.0%} of their standard deviation')
+
+
+def logits_of_whole_passes(model: GPT, text: list[int], lengths: Sequence[int]):
+    """Logits (n, V) after each of the text's last n tokens, as seen from the `lengths` tokens up to it."""
+    ends = range(len(text) - len(lengths) + 1, len(text) + 1)
+    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+    logits = []
+    for start in sorted(set(starts)):  # where the context was full, a new start
+        last = [end - start - 1 for end, its_start in zip(ends, starts, strict=True) if its_start == start]
+        idx = torch.tensor([text[start:start + last[-1] + 1]], device=model.transformer.wte.weight.device)
+        logits.append(model(idx)[0, last])
+    return torch.cat(logits)
