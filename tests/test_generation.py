@@ -1,4 +1,5 @@
 """Generation against whole forward passes without a cache, and sampling against arithmetic by hand."""
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, GPTConfig
-from nib import generation
-from nib.generation import sample_tokens
+import model as model_file
+from model import MLP, CausalSelfAttention, GPT, GPTConfig
+from nib import generation, inspection
+from nib.generation import check_generation, sample_tokens
 from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 
 
@@ -234,3 +236,178 @@ def test_sampling_draws_tokens_by_their_probability():
 def test_what_cannot_be_sampled_is_named(options, named):
     with pytest.raises(ValueError, match=named):
         next(make_model().generate(**{'prompts': [[1]], 'max_new_tokens': 1, **options}))
+
+
+# -- one definition of attention -------------------------------------------------------------------
+
+FEATURES = {'position': ['learned', 'rotary'], 'norm': ['layer', 'rms'], 'mlp': ['gelu', 'relu2', 'swiglu'],
+            'qk_norm': [False, True], 'n_kv_head': [0, 2], 'tied_head': [True, False]}
+
+
+def every_architecture():
+    """All combinations of FEATURES; the others alternate."""
+    for i, values in enumerate(itertools.product(*FEATURES.values())):
+        yield GPTConfig(vocab_size=61, block_size=12, n_layer=2, n_head=4, n_embd=32, bias=i % 2 == 0, logit_cap=5.0 * (i % 3 == 0),
+                        zero_init=i % 5 == 0, **dict(zip(FEATURES, values, strict=True)))
+
+
+def test_every_architecture_generates_what_whole_passes_find_most_likely():
+    """Prompts of unequal lengths, past a full context."""
+    for seed, config in enumerate(every_architecture()):
+        model, prompts = make_model(config, seed), [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
+        assert generate(model, prompts, 14, temperature=0.0) == [greedy_without_cache(model, p, 14) for p in prompts], config
+        assert check_generation(model, [*range(20)]) is None, config
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_rounding_is_no_difference(dtype):
+    for seed, config in enumerate(ARCHITECTURES):
+        model = make_model(config, seed, scale=0.1)
+        assert check_generation(model, [*range(30)], precision=torch.autocast('cpu', dtype)) is None
+        assert check_generation(model.to(dtype), [*range(30)]) is None
+
+
+def window_of_4(q, k, query_positions, key_positions):
+    scores = model_file.causal_scores(q, k, query_positions, key_positions)
+    return scores.masked_fill(key_positions.unsqueeze(-2) <= query_positions.unsqueeze(-1) - 4, -math.inf)
+
+
+def alibi(q, k, query_positions, key_positions):
+    """Press et al. 2022: every head has its own penalty for distance."""
+    slopes = 2.0 ** -torch.arange(1.0, q.shape[1] + 1)[:, None, None]
+    distance = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
+    return model_file.causal_scores(q, k, query_positions, key_positions) - slopes.type_as(q) * distance
+
+
+@pytest.fixture
+def define_attention(monkeypatch):
+    """define_attention(scores): as a person would, in this one place."""
+    monkeypatch.setattr(model_file, 'causal_scores', model_file.attention_scores, raising=False)
+    return lambda scores: monkeypatch.setattr(model_file, 'attention_scores', scores)
+
+
+@pytest.mark.parametrize('scores', [window_of_4, alibi])
+@pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_generation_follows_a_changed_definition_of_attention(config, scores, dtype, define_attention, monkeypatch):
+    model, prompts, ids = make_model(config).to(dtype), [[*range(9)], [5, 6]], torch.arange(12)[None]
+    before = generate(model, prompts, 20, temperature=0.0)
+    with torch.no_grad():
+        logits = model(ids)
+        define_attention(scores)
+        assert not torch.allclose(model(ids), logits)  # so does training
+    monkeypatch.setattr(generation.BagCache, 'SMALLEST', 0)
+    monkeypatch.setattr(generation.BagCache, 'BLOCK', 1)
+    assert check_generation(model, [*range(30)]) is None
+    if dtype == torch.float32:
+        after = generate(model, prompts, 20, temperature=0.0)
+        assert after == [greedy_without_cache(model, p, 20) for p in prompts] != before
+
+
+def test_training_and_the_inspection_follow_a_window(define_attention):
+    """A token has no influence beyond the window of each of the layers, and attention is over 4 places at most."""
+    define_attention(window_of_4)
+    model, embedded = make_model(replace(SMALL, n_layer=2)), []
+    hook = model.transformer.wte.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    ids = torch.arange(16)[None]
+    model(ids)[0, 12].sum().backward()
+    hook.remove()
+    influence = embedded[0].grad[0].abs().sum(dim=-1)
+    assert ((influence > 0) == torch.tensor([12 - 2 * 3 <= t <= 12 for t in range(16)])).all()
+    scores, _ = inspection.attention_scores(model.transformer.h[0].attn, torch.randn(1, 16, 32))
+    assert ((scores > -math.inf).sum(dim=-1) == torch.arange(1, 17).clamp(max=4)).all()
+    _, rows = inspection.measure_layers(model, ids, ids, torch.autocast('cpu', enabled=False), 1)
+    assert all(row.entropy <= math.log(4) for row in rows if row.entropy is not None)
+
+
+def test_a_compiled_step_follows_a_changed_definition_of_attention(define_attention):
+    from nib import runtime
+    if not runtime.pick_compile(True, 'cpu')[0]:
+        pytest.skip('no C compiler')
+    define_attention(window_of_4)
+    model, prompts = make_model(replace(MODERN, n_layer=1)), [[1], [4, 5, 6, 7, 8]]
+    torch._dynamo.reset()  # a compiled step belongs to the definition that it was compiled with
+    try:
+        assert generate(model, prompts, 15, temperature=0.0, compile=True) == [greedy_without_cache(model, p, 15) for p in prompts]
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('changed', [
+    lambda s, q, k: s * 1.01,
+    lambda s, q, k: 50 * torch.tanh(s / 50),
+    lambda s, q, k: s.masked_fill(k < q - 100_000, -math.inf),
+    lambda s, q, k: s.masked_fill(k // 512 != q // 512, -math.inf),
+    lambda s, q, k: s.masked_fill((k == 0) & (q > 0), -math.inf),
+    lambda s, q, k: torch.cat((s[:, :-1], s[:, -1:].masked_fill(k < q - 8, -math.inf)), dim=1),  # of one head
+    lambda s, q, k: s - 0.001 * (q - k).clamp(min=0),
+], ids=['scale', 'soft cap', 'wide window', 'chunks', 'no first token', 'one head', 'bias'])
+def test_no_fused_kernel_is_used_for_changed_scores(changed):
+    def scores(q, k, query_positions, key_positions):
+        return changed(model_file.attention_scores(q, k, query_positions, key_positions), query_positions.unsqueeze(-1),
+                       key_positions.unsqueeze(-2))
+
+    assert not model_file.is_causal_attention(scores)
+
+
+def test_the_fused_kernels_are_used_for_the_same_scores_written_otherwise():
+    def scores(q, k, query_positions, key_positions):
+        visible = query_positions.unsqueeze(-1) >= key_positions.unsqueeze(-2)
+        return torch.where(visible, (q / q.shape[-1] ** 0.5) @ k.mT, -math.inf)
+
+    assert model_file.is_causal_attention(scores) and model_file.kernels_fit()
+
+
+@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
+def test_attention_by_definition_is_what_the_kernels_compute(config, monkeypatch):
+    """Losses and gradients of a whole model."""
+    model, ids, found = make_model(config).double(), torch.randint(61, (3, 17)), []
+    for fit in (True, False):
+        monkeypatch.setattr(model_file, 'kernels_fit', lambda fit=fit: fit)
+        model.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize('layer', [CausalSelfAttention, MLP])
+def test_generation_follows_a_changed_layer(layer, monkeypatch):
+    forward = layer.forward
+    monkeypatch.setattr(generation.PackedLinear, 'SMALLEST', 1)
+    monkeypatch.setattr(layer, 'forward', lambda self, x, *rest: forward(self, x, *rest) * torch.sigmoid(x))
+    for config in (SMALL, MODERN):
+        model = make_model(config)
+        assert check_generation(model, [*range(30)]) is None
+        assert generate(model, [[1, 2]], 20, temperature=0.0) == [greedy_without_cache(model, [1, 2], 20)]
+
+
+def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):
+    """attend() itself is changed, which a cache does not go through for a single token."""
+    model, plain = make_model(scale=0.1).train(), model_file.attend
+
+    def window(q, k, v, dropout=0.0):
+        positions = torch.arange(q.shape[2])
+        hidden = (positions[:, None] < positions) | (positions[:, None] - 4 >= positions)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
+
+    assert check_generation(model, [*range(16)]) is None
+    for changed in (window, lambda *args: 1.2 * plain(*args), lambda q, k, v, dropout: plain(q, k, torch.nan * v)):
+        monkeypatch.setattr(model_file, 'attend', changed)
+        said = check_generation(model, [*range(16)])
+        assert 'the logits of generate() differ' in said and '%' in said
+    monkeypatch.setattr(model_file, 'attend', plain)
+    assert model.training and check_generation(model, [*range(16)]) is None
+
+
+def test_generation_that_fails_is_found(monkeypatch):
+    monkeypatch.setattr(CausalSelfAttention, 'attend', None)
+    monkeypatch.setattr(generation.KVCache, 'attend', lambda self, q, k: q)
+    assert check_generation(make_model(), [1]).startswith('generate() fails with TypeError')
+
+
+@pytest.mark.parametrize('n_tokens', [1, 8, 40])
+@pytest.mark.parametrize('prompt', [[1], [1, 2], [*range(16)], [*range(60)]], ids=len)
+def test_generation_is_checked_after_any_prompt(prompt, n_tokens):
+    for config in (SMALL, replace(SMALL, block_size=1), replace(SMALL, block_size=2)):
+        assert check_generation(make_model(config), prompt, n_tokens) is None
