@@ -1,9 +1,13 @@
-"""A GPT in one file: the layers, the loss, generation with a key-value cache, parameter and FLOP counts.
+"""A GPT in one file: the layers, the loss, parameter and FLOP counts.
 
-By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"); GPTConfig's choices
-make it anything between that and today's models (all of them together: Qwen3, Yang et al. 2025).
-Shapes: B sequences, T positions, C = n_embd, H = n_head, K = key and value heads, D = C / H (one head's width),
-V = vocab_size.
+By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+GPTConfig's choices make it anything between that and today's models; all of them together are Qwen3
+(Yang et al. 2025). How it generates text is in nib/generation.py.
+
+Letters of shapes:
+    B sequences, T positions, V = vocab_size, C = n_embd
+    H = n_head, K = key and value heads, D = C / H, the width of a head
+    Q queries, S keys, if attention is not of a whole sequence to itself
 """
 import functools
 import math
@@ -23,12 +27,12 @@ QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What fixes the shape of a GPT; the defaults are GPT-2's. ValueError names the field that cannot be."""
+    """The shape of a GPT; the defaults are GPT-2's. ValueError names a field that cannot be."""
     vocab_size: int = 50257
     block_size: int = 1024  # the most positions that the model attends over
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0 is n_head
+    n_kv_head: int = 0  # key and value heads; groups of query heads share them; 0 is n_head
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and LayerNorms
@@ -40,36 +44,43 @@ class GPTConfig:
     tied_head: bool = True  # the output head is the token embedding itself
     logit_cap: float = 0.0  # logits stay within plus and minus this; 0 is no cap
     zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
-    recompute: bool = False  # of each block keep the input alone, and compute the rest again in the backward pass
+    recompute: bool = False  # keep only the inputs of blocks; compute the rest again in backward
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
-            below = 10_000 if name == 'n_layer' else 1 << 31  # more would take hours to build, or cannot be counted
-            if not 1 <= getattr(self, name) < below:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1 and less than {below:,}')
+            # More layers would take hours to build; wider ones could not be counted.
+            value, below = getattr(self, name), 10_000 if name == 'n_layer' else 1 << 31
+            if not 1 <= value < below:
+                raise ValueError(f'{name} is {value}: it must be at least 1 and less than {below:,}')
         for name, kind in get_type_hints(type(self)).items():
-            if get_args(kind) and getattr(self, name) not in get_args(kind):
-                raise ValueError(f'{name} is {getattr(self, name)!r}: it must be one of {", ".join(get_args(kind))}')
+            choices, value = get_args(kind), getattr(self, name)
+            if choices and value not in choices:
+                raise ValueError(f'{name} is {value!r}: it must be one of {", ".join(choices)}')
         if self.n_embd % self.n_head:
+            nearest = self.n_embd // self.n_head * self.n_head or self.n_head
             raise ValueError(f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}: '
-                             f'try n_embd {self.n_embd // self.n_head * self.n_head or self.n_head}')
+                             f'try n_embd {nearest}')
         if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}: '
-                             f'try n_kv_head {math.gcd(self.n_head, self.n_kv_head)}')
+            shared = math.gcd(self.n_head, self.n_kv_head)
+            raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head '
+                             f'{self.n_kv_head}: try n_kv_head {shared}')
         if self.position == 'rotary' and self.head_dim % 2:
-            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of dimensions, so it must be even: '
+            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of '
+                             f'dimensions, so it must be even: '
                              f'try n_embd {self.n_head * (self.head_dim + 1)}')
         if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
             raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and less than 1')
         if not 0.0 <= self.logit_cap < math.inf:
-            raise ValueError(f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive number')
+            raise ValueError(f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive '
+                             f'number')
 
     @classmethod
     def pick(cls, values: Mapping, vocab_size: int) -> 'GPTConfig':
-        """The config whose fields, but for vocab_size, stand among these values."""
-        return cls(vocab_size, **{field.name: values[field.name] for field in fields(cls) if field.name != 'vocab_size'})
+        """The config with this vocab_size and all other fields from `values`."""
+        names = [field.name for field in fields(cls) if field.name != 'vocab_size']
+        return cls(vocab_size, **{name: values[name] for name in names})
 
     @property
     def head_dim(self) -> int:
@@ -81,30 +92,38 @@ class GPTConfig:
 
     @property
     def mlp_width(self) -> int:
-        """4C; in SwiGLU, whose width costs three matrices instead of two, 2/3 of it, in whole multiples of 32."""
-        return math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.mlp == 'swiglu' else 4 * self.n_embd
+        """4C; or 2/3 of it in SwiGLU, which has three matrices, in whole multiples of 32."""
+        if self.mlp == 'swiglu':
+            return math.ceil(8 * self.n_embd / 3 / 32) * 32
+        return 4 * self.n_embd
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
-    """LayerNorm (Ba et al. 2016), or RMSNorm, which leaves the mean alone (Zhang and Sennrich 2019)."""
-    return nn.LayerNorm(width, bias=config.bias) if config.norm == 'layer' else RMSNorm(width, eps=1e-6)
+    """LayerNorm (Ba et al. 2016), or RMSNorm, which keeps the mean (Zhang and Sennrich 2019)."""
+    if config.norm == 'layer':
+        return nn.LayerNorm(width, bias=config.bias)
+    return RMSNorm(width, eps=1e-6)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, whose fast kernel wants its gain in the precision of x."""
+    """torch's, with the gain in the precision of x, which its fast kernel needs."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): dimensions i and i + D/2 of a query or key are turned by position * base^(-2i/D),
-    so that the product of a query and a key depends on their distance alone."""
+    """Rotary positions (Su et al. 2021): the score of a query and a key depends on their distance.
+
+    Dimensions i and i + D/2 of a query or key are one point, which is turned by the angle
+    position * base^(-2i/D).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        speeds = config.rotary_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-        angles = torch.arange(config.block_size, dtype=torch.float64)[:, None] * speeds  # (block_size, D/2)
+        exponents = -torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        positions = torch.arange(config.block_size, dtype=torch.float64)
+        angles = positions[:, None] * config.rotary_base ** exponents  # (block_size, D/2)
         self.register_buffer('cos', angles.cos().float(), persistent=False)
         self.register_buffer('sin', angles.sin().float(), persistent=False)
 
@@ -114,7 +133,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x, rotary):
-    """x (B, H, T, D), turned by rotary's angles, in x's precision."""
+    """Turns x (B, H, T, D) by the angles whose cos and sin are `rotary`, in the precision of x."""
     cos, sin = (part.type_as(x) for part in rotary)
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -171,7 +190,7 @@ def attention_scores(q, k, query_positions, key_positions):
     they differ by row. Generation pads shorter rows with negative positions.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # Vaswani et al. 2017, equation 1
-    is_later = key_positions.unsqueeze(-2) > query_positions.unsqueeze(-1)  # (Q, S), or (B, 1, Q, S)
+    is_later = key_positions.unsqueeze(-2) > query_positions.unsqueeze(-1)  # (..., Q, S)
     return scores.masked_fill(is_later, -math.inf)
 
 
@@ -240,8 +259,8 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
     if T <= QUERY_BLOCK:
         return attend_block(q, k, v, dropout).view(B, H, T, D)
     ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
-    blocks = [checkpoint(attend_block, q_block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
-              for q_block, end in zip(q.split(QUERY_BLOCK, dim=1), ends)]
+    blocks = [checkpoint(attend_block, block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
+              for block, end in zip(q.split(QUERY_BLOCK, dim=1), ends, strict=True)]
     return torch.cat(blocks, dim=1).view(B, H, T, D)
 
 
@@ -290,7 +309,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on a normalised copy of the residual stream and added to it (pre-norm)."""
+    """Attention, then MLP: each reads the normalised residual stream and adds to it (pre-norm)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -323,12 +342,15 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Normal(0, 0.02) weights and zero biases; residual projections smaller by 1/sqrt(2 * n_layer), so that the
-        residual stream's variance does not grow with depth (GPT-2, section 2.3: two projections a layer)."""
+        """Sets normal(0, 0.02) weights and zero biases.
+
+        The two projections of a layer into the residual stream are smaller by 1/sqrt(2 * n_layer),
+        so that its variance does not grow with depth (GPT-2, section 2.3).
+        """
+        smaller = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                residual_std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(module.weight, std=residual_std if name.endswith('c_proj') else 0.02)
+                nn.init.normal_(module.weight, std=smaller if name.endswith('c_proj') else 0.02)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -342,7 +364,8 @@ class GPT(nn.Module):
         Raises ValueError when T is larger than block_size.
         """
         if idx.shape[1] > self.config.block_size:
-            raise ValueError(f'{idx.shape[1]} positions are more than block_size {self.config.block_size}')
+            raise ValueError(f'{idx.shape[1]} positions are more than block_size '
+                             f'{self.config.block_size}')
         x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
         if targets is None:
             return self._logits(x)
@@ -369,59 +392,74 @@ class GPT(nn.Module):
 
     @property
     def _head_weight(self):
-        return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight  # (V, C)
+        head = self.transformer.wte if self.config.tied_head else self.lm_head
+        return head.weight  # (V, C)
 
     def _logits(self, x):
-        logits = F.linear(x, self.transformer.wte.weight) if self.config.tied_head else self.lm_head(x)  # (B, T, V)
+        if self.config.tied_head:
+            logits = F.linear(x, self.transformer.wte.weight)  # (B, T, V)
+        else:
+            logits = self.lm_head(x)
         return soft_cap(logits, self.config.logit_cap)
 
     def crop_block_size(self, block_size: int):
-        """Shortens the context, keeping the first positions. ValueError when it would have to grow."""
+        """Shortens the context, keeping the first positions. Raises ValueError if it would grow."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size {block_size} is not between 1 and the {self.config.block_size} of the model')
+            raise ValueError(f'block_size {block_size} is not between 1 and the '
+                             f'{self.config.block_size} of the model')
         self.config = replace(self.config, block_size=block_size)
         if self.config.position == 'learned':
             kept = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
 
-    # -- counts -------------------------------------------------------------------------------------------------
+    # -- counts -----------------------------------------------------------------------------------
 
     def num_params(self, positions: bool = True) -> int:
-        """Parameters in full; without the position embeddings as nanoGPT counts them."""
+        """The number of parameters; without the position embeddings as nanoGPT counts them."""
         total = sum(p.numel() for p in self.parameters())
-        return total if positions or self.config.position != 'learned' else total - self.transformer.wpe.weight.numel()
+        if positions or self.config.position != 'learned':
+            return total
+        return total - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> dict[str, int]:
         """Floating-point operations of one token's forward pass at full context, by layer.
 
-        A matrix of m x n costs 2mn. Attention costs 2TC for the scores and 2TC for the weighted mean, causality not
-        discounted, as in Chowdhery et al. 2022 (PaLM), appendix B. The backward pass costs twice as much again, so
-        a training step is three times the sum.
+        A matrix of m x n costs 2mn. Attention costs 2TC for the scores and 2TC for the weighted
+        mean, not discounting causality (Chowdhery et al. 2022, PaLM, appendix B). The backward pass
+        costs twice as much, so a training step costs three times the sum.
         """
         attention = 4 * self.config.block_size * self.config.n_embd
         layers = {}
         for i, block in enumerate(self.transformer.h):
-            layers[f'h.{i}.attn'] = 2 * (block.attn.c_attn.weight.numel() + block.attn.c_proj.weight.numel()) + attention
-            layers[f'h.{i}.mlp'] = 2 * (block.mlp.c_fc.weight.numel() + block.mlp.c_proj.weight.numel())
+            for name, first in (('attn', block.attn.c_attn), ('mlp', block.mlp.c_fc)):
+                last = getattr(block, name).c_proj
+                layers[f'h.{i}.{name}'] = 2 * (first.weight.numel() + last.weight.numel())
+            layers[f'h.{i}.attn'] += attention
         layers['head'] = 2 * self._head_weight.numel()
         return layers
 
-    # -- generation ---------------------------------------------------------------------------------------------
+    # -- generation -------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-                 stop: Sequence[Sequence[int]] = (), compile: bool = False) -> Iterator[torch.Tensor]:
-        """Continues every prompt, handing out tokens as they are made.
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 seed: int | None = None, stop: Sequence[Sequence[int]] = (),
+                 compile: bool = False) -> Iterator[torch.Tensor]:
+        """Continues every prompt, yielding tokens as they are made.
 
-        prompts: B sequences of token ids, of any lengths >= 1; of one longer than block_size the end is used.
-        temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest tokens. top_p: only
-        the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020). seed: the same seed, prompts
-        and device give the same tokens. stop: token sequences; a row ends after one of them, which is handed out too.
-        compile: torch.compile for the step from token to token, which becomes a CUDA graph on a GPU.
-        Yields a tensor (B,) for each position, -1 in rows that have ended; stops early when all rows have.
+        prompts: B sequences of at least one token id; of one longer than block_size, its end is used.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: samples from the k most likely tokens only.
+        top_p: samples from the smallest set of tokens that holds this much probability (Holtzman et
+            al. 2020).
+        seed: the same seed, prompts and device give the same tokens.
+        stop: token sequences; a row ends after any of them, which is yielded too.
+        compile: compiles the step from token to token, which becomes a CUDA graph on a GPU.
 
-        Past block_size: a row whose window is full drops its oldest half, and the rest is read again from position 0, so
-        that every token is written as the model was trained. That costs one pass every block_size / 2 tokens.
+        Yields a tensor (B,) for each new position, -1 in rows that have ended, until all rows have
+        ended or max_new_tokens are made. Raises ValueError for arguments that make no sense.
+
+        A row that has filled its context drops the oldest half of it. The rest is read again from
+        position 0, as in training; this costs one pass every block_size / 2 tokens.
         """
         from nib.generation import generate
         return generate(self, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile)

@@ -1,8 +1,8 @@
 """How a trained model writes: a window of tokens, a cache of keys and values, and sampling.
 
-A model that generates is a copy of the trained one that shares its parameters. Attention in the copy
-goes through a cache, and on a CPU its matrices may be packed; the rest is the code of model.py.
-check_generation() compares the two. The letters of shapes are model.py's.
+A model that generates is a copy of the trained one that shares its parameters. Its attention goes
+through a cache, and on a CPU its matrices may be packed; all else is the code of model.py, whose
+letters of shapes are used here too. check_generation() compares the copy with the model.
 """
 import copy
 import functools
@@ -17,15 +17,16 @@ from torch.nn import functional as F
 
 from model import GPT, IGNORED, MLP, GPTConfig, attend, attend_by_definition, kernels_fit
 
-# Of the logits' standard deviation, how far check_generation() lets rounding carry them: in float32,
-# of which a GPU may round the factors of a product to 11 bits, and in bfloat16 and float16.
+# Differences that check_generation() takes for rounding, as shares of the standard deviation of logits.
+# The first is for float32, whose factors a GPU may round to 11 bits; the other for 16-bit numbers.
 TOLERANCE, HALF_TOLERANCE = 0.02, 0.2
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompts, max_new_tokens: int, temperature, top_k, top_p, seed, stop, compile):
+def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile):
     """GPT.generate(), which documents it."""
-    check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, model.config.vocab_size)
+    vocab_size = model.config.vocab_size
+    check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
     window = Window(model, prompts, max_new_tokens, compile)
     device = window.tokens.device
     generator = torch.Generator(device)
@@ -54,11 +55,13 @@ def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, voc
     if max_new_tokens < 0:
         raise ValueError(f'max_new_tokens is {max_new_tokens}: it must be at least 0')
     if not 0.0 <= temperature < math.inf:
-        raise ValueError(f'temperature is {temperature}: it must be 0 (greedy) or a positive number')
+        raise ValueError(f'temperature is {temperature}: it must be 0 (greedy) or a positive '
+                         f'number')
     if top_k is not None and top_k < 1:
         raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1, or None for all tokens')
+        raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1, or None for all '
+                         f'tokens')
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ValueError(f'seed is {seed}: it must be at least 0 and less than 2^63')
 
@@ -75,7 +78,7 @@ def sample_tokens(logits, temperature, top_k, top_p, generator):
     probs = logits.softmax(dim=-1)
     if top_p is not None:  # a token goes if the more likely ones already hold top_p
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
-    # The largest p / Exponential(1) is at a token with probability p; multinomial would synchronise.
+    # The largest p / Exponential(1) is at a token with probability p. multinomial would wait.
     noise = torch.empty_like(probs).exponential_(generator=generator)
     chosen = (probs / noise).argmax(dim=-1, keepdim=True)
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
@@ -97,8 +100,8 @@ class Pass:
 class Window:
     """The tokens that each row attends over, the model that reads them, and a cache for each layer.
 
-    Tokens lie in slots. All rows end at the same slot: a shorter row has padding before it, which it
-    never looks at. Lengths are kept on the host, so generation never waits for the device.
+    Tokens lie in slots. All rows end at the same slot: a shorter row has padding before it, which
+    it never looks at. Lengths are kept on the host, so generation never waits for the device.
     """
 
     def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
@@ -159,9 +162,9 @@ class Window:
         not_padding = (keys >= self.starts[..., None]) | (slots < self.starts)[..., None]
         if kernels_fit():
             return Pass(slots, n_seen, ((keys <= slots[:, None]) & not_padding)[:, None])
-        query_positions, key_positions = slots - self.starts, keys - self.starts
-        in_use = (keys <= slots[-1]) & not_padding
-        return Pass(slots, n_seen, in_use[:, None], query_positions[:, None], key_positions[:, None])
+        is_token = ((keys <= slots[-1]) & not_padding)[:, None]
+        query_positions, key_positions = ((n - self.starts)[:, None] for n in (slots, keys))
+        return Pass(slots, n_seen, is_token, query_positions, key_positions)
 
 
 def next_logits(model: GPT, idx, positions):
@@ -190,19 +193,20 @@ class KVCache:
             return attend(q, k, v)
         k, v = self.keys[:, :, :this.n_seen], self.values[:, :, :this.n_seen]
         if not kernels_fit():
-            return attend_by_definition(q.type_as(k), k, v, this.query_positions, this.key_positions,
-                                        mask=this.mask).type_as(q)
+            y = attend_by_definition(q.type_as(k), k, v, this.query_positions, this.key_positions,
+                                     mask=this.mask)
+            return y.type_as(q)
         return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=this.mask,
                                               enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
 
 
 class BagCache:
-    """KVCache for a large one on a CPU: a step's queries, one a row, attend at the memory's rate, of
-    which scaled_dot_product_attention reaches half.
+    """A large KVCache on a CPU, in which single queries attend at the speed of the memory.
 
-    Both sums of attention are weighted sums of a table's rows, which is what embedding_bag computes.
-    Values (B, K, blocks, 64, D) are such rows. Keys lie the other way, (B, K, blocks, D, 64): the
-    scores of a block are its D rows, weighted by the query.
+    scaled_dot_product_attention reaches half of that. Both sums of attention are weighted sums of a
+    table's rows, which is what embedding_bag computes. Values (B, K, blocks, 64, D) are such rows.
+    Keys lie the other way, (B, K, blocks, D, 64): the scores of a block are its D rows, weighted by
+    the query.
     """
     # Numbers in a layer's keys and values; with fewer, the two calls cost more than they save.
     SMALLEST = 1 << 20
@@ -220,11 +224,13 @@ class BagCache:
         used = math.ceil(n_seen / self.BLOCK)  # blocks
         if T > 1:
             padding = 0, 0, 0, used * self.BLOCK - T
-            k_blocks, v_blocks = (F.pad(part, padding).unflatten(2, (used, self.BLOCK)) for part in (k, v))
+            k_blocks, v_blocks = (F.pad(part, padding).unflatten(2, (used, self.BLOCK))
+                                  for part in (k, v))
             self.keys[:, :, :used], self.values[:, :, :used] = k_blocks.transpose(3, 4), v_blocks
             if mask is None:
                 return attend(q, k, v)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != k.shape[1])
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                                  enable_gqa=H != k.shape[1])
         block, slot = divmod(n_seen - 1, self.BLOCK)
         self.keys[:, :, block, :, slot], self.values[:, :, block, slot] = k[:, :, 0], v[:, :, 0]
         query = q.expand(B, H, used, D) / math.sqrt(D)
@@ -237,14 +243,17 @@ class BagCache:
     @classmethod
     def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
         """Whether it is faster than KVCache, and computes the same."""
+        if weight.device.type != 'cpu' or not kernels_fit():
+            return False
         size = 2 * n_rows * config.kv_heads * n_slots * config.head_dim
-        fills_blocks = n_slots >= cls.BLOCK  # many rows in blocks that are half empty gain nothing
-        return weight.device.type == 'cpu' and size >= cls.SMALLEST and fills_blocks and kernels_fit()
+        return size >= cls.SMALLEST and n_slots >= cls.BLOCK  # blocks half empty gain nothing
 
     @classmethod
     def _add_rows(cls, table, used, weights):
-        """Sums (bags, width) of rows of table (B, K, blocks, rows, width), by weights
-        (B, H, ..., rows in a bag). Each head's bags together hold the rows in its used blocks."""
+        """Sums (bags, width) of rows of table (B, K, blocks, rows, width).
+
+        The weights are (B, H, ..., rows in a bag). A head's bags hold all rows in its used blocks.
+        """
         n_heads = weights.shape[0] * weights.shape[1]
         sharing = n_heads // (table.shape[0] * table.shape[1])
         (blocks, rows, width), bag = table.shape[2:], weights.shape[-1]
@@ -255,8 +264,7 @@ class BagCache:
     @staticmethod
     @functools.lru_cache(maxsize=2)  # for keys and for values, the same in all layers
     def _places(n_heads, sharing, n_rows, n_used):
-        """The first n_used rows (n_heads, n_used) of every head, in a table that has n_rows for each
-        `sharing` heads."""
+        """The first n_used rows (n_heads, n_used) of every head; `sharing` heads share n_rows."""
         heads, rows = (torch.arange(n, device='cpu') for n in (n_heads, n_used))
         return heads[:, None] // sharing * n_rows + rows
 
@@ -272,8 +280,9 @@ def for_generation(module: nn.Module, packed: bool):
     twin = copy.copy(module)
     twin.training = False
     twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
-    if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear) and is_tanh_gelu(twin.activation):
-        twin.c_fc.then, twin.activation = ('gelu', [], 'tanh'), nn.Identity()
+    if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear):
+        if isinstance(module.activation, nn.GELU) and module.activation.approximate == 'tanh':
+            twin.c_fc.then, twin.activation = ('gelu', [], 'tanh'), nn.Identity()
     if isinstance(module, GPT) and module.config.tied_head and packed:
         head = module.transformer.wte.weight
         if PackedLinear.pays(head):
@@ -282,16 +291,12 @@ def for_generation(module: nn.Module, packed: bool):
     return twin
 
 
-def is_tanh_gelu(module) -> bool:
-    return isinstance(module, nn.GELU) and module.approximate == 'tanh'
-
-
 class PackedLinear:
     """A linear layer for a CPU with its matrix once more, in the order in which oneDNN reads it.
 
     A product with few rows then runs at the memory's speed; the plain matrix reaches a third of it.
     """
-    SMALLEST = 1 << 17  # numbers in a float32 matrix; a smaller one is read within a call's overhead
+    SMALLEST = 1 << 17  # numbers in a float32 matrix; a call takes longer than to read fewer
 
     def __init__(self, weight, bias):
         rows = 16  # that the order is best for
@@ -320,23 +325,26 @@ class PackedLinear:
 # -- the check ------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def check_generation(model: GPT, prompt: Sequence[int], n_tokens: int = 8, precision=None) -> str | None:
+def check_generation(model: GPT, prompt: Sequence[int], n_tokens: int = 8,
+                     precision=None) -> str | None:
     """Compares the logits that generate() takes tokens from with those of whole forward passes.
 
-    Two rows go on greedily: one from the end of the prompt, so long that its context is full halfway,
-    and one from the first half of that. precision: the context manager that training runs forward
-    passes in; the whole passes are made both in it and in the precision of the weights. Returns None
-    if the logits agree to rounding, or a sentence if they differ.
+    Two rows go on greedily: one from the end of the prompt, which is taken so long that the context
+    is full halfway, and one from the first half of it. precision: the context manager in which
+    training runs its forward passes; the whole passes are made in it, and without it.
+
+    Returns None if the logits agree to rounding, or a sentence if they differ.
     """
     prompt = list(prompt)[-max(1, model.config.block_size - n_tokens // 2):]
     texts = [prompt, prompt[:max(1, len(prompt) // 2)]]
-    logits, lengths = [], []
+    steps, contexts = [], []  # for each token: logits (2, V), and the context of each row
     try:
         window = Window(model, texts, n_tokens, compile=False)
         for _ in range(n_tokens):
-            logits.append(window.next_logits().float())  # (2, V)
-            lengths.append(window.lengths)
-            tokens = logits[-1].argmax(dim=-1)
+            steps.append(window.next_logits().float())
+            contexts.append([(len(text) - length, len(text))
+                             for text, length in zip(texts, window.lengths, strict=True)])
+            tokens = steps[-1].argmax(dim=-1)
             texts = [[*text, token] for text, token in zip(texts, tokens.tolist(), strict=True)]
             window.append(tokens)
     except Exception as error:  # in code that somebody changed; it must not end a training run
@@ -344,37 +352,36 @@ def check_generation(model: GPT, prompt: Sequence[int], n_tokens: int = 8, preci
     was_training = model.training
     model.eval()
     try:
-        for context in (nullcontext(), precision or nullcontext()):
-            with context:
-                whole = [logits_of_whole_passes(model, text[:-1], row_lengths)
-                         for text, row_lengths in zip(texts, zip(*lengths, strict=True), strict=True)]
-            if said := describe_difference(torch.stack(logits), torch.stack(whole, dim=1), lengths):
+        for manager in (nullcontext(), precision or nullcontext()):
+            with manager:
+                whole = [logits_of_whole_passes(model, text, [context[row] for context in contexts])
+                         for row, text in enumerate(texts)]
+            if said := describe_difference(torch.stack(steps), torch.stack(whole, dim=1), contexts):
                 return said
     finally:
         model.train(was_training)
     return None
 
 
-def describe_difference(actual, expected, lengths: list[list[int]]) -> str | None:
-    """A sentence about the largest difference of logits (n_tokens, rows, V); None within rounding."""
+def logits_of_whole_passes(model: GPT, text: list[int], contexts: list[tuple[int, int]]):
+    """Logits (n, V) after each of n contexts, which are (start, end) places in the text."""
+    device, logits = model.transformer.wte.weight.device, []
+    for start in sorted({start for start, _ in contexts}):  # one pass for all that begin there
+        ends = [end for other, end in contexts if other == start]
+        idx = torch.tensor([text[start:ends[-1]]], device=device)
+        logits.append(model(idx)[0, [end - start - 1 for end in ends]])
+    return torch.cat(logits)
+
+
+def describe_difference(actual, expected, contexts) -> str | None:
+    """A sentence about the largest difference of logits (n, rows, V); None if it is rounding's."""
     is_rounded = expected.dtype in (torch.bfloat16, torch.float16)
     expected = expected.float()
     spread = expected.std(dim=-1, correction=0).clamp(min=1e-30)
-    share = (actual - expected).std(dim=-1, correction=0) / spread  # (n_tokens, rows)
+    share = (actual - expected).std(dim=-1, correction=0) / spread  # (n, rows)
     if (share <= (HALF_TOLERANCE if is_rounded else TOLERANCE)).all():  # not so if one is NaN
         return None
     step, row = divmod(int(share.argmax()), share.shape[1])
-    return (f'after {lengths[step][row]} tokens, the logits of generate() differ from those of a whole '
+    start, end = contexts[step][row]
+    return (f'after {end - start} tokens, the logits of generate() differ from those of a whole '
             f'forward pass by {float(share[step, row]):.1%} of their standard deviation')
-
-
-def logits_of_whole_passes(model: GPT, text: list[int], lengths: Sequence[int]):
-    """Logits (n, V) after each of the text's last n tokens, as seen from the `lengths` tokens up to it."""
-    ends = range(len(text) - len(lengths) + 1, len(text) + 1)
-    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-    logits = []
-    for start in sorted(set(starts)):  # where the context was full, a new start
-        last = [end - start - 1 for end, its_start in zip(ends, starts, strict=True) if its_start == start]
-        idx = torch.tensor([text[start:start + last[-1] + 1]], device=model.transformer.wte.weight.device)
-        logits.append(model(idx)[0, last])
-    return torch.cat(logits)
