@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 
 import configurator
-from model import GPT, GPTConfig, check_sampling
+from model import GPT, GPTConfig
 from nib import checkpoint, runtime, weights
 from nib.errors import UserError, run_script
+from nib.generation import check_sampling
 from nib.tokenizer import encode_prompt, tokenizer_from_json
 
 # which model

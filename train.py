@@ -21,6 +21,7 @@ from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, vit
 from nib.checks import check_config
 from nib.doctor import Doctor
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, UserError, run_script
+from nib.generation import check_generation
 from nib.metrics import Console, Metrics
 from nib.report import write_after_run
 from nib.writer import CheckpointWriter
@@ -421,6 +422,9 @@ def main(argv):
                                          'peak_memory': runtime.peak_memory(device_used)} | shown.metrics(grad_clip))
 
     if not exit_code:
+        if metrics:
+            prompt = data.val[:block_size].tolist()
+            tell(doctor.see_generation(state.step, check_generation(raw_model, prompt, precision=precision)))
         if by_doctor := ranks.largest(stop.number) == runtime.FINDING:
             stop.number = 0  # nothing is left to stop
         loss = split_loss('val', None)

@@ -38,7 +38,8 @@ MODELS = {  # the flags that make it of the lab's model
     'relu2': '--mlp=relu2 --bias --n_embd=96 --n_head=3',
 }
 OWN_SIZE = ('underfitting',)  # faults of the model's size
-SHOWS = {'underfitting': 0.5}  # the share of the run after which a fault shows; others from the start, or a tenth on
+# The share of the run after which a fault shows; others show from the start, or a tenth on.
+SHOWS = {'underfitting': 0.5, 'generation_differs': 1.0}
 HEALTHY = {  # config/lab/healthy.py with flags, each on both texts
     'gpt2': '', 'modern': MODELS['modern'], 'relu2': MODELS['relu2'],
     'deep': '--n_layer=6 --n_embd=96 --learning_rate=1e-3',

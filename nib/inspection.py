@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from model import GPT, CausalSelfAttention, rotate
+import model as architecture
+from model import GPT, CausalSelfAttention
 
 # A unit is closed where its non-linearity lets hardly any gradient through: squared ReLU none at all, GELU and SwiGLU's gate
 # (SiLU) with a slope within 0.0125 of 0.
@@ -134,23 +135,17 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
 
 def attention_scores(attention: CausalSelfAttention, x, rotary=None):
     """The scores (B, H, T, T) whose softmax are the weights of the values, and the values (B, H, T, D), which groups of heads
-    may share. A key later than the query has the score -inf.
+    may share. A key that the query may not look at has the score -inf.
 
-    What the module calls for attention keeps them to itself; so they are computed again from its queries and keys:
-    q k^T / sqrt(D) (Vaswani et al. 2017, equation 1).
+    What the module calls for attention keeps them to itself; so model.attention_scores() computes
+    them again, in float32 at least.
     """
-    B, T, _ = x.shape
-    # q (B, H, T, D), k and v (B, K, T, D)
-    q, k, v = attention.c_attn(x).view(B, T, -1, attention.head_dim).transpose(1, 2).split(attention.heads, dim=1)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
-    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))  # (B, H, T, D)
+    q, k, v = attention.query_key_value(x, rotary)
+    k, v = (architecture.share_heads(part, q.shape[1]) for part in (k, v))  # (B, H, T, D)
     dtype = torch.promote_types(q.dtype, torch.float32)
+    positions = torch.arange(x.shape[1], device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        scores = q.to(dtype) @ k.to(dtype).transpose(2, 3) / math.sqrt(attention.head_dim)  # (B, H, T, T)
-    later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    return scores.masked_fill(later, -math.inf), v
+        return architecture.attention_scores(q.to(dtype), k.to(dtype), positions, positions), v
 
 
 def entropy(weights):

@@ -249,7 +249,7 @@ def test_commands_name_files_that_are_there(path):
 
 def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
     block = configurator.read_block(str(ROOT / 'train.py'))
-    elsewhere = {'x = x + layer(norm(x))', 'y[t] = x[t + 1]', 'OUT_DIR/best', 'debug_training.py', 'prepare.py',
+    elsewhere = {'x = x + layer(norm(x))', 'y[t] = x[t + 1]', 'attention_scores()', 'model.py', 'OUT_DIR/best', 'debug_training.py', 'prepare.py',
                  'prepare.py --tokenizer=char'}
     keys = set()
     for _, _, name, change in trouble_rows(ENGLISH):
