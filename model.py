@@ -373,18 +373,19 @@ class GPT(nn.Module):
         return self._loss(x.flatten(0, 1), targets.flatten())
 
     def _loss(self, x, targets):
-        """The mean cross-entropy of hidden states x (N, C), with the logits of a large vocabulary in chunks."""
+        """The mean cross-entropy of hidden states x (N, C) and targets (N)."""
+        weight, cap, V = self._head_weight, self.config.logit_cap, self.config.vocab_size
         chunk = LOSS_CHUNK if x.device.type == 'cpu' else LOSS_CHUNK_GPU
-        weight, V = self._head_weight, self.config.vocab_size
-        # Compiled for a GPU, the cross-entropy is fused with the logits' cast, and faster than in chunks.
-        fused = x.is_cuda and torch.compiler.is_compiling()
-        if len(targets) * V > chunk and not fused:
-            return ChunkedLoss.apply(x, weight, targets, self.config.logit_cap, torch.is_grad_enabled(), chunk)
+        # torch.compile fuses the cross-entropy on a GPU, which is faster than the loss in chunks.
+        is_fused = x.is_cuda and torch.compiler.is_compiling()
+        if len(targets) * V > chunk and not is_fused:
+            return ChunkedLoss.apply(x, weight, targets, cap, torch.is_grad_enabled(), chunk)
         if not x.is_cuda:
             return F.cross_entropy(self._logits(x).float(), targets, ignore_index=IGNORED)
-        logits = soft_cap(F.linear(x, pad_rows(weight)), self.config.logit_cap).float()
-        padding = torch.arange(logits.shape[1], device=x.device) >= V
-        return F.cross_entropy(logits.masked_fill(padding, -math.inf), targets, ignore_index=IGNORED)
+        logits = soft_cap(F.linear(x, pad_rows(weight)), cap).float()  # (N, V and padding)
+        is_padding = torch.arange(logits.shape[1], device=x.device) >= V
+        logits = logits.masked_fill(is_padding, -math.inf)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED)
 
     def _hidden(self, idx, positions):
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -465,7 +466,7 @@ class GPT(nn.Module):
             al. 2020).
         seed: the same seed, prompts and device give the same tokens.
         stop: token sequences; a row ends after any of them, which is yielded too.
-        compile: compiles the step from token to token, which becomes a CUDA graph on a GPU.
+        compile: compiles the step from token to token. On a GPU it is a CUDA graph either way.
 
         Yields a tensor (B,) for each new position, -1 in rows that have ended, until all rows have
         ended or max_new_tokens are made. Raises ValueError for arguments that make no sense.
@@ -483,8 +484,11 @@ def soft_cap(logits, cap):
 
 
 def pad_rows(weight):
-    """The head's matrix (V, C) with rows of zeros up to a multiple of 64, as a GPU's matrix products want them: with GPT-2's
-    50,257 rows an H100 reaches 96 TFLOP/s, with 50,304 706. The logits of such rows must be left out."""
+    """The head's matrix (V, C) on a GPU, with rows of zeros up to a multiple of 64.
+
+    With GPT-2's 50,257 rows its product runs at 96 TFLOP/s on an H100, with 50,304 at 706. The
+    logits of the added rows must not count.
+    """
     return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
 
 

@@ -120,12 +120,11 @@ class Window:
         self.model = for_generation(model, packed=not compile)
         for block, cache in zip(self.model.transformer.h, self.caches, strict=True):
             block.attn.attend = cache.attend
-        self.compile, self.step = compile, next_logits
-        if compile:
-            self.step = torch.compile(next_logits, mode='reduce-overhead', fullgraph=True)
-            for cache in self.caches:  # or a CUDA graph would copy them in every step
-                torch._dynamo.mark_static_address(cache.keys)
-                torch._dynamo.mark_static_address(cache.values)
+        self.step = torch.compile(next_logits, fullgraph=True) if compile else next_logits
+        # A compiled step and a CUDA graph need the same shapes in every step.
+        self.is_static = compile or weight.is_cuda
+        self.starts = torch.zeros(len(prompts), 1, dtype=torch.long, device=weight.device)
+        self.graph = None
 
     def append(self, tokens):
         """Adds one token (B,) to every row.
@@ -140,20 +139,34 @@ class Window:
 
     def next_logits(self):
         """Logits (B, V) of the token after each row's last."""
-        n_tokens, T, device = self.tokens.shape[1], self.unread.shape[1], self.tokens.device
-        slots = torch.arange(n_tokens - T, n_tokens, device=device)
-        if T == n_tokens:  # each row's first slot, (B, 1)
-            self.starts = n_tokens - torch.tensor(self.lengths, device=device)[:, None]
-        is_static = self.compile and T == 1  # a compiled step needs the same shapes every time
-        n_seen = self.n_slots if is_static else n_tokens
+        n_tokens, T = self.tokens.shape[1], self.unread.shape[1]
+        slots = torch.arange(n_tokens - T, n_tokens, device=self.tokens.device)
+        if T == n_tokens:  # each row's first slot
+            lengths = torch.tensor(self.lengths, device=self.tokens.device)
+            self.starts.copy_(n_tokens - lengths[:, None])
+        if T == 1 and self.is_static:
+            return self._static_step(self.unread, slots)
         is_padded = min(self.lengths) < n_tokens
+        return self._read(self.unread, slots, n_tokens, is_padded or not kernels_fit())
+
+    def _static_step(self, idx, slots):
+        """Logits after idx (B, 1), in operations whose shapes are the same in every step."""
+        if not idx.is_cuda:
+            return self._read(idx, slots, self.n_slots, True)
+        if self.graph is None:
+            self.graph = StepGraph(lambda idx, slots: self._read(idx, slots, self.n_slots, True),
+                                   idx, slots)
+        return self.graph(idx, slots)
+
+    def _read(self, idx, slots, n_seen: int, is_masked: bool):
+        """Logits (B, V) after idx (B, T), whose keys and values go to the slots (T)."""
         this_pass, positions = Pass(slots, n_seen, None), slots
-        if is_static or is_padded or not kernels_fit():
+        if is_masked:
             positions = (slots - self.starts).clamp(min=0)  # (B, T)
             this_pass = self._masked_pass(slots, n_seen)
         for cache in self.caches:
             cache.this_pass = this_pass
-        return (self.step if T == 1 else next_logits)(self.model, self.unread, positions)
+        return (self.step if idx.shape[1] == 1 else next_logits)(self.model, idx, positions)
 
     def _masked_pass(self, slots, n_seen: int) -> Pass:
         """A pass in which rows have padding, or not all n_seen slots are in use yet."""
@@ -170,6 +183,38 @@ class Window:
 def next_logits(model: GPT, idx, positions):
     """Logits (B, V) of the token after the last of idx (B, T)."""
     return model._logits(model._hidden(idx, positions)[:, -1])
+
+
+class StepGraph:
+    """The step from token to token as a CUDA graph: one launch instead of some 200.
+
+    read: a function of idx (B, 1) and slots (1) that returns logits (B, V). If it cannot be
+    captured, because somebody's model waits for the GPU, it is called as it is.
+    """
+
+    def __init__(self, read, idx, slots):
+        self.read, self.idx, self.slots = read, idx.clone(), slots.clone()
+        with torch.cuda.device(idx.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # kernels are loaded, and compiled, before the capture
+                for _ in range(2):
+                    read(self.idx, self.slots)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.logits = read(self.idx, self.slots)
+            except RuntimeError:
+                self.graph = None
+
+    def __call__(self, idx, slots):
+        if self.graph is None:
+            return self.read(idx, slots)
+        self.idx.copy_(idx)
+        self.slots.copy_(slots)
+        self.graph.replay()
+        return self.logits.clone()  # the next step writes to the same place
 
 
 class KVCache:

@@ -63,8 +63,18 @@ def test_cached_sampling_equals_full_passes_on_a_gpu(config, dtype):
     assert (logits.max(dim=1).values - chosen).max() <= near * logits.abs().max()
 
 
+def test_a_model_that_waits_for_the_gpu_generates_without_a_cuda_graph(monkeypatch):
+    model = make_model(SMALL).eval()
+    expected = greedy(model, [[1, 2, 3]], 20)
+    class Waiting(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() else x
+    model.transformer.drop = Waiting()
+    assert greedy(model, [[1, 2, 3]], 20) == expected
+
+
 @CONFIGS
-def test_cuda_graphs_write_the_same_tokens(config):
+def test_compiled_steps_write_the_same_tokens(config):
     model = make_model(config).eval()
     for prompts in ([tokens(1, 5)[0].tolist()], [tokens(1, 5)[0].tolist(), tokens(1, 20, seed=1)[0].tolist()]):
         assert greedy(model, prompts, 50, compile=True) == greedy(model, prompts, 50)
