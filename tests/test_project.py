@@ -12,7 +12,6 @@ from nib.checks import check_config
 from nib.errors import UserError
 
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
-README = (ROOT / 'README.md').read_text()
 
 
 def imported(path: Path) -> set[str]:
@@ -54,32 +53,13 @@ def test_third_party_imports_are_declared():
         assert outside <= declared, path
 
 
-def test_files_that_the_readme_names_are_there():
-    named = set(re.findall(r'(?:config|data|nib|tests|benchmarks|docs)/[\w/]+\.(?:py|png)', README))
-    assert named
-    for name in named:
-        assert 'NAME' in name or (ROOT / name).exists(), name
-
-
-def test_every_key_that_the_readme_sets_is_a_key():
-    """Of the commands that run one of the project's scripts."""
-    commands = [line for line in re.findall(r'^ {4}(.*)$', README, re.MULTILINE) if 'python ' in line or 'torchrun ' in line]
-    assert len(commands) > 5
-    for command in commands:
-        for script, flags in re.findall(r'((?:[\w-]+/)*[\w-]+\.py)((?: +(?!&&)[^ |#&]+)*)', command):
-            if (ROOT / script).exists() and not script.startswith('config/'):
-                source = (ROOT / script).read_text()
-                for key in re.findall(r'--(\w+)', flags):
-                    assert key in ('help', 'print_config') or re.search(rf'^{key}: ', source, re.MULTILINE), (command, key)
-
-
 def resolved(config, device, *flags):
     """A config file's values on a machine with this device."""
     block = configurator.read_block(str(ROOT / 'train.py'))
     return configurator.resolve(block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}', *flags])[0]
 
 
-def test_configs_are_what_the_readme_says():
+def test_configs_are_what_the_docs_say():
     def sizes(values):
         return tuple(values[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'dropout', 'max_iters'))
 
