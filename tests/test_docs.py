@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
 SHELLS = ('sh', 'console', 'console recorded')  # fenced blocks that hold commands
 PROGRAMS = ('python', 'python3', 'pip', 'pytest', 'torchrun', 'tensorboard', 'git', 'ruff', 'mypy', '.ci/run')
