@@ -51,7 +51,7 @@ ELSEWHERE = {
     'python bench.py config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
     'pytest': 'this is it',
     'pytest tests/test_resume.py': 'pytest',
-    'pytest tests/test_rundir.py': 'pytest',
+    'pytest tests/run/test_folder.py': 'pytest',
 }
 NEEDS_NETWORK = {
     'pip install -r requirements.txt': 'installs packages',
