@@ -45,7 +45,9 @@ def read_examples() -> list[Example]:
 def test_there_is_an_example_of_every_kind():
     names = {example.name for example in read_examples()}
     assert names == {'An optimizer', 'An activation', 'Attention', 'A learning rate schedule', 'A dataset', 'A tokenizer', 'A metric'}
-    assert all(example.commands for example in read_examples())
+    run = [command for example in read_examples() for command in example.commands]
+    shown = re.findall('^(?:python|torchrun) .*$', PAGE.read_text(encoding='utf-8'), re.MULTILINE)
+    assert shown == run and all(example.commands for example in read_examples())
 
 
 # Runs scripts one after the other in one process, which imports torch once, and then the code of a check.

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from nib.doctor.troubles import TROUBLES
+
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
 SHELLS = ('sh', 'console', 'console recorded')  # fenced blocks that hold commands
 PROGRAMS = ('python', 'python3', 'pip', 'pytest', 'torchrun', 'tensorboard', 'git', 'ruff', 'mypy', '.ci/run')
@@ -122,6 +124,8 @@ def all_commands() -> dict[str, Path]:
     """Each command of the pages, with the first page that shows it."""
     found = {}
     for page in PAGES:
+        if page.name == 'change_it.md':  # test_change_it.py runs its commands, after the changes that they need
+            continue
         for block in read_blocks(page):
             if block.kind in SHELLS:
                 for command in commands_of(block):
@@ -200,6 +204,52 @@ def succeed(done):
 def test_command_runs(command, folder, run_main):
     script, argv = split_command(command)
     assert succeed(run_main(script, *argv, *RUN[command])).stdout
+
+
+# -- what the pages print ----------------------------------------------------------------------------------------------
+
+def shown_after(page: str, begins: str) -> list[str]:
+    """The lines of a page's block of output that has a line which begins so, without '...'."""
+    (body,) = [block.body for block in read_blocks(ROOT / page) if block.kind == 'text' and f'\n{begins}' in '\n' + block.body]
+    return [line for line in body.splitlines() if line != '...']
+
+
+def shape(line: str) -> str:
+    """A line with its numbers left out, and what only some evaluations say."""
+    return re.sub(r'[\d,.]*\d(?:e[+-]\d+)?', '#', line.replace(', the best so far', ''))
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/watching.md'])
+def test_a_run_prints_such_lines_as_are_shown(page, folder, run_main):
+    done = run_main('train.py', 'config/train_shakespeare_char.py', *TINY_RUN, '--log_interval=1')
+    printed = succeed(done).stdout.splitlines()
+    for line in shown_after(page, 'device cpu'):
+        if line.startswith('step '):
+            assert shape(line) in map(shape, printed), line
+        elif not line.startswith(('preparing ', 'data/')):  # the dataset has been prepared
+            words = re.match(r'[^\d(]+', line)[0].split(' healthy')[0]
+            assert any(other.startswith(words) for other in printed), line
+
+
+def test_debug_training_prints_such_rows_as_are_shown(folder, run_main):
+    command = ['debug_training.py', 'config/train_shakespeare_char.py', *TINY, '--lr_decay_iters=2']
+    for begins, flags in (('parameter ', ['--overfit_steps=50']), ('<- update too large', ['--learning_rate=10', '--overfit_steps=1'])):
+        printed = ' '.join(succeed(run_main(*command, *flags)).stdout.split())
+        for line in shown_after('docs/watching.md', begins):
+            label = re.match(r'(?:(?! {2}| \d).)*', line.strip())[0]
+            assert shape(label) in shape(printed), label
+    printed = ' '.join(succeed(run_main(*command, '--explain')).stdout.split())
+    for line in shown_after('docs/watching.md', 'g  '):
+        assert ' '.join(re.sub(r'(?<!\S)-?\d\S*(?:\s+-?\d\S*)+$', '', line).split()) in printed, line
+
+
+def test_the_finding_that_is_shown_is_the_doctors():
+    said = ' '.join(shown_after('docs/watching.md', 'step 10: lr_too_high'))
+    trouble = TROUBLES['lr_too_high']
+    assert f'lr_too_high, {trouble.severity}: ' in said
+    for sentences in (trouble.causes, trouble.changes):
+        sentences = [one if isinstance(one, str) else one[1] for one in sentences]
+        assert sum(sentence in said for sentence in sentences) >= 2, sentences
 
 
 # -- what the pages refer to -------------------------------------------------------------------------------------------
