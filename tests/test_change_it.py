@@ -17,9 +17,9 @@ PAGE = ROOT / 'docs/change_it.md'
 MODEL = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=64', '--batch_size=2',
          '--warmup_iters=2']
 SMALL = {
-    'train.py': [*MODEL, '--max_iters=8', '--lr_decay_iters=8', '--eval_interval=4', '--eval_iters=1', '--log_interval=1',
+    'train.py': [*MODEL, '--max_iters=8', '--eval_interval=4', '--eval_iters=1', '--log_interval=1',
                  '--sample_tokens=0', '--overwrite'],
-    'debug_training.py': [*MODEL, '--max_iters=8', '--lr_decay_iters=8', '--overfit_steps=2'],
+    'debug_training.py': [*MODEL, '--max_iters=8', '--overfit_steps=2'],
     'sample.py': ['--device=cpu', '--max_new_tokens=20', '--num_samples=2'],
     'prepare.py': [],
     'report.py': ['--no-png'],

@@ -17,14 +17,14 @@ PROGRAMS = ('python', 'python3', 'pip', 'pytest', 'torchrun', 'tensorboard', 'gi
 # A model and a run that take a moment; for scripts that read train.py's keys.
 TINY = ['--device=cpu', '--dtype=float32', '--data_dir=data', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=8',
         '--batch_size=2', '--max_iters=2', '--warmup_iters=0', '--eval_interval=2', '--eval_iters=1']
-TINY_RUN = [*TINY, '--lr_decay_iters=2', '--overwrite', '--sample_tokens=0']
+TINY_RUN = [*TINY, '--overwrite', '--sample_tokens=0']
 SHORT_SAMPLE = ['--device=cpu', '--max_new_tokens=3']
 
 # Commands that are run, each with the flags that make it small. They share one folder, which holds a dataset in the place of
 # tiny Shakespeare, a folder of notes, and a run in each of the folders that the pages name.
 RUN = {
     'python train.py config/train_shakespeare_char.py': TINY_RUN,
-    'python train.py config/train_shakespeare_char.py --init_from=resume': [*TINY, '--lr_decay_iters=2', '--max_iters=3'],
+    'python train.py config/train_shakespeare_char.py --init_from=resume': [*TINY, '--max_iters=3'],
     'python train.py config/modern_shakespeare_char.py': [*TINY_RUN, '--n_kv_head=1'],
     'python train.py config/fast_shakespeare_char.py': [*TINY_RUN, '--cooldown_iters=1'],
     'python train.py config/train_text.py --dataset=notes': TINY_RUN,
@@ -36,8 +36,8 @@ RUN = {
     'python data/text/prepare.py --input=PATH/TO/NOTES --name=notes': ['--name=', '--out_dir=data/notes'],
     'python report.py --out_dir=out-shakespeare-char': ['--no-png'],
     'python report.py --out_dir=out-shakespeare-char,out-two': ['--no-png'],
-    'python debug_training.py config/train_shakespeare_char.py': [*TINY, '--lr_decay_iters=2', '--overfit_steps=2'],
-    'python debug_training.py config/train_shakespeare_char.py --explain': [*TINY, '--lr_decay_iters=2'],
+    'python debug_training.py config/train_shakespeare_char.py': [*TINY, '--overfit_steps=2'],
+    'python debug_training.py config/train_shakespeare_char.py --explain': [*TINY],
 }
 # Commands that another test runs.
 ELSEWHERE = {
@@ -232,7 +232,7 @@ def test_a_run_prints_such_lines_as_are_shown(page, folder, run_main):
 
 
 def test_debug_training_prints_such_rows_as_are_shown(folder, run_main):
-    command = ['debug_training.py', 'config/train_shakespeare_char.py', *TINY, '--lr_decay_iters=2']
+    command = ['debug_training.py', 'config/train_shakespeare_char.py', *TINY]
     for begins, flags in (('parameter ', ['--overfit_steps=50']), ('<- update too large', ['--learning_rate=10', '--overfit_steps=1'])):
         printed = ' '.join(succeed(run_main(*command, *flags)).stdout.split())
         for line in shown_after('docs/watching.md', begins):
