@@ -1,4 +1,8 @@
-"""docs/change_it.md: every example applies to a copy of the repository, which then trains, is examined and samples."""
+"""docs/change_it.md: every example applies to a copy of the repository.
+
+The copy then trains, its model is examined, and it generates text.
+"""
+
 import json
 import re
 import shlex
@@ -14,11 +18,26 @@ pytestmark = pytest.mark.slow
 
 PAGE = ROOT / 'docs/change_it.md'
 # What makes the page's commands small, by script.
-MODEL = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=64', '--batch_size=2',
-         '--warmup_iters=2']
+MODEL = [
+    '--device=cpu',
+    '--dtype=float32',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=16',
+    '--block_size=64',
+    '--batch_size=2',
+    '--warmup_iters=2',
+]
 SMALL = {
-    'train.py': [*MODEL, '--max_iters=8', '--eval_interval=4', '--eval_iters=1', '--log_interval=1',
-                 '--sample_tokens=0', '--overwrite'],
+    'train.py': [
+        *MODEL,
+        '--max_iters=8',
+        '--eval_interval=4',
+        '--eval_iters=1',
+        '--log_interval=1',
+        '--sample_tokens=0',
+        '--overwrite',
+    ],
     'debug_training.py': [*MODEL, '--max_iters=8', '--overfit_steps=2'],
     'sample.py': ['--device=cpu', '--max_new_tokens=20', '--num_samples=2'],
     'prepare.py': [],
@@ -29,6 +48,7 @@ SMALL = {
 @dataclass(frozen=True)
 class Example:
     """A section of the page: what is changed, how, and what is run afterwards."""
+
     name: str
     diffs: list[str]
     commands: list[str]
@@ -36,21 +56,42 @@ class Example:
 
 def read_examples() -> list[Example]:
     sections = re.split(r'^## (.*)\n', PAGE.read_text(encoding='utf-8'), flags=re.MULTILINE)[1:]
-    examples = [Example(name, *(re.findall(rf'^```{kind}\n(.*?)^```$', text, re.MULTILINE | re.DOTALL) for kind in ('diff', 'sh')))
-                for name, text in zip(sections[::2], sections[1::2])]
-    return [Example(one.name, one.diffs, [line for block in one.commands for line in block.splitlines()])
-            for one in examples if one.diffs]
+    examples = [
+        Example(
+            name,
+            *(
+                re.findall(rf'^```{kind}\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+                for kind in ('diff', 'sh')
+            ),
+        )
+        for name, text in zip(sections[::2], sections[1::2])
+    ]
+    return [
+        Example(
+            one.name, one.diffs, [line for block in one.commands for line in block.splitlines()]
+        )
+        for one in examples
+        if one.diffs
+    ]
 
 
 def test_there_is_an_example_of_every_kind():
     names = {example.name for example in read_examples()}
-    assert names == {'An optimizer', 'An activation', 'Attention', 'A learning rate schedule', 'A dataset', 'A tokenizer', 'A metric'}
+    assert names == {
+        'An optimizer',
+        'An activation',
+        'Attention',
+        'A learning rate schedule',
+        'A dataset',
+        'A tokenizer',
+        'A metric',
+    }
     run = [command for example in read_examples() for command in example.commands]
     shown = re.findall('^(?:python|torchrun) .*$', PAGE.read_text(encoding='utf-8'), re.MULTILINE)
     assert shown == run and all(example.commands for example in read_examples())
 
 
-# Runs scripts one after the other in one process, which imports torch once, and then the code of a check.
+# Runs scripts one after the other in one process, which imports torch once, and then a check.
 DRIVER = """
 import json, runpy, sys
 commands, check = json.load(sys.stdin)
@@ -85,8 +126,12 @@ with torch.no_grad():
 def bins(tmp_path_factory):
     """A dataset in the place of tiny Shakespeare."""
     folder = tmp_path_factory.mktemp('bins')
-    (folder / 'play.txt').write_text('ROMEO: The cat and a dog.\nHere, a small bird sings: what else, but see?\n' * 60)
-    done = run_script('data/text/prepare.py', f'--input={folder}/play.txt', f'--out_dir={folder}/bins')
+    (folder / 'play.txt').write_text(
+        'ROMEO: The cat and a dog.\nHere, a small bird sings: what else, but see?\n' * 60
+    )
+    done = run_script(
+        'data/text/prepare.py', f'--input={folder}/play.txt', f'--out_dir={folder}/bins'
+    )
     assert done.returncode == 0, done.stderr
     return folder / 'bins'
 
@@ -94,8 +139,13 @@ def bins(tmp_path_factory):
 @pytest.fixture
 def copy(tmp_path, bins):
     """A copy of the repository's files as they are now, with that dataset and a folder of notes."""
-    files = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True,
-                           text=True, check=True).stdout.splitlines()
+    files = subprocess.run(
+        ['git', 'ls-files', '--cached', '--others', '--exclude-standard'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     folder = tmp_path / 'copy'
     for name in files:
         if (ROOT / name).is_file():
@@ -121,9 +171,12 @@ def run(folder: Path, commands: list[list[str]], check: str = ''):
 
 
 def apply(folder: Path, diff: str):
-    done = subprocess.run(['git', 'apply', '-'], cwd=folder, input=diff, capture_output=True, text=True,
-                          check=False)
-    assert done.returncode == 0, f'{done.stderr}\nThe file has changed: make the diff of {PAGE.name} anew.'
+    done = subprocess.run(
+        ['git', 'apply', '-'], cwd=folder, input=diff, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (
+        f'{done.stderr}\nThe file has changed: make the diff of {PAGE.name} anew.'
+    )
 
 
 @pytest.mark.parametrize('example', read_examples(), ids=lambda example: example.name)
@@ -133,24 +186,36 @@ def test_example_trains_is_examined_and_samples(example, copy):
     *_, trained = [command for command in example.commands if ' train.py ' in command]
     debugged = trained.replace(' train.py ', ' debug_training.py ')
     out_dir = 'out-changed'
-    run(copy, [*(small(command, *[f'--out_dir={out_dir}'] * (command == trained)) for command in example.commands),
-               small(debugged), small(debugged, '--explain'),
-               small(f'python report.py --out_dir={out_dir}'), small(f'python sample.py --out_dir={out_dir}')],
-        f'OUT_DIR = {out_dir!r}\n' + CHECK_GENERATION + CHECKS.get(example.name, ''))
+    run(
+        copy,
+        [
+            *(
+                small(command, *[f'--out_dir={out_dir}'] * (command == trained))
+                for command in example.commands
+            ),
+            small(debugged),
+            small(debugged, '--explain'),
+            small(f'python report.py --out_dir={out_dir}'),
+            small(f'python sample.py --out_dir={out_dir}'),
+        ],
+        f'OUT_DIR = {out_dir!r}\n' + CHECK_GENERATION + CHECKS.get(example.name, ''),
+    )
     if example.name in PROMISES:
         PROMISES[example.name](copy / out_dir)
 
 
-# -- what an example promises beside that it runs ----------------------------------------------------------------------
+# -- what an example promises beside that it runs --------------------------------------------------
 
-CHECKS = {'Attention': """
+CHECKS = {
+    'Attention': """
 from model import WINDOW, attend
 q, k, v = torch.randn(3, 1, 1, 2 * WINDOW, 4).unbind()
 k.requires_grad_()
 attend(q, k, v)[0, 0, -1].sum().backward()
 seen = k.grad[0, 0].abs().sum(dim=-1) > 0
 assert seen.tolist() == [False] * WINDOW + [True] * WINDOW, seen
-"""}
+"""
+}
 
 
 def check_schedule(out_dir):

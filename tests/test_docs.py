@@ -1,5 +1,8 @@
-"""README.md and docs/: every command runs here or is listed with the reason why it does not, and what the pages refer to
-exists."""
+"""README.md and docs/: every command runs here or is listed with the reason why it does not.
+
+What the pages refer to exists, and the figures that they quote were measured.
+"""
+
 import re
 import shlex
 from dataclasses import dataclass
@@ -12,16 +15,40 @@ from nib.doctor.troubles import TROUBLES
 
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
 SHELLS = ('sh', 'console', 'console recorded')  # fenced blocks that hold commands
-PROGRAMS = ('python', 'python3', 'pip', 'pytest', 'torchrun', 'tensorboard', 'git', 'ruff', 'mypy', '.ci/run')
+PROGRAMS = (
+    'python',
+    'python3',
+    'pip',
+    'pytest',
+    'torchrun',
+    'tensorboard',
+    'git',
+    'ruff',
+    'mypy',
+    '.ci/run',
+)
 
 # A model and a run that take a moment; for scripts that read train.py's keys.
-TINY = ['--device=cpu', '--dtype=float32', '--data_dir=data', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=8',
-        '--batch_size=2', '--max_iters=2', '--warmup_iters=0', '--eval_interval=2', '--eval_iters=1']
+TINY = [
+    '--device=cpu',
+    '--dtype=float32',
+    '--data_dir=data',
+    '--n_layer=1',
+    '--n_head=2',
+    '--n_embd=16',
+    '--block_size=8',
+    '--batch_size=2',
+    '--max_iters=2',
+    '--warmup_iters=0',
+    '--eval_interval=2',
+    '--eval_iters=1',
+]
 TINY_RUN = [*TINY, '--overwrite', '--sample_tokens=0']
 SHORT_SAMPLE = ['--device=cpu', '--max_new_tokens=3']
 
-# Commands that are run, each with the flags that make it small. They share one folder, which holds a dataset in the place of
-# tiny Shakespeare, a folder of notes, and a run in each of the folders that the pages name.
+# Commands that are run, each with the flags that make it small. They share a folder, which holds a
+# dataset in the place of tiny Shakespeare, a folder of notes, and a run in each folder that the
+# pages name.
 RUN = {
     'python train.py config/train_shakespeare_char.py': TINY_RUN,
     'python train.py config/train_shakespeare_char.py --init_from=resume': [*TINY, '--max_iters=3'],
@@ -31,9 +58,13 @@ RUN = {
     'python train.py config/lab/lr_too_high.py': TINY_RUN,
     'python train.py --help': [],
     'python train.py config/train_shakespeare_char.py --learning_rate=3e-4 --print_config': [],
-    'python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1': SHORT_SAMPLE,
+    'python sample.py '
+    '--out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1': SHORT_SAMPLE,
     'python sample.py --out_dir=out-notes': SHORT_SAMPLE,
-    'python data/text/prepare.py --input=PATH/TO/NOTES --name=notes': ['--name=', '--out_dir=data/notes'],
+    'python data/text/prepare.py --input=PATH/TO/NOTES --name=notes': [
+        '--name=',
+        '--out_dir=data/notes',
+    ],
     'python report.py --out_dir=out-shakespeare-char': ['--no-png'],
     'python report.py --out_dir=out-shakespeare-char,out-two': ['--no-png'],
     'python debug_training.py config/train_shakespeare_char.py': [*TINY, '--overfit_steps=2'],
@@ -44,13 +75,18 @@ ELSEWHERE = {
     'python -c "import this" > zen.txt': 'test_chapter.py',
     'python data/text/prepare.py --input=zen.txt --name=zen': 'test_chapter.py',
     'python train.py config/zen.py --device=cpu': 'test_chapter.py',
-    'python train.py config/zen.py --device=cpu --out_dir=out-halves --max_iters=150': 'test_chapter.py',
-    'python train.py config/zen.py --device=cpu --out_dir=out-halves --init_from=resume': 'test_chapter.py',
-    'python train.py config/train_shakespeare_char.py --device=cpu --dtype=float32': 'test_chapter.py, its first 50 steps',
-    'torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char.py --gradient_accumulation_steps=2 '
-    '--out_dir=out-two': 'test_train.py, with a smaller model',
-    'python report.py --out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
-    'python bench.py config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
+    'python train.py config/zen.py '
+    '--device=cpu --out_dir=out-halves --max_iters=150': 'test_chapter.py',
+    'python train.py config/zen.py '
+    '--device=cpu --out_dir=out-halves --init_from=resume': 'test_chapter.py',
+    'python train.py '
+    'config/train_shakespeare_char.py --device=cpu --dtype=float32': 'test_chapter.py, 50 steps',
+    'torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char.py '
+    '--gradient_accumulation_steps=2 --out_dir=out-two': 'test_train.py, with a smaller model',
+    'python report.py '
+    '--out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
+    'python bench.py '
+    'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
     'pytest': 'this is it',
     'pytest tests/test_resume.py': 'pytest',
     'pytest tests/run/test_folder.py': 'pytest',
@@ -60,17 +96,19 @@ NEEDS_NETWORK = {
     'pip install -r requirements-dev.txt': 'installs packages',
     'pip install datasets': 'installs packages',
     'pip install huggingface_hub': 'installs packages',
-    'pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu': 'installs packages',
+    'pip install '
+    'torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu': 'installs packages',
     'git clone https://github.com/karpathy/nanoGPT': 'fetches nanoGPT',
     'python nanoGPT/data/shakespeare_char/prepare.py': 'is a script of nanoGPT',
     'python data/openwebtext/prepare.py': 'fetches 54 GB',
     'python train.py config/finetune_shakespeare.py': "fetches GPT-2's weights",
     'python train.py config/eval_gpt2.py': "fetches GPT-2's weights",
-    'python bench.py config/train_shakespeare_char.py --steps=100 --vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
-    'python bench.py config/train_shakespeare_char.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16 '
-    '--vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
-    'python bench.py --dataset=shakespeare --batch_size=4 --gradient_accumulation_steps=1 --steps=2 --rounds=2 '
-    '--new_tokens=0 --vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
+    'python bench.py '
+    'config/train_shakespeare_char.py --steps=100 --vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
+    'python bench.py config/train_shakespeare_char.py --n_layer=6 --n_head=6 --n_embd=384 '
+    '--block_size=256 --batch_size=16 --vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
+    'python bench.py --dataset=shakespeare --batch_size=4 --gradient_accumulation_steps=1 '
+    '--steps=2 --rounds=2 --new_tokens=0 --vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
     'python benchmarks/sampling.py --nanogpt=nanoGPT': 'needs a clone of nanoGPT',
     'python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER': 'needs a clone of nanoGPT',
     'python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT --rounds=5': 'needs a clone of nanoGPT',
@@ -84,10 +122,13 @@ LONG = {
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',
     'python benchmarks/ablation.py --text=data/shakespeare_char/input.txt': 'trains 54 models',
-    'python data/text/prepare.py --input=FOLDER --name=code --tokenizer=byte': 'is a trial with a large text',
-    'python train.py config/fast_gpt2.py --dataset=code --max_iters=200 --warmup_iters=10 --n_layer=4 --n_head=4 --n_embd=256 '
-    '--block_size=256 --batch_size=16 --gradient_accumulation_steps=1 --eval_interval=200': 'trains for several minutes',
-    'tensorboard --logdir=out-shakespeare-char': "is TensorBoard's own command, and serves until Ctrl-C",
+    'python data/text/prepare.py '
+    '--input=FOLDER --name=code --tokenizer=byte': 'is a trial with a large text',
+    'python train.py config/fast_gpt2.py --dataset=code --max_iters=200 --warmup_iters=10 '
+    '--n_layer=4 --n_head=4 --n_embd=256 --block_size=256 --batch_size=16 '
+    '--gradient_accumulation_steps=1 --eval_interval=200': 'trains for several minutes',
+    'tensorboard '
+    '--logdir=out-shakespeare-char': "is TensorBoard's own command, and serves until Ctrl-C",
     'python3 -m venv .venv': 'makes a virtual environment; .ci/run does so',
     '. .venv/bin/activate': 'makes a virtual environment; .ci/run does so',
 }
@@ -97,6 +138,7 @@ LISTED = {**RUN, **ELSEWHERE, **NEEDS_NETWORK, **NEEDS_GPU, **LONG}
 @dataclass(frozen=True)
 class Block:
     """A block of code of a page, fenced or indented."""
+
     page: Path
     kind: str  # what stands after the fence; '' for an indented one
     body: str
@@ -107,7 +149,10 @@ def read_blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding='utf-8')
     fenced = re.compile(r'^ *```([^\n`]*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
     blocks = [Block(page, kind.strip(), body) for kind, body in fenced.findall(text)]
-    blocks += [Block(page, '', body) for body in re.findall(r'(?:^ {4}.*\n)+', fenced.sub('', text), re.MULTILINE)]
+    blocks += [
+        Block(page, '', body)
+        for body in re.findall(r'(?:^ {4}.*\n)+', fenced.sub('', text), re.MULTILINE)
+    ]
     return blocks
 
 
@@ -117,14 +162,21 @@ def commands_of(block: Block) -> list[str]:
     if block.kind.startswith('console'):
         lines = [line.removeprefix('$ ') for line in lines if line.startswith('$ ')]
     lines = [line.partition('  #')[0].strip() for line in lines]
-    return [part.strip() for line in lines if line and not line.startswith('#') for part in line.split(' && ')]
+    return [
+        part.strip()
+        for line in lines
+        if line and not line.startswith('#')
+        for part in line.split(' && ')
+    ]
 
 
 def all_commands() -> dict[str, Path]:
     """Each command of the pages, with the first page that shows it."""
     found = {}
     for page in PAGES:
-        if page.name == 'change_it.md':  # test_change_it.py runs its commands, after the changes that they need
+        if (
+            page.name == 'change_it.md'
+        ):  # test_change_it.py runs its commands, after the changes that they need
             continue
         for block in read_blocks(page):
             if block.kind in SHELLS:
@@ -137,30 +189,44 @@ def test_every_command_is_run_or_listed_with_a_reason():
     found = all_commands()
     assert len(found) > 30
     unlisted = {command: page.name for command, page in found.items() if command not in LISTED}
-    assert not unlisted, 'add them to RUN, or to NEEDS_NETWORK, NEEDS_GPU, LONG or ELSEWHERE with the reason'
+    assert not unlisted, (
+        'add them to RUN, or to NEEDS_NETWORK, NEEDS_GPU, LONG or ELSEWHERE with the reason'
+    )
     assert not set(LISTED) - set(found), 'no page shows these commands any more'
 
 
 def test_commands_stand_in_blocks_of_their_own():
-    """So that none is overlooked: a block of another kind holds no line that begins like a command."""
+    """So that none is overlooked: in other blocks, no line begins like a command."""
     for page in PAGES:
         for block in read_blocks(page):
             if block.kind not in SHELLS:
                 for line in block.body.splitlines():
                     words = line.strip().split()
-                    assert not (len(words) > 1 and words[0] in PROGRAMS), f'{page.name}: put {line.strip()!r} into a ```sh block'
+                    assert not (len(words) > 1 and words[0] in PROGRAMS), (
+                        f'{page.name}: put {line.strip()!r} into a ```sh block'
+                    )
 
 
 def split_command(command: str) -> tuple[str, list[str]] | None:
-    """The script of this project that a command runs, and its arguments; None for other programs."""
+    """The script of this project that a command runs, and its arguments, or None."""
     words = shlex.split(command.partition(' > ')[0])
-    scripts = [i for i, word in enumerate(words) if word.endswith('.py') and not word.startswith(('config/', '-', 'tests/'))]
-    if words[0] not in ('python', 'torchrun') or not scripts or words[scripts[0]].startswith('nanoGPT/'):
+    scripts = [
+        i
+        for i, word in enumerate(words)
+        if word.endswith('.py') and not word.startswith(('config/', '-', 'tests/'))
+    ]
+    if (
+        words[0] not in ('python', 'torchrun')
+        or not scripts
+        or words[scripts[0]].startswith('nanoGPT/')
+    ):
         return None
-    return words[scripts[0]], words[scripts[0] + 1:]
+    return words[scripts[0]], words[scripts[0] + 1 :]
 
 
-@pytest.mark.parametrize('command', [command for command in all_commands() if split_command(command)])
+@pytest.mark.parametrize(
+    'command', [command for command in all_commands() if split_command(command)]
+)
 def test_every_command_has_a_script_and_keys_that_exist(command, folder, run_main):
     """--print_config resolves the config files and flags of a command, and runs nothing."""
     script, argv = split_command(command)
@@ -187,10 +253,23 @@ def folder(shared, monkeypatch, run_main):
     """The current folder, where all that the commands read is."""
     monkeypatch.chdir(shared)
     if not (shared / 'data').exists():
-        for dataset, text in (('shakespeare_char', 'play.txt'), ('lab', 'play.txt'), ('notes', 'PATH/TO/NOTES')):
-            succeed(run_main('data/text/prepare.py', f'--input={text}', f'--out_dir=data/{dataset}'))
+        for dataset, text in (
+            ('shakespeare_char', 'play.txt'),
+            ('lab', 'play.txt'),
+            ('notes', 'PATH/TO/NOTES'),
+        ):
+            succeed(
+                run_main('data/text/prepare.py', f'--input={text}', f'--out_dir=data/{dataset}')
+            )
         for out_dir in ('out-shakespeare-char', 'out-two'):
-            succeed(run_main('train.py', 'config/train_shakespeare_char.py', *TINY_RUN, f'--out_dir={out_dir}'))
+            succeed(
+                run_main(
+                    'train.py',
+                    'config/train_shakespeare_char.py',
+                    *TINY_RUN,
+                    f'--out_dir={out_dir}',
+                )
+            )
         succeed(run_main('train.py', 'config/train_text.py', '--dataset=notes', *TINY_RUN))
     return shared
 
@@ -206,11 +285,16 @@ def test_command_runs(command, folder, run_main):
     assert succeed(run_main(script, *argv, *RUN[command])).stdout
 
 
-# -- what the pages print ----------------------------------------------------------------------------------------------
+# -- what the pages print --------------------------------------------------------------------------
+
 
 def shown_after(page: str, begins: str) -> list[str]:
     """The lines of a page's block of output that has a line which begins so, without '...'."""
-    (body,) = [block.body for block in read_blocks(ROOT / page) if block.kind == 'text' and f'\n{begins}' in '\n' + block.body]
+    (body,) = [
+        block.body
+        for block in read_blocks(ROOT / page)
+        if block.kind == 'text' and f'\n{begins}' in '\n' + block.body
+    ]
     return [line for line in body.splitlines() if line != '...']
 
 
@@ -233,14 +317,19 @@ def test_a_run_prints_such_lines_as_are_shown(page, folder, run_main):
 
 def test_debug_training_prints_such_rows_as_are_shown(folder, run_main):
     command = ['debug_training.py', 'config/train_shakespeare_char.py', *TINY]
-    for begins, flags in (('parameter ', ['--overfit_steps=50']), ('<- update too large', ['--learning_rate=10', '--overfit_steps=1'])):
+    for begins, flags in (
+        ('parameter ', ['--overfit_steps=50']),
+        ('<- update too large', ['--learning_rate=10', '--overfit_steps=1']),
+    ):
         printed = ' '.join(succeed(run_main(*command, *flags)).stdout.split())
         for line in shown_after('docs/watching.md', begins):
             label = re.match(r'(?:(?! {2}| \d).)*', line.strip())[0]
             assert shape(label) in shape(printed), label
     printed = ' '.join(succeed(run_main(*command, '--explain')).stdout.split())
     for line in shown_after('docs/watching.md', 'g  '):
-        assert ' '.join(re.sub(r'(?<!\S)-?\d\S*(?:\s+-?\d\S*)+$', '', line).split()) in printed, line
+        assert ' '.join(re.sub(r'(?<!\S)-?\d\S*(?:\s+-?\d\S*)+$', '', line).split()) in printed, (
+            line
+        )
 
 
 def test_the_finding_that_is_shown_is_the_doctors():
@@ -248,16 +337,22 @@ def test_the_finding_that_is_shown_is_the_doctors():
     trouble = TROUBLES['lr_too_high']
     assert f'lr_too_high, {trouble.severity}: ' in said
     for sentences in (trouble.causes, trouble.changes):
-        sentences = [one if isinstance(one, str) else one[1] for one in sentences]
-        assert sum(sentence in said for sentence in sentences) >= 2, sentences
+        known = [one if isinstance(one, str) else one[1] for one in sentences]
+        assert sum(sentence in said for sentence in known) >= 2, known
 
 
-# -- what the pages refer to -------------------------------------------------------------------------------------------
+# -- what the pages refer to -----------------------------------------------------------------------
+
 
 def anchors(page: Path) -> set[str]:
     """The headings of a page as GitHub links to them."""
-    headings = re.findall(r'^#+ (.*)$', re.sub(r'^```.*?^```$', '', page.read_text(encoding='utf-8'),
-                                               flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r'^#+ (.*)$',
+        re.sub(
+            r'^```.*?^```$', '', page.read_text(encoding='utf-8'), flags=re.MULTILINE | re.DOTALL
+        ),
+        re.MULTILINE,
+    )
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
@@ -274,14 +369,21 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page):
     folders = 'config|data|nib|tests|benchmarks|stress|docs'
-    for name in re.findall(rf'(?<![\w/.-])(?:{folders})/[\w/-]+\.(?:py|md|png|txt)\b', page.read_text(encoding='utf-8')):
+    for name in re.findall(
+        rf'(?<![\w/.-])(?:{folders})/[\w/-]+\.(?:py|md|png|txt)\b', page.read_text(encoding='utf-8')
+    ):
         made_by_readers = 'NAME' in name or name.endswith('/input.txt')
         assert made_by_readers or (ROOT / name).exists(), name
 
 
 def keys_of_scripts() -> set[str]:
     keys = set()
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('benchmarks/*.py'), *ROOT.glob('stress/*.py'), *ROOT.glob('data/*/*.py')]:
+    for path in [
+        *ROOT.glob('*.py'),
+        *ROOT.glob('benchmarks/*.py'),
+        *ROOT.glob('stress/*.py'),
+        *ROOT.glob('data/*/*.py'),
+    ]:
         keys |= set(re.findall(r'^(\w+): .* = ', path.read_text(encoding='utf-8'), re.MULTILINE))
     return keys
 
@@ -298,7 +400,9 @@ def test_flags_in_the_prose_are_keys(page):
 
 def test_every_page_is_listed_by_the_readme():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert [page.name for page in PAGES if page.parent != ROOT and f'(docs/{page.name})' not in text] == []
+    assert [
+        page.name for page in PAGES if page.parent != ROOT and f'(docs/{page.name})' not in text
+    ] == []
 
 
 def test_the_packages_that_a_page_installs_are_declared():
@@ -306,22 +410,31 @@ def test_the_packages_that_a_page_installs_are_declared():
     for page in PAGES:
         for packages in re.findall(r'pip install ([^`\n&|)]+)', page.read_text(encoding='utf-8')):
             if not packages.startswith(('-r', '-e', '.')):
-                assert {re.match(r'[\w-]+', name)[0] for name in packages.split('--')[0].split()} <= declared, packages
+                assert {
+                    re.match(r'[\w-]+', name)[0] for name in packages.split('--')[0].split()
+                } <= declared, packages
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 TRIPLE = re.compile(r'(\d[\d,.]*) \((\d[\d,.]*) to (\d[\d,.]*)\)')
 
 
 def rounds_to(shown: str, measured: str) -> bool:
     digits = len(shown.partition('.')[2])
-    return abs(float(shown.replace(',', '')) - float(measured.replace(',', ''))) <= 0.5001 * 10 ** -digits
+    return (
+        abs(float(shown.replace(',', '')) - float(measured.replace(',', '')))
+        <= 0.5001 * 10**-digits
+    )
 
 
 def test_figures_of_the_speed_page_are_measured_ones():
-    """Every median with its range stands in a file of benchmarks/results/, perhaps with more digits."""
-    measured = [triple for path in (ROOT / 'benchmarks/results').glob('*.txt') for triple in TRIPLE.findall(path.read_text())]
+    """Every median with its range is in benchmarks/results/, perhaps with more digits."""
+    measured = [
+        triple
+        for path in (ROOT / 'benchmarks/results').glob('*.txt')
+        for triple in TRIPLE.findall(path.read_text())
+    ]
     shown = TRIPLE.findall((ROOT / 'docs/speed.md').read_text())
     assert len(shown) > 50
     for triple in shown:
@@ -330,8 +443,13 @@ def test_figures_of_the_speed_page_are_measured_ones():
 
 def test_figures_of_the_readme_are_measured_ones():
     text = (ROOT / 'README.md').read_text()
-    rows = dict(re.findall(r'^\| (nanoGPT|nibGPT|fast)[^|]*\| ([\d.]+ \| [\d.]+) \|$',
-                           text.replace('nibGPT, `config/fast_shakespeare_char.py`', 'fast'), re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r'^\| (nanoGPT|nibGPT|fast)[^|]*\| ([\d.]+ \| [\d.]+) \|$',
+            text.replace('nibGPT, `config/fast_shakespeare_char.py`', 'fast'),
+            re.MULTILINE,
+        )
+    )
     first, second = (ROOT / 'benchmarks/results/small_cpu_run.txt').read_text().split('\n\n')[1:3]
     columns = {'nanoGPT': (first, 0), 'nibGPT': (first, 1), 'fast': (second, 1)}
     assert set(rows) == set(columns)
