@@ -22,8 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
-from nib import documents, measure  # noqa: E402
+from benchmarks import measure  # noqa: E402
 from nib.errors import UserError, run_script  # noqa: E402
+from nib.text import documents  # noqa: E402
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 input: str = ''  # files and folders of text, separated by commas: .txt, .md, .jsonl, .parquet

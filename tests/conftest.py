@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from nib import corpus, errors
+from nib import errors
+from nib.tokens.write import write_char_dataset
 
 torch.set_num_threads(1)  # the tests' models are too small to share out
 
@@ -33,7 +34,7 @@ def data_dir(tmp_path_factory):
     text = ''
     while len(text) < 20_000:
         text += ' '.join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + '.\n'
-    corpus.write_char_dataset(folder / 'tiny', text, {'text': 'made up'})
+    write_char_dataset(folder / 'tiny', text, {'text': 'made up'})
     return folder
 
 

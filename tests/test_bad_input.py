@@ -20,7 +20,8 @@ import torch
 from bad_server import CONTENT, SHA256, address  # noqa: F401, a fixture
 from conftest import ROOT, SMALL_RUN, run_script, train
 
-from nib import corpus, shakespeare
+from nib.tokens import shakespeare
+from nib.tokens.write import write_char_dataset
 
 ANEW = 'prepare.py --input=PATH --name=tiny'  # how the dataset is made again
 
@@ -215,7 +216,7 @@ def test_a_meta_pkl_that_will_not_do_is_told(run_main, place, monkeypatch, conte
 
 
 def test_bins_that_changed_since_the_checkpoint_are_told(run_main, place):
-    corpus.write_char_dataset(place / 'data/tiny', 'The cat sees a dog, and then it sleeps.\n' * 60, {})
+    write_char_dataset(place / 'data/tiny', 'The cat sees a dog, and then it sleeps.\n' * 60, {})
     before = contents(place)
     ended = try_to_train(run_main, place, '--init_from=resume')
     assert_refused(ended, ['run/step-00000010 was trained on tiny with the fingerprint', 'data/tiny has', '--dataset=tiny', 'another --out_dir', '--overwrite'])

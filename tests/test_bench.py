@@ -8,10 +8,10 @@ from conftest import ROOT, SMALL_RUN, run_script
 
 import bench as bench_script
 import configurator
-from benchmarks import sampling
+from benchmarks import measure, sampling
 from model import GPT, GPTConfig
-from nib import corpus, measure
 from nib.errors import UserError
+from nib.tokens.dataset import open_dataset
 
 SMALL = [flag for flag in SMALL_RUN if not flag.startswith('--dataset')]
 # Stands in for a clone of nanoGPT: its interface on this project's model.
@@ -64,7 +64,7 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
 def test_the_parts_of_a_step_are_the_whole_step(data_dir):
     """No time is lost between the parts, and each part has some."""
     values, _ = configurator.configure(str(ROOT / 'bench.py'), [*SMALL, '--dtype=float32', '--no-compile'], base='train.py')
-    contestant = bench_script.Contestant(values, corpus.open_dataset(data_dir / 'tiny', 16))
+    contestant = bench_script.Contestant(values, open_dataset(data_dir / 'tiny', 16))
     started = time.perf_counter()
     parts = contestant.time_parts()
     whole = 1000 * (time.perf_counter() - started) / (bench_script.steps // 3)
@@ -115,7 +115,7 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
     room = bytearray(600_000_000)  # which is not the point's
     point = bench_script.in_fresh_process(bench_script.measure_point, bench_script.as_flags(values))
     assert point['tokens/s'] == pytest.approx(128 / point['ms/step'] * 1000)
-    model = GPT(GPTConfig.pick(values, corpus.open_dataset(data_dir / 'tiny', 16).vocab_size))
+    model = GPT(GPTConfig.pick(values, open_dataset(data_dir / 'tiny', 16).vocab_size))
     assert point['MFLOP/token'] == pytest.approx(3 * sum(model.flops_per_token().values()) / 1e6)
     assert point['% of it'] == pytest.approx(100 * point['tokens/s'] / point['at matrix rate'])
     assert 50 < point['before model, MB'] <= point['peak memory, MB'] < len(room) / 1e6

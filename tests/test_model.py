@@ -464,8 +464,8 @@ def test_generation_reads_the_weights_as_they_are_when_it_starts():
 
 def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
     """Rows of unequal length, past block_size, with no second compilation on the way."""
-    from nib import runtime
-    if not runtime.pick_compile(True, 'cpu')[0]:
+    from nib.machine.compiling import pick_compile
+    if not pick_compile(True, 'cpu')[0]:
         pytest.skip('no C compiler')
     model, prompts = make_model(GPTConfig(**{**vars(MODERN), 'n_layer': 1})), [[1], [4, 5, 6, 7, 8]]
     torch._dynamo.utils.counters.clear()

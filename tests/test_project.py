@@ -1,4 +1,4 @@
-"""The project as a whole: which module may import which, and that what is written about it is so."""
+"""The project as a whole: that what is written about it is so."""
 import ast
 import re
 import sys
@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, run_script
 
 import configurator
-from nib.checks import check_config
 from nib.errors import UserError
+from nib.run.checks import check_config
 
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
 README = (ROOT / 'README.md').read_text()
@@ -26,30 +26,12 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_arrows_go_one_way():
-    project = SCRIPTS | {'model', 'configurator', 'nib', 'data', 'config'}
-    assert {'train', 'sample'} <= SCRIPTS
-    assert not imported(ROOT / 'model.py') & project
-    assert imported(ROOT / 'configurator.py') & project <= {'nib'}
-    for path in (ROOT / 'nib').rglob('*.py'):
-        assert imported(path) & project <= {'nib', 'model'}, path
-    for path in (ROOT / 'data').rglob('prepare.py'):
-        assert imported(path) & project <= {'nib', 'configurator'}, path
-
-
-def test_a_prepare_script_and_help_need_no_torch():
-    """They answer at once, also where torch takes seconds to import."""
-    done = run_script('-c', 'import sys, runpy; runpy.run_path("data/shakespeare_char/prepare.py"); '
-                            'sys.exit("torch" in sys.modules)')
-    assert done.returncode == 0, done.stderr
-
-
 def test_third_party_imports_are_declared():
     declared = set(re.findall(r'"([a-z_]+)[>=]', (ROOT / 'pyproject.toml').read_text()))
     pinned = {re.match('[a-z]+', line)[0] for line in (ROOT / 'requirements.txt').read_text().split()}
     assert pinned <= declared
-    own = SCRIPTS | {'model', 'configurator', 'nib'}
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/*.py'), *ROOT.glob('data/*/*.py')]:
+    own = SCRIPTS | {'model', 'configurator', 'nib', 'benchmarks'}
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/**/*.py'), *ROOT.glob('data/*/*.py')]:
         outside = imported(path) - own - set(sys.stdlib_module_names) - {'urllib3'}  # requests brings it
         assert outside <= declared, path
 

@@ -93,9 +93,9 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import test_resume
 import train as training
 from conftest import SMALL_RUN
-from nib import runtime
-ranks, close = runtime.start_ranks('cpu'), runtime.Ranks.close
-runtime.start_ranks, runtime.Ranks.close = lambda device: ranks, lambda ranks: None  # torch joins processes once
+from nib.machine.ranks import Ranks
+ranks, close = training.start_ranks('cpu'), Ranks.close
+training.start_ranks, Ranks.close = lambda device: ranks, lambda ranks: None  # torch joins processes once
 cuts, flags = json.loads(sys.argv[1]), sys.argv[2:]
 for out_dir, steps in cuts.items():
     tokens, undo = test_resume.watch(steps, cut_rank=1)
