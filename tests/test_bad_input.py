@@ -326,6 +326,7 @@ def test_a_precision_that_the_gpu_lacks_is_told(run_main, place, monkeypatch):
     assert_refused(ended, ['--dtype=bfloat16', 'V100', 'use --dtype=float16'])
 
 
+@pytest.mark.slow
 def test_accumulation_that_ranks_cannot_share_is_told_once(place):
     """By the first of two processes, as both fail alike; torchrun's own words about that come after it."""
     before = contents(place)
@@ -353,6 +354,7 @@ def test_an_error_of_another_rank_alone_is_told_by_it():
     assert (done.returncode, done.stderr) == (2, 'error: only here\n')
 
 
+@pytest.mark.slow
 def test_the_exit_code_that_a_shell_sees_is_2(place):
     for script, flags in ('train.py', ['--batch_size=0']), ('sample.py', ['--out_dir=nowhere']), ('bench.py', ['--steps=0']):
         done = run_script(script, *flags, '--device=cpu')
@@ -502,6 +504,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, plac
     assert contents(place) == before
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_offers_to_stay_offline(place, tmp_path):
     """No key, no .netrc, no terminal: it ends at once, and the run that was there stays."""
     before = contents(place)

@@ -79,6 +79,7 @@ def test_configs_are_what_the_readme_says():
     assert resolved('train_text.py', 'cpu', '--dataset=notes')['out_dir'] == 'out-notes'
 
 
+@pytest.mark.slow
 def test_a_vs_nanogpt_that_cannot_be_is_refused_on_one_line(tmp_path):
     for flags in ([], [f'--nanogpt={tmp_path}']):
         done = run_script('benchmarks/vs_nanogpt.py', *flags)

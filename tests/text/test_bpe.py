@@ -87,6 +87,7 @@ def test_a_table_that_is_full_gives_the_same_ids(real_gpt2, small_table, texts):
     same_as_tiktoken([*texts, *texts])
 
 
+@pytest.mark.slow
 def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkeypatch):
     monkeypatch.setattr(bpe, '_BYTES', 400)
     table = bpe.WordTable(tokenizer.load_gpt2(), END)

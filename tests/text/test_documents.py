@@ -125,6 +125,7 @@ def test_a_character_that_two_chunks_share_is_read(tmp_path, monkeypatch, size):
         read(tmp_path / 'b.txt')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ending', ['.txt', '.jsonl'])
 def test_a_large_file_is_read_in_little_memory(tmp_path, ending):
     """40 MB, of which no more than a few pieces are there at once."""

@@ -126,6 +126,7 @@ def test_the_standard_library_is_text_enough_and_says_where_it_is_from(stdlib):
     assert 100 < meta['source']['files'] < 2000
 
 
+@pytest.mark.slow
 def test_the_standard_library_gives_the_same_bins_twice(stdlib, tmp_path, capsys):
     runpy.run_path(str(STDLIB))['main']([f'--out_dir={tmp_path}'])
     assert open_dataset(tmp_path, 16).fingerprint == open_dataset(stdlib, 16).fingerprint
@@ -335,6 +336,7 @@ def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, con
     assert not (tmp_path / 'owt').exists()
 
 
+@pytest.mark.slow
 def test_openwebtext_without_a_network_is_one_line(tmp_path):
     """The vocabulary is not what is missing here."""
     program = ('import runpy, sys; from nib import errors, tokenizer\n'
