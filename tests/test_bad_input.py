@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_server import CONTENT, SHA256, address  # noqa: F401, a fixture
+from bad_server import CONTENT, SHA256
 from conftest import ROOT, SMALL_RUN, run_script, train
 
 from nib.tokens import shakespeare
@@ -488,7 +488,7 @@ def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(run_main, place, 
     ('truncated', SHA256, 'cut off before the end of its 129,000 bytes'), ('stalled', SHA256, 'timed out'),
     ('silent', SHA256, 'timed out'), ('drip', SHA256, 'too slow'), ('html', SHA256, 'another file than expected (wrong SHA-256)'),
     ('good', '0' * 64, 'another file than expected (wrong SHA-256)'), ('missing', SHA256, 'HTTP 404')])
-def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, place, address, monkeypatch,  # noqa: F811
+def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, place, address, monkeypatch,
                                                                   page, digest, reason):
     """Tiny Shakespeare's addresses are those of a server that misbehaves, and its patience is short."""
     monkeypatch.setattr(shakespeare, 'URLS', (f'{address}/{page}',))

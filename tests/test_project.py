@@ -36,6 +36,28 @@ def test_third_party_imports_are_declared():
         assert outside <= declared, path
 
 
+def requirements(lines) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """name>=1.2 and name==1.2.3 -> {'name': ('>=', (1, 2))} and {'name': ('==', (1, 2, 3))}."""
+    found = {}
+    for line in lines:
+        name, sign, version = re.fullmatch(r'([\w-]+)(>=|==)([\d.]+)', line).groups()
+        found[name] = sign, tuple(map(int, version.split('.')))
+    return found
+
+
+def test_requirements_and_pyproject_ask_for_the_same():
+    """The same packages and lower bounds; requirements*.txt may pin a version that pyproject.toml allows."""
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    for key, file in (('dependencies', 'requirements.txt'), ('dev', 'requirements-dev.txt')):
+        asked = requirements(ast.literal_eval(re.search(rf'^{key} = (\[.*?\])$', project, re.M | re.S)[1]))
+        lines = (ROOT / file).read_text(encoding='utf-8').splitlines()
+        installed = requirements(line for line in lines if not line.startswith('-r '))
+        assert installed.keys() == asked.keys(), file
+        for name, (sign, version) in installed.items():
+            assert asked[name][0] == '>=', name
+            assert version >= asked[name][1] if sign == '==' else version == asked[name][1], name
+
+
 def test_files_that_the_readme_names_are_there():
     named = set(re.findall(r'(?:config|data|nib|tests|benchmarks|docs)/[\w/]+\.(?:py|png)', README))
     assert named

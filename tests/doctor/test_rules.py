@@ -366,7 +366,7 @@ def test_what_a_rewound_run_undid_is_forgotten():
 # -- whatever it is shown ------------------------------------------------------------------------------------------------
 
 numbers = st.floats(width=32) | st.sampled_from([0.0, 1e-9, 0.5, 3.0, 1e9, math.inf, math.nan])
-groups = st.fixed_dictionaries({group: numbers for group in ('attention', 'mlp', 'embedding')})
+groups = st.fixed_dictionaries(dict.fromkeys(('attention', 'mlp', 'embedding'), numbers))
 steps = st.builds(StepSigns, st.integers(1, 300), st.floats(0, 10), st.lists(numbers, min_size=1, max_size=12),
                   st.lists(numbers, min_size=1, max_size=12), groups, groups, st.lists(numbers, min_size=1, max_size=3),
                   st.none() | st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(1e-3, 1e12), st.none() | st.floats(2 ** -20, 2 ** 40))

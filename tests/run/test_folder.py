@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL_RUN, records, run_script, train
@@ -22,19 +23,19 @@ ENDLESS = ['--max_iters=1000000', '--lr_decay_iters=1000000', '--eval_interval=1
 # A process that takes the lock, says so, and holds it until it is killed.
 HOLDER = 'import sys, time; from nib.run.folder import RunLock; lock = RunLock(sys.argv[1]); lock.take(True); print(1, flush=True); time.sleep(60)'
 
+linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks at processes in /proc')
+
 
 @contextmanager
-def started(*command, env={}):
+def started(*command, env=None):
     """A process that is not there any more afterwards, nor are its children."""
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, start_new_session=True)
+                               stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}, start_new_session=True)
     try:
         yield process
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()
 
 
@@ -47,7 +48,7 @@ def ranks_of(process) -> list[int]:
     children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
 
     def rank(pid):
-        environment = open(f'/proc/{pid}/environ').read().split('\0')
+        environment = Path(f'/proc/{pid}/environ').read_text().split('\0')
         return next((int(item[5:]) for item in environment if item.startswith('RANK=')), -1)
 
     return sorted((int(pid) for pid in children if rank(pid) >= 0), key=rank)
@@ -89,11 +90,12 @@ def test_a_run_that_is_going_on_is_left_alone(data_dir, tmp_path, flags):
         assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 
+@linux
 @pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(data_dir, tmp_path, rank, number):
-    out_dir = tmp_path / 'run'
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(data_dir, tmp_path, rank, name):
+    number, out_dir = getattr(signal, name), tmp_path / 'run'
     with started(*TORCHRUN, 'train.py', *SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={out_dir}') as run:
         wait_for(run, 'step 3: loss')
         since = time.monotonic()
@@ -121,6 +123,7 @@ sys.exit(train.main([*sys.argv[1:], '--init_from=resume']))
 """
 
 
+@linux
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_without_harm(data_dir, tmp_path):
     """Here while the checkpoint that the first one asked for is being written."""

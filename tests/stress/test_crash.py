@@ -65,10 +65,10 @@ def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(data_di
 
 
 # Its files may have 100 kB: enough for metrics, too little for a checkpoint.
-CRAMPED = ['-c', 'import resource, train\n'
-                 'from nib.errors import run_script\n'
-                 'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-                 'run_script(train.main)\n', *SMALL_RUN, '--eval_interval=100000']
+CRAMPED = ['-c', ('import resource, train\n'
+                  'from nib.errors import run_script\n'
+                  'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+                  'run_script(train.main)\n'), *SMALL_RUN, '--eval_interval=100000']
 
 
 @pytest.mark.slow

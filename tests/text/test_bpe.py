@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

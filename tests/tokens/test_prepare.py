@@ -10,12 +10,10 @@ import sysconfig
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, run_script
-from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 
 from nib.errors import UserError
 from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
@@ -28,7 +26,7 @@ STDLIB = ROOT / 'data/stdlib_char/prepare.py'
 OPENWEBTEXT = ROOT / 'data/openwebtext/prepare.py'
 WRITTEN = ROOT / 'data/text/prepare.py'
 AT_HAND = any((script.parent / 'input.txt').exists() for script in (SHAKESPEARE, SHAKESPEARE_GPT2))
-NO_NETWORK = {name: 'http://127.0.0.1:1' for name in ('https_proxy', 'HTTPS_PROXY')}
+NO_NETWORK = dict.fromkeys(('https_proxy', 'HTTPS_PROXY'), 'http://127.0.0.1:1')
 TEXT = 'Wherefore art thou Romeo? Ὦ Ῥωμαῖε!\n' * 30
 
 
