@@ -18,12 +18,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-import train  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.doctor.troubles import TROUBLES  # noqa: E402
-from nib.errors import UserError, call, run_script  # noqa: E402
-from nib.tokens.write import write_char_dataset  # noqa: E402
+import configurator
+import train
+from benchmarks import measure
+from nib.doctor.troubles import TROUBLES
+from nib.errors import UserError, call, run_script
+from nib.tokens.write import write_char_dataset
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each fault, model and text

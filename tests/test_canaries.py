@@ -112,15 +112,15 @@ def poison(data):
     return CODE if isinstance(data, str) else data
 
 
-PAYLOADS = {'a pickle': lambda content: PICKLES['reduce'], 'a pickle in text': lambda content: PICKLES['reduce in text'],
-            'Python': lambda content: CODE.encode(), 'texts that are code': lambda content: poison_bytes(content)}
-
-
 def poison_bytes(content: bytes) -> bytes:
     try:
         return json.dumps(poison(json.loads(content))).encode()
     except ValueError:  # no JSON: all of it
         return CODE.encode()
+
+
+PAYLOADS = {'a pickle': lambda content: PICKLES['reduce'], 'a pickle in text': lambda content: PICKLES['reduce in text'],
+            'Python': lambda content: CODE.encode(), 'texts that are code': poison_bytes}
 
 
 FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'run/latest', 'run/best',

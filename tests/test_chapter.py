@@ -128,7 +128,8 @@ def read_sums() -> list[tuple[str, str]]:
 
 
 def test_sums_in_the_prose_are_right():
-    assert len(sums := read_sums()) >= 20
+    sums = read_sums()
+    assert len(sums) >= 20
     for left, right in sums:
         if '/' in right:
             assert math.isclose(eval(left), eval(right)), (left, right)

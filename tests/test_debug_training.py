@@ -291,6 +291,7 @@ def test_the_tolerance_of_the_first_loss_covers_what_fresh_models_have():
             assert abs(excess) < health.start_tolerance(n_embd, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', ['train_shakespeare_char.py', 'modern_shakespeare_char.py', 'fast_shakespeare_char.py'])
 def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     done = run_main(SCRIPT, f'config/{config}', '--dataset=tiny', f'--data_dir={data_dir}', '--device=cpu', '--dtype=float32')
@@ -300,6 +301,7 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     assert len(losses) == 6 and losses[-1] < 1.0 < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['adamw', 'muon'])
 def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug, tmp_path):
     """Its next step, and as the beginning of another one."""
@@ -633,6 +635,7 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
 
 # -- every way to start ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
 def test_every_config_file_runs(config, run_main, tmp_path, monkeypatch):
     """In a small size, on random tokens, and as a new model where it asks for published weights."""

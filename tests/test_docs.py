@@ -14,7 +14,7 @@ from conftest import ROOT
 from nib.doctor.troubles import TROUBLES
 
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
-SHELLS = ('sh', 'console', 'console recorded')  # fenced blocks that hold commands
+SHELLS = ('sh', 'console', 'console recorded', '')  # blocks of commands; '' is an indented one
 PROGRAMS = (
     'python',
     'python3',
@@ -88,6 +88,11 @@ ELSEWHERE = {
     'python bench.py '
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
     'pytest': 'this is it',
+    'pytest -m "not slow"': 'pytest',
+    'pytest tests/text': 'pytest',
+    'ruff check .': '.ci/run',
+    'ruff format --check .': '.ci/run',
+    'mypy': '.ci/run',
     'pytest tests/test_resume.py': 'pytest',
     'pytest tests/run/test_folder.py': 'pytest',
 }
@@ -130,6 +135,10 @@ LONG = {
     'tensorboard '
     '--logdir=out-shakespeare-char': "is TensorBoard's own command, and serves until Ctrl-C",
     'python3 -m venv .venv': 'makes a virtual environment; .ci/run does so',
+    'python -m venv .venv': 'makes a virtual environment; .ci/run does so',
+    'source .venv/bin/activate': 'makes a virtual environment; .ci/run does so',
+    'python benchmarks/same_losses.py --base=main': 'trains two revisions on many configs',
+    'python benchmarks/same_losses.py --base=main --timing': 'trains two revisions on many configs',
     '. .venv/bin/activate': 'makes a virtual environment; .ci/run does so',
 }
 LISTED = {**RUN, **ELSEWHERE, **NEEDS_NETWORK, **NEEDS_GPU, **LONG}
@@ -156,10 +165,17 @@ def read_blocks(page: Path) -> list[Block]:
     return blocks
 
 
+def is_command(line: str) -> bool:
+    words = line.split()
+    return len(words) > 1 and words[0] in PROGRAMS or line.strip() in PROGRAMS
+
+
 def commands_of(block: Block) -> list[str]:
     """A block's command lines, cut at && and joined where they end in a backslash."""
     lines = block.body.replace('\\\n', ' ').splitlines()
-    if block.kind.startswith('console'):
+    if not block.kind:
+        lines = [line for line in lines if is_command(line)]
+    elif block.kind.startswith('console'):
         lines = [line.removeprefix('$ ') for line in lines if line.startswith('$ ')]
     lines = [line.partition('  #')[0].strip() for line in lines]
     return [
@@ -201,10 +217,7 @@ def test_commands_stand_in_blocks_of_their_own():
         for block in read_blocks(page):
             if block.kind not in SHELLS:
                 for line in block.body.splitlines():
-                    words = line.strip().split()
-                    assert not (len(words) > 1 and words[0] in PROGRAMS), (
-                        f'{page.name}: put {line.strip()!r} into a ```sh block'
-                    )
+                    assert not is_command(line), f'{page.name}: put {line!r} into a ```sh block'
 
 
 def split_command(command: str) -> tuple[str, list[str]] | None:

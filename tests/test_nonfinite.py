@@ -190,6 +190,7 @@ print(f'rank {os.environ["RANK"]}: exit {code}, finite {all(p.isfinite().all() f
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_what_is_not_finite_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path, what):
     (tmp_path / 'poisoned.py').write_text(POISONED_RANK.replace('WHAT', repr(what)))

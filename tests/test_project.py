@@ -35,6 +35,28 @@ def test_third_party_imports_are_declared():
         assert outside <= declared, path
 
 
+def requirements(lines) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """name>=1.2 and name==1.2.3 -> {'name': ('>=', (1, 2))} and {'name': ('==', (1, 2, 3))}."""
+    found = {}
+    for line in lines:
+        name, sign, version = re.fullmatch(r'([\w-]+)(>=|==)([\d.]+)', line).groups()
+        found[name] = sign, tuple(map(int, version.split('.')))
+    return found
+
+
+def test_requirements_and_pyproject_ask_for_the_same():
+    """The same packages and lower bounds; requirements*.txt may pin a version that pyproject.toml allows."""
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    for key, file in (('dependencies', 'requirements.txt'), ('dev', 'requirements-dev.txt')):
+        asked = requirements(ast.literal_eval(re.search(rf'^{key} = (\[.*?\])$', project, re.M | re.S)[1]))
+        lines = (ROOT / file).read_text(encoding='utf-8').splitlines()
+        installed = requirements(line for line in lines if not line.startswith('-r '))
+        assert installed.keys() == asked.keys(), file
+        for name, (sign, version) in installed.items():
+            assert asked[name][0] == '>=', name
+            assert version >= asked[name][1] if sign == '==' else version == asked[name][1], name
+
+
 def resolved(config, device, *flags):
     """A config file's values on a machine with this device."""
     block = configurator.read_block(str(ROOT / 'train.py'))
@@ -59,6 +81,7 @@ def test_configs_are_what_the_docs_say():
     assert resolved('train_text.py', 'cpu', '--dataset=notes')['out_dir'] == 'out-notes'
 
 
+@pytest.mark.slow
 def test_a_vs_nanogpt_that_cannot_be_is_refused_on_one_line(tmp_path):
     for flags in ([], [f'--nanogpt={tmp_path}']):
         done = run_script('benchmarks/vs_nanogpt.py', *flags)

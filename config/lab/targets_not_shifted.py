@@ -8,7 +8,7 @@ _gather = batches.gather
 
 
 def _gather_unshifted(*arguments):
-    x, y = _gather(*arguments)
+    x, _ = _gather(*arguments)
     return x, x
 
 

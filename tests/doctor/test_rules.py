@@ -366,7 +366,7 @@ def test_what_a_rewound_run_undid_is_forgotten():
 # -- whatever it is shown ------------------------------------------------------------------------------------------------
 
 numbers = st.floats(width=32) | st.sampled_from([0.0, 1e-9, 0.5, 3.0, 1e9, math.inf, math.nan])
-groups = st.fixed_dictionaries({group: numbers for group in ('attention', 'mlp', 'embedding')})
+groups = st.fixed_dictionaries(dict.fromkeys(('attention', 'mlp', 'embedding'), numbers))
 steps = st.builds(StepSigns, st.integers(1, 300), st.floats(0, 10), st.lists(numbers, min_size=1, max_size=12),
                   st.lists(numbers, min_size=1, max_size=12), groups, groups, st.lists(numbers, min_size=1, max_size=3),
                   st.none() | st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(1e-3, 1e12), st.none() | st.floats(2 ** -20, 2 ** 40))
@@ -533,6 +533,7 @@ def test_a_resumed_run_is_judged_by_how_it_began(run_main, data_dir, tmp_path, w
     assert began == weights.format(other=tmp_path / 'other')
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together(data_dir, tmp_path):
     done = train(data_dir, tmp_path / 'run', '--on_warning=stop', '--learning_rate=1', '--on_nonfinite=skip', '--eval_interval=2',
                  launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'], check=False)
@@ -554,6 +555,7 @@ def test_the_doctor_names_what_a_config_of_the_lab_breaks(run_main, data_dir, tm
     assert f'verdict of the doctor: {verdict}' in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['wrong_initial_loss', 'val_leaked'])
 def test_the_doctor_names_what_a_config_of_the_lab_breaks_in_the_code(data_dir, tmp_path, name):
     """In a process of its own, as these change the project's functions."""

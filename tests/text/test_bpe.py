@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +86,7 @@ def test_a_table_that_is_full_gives_the_same_ids(real_gpt2, small_table, texts):
     same_as_tiktoken([*texts, *texts])
 
 
+@pytest.mark.slow
 def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkeypatch):
     monkeypatch.setattr(bpe, '_BYTES', 400)
     table = bpe.WordTable(tokenizer.load_gpt2(), END)
