@@ -418,6 +418,19 @@ def test_every_page_is_listed_by_the_readme():
     ] == []
 
 
+def test_every_module_is_listed_by_the_page_about_the_code():
+    text = (ROOT / 'docs/code.md').read_text(encoding='utf-8')
+    paths = [
+        path
+        for folder in ('nib', 'benchmarks', 'stress')
+        for path in ROOT.glob(f'{folder}/**/*.py')
+    ]
+    names = {path.relative_to(ROOT).as_posix() for path in [*paths, *ROOT.glob('*.py')]}
+    assert [
+        name for name in sorted(names) if f'`{name}`' not in text and '__init__' not in name
+    ] == []
+
+
 def test_the_packages_that_a_page_installs_are_declared():
     declared = set(re.findall(r'"([\w-]+)[>=]', (ROOT / 'pyproject.toml').read_text()))
     for page in PAGES:
