@@ -431,6 +431,13 @@ def test_every_module_is_listed_by_the_page_about_the_code():
     ] == []
 
 
+def test_every_config_is_listed_by_the_page_about_configs():
+    text = (ROOT / 'docs/config.md').read_text(encoding='utf-8')
+    for path in ROOT.glob('config/*.py'):
+        name = re.sub(r'eval_gpt2_.*', 'eval_gpt2', path.stem)
+        assert f'`config/{name}.py`' in text, name
+
+
 def test_the_packages_that_a_page_installs_are_declared():
     declared = set(re.findall(r'"([\w-]+)[>=]', (ROOT / 'pyproject.toml').read_text()))
     for page in PAGES:
