@@ -25,11 +25,28 @@ import torch
 
 import configurator
 import train
+from benchmarks import growth as growing
+from benchmarks import measure
+from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
 from model import GPT, GPTConfig
-from nib import corpus, datasets, guard, loader, measure, optim, runtime
-from nib import growth as growing
-from nib.checks import check_config
+from nib import guard, optim
 from nib.errors import UserError, run_script
+from nib.machine.compiling import compile_model, pick_compile
+from nib.machine.device import (
+    autocast,
+    has_bfloat16,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    synchronize,
+)
+from nib.machine.ranks import Ranks
+from nib.run.checks import check_config
+from nib.tokens.batches import BatchLoader
+from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
+from nib.tokens.find import SCRIPTS
 
 # benchmark
 rounds: int = 5  # times that everything is measured
@@ -63,9 +80,9 @@ def main(argv):
 
 def read_config(argv) -> dict:
     """The values of all keys, which become this module's globals too."""
-    values, _ = configurator.configure(__file__, argv, settle={'device': runtime.pick_device}, base='train.py')
-    values['dtype'], _ = runtime.pick_dtype(values['dtype'], values['device'])
-    values['compile'], _ = runtime.pick_compile(values['compile'], values['device'])
+    values, _ = configurator.configure(__file__, argv, settle={'device': pick_device}, base='train.py')
+    values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
+    values['compile'], _ = pick_compile(values['compile'], values['device'])
     check_config(values, world_size=1)
     globals().update(values)
     return values
@@ -109,7 +126,7 @@ def measure_config(values) -> str:
                            init_from='scratch', eval_only=False, wandb_log=False, tensorboard=False, sample_tokens=0)
             measured['nibGPT'][0] |= in_fresh_process(time_run, [*run, f'--steps={steps}'])
             for figures in measured['nibGPT']:
-                figures |= {'import torch, s': time_import(), 'command to first step, s': time_startup(run)}
+                figures |= {'import torch, s': measure.time_import(), 'command to first step, s': measure.time_startup(run)}
     tokens = values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']
     return (f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{" in turns" if vs_nanogpt else ""}; '
             f'{measure.describe_machine(values["device"])}\n'
@@ -120,16 +137,16 @@ def measure_config(values) -> str:
             + measure.make_table(measured))
 
 
-def find_data(values, scratch: Path) -> corpus.TokenDataset:
+def find_data(values, scratch: Path) -> TokenDataset:
     """The config's dataset where it is prepared, else random tokens."""
-    folder = Path(values['data_dir'] or datasets.SCRIPTS) / values['dataset']
-    if corpus.is_prepared(folder):
-        return corpus.open_dataset(folder, values['block_size'])
+    folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
+    if is_prepared(folder):
+        return open_dataset(folder, values['block_size'])
     folder = scratch / 'random tokens'
     folder.mkdir()
     for name in ('train.bin', 'val.bin'):  # without a meta.json: tokens of GPT-2
         np.random.default_rng(0).integers(VOCAB_SIZE, size=64 * values['block_size'] + 1, dtype=np.uint16).tofile(folder / name)
-    return corpus.open_dataset(folder, values['block_size'])
+    return open_dataset(folder, values['block_size'])
 
 
 class Contestant:
@@ -138,32 +155,32 @@ class Contestant:
     def __init__(self, values, data):
         self.values, self.device = values, values['device']
         self.micro_steps = values['gradient_accumulation_steps']
-        self.precision = runtime.precision(values['dtype'], self.device)
-        runtime.keep_freed_memory(self.device)
+        self.precision = autocast(values['dtype'], self.device)
+        keep_freed_memory(self.device)
         try:
             self.raw_model = GPT(GPTConfig.pick(values, data.vocab_size)).to(self.device).train()
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.optimizer = optim.Optimizer.pick(values, self.raw_model, runtime.has_bfloat16(self.device))
+        self.optimizer = optim.Optimizer.pick(values, self.raw_model, has_bfloat16(self.device))
         self.optimizer.lr = values['learning_rate']
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=values['dtype'] == 'float16')
-        self.batches = loader.BatchLoader(data.train, values['block_size'], values['batch_size'], values['seed'], 'train',
+        self.batches = BatchLoader(data.train, values['block_size'], values['batch_size'], values['seed'], 'train',
                                           self.micro_steps, device=self.device, vocab_size=data.vocab_size)
         self.bad_steps = guard.BadSteps(None, self.device)
         self.model = self.raw_model
         if values['compile']:
-            self.model = runtime.compile_model(self.raw_model, self.batches.batch(0, 0), self.precision, print)
+            self.model = compile_model(self.raw_model, self.batches.batch(0, 0), self.precision, print)
         self.prompt = data.val[:values['prompt_tokens']].tolist()
         self.tokens = self.micro_steps * values['batch_size'] * values['block_size']  # in a step
         self.flops = 3 * sum(self.raw_model.flops_per_token().values())  # of a token
         self.step = 0
-        self.peak = runtime.peak_flops(self.device, values['dtype'])
+        self.peak = peak_flops(self.device, values['dtype'])
         self.time_steps(WARM_UP)
-        self.memory = runtime.peak_memory(self.device)  # now, before generation and what else is measured add to it
+        self.memory = peak_memory(self.device)  # now, before generation and what else is measured add to it
 
     def train_step(self, model, micro_batches, bad_steps):
         train.train_step(model, self.optimizer, self.scaler, micro_batches, self.micro_steps, self.precision,
-                         self.values['grad_clip'], (self.values['seed'], self.step, 0), runtime.Ranks(), bad_steps)
+                         self.values['grad_clip'], (self.values['seed'], self.step, 0), Ranks(), bad_steps)
         self.step += 1
 
     def round(self) -> dict[str, float]:
@@ -184,11 +201,11 @@ class Contestant:
 
     def time_steps(self, n: int) -> float:
         """Seconds of n steps."""
-        runtime.synchronize(self.device)
+        synchronize(self.device)
         started = time.perf_counter()
         for _ in range(n):
             self.train_step(self.model, self.batches.micro_batches(self.step), self.bad_steps)
-        runtime.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter() - started
 
     def time_parts(self) -> dict[str, float]:
@@ -204,38 +221,15 @@ class Contestant:
         return {f'ms {part}': 1000 * clock.seconds[part] / n for part in ('data', 'forward', 'backward', 'optimizer', 'checks')}
 
     def time_generation(self) -> float:
-        runtime.synchronize(self.device)
+        synchronize(self.device)
         started = time.perf_counter()
         for _ in self.raw_model.generate([self.prompt], new_tokens, temperature=0.8, top_k=200, seed=1):
             pass
-        runtime.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter() - started
 
 
 # -- a run of train.py -----------------------------------------------------------------------------------------------
-
-def time_startup(flags: list[str]) -> float:
-    """Seconds from the command train.py to the end of its first step, with an evaluation of one batch before it."""
-    started = time.perf_counter()
-    with subprocess.Popen([sys.executable, train.__file__, *flags, '--max_iters=1', '--eval_iters=1'], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as run:
-        output = ''
-        for line in run.stdout:
-            output += line
-            if line.startswith('step 1: loss'):
-                seconds = time.perf_counter() - started
-                run.kill()  # it would evaluate the whole validation split now
-                return seconds
-    raise UserError(f'train.py did not reach its first step: {output[-300:]}')
-
-
-def time_import() -> float:
-    """Seconds until a process that does nothing else has imported torch."""
-    started = time.perf_counter()
-    with subprocess.Popen([sys.executable, '-c', 'import torch; print(flush=True)'], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        return time.perf_counter() - started
-
 
 class Done(Exception):
     """The run has been timed."""
@@ -286,7 +280,7 @@ def time_run(argv) -> dict[str, float]:
 
 # -- nanoGPT ---------------------------------------------------------------------------------------------------------
 
-def start_nanogpt(values, data, clone: str) -> measure.NanoGPT:
+def start_nanogpt(values, data, clone: str) -> NanoGPT:
     """nanoGPT with the loop of its train.py, on the same model and batch. UserError where it has no such model."""
     gpt2 = configurator.read_block(train.__file__).defaults
     for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap', 'zero_init', 'optimizer'):
@@ -296,7 +290,7 @@ def start_nanogpt(values, data, clone: str) -> measure.NanoGPT:
             'n_embd', 'dropout', 'bias', 'learning_rate', 'beta1', 'beta2', 'weight_decay', 'grad_clip', 'steps', 'new_tokens')
     job = {key: values[key] for key in keys} | {'vocab_size': data.vocab_size, 'prompt': data.val[:prompt_tokens].tolist(),
                                                 'train_bin': str((data.folder / 'train.bin').resolve())}
-    return measure.NanoGPT('vs_nanogpt', clone, measure.NANOGPT_LOOP, job)
+    return NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
 
 
 # -- growth ----------------------------------------------------------------------------------------------------------
@@ -320,7 +314,7 @@ def measure_point(argv) -> dict[str, float]:
     """The speed of a config's training steps, what it would be if their FLOPs alone took time, at the rate of a large matrix
     product, and the most memory that the process needed."""
     values = read_config(argv)
-    before = runtime.peak_memory(values['device']) or math.nan
+    before = peak_memory(values['device']) or math.nan
     with tempfile.TemporaryDirectory() as scratch:
         ours, times = Contestant(values, find_data(values, Path(scratch))), []
         while len(times) < 3 or sum(times) < 1:

@@ -16,10 +16,17 @@ from pathlib import Path
 import torch
 
 import configurator
-from nib import corpus, datasets, examination, guard, loader, optim, runtime, walkthrough, weights
-from nib.checks import check_config
+from nib import guard, optim
+from nib.checkpoint.start import Weights, new_model, read_start
 from nib.errors import UserError, run_script
-from nib.tokenizer import tokenizer_from_json
+from nib.lessons import examination, walkthrough
+from nib.machine.device import autocast, has_bfloat16, pick_device, pick_dtype, seed_everything
+from nib.machine.ranks import Ranks
+from nib.run.checks import check_config
+from nib.text.tokenizer import tokenizer_from_json
+from nib.tokens.batches import BatchLoader
+from nib.tokens.dataset import TokenDataset
+from nib.tokens.find import open_or_prepare
 from train import accumulate_gradients, train_step
 
 # what to show
@@ -34,9 +41,9 @@ QUICK = 2e11  # floating-point operations of a step that a CPU does in seconds
 
 
 def main(argv):
-    values, origins = configurator.configure(__file__, argv, settle={'device': runtime.pick_device}, base='train.py')
+    values, origins = configurator.configure(__file__, argv, settle={'device': pick_device}, base='train.py')
     globals().update(values)
-    values['dtype'] = 'float32' if explain else runtime.pick_dtype(values['dtype'], values['device'])[0]
+    values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
     for key, least in (('batch_tokens', 0), ('overfit_steps', 1), ('vocab_size', 2)):
         if not least <= values[key] < 1 << 31:
@@ -44,7 +51,7 @@ def main(argv):
     if values['dataset'] and origins['vocab_size'] != 'default':
         raise UserError(f'vocab_size ({origins["vocab_size"]}) is that of random tokens, but dataset {values["dataset"]} has its '
                         f'own: leave it out, or take random tokens with --dataset=')
-    start = weights.read(values['init_from'], values['out_dir'], warn)
+    start = read_start(values['init_from'], values['out_dir'], warn)
     if start:
         values = start.adopt(values, origins)
     if values['dataset']:
@@ -63,22 +70,22 @@ def warn(line: str):
 
 # -- what is looked at -----------------------------------------------------------------------------------------------
 
-def open_dataset(values) -> corpus.TokenDataset:
+def open_dataset(values) -> TokenDataset:
     try:
-        return datasets.open_or_prepare(values['dataset'], values['fallback_dataset'], values['data_dir'],
-                                        values['prepare_dataset'], values['block_size'], runtime.Ranks(), warn)
+        return open_or_prepare(values['dataset'], values['fallback_dataset'], values['data_dir'],
+                                        values['prepare_dataset'], values['block_size'], Ranks(), warn)
     except UserError as error:
         raise UserError(f'{error}; or take random tokens: --dataset=') from error
 
 
-def random_tokens(values, start) -> tuple[corpus.TokenDataset, weights.Weights | None]:
+def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
     """Tokens that a fresh model, or the weights' own vocabulary, can read; and the weights, for which no dataset is wrong."""
     size = start.model.vocab_size if start else values['vocab_size']
     n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # windows for a few steps
-    runtime.seed_everything(values['seed'], 'random tokens')
+    seed_everything(values['seed'], 'random tokens')
     tokens = torch.randint(size, (n,)).numpy()
     tokenizer = tokenizer_from_json(start.tokenizer) if start else None
-    data = corpus.TokenDataset('random tokens', Path(), tokens, tokens, size, tokenizer, {}, '')
+    data = TokenDataset('random tokens', Path(), tokens, tokens, size, tokenizer, {}, '')
     return data, start and replace(start, resumed=None)
 
 
@@ -90,15 +97,15 @@ class Training:
         self.has_text = can_decode(data.tokenizer)
         self.shown = 24 if self.has_text else 8  # tokens of a text that are shown
         self.device = values['device']
-        self.model = weights.new_model(values, data, start).to(self.device).train()
-        self.precision = runtime.precision(values['dtype'], self.device)
+        self.model = new_model(values, data, start).to(self.device).train()
+        self.precision = autocast(values['dtype'], self.device)
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=values['dtype'] == 'float16')
         self.bad_steps = guard.BadSteps(None, self.device, self.scaler.is_enabled())
         saved = start.resumed.state['train'] if start and start.resumed else {'step': 0, 'passed_over': 0}
         self.data_step = saved['step'] + saved['passed_over']
         least = 2 if values['explain'] else 1  # sequences: there is nothing to accumulate in a single one
         self.batch_size = max(values['batch_size'], least)
-        self.batches = loader.BatchLoader(data.train, values['block_size'], self.batch_size, values['seed'], 'train',
+        self.batches = BatchLoader(data.train, values['block_size'], self.batch_size, values['seed'], 'train',
                                           values['gradient_accumulation_steps'], device=self.device, vocab_size=data.vocab_size)
         self.n_sequences, self.n_positions = self.fit_batch(values['batch_tokens'], least)
 
@@ -124,7 +131,7 @@ class Training:
     def new_optimizer(self, method: str = '') -> optim.Optimizer:
         """The run's optimizer at its full learning rate; or one of another method, which begins without a memory."""
         method = method or self.values['optimizer']
-        optimizer = optim.Optimizer.pick(self.values | {'optimizer': method}, self.model, runtime.has_bfloat16(self.device))
+        optimizer = optim.Optimizer.pick(self.values | {'optimizer': method}, self.model, has_bfloat16(self.device))
         optimizer.lr = self.values['learning_rate']
         if self.has_memory and method == self.values['optimizer']:
             optimizer.load_named_state(self.model, self.start.tensors['optimizer'])
@@ -148,7 +155,7 @@ class Training:
     def step(self, optimizer, micro_batches) -> tuple[float, float]:
         """One train_step; returns loss and gradient norm."""
         loss, norm = train_step(self.model, optimizer, self.scaler, micro_batches, len(micro_batches), self.precision,
-                                self.values['grad_clip'], (self.values['seed'], self.data_step, 0), runtime.Ranks(),
+                                self.values['grad_clip'], (self.values['seed'], self.data_step, 0), Ranks(),
                                 self.bad_steps)
         return float(loss), float(norm)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import configurator
 from nib.errors import UserError, run_script
-from nib.report import build_page, read_runs, write_report
+from nib.report.page import build_page, read_runs, write_report
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 

@@ -16,10 +16,13 @@ import torch
 
 import configurator
 from model import GPT, GPTConfig
-from nib import checkpoint, runtime, weights
+from nib.checkpoint import store
+from nib.checkpoint.start import check_shapes
 from nib.errors import UserError, run_script
 from nib.generation import check_sampling
-from nib.tokenizer import encode_prompt, tokenizer_from_json
+from nib.machine.compiling import pick_compile
+from nib.machine.device import describe_device, pick_device, pick_dtype
+from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 
 # which model
 out_dir: str = 'out'  # folder of the training run
@@ -41,12 +44,12 @@ compile: bool | Literal['auto'] = False  # torch.compile for the step from token
 
 
 def main(argv):
-    values, _ = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
+    values, _ = configurator.configure(__file__, argv, settle={'device': pick_device})
     globals().update(values)
     if not 1 <= num_samples < 1 << 20:
         raise UserError(f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}')
     prompt = read_prompt(start)
-    found, tensors = checkpoint.load(out_dir, which, read=('model',), check=weights.check_shapes)
+    found, tensors = store.load(out_dir, which, read=('model',), check=check_shapes)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     config = GPTConfig(**found.state['model'])
     prompt_ids = encode_prompt(tokenizer, prompt, '--start')
@@ -54,7 +57,7 @@ def main(argv):
         fitting = len(tokenizer.decode(prompt_ids[-config.block_size:]))
         raise UserError(f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
                         f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters')
-    dtype_used, dtype_reason = runtime.pick_dtype(dtype, device)
+    dtype_used, dtype_reason = pick_dtype(dtype, device)
     encode_prompt(tokenizer, stop, '--stop')  # a text that the vocabulary cannot write would never come
     try:
         check_sampling([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size)
@@ -63,7 +66,7 @@ def main(argv):
     model = GPT(config)
     model.load_state_dict(tensors['model'])
     model.to(device, getattr(torch, dtype_used))
-    print(f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {runtime.describe_device(device)}, '
+    print(f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {describe_device(device)}, '
           f'{dtype_used} ({dtype_reason})', file=sys.stderr)
 
     def generate(compiled: bool):
@@ -88,7 +91,7 @@ def main(argv):
 
 def can_compile(generate: Callable) -> bool:
     """Whether generation is to run compiled, which two tokens have shown to work; says on standard error why not."""
-    chosen, reason = runtime.pick_compile(compile, device)
+    chosen, reason = pick_compile(compile, device)
     if chosen:
         try:
             list(itertools.islice(generate(True), 2))

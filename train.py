@@ -17,14 +17,35 @@ from typing import Literal
 import torch
 
 import configurator
-from nib import checkpoint, datasets, guard, loader, optim, rundir, runtime, vitals, weights
-from nib.checks import check_config
-from nib.doctor import Doctor
+from nib import guard, optim
+from nib.checkpoint import store
+from nib.checkpoint.start import new_model, read_start
+from nib.checkpoint.writer import CheckpointWriter
+from nib.doctor import vitals
+from nib.doctor.rules import Doctor
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, UserError, run_script
 from nib.generation import check_generation
-from nib.metrics import Console, Metrics
-from nib.report import write_after_run
-from nib.writer import CheckpointWriter
+from nib.machine.compiling import compile_model, pick_compile
+from nib.machine.device import (
+    autocast,
+    describe_device,
+    has_bfloat16,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    seed_everything,
+)
+from nib.machine.ranks import distribute, start_ranks
+from nib.machine.signals import FINDING, StopSignal, describe_stop
+from nib.report.page import write_after_run
+from nib.run.checks import check_config
+from nib.run.console import Console
+from nib.run.folder import RunLock, restarted_by_torchrun, write_config
+from nib.run.metrics import Metrics
+from nib.tokens.batches import BatchLoader, eval_batches
+from nib.tokens.find import open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -138,7 +159,7 @@ def accumulate_gradients(model, scaler, micro_batches, micro_steps, precision, s
     """
     mean_loss = 0.0
     for micro_step, (x, y) in enumerate(micro_batches):
-        runtime.seed_everything(*seeds, micro_step)
+        seed_everything(*seeds, micro_step)
         last = micro_step == micro_steps - 1
         # Ranks exchange the sum of their gradients, once, on the last micro step.
         with nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync():
@@ -178,30 +199,30 @@ class TrainState:
 
 
 def main(argv):
-    values, origins = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
+    values, origins = configurator.configure(__file__, argv, settle={'device': pick_device})
     globals().update(values)  # from here on the names at the top of this file have the values of this run
-    dtype_used, dtype_reason = runtime.pick_dtype(dtype, device)
-    ranks = runtime.start_ranks(device)
+    dtype_used, dtype_reason = pick_dtype(dtype, device)
+    ranks = start_ranks(device)
     device_used = f'cuda:{ranks.local_rank}' if device == 'cuda' else device
     check_config(values, ranks.world_size)
     micro_steps = gradient_accumulation_steps // ranks.world_size
-    precision = runtime.precision(dtype_used, device_used)
+    precision = autocast(dtype_used, device_used)
     console = Console(shown=ranks.is_first)
-    console.say(f'device {runtime.describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
+    console.say(f'device {describe_device(device_used)}, ranks {ranks.world_size}, dtype {dtype_used} '
                 f'({dtype_reason})')
 
-    if ranks.on_first(lambda: rundir.restarted(out_dir)):
+    if ranks.on_first(lambda: restarted_by_torchrun(out_dir)):
         values['init_from'] = 'resume'  # the command says something else, and was typed for the first start
         globals().update(values)
-    lock = rundir.RunLock(out_dir)
+    lock = RunLock(out_dir)
     if init_from == 'resume' and not eval_only:  # before the checkpoint is read: another run might save one meanwhile
-        ranks.on_first(lambda: checkpoint.exists(out_dir) and lock.take(new_run=False))
-    start = weights.read(init_from, out_dir, console.warn)  # None from scratch
+        ranks.on_first(lambda: store.exists(out_dir) and lock.take(new_run=False))
+    start = read_start(init_from, out_dir, console.warn)  # None from scratch
     if start:
         console.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
         values = start.adopt(values, origins)
         globals().update(values)
-    data = datasets.open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, console.say)
+    data = open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, console.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # GPT-2's vocabulary may be missing: said now, not after the first evaluation
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
@@ -209,9 +230,9 @@ def main(argv):
                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
 
     config = values | {'dataset': data.name, 'device': device_used, 'dtype': dtype_used, 'ranks': ranks.world_size}
-    runtime.keep_freed_memory(device_used)
-    raw_model = weights.new_model(config, data, start).to(device_used).train()
-    optimizer = optim.Optimizer.pick(config, raw_model, runtime.has_bfloat16(device_used))
+    keep_freed_memory(device_used)
+    raw_model = new_model(config, data, start).to(device_used).train()
+    optimizer = optim.Optimizer.pick(config, raw_model, has_bfloat16(device_used))
     # Scales the loss up, so that small gradients are not 0 in float16; without float16 it does nothing.
     scaler = torch.amp.GradScaler(torch.device(device_used).type, enabled=dtype_used == 'float16')
     state, changes = TrainState(), {}
@@ -227,23 +248,23 @@ def main(argv):
         ranks.on_first(lambda: lock.take(new_run=not overwrite))
     del start  # it holds a copy of all weights
     flops_per_token = 3 * sum(raw_model.flops_per_token().values())
-    peak = runtime.peak_flops(device_used, dtype_used)
+    peak = peak_flops(device_used, dtype_used)
     peak_seconds = flops_per_token * tokens_per_step * max_iters / (peak * ranks.world_size) if peak else None
-    compile_used, compile_reason = runtime.pick_compile(compile, device_used, peak_seconds)
+    compile_used, compile_reason = pick_compile(compile, device_used, peak_seconds)
     console.say(f'model: {raw_model.num_params() / 1e6:.2f}M parameters ({raw_model.num_params(positions=False) / 1e6:.2f}M '
                 f'without positions), {flops_per_token / 1e6:.1f} MFLOP per token and step, '
                 f'compile {"on" if compile_used else "off"} ({compile_reason})')
 
-    batches = loader.BatchLoader(data.train, block_size, batch_size, seed, 'train', micro_steps, ranks.rank,
+    batches = BatchLoader(data.train, block_size, batch_size, seed, 'train', micro_steps, ranks.rank,
                                  ranks.world_size, device_used, data.vocab_size)
     model = own_model = raw_model
     if compile_used and not eval_only:
-        model = own_model = runtime.compile_model(raw_model, batches.batch(step=0, micro_step=0), precision, console.say)
+        model = own_model = compile_model(raw_model, batches.batch(step=0, micro_step=0), precision, console.say)
     if ranks.world_size > 1 and not eval_only:
-        model = runtime.distribute(model, ranks.local_rank, device_used, batches.batch(step=0, micro_step=0), precision)
+        model = distribute(model, ranks.local_rank, device_used, batches.batch(step=0, micro_step=0), precision)
 
     def split_loss(split, max_batches):
-        return evaluate(raw_model, loader.eval_batches(data.split(split), block_size, batch_size, max_batches, ranks.rank,
+        return evaluate(raw_model, eval_batches(data.split(split), block_size, batch_size, max_batches, ranks.rank,
                                                        ranks.world_size, device_used, data.vocab_size), precision, ranks, stop)
 
     def save():
@@ -264,7 +285,7 @@ def main(argv):
     def rewind(data_step) -> TrainState:
         """Back to the last checkpoint, from where the run goes on with the batches of data_step."""
         ranks.on_first(lambda: writer.wait())
-        found, tensors = checkpoint.load(out_dir, warn=console.warn)
+        found, tensors = store.load(out_dir, warn=console.warn)
         back = put_back(found, tensors, raw_model, optimizer, scaler, ranks)
         back.passed_over, back.bad_steps = data_step - back.step, 0
         if metrics:
@@ -278,8 +299,8 @@ def main(argv):
         nonlocal metrics, writer, doctor
         metrics = Metrics(out_dir, state.step, config, tensorboard, wandb_project if wandb_log else '', wandb_run_name)
         if init_from != 'resume':  # only now, as this run can start; those set aside are deleted when it has saved
-            checkpoint.set_aside(out_dir)
-        rundir.write_config(out_dir, config, origins, state.step, changes)
+            store.set_aside(out_dir)
+        write_config(out_dir, config, origins, state.step, changes)
         writer = CheckpointWriter(out_dir, keep_last, keep_every, state.step)
         doctor = Doctor(config, vitals.examine_data(data.train, data.val, data.vocab_size), raw_model.num_params(), len(data.train),
                         trained=config['init_from'] != 'scratch')
@@ -292,7 +313,7 @@ def main(argv):
             console.warn(f'step {finding.step}: {finding.name}, {finding}')
             metrics.log(finding.step, {f'finding/{finding.name}': str(finding)})
             if {'critical': on_critical, 'warning': on_warning}.get(finding.severity) == 'stop':
-                stop.number = stop.number or runtime.FINDING
+                stop.number = stop.number or FINDING
 
     def end_nonfinite(what) -> int:
         """Says that the run ends, as its numbers are not finite; returns its exit code."""
@@ -311,7 +332,7 @@ def main(argv):
         if report:
             write_after_run(out_dir, configurator.read_block(__file__).defaults, console.say, console.warn)
 
-    stop = runtime.StopSignal(announced=ranks.is_first)
+    stop = StopSignal(announced=ranks.is_first)
     if not eval_only:
         ranks.on_first(open_out_dir)
     signs = vitals.Vitals(own_model, optimizer, scaler, batches, precision)
@@ -357,8 +378,8 @@ def main(argv):
             saved, rewinds = state.step, rewinds if state.bad_steps else 0
         if stopping:
             ranks.on_first(lambda: writer.wait())
-            console.say(runtime.describe_stop(stopping, state.step, saved > 0, argv))
-            exit_code = EXIT_FINDING if stopping == runtime.FINDING else 128 + stopping
+            console.say(describe_stop(stopping, state.step, saved > 0, argv))
+            exit_code = EXIT_FINDING if stopping == FINDING else 128 + stopping
             break
 
         # -- evaluate when due
@@ -373,7 +394,7 @@ def main(argv):
             best = state.best_val_loss is None or val_loss < state.best_val_loss
             state.evaluated, state.best_val_loss = state.step, val_loss if best else state.best_val_loss
             if metrics:
-                val_batch = next(loader.eval_batches(data.val, block_size, batch_size, 1, device=device_used))
+                val_batch = next(eval_batches(data.val, block_size, batch_size, 1, device=device_used))
                 number = state.step // eval_interval if state.step < max_iters else 0
                 shown = signs.evaluate(state.step, number, train_loss, val_loss, val_batch)
             seconds = time.perf_counter() - started
@@ -419,13 +440,13 @@ def main(argv):
                 tell(doctor.see_step(shown))
                 metrics.log(state.step, {'loss/step': loss, 'grad_norm': float(grad_norm), 'learning_rate': lr, 'mfu': mfu,
                                          'tokens_per_second': tokens_per_second,
-                                         'peak_memory': runtime.peak_memory(device_used)} | shown.metrics(grad_clip))
+                                         'peak_memory': peak_memory(device_used)} | shown.metrics(grad_clip))
 
     if not exit_code:
         if metrics:
             prompt = data.val[:block_size].tolist()
             tell(doctor.see_generation(state.step, check_generation(raw_model, prompt, precision=precision)))
-        if by_doctor := ranks.largest(stop.number) == runtime.FINDING:
+        if by_doctor := ranks.largest(stop.number) == FINDING:
             stop.number = 0  # nothing is left to stop
         loss = split_loss('val', None)
         if number := ranks.largest(stop.number):

@@ -14,10 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import bench  # noqa: E402
-import configurator  # noqa: E402
-from nib import corpus, loader, measure, runtime  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
+import configurator
+from benchmarks import measure
+from nib.errors import UserError, run_script
+from nib.machine.device import peak_memory
+from nib.tokens.batches import BatchLoader, eval_batches
+from nib.tokens.dataset import SPLITS, open_dataset
 
 rounds: int = 5  # times that each is measured, in turns and each in a process of its own
 folder: str = ''  # where to write; empty: the system's folder for temporary files
@@ -41,7 +43,7 @@ def main(argv):
                 flags = ['config/train_shakespeare_char.py', '--device=cpu', '--no-compile', f'--data_dir={scratch}',
                          f'--dataset={name}', f'--out_dir={Path(scratch) / "run"}', '--overwrite']
                 turns[name].append(time_loading_alone(Path(scratch) / name)
-                                   | {'command to first step, s': bench.time_startup(flags)})
+                                   | {'command to first step, s': measure.time_startup(flags)})
                 print(f'round {turn + 1}, {name}: ' + ', '.join(f'{key} {figure:.4g}' for key, figure in turns[name][-1].items()),
                       file=sys.stderr, flush=True)
     table = (f'{rounds} rounds in turns; {measure.describe_machine()}\n'
@@ -55,7 +57,7 @@ def main(argv):
 def make_dataset(path: Path, n_bytes: int):
     """nanoGPT's files of a text of n_bytes / 2 characters, all of them '!', and as long a one for validation."""
     path.mkdir()
-    for split in corpus.SPLITS:
+    for split in SPLITS:
         with open(path / f'{split}.bin', 'wb') as file:
             file.truncate(n_bytes)
     characters = dict(enumerate(map(chr, range(33, 98))))
@@ -65,17 +67,17 @@ def make_dataset(path: Path, n_bytes: int):
 
 def time_loading(path: Path) -> dict[str, float]:
     """Opens a dataset, and makes batches of it."""
-    before, started = runtime.peak_memory('cpu'), time.perf_counter()
-    data = corpus.open_dataset(path, BLOCK_SIZE)
+    before, started = peak_memory('cpu'), time.perf_counter()
+    data = open_dataset(path, BLOCK_SIZE)
     opened = time.perf_counter()
-    next(loader.eval_batches(data.val, BLOCK_SIZE, BATCH_SIZE, vocab_size=data.vocab_size))
+    next(eval_batches(data.val, BLOCK_SIZE, BATCH_SIZE, vocab_size=data.vocab_size))
     evaluated = time.perf_counter()
-    batches = loader.BatchLoader(data.train, BLOCK_SIZE, BATCH_SIZE, 1, 'train', 1, vocab_size=data.vocab_size)
+    batches = BatchLoader(data.train, BLOCK_SIZE, BATCH_SIZE, 1, 'train', 1, vocab_size=data.vocab_size)
     for step in range(N_BATCHES):
         batches.batch(step, 0)
     return {'ms to open it': 1000 * (opened - started), 'ms first evaluation batch': 1000 * (evaluated - opened),
             'ms training batch': 1000 * (time.perf_counter() - evaluated) / N_BATCHES,
-            'memory of all that, MB': (runtime.peak_memory('cpu') - before) / 1e6}
+            'memory of all that, MB': (peak_memory('cpu') - before) / 1e6}
 
 
 def time_loading_alone(path: Path) -> dict[str, float]:

@@ -15,10 +15,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from nib import measure, runtime  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
+import configurator
+from benchmarks import measure
+from benchmarks.nanogpt import NanoGPT
+from model import GPT, GPTConfig
+from nib.errors import UserError, run_script
+from nib.machine.device import pick_device, synchronize
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 rounds: int = 4  # times that everything is measured
@@ -45,11 +47,11 @@ SAMPLING = dict(temperature=0.8, top_k=200)
 
 
 def main(argv):
-    values, _ = configurator.configure(__file__, argv, settle={'device': runtime.pick_device})
+    values, _ = configurator.configure(__file__, argv, settle={'device': pick_device})
     globals().update(values)
     if rounds < 1:
         raise UserError(f'rounds is {rounds}: it must be at least 1')
-    peer = measure.NanoGPT('nanogpt', nanogpt, NANOGPT_SCRIPT, {
+    peer = NanoGPT('nanogpt', nanogpt, NANOGPT_SCRIPT, {
         'device': device, 'sampling': SAMPLING, 'jobs': {name: asdict(job) for name, job in JOBS.items()}})
     models = {(name, dtype): GPT(GPTConfig(**job.shape)).to(device, getattr(torch, dtype))
               for name, job in JOBS.items() for dtype in DTYPES}
@@ -88,7 +90,7 @@ def main(argv):
 def generate(model: GPT, job: Job, n_prompts: int = 1) -> list[float]:
     """Seconds from the start to each new token."""
     prompts = [[0] * job.prompt_tokens] * n_prompts
-    runtime.synchronize(device)
+    synchronize(device)
     started, seconds = time.perf_counter(), []
     for tokens in model.generate(prompts, job.new_tokens, seed=1, compile=compile, **SAMPLING):
         tokens.tolist()  # waits for the device, as whoever shows them must
@@ -112,7 +114,7 @@ def read_rate(model: GPT) -> float:
         started = time.perf_counter()
         for matrix in matrices(model):
             matrix.detach().sum()
-        runtime.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return sum(map(n_bytes, matrices(model))) / min(times)
 

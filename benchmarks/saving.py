@@ -18,11 +18,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from nib import checkpoint, measure, optim, tensorfile  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.writer import CheckpointWriter  # noqa: E402
+import configurator
+from benchmarks import measure
+from model import GPT, GPTConfig
+from nib import optim
+from nib.checkpoint import store, tensorfile
+from nib.checkpoint.writer import CheckpointWriter
+from nib.errors import UserError, run_script
 
 rounds: int = 5  # turns of each
 n_layer: int = 12  # blocks of the model
@@ -73,8 +75,8 @@ def take_turn(model, optimizer, out_dir: Path) -> dict[str, float]:
     for path in (out_dir / 'step-00000001').iterdir():
         with open(path) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    measured['loading'] = seconds(lambda: checkpoint.load(out_dir))
-    measured['loading, warm'] = seconds(lambda: checkpoint.load(out_dir))
+    measured['loading'] = seconds(lambda: store.load(out_dir))
+    measured['loading, warm'] = seconds(lambda: store.load(out_dir))
     return measured
 
 

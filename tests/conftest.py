@@ -13,8 +13,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from nib import corpus, errors
+from nib import errors
+from nib.tokens.write import write_char_dataset
 
+pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
 torch.set_num_threads(1)  # the tests' models are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,7 @@ def data_dir(tmp_path_factory):
     text = ''
     while len(text) < 20_000:
         text += ' '.join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + '.\n'
-    corpus.write_char_dataset(folder / 'tiny', text, {'text': 'made up'})
+    write_char_dataset(folder / 'tiny', text, {'text': 'made up'})
     return folder
 
 
@@ -69,7 +71,8 @@ def run_main(monkeypatch, capfd):
     """run_main(script, *argv): calls the main of a script, or of its module, in this process, as its command line would, which
     takes no seconds to import torch; returns how it ended. What a script changes in its process is put back."""
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    caught = (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGINT))  # Windows has no SIGUSR1
+    handlers = {number: signal.getsignal(number) for number in caught}
     threads = torch.get_num_threads()
     modules = {}
 

@@ -3,8 +3,8 @@ import pytest
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from nib import tokenizer
 from nib.errors import UserError
+from nib.text import tokenizer
 
 MERGES = [b'th', b'the', b' t', b' the', b'in', b' a', b'\n\n', b'  ', b'    ', b're', b'\xe2\x82', b' b', b' be']
 

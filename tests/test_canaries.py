@@ -17,7 +17,8 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SMALL_RUN, train
 
-from nib import bins, checkpoint
+from nib.checkpoint import store
+from nib.tokens import unfinished
 
 CODE = "__import__('os').mkdir('canary')"
 
@@ -111,15 +112,15 @@ def poison(data):
     return CODE if isinstance(data, str) else data
 
 
-PAYLOADS = {'a pickle': lambda content: PICKLES['reduce'], 'a pickle in text': lambda content: PICKLES['reduce in text'],
-            'Python': lambda content: CODE.encode(), 'texts that are code': lambda content: poison_bytes(content)}
-
-
 def poison_bytes(content: bytes) -> bytes:
     try:
         return json.dumps(poison(json.loads(content))).encode()
     except ValueError:  # no JSON: all of it
         return CODE.encode()
+
+
+PAYLOADS = {'a pickle': lambda content: PICKLES['reduce'], 'a pickle in text': lambda content: PICKLES['reduce in text'],
+            'Python': lambda content: CODE.encode(), 'texts that are code': poison_bytes}
 
 
 FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'run/latest', 'run/best',
@@ -140,10 +141,10 @@ def test_a_file_of_a_dataset_or_a_run_runs_nothing(run_main, place, monkeypatch,
 
 def test_a_state_whose_digest_is_right_runs_nothing(run_main, place):
     """Every text in it, those of its tokenizer and of the config that was typed included."""
-    state = checkpoint._read_state(place / 'run/step-00000010')
+    state = store._read_state(place / 'run/step-00000010')
 
     def try_with(changed):
-        (place / 'run/step-00000010/state.json').write_bytes(checkpoint._encode(changed))
+        (place / 'run/step-00000010/state.json').write_bytes(store._encode(changed))
         assert_nothing_ran(place, run_main('sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu'))
         shutil.copytree(place / 'run', place / 'kept')
         assert_nothing_ran(place, run_train(run_main, place, '--init_from=resume'))
@@ -220,7 +221,7 @@ def test_the_journal_of_a_dataset_in_the_making_runs_nothing(run_main, place, mo
     (place / 'a.txt').write_text(CODE * 20)
     flags = [f'--input={place / "a.txt"}', f'--out_dir={place / "new"}']
     with monkeypatch.context() as patch:  # stopped before the end
-        patch.setattr(bins.UnfinishedBins, 'finish', lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(unfinished.UnfinishedBins, 'finish', lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_main('data/text/prepare.py', *flags).returncode == 130
     journal = place / 'new/.journal.json'
     journal.write_bytes(payload(journal.read_bytes()))
@@ -267,13 +268,13 @@ def test_the_code_has_no_other_way_to_run_what_it_loads():
     ways = {'eval', 'exec', 'compile', 'pickle.load', 'pickle.loads', 'torch.load', 'np.load', 'numpy.load', 'os.system', 'os.popen',
             '__import__', 'runpy.run_path', 'importlib.import_module', 'pickle.Unpickler', 'marshal.loads', 'yaml.load'}
     found, imported, texts = {}, set(), ''
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/*.py'), *ROOT.glob('data/*/prepare.py')]:
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/**/*.py'), *ROOT.glob('data/*/prepare.py')]:
         tree = ast.parse(path.read_text())
         for name in called(tree) & ways:
             found.setdefault(name, set()).add(path.relative_to(ROOT).as_posix())
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
                      for alias in node.names}
         texts += path.read_text()
-    assert found == {'exec': {'configurator.py'}, 'compile': {'configurator.py'}, 'runpy.run_path': {'nib/datasets.py'}}
+    assert found == {'exec': {'configurator.py'}, 'compile': {'configurator.py'}, 'runpy.run_path': {'nib/tokens/find.py'}}
     assert not imported & {'tarfile', 'zipfile', 'shelve', 'dill', 'joblib', 'marshal', 'cloudpickle'}
     assert 'shell=True' not in texts and 'trust_remote_code' not in texts and 'allow_pickle' not in texts

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 import configurator
 import train
-from nib.troubles import TROUBLES
+from nib.doctor.troubles import TROUBLES
 
 ENGLISH, CHINESE = ROOT / 'docs/training_loop.md', ROOT / 'docs/training_loop.zh.md'
 RECORDED = ROOT / 'benchmarks/results/training_loop.txt'
@@ -128,7 +128,8 @@ def read_sums() -> list[tuple[str, str]]:
 
 
 def test_sums_in_the_prose_are_right():
-    assert len(sums := read_sums()) >= 20
+    sums = read_sums()
+    assert len(sums) >= 20
     for left, right in sums:
         if '/' in right:
             assert math.isclose(eval(left), eval(right)), (left, right)
@@ -232,7 +233,7 @@ def test_what_to_change_is_what_the_doctor_says():
 
 def test_what_the_doctor_sees_is_recorded_by_that_name(folder, run_main):
     """The names in code in the table's second column are names in metrics.jsonl or keys of the config."""
-    sources = ' '.join((ROOT / file).read_text() for file in ('train.py', 'nib/vitals.py'))
+    sources = ' '.join((ROOT / file).read_text() for file in ('train.py', 'nib/doctor/vitals.py'))
     keys = configurator.read_block(str(ROOT / 'train.py')).defaults
     named = {name for row in trouble_rows(ENGLISH) for name in re.findall('`([^`]+)`', row[1])}
     assert len(named) > 5

@@ -15,7 +15,12 @@ from torch.nn import functional as F
 import configurator
 import debug_training
 from model import GPT, GPTConfig
-from nib import checkpoint, examination, health, inspection, loader, runtime, walkthrough, weights
+from nib.checkpoint import store
+from nib.checkpoint.start import TRANSPOSED, new_model
+from nib.doctor import health, inspection
+from nib.lessons import examination, walkthrough
+from nib.machine.device import autocast, pick_device
+from nib.tokens.batches import BatchLoader
 
 SCRIPT = 'debug_training.py'
 CALM = ['--gradient_accumulation_steps=1', '--dtype=float32', '--learning_rate=3e-3']
@@ -38,7 +43,7 @@ def make_training(data_dir):
     """make_training(*flags): the script's Training of the small model, to look at and to break."""
     def make(*flags):
         argv = [*SMALL, f'--data_dir={data_dir}', *flags]
-        values, _ = configurator.configure(str(ROOT / SCRIPT), argv, settle={'device': runtime.pick_device}, base='train.py')
+        values, _ = configurator.configure(str(ROOT / SCRIPT), argv, settle={'device': pick_device}, base='train.py')
         data = debug_training.open_dataset(values) if values['dataset'] else debug_training.random_tokens(values, None)[0]
         return debug_training.Training(values, data, None)
     return make
@@ -103,13 +108,13 @@ def test_the_table_has_the_figures_of_a_step_made_by_hand(debug, make_training, 
     assert done.returncode == 0, done.stderr
     training = make_training(*flags)
     values, data = training.values, training.data
-    x, y = loader.BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(0, 0)
-    model = weights.new_model(values, data, None)
+    x, y = BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(0, 0)
+    model = new_model(values, data, None)
     rms = {name: float((p.detach() ** 2).mean().sqrt()) for name, p in model.named_parameters()}
     assert_rows_agree(done.stdout, model, *step_by_hand(model, x, y, plain_adamw(model, values), values['grad_clip']))
     for name, figure in rms.items():
         assert float(table(done.stdout)[name.removeprefix('transformer.')][1]) == pytest.approx(figure, abs=6e-5)
-    loss = F.cross_entropy(weights.new_model(values, data, None)(x).flatten(0, 1), y.flatten())
+    loss = F.cross_entropy(new_model(values, data, None)(x).flatten(0, 1), y.flatten())
     assert f'loss              {float(loss.detach()):.4f}' in done.stdout
 
 
@@ -122,7 +127,7 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(data
     explained = debug(*flags, '--init_from=resume', f'--out_dir={tmp_path / "run"}', '--explain')
     assert done.returncode == explained.returncode == 0, done.stderr + explained.stderr
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob('*')) if path.is_file()} == files
-    found, tensors = checkpoint.load(tmp_path / 'run')
+    found, tensors = store.load(tmp_path / 'run')
     model = GPT(GPTConfig(**found.state['model']))
     model.load_state_dict(tensors['model'])
     values = found.state['config']
@@ -130,7 +135,7 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(data
     for name, p in model.named_parameters():
         optimizer.state[p] = {key: tensors['optimizer'][f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
     data = debug_training.open_dataset(values | {'data_dir': str(data_dir)})
-    x, y = loader.BatchLoader(data.train, 16, 4, values['seed'], 'train', 2).batch(10, 0)
+    x, y = BatchLoader(data.train, 16, 4, values['seed'], 'train', 2).batch(10, 0)
     assert_rows_agree(done.stdout, model, *step_by_hand(model, x, y, optimizer, values['grad_clip']))
     assert 'which step 10 of the run begins with' in done.stdout and 't = 11' in explained.stdout
     assert 'marked is what is below 0.0002 or above 0.05.' in ' '.join(done.stdout.split())
@@ -148,7 +153,7 @@ def test_weights_times_values_are_what_attention_computes(name, dtype):
     seen = []
     for block in model.transformer.h:
         block.attn.register_forward_hook(lambda module, args, output: seen.append((module, args, output)))
-    with torch.no_grad(), runtime.precision(dtype, 'cpu'):
+    with torch.no_grad(), autocast(dtype, 'cpu'):
         model(torch.randint(31, (3, 10)))
         for attention, args, output in list(seen):
             scores, values = inspection.attention_scores(attention, *args[:2])
@@ -168,7 +173,7 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x, y = torch.randint(31, (2, 3, 10))
-    loss, rows = inspection.measure_layers(model, x, y, runtime.precision('float32', 'cpu'), 2)
+    loss, rows = inspection.measure_layers(model, x, y, autocast('float32', 'cpu'), 2)
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -213,7 +218,7 @@ def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_trai
     """Without dropout, with a warm-up of a tenth of the steps, and from the weights before the other parts of the report."""
     done = debug('--dropout=0.5', '--overfit_steps=20', '--grad_clip=0.7')
     training = make_training('--grad_clip=0.7')
-    model = weights.new_model(training.values, training.data, None)
+    model = new_model(training.values, training.data, None)
     optimizer, losses = plain_adamw(model, training.values), []
     x, y = training.batch()
     for step in range(21):
@@ -235,8 +240,8 @@ def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_trai
 def test_entropies_against_sums_by_hand():
     for n in (1, 2, 7, 64):
         even = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
-        assert inspection.largest_entropy(n) == pytest.approx(sum(math.log(t) for t in range(1, n + 1)) / n)
-        assert float(inspection.entropy(even).mean()) == pytest.approx(inspection.largest_entropy(n), abs=1e-6)
+        assert health.largest_entropy(n) == pytest.approx(sum(math.log(t) for t in range(1, n + 1)) / n)
+        assert float(inspection.entropy(even).mean()) == pytest.approx(health.largest_entropy(n), abs=1e-6)
     assert float(inspection.entropy(torch.tensor([0.0, 1.0, 0.0]))) == 0.0
     assert inspection.unigram_entropy(torch.tensor([[3, 3], [5, 7]])) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
 
@@ -286,6 +291,7 @@ def test_the_tolerance_of_the_first_loss_covers_what_fresh_models_have():
             assert abs(excess) < health.start_tolerance(n_embd, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', ['train_shakespeare_char.py', 'modern_shakespeare_char.py', 'fast_shakespeare_char.py'])
 def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     done = run_main(SCRIPT, f'config/{config}', '--dataset=tiny', f'--data_dir={data_dir}', '--device=cpu', '--dtype=float32')
@@ -295,6 +301,7 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     assert len(losses) == 6 and losses[-1] < 1.0 < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['adamw', 'muon'])
 def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug, tmp_path):
     """Its next step, and as the beginning of another one."""
@@ -435,7 +442,7 @@ def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_tr
 
 def test_marks_are_where_the_ranges_end():
     def row(ratio, name='h.0.mlp.c_fc.weight', shape=(4, 4), norm=1.0):
-        return inspection.ParameterStats(name, shape, 0.02, 0.0, 0.1, 0.1, norm, ratio)
+        return health.ParameterStats(name, shape, 0.02, 0.0, 0.1, 0.1, norm, ratio)
     limits = health.update_limits(0.9, first=False, learnt=True)
     assert limits == pytest.approx((0.001 / health.SLACK, 0.01 * health.SLACK))
     for ratio, mark in ((0.001, ''), (0.01, ''), (limits[1] * 1.01, 'update too large'), (limits[0] * 0.99, 'update too small')):
@@ -501,8 +508,8 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
 
     training = make_training(*flags)
     values, data = training.values, training.data
-    model = weights.new_model(values, data, None).eval()
-    batches = [loader.BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(step, 0) for step in range(3)]
+    model = new_model(values, data, None).eval()
+    batches = [BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(step, 0) for step in range(3)]
     x, y = batches[0]
     losses = F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction='none')
     own = float(losses[15].detach())
@@ -628,6 +635,7 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
 
 # -- every way to start ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
 def test_every_config_file_runs(config, run_main, tmp_path, monkeypatch):
     """In a small size, on random tokens, and as a new model where it asks for published weights."""
@@ -646,7 +654,7 @@ def test_published_weights_and_runs_meet_random_tokens(train_here, debug, tmp_pa
     model = GPT(GPTConfig(vocab_size=300, block_size=32, bias=True, **sizes))
     (tmp_path / 'gpt2').mkdir()
     (tmp_path / 'gpt2/config.json').write_text(json.dumps({'vocab_size': 300, 'n_positions': 32, **sizes}))
-    published = {name.removeprefix('transformer.'): tensor.t().contiguous() if name.endswith(weights.TRANSPOSED) else tensor
+    published = {name.removeprefix('transformer.'): tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
                  for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(published, tmp_path / 'gpt2/model.safetensors')
     architecture = ['--n_layer=1', '--n_embd=16', '--bias=True', '--block_size=32', '--dataset=']

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import model as model_file
 from model import MLP, CausalSelfAttention, GPT, GPTConfig
-from nib import generation, inspection
+from nib import generation
+from nib.doctor import inspection
 from nib.generation import check_generation, sample_tokens
 from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 
@@ -172,8 +173,8 @@ def test_generation_reads_the_weights_as_they_are_when_it_starts():
 
 def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
     """Rows of unequal length, past block_size, with no second compilation on the way."""
-    from nib import runtime
-    if not runtime.pick_compile(True, 'cpu')[0]:
+    from nib.machine.compiling import pick_compile
+    if not pick_compile(True, 'cpu')[0]:
         pytest.skip('no C compiler')
     model, prompts = make_model(GPTConfig(**{**vars(MODERN), 'n_layer': 1})), [[1], [4, 5, 6, 7, 8]]
     torch._dynamo.utils.counters.clear()
@@ -321,8 +322,8 @@ def test_training_and_the_inspection_follow_a_window(define_attention):
 
 
 def test_a_compiled_step_follows_a_changed_definition_of_attention(define_attention):
-    from nib import runtime
-    if not runtime.pick_compile(True, 'cpu')[0]:
+    from nib.machine.compiling import pick_compile
+    if not pick_compile(True, 'cpu')[0]:
         pytest.skip('no C compiler')
     define_attention(window_of_4)
     model, prompts = make_model(replace(MODERN, n_layer=1)), [[1], [4, 5, 6, 7, 8]]

@@ -8,7 +8,10 @@ from conftest import records, train
 from test_resume import CURVE
 
 from model import GPT, GPTConfig
-from nib import guard, loader, optim, runtime
+from nib import guard, optim
+from nib.machine.device import autocast
+from nib.machine.ranks import Ranks, distribute
+from nib.tokens.batches import BatchLoader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow,
               pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
@@ -45,7 +48,7 @@ def test_logits_equal_transformers_on_a_gpu(dtype, tolerance):
     idx = tokens(4, 64)
     with torch.no_grad():
         expected = theirs.double()(idx).logits
-        with runtime.precision(dtype, 'cuda'):
+        with autocast(dtype, 'cuda'):
             logits = ours(idx)
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -105,12 +108,12 @@ def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype):
     optimizer.lr = 1e-3
     scaler = torch.amp.GradScaler('cuda', enabled=dtype == 'float16')
     ids = np.random.default_rng(0).integers(1000, size=100_000, dtype=np.uint16)
-    batches = loader.BatchLoader(ids, 64, 8, 0, 'train', 2, device='cuda', vocab_size=1000)
+    batches = BatchLoader(ids, 64, 8, 0, 'train', 2, device='cuda', vocab_size=1000)
     bad_steps = guard.BadSteps(3, 'cuda', dtype == 'float16')
 
     def step(number):
-        return training.train_step(model, optimizer, scaler, batches.micro_batches(number), 2, runtime.precision(dtype, 'cuda'),
-                                   1.0, (0, number, 0), runtime.Ranks(), bad_steps)
+        return training.train_step(model, optimizer, scaler, batches.micro_batches(number), 2, autocast(dtype, 'cuda'),
+                                   1.0, (0, number, 0), Ranks(), bad_steps)
 
     for number in range(3):  # kernels are loaded and memory is set up
         step(number)
@@ -147,7 +150,7 @@ def test_nccl_with_one_rank_gives_the_same_gradients(tmp_path):
     try:
         plain, inner = make_model(SMALL), make_model(SMALL)
         batch = tokens(4, 64), tokens(4, 64, seed=1)
-        distributed = runtime.distribute(inner, 0, 'cuda:0', batch, contextlib.nullcontext())
+        distributed = distribute(inner, 0, 'cuda:0', batch, contextlib.nullcontext())
         for model in (plain, distributed):
             model(*batch).backward()
         for ours, theirs in zip(plain.parameters(), inner.parameters()):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import train as training
 from model import GPT, GPTConfig
-from nib import checkpoint, guard
+from nib import guard
+from nib.checkpoint import store
 
 EVERY_STEP = ['--eval_interval=1', '--keep_last=100', '--dropout=0.1']
 
@@ -35,7 +36,7 @@ def poison(monkeypatch):
 
 
 def tensors_at(out_dir, step):
-    return {f'{kind}/{name}': value for kind, tensors in checkpoint.load(out_dir, str(step))[1].items()
+    return {f'{kind}/{name}': value for kind, tensors in store.load(out_dir, str(step))[1].items()
             for name, value in tensors.items()}
 
 
@@ -67,7 +68,7 @@ def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_th
     line = next(line for line in done.stderr.splitlines() if ': not_finite, critical: ' in line)
     assert ': not_finite, critical: step 15: loss or gradients not finite, 3 steps in a row' in line
     assert 'parameters affected: transformer.h.1.mlp.c_proj.weight.' in line and 'the checkpoint of step 10 in' in done.stderr
-    found, tensors = checkpoint.load(tmp_path / 'run')
+    found, tensors = store.load(tmp_path / 'run')
     assert found.step == 10 and all(value.isfinite().all() for value in tensors['model'].values())
     assert sorted(path.name for path in (tmp_path / 'run').glob('step-*')) == ['step-00000010']
 
@@ -135,7 +136,7 @@ def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here,
     done = train_here(tmp_path / 'run', *flags)
     assert done.returncode == 0 and 'going back to the last checkpoint' in done.stderr
     assert computed == [*range(15), *range(15, 25)]
-    found, tensors = checkpoint.load(tmp_path / 'run')
+    found, tensors = store.load(tmp_path / 'run')
     assert found.step == 20 and found.state['train']['passed_over'] == 5
     assert [r['step'] for r in records(tmp_path / 'run') if 'loss/step' in r] == list(range(1, 21))
     computed.clear()  # and a run that is cut after it goes on with the same batches
@@ -150,7 +151,7 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
     assert done.returncode == 3 and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
     assert computed[:15] == [*range(15)] and len(computed) < 15 + 3 * (guard.MAX_REWINDS + 1)
-    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+    assert store.load(tmp_path / 'run')[0].step == 10
     poison(range(3, 1000), 'gradient')
     done = train_here(tmp_path / 'new', '--on_nonfinite=rewind')
     assert done.returncode == 3 and 'no checkpoint was there yet' in done.stderr
@@ -189,6 +190,7 @@ print(f'rank {os.environ["RANK"]}: exit {code}, finite {all(p.isfinite().all() f
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_what_is_not_finite_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path, what):
     (tmp_path / 'poisoned.py').write_text(POISONED_RANK.replace('WHAT', repr(what)))
@@ -199,7 +201,7 @@ def test_what_is_not_finite_on_one_rank_reaches_the_weights_of_none(data_dir, tm
     assert len(ranks) == 2 and ranks[0] == ranks[1] and ranks[0][:2] == ('3', 'True'), done.stdout + done.stderr
     assert 'step 5: loss or gradients not finite: not applied' in done.stderr
     assert 'step 10: loss or gradients not finite, 3 steps in a row' in done.stderr
-    assert checkpoint.load(tmp_path / 'run')[0].step == 5
+    assert store.load(tmp_path / 'run')[0].step == 5
 
 
 def test_the_first_module_and_parameter_that_are_not_finite_are_named():

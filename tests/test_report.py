@@ -20,8 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import configurator
-from nib import charts, health, history, report
-from nib.charts import Chart, Series, badge_rows, show_number
+from nib.doctor import health
+from nib.report import charts, history
+from nib.report.charts import Chart, Series, badge_rows, show_number
+from nib.report.page import SAMPLES, build_page, write_report
 
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
 VOID = {'meta', 'link', 'br', 'hr', 'img', 'input'}
@@ -85,7 +87,7 @@ def write_run(folder, lines, config=None):
 
 
 def page_of(*folders, watching=False) -> Page:
-    return Page(report.build_page(history.read_runs(folders), DEFAULTS, watching))
+    return Page(build_page(history.read_runs(folders), DEFAULTS, watching))
 
 
 def full_records(steps=40):
@@ -154,7 +156,7 @@ def test_the_best_validation_loss_is_marked(tmp_path):
 
 
 def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
-    lines = [{'step': step, 'loss/step': 2.0} for step in range(0, 401)]
+    lines = [{'step': step, 'loss/step': 2.0} for step in range(401)]
     lines += [{'step': 100, 'finding/lr_too_high': FINDING}, {'step': 300, 'finding/odd': 'of no known form'},
               {'step': 304, 'finding/not_finite': 'critical: loss is NaN.'}, {'step': 400, 'verdict': '3 findings: see below'}]
     page = page_of(write_run(tmp_path / 'run', lines))
@@ -186,7 +188,7 @@ def test_a_verdict_is_of_the_step_where_it_was_given(tmp_path):
 def test_samples_of_the_first_and_last_evaluation_and_some_between(tmp_path):
     page = page_of(write_run(tmp_path / 'run', [{'step': step, 'sample': f'sample-{step}.'} for step in range(0, 1001, 50)]))
     shown = [int(step) for step in re.findall(r'sample-(\d+)\.', page.shown)]
-    assert shown[0] == 0 and shown[-1] == 1000 and len(shown) == report.SAMPLES and sorted(set(shown)) == shown
+    assert shown[0] == 0 and shown[-1] == 1000 and len(shown) == SAMPLES and sorted(set(shown)) == shown
 
 
 def test_config_shows_what_differs_from_the_defaults(tmp_path):
@@ -194,7 +196,7 @@ def test_config_shows_what_differs_from_the_defaults(tmp_path):
     values = {**DEFAULTS, 'n_layer': 3, 'device': 'cpu', 'dtype': 'float32', 'ranks': 1}
     (folder / 'config.json').write_text(json.dumps({'config': values, 'origins': {
         'n_layer': 'config/small.py:3', 'device': 'default (auto)', 'dtype': 'command line'}}))
-    source = report.build_page(history.read_runs([folder]), DEFAULTS)
+    source = build_page(history.read_runs([folder]), DEFAULTS)
     changed, rest = source.split('<details')
     rows = {key: re.findall('<td.*?>(.*?)</td>', row) for key, row in re.findall('<tr><th>(.*?)</th>(.*?)</tr>', changed)}
     assert rows.keys() - {'key'} == {'n_layer', 'dtype'}
@@ -238,13 +240,13 @@ def test_nothing_in_the_files_gets_out_of_the_text(tmp_path):
     assert page.scripts[-1] == plain.scripts[-1]
     assert not any(name.startswith('on') for _, attributes in page.elements for name in attributes)
     assert page.shown.count('alert("x")') >= 7 and '\x00' not in page.shown and '\x1b' not in page.shown
-    assert report.write_report([folder], DEFAULTS, tmp_path / 'page.html') == 0
+    assert write_report([folder], DEFAULTS, tmp_path / 'page.html') == 0
     assert Page((tmp_path / 'page.html').read_text(encoding='utf-8')).shown.count('alert("x")') >= 7
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
     folder = write_run(tmp_path / 'run', [*full_records(), {'step': 3, 'finding/a': FINDING}], {'n_layer': 1})
-    source = report.build_page(history.read_runs([folder]), DEFAULTS)
+    source = build_page(history.read_runs([folder]), DEFAULTS)
     assert not re.search(r'https?:|//[a-z]|@import|url\(', source.replace('// Shows', '').replace('// on', ''))
     for _, attributes in Page(source).elements:
         assert attributes.get('href', '#').startswith(('#', 'data:')) and 'src' not in attributes
@@ -372,7 +374,7 @@ def cielab(rgb):
 
 @pytest.mark.parametrize('colours, ground', [(charts.LIGHT, '#ffffff'), (charts.DARK, '#171b21')])
 def test_colours_are_told_apart_by_the_colour_blind(colours, ground):
-    assert ground in (ROOT / 'nib' / 'report.css').read_text()
+    assert ground in (ROOT / 'nib/report/page.css').read_text()
     for sight in SIGHTS.values():
         seen = [cielab(np.array(sight) @ linear(colour)) for colour in colours[:charts.NEUTRAL]]
         assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 20
@@ -387,6 +389,7 @@ def test_the_healthy_band_is_that_of_the_examination():
 
 # -- the script ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('error')
 def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     pytest.importorskip('matplotlib')
@@ -410,7 +413,7 @@ def test_a_png_names_its_findings(tmp_path, monkeypatch, n, last):
     legends, legend = [], figure.Figure.legend
     monkeypatch.setattr(figure.Figure, 'legend', lambda self, *args, **options: legends.append(legend(self, *args, **options)))
     lines = [{'step': step, 'loss/val': 2.0} for step in (1, 40)] + [{'step': 1 + i, f'finding/trouble-{i}': FINDING} for i in range(n)]
-    report.write_report([write_run(tmp_path / 'run', lines)], DEFAULTS, tmp_path / 'page.html', png=True)
+    write_report([write_run(tmp_path / 'run', lines)], DEFAULTS, tmp_path / 'page.html', png=True)
     named, = [[label.get_text() for label in one.get_texts()] for one in legends]
     assert '1 trouble-0' in named and last in named and len(named) == 2 + n - max(0, n - 24 - 1)
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import sample as script
 from model import GPT, GPTConfig
-from nib import checkpoint, corpus
-from nib.tokenizer import ByteTokenizer, tokenizer_from_json
+from nib.checkpoint import store
+from nib.text.tokenizer import ByteTokenizer, tokenizer_from_json
+from nib.tokens.write import write_dataset
 
 
 @pytest.fixture(scope='module')
@@ -20,7 +21,7 @@ def out_dir(data_dir, tmp_path_factory):
     """Checkpoints of steps 10 and 20; the best is made to be that of step 10."""
     folder = tmp_path_factory.mktemp('sample') / 'run'
     train(data_dir, folder, '--keep_last=2')
-    checkpoint.point(folder, 'best', folder / 'step-00000010')
+    store.point(folder, 'best', folder / 'step-00000010')
     return folder
 
 
@@ -28,7 +29,7 @@ def out_dir(data_dir, tmp_path_factory):
 def bytes_out_dir(tmp_path_factory):
     """A model that has learnt the one document it saw, byte by byte, and that it ends."""
     folder = tmp_path_factory.mktemp('bytes')
-    corpus.write_dataset(folder / 'tiny', lambda start: [('train', 'é€🙂.', True), ('val', 'é€🙂.', True)] * 200,
+    write_dataset(folder / 'tiny', lambda start: [('train', 'é€🙂.', True), ('val', 'é€🙂.', True)] * 200,
                          ByteTokenizer(), {})
     train(folder, folder / 'run', '--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150')
     return folder / 'run'
@@ -45,7 +46,7 @@ def sample(run_main):
 
 def likeliest(out_dir, which, prompt, count, dtype=torch.float32) -> str:
     """Greedy text, made without a cache from the checkpoint's tensors."""
-    found, tensors = checkpoint.load(out_dir, which)
+    found, tensors = store.load(out_dir, which)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     model = GPT(GPTConfig(**found.state['model'])).eval()
     model.load_state_dict(tensors['model'])
@@ -82,6 +83,7 @@ def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys
     assert not script.can_compile(generate) and capsys.readouterr().err == 'not compiled: no Triton here\n'
 
 
+@pytest.mark.slow
 def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, tmp_path):
     (tmp_path / 'prompt.txt').write_text('The dog')
     given = sample(out_dir, '--start=The dog')
@@ -130,6 +132,7 @@ def test_bytes_that_come_one_by_one_make_the_text_that_they_make_together(conten
     assert shown == row.text == content.decode('utf-8', 'replace')
 
 
+@pytest.mark.slow
 def test_tokens_reach_the_terminal_as_they_come(out_dir):
     """The first characters can be read long before a run of many tokens is over."""
     run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=1000000'],

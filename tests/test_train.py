@@ -17,7 +17,14 @@ from conftest import ROOT, SMALL_RUN, records, run_script, train
 
 import train as training
 from model import GPT, GPTConfig
-from nib import checkpoint, corpus, guard, loader, optim, runtime, vitals
+from nib import guard, optim
+from nib.checkpoint import store
+from nib.doctor import vitals
+from nib.machine.device import autocast, seed_everything
+from nib.machine.ranks import Ranks
+from nib.machine.signals import StopSignal
+from nib.tokens.batches import BatchLoader, eval_batches
+from nib.tokens.dataset import open_dataset
 
 SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -25,11 +32,11 @@ SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
 def step(model, optimizer, batches, grad_clip, seeds=(0, 0, 0)):
     """train_step on one process, in float32."""
     return training.train_step(model, optimizer, torch.amp.GradScaler('cpu', enabled=False), batches, len(batches),
-                               runtime.precision('float32', 'cpu'), grad_clip, seeds, runtime.Ranks(), guard.BadSteps(3, 'cpu'))
+                               autocast('float32', 'cpu'), grad_clip, seeds, Ranks(), guard.BadSteps(3, 'cpu'))
 
 
 def tensors_of(out_dir, which='latest'):
-    return checkpoint.load(out_dir, which)[1]
+    return store.load(out_dir, which)[1]
 
 
 def assert_equal_tensors(first, second):
@@ -51,7 +58,7 @@ def test_a_run_learns_and_reports_it(whole_run, data_dir):
     out_dir, done = whole_run
     losses = [float(loss) for loss in re.findall(r'^step \d+: train loss [\d.]+, val loss ([\d.]+)', done.stdout, re.M)]
     assert len(losses) == 3  # steps 0, 10 and 20
-    assert losses[0] == pytest.approx(math.log(corpus.open_dataset(data_dir / 'tiny', 16).vocab_size), rel=0.03)
+    assert losses[0] == pytest.approx(math.log(open_dataset(data_dir / 'tiny', 16).vocab_size), rel=0.03)
     assert losses[-1] < losses[0] - 0.3
     logged = records(out_dir)
     assert [r['step'] for r in logged if 'loss/step' in r] == list(range(1, 21))
@@ -63,10 +70,10 @@ def test_a_run_learns_and_reports_it(whole_run, data_dir):
 
 def test_the_last_line_is_the_loss_over_the_whole_validation_split(whole_run, data_dir):
     out_dir, done = whole_run
-    found, tensors = checkpoint.load(out_dir, 'latest')
+    found, tensors = store.load(out_dir, 'latest')
     model = GPT(GPTConfig(**found.state['model'])).eval()
     model.load_state_dict(tensors['model'])
-    val = torch.from_numpy(corpus.open_dataset(data_dir / 'tiny', 16).val.astype('int64'))
+    val = torch.from_numpy(open_dataset(data_dir / 'tiny', 16).val.astype('int64'))
     n = (len(val) - 1) // 16
     with torch.no_grad():
         loss = model(val[:n * 16].view(n, 16), val[1:n * 16 + 1].view(n, 16)).item()
@@ -86,6 +93,7 @@ def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(whole_run, dat
     assert [(r['step'], r['loss/step'], r['grad_norm']) for r in records(tmp_path / 'run') if 'loss/step' in r] == curve
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_dir, tmp_path):
     out_dir = tmp_path / 'run'
     run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}',
@@ -99,9 +107,10 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_di
     assert run.wait(60) == 130
     assert '--init_from=resume' in rest
     stopped_at = int(re.search(r'stopped by signal 2 after step (\d+)', rest)[1])
-    assert checkpoint.load(out_dir)[0].step == stopped_at
+    assert store.load(out_dir)[0].step == stopped_at
 
 
+@pytest.mark.slow
 def test_sigterm_is_heard_too(data_dir, tmp_path):
     run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
                             '--max_iters=100000'], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -109,9 +118,10 @@ def test_sigterm_is_heard_too(data_dir, tmp_path):
     run.send_signal(signal.SIGTERM)
     run.stdout.read()
     assert run.wait(60) == 143
-    assert checkpoint.load(tmp_path / 'run')[0].step >= 2
+    assert store.load(tmp_path / 'run')[0].step >= 2
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
     """The same batches shared out over two processes: losses agree to rounding, evaluation too; rank 0 alone writes."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -126,23 +136,24 @@ def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
         torch.testing.assert_close(value, tensors_of(tmp_path / 'one')['model'][name], atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_is_what_its_config_says(data_dir, tmp_path):
     """Three steps of the script against plain PyTorch: seeds, batches, dropout, accumulation, schedule, clipping, AdamW."""
     train(data_dir, tmp_path / 'run', '--max_iters=3', '--lr_decay_iters=3', '--warmup_iters=1', '--min_lr=1e-3', '--seed=5',
           '--dropout=0.2', '--weight_decay=0.3', '--beta1=0.8', '--beta2=0.9', '--grad_clip=0.5', '--no-bias')
-    data = corpus.open_dataset(data_dir / 'tiny', 16)
-    runtime.seed_everything(5)
+    data = open_dataset(data_dir / 'tiny', 16)
+    seed_everything(5)
     model = GPT(GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     spared = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW([{'params': decayed, 'weight_decay': 0.3}, {'params': spared, 'weight_decay': 0.0}],
                                   betas=(0.8, 0.9), foreach=False)
-    batches = loader.BatchLoader(data.train, 16, 4, 5, 'train', 2)
+    batches = BatchLoader(data.train, 16, 4, 5, 'train', 2)
     for step, lr in enumerate((5e-3, 1e-2, 1e-3 + 9e-3 / 2)):  # half of the cosine
         for group in optimizer.param_groups:
             group['lr'] = lr
         for micro_step in (0, 1):
-            runtime.seed_everything(5, step, 0, micro_step)
+            seed_everything(5, step, 0, micro_step)
             (model(*batches.batch(step, micro_step)) / 2).backward()
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
         for p in model.parameters():
@@ -154,6 +165,7 @@ def test_a_run_is_what_its_config_says(data_dir, tmp_path):
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_best_is_the_checkpoint_of_the_lowest_loss_and_old_ones_go(data_dir, tmp_path):
     """A rate that ruins the model after a good start."""
     train(data_dir, tmp_path / 'run', '--max_iters=10', '--keep_last=2')
@@ -162,7 +174,7 @@ def test_best_is_the_checkpoint_of_the_lowest_loss_and_old_ones_go(data_dir, tmp
     losses = {r['step']: r['loss/val'] for r in records(tmp_path / 'run') if 'loss/val' in r}
     best = min(losses, key=losses.get)
     assert best not in (0, 16) and list(losses) == [0, 10, 12, 14, 16]
-    found = checkpoint.load(tmp_path / 'run', 'best')[0]
+    found = store.load(tmp_path / 'run', 'best')[0]
     assert found.step == best and found.state['train']['best_val_loss'] == losses[best]
     assert sorted(path.name for path in (tmp_path / 'run').glob('step-*')) == sorted(
         f'step-{step:08d}' for step in {best, 14, 16})
@@ -191,21 +203,23 @@ def test_gradients_are_exchanged_on_the_last_micro_step_only():
     assert model.passes == [False, False, True]
 
 
+@pytest.mark.slow
 def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
     """Two ranks' loss of the first step is the mean of two losses with the seeds of rank 0 and of rank 1."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     train(data_dir, tmp_path / 'run', '--dropout=0.5', '--max_iters=1', launcher=torchrun)
-    data = corpus.open_dataset(data_dir / 'tiny', 16)
-    runtime.seed_everything(1337)
+    data = open_dataset(data_dir / 'tiny', 16)
+    seed_everything(1337)
     model = GPT(GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.5, bias=False))
     losses = []
     for rank in (0, 1):
-        runtime.seed_everything(1337, 0, rank, 0)
-        losses.append(model(*loader.BatchLoader(data.train, 16, 4, 1337, 'train', 1, rank, 2).batch(0, 0)).item())
+        seed_everything(1337, 0, rank, 0)
+        losses.append(model(*BatchLoader(data.train, 16, 4, 1337, 'train', 1, rank, 2).batch(0, 0)).item())
     logged = next(r['loss/step'] for r in records(tmp_path / 'run') if 'loss/step' in r)
     assert logged == pytest.approx(sum(losses) / 2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path):
     """The weights are saved by then; --eval_only likewise ends at once."""
     flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2', '--eval_iters=1']
@@ -219,20 +233,22 @@ def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path):
         run.send_signal(signal.SIGTERM)
         rest = run.communicate(timeout=60)[0]
         assert run.returncode == 143 and 'in the last evaluation' in rest and 'whole validation split' not in rest
-    assert checkpoint.load(tmp_path / 'run')[0].step == 2
+    assert store.load(tmp_path / 'run')[0].step == 2
 
 
 SLOW_EVALUATION = """
-import sys, time, train, nib.loader as loader
-quick = loader.gather
+import sys, time, train
+from nib.tokens import batches
+quick = batches.gather
 def slow(*arguments):
     time.sleep(0.1)
     return quick(*arguments)
-loader.gather = slow
+batches.gather = slow
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
     done = train(data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', '--wandb_project=', check=False)
@@ -242,7 +258,7 @@ def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
     (hidden / '__init__.py').write_text('raise ImportError')
     done = train(data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', check=False, env={'PYTHONPATH': str(hidden.parent)})
     assert done.returncode == 2 and 'pip install wandb' in done.stderr
-    assert checkpoint.load(tmp_path / 'run')[0].step == 10
+    assert store.load(tmp_path / 'run')[0].step == 10
     train(data_dir, tmp_path / 'run', '--overwrite', '--max_iters=4', '--eval_interval=4')
     assert [path.name for path in (tmp_path / 'run').glob('step-*')] == ['step-00000004']
 
@@ -324,8 +340,8 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(SMALL), 'dropout': 0.5})).train()
     tokens = torch.randint(31, (16 * 7 + 1,)).numpy()
-    stop, precision = runtime.StopSignal(announced=False), runtime.precision('float32', 'cpu')
-    together, in_parts = (training.evaluate(model, loader.eval_batches(tokens, 16, size), precision, runtime.Ranks(), stop)
+    stop, precision = StopSignal(announced=False), autocast('float32', 'cpu')
+    together, in_parts = (training.evaluate(model, eval_batches(tokens, 16, size), precision, Ranks(), stop)
                           for size in (7, 4))
     assert model.training
     x = torch.from_numpy(tokens)
@@ -334,6 +350,7 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     assert together == pytest.approx(by_hand, abs=1e-6) and in_parts == pytest.approx(by_hand, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_low_precision_follows_float32(data_dir, tmp_path, dtype, whole_run):
     train(data_dir, tmp_path / 'run', '--dropout=0.1', f'--dtype={dtype}')
@@ -341,26 +358,29 @@ def test_low_precision_follows_float32(data_dir, tmp_path, dtype, whole_run):
     assert [r['loss/val'] for r in records(tmp_path / 'run') if 'loss/val' in r] == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float16'])
 def test_a_float16_run_keeps_its_loss_scale_when_resumed(data_dir, tmp_path, dtype):
     train(data_dir, tmp_path / 'whole', f'--dtype={dtype}', '--eval_interval=5')
     train(data_dir, tmp_path / 'cut', f'--dtype={dtype}', '--eval_interval=5', '--max_iters=10')
-    assert checkpoint.load(tmp_path / 'cut')[0].state['train']['scaler']['scale'] > 0
+    assert store.load(tmp_path / 'cut')[0].state['train']['scaler']['scale'] > 0
     train(data_dir, tmp_path / 'cut', f'--dtype={dtype}', '--eval_interval=5', '--init_from=resume')
     assert_equal_tensors(tensors_of(tmp_path / 'cut'), tensors_of(tmp_path / 'whole'))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
     done = train(data_dir, tmp_path / 'run', '--init_from=resume', '--learning_rate=1e30', '--min_lr=1e30',
                  '--grad_clip=0', check=False)
     assert done.returncode == 3
     assert 'Nothing is saved' in done.stderr
-    found, tensors = checkpoint.load(tmp_path / 'run')
+    found, tensors = store.load(tmp_path / 'run')
     assert found.step == 10
     assert all(value.isfinite().all() for value in tensors['model'].values())
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path):
     """No step is logged after the first, so that the run has not noticed by itself."""
     run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
@@ -372,7 +392,7 @@ def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path)
     run.send_signal(signal.SIGINT)
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 3 and 'Nothing is saved' in said
-    assert not checkpoint.exists(tmp_path / 'run')
+    assert not store.exists(tmp_path / 'run')
 
 
 def wandb_history(out_dir) -> list[dict]:
@@ -396,6 +416,7 @@ def wandb_history(out_dir) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(data_dir, tmp_path):
     out_dir, watched = tmp_path / 'run', ['--wandb_log', '--tensorboard', '--sample_tokens=5', '--eval_interval=4']
     train(data_dir, out_dir, *watched, '--max_iters=4')
@@ -427,6 +448,7 @@ def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(da
     assert [event.step for event in events.Tensors('sample/text_summary')] == [0, 4, 8]
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
     before = tensors_of(tmp_path / 'run')
@@ -434,9 +456,10 @@ def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
     assert done.returncode == 2 and '--overwrite' in done.stderr and 'Traceback' not in done.stderr
     assert_equal_tensors(tensors_of(tmp_path / 'run'), before)
     train(data_dir, tmp_path / 'run', '--seed=2', '--overwrite', '--max_iters=10')
-    assert checkpoint.load(tmp_path / 'run')[0].state['config']['seed'] == 2
+    assert store.load(tmp_path / 'run')[0].state['config']['seed'] == 2
 
 
+@pytest.mark.slow
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
     """The config's dataset cannot be fetched through a proxy that refuses; the fallback is prepared and recorded."""
     copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
@@ -452,11 +475,12 @@ def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, 
     lines = [line for line in done.stdout.splitlines() if line.startswith('***')]
     assert len(lines) == 1 and 'stdlib_char INSTEAD' in lines[0] and 'input.txt' in lines[0]
     assert json.loads((tmp_path / 'run/config.json').read_text())['config']['dataset'] == 'stdlib_char'
-    assert checkpoint.load(tmp_path / 'run')[0].state['dataset'] == 'stdlib_char'
+    assert store.load(tmp_path / 'run')[0].state['dataset'] == 'stdlib_char'
     sampled = run_script('sample.py', f'--out_dir={tmp_path / "run"}', '--device=cpu', '--max_new_tokens=5')
     assert 'stdlib_char' in sampled.stderr
 
 
+@pytest.mark.slow
 def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
     done = train(data_dir, tmp_path / 'run', '--compile', '--max_iters=2',
                  env={'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no-compiler')})
@@ -507,12 +531,13 @@ def gpt2_data(tmp_path_factory):
     return folder.parent
 
 
+@pytest.mark.slow
 def test_published_weights_are_evaluated_as_transformers_does(published_gpt2, gpt2_data, tmp_path):
     folder, theirs = published_gpt2
     done = run_script('train.py', 'config/eval_gpt2.py', f'--init_from={folder}', '--dataset=tiny', f'--data_dir={gpt2_data}',
                       '--device=cpu', '--batch_size=4', f'--out_dir={tmp_path / "run"}')
     assert done.returncode == 0, done.stderr
-    ids = torch.from_numpy(corpus.open_dataset(gpt2_data / 'tiny', 32).val.astype('int64'))
+    ids = torch.from_numpy(open_dataset(gpt2_data / 'tiny', 32).val.astype('int64'))
     n = (len(ids) - 1) // 32
     with torch.no_grad():
         logits = theirs(ids[:n * 32].view(n, 32)).logits
@@ -521,23 +546,24 @@ def test_published_weights_are_evaluated_as_transformers_does(published_gpt2, gp
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_published_weights_with_a_shorter_context(published_gpt2, gpt2_data, tmp_path):
     flags = ['config/finetune_shakespeare.py', '--dataset=tiny', f'--data_dir={gpt2_data}', '--device=cpu', '--dropout=0.1',
              '--block_size=16', '--gradient_accumulation_steps=2', '--eval_iters=2', f'--out_dir={tmp_path / "run"}']
     done = run_script('train.py', *flags, f'--init_from={published_gpt2[0]}', '--max_iters=2')
     assert done.returncode == 0, done.stderr
-    found, _ = checkpoint.load(tmp_path / 'run')
+    found, _ = store.load(tmp_path / 'run')
     assert (found.state['model']['n_layer'], found.state['model']['bias'], found.state['model']['block_size']) == (2, True, 16)
     assert found.state['config']['n_layer'] == 2  # what the run used, not what stands in the file
     done = run_script('train.py', *flags, '--init_from=resume', '--max_iters=3')
     assert done.returncode == 0, done.stderr
-    assert checkpoint.load(tmp_path / 'run')[0].step == 3
+    assert store.load(tmp_path / 'run')[0].step == 3
 
 
 def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_path):
     done = train(data_dir, tmp_path / 'run', f'--init_from={whole_run[0]}', '--max_iters=2', '--learning_rate=0', '--min_lr=0')
     first = re.search('step 0: train loss .*, val loss (.*) nats', done.stdout)[1]
-    best = checkpoint.load(whole_run[0], 'best')
+    best = store.load(whole_run[0], 'best')
     assert float(first) == pytest.approx(best[0].state['train']['best_val_loss'], abs=1e-4)
     assert_equal_tensors({'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']})
 
@@ -557,12 +583,12 @@ def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, r
                    f'--data_dir={gpt2_data if published else data_dir}')
         assert done.returncode == 0, f'{config}: {done.stderr}'
         if 'eval' not in config.stem:
-            assert checkpoint.load(tmp_path / config.stem)[0].step == 2
+            assert store.load(tmp_path / config.stem)[0].step == 2
 
 
 def test_a_run_keeps_freed_memory_and_an_evaluations_seconds_hold_the_check_up(train_here, tmp_path, monkeypatch):
     devices, evaluate = [], vitals.Vitals.evaluate
-    monkeypatch.setattr(runtime, 'keep_freed_memory', devices.append)
+    monkeypatch.setattr(training, 'keep_freed_memory', devices.append)
     monkeypatch.setattr(vitals.Vitals, 'evaluate', lambda *args: time.sleep(0.3) or evaluate(*args))
     assert train_here(tmp_path, '--max_iters=1', '--eval_interval=1').returncode == 0
     assert devices == ['cpu']

@@ -1,5 +1,5 @@
 # A loader that returns the first batch at every step.
-from nib.loader import BatchLoader
+from nib.tokens.batches import BatchLoader
 
 include('healthy.py')
 out_dir = 'out-lab-constant-batches'

@@ -1,11 +1,12 @@
 # A validation text in another alphabet than the training text.
 from dataclasses import replace
-from nib import corpus
+
+from nib.tokens import find
 
 include('healthy.py')
 out_dir = 'out-lab-different-texts'
 
-_open = corpus.open_dataset
+_open = find.open_dataset
 
 
 def _open_two_texts(folder, block_size):
@@ -13,4 +14,4 @@ def _open_two_texts(folder, block_size):
     return replace(data, val=(data.vocab_size - 1 - data.val).astype(data.val.dtype))
 
 
-corpus.open_dataset = _open_two_texts
+find.open_dataset = _open_two_texts

@@ -1,12 +1,13 @@
 # Four thousand tokens to learn from: they are learnt by heart.
 from dataclasses import replace
-from nib import corpus
+
+from nib.tokens import find
 
 include('healthy.py')
 out_dir = 'out-lab-overfitting'
 learning_rate = 4e-3
 
-_open = corpus.open_dataset
+_open = find.open_dataset
 
 
 def _open_little(folder, block_size):
@@ -14,4 +15,4 @@ def _open_little(folder, block_size):
     return replace(data, train=data.train[:4096])
 
 
-corpus.open_dataset = _open_little
+find.open_dataset = _open_little

@@ -1,6 +1,7 @@
 # A loader that waits, as for a disk that others use, from a tenth of the run on.
 import time
-from nib.loader import BatchLoader
+
+from nib.tokens.batches import BatchLoader
 
 include('healthy.py')
 out_dir = 'out-lab-throughput-collapse'

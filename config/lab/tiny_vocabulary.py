@@ -1,9 +1,10 @@
 # A vocabulary of 4,096 tokens for a text that uses a few dozen, as when a text is encoded with one tokenizer and trained with another.
 from dataclasses import replace
-from nib import corpus
+
+from nib.tokens import find
 
 include('healthy.py')
 out_dir = 'out-lab-tiny-vocabulary'
 
-_open = corpus.open_dataset
-corpus.open_dataset = lambda folder, block_size: replace(_open(folder, block_size), vocab_size=4096)
+_open = find.open_dataset
+find.open_dataset = lambda folder, block_size: replace(_open(folder, block_size), vocab_size=4096)

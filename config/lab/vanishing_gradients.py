@@ -1,6 +1,7 @@
 # Blocks without norms and without residual connections: the gradient shrinks in each on its way down.
-import model
 import torch
+
+import model
 
 include('healthy.py')
 out_dir = 'out-lab-vanishing-gradients'

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import numpy as np  # noqa: E402
+import numpy as np
 
-import configurator  # noqa: E402
-from nib import corpus, documents  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.files import shown  # noqa: E402
-from nib.tokenizer import Gpt2Tokenizer  # noqa: E402
+import configurator
+from nib.errors import UserError, run_script
+from nib.files import shown
+from nib.text import documents
+from nib.text.tokenizer import Gpt2Tokenizer
+from nib.tokens.write import write_dataset
 
 input: str = ''  # .jsonl and .parquet files, or a folder of them, whose rows are documents; empty: OpenWebText itself
 field: str = 'text'  # the field of these rows that holds the text
@@ -47,7 +48,7 @@ def main(argv):
 
     source = {'dataset': Path(input).name if input else NAME, 'fingerprint': texts.fingerprint,
               'documents': {split: len(rows) for split, rows in splits.items()}}
-    meta = corpus.write_dataset(folder, read_pieces, Gpt2Tokenizer(), source, texts.n_bytes)
+    meta = write_dataset(folder, read_pieces, Gpt2Tokenizer(), source, texts.n_bytes)
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(f'{shown(folder)}: documents {len(texts):,}, vocabulary {meta["vocab_size"]:,}, {tokens["train"]:,} training and '
           f'{tokens["val"]:,} validation tokens')

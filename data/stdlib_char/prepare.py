@@ -6,10 +6,10 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import configurator  # noqa: E402
-from nib import corpus  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.files import shown  # noqa: E402
+import configurator
+from nib.errors import UserError, run_script
+from nib.files import shown
+from nib.tokens.write import write_char_dataset
 
 out_dir: str = ''  # where the bins go; empty: beside this file
 
@@ -25,7 +25,7 @@ def main(argv):
     if not sources:
         raise UserError(f'{library} holds no Python source: run a Python that has its library as .py files')
     text = ''.join(sources)
-    meta = corpus.write_char_dataset(folder, text, {
+    meta = write_char_dataset(folder, text, {
         'text': "source of Python's standard library", 'python': platform.python_version(), 'files': len(sources),
         'sha256': hashlib.sha256(text.encode()).hexdigest()})
     print(f'{shown(folder)}: {len(text):,} characters of {len(sources)} files of Python {platform.python_version()}, '

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import configurator  # noqa: E402
-from nib import corpus, documents  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.files import shown  # noqa: E402
-from nib.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer  # noqa: E402
+import configurator
+from nib.errors import UserError, run_script
+from nib.files import shown
+from nib.text import documents
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from nib.tokens.write import write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden ones in folders are left out
 field: str = 'text'  # the field of .jsonl and .parquet rows that holds the text
@@ -57,7 +58,7 @@ def main(argv):
     encoder = {'char': CharTokenizer(found.characters, several), 'byte': ByteTokenizer(), 'gpt2': Gpt2Tokenizer()}[tokenizer]
     source = {'input': [path.name for path in paths], 'files': len(files), 'documents': len(found.lengths),
               'sha256': found.sha256}
-    meta = corpus.write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
+    meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
         print(f'note: {share:.0%} of the text is kept to validate on, as documents stay whole', file=sys.stderr)

@@ -1,0 +1,108 @@
+"""nanoGPT to measure beside, in a process of its own."""
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from nib.errors import UserError
+
+
+class NanoGPT:
+    """nanoGPT's model.py in a process of its own, which measures when it is told to.
+
+    script: Python that runs in the clone with the job as JSON in sys.argv[1]. It prints {} when it is ready, then for each
+    line of standard input a JSON object of figures.
+    """
+
+    def __init__(self, flag: str, clone: str, script: str, job: Mapping):
+        if not clone or not (Path(clone) / 'model.py').exists():
+            raise UserError(f'--{flag}={clone}: it is the path of a clone of karpathy/nanoGPT')
+        self._process = subprocess.Popen([sys.executable, '-c', script, json.dumps(job)], cwd=clone, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._answer()
+
+    def round(self, what: str = 'go') -> dict[str, float]:
+        """The figures of one round of what was asked for."""
+        self._process.stdin.write(what + '\n')
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        for line in self._process.stdout:
+            if line.startswith('{'):  # its code prints other lines too
+                return json.loads(line)
+        raise UserError(f'nanoGPT ended with exit code {self._process.wait()}; what it said stands above')
+
+
+NANOGPT_LOOP = '''
+import contextlib, json, os, sys, time
+import numpy as np, torch
+from model import GPT, GPTConfig
+job = json.loads(sys.argv[1])
+device, kind = job['device'], job['device'].split(':')[0]
+B, T, micro_steps = job['batch_size'], job['block_size'], job['gradient_accumulation_steps']
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+context = contextlib.nullcontext() if kind == 'cpu' else torch.amp.autocast(
+    device_type=kind, dtype=getattr(torch, job['dtype']))
+raw_model = GPT(GPTConfig(**{k: job[k] for k in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}))
+raw_model.to(device)
+scaler = torch.amp.GradScaler(kind, enabled=job['dtype'] == 'float16')
+optimizer = raw_model.configure_optimizers(job['weight_decay'], job['learning_rate'], (job['beta1'], job['beta2']), kind)
+model = torch.compile(raw_model) if job['compile'] else raw_model
+
+def batch():
+    data = np.memmap(job['train_bin'], dtype=np.uint16, mode='r')
+    starts = torch.randint(len(data) - T, (B,))
+    x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + T].astype(np.int64)) for i in starts]) for shift in (0, 1))
+    if kind == 'cuda':
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)
+
+def train(steps):
+    x, y = batch()
+    for _ in range(steps):
+        for _ in range(micro_steps):
+            with context:
+                loss = model(x, y)[1] / micro_steps
+            x, y = batch()
+            scaler.scale(loss).backward()
+        if job['grad_clip']:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job['grad_clip'])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+def seconds(work):
+    wait = torch.cuda.synchronize if kind == 'cuda' else lambda: None
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+def generate():
+    raw_model.eval()
+    with torch.no_grad(), context:
+        raw_model.generate(torch.tensor([job['prompt']], device=device), job['new_tokens'], temperature=0.8, top_k=200)
+    raw_model.train()
+
+def memory():
+    if kind == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e6
+    if os.path.exists('/proc/self/status'):
+        return next(int(line.split()[1]) / 1e3 * 1.024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e6
+
+train(3)
+used = memory()
+print('{}', flush=True)
+for line in sys.stdin:
+    spent = seconds(lambda: train(job['steps'])) / job['steps']
+    figures = {'tokens/s': micro_steps * B * T / spent, 'ms/step': 1000 * spent, 'peak memory, MB': used}
+    if job['new_tokens']:
+        figures['generated tokens/s'] = job['new_tokens'] / seconds(generate)
+    print(json.dumps(figures), flush=True)
+'''

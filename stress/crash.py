@@ -1,0 +1,375 @@
+"""Stops saves at every operation and kills runs at random moments; checks that no more than the unsaved steps is lost.
+
+    python stress/crash.py              1,000 kills, half of them of train.py, after a stop at every operation
+    python stress/crash.py --kills=50   a quick look
+
+A stop is a process that ends before an operation on the disk, in the midst of a write; a power cut is a stop that also
+takes the content of every file that was not synced; an error is the operation refused with an I/O error.
+"""
+import builtins
+import errno
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch._dynamo  # optimizers import it: here once, not in every process that is killed
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator
+import train
+from benchmarks import measure
+from nib.checkpoint import store
+from nib.checkpoint.writer import CheckpointWriter
+from nib.errors import UserError, run_script
+from nib.tokens.write import write_char_dataset
+
+kills: int = 1000  # SIGKILLs at random moments; half of them hit train.py, half a process that does nothing but save
+seed: int = 0  # of the moments
+folder: str = ''  # where to write the runs; empty: the system's folder for temporary files
+result: str = ''  # file to write the table to, too
+
+SAVE_INTERVAL = 2  # steps, of the runs of train.py that are killed
+RUN = ['--dataset=tiny', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2',
+       '--gradient_accumulation_steps=1', '--dropout=0.1', '--max_iters=60', '--lr_decay_iters=60', '--warmup_iters=4',
+       f'--eval_interval={SAVE_INTERVAL}', '--eval_iters=1', '--log_interval=1', '--learning_rate=1e-2', '--keep_every=20']
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    if kills < 2:
+        raise UserError(f'kills is {kills}: it must be at least 2')
+    torch.set_num_threads(1)
+    rows, troubles = [], []
+    with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
+        for name in SCENARIOS:
+            counts = {way: stop_at_every_operation(name, way, Path(scratch) / 'stops', troubles) for way in WAYS}
+            rows.append(f'{name:46}' + ''.join(f'{count:>12,}' for count in counts.values()))
+        saving = kill_saving(kills // 2, random.Random(seed), Path(scratch) / 'saving', troubles)
+        training = kill_training(kills - kills // 2, random.Random(seed + 1), Path(scratch) / 'training', troubles)
+    table = '\n'.join([
+        measure.describe_machine(), '', f'{"cut at every operation of":46}' + ''.join(f'{way:>12}' for way in WAYS), *rows, '',
+        f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
+        *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
+        f'{"runs that ended, after kills and resumes":46}{"":>12}{training["ended"]:>12,}',
+        f'{"of these, with other weights than uninterrupted":46}{"":>11}{training["differ"]:>12,}',
+        '', f'violations: {len(troubles)}', *troubles[:20]]) + '\n'
+    print(table, end='')
+    if result:
+        Path(result).write_text(table)
+    return int(bool(troubles))
+
+
+def fork(function: Callable[[], None], output: Path | None = None) -> int:
+    """Runs function in a copy of this process, which exits 0, or 1 after an exception; returns its id."""
+    if process := os.fork():
+        return process
+    try:
+        if output:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+        function()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def exit_code(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+# -- a stop at every operation ---------------------------------------------------------------------------------------
+
+def tensors_of(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    """A small checkpoint's tensors, all of which tell the value."""
+    return {'model': {'a': torch.full((40, 30), value), 'b': torch.full((7,), value)},
+            'optimizer': {'a/exp_avg': torch.full((40, 30), value), 'a/step': torch.tensor(value)}}
+
+
+def save(out_dir: Path, step: int, value: float, best: bool | None = None, start: int | None = None, keep_last: int = 1):
+    """Saves a step, evaluated where best is given; the run goes on from `start`, or the step before."""
+    writer = CheckpointWriter(out_dir, keep_last, start=step - 1 if start is None else start)
+    writer.save(step, **tensors_of(value), state={'train': {}})
+    if best is not None:
+        writer.record_evaluation(step, {'evaluated': step}, best)
+    writer.close()
+
+
+def prepare_two(out_dir: Path):
+    save(out_dir, 10, 1.0, best=True)
+    save(out_dir, 20, 2.0, keep_last=2)
+
+
+def record_best(out_dir: Path):
+    writer = CheckpointWriter(out_dir, 1, start=20)
+    writer.record_evaluation(20, {'evaluated': 20}, True)
+    writer.close()
+
+
+def replace(out_dir: Path):
+    store.set_aside(out_dir)
+    save(out_dir, 30, 7.0, start=0)
+
+
+# What is there before, what is then stopped, and the newest (step, value) that may be found afterwards.
+SCENARIOS = {
+    'a first save': (lambda out_dir: None, lambda out_dir: save(out_dir, 10, 1.0), {None, (10, 1.0)}),
+    'a save that makes an older one superfluous': (
+        lambda out_dir: save(out_dir, 10, 1.0), lambda out_dir: save(out_dir, 20, 2.0), {(10, 1.0), (20, 2.0)}),
+    'a save and its evaluation, the best so far': (
+        prepare_two, lambda out_dir: save(out_dir, 30, 3.0, best=True), {(20, 2.0), (30, 3.0)}),
+    'an evaluation after a resume': (prepare_two, record_best, {(20, 2.0)}),
+    'a step saved again': (
+        prepare_two, lambda out_dir: save(out_dir, 20, 7.0, start=10, keep_last=2), {(20, 2.0), (20, 7.0)}),
+    'a new run that replaces an old one': (prepare_two, replace, {None, (10, 1.0), (20, 2.0), (30, 7.0)}),
+}
+WAYS = ('stop', 'power cut', 'error')
+
+
+def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: list[str]) -> int:
+    """Plays the scenario once for each of its operations, which is cut in that way; returns how many there were."""
+    prepare, act, allowed = SCENARIOS[scenario]
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / 'before').mkdir(parents=True)
+    prepare(scratch / 'before')
+    operation, done = 0, False
+    while not done:
+        out_dir = scratch / 'run'
+        shutil.rmtree(out_dir, ignore_errors=True)
+        shutil.copytree(scratch / 'before', out_dir)
+        code = exit_code(fork(lambda: play(act, out_dir, operation, way)))
+        where = f'{scenario}, {way} at operation {operation}'
+        if code not in (0, 50, 51, 52):
+            troubles.append(f'{where}: exit code {code}')
+            break
+        troubles += [f'{where}: {trouble}' for trouble in check_folder(out_dir, allowed)]
+        done = code == 0
+        operation += not done
+    return operation
+
+
+def play(act, out_dir: Path, operation: int, way: str):
+    """Acts, and exits 50 where it was stopped at the operation, 51 or 52 where an error there was told or passed over."""
+    reached = intercept(operation, way)
+    try:
+        act(out_dir)
+    except UserError:
+        if not reached():
+            raise
+        os._exit(51)
+    if reached():
+        os._exit(52)
+
+
+def intercept(operation: int, way: str) -> Callable[[], bool]:
+    """Cuts this process's operation of that number among all that change the disk; returns whether it was reached."""
+    count, unsynced, really_open = [0], {}, builtins.open
+
+    def before(in_part: Callable[[], None] = lambda: None):
+        count[0] += 1
+        if count[0] - 1 != operation:
+            return
+        in_part()
+        if way == 'error':
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if way == 'power cut':
+            for descriptor in unsynced.values():
+                os.ftruncate(descriptor, 0)
+        os._exit(50)
+
+    def wrap(function, after=lambda *arguments: None):
+        def wrapped(*arguments, **options):
+            before()
+            value = function(*arguments, **options)
+            after(*arguments)
+            return value
+        return wrapped
+
+    def open(file, mode='r', *arguments, **options):
+        if 'w' not in mode:
+            return really_open(file, mode, *arguments, **options)
+        before()
+        opened = really_open(file, mode, *arguments, **options)
+        unsynced[os.fstat(opened.fileno()).st_ino] = os.dup(opened.fileno())
+        write = opened.write
+
+        def write_half(block):
+            write(block[:len(block) // 2])
+            opened.flush()
+
+        def wrapped(block):
+            before(lambda: write_half(block))
+            return write(block)
+        opened.write = wrapped
+        return opened
+
+    def synced(descriptor):
+        unsynced.pop(os.fstat(descriptor).st_ino, None)
+
+    for name in ('mkdir', 'rename', 'replace', 'unlink', 'rmdir'):
+        setattr(os, name, wrap(getattr(os, name)))
+    os.fsync = wrap(os.fsync, synced)
+    builtins.open = open
+    return lambda: count[0] > operation
+
+
+def check_folder(out_dir: Path, allowed: set) -> list[str]:
+    """What is wrong with a run's folder after a cut: its checkpoints, the newest one, and whether a run can go on from it."""
+    troubles, warnings = [], []
+    newest = None
+    for step in sorted(store.steps_after(out_dir, 0)):
+        value = read_value(out_dir, str(step), troubles, warnings)
+        newest = (step, value)
+    if newest and read_value(out_dir, 'latest', troubles, warnings) != newest[1]:
+        troubles.append('latest is not the newest')
+    if newest and read_value(out_dir, 'best', troubles, warnings) is None:
+        troubles.append('there is no best')
+    troubles += [warning for warning in warnings if 'no best checkpoint yet' not in warning]
+    if newest not in allowed:
+        troubles.append(f'the newest is {newest}')
+    save(out_dir, 40, 4.0, best=True, start=newest[0] if newest else 0)
+    left = sorted(path.name for path in out_dir.iterdir())
+    if left != ['best', 'latest', 'step-00000040'] or read_value(out_dir, 'latest', troubles, warnings) != 4.0:
+        troubles.append(f'after another save there are {left}')
+    return troubles
+
+
+def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[str]) -> float | None:
+    try:
+        found, tensors = store.load(out_dir, which, warn=warnings.append)
+    except UserError as error:
+        troubles.append(str(error))
+        return None
+    values = {float(value) for kind in tensors.values() for tensor in kind.values() for value in tensor.unique()}
+    if len(values) != 1:
+        troubles.append(f'{found.path} mixes {values}')
+    return values.pop()
+
+
+# -- kills at random moments -----------------------------------------------------------------------------------------
+
+COUNTED = ('kills', 'within a save or deletion', 'folders that cannot be loaded', 'most saves lost of those begun')
+
+
+def kill_saving(kills: int, draw: random.Random, out_dir: Path, troubles: list[str]) -> dict[str, int]:
+    """Kills a process that does nothing but save, again and again, each going on from what the one before left."""
+    out_dir.mkdir()
+    counts = dict.fromkeys(COUNTED, 0)
+    while counts['kills'] < kills:
+        newest = max(store.steps_after(out_dir, 0), default=0)
+        begun, told = os.pipe()
+        process = fork(lambda: save_for_ever(out_dir, newest, told))
+        os.close(told)
+        time.sleep(draw.uniform(0, 0.15))
+        os.kill(process, signal.SIGKILL)
+        if exit_code(process) != -signal.SIGKILL:
+            troubles.append('the saving process failed')
+            break
+        counts['kills'] += 1
+        counts['within a save or deletion'] += has_leftovers(out_dir)
+        with os.fdopen(begun) as lines:
+            last = int((lines.read().split() or [newest])[-1])
+        found = check_steps(out_dir, troubles, counts)
+        counts['most saves lost of those begun'] = max(counts['most saves lost of those begun'], last - found)
+        if found < last - 1 or any(read_value(out_dir, str(step), troubles, []) != step
+                                   for step in store.steps_after(out_dir, 0)):
+            troubles.append(f'killed while saving step {last}: the newest is {found}')
+    return counts
+
+
+def save_for_ever(out_dir: Path, step: int, told: int):
+    writer = CheckpointWriter(out_dir, keep_last=1, keep_every=50, start=step)
+    store.clear_leftovers(out_dir)
+    while True:
+        step += 1
+        writer.wait()
+        os.write(told, f'{step}\n'.encode())
+        writer.save(step, **tensors_of(float(step)), state={'train': {}})
+        writer.record_evaluation(step, {'evaluated': step}, best=step % 3 == 0)
+
+
+def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list[str]) -> dict[str, int]:
+    """Kills train.py again and again, resuming it each time until it ends; then its weights are the uninterrupted run's."""
+    scratch.mkdir()
+    text = ' '.join(random.Random(0).choices('the a cat dog bird sees hears chases small big red'.split(), k=4000))
+    write_char_dataset(scratch / 'data' / 'tiny', text, {'text': 'made up'})
+    flags = [*RUN, f'--data_dir={scratch / "data"}']
+    started = time.perf_counter()
+    if exit_code(fork(lambda: train.main([*flags, f'--out_dir={scratch / "whole"}']), scratch / 'whole.txt')):
+        raise UserError(f'train.py failed: {(scratch / "whole.txt").read_text()[-500:]}')
+    duration = time.perf_counter() - started
+    expected = store.load(scratch / 'whole')[1]
+    out_dir, output = scratch / 'run', scratch / 'run.txt'
+    counts = dict.fromkeys((*COUNTED, 'ended', 'differ'), 0)
+    while counts['kills'] < kills or store.exists(out_dir):
+        resume = ['--init_from=resume'] if store.exists(out_dir) else []
+        output.write_text('')  # a process that is killed at once has said nothing
+        process = fork(lambda: train.main([*flags, f'--out_dir={out_dir}', *resume]), output)
+        time.sleep(draw.uniform(0, duration) if counts['kills'] < kills else 0)
+        if counts['kills'] < kills:
+            os.kill(process, signal.SIGKILL)
+        code = exit_code(process)
+        if code == 0:
+            counts['ended'] += 1
+            if not is_same(store.load(out_dir)[1], expected):
+                counts['differ'] += 1
+                troubles.append(f'run {counts["ended"]} ends with other weights than the uninterrupted one')
+            shutil.rmtree(out_dir)
+            continue
+        if code != -signal.SIGKILL:
+            troubles.append(f'train.py does not go on: {output.read_text()[-500:]}')
+            break
+        counts['kills'] += 1
+        counts['within a save or deletion'] += has_leftovers(out_dir)
+        found = check_steps(out_dir, troubles, counts)
+        reached = max(map(int, re.findall(r'^step (\d+): loss', output.read_text(), re.MULTILINE)), default=0)
+        lost = max(reached - 1, 0) // SAVE_INTERVAL - found // SAVE_INTERVAL  # the last one may not have begun
+        counts['most saves lost of those begun'] = max(counts['most saves lost of those begun'], lost)
+        if lost > 1:
+            troubles.append(f'killed at step {reached}: the newest checkpoint is {found}')
+    return counts
+
+
+def has_leftovers(out_dir: Path) -> bool:
+    return any(path.name != '.lock' for path in out_dir.glob('.*')) or any(out_dir.glob('step-*/.*'))
+
+
+def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> int:
+    """The newest step, 0 where there is none; all of them, `latest` and `best` can be loaded."""
+    if not store.exists(out_dir):
+        return 0
+    warnings = []
+    try:
+        for which in ('best', 'latest', *map(str, store.steps_after(out_dir, 0))):
+            store.load(out_dir, which, warn=warnings.append)
+    except UserError as error:
+        warnings.append(str(error))
+    if found := [warning for warning in warnings if 'no best checkpoint yet' not in warning]:
+        counts['folders that cannot be loaded'] += 1
+        troubles += found
+    return store.load(out_dir, warn=lambda line: None)[0].step
+
+
+def is_same(tensors: dict, others: dict) -> bool:
+    """Whether they are the same tensors, bit for bit."""
+    return tensors.keys() == others.keys() and all(
+        tensors[kind].keys() == others[kind].keys() and all(torch.equal(value, others[kind][name])
+                                                            for name, value in tensors[kind].items()) for kind in tensors)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,228 @@
+"""Checkpoints: whole or not there, checked when read, and pointed to by names."""
+import json
+import sys
+
+import pytest
+import torch
+from conftest import run_script
+
+from model import GPT, GPTConfig
+from nib.checkpoint import store
+from nib.checkpoint.start import check_shapes
+from nib.checkpoint.writer import CheckpointWriter
+from nib.errors import UserError
+from stress import corruption
+
+
+def save(out_dir, step, value=None, best=False):
+    tensors = {'w': torch.full((4, 3), float(step if value is None else value))}
+    folder = store.save(out_dir, step, tensors, {'w/exp_avg': tensors['w'] * 2}, {'note': step})
+    if best:
+        store.record_evaluation(out_dir, step, {'evaluated': step}, best=True)
+    return folder
+
+
+def value_of(out_dir, which, **options):
+    found, tensors = store.load(out_dir, which, **options)
+    return found.step, tensors['model']['w'][0, 0].item(), tensors['optimizer']['w/exp_avg'][0, 0].item()
+
+
+def test_what_was_saved_is_loaded_by_name_and_by_step(tmp_path):
+    save(tmp_path, 10, best=True)
+    save(tmp_path, 20)
+    assert value_of(tmp_path, 'latest') == (20, 20.0, 40.0)
+    assert value_of(tmp_path, 'best') == (10, 10.0, 20.0)
+    assert value_of(tmp_path, '20') == (20, 20.0, 40.0)
+    assert (tmp_path / 'latest').read_text() == 'step-00000020\n'
+    assert sorted(p.name for p in (tmp_path / 'step-00000010').iterdir()) == [
+        'model.safetensors', 'optimizer.safetensors', 'state.json']
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 10, value=7)
+    assert value_of(tmp_path, 'latest') == (10, 7.0, 14.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['latest', 'step-00000010']
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.safetensors', 'state.json'])
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'of another step'])
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(tmp_path, file, damage):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    path = tmp_path / 'step-00000020' / file
+    content = bytearray(path.read_bytes())
+    if damage == 'flip':
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == 'cut':
+        path.write_bytes(content[:-1])
+    elif damage == 'remove':
+        path.unlink()
+    else:
+        path.write_bytes((tmp_path / 'step-00000010' / file).read_bytes())
+    warnings = []
+    assert value_of(tmp_path, 'latest', warn=warnings.append) == (10, 10.0, 20.0)
+    assert len(warnings) == 1 and file in warnings[0] and 'step-00000020' in warnings[0]
+    with pytest.raises(UserError, match='step-00000020'):
+        store.load(tmp_path, '20')
+
+
+def test_an_error_while_saving_leaves_what_was_there(tmp_path):
+    save(tmp_path, 10)
+    with pytest.raises(TypeError):
+        store.save(tmp_path, 20, {}, {}, {'not JSON': object()})
+    assert value_of(tmp_path, 'latest') == (10, 10.0, 20.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['latest', 'step-00000010']
+
+
+def test_what_an_evaluation_told_is_part_of_the_checkpoint(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    store.record_evaluation(tmp_path, 10, {'best_val_loss': 1.5}, best=True)
+    store.record_evaluation(tmp_path, 20, {'best_val_loss': 1.5}, best=False)
+    assert value_of(tmp_path, 'best') == (10, 10.0, 20.0) and value_of(tmp_path, 'latest') == (20, 20.0, 40.0)
+    for which in ('best', 'latest'):
+        found, _ = store.load(tmp_path, which)
+        assert found.state['train'] == {'best_val_loss': 1.5} and found.state['note'] == found.step
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == 'win32', reason='limits of a process are a Unix thing')
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+    """Run in a process of its own, as its files are limited to 500 bytes from the second save on."""
+    done = run_script('-c', 'import resource, signal, sys, torch\n'
+                            'from nib.checkpoint import store\n'
+                            'w = {"w": torch.ones(1000)}\n'
+                            'store.save(sys.argv[1], 10, w, w, {})\n'
+                            'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+                            'resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n'
+                            'try: store.save(sys.argv[1], 20, w, w, {})\n'
+                            'except ValueError as error: print(error)\n', tmp_path / 'run')
+    assert 'step 20 could not be written' in done.stdout, done.stderr
+    assert store.load(tmp_path / 'run')[0].step == 10
+    assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['latest', 'step-00000010']
+
+
+def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step, best=step == 2)
+    store.prune(tmp_path, 6, keep_last=2)
+    assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-00000002', 'step-00000005', 'step-00000006']
+
+
+@pytest.mark.parametrize('which, said', [('latest', 'no checkpoint'), ('7', 'no checkpoint of step 7'), ('newest', "'best'")])
+def test_a_checkpoint_that_is_not_there_is_a_user_error(tmp_path, which, said):
+    with pytest.raises(UserError, match=said):
+        store.load(tmp_path, which)
+    with pytest.raises(UserError, match='no such folder'):
+        store.load(tmp_path / 'nowhere', which)
+
+
+def test_a_name_cannot_lead_out_of_the_run(tmp_path):
+    save(tmp_path / 'other', 30)
+    save(tmp_path / 'run', 10)
+    (tmp_path / 'run' / 'latest').write_text('../other/step-00000030\n')
+    assert value_of(tmp_path / 'run', 'latest')[0] == 10
+
+
+def test_state_is_plain_json_with_the_digest_of_every_file(tmp_path):
+    folder = save(tmp_path, 10)
+    state = json.loads((folder / 'state.json').read_text())
+    assert state['step'] == 10 and state['note'] == 10
+    assert set(state['files']) == {'model.safetensors', 'optimizer.safetensors'}
+
+
+@pytest.mark.slow
+def test_no_damage_is_loaded_without_a_word(capsys):
+    """200 damages of all kinds at random places, in one to three checkpoints."""
+    assert corruption.main(['--damages=200']) == 0, capsys.readouterr().out
+    assert 'loaded without a word: 0 of 200' in capsys.readouterr().out
+
+
+def test_a_state_that_says_the_same_in_other_bytes_is_damaged(tmp_path):
+    path = save(tmp_path, 10) / 'state.json'
+    path.write_bytes(path.read_bytes().replace(b': ', b':  ', 1))
+    with pytest.raises(UserError, match='state.json'):
+        store.load(tmp_path)
+
+
+def test_what_was_newest_when_the_machine_stopped_is_the_latest(tmp_path):
+    """Between the renaming of a directory and that of `latest`."""
+    save(tmp_path, 10)
+    before = (tmp_path / 'latest').read_bytes()
+    save(tmp_path, 20)
+    (tmp_path / 'latest').write_bytes(before)
+    assert value_of(tmp_path, 'latest', warn=pytest.fail)[0] == 20
+
+
+def test_a_step_that_was_being_saved_again_counts_under_the_name_it_was_put_aside_with(tmp_path):
+    save(tmp_path, 10)
+    folder = save(tmp_path, 20, best=True)
+    aside = folder.rename(tmp_path / f'.tmp-replaced-{folder.name}')
+    for which in ('latest', 'best', '20'):
+        assert value_of(tmp_path, which, warn=pytest.fail)[0] == 20
+    assert aside.exists() and not folder.exists()  # loading repairs nothing
+    store.clear_leftovers(tmp_path)
+    assert folder.exists() and not aside.exists()
+
+
+def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_not_called_damaged(tmp_path):
+    save(tmp_path, 10)
+
+    def run_goes_on(found, tensors):
+        if found.step == 10:
+            save(tmp_path, 20)
+            store.prune(tmp_path, 20, keep_last=1)
+            raise store.Damaged('a file is gone')
+    assert value_of(tmp_path, 'latest', warn=pytest.fail, check=run_goes_on)[0] == 20
+
+
+def test_what_a_kill_left_is_gone_after_the_next_save(tmp_path):
+    save(tmp_path, 10)
+    for name in ('.tmp-step-00000020', '.tmp-deleted-step-00000005', '.tmp-replaced-step-00000010'):
+        (tmp_path / name).mkdir()
+    for name in ('.latest.1.tmp', '.metrics.jsonl.1.tmp', 'step-00000010/.state.json.1.tmp'):
+        (tmp_path / name).write_text('half')
+    (tmp_path / '.notes').write_text('the user\'s own')
+    save(tmp_path, 20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.notes', 'latest', 'step-00000010', 'step-00000020']
+    assert len(list((tmp_path / 'step-00000010').iterdir())) == 3
+
+
+def save_model(out_dir, step, model_tensors=None, optimizer=None, **config):
+    shape = dict(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=4)
+    model = GPT(GPTConfig(**shape)).state_dict()
+    name = next(iter(model))
+    store.save(out_dir, step, {**model, **(model_tensors or {})},
+                    {f'{name}/exp_avg': torch.zeros_like(model[name]), f'{name}/step': torch.tensor(1.0), **(optimizer or {})},
+                    {'model': {**shape, **config}})
+
+
+@pytest.mark.parametrize('wrong, said', [
+    ({'n_embd': 8}, 'model.safetensors'), ({'n_layer': 2}, 'is missing, where the model has of shape'),
+    ({'rotary_basis': 1}, 'state.json: its model cannot be built'), ({'model_tensors': {'other': torch.ones(2)}}, 'other'),
+    ({'optimizer': {'other/step': torch.ones(())}}, 'optimizer.safetensors: other/step'),
+    ({'optimizer': {'transformer.wte.weight/exp_avg': torch.ones(2, 2)}}, 'optimizer.safetensors: transformer.wte')])
+def test_tensors_of_another_model_are_passed_over_by_name(tmp_path, wrong, said):
+    save_model(tmp_path, 10)
+    save_model(tmp_path, 20, **wrong)
+    warnings = []
+    found, _ = store.load(tmp_path, warn=warnings.append, check=check_shapes)
+    assert found.step == 10 and len(warnings) == 1 and said in warnings[0]
+
+
+def test_checkpoints_that_are_set_aside_are_there_until_the_next_run_has_saved(tmp_path):
+    save(tmp_path, 10, best=True)
+    save(tmp_path, 20)
+    store.set_aside(tmp_path)
+    assert not store.exists(tmp_path)
+    with pytest.raises(UserError, match='still in .*old-step-00000020: rename it to step-00000020'):
+        store.load(tmp_path)
+    (tmp_path / '.old-step-00000020').rename(tmp_path / 'step-00000020')
+    assert value_of(tmp_path, 'latest')[0] == 20
+    store.set_aside(tmp_path)
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.save(5, {}, {}, {})
+    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['latest', 'step-00000005']

@@ -1,0 +1,100 @@
+"""What a run tells the world: lines, the bar on a terminal, the records."""
+import json
+import math
+import os
+import sys
+
+import pytest
+from conftest import ROOT, SMALL_RUN
+
+from nib.errors import UserError
+from nib.run.console import Console
+from nib.run.metrics import Metrics
+
+
+def read(out_dir):
+    return [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_without_a_terminal_progress_is_lines(capsys):
+    console = Console(shown=True)
+    console.advance(3, 10)
+    console.progress(3, {'loss': '2.5000', 'lr': '1e-3'})
+    console.warn('careful')
+    console.close()
+    said = capsys.readouterr()
+    assert said.out == 'step 3: loss 2.5000, lr 1e-3\n' and said.err == 'careful\n'
+
+
+def test_other_ranks_are_silent(capsys):
+    console = Console(shown=False)
+    console.advance(1, 10)
+    console.say('a')
+    console.progress(1, {'loss': '1'})
+    console.warn('b')
+    assert capsys.readouterr() == ('', '')
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='a pty is a Unix thing')
+def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+    child, terminal = pty.fork()
+    if child == 0:  # this process is now train.py on a terminal of its own
+        os.chdir(ROOT)
+        os.environ['OMP_NUM_THREADS'] = '1'
+        os.execv(sys.executable, [sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}'])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))  # 24 lines of 100 characters
+    written = b''
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    text = written.decode()
+    assert '20/20' in text and ', loss ' in text and 'tokens/s ' in text and ', lr ' not in text
+    assert '<' in text and 'step/s' in text  # tqdm's [elapsed<left, rate]
+    assert 'step 20: train loss' in text  # lines stand above the bar
+    assert 'step 7: loss' not in text  # no line for what the bar shows
+
+
+def test_records_are_json_even_of_numbers_that_are_not(tmp_path):
+    metrics = Metrics(tmp_path, 0, {})
+    metrics.log(1, {'loss/step': 2.5, 'grad_norm': math.nan})
+    metrics.close()
+    assert read(tmp_path) == [{'step': 1, 'loss/step': 2.5, 'grad_norm': None}]
+
+
+def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):
+    metrics = Metrics(tmp_path, 0, {})
+    for step in range(1, 8):
+        metrics.log(step, {'loss/step': float(step)})
+    metrics.close()
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 8, "loss/st')  # what a crash leaves
+    metrics = Metrics(tmp_path, 4, {})
+    metrics.log(5, {'loss/step': 50.0})
+    metrics.close()
+    assert [(r['step'], r['loss/step']) for r in read(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    for value in (1.0, 2.0):
+        metrics = Metrics(tmp_path, 0, {})
+        metrics.log(1, {'loss/step': value})
+        metrics.close()
+    assert read(tmp_path) == [{'step': 1, 'loss/step': 2.0}]
+
+
+@pytest.mark.parametrize('package, flags', [('torch.utils.tensorboard', {'tensorboard': True}), ('wandb', {'wandb_project': 'p'})])
+def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch, package, flags):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    with pytest.raises(UserError, match=f'pip install {package.split(".")[-1]}'):
+        Metrics(tmp_path, 0, {}, **flags)

@@ -1,0 +1,50 @@
+"""Downloads from a server that misbehaves: the right file or none, in bounded time, and a reason for each address."""
+import time
+
+import pytest
+from bad_server import CONTENT, SHA256
+
+from nib.errors import UserError
+from nib.text.download import download
+
+
+def fetch(urls, path, **changes):
+    options = dict(sha256=SHA256, max_bytes=len(CONTENT), timeout=(1, 0.5), overall_seconds=1.5)
+    download(urls, path, **{**options, **changes})
+
+
+@pytest.mark.parametrize('page', ['good', 'unmeasured'])
+def test_a_good_answer_is_written_alone(address, tmp_path, page, capfd):
+    fetch([f'{address}/{page}'], tmp_path / 'input.txt')
+    assert (tmp_path / 'input.txt').read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ['input.txt']
+    assert capfd.readouterr() == ('', '')  # the progress bar is for a terminal
+
+
+@pytest.mark.parametrize('page, reason', [
+    ('missing', 'HTTP 404'), ('html', 'another file'), ('truncated', 'cut off .* 129,000 bytes'), ('stalled', 'timed out'),
+    ('silent', 'timed out'), ('drip', 'too slow'), ('endless', 'another file .*129,000 bytes')])
+def test_a_bad_answer_leaves_nothing_and_is_explained(address, tmp_path, page, reason):
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=rf'127\.0\.0\.1:\d+: {reason}') as error:
+        fetch([f'{address}/{page}'], tmp_path / 'input.txt')
+    assert time.monotonic() - begun < 6  # the limits are 1.5 s; the rest is for a slow machine
+    assert list(tmp_path.iterdir()) == []
+    assert '\n' not in str(error.value)
+
+
+def test_a_bad_answer_leaves_the_file_that_was_there(address, tmp_path):
+    (tmp_path / 'input.txt').write_text('older')
+    with pytest.raises(UserError):
+        fetch([f'{address}/html'], tmp_path / 'input.txt')
+    assert (tmp_path / 'input.txt').read_text() == 'older'
+
+
+def test_the_next_address_is_tried(address, tmp_path):
+    fetch([f'{address}/html', f'{address}/missing', f'{address}/good'], tmp_path / 'input.txt')
+    assert (tmp_path / 'input.txt').read_bytes() == CONTENT
+
+
+def test_every_address_is_named_with_its_reason(address, tmp_path):
+    with pytest.raises(UserError, match=r'input\.txt: 127.*HTTP 404; 127.*another file.*; 127\.0\.0\.1:1: no connection'):
+        fetch([f'{address}/missing', f'{address}/html', 'http://127.0.0.1:1/'], tmp_path / 'input.txt')

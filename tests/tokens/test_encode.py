@@ -1,0 +1,136 @@
+"""Encoding on all cores: the same ids in the same order as one by one, few texts in memory, no process left behind."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from nib.errors import UserError
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer
+from nib.tokens import encode
+from nib.tokens.encode import ALONE, BATCH, SPLITS, encode_all, encode_batch
+
+UINT16 = np.dtype('<u2')
+
+
+class DyingTokenizer(ByteTokenizer):
+    """Ends the process that it works in, unless that is the first one."""
+    def encode(self, text):
+        if text.startswith('last'):
+            os._exit(1)
+        return super().encode(text)
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    """On one, no process is started."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1}, raising=False)
+
+
+def pieces(count, size=BATCH):
+    """Pieces of a batch each; every third one goes into val."""
+    for number in range(count):
+        yield ('train', 'train', 'val')[number % 3], f'{number} '.ljust(size, 'x'), number % 2 == 0
+
+
+def joined(results) -> dict[str, bytes]:
+    bins = dict.fromkeys(SPLITS, b'')
+    for result in results:
+        for split, ids in result.ids.items():
+            bins[split] += ids
+    return bins
+
+
+def test_the_end_of_text_follows_every_document_and_bytes_are_counted():
+    done = encode_batch([('train', 'né', False), ('val', 'v', True), ('train', 'w', True)], ByteTokenizer(), UINT16)
+    assert done.pieces == 3 and done.n_bytes == {'train': 4, 'val': 1}
+    assert done.ids == {'train': np.array([110, 195, 169, 119, 256], '<u2').tobytes(),
+                        'val': np.array([118, 256], '<u2').tobytes()}
+
+
+def test_ids_above_65535_take_four_bytes():
+    tokenizer = CharTokenizer(''.join(map(chr, range(65_600))))
+    done = encode_batch([('train', chr(65_599), False)], tokenizer, np.dtype('<u4'))
+    assert done.ids == {'train': (65_599).to_bytes(4, 'little')}
+
+
+def test_small_pieces_go_together(monkeypatch):
+    monkeypatch.setattr(encode, 'BATCH', 10)
+    sizes = [[len(piece[1]) for piece in batch] for batch in encode.batched(('train', 'x' * n, True) for n in (4, 4, 4, 30, 1, 1))]
+    assert sizes == [[4, 4, 4], [30], [1, 1]]
+
+
+def test_a_small_text_starts_no_process(monkeypatch):
+    monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
+    assert sum(result.pieces for result in encode_all(pieces(ALONE), ByteTokenizer(), UINT16)) == ALONE
+
+
+def test_one_core_starts_no_process(monkeypatch):
+    monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {1}, raising=False)
+    assert sum(result.pieces for result in encode_all(pieces(ALONE + 3), ByteTokenizer(), UINT16)) == ALONE + 3
+
+
+def test_many_processes_give_what_one_gives():
+    count = ALONE + 9
+    assert joined(encode_all(pieces(count), ByteTokenizer(), UINT16)) == joined(
+        encode_batch([piece], ByteTokenizer(), UINT16) for piece in pieces(count))
+
+
+def test_texts_are_read_only_as_fast_as_they_are_encoded():
+    read = 0
+
+    def counted():
+        nonlocal read
+        for piece in pieces(200):
+            read += 1
+            yield piece
+
+    cores = len(os.sched_getaffinity(0))
+    done = 0
+    for result in encode_all(counted(), ByteTokenizer(), UINT16):
+        done += result.pieces
+        assert read - done <= 2 * cores + 1
+        if done == ALONE + 20:
+            break
+
+
+def test_a_character_that_is_missing_is_named_from_another_process_too():
+    with pytest.raises(UserError, match="'0'"):
+        list(encode_all(pieces(ALONE + 7), CharTokenizer(' x12345678'), UINT16))
+
+
+def test_a_process_that_is_killed_ends_the_run_with_one_line():
+    last = [('train', 'last', False)]
+    with pytest.raises(UserError, match='killed'):
+        list(encode_all([*pieces(ALONE), *last], DyingTokenizer(), UINT16))
+
+
+def test_processes_end_with_the_one_that_started_them():
+    """Also where that is killed, and cannot tell them."""
+    program = ('import itertools, sys, time; import numpy as np; from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
+               'pieces = (("train", "x" * BATCH, False) for _ in itertools.count())\n'
+               'for n, _ in enumerate(encode_all(pieces, ByteTokenizer(), np.dtype("<u2"))):\n'
+               '    if n == ALONE: print("started", flush=True); time.sleep(600)\n')
+    run = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    assert run.stdout.readline() == b'started\n'
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 30
+    while living(run.pid):
+        assert time.monotonic() < deadline, 'processes are left behind'
+        time.sleep(0.05)
+
+
+def living(session: int) -> bool:
+    """Whether any process of a session goes on."""
+    try:
+        os.killpg(session, signal.SIG_DFL)  # signal 0: asks, and does nothing
+        return True
+    except ProcessLookupError:
+        return False
