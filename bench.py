@@ -21,30 +21,22 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import configurator
 import train
 from benchmarks import growth as growing
 from benchmarks import measure
 from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
-from model import GPT, GPTConfig
-from nib import guard, optim
 from nib.errors import UserError, run_script
-from nib.machine.compiling import compile_model, pick_compile
+from nib.machine.compiling import pick_compile
 from nib.machine.device import (
-    autocast,
-    has_bfloat16,
-    keep_freed_memory,
     peak_flops,
     peak_memory,
     pick_device,
     pick_dtype,
     synchronize,
 )
-from nib.machine.ranks import Ranks
 from nib.run.checks import check_config
-from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import SCRIPTS
 
@@ -154,40 +146,22 @@ class Contestant:
 
     def __init__(self, values, data):
         self.values, self.device = values, values['device']
-        self.micro_steps = values['gradient_accumulation_steps']
-        self.precision = autocast(values['dtype'], self.device)
-        keep_freed_memory(self.device)
-        try:
-            self.raw_model = GPT(GPTConfig.pick(values, data.vocab_size)).to(self.device).train()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        self.optimizer = optim.Optimizer.pick(values, self.raw_model, has_bfloat16(self.device))
-        self.optimizer.lr = values['learning_rate']
-        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=values['dtype'] == 'float16')
-        self.batches = BatchLoader(data.train, values['block_size'], values['batch_size'], values['seed'], 'train',
-                                          self.micro_steps, device=self.device, vocab_size=data.vocab_size)
-        self.bad_steps = guard.BadSteps(None, self.device)
-        self.model = self.raw_model
-        if values['compile']:
-            self.model = compile_model(self.raw_model, self.batches.batch(0, 0), self.precision, print)
+        self.training = train.Training.set_up(values | {'on_nonfinite': 'skip'}, data)
+        self.training.compile_and_distribute(values['compile'], print)
+        self.training.optimizer.lr = values['learning_rate']
+        self.raw_model = self.training.raw_model
         self.prompt = data.val[:values['prompt_tokens']].tolist()
-        self.tokens = self.micro_steps * values['batch_size'] * values['block_size']  # in a step
-        self.flops = 3 * sum(self.raw_model.flops_per_token().values())  # of a token
+        self.tokens = values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']  # in a step
         self.step = 0
         self.peak = peak_flops(self.device, values['dtype'])
         self.time_steps(WARM_UP)
         self.memory = peak_memory(self.device)  # now, before generation and what else is measured add to it
 
-    def train_step(self, model, micro_batches, bad_steps):
-        train.train_step(model, self.optimizer, self.scaler, micro_batches, self.micro_steps, self.precision,
-                         self.values['grad_clip'], (self.values['seed'], self.step, 0), Ranks(), bad_steps)
-        self.step += 1
-
     def round(self) -> dict[str, float]:
         """Figures of `steps` steps, of a few more with every part timed, and of one generation."""
         seconds = self.time_steps(steps) / steps
         figures = {'tokens/s': self.tokens / seconds, 'ms/step': 1000 * seconds, **self.time_parts()}
-        flops_per_second = self.flops * self.tokens / seconds
+        flops_per_second = self.training.flops_per_token * self.tokens / seconds
         figures['TFLOP/s'] = flops_per_second / 1e12
         if self.peak:
             figures['MFU %'] = 100 * flops_per_second / self.peak
@@ -204,7 +178,8 @@ class Contestant:
         synchronize(self.device)
         started = time.perf_counter()
         for _ in range(n):
-            self.train_step(self.model, self.batches.micro_batches(self.step), self.bad_steps)
+            train.train_step(self.training, self.training.batches.micro_batches(self.step), self.step)
+            self.step += 1
         synchronize(self.device)
         return time.perf_counter() - started
 
@@ -215,9 +190,8 @@ class Contestant:
         n = max(1, steps // 3)
         for _ in range(n):
             clock.lap('')
-            self.train_step(measure.TimedModel(self.model, clock), clock.time_batches(self.batches.micro_batches(self.step)),
-                            measure.TimedBadSteps(self.bad_steps, clock))
-            clock.lap('optimizer')
+            measure.timed_step(train.train_step, self.training, self.training.batches.micro_batches(self.step), self.step, clock)
+            self.step += 1
         return {f'ms {part}': 1000 * clock.seconds[part] / n for part in ('data', 'forward', 'backward', 'optimizer', 'checks')}
 
     def time_generation(self) -> float:
@@ -242,15 +216,13 @@ def time_run(argv) -> dict[str, float]:
     n_batches = 2  # of each split in an evaluation
     done, between = 0, 'loop'
 
-    def timed_step(model, optimizer, scaler, micro_batches, *others):
+    def timed_step(training, micro_batches, step):
         nonlocal done, between
         if done == 3 * steps:
             raise Done
         clock.lap(between)
         between = 'loop'
-        losses = train_step(measure.TimedModel(model, clock), optimizer, scaler, clock.time_batches(micro_batches), *others[:-1],
-                            measure.TimedBadSteps(others[-1], clock))
-        clock.lap('optimizer')
+        losses = measure.timed_step(train_step, training, micro_batches, step, clock)
         done += 1
         if done == 1:
             clock.seconds.clear()  # the first step is not like the others

@@ -16,18 +16,17 @@ from pathlib import Path
 import torch
 
 import configurator
-from nib import guard, optim
-from nib.checkpoint.start import Weights, new_model, read_start
+import train
+from nib.checkpoint.start import Weights, read_start
 from nib.errors import UserError, run_script
 from nib.lessons import examination, walkthrough
-from nib.machine.device import autocast, has_bfloat16, pick_device, pick_dtype, seed_everything
+from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
 from nib.machine.ranks import Ranks
+from nib.optim import Optimizer
 from nib.run.checks import check_config
 from nib.text.tokenizer import tokenizer_from_json
-from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import TokenDataset
 from nib.tokens.find import open_or_prepare
-from train import accumulate_gradients, train_step
 
 # what to show
 explain: bool = False  # instead of the tables, walk through one step with real numbers
@@ -58,7 +57,7 @@ def main(argv):
         data = open_dataset(values)
     else:
         data, start = random_tokens(values, start)
-    training = Training(values, data, start)
+    training = Microscope(values, data, start)
     lesson = walkthrough.walk_through(training) if explain else examination.examine(training, full, overfit_steps)
     for line in lesson:
         print(line, flush=True)  # at once: the next one may take a while
@@ -89,24 +88,20 @@ def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
     return data, start and replace(start, resumed=None)
 
 
-class Training:
-    """train.py's model, batches, gradients and steps, one at a time, as its next step would have them."""
+class Microscope:
+    """A run's training, one step at a time and each undone, as its next step would have it."""
 
     def __init__(self, values, data, start):
-        self.values, self.data, self.start = values, data, start
+        least = 2 if values['explain'] else 1  # sequences: there is nothing to accumulate in a single one
+        self.values = values | {'batch_size': max(values['batch_size'], least), 'on_nonfinite': 'skip'}
+        self.data, self.start = data, start
         self.has_text = can_decode(data.tokenizer)
         self.shown = 24 if self.has_text else 8  # tokens of a text that are shown
-        self.device = values['device']
-        self.model = new_model(values, data, start).to(self.device).train()
-        self.precision = autocast(values['dtype'], self.device)
-        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=values['dtype'] == 'float16')
-        self.bad_steps = guard.BadSteps(None, self.device, self.scaler.is_enabled())
+        self.training = train.Training.set_up(self.values, data, start)
+        self.model, self.device, self.precision = self.training.model, values['device'], self.training.precision
         saved = start.resumed.state['train'] if start and start.resumed else {'step': 0, 'passed_over': 0}
         self.data_step = saved['step'] + saved['passed_over']
-        least = 2 if values['explain'] else 1  # sequences: there is nothing to accumulate in a single one
-        self.batch_size = max(values['batch_size'], least)
-        self.batches = BatchLoader(data.train, values['block_size'], self.batch_size, values['seed'], 'train',
-                                          values['gradient_accumulation_steps'], device=self.device, vocab_size=data.vocab_size)
+        self.batch_size = self.values['batch_size']
         self.n_sequences, self.n_positions = self.fit_batch(values['batch_tokens'], least)
 
     def fit_batch(self, limit: int, least: int) -> tuple[int, int]:
@@ -121,17 +116,17 @@ class Training:
     def batch(self, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """x and y (n_sequences, n_positions) of the number-th step from here."""
         return tuple(part[:self.n_sequences, :self.n_positions].contiguous()
-                     for part in self.batches.batch(self.data_step + number, 0))
+                     for part in self.training.batches.batch(self.data_step + number, 0))
 
     @property
     def has_memory(self) -> bool:
         """Whether the optimizer goes on with what it has seen before."""
         return bool(self.start and 'optimizer' in self.start.tensors)
 
-    def new_optimizer(self, method: str = '') -> optim.Optimizer:
+    def new_optimizer(self, method: str = '') -> Optimizer:
         """The run's optimizer at its full learning rate; or one of another method, which begins without a memory."""
         method = method or self.values['optimizer']
-        optimizer = optim.Optimizer.pick(self.values | {'optimizer': method}, self.model, has_bfloat16(self.device))
+        optimizer = Optimizer.pick(self.values | {'optimizer': method}, self.model, has_bfloat16(self.device))
         optimizer.lr = self.values['learning_rate']
         if self.has_memory and method == self.values['optimizer']:
             optimizer.load_named_state(self.model, self.start.tensors['optimizer'])
@@ -139,24 +134,23 @@ class Training:
 
     def accumulate(self, micro_batches) -> torch.Tensor:
         """Leaves the gradients of a step in the parameters, not clipped; returns the loss."""
+        scaler = self.training.scaler
         while True:
-            loss = accumulate_gradients(self.model, self.scaler, micro_batches, len(micro_batches), self.precision,
-                                        (self.values['seed'], self.data_step, 0))
-            if not self.scaler.is_enabled():
+            loss = train.accumulate_gradients(replace(self.training, micro_steps=len(micro_batches)), micro_batches, self.data_step)
+            if not scaler.is_enabled():
                 return loss
-            scale, gradients = self.scaler.get_scale(), [p.grad for p in self.model.parameters() if p.grad is not None]
+            scale, gradients = scaler.get_scale(), [p.grad for p in self.model.parameters() if p.grad is not None]
             for gradient in gradients:
                 gradient.div_(scale)
             if scale <= 1 or all(gradient.isfinite().all() for gradient in gradients):
                 return loss
-            self.scaler.update(scale / 2)  # as training finds the scale: by steps that it leaves out
+            scaler.update(scale / 2)  # as training finds the scale: by steps that it leaves out
             self.model.zero_grad(set_to_none=True)
 
     def step(self, optimizer, micro_batches) -> tuple[float, float]:
         """One train_step; returns loss and gradient norm."""
-        loss, norm = train_step(self.model, optimizer, self.scaler, micro_batches, len(micro_batches), self.precision,
-                                self.values['grad_clip'], (self.values['seed'], self.data_step, 0), Ranks(),
-                                self.bad_steps)
+        training = replace(self.training, optimizer=optimizer, micro_steps=len(micro_batches))
+        loss, norm = train.train_step(training, micro_batches, self.data_step)
         return float(loss), float(norm)
 
     @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -114,6 +115,14 @@ class TimedBadSteps:
         usable = self.bad_steps.usable(loss, grad_norm)
         self.clock.lap('checks')
         return usable
+
+
+def timed_step(train_step, training, micro_batches, step: int, clock: LapClock):
+    """train.py's train_step, whose parts the clock times as they pass it; returns what it returns."""
+    timed = replace(training, model=TimedModel(training.model, clock), bad_steps=TimedBadSteps(training.bad_steps, clock))
+    losses = train_step(timed, clock.time_batches(micro_batches), step)
+    clock.lap('optimizer')
+    return losses
 
 
 def time_startup(flags: list[str]) -> float:

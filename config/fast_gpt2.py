@@ -20,5 +20,4 @@ zero_init = True
 warmup_iters = 300  # with bounded attention scores and orthogonal updates a few are enough
 max_iters = 300000  # half of train_gpt2.py's
 lr_schedule = 'wsd'
-lr_decay_iters = max_iters
 cooldown_iters = max(1, max_iters * 4 // 10)

@@ -24,6 +24,5 @@ if device == 'cpu':
     log_interval = 10
 warmup_iters = 10
 lr_schedule = 'wsd'
-lr_decay_iters = max_iters
 cooldown_iters = max_iters * 2 // 3
 eval_interval = max_iters  # an evaluation costs as much as ten steps

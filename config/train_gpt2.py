@@ -10,6 +10,5 @@ block_size = 1024
 gradient_accumulation_steps = 5 * 8  # 5 micro steps on each of 8 GPUs: 491,520 tokens a step, near GPT-3's half million
 
 max_iters = 600000  # 300 billion tokens
-lr_decay_iters = max_iters
 eval_interval = 1000
 wandb_project = 'owt'  # used with --wandb_log

@@ -10,7 +10,6 @@ batch_size = 16
 dropout = 0.2  # 300,000 tokens are few
 
 learning_rate = 1e-3  # small models bear more
-min_lr = 1e-4  # learning_rate / 10
 beta2 = 0.99  # a longer memory, as a step has few tokens
 
 if device == 'cpu':
@@ -22,5 +21,4 @@ else:
     n_layer, n_head, n_embd = 6, 6, 384
     block_size = 256
     max_iters = 1000
-lr_decay_iters = max_iters
 warmup_iters = min(50, max_iters // 10)

@@ -9,7 +9,6 @@ eval_interval = 250  # often: this model overfits
 gradient_accumulation_steps = 1
 
 learning_rate = 1e-3  # small models bear more
-min_lr = 1e-4  # learning_rate / 10
 beta2 = 0.99  # a longer memory, as a step has few tokens
 
 if device == 'cpu':  # a smaller model and fewer steps, for a result within two minutes
@@ -26,5 +25,4 @@ else:
     batch_size = 64
     dropout = 0.2  # 5000 steps read the text 80 times over
     max_iters = 5000
-lr_decay_iters = max_iters  # the lowest rate at the end
 warmup_iters = min(100, max_iters // 10)  # short, also in a short run

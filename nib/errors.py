@@ -11,7 +11,7 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_NONFINITE = 3  # the loss or the gradients became NaN or infinite
-EXIT_FINDING = 4  # the doctor found what on_critical or on_warning stops at
+EXIT_FINDING = 4  # the doctor found what stop_on stops at
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error
@@ -22,6 +22,21 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does no
 
 class UserError(ValueError):
     """A mistake of the user's; its message is the one line to show: found, expected, where, what to type."""
+
+
+class NotFinite(Exception):
+    """A run has to end because its loss, gradients or weights are not finite; the message says where."""
+
+
+class Stopped(Exception):
+    """A run ends early, by a signal or by the doctor.
+
+    number: the signal's, or FINDING of nib/machine/signals.py. at_end: all steps were done.
+    """
+
+    def __init__(self, number: int, at_end: bool = False):
+        super().__init__(number)
+        self.number, self.at_end = number, at_end
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -14,12 +14,16 @@ class BadSteps:
 
     From the `limit`-th on, no step is usable any more: however late somebody looks, the weights are those before it.
     limit None: there is no such end. float16: gradients that overflow beside a finite loss are the loss scale's business,
-    and not counted. in_a_row: what a resumed run had counted.
+    and not counted.
     """
 
-    def __init__(self, limit: int | None, device: str, float16: bool = False, in_a_row: int = 0):
-        self.limit, self.float16 = limit or ENDLESS, float16
-        self._counts = torch.tensor([in_a_row, 0, 0], device=device)  # in a row; in all; steps since the last one
+    def __init__(self, limit: int | None, device: str, float16: bool = False):
+        self.limit, self.device, self.float16 = limit or ENDLESS, device, float16
+        self.reset()
+
+    def reset(self, in_a_row: int = 0):
+        """Begins to count again. in_a_row: what a resumed run had counted."""
+        self._counts = torch.tensor([in_a_row, 0, 0], device=self.device)  # in a row; in all; steps since the last one
         self._reported = 0
         self._steps = 0  # since the last look
 

@@ -40,12 +40,12 @@ def debug(data_dir, run_main):
 
 @pytest.fixture
 def make_training(data_dir):
-    """make_training(*flags): the script's Training of the small model, to look at and to break."""
+    """make_training(*flags): the script's Microscope on the small model, to look at and to break."""
     def make(*flags):
         argv = [*SMALL, f'--data_dir={data_dir}', *flags]
         values, _ = configurator.configure(str(ROOT / SCRIPT), argv, settle={'device': pick_device}, base='train.py')
         data = debug_training.open_dataset(values) if values['dataset'] else debug_training.random_tokens(values, None)[0]
-        return debug_training.Training(values, data, None)
+        return debug_training.Microscope(values, data, None)
     return make
 
 
@@ -624,7 +624,7 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
     done = debug('--dtype=float16', '--logit_cap=5', '--overfit_steps=2')
     assert done.returncode == 0, done.stderr
     training = make_training('--dtype=float16')
-    training.scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 60)
+    training.training.scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 60)
     training.accumulate([training.batch()])
     halves = {name: p.grad.clone() for name, p in training.model.named_parameters()}
     exact = make_training()

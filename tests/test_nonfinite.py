@@ -22,13 +22,13 @@ def poison(monkeypatch):
     original, computed = training.accumulate_gradients, []
 
     def poison(steps, what):
-        def poisoned(model, scaler, batches, micro_steps, precision, seeds):
-            loss = original(model, scaler, batches, micro_steps, precision, seeds)
-            computed.append(seeds[1])
-            if seeds[1] in steps and what == 'loss':
+        def poisoned(t, micro_batches, step):
+            loss = original(t, micro_batches, step)
+            computed.append(step)
+            if step in steps and what == 'loss':
                 return loss * math.nan
-            if seeds[1] in steps:
-                model.transformer.h[1].mlp.c_proj.weight.grad[0, 0] = {'gradient': math.inf, 'NaN gradient': math.nan}[what]
+            if step in steps:
+                t.raw_model.transformer.h[1].mlp.c_proj.weight.grad[0, 0] = {'gradient': math.inf, 'NaN gradient': math.nan}[what]
             return loss
         monkeypatch.setattr(training, 'accumulate_gradients', poisoned)
         return computed
@@ -173,14 +173,14 @@ def test_a_loss_scale_that_only_falls_ends_the_run(train_here, poison, tmp_path)
 POISONED_RANK = """
 import hashlib, math, os, sys, torch, train
 original, kept = train.accumulate_gradients, []
-def poisoned(model, scaler, batches, micro_steps, precision, seeds):
-    kept.append(model)
-    loss = original(model, scaler, batches, micro_steps, precision, seeds)
-    if seeds[1:] not in ((4, 1), (7, 1), (8, 1), (9, 1)):
+def poisoned(t, micro_batches, step):
+    kept.append(t.model)
+    loss = original(t, micro_batches, step)
+    if (step, t.ranks.rank) not in ((4, 1), (7, 1), (8, 1), (9, 1)):
         return loss
     if WHAT == 'loss':
         return loss * math.nan
-    next(model.parameters()).grad[0, 0] = math.inf  # after the ranks have exchanged their gradients
+    next(t.model.parameters()).grad[0, 0] = math.inf  # after the ranks have exchanged their gradients
     return loss
 train.accumulate_gradients = poisoned
 code = train.main(sys.argv[1:])

@@ -34,15 +34,15 @@ def watch(cut_at=(), cut_rank=0):
     """
     original, tokens, cuts = training.train_step, {}, list(cut_at)
 
-    def train_step(model, optimizer, scaler, micro_batches, micro_steps, precision, grad_clip, seeds, *rest):
+    def train_step(t, micro_batches, step):
         def watched():
             for x, y in micro_batches:
-                tokens.setdefault(seeds[1], []).append(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())
+                tokens.setdefault(step, []).append(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())
                 yield x, y
-        result = original(model, optimizer, scaler, watched(), micro_steps, precision, grad_clip, seeds, *rest)
-        if cuts and seeds[1] + 1 == cuts[0]:
+        result = original(t, watched(), step)
+        if cuts and step + 1 == cuts[0]:
             cuts.pop(0)
-            if seeds[2] == cut_rank:
+            if t.ranks.rank == cut_rank:
                 os.kill(os.getpid(), signal.SIGTERM)
         return result
 

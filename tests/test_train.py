@@ -29,10 +29,11 @@ from nib.tokens.dataset import open_dataset
 SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
 
-def step(model, optimizer, batches, grad_clip, seeds=(0, 0, 0)):
+def step(model, optimizer, batches, grad_clip, seed=0, number=0):
     """train_step on one process, in float32."""
-    return training.train_step(model, optimizer, torch.amp.GradScaler('cpu', enabled=False), batches, len(batches),
-                               autocast('float32', 'cpu'), grad_clip, seeds, Ranks(), guard.BadSteps(3, 'cpu'))
+    t = training.Training(model, model, optimizer, torch.amp.GradScaler('cpu', enabled=False), None, guard.BadSteps(3, 'cpu'),
+                          autocast('float32', 'cpu'), Ranks(), 'cpu', len(batches), grad_clip, seed)
+    return training.train_step(t, batches, number)
 
 
 def tensors_of(out_dir, which='latest'):

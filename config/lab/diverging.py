@@ -1,6 +1,7 @@
-# min_lr typed as 5.0 for 5e-4: the learning rate rises instead of falling, and the loss with it.
+# learning_rate typed as 5.0 for 5e-4, and a warm-up as long as the run: the rate rises all the time, and the loss with it.
 
 include('healthy.py')
 out_dir = 'out-lab-diverging'
-min_lr = 5.0
-lr_schedule = 'linear'
+learning_rate = 5.0
+lr_schedule = 'constant'
+warmup_iters = max_iters

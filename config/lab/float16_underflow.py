@@ -6,7 +6,7 @@ import model
 include('healthy.py')
 out_dir = 'out-lab-float16-underflow'
 dtype = 'float16'
-max_iters = lr_decay_iters = 60  # float16 is slow on a CPU
+max_iters = 60  # float16 is slow on a CPU
 warmup_iters = 6
 
 _cross_entropy = torch.nn.functional.cross_entropy

@@ -8,7 +8,6 @@ block_size = 32
 batch_size = 16
 dropout = 0.0
 max_iters = 300
-lr_decay_iters = max_iters
 warmup_iters = 30
 learning_rate = 2e-3
 min_lr = 2e-4

@@ -36,10 +36,6 @@ class Finding:
                 f'Change: {"; ".join(changes)}')
 
 
-def rises(config: Mapping) -> bool:
-    return config['min_lr'] > config['learning_rate'] and config['lr_schedule'] != 'constant'
-
-
 def unclipped(config: Mapping) -> bool:
     return config['grad_clip'] == 0.0
 
@@ -64,21 +60,18 @@ def guesses_its_input(config: Mapping) -> bool:
     return config['zero_init'] and config['tied_head']
 
 
-RISING = (rises, 'the learning rate rises, as min_lr is above learning_rate')
-LOWER_MIN = (rises, 'min_lr = learning_rate / 10')
-
 TROUBLES = {
     'diverging': Trouble('critical', (
-        RISING, 'the learning rate is too high', (unclipped, 'no clipping'), 'a stretch of broken text'), (
-        LOWER_MIN, 'lower learning_rate by 3 to 10', (unclipped, 'grad_clip = 1'), 'go on from an earlier checkpoint')),
+        'the learning rate is too high', (unclipped, 'no clipping'), 'a stretch of broken text'), (
+        'lower learning_rate by 3 to 10', (unclipped, 'grad_clip = 1'), 'go on from an earlier checkpoint')),
     'not_finite': Trouble('critical', (
         'the learning rate is far too high', (float16, 'an overflow in float16'), (unclipped, 'no clipping'),
         'a division by zero or a logarithm of 0 in changed code'), (
         'lower learning_rate', (unclipped, 'grad_clip = 1'), (float16, 'dtype bfloat16 or float32'),
         'on_nonfinite rewind, which gets past a single bad batch', (skips, 'or stop, which says where it begins'))),
     'lr_too_high': Trouble('warning', (
-        RISING, 'the learning rate is too high for this model', (no_qk_norm, 'no query-key norm, which bears higher rates')), (
-        LOWER_MIN, 'lower learning_rate, and min_lr with it, by 3 to 10', (no_qk_norm, 'or set qk_norm'))),
+        'the learning rate is too high for this model', (no_qk_norm, 'no query-key norm, which allows higher rates')), (
+        'lower learning_rate by 3 to 10', (no_qk_norm, 'or set qk_norm'))),
     'lr_too_low': Trouble('warning', (
         'the learning rate is too low', 'weights that begin too large for it'), (
         'raise learning_rate 10 times, and again, until the loss falls well', 'the update ratio is then 0.001 to 0.01')),

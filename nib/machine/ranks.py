@@ -22,6 +22,10 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def own_device(self, device: str) -> str:
+        """The device of this rank: each has a GPU of its own."""
+        return f'cuda:{self.local_rank}' if device == 'cuda' else device
+
     def largest(self, flag: int) -> int:
         """The largest flag of all ranks."""
         if self.world_size == 1:

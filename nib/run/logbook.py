@@ -1,0 +1,260 @@
+"""What a run says and writes: console, lock, metrics, checkpoints, the doctor's findings, report."""
+import platform
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+
+import torch
+
+from nib import guard
+from nib.checkpoint import store
+from nib.checkpoint.writer import CheckpointWriter
+from nib.doctor import vitals
+from nib.doctor.rules import Doctor
+from nib.doctor.troubles import Finding
+from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
+from nib.generation import check_generation
+from nib.machine.device import peak_flops, peak_memory
+from nib.machine.ranks import Ranks
+from nib.machine.signals import FINDING, StopSignal, describe_stop
+from nib.report.page import write_after_run
+from nib.run.console import Console
+from nib.run.folder import RunLock, restarted_by_torchrun, write_config
+from nib.run.metrics import Metrics
+from nib.tokens.batches import eval_batches
+from nib.tokens.dataset import TokenDataset
+
+STOPS_AT = {'never': (), 'critical': ('critical',), 'warning': ('critical', 'warning')}  # stop_on -> severities
+
+
+class Logbook:
+    """The records of one run. Every rank has one and calls the same methods; only rank 0's says and writes anything.
+
+    Say what the run is with open() before the first step. Then note() after every step, log() where a line is due, save(),
+    record_evaluation() and see_bad_steps() as they come, and close() at the end.
+    """
+
+    def __init__(self, out_dir: str, ranks: Ranks, stop: StopSignal):
+        self.out_dir, self.ranks, self.stop = out_dir, ranks, stop
+        self.console = Console(shown=ranks.is_first)
+        self.say, self.warn = self.console.say, self.console.warn
+        self.saved = 0  # the last step that a checkpoint holds; none is made of step 0
+        self.rewinds = 0  # since the last checkpoint
+        self.metrics: Metrics | None = None  # from open() on, and on rank 0 only
+        self._lock = RunLock(out_dir)
+        self._clock = self._clock_step = 0  # the time since when, and the step after which, speed is measured
+
+    # -- before the first step -----------------------------------------------------------------------------------------
+
+    def restarted_by_torchrun(self) -> bool:
+        """Whether torchrun has started this very run anew, and a checkpoint exists to resume from."""
+        return self.ranks.on_first(lambda: restarted_by_torchrun(self.out_dir))
+
+    def lock_existing(self):
+        """Takes the right to write to the folder of a run, if it holds one. Raises UserError if another process has it."""
+        self.ranks.on_first(lambda: store.exists(self.out_dir) and self._lock.take(new_run=False))
+
+    def lock_new(self, overwrite: bool):
+        """Takes the right to write to the folder. Raises UserError if another process has it, or it holds a run that may not
+        be overwritten."""
+        self.ranks.on_first(lambda: self._lock.take(new_run=not overwrite))
+
+    def open(self, training, data: TokenDataset, config: Mapping, origins: Mapping, changes: Mapping, step: int):
+        """Begins to record a run that goes on from `step`; a new run's folder is emptied, and the data are examined.
+
+        training: train.py's Training. config: as the run uses it. changes: of the config since the checkpoint.
+        """
+        self.training, self.data, self.config, self.saved = training, data, config, step
+        tokens_per_step = config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
+        self.tokens_per_step = tokens_per_step
+        peak = peak_flops(training.device, config['dtype'])
+        self.peak = peak * self.ranks.world_size if peak else None  # FLOP/s of all ranks together
+        self.ranks.on_first(lambda: self._open(origins, changes, step))
+        self.start_clock(step)
+
+    def _open(self, origins, changes, step):
+        config, t = self.config, self.training
+        self.metrics = Metrics(self.out_dir, step, config, config['tensorboard'],
+                               config['wandb_project'] if config['wandb_log'] else '', config['wandb_run_name'])
+        if not step:  # only now, as this run can start; those set aside are deleted when it has saved
+            store.set_aside(self.out_dir)
+        write_config(self.out_dir, config, origins, step, changes)
+        self.writer = CheckpointWriter(self.out_dir, config['keep_last'], config['keep_every'], step)
+        # The model as this rank trains it, without DistributedDataParallel: the looks at it are this rank's alone.
+        self.vitals = vitals.Vitals(getattr(t.model, 'module', t.model), t.optimizer, t.scaler, t.batches, t.precision)
+        signs = vitals.examine_data(self.data.train, self.data.val, self.data.vocab_size)
+        self.doctor = Doctor(config, signs, t.raw_model.num_params(), len(self.data.train),
+                             trained=config['init_from'] != 'scratch')
+        self.doctor.recall(self.metrics.records)
+        self._tell(self.doctor.see_data())
+
+    def start_clock(self, step: int):
+        """Speed is measured from here on."""
+        self._clock, self._clock_step = time.perf_counter(), step
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def watch(self, micro_batches: Iterator) -> Iterator:
+        """The same micro batches, of a step that log() follows: the doctor looks at the first, and at the weights before."""
+        return self.vitals.begin(micro_batches) if self.metrics else micro_batches
+
+    def note(self, step: int, mean_loss: torch.Tensor, grad_norm: torch.Tensor):
+        """Keeps loss and gradient norm of a step on the device; nothing waits for them."""
+        if self.metrics:
+            self.vitals.note(mean_loss, grad_norm)
+            self.console.advance(step, self.config['max_iters'])
+
+    def log(self, step: int, mean_loss: torch.Tensor, grad_norm: torch.Tensor):
+        """A line about the last step and the speed since the last line, for the console, the metrics and the doctor. Waits
+        for the device."""
+        if not self.metrics:
+            return
+        loss, norm, lr = float(mean_loss), float(grad_norm), self.training.optimizer.lr
+        seconds = (time.perf_counter() - self._clock) / (step - self._clock_step)
+        self.start_clock(step)
+        tokens_per_second = self.tokens_per_step / seconds
+        mfu = self.training.flops_per_token * tokens_per_second / self.peak if self.peak else None
+        self.console.progress(step, {
+            'loss': f'{loss:.4f}', 'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
+            'grad norm': f'{norm:.2f}', 'lr': f'{lr:.2e}', 'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
+        signs = self.vitals.read(step, lr, tokens_per_second)
+        self._tell(self.doctor.see_step(signs))
+        self.metrics.log(step, {
+            'loss/step': loss, 'grad_norm': norm, 'learning_rate': lr, 'mfu': mfu, 'tokens_per_second': tokens_per_second,
+            'peak_memory': peak_memory(self.training.device)} | signs.metrics(self.config['grad_clip']))
+
+    def see_bad_steps(self, step: int, seen: guard.Seen):
+        """Shows the doctor what the guard has seen of steps that were not finite."""
+        if self.metrics:
+            self._tell(self.doctor.see_bad_steps(step, seen))
+
+    # -- checkpoints and evaluations -----------------------------------------------------------------------------------
+
+    def save(self, state):
+        """Saves a checkpoint in the background, unless the last one is of this step. Raises NotFinite, on all ranks, if any
+        weight is not finite. state: train.py's TrainState."""
+        if self.saved == state.step:
+            return
+        model = self.training.raw_model
+        broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+        if self.ranks.largest(len(broken)):
+            raise NotFinite(f'step {state.step}: weights not finite; {guard.describe([], broken)}')
+        self.ranks.on_first(lambda: self._save(state))
+        self.saved, self.rewinds = state.step, self.rewinds if state.bad_steps else 0
+
+    def _save(self, state):
+        t, data = self.training, self.data
+        state.scaler = t.scaler.state_dict() or None
+        self.writer.save(state.step, t.raw_model.state_dict(), t.optimizer.named_state(t.raw_model), {
+            'train': asdict(state), 'model': asdict(t.raw_model.config), 'config': self.config, 'dataset': data.name,
+            'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__}})
+
+    def wait_for_checkpoint(self):
+        """Returns, on all ranks, when the last checkpoint is on the disk."""
+        self.ranks.on_first(lambda: self.writer.wait())
+
+    def rewind(self, step: int):
+        """Forgets what came after `step`, the one of the last checkpoint, from which the run goes on."""
+        self.saved, self.rewinds = step, self.rewinds + 1
+        if self.metrics:
+            self.metrics.rewind(step)
+            self.doctor.rewind(step)
+        self.start_clock(step)
+
+    def record_evaluation(self, state, train_loss: float, val_loss: float, best: bool, started: float):
+        """A line about an evaluation that began at `started`, for the console, the metrics, the doctor and the checkpoint.
+
+        best: whether no validation loss was lower before.
+        """
+        if self.metrics:
+            self._record_evaluation(state.step, train_loss, val_loss, best, started)
+        if self.saved:
+            self.ranks.on_first(lambda: self.writer.record_evaluation(state.step, asdict(state), best))
+        self._clock += time.perf_counter() - started  # not the training's time
+
+    def _record_evaluation(self, step, train_loss, val_loss, best, started):
+        config, data, t = self.config, self.data, self.training
+        val_batch = next(eval_batches(data.val, config['block_size'], config['batch_size'], 1, device=t.device))
+        number = step // config['eval_interval'] if step < config['max_iters'] else 0
+        signs = self.vitals.evaluate(step, number, train_loss, val_loss, val_batch)
+        seconds = time.perf_counter() - started
+        self.say(f'step {step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
+                 f'{", the best so far" if best and self.saved else ""}; {seconds:.1f} s')
+        self._tell(self.doctor.see_evaluation(signs))
+        self.metrics.log(step, {
+            'seconds/evaluation': seconds, 'loss/train': train_loss, 'loss/val': val_loss,
+            'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'), 'bits_per_byte/val': data.bits_per_byte(val_loss),
+            'sample': self._write_sample() if config['sample_tokens'] else None} | signs.metrics())
+
+    def _write_sample(self) -> str:
+        """What the model writes after the validation split's first tokens; the same randomness each time."""
+        prompt = self.data.val[:min(8, self.config['block_size'])].tolist()
+        tokens = self.training.raw_model.generate([prompt], self.config['sample_tokens'], temperature=0.8, top_k=200,
+                                                  seed=self.config['seed'])
+        text = self.data.tokenizer.decode(prompt + [int(token) for token in tokens])
+        self.say(f'--- sample\n{text}\n---')
+        return text
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def check_generation(self, step: int):
+        """Lets the doctor compare generation, with its cache, to whole forward passes of the trained model."""
+        if self.metrics:
+            prompt = self.data.val[:self.config['block_size']].tolist()
+            self._tell(self.doctor.see_generation(step, check_generation(
+                self.training.raw_model, prompt, precision=self.training.precision)))
+
+    def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
+        self.say(f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split')
+        if self.metrics:
+            self.metrics.log(step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
+
+    def end_nonfinite(self, step: int, error: NotFinite) -> int:
+        """Says that the run ends because its numbers are not finite; returns the exit code."""
+        if self.metrics:
+            self._tell(self.doctor.see_nonfinite(step, str(error)))
+        kept = f'the checkpoint of step {self.saved} in {self.out_dir} is good' if self.saved else 'no checkpoint was there yet'
+        self.warn(f'The run ends. Nothing is saved; {kept}.')
+        return EXIT_NONFINITE
+
+    def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
+        """Says, when the checkpoint is on the disk, what has stopped the run and how it goes on; returns the exit code."""
+        if stopped.at_end:
+            self.say(f'stopped by signal {stopped.number} in the last evaluation')
+        else:
+            self.wait_for_checkpoint()
+            self.say(describe_stop(stopped.number, step, self.saved > 0, argv))
+        return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
+
+    def close(self, step: int, exit_code: int, defaults: Mapping):
+        """Waits for the last checkpoint, gives the doctor's verdict, writes the report; nothing in a run that was not opened.
+
+        defaults: of train.py's keys.
+        """
+        self.ranks.on_first(lambda: self._close(step, exit_code, defaults))
+
+    def _close(self, step, exit_code, defaults):
+        if not self.metrics:
+            return
+        self.writer.close()
+        if exit_code < 128:  # not stopped halfway
+            verdict = self.doctor.verdict(step)
+            self.say(f'verdict of the doctor: {verdict}')
+            self.metrics.log(step, {'verdict': verdict})
+        self.metrics.close()
+        if self.config['report']:
+            write_after_run(self.out_dir, defaults, self.say, self.warn)
+        if self.saved and not exit_code:
+            self.say(f'samples: python sample.py --out_dir={shlex.quote(self.out_dir)}')
+        self.console.close()
+        self._lock.release()
+
+    def _tell(self, findings: list[Finding]):
+        """Shows and records what the doctor has found, and stops the run where the config says so."""
+        for finding in findings:
+            self.warn(f'step {finding.step}: {finding.name}, {finding}')
+            self.metrics.log(finding.step, {f'finding/{finding.name}': str(finding)})
+            if finding.severity in STOPS_AT[self.config['stop_on']]:
+                self.stop.number = self.stop.number or FINDING
