@@ -570,6 +570,7 @@ def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_p
     assert_equal_tensors({'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']})
 
 
+@pytest.mark.slow
 def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, run_main):
     """Two steps of each, at reduced size; those that start from published weights start from small ones."""
     configs = sorted((ROOT / 'config').rglob('*.py'))
