@@ -94,6 +94,7 @@ def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
         assert len(re.findall(r'\(.*?\)', line)) >= 2 or row.startswith('peak')
 
 
+@pytest.mark.slow
 def test_generation_beside_nanogpt_is_measured_in_turns(tmp_path, run_main, monkeypatch):
     (tmp_path / 'model.py').write_text(STAND_IN.format(root=str(ROOT)))
     shape = dict(vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=16, bias=True, dropout=0.0)

@@ -157,6 +157,7 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     assert done.returncode == 3 and 'no checkpoint was there yet' in done.stderr
 
 
+@pytest.mark.slow
 def test_rewinds_are_counted_also_where_a_checkpoint_comes_between_bad_steps(train_here, poison, tmp_path):
     poison(range(6, 1000), 'loss')
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind', '--eval_interval=1')

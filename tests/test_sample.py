@@ -147,6 +147,7 @@ def test_tokens_reach_the_terminal_as_they_come(out_dir):
         run.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(out_dir):
     run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=100000'],
                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -264,6 +264,7 @@ def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
     assert [path.name for path in (tmp_path / 'run').glob('step-*')] == ['step-00000004']
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_and_records_what_has_changed(whole_run, data_dir, tmp_path):
     shutil.copytree(whole_run[0], tmp_path / 'run')
     done = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume', '--max_iters=21', '--seed=7')
@@ -561,6 +562,7 @@ def test_a_run_goes_on_from_published_weights_with_a_shorter_context(published_g
     assert store.load(tmp_path / 'run')[0].step == 3
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_path):
     done = train(data_dir, tmp_path / 'run', f'--init_from={whole_run[0]}', '--max_iters=2', '--learning_rate=0', '--min_lr=0')
     first = re.search('step 0: train loss .*, val loss (.*) nats', done.stdout)[1]
@@ -569,6 +571,7 @@ def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_p
     assert_equal_tensors({'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']})
 
 
+@pytest.mark.slow
 def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, run_main):
     """Two steps of each, at reduced size; those that start from published weights start from small ones."""
     configs = sorted((ROOT / 'config').rglob('*.py'))

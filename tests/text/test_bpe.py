@@ -49,6 +49,7 @@ def around(character):
     return f"{c} {c}a{c}1{c}!{c}'s{c}{c}  {c}\n{c}\n\n{c}'ll{c}\xa0{c} \xa0{c}"
 
 
+@pytest.mark.slow
 def test_every_character_of_the_basic_plane_has_the_ids_of_tiktoken(real_gpt2):
     same_as_tiktoken([(around(chr(point)), True) for point in range(0x10000) if not 0xd800 <= point < 0xe000])
 
