@@ -242,8 +242,11 @@ def is_causal_attention(scores) -> bool:
                        device='cpu') * 2
     identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
     with torch.autocast('cpu', enabled=False):
-        weights = scores(q, k, positions, positions).softmax(dim=-1)
         kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
+        try:
+            weights = scores(q, k, positions, positions).softmax(dim=-1)
+        except (RuntimeError, IndexError):  # it is made for other shapes or positions than these
+            return False
     return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from model import GPT, IGNORED, MLP, GPTConfig, attend, attend_by_definition, kernels_fit
 
-# Differences that check_generation() takes for rounding, as shares of the standard deviation of logits.
+# Differences that check_generation() takes for rounding, in standard deviations of the logits.
 # The first is for float32, whose factors a GPU may round to 11 bits; the other for 16-bit numbers.
 TOLERANCE, HALF_TOLERANCE = 0.02, 0.2
 

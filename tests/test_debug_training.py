@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import configurator
 import debug_training
+import model as model_file
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.start import TRANSPOSED, new_model
@@ -212,6 +213,17 @@ def entropy_by_hand(attention, x, rotary, config) -> float:
             scores = [math.exp(float(query[t] @ key[s]) / math.sqrt(D)) for s in range(t + 1)]
             total.append(-sum(p * math.log(p) for p in (score / sum(scores) for score in scores)))
     return sum(total) / len(total)
+
+
+def test_an_activation_that_the_inspection_does_not_know_is_measured_by_its_output(monkeypatch):
+    monkeypatch.setitem(model_file.ACTIVATIONS, 'gelu', torch.nn.ReLU)
+    model = GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=1, n_head=4, n_embd=32))
+    mlp, x = model.transformer.h[0].mlp, torch.randint(31, (2, 10))
+    mlp.kind = 'relu'
+    with torch.no_grad():
+        mlp.c_fc.bias[:32] = -100.0  # a quarter of the units never opens
+    _, rows = inspection.measure_layers(model, x, x, runtime.precision('float32', 'cpu'), 2)
+    assert rows[1].dead == pytest.approx(0.25, abs=0.02)
 
 
 def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_training):

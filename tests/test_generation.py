@@ -342,7 +342,9 @@ def test_a_compiled_step_follows_a_changed_definition_of_attention(define_attent
     lambda s, q, k: s.masked_fill((k == 0) & (q > 0), -math.inf),
     lambda s, q, k: torch.cat((s[:, :-1], s[:, -1:].masked_fill(k < q - 8, -math.inf)), dim=1),  # of one head
     lambda s, q, k: s - 0.001 * (q - k).clamp(min=0),
-], ids=['scale', 'soft cap', 'wide window', 'chunks', 'no first token', 'one head', 'bias'])
+    lambda s, q, k: s + torch.zeros(6, 1, 1),
+    lambda s, q, k: s + torch.zeros(32)[q - k],
+], ids=['scale', 'soft cap', 'wide window', 'chunks', 'no first token', 'one head', 'bias', 'for 6 heads', 'for 32 positions'])
 def test_no_fused_kernel_is_used_for_changed_scores(changed):
     def scores(q, k, query_positions, key_positions):
         return changed(model_file.attention_scores(q, k, query_positions, key_positions), query_positions.unsqueeze(-1),

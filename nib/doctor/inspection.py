@@ -36,8 +36,8 @@ def behind_zeros(model: nn.Module) -> tuple[str, ...]:
     blocked = []
     for name, weight in model.named_parameters():
         block, _, branch = name.removesuffix('.c_proj.weight').rpartition('.')
-        if name.endswith('.c_proj.weight') and not weight.any():
-            norm = {'attn': 'ln_1', 'mlp': 'ln_2'}[branch]
+        norm = {'attn': 'ln_1', 'mlp': 'ln_2'}.get(branch)
+        if norm and name.endswith('.c_proj.weight') and not weight.any():
             blocked += [f'{block}.{norm}.', *(f'{block}.{branch}.{part}' for part in ('c_attn.', 'c_fc.', 'q_norm.', 'k_norm.'))]
     return tuple(blocked)
 
@@ -85,7 +85,12 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
         return hook
 
     def watch_units(name, mlp):
-        return mlp.c_fc.register_forward_hook(lambda module, args, output: note(name, dead=dead_share(mlp.kind, output)))
+        if mlp.kind in CLOSED_BELOW:
+            return mlp.c_fc.register_forward_hook(
+                lambda module, args, output: note(name, dead=dead_share(mlp.kind, output)))
+        # Of an activation that the table does not know, a closed unit is one whose output is 0.
+        return mlp.c_proj.register_forward_pre_hook(
+            lambda module, args: note(name, dead=share_always(args[0] == 0.0)))
 
     parts = model.transformer
     hooks = [parts.drop.register_forward_hook(watch_stream('embedding')), parts.ln_f.register_forward_hook(watch_stream('ln_f'))]
@@ -131,7 +136,12 @@ def dead_share(mlp_kind: str, hidden) -> float:
     """The share of units that CLOSED_BELOW calls closed for every token. hidden: c_fc's output (..., mlp_width), in SwiGLU
     the gate's units before the others."""
     gate = hidden.chunk(2, dim=-1)[0] if mlp_kind == 'swiglu' else hidden
-    return float((gate <= CLOSED_BELOW[mlp_kind]).flatten(0, -2).all(dim=0).float().mean())
+    return share_always(gate <= CLOSED_BELOW[mlp_kind])
+
+
+def share_always(is_closed) -> float:
+    """The share of units for which is_closed (..., units) is true for every token."""
+    return float(is_closed.flatten(0, -2).all(dim=0).float().mean())
 
 
 # -- the batch -------------------------------------------------------------------------------------------------------
