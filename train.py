@@ -54,7 +54,7 @@ keep_last: int = 1  # newest checkpoints to keep, beside the best
 keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0: none
 # watching
 log_interval: int = 10  # steps between lines; only these steps wait for the device
-stop_on: Literal['never', 'critical', 'warning'] = 'never'  # save and end at such a finding, or a graver one
+stop_on: Literal['never', 'critical', 'warning'] = 'never'  # which findings of the doctor end the run
 sample_tokens: int = 0  # tokens that the model writes at each evaluation, for you to read
 tensorboard: bool = False  # also write OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
@@ -113,18 +113,20 @@ compile: bool | Literal['auto'] = 'auto'  # torch.compile
 def get_lr(step: int) -> float:
     """Returns the learning rate of a step: linear warm-up, then constant, or a fall to min_lr.
 
-    The fall ends at lr_decay_iters and follows a cosine (Loshchilov and Hutter 2017) or a line; wsd is constant first
-    and falls over the cooldown only (Hu et al. 2024).
+    The fall ends at lr_decay_iters and follows a cosine (Loshchilov and Hutter 2017) or a line; wsd is
+    constant first and falls over the cooldown only (Hu et al. 2024).
     """
     if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)  # never 0: the first step should move the weights
+        return learning_rate * (step + 1) / (warmup_iters + 1)  # never 0: the first step moves too
     if lr_schedule == 'constant':
         return learning_rate
     if step >= lr_decay_iters:
         return min_lr
     fall_starts = lr_decay_iters - cooldown_iters if lr_schedule == 'wsd' else warmup_iters
     progress = max(0.0, (step - fall_starts) / (lr_decay_iters - fall_starts))  # 0 to 1
-    height = 0.5 * (1.0 + math.cos(math.pi * progress)) if lr_schedule == 'cosine' else 1.0 - progress  # 1 to 0
+    height = 1.0 - progress  # 1 to 0
+    if lr_schedule == 'cosine':
+        height = 0.5 * (1.0 + math.cos(math.pi * progress))
     return min_lr + height * (learning_rate - min_lr)
 
 
@@ -132,10 +134,11 @@ def get_lr(step: int) -> float:
 def evaluate(model, batches, precision, ranks, stop) -> float:
     """Returns the mean loss, in nats per token, over the batches (x, y) of all ranks, without dropout.
 
-    If the run is asked to stop meanwhile, the remaining batches are left out: look at `stop` before using the result.
+    If the run is asked to stop meanwhile, the remaining batches are left out: look at `stop` before
+    using the result.
     """
     model.eval()
-    total = torch.zeros(2, device=next(model.parameters()).device)  # on the device, so that no batch waits for it
+    total = torch.zeros(2, device=next(model.parameters()).device)  # there, so that no batch waits
     for x, y in batches:
         if stop.number and total[1]:
             break
@@ -150,11 +153,11 @@ def evaluate(model, batches, precision, ranks, stop) -> float:
 
 # -- one training step -----------------------------------------------------------------------------
 
-def accumulate_gradients(t: 'Training', micro_batches, step: int) -> torch.Tensor:
+def accumulate_gradients(t, micro_batches, step: int) -> torch.Tensor:
     """Adds up the gradients of a step's micro batches; returns the mean of their losses.
 
-    micro_batches: yields t.micro_steps pairs (x, y) of token ids (batch_size, block_size). step: of whose batches they
-    are; dropout is seeded with it.
+    t: the Training below. micro_batches: t.micro_steps pairs (x, y) of token ids, each
+    (batch_size, block_size). step: seeds dropout.
     """
     mean_loss = 0.0
     for micro_step, (x, y) in enumerate(micro_batches):
@@ -169,16 +172,16 @@ def accumulate_gradients(t: 'Training', micro_batches, step: int) -> torch.Tenso
     return mean_loss
 
 
-def train_step(t: 'Training', micro_batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of training: gradients from every micro batch, clipped, given to the optimizer if they are finite.
+def train_step(t, micro_batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of training: gradients of every micro batch, clipped, applied if they are finite.
 
-    Returns the mean loss over all micro steps and ranks and the norm of the gradients before clipping, both as tensors,
-    so that nothing waits for the device.
+    Returns the mean loss over all micro steps and ranks and the norm of the gradients before
+    clipping, both as tensors, so that nothing waits for the device.
     """
     mean_loss = accumulate_gradients(t, micro_batches, step)
     t.scaler.unscale_(t.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.grad_clip or math.inf)
-    # The norm is the same on all ranks, unless something is wrong with one, which then no rank may learn from.
+    # The norm is the same on all ranks, or else something is wrong with one: then no rank may step.
     mean_loss, grad_norm = t.ranks.sum(torch.stack((mean_loss, grad_norm))) / t.ranks.world_size
     t.optimizer.step(t.bad_steps.usable(mean_loss, grad_norm))
     t.scaler.update()
@@ -190,9 +193,9 @@ def train_step(t: 'Training', micro_batches, step: int) -> tuple[torch.Tensor, t
 class Training:
     """What a training step needs. bench.py and debug_training.py set up theirs here too."""
     raw_model: GPT  # what is evaluated and saved
-    model: torch.nn.Module  # what is trained: raw_model, or wrapped by torch.compile and DistributedDataParallel
+    model: torch.nn.Module  # what is trained: raw_model, perhaps compiled and distributed
     optimizer: Optimizer
-    scaler: torch.amp.GradScaler  # scales float16's loss up, so that small gradients are not 0; else does nothing
+    scaler: torch.amp.GradScaler  # scales the loss in float16, so that small gradients are not 0
     batches: BatchLoader
     bad_steps: BadSteps  # keeps steps that are not finite from the weights
     precision: AbstractContextManager  # of forward passes: autocast, or nothing
@@ -222,11 +225,11 @@ class Training:
 
     @property
     def flops_per_token(self) -> float:
-        """Of forward and backward pass; a backward pass takes twice the operations of a forward pass."""
+        """Of a forward and a backward pass, which takes twice the operations."""
         return 3 * sum(self.raw_model.flops_per_token().values())
 
     def compile_and_distribute(self, compiled: bool, say):
-        """Wraps the model by torch.compile, if asked, and in a run of several ranks by DistributedDataParallel."""
+        """Wraps the model by torch.compile, if asked, and on several ranks by their own wrapper."""
         if compiled:
             self.model = compile_model(self.model, self.batches.batch(0, 0), self.precision, say)
         if self.ranks.world_size > 1:
@@ -238,7 +241,7 @@ class Training:
 class TrainState:
     """All that a resumed run needs beside the weights, the optimizer and the config."""
     step: int = 0  # steps done
-    passed_over: int = 0  # steps whose batches rewinding left out: step s trains on the batches of step s + passed_over
+    passed_over: int = 0  # batches left out by rewinding: step s trains on those of s + passed_over
     bad_steps: int = 0  # number of consecutive non-finite steps up to this one
     evaluated: int = -1  # the last step that was evaluated
     best_val_loss: float | None = None
@@ -247,8 +250,8 @@ class TrainState:
     def restore(self, t: Training, found: store.Checkpoint, tensors):
         """Puts back all that a checkpoint holds. Raises UserError if the ranks have read different ones."""
         if len(set(steps := t.ranks.gather(found.step))) > 1:
-            raise UserError(f'the processes have read checkpoints of different steps, {steps} by rank: make sure that '
-                            f'all can read {found.path.parent}, then start again')
+            raise UserError(f'the processes have read checkpoints of different steps, {steps} by rank: '
+                            f'make sure that all can read {found.path.parent}, then start again')
         t.raw_model.load_state_dict(tensors['model'])
         t.optimizer.load_named_state(t.raw_model, tensors['optimizer'])
         vars(self).update(vars(TrainState(**found.state['train'])))
@@ -304,7 +307,7 @@ def main(argv):
 
 
 def loop(t, data, state, book, stop):
-    """Between two steps: look back, save, stop, evaluate, whichever is due. Then one step, and a line about it."""
+    """Between two steps: look back, save, stop, evaluate if due. Then one step, and a line about it."""
     while True:
         t.optimizer.lr = get_lr(state.step)
         at_end = state.step >= max_iters
@@ -338,7 +341,7 @@ def loop(t, data, state, book, stop):
 # -- what the loop calls ---------------------------------------------------------------------------
 
 def look_back(t, state, book) -> bool:
-    """Looks for steps that were not finite, none of which has touched the weights; returns whether the run went back.
+    """Looks for non-finite steps, none of which has touched the weights; returns whether it went back.
 
     Raises NotFinite if there were too many and the run may not go back to its last checkpoint.
     """
@@ -406,7 +409,7 @@ def finish(t, data, state, book, stop) -> int:
 # -- what main calls -------------------------------------------------------------------------------
 
 def find_start(values, origins, book):
-    """Returns the weights to start from, None for fresh ones, and the values with the shape of their model.
+    """Returns the weights to start from, None for fresh ones, and the values with their model's shape.
 
     Raises UserError if init_from names nothing usable, or a key contradicts the weights.
     """
@@ -422,10 +425,10 @@ def find_start(values, origins, book):
 
 
 def find_data(ranks, book):
-    """Returns the dataset, prepared first if it is missing and may be. Raises UserError if no dataset is available."""
+    """Returns the dataset, prepared first if need be. Raises UserError if none is available."""
     data = open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say)
     if sample_tokens:
-        data.tokenizer.decode([0])  # raises UserError now, not after the first evaluation, if its files are missing
+        data.tokenizer.decode([0])  # if its files are missing, raise UserError now
     book.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
              f'vocabulary {data.vocab_size}; a step is {tokens_per_step():,} tokens')
     return data
@@ -436,7 +439,7 @@ def tokens_per_step() -> int:
 
 
 def resume(t, state, start, config, book) -> dict:
-    """Puts back the checkpoint of `start`; returns the keys whose values have changed since, with both values."""
+    """Restores the checkpoint of `start`; returns the keys that have changed since, with both values."""
     state.restore(t, start.resumed, start.tensors)
     config['init_from'] = start.resumed.state['config']['init_from']  # the records say how the run began
     changes = start.changes(config)

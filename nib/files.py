@@ -1,4 +1,5 @@
 """Files that are there whole or not at all."""
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,3 +54,12 @@ def shown(path: str | os.PathLike) -> str:
     """A path as a person would type it: from the working directory, where it is inside of it."""
     relative = os.path.relpath(path)
     return os.fspath(path) if relative.startswith('..') else relative
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, or an empty one if the file is missing, damaged or holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

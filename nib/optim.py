@@ -96,6 +96,8 @@ class Optimizer:
     def __init__(self, model: torch.nn.Module, method: str = 'adamw', betas: tuple[float, float] = (0.9, 0.95),
                  weight_decay: float = 0.1, lr_ratio: float = 1.0, momentum: float = 0.95, iterations: int = 5,
                  dtype: torch.dtype = torch.float32):
+        if method not in ('adamw', 'muon'):
+            raise ValueError(f'no optimizer is called {method!r}')
         matrices, others, shapes = [], [], {}
         for name, p in model.named_parameters():
             if method == 'muon' and p.dim() == 2 and '.h.' in name:

@@ -470,9 +470,9 @@ def test_marks_are_where_the_ranges_end():
     assert health.update_limits(0.9, first=True, learnt=True)[0] == 0.0  # fine-tuning may take small steps
     first = health.update_limits(0.9, first=True, learnt=False)
     assert first == pytest.approx([math.sqrt(19) * limit for limit in limits])
-    muon = health.update_limits(0.9, False, True, muon=True)
+    muon = health.update_limits(0.9, False, True, method='muon')
     assert muon == pytest.approx([limit * end for limit, end in zip((1 / health.SLACK, health.SLACK), health.MUON_RATIO)])
-    assert muon == health.update_limits(0.9, True, False, muon=True)  # its first step is like the others
+    assert muon == health.update_limits(0.9, True, False, method='muon')  # its first step is like the others
     for norm, found in ((0.09, 'below'), (0.11, ''), (9.9, ''), (10.1, 'above'), (math.inf, 'above'), (math.nan, 'nan')):
         assert found in ''.join(finding.what for finding in health.judge_grad_norm(norm, health.GRAD_NORM))
         assert bool(found) == bool(health.judge_grad_norm(norm, health.GRAD_NORM))

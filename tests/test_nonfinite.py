@@ -88,7 +88,7 @@ def test_max_bad_steps_and_skip_are_what_they_say(train_here, poison, tmp_path):
 
 
 def findings(out_dir):
-    return [(r['step'], r['finding/not_finite']) for r in records(out_dir) if 'finding/not_finite' in r]
+    return [(r['step'], '{severity}: {evidence}'.format(**r['finding/not_finite'])) for r in records(out_dir) if 'finding/not_finite' in r]
 
 
 def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path):

@@ -27,8 +27,8 @@ from nib.report.page import SAMPLES, build_page, write_report
 
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
 VOID = {'meta', 'link', 'br', 'hr', 'img', 'input'}
-FINDING = ('warning: the update ratio of attention is 0.02. Likely causes, the likeliest first: learning_rate is too high; '
-           'beta2. Change: learning_rate = 0.0003; beta2 = 0.99.')
+FINDING = {'severity': 'warning', 'evidence': 'the update ratio of attention is 0.02', 'causes': ['learning_rate is too high', 'beta2'],
+           'changes': ['learning_rate = 0.0003', 'beta2 = 0.99']}
 
 
 class Page(HTMLParser):
@@ -173,8 +173,23 @@ def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
         assert page.shown.count(shown) == 1, shown
     assert page.of_class('verdict critical')  # the colour of the worst
     found, = [one for one in history.read_run(tmp_path / 'run').findings() if one.name == 'lr_too_high']
-    assert (found.severity, found.evidence) == ('warning', 'the update ratio of attention is 0.02.')
-    assert found.causes == ['learning_rate is too high', 'beta2'] and found.changes == ['learning_rate = 0.0003', 'beta2 = 0.99']
+    assert (found.severity, found.evidence) == ('warning', 'the update ratio of attention is 0.02')
+    assert found.causes == ('learning_rate is too high', 'beta2') and found.changes == ('learning_rate = 0.0003', 'beta2 = 0.99')
+
+
+def test_findings_of_older_runs_are_sentences(tmp_path):
+    said = 'warning: the ratio is 0.02. Likely causes, the likeliest first: beta2. Change: beta2 = 0.99'
+    folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/lr_too_high': said}])
+    found, = history.read_run(folder).findings()
+    assert (found.name, found.step, found.severity, found.evidence) == ('lr_too_high', 100, 'warning', said.partition(': ')[2])
+    assert 'the ratio is 0.02' in page_of(folder).shown
+
+
+@pytest.mark.parametrize('recorded', [{}, {'severity': 'odd', 'evidence': 3, 'causes': 'x', 'changes': [1, None]}, 'words', ''])
+def test_a_damaged_finding_is_shown_as_far_as_it_goes(tmp_path, recorded):
+    folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/odd': recorded}])
+    found, = history.read_run(folder).findings()
+    assert found.severity == 'note' and page_of(folder).of_class('badge note')
 
 
 def test_a_verdict_is_of_the_step_where_it_was_given(tmp_path):
@@ -231,7 +246,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
 def test_nothing_in_the_files_gets_out_of_the_text(tmp_path):
     evil = '</script></pre><script>alert("x")</script><img src=https://example.com/x onerror=alert(1)>\x00\x1b[31m\ud800'
     lines = [{'step': 1, 'loss/step': 1.0, 'sample': evil, 'verdict': evil, f'finding/{evil}': evil,
-              'finding/b': f'critical: {evil}. Likely causes, the likeliest first: {evil}. Change: {evil}.'}]
+              'finding/b': {'severity': 'critical', 'evidence': evil, 'causes': [evil], 'changes': [evil]}}]
     folder = write_run(tmp_path / '<b>run', lines, {'out_dir': evil, evil: 1})
     plain = page_of(write_run(tmp_path / 'plain', [{'step': 1, 'loss/step': 1.0}], {'out_dir': 'out'}))
     page = page_of(folder)
@@ -383,8 +398,13 @@ def test_colours_are_told_apart_by_the_colour_blind(colours, ground):
         assert (lighter + 0.05) / (darker + 0.05) > 3
 
 
-def test_the_healthy_band_is_that_of_the_examination():
-    assert history.UPDATE_BAND == {'adamw': health.UPDATE_RATIO, 'muon': health.MUON_RATIO}
+@pytest.mark.parametrize('optimizers, band', [(['adamw'], health.UPDATE_RATIO), (['adamw', 'muon'], health.MUON_RATIO), (['lion'], None),
+                                              (['adamw', 'lion'], None), ([[3]], None)])
+def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band):
+    runs = [history.read_run(write_run(tmp_path / str(n), [{'step': 1, 'update_ratio/mlp': 0.1}], {'optimizer': optimizer}))
+            for n, optimizer in enumerate(optimizers)]
+    chart, = [chart for chart in history.charts_of(runs) if chart.key == 'update_ratios']
+    assert chart.band == band
 
 
 # -- the script ------------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from nib.tokens import batches
 include('healthy.py')
 out_dir = 'out-lab-targets-not-shifted'
 
-_gather = batches.gather
+_cut = batches.cut_windows
 
 
-def _gather_unshifted(*arguments):
-    x, _ = _gather(*arguments)
+def _cut_unshifted(*arguments):
+    x, _ = _cut(*arguments)
     return x, x
 
 
-batches.gather = _gather_unshifted
+batches.cut_windows = _cut_unshifted

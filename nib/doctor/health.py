@@ -9,6 +9,7 @@ from dataclasses import dataclass
 GRAD_NORM = (0.1, 10.0)  # of all parameters together, in a model that has begun to learn
 UPDATE_RATIO = (0.001, 0.01)  # per step, in a run that is well under way
 MUON_RATIO = (0.001, 0.05)  # of Muon's matrices, whose updates go no farther in one direction than in another
+UPDATE_RANGES = {'adamw': UPDATE_RATIO, 'muon': MUON_RATIO}  # of train.py's optimizers; of another nothing is known
 APART = 4.0  # an embedding's or the head's may be so many times larger: its rows are of one token each, and move apart
 SLACK = 5.0  # an update ratio is marked when it is so many times out: a few times is no fault
 DEAD = 0.1  # share of an MLP's units
@@ -44,7 +45,7 @@ class LayerStats:
 
 
 @dataclass(frozen=True)
-class Finding:
+class OutOfRange:
     """Something out of its range: what, and what to change, a sentence."""
     what: str
     remedy: str
@@ -85,15 +86,18 @@ def first_step_factor(beta1: float) -> float:
     return math.sqrt((1 + beta1) / (1 - beta1))
 
 
-def update_limits(beta1: float, first: bool, learnt: bool, name: str = '', muon: bool = False) -> tuple[float, float]:
+def update_limits(beta1: float, first: bool, learnt: bool, name: str = '', method: str = 'adamw'
+                  ) -> tuple[float, float]:
     """The update ratios, at the full learning rate, outside of which a matrix is marked.
 
     first: the optimizer has no memory yet; only AdamW's step is larger then. learnt: the weights are not fresh; where a new
     optimizer starts from such, its steps may be as small as one likes. name: the parameter's; an embedding's ratio may be
-    small, as a batch has few tokens. muon: whether Muon moves it.
+    small, as a batch has few tokens. method: what moves it; of one that is not in UPDATE_RANGES every ratio is inside.
     """
-    factor = first_step_factor(beta1) if first and not muon else 1.0
-    low, high = MUON_RATIO if muon else UPDATE_RATIO
+    if method not in UPDATE_RANGES:
+        return 0.0, math.inf
+    factor = first_step_factor(beta1) if first and method == 'adamw' else 1.0
+    low, high = UPDATE_RANGES[method]
     if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')):
         high *= APART
     small = first and learnt or name.endswith(('wte.weight', 'wpe.weight'))
@@ -132,7 +136,7 @@ def mark_layer(row: LayerStats, n_positions: int) -> str:
 
 
 def judge_parameters(rows: Iterable[ParameterStats], limits: Mapping[str, tuple[float, float]], learning_rate: float
-                     ) -> list[Finding]:
+                     ) -> list[OutOfRange]:
     """limits: name of the parameter -> its update_limits."""
     marked = {}
     for row in rows:
@@ -142,15 +146,15 @@ def judge_parameters(rows: Iterable[ParameterStats], limits: Mapping[str, tuple[
 
 
 def _explain_mark(mark: str, rows: list[ParameterStats], limits: Mapping[str, tuple[float, float]], learning_rate: float
-                  ) -> Finding:
+                  ) -> OutOfRange:
     count = f'{len(rows)} parameter{"s" * (len(rows) > 1)}'
     named = f'{mark}: {count}, the first is {rows[0].name}' if len(rows) > 1 else f'{mark}: {rows[0].name}'
     if mark == 'weights not finite':
-        return Finding(named, 'Start anew, or from an earlier checkpoint, with a lower learning_rate')
+        return OutOfRange(named, 'Start anew, or from an earlier checkpoint, with a lower learning_rate')
     if mark == 'gradient not finite':
-        return Finding(named, 'See where weights or activations stop being finite, and try dtype float32')
+        return OutOfRange(named, 'See where weights or activations stop being finite, and try dtype float32')
     if mark == 'no gradient':
-        return Finding(named, 'See whether the loss depends on them at all: behind dead units or a matrix of zeros, or detached, '
+        return OutOfRange(named, 'See whether the loss depends on them at all: behind dead units or a matrix of zeros, or detached, '
                               'nothing learns')
     large = mark == 'update too large'
     worst = max(rows, key=lambda row: row.update_ratio / limits[row.name][1]) if large else min(
@@ -158,14 +162,14 @@ def _explain_mark(mark: str, rows: list[ParameterStats], limits: Mapping[str, tu
     low, high = limits[worst.name]
     what = f'{mark} in {count}: {worst.update_ratio:.2g} in {worst.name}'
     if worst.update_ratio == 0.0:
-        return Finding(what, 'Raise learning_rate, which is 0' if learning_rate == 0.0 else
+        return OutOfRange(what, 'Raise learning_rate, which is 0' if learning_rate == 0.0 else
                        'See whether the optimizer is given this parameter: it has a gradient, and the step does not move it')
     wanted = high if large else math.sqrt(low * high)
-    return Finding(what, f'{"Lower" if large else "Raise"} learning_rate {learning_rate:g}, for instance to '
+    return OutOfRange(what, f'{"Lower" if large else "Raise"} learning_rate {learning_rate:g}, for instance to '
                          f'{learning_rate * wanted / worst.update_ratio:.0e}')
 
 
-def judge_layers(rows: Iterable[LayerStats], n_positions: int) -> list[Finding]:
+def judge_layers(rows: Iterable[LayerStats], n_positions: int) -> list[OutOfRange]:
     marks = [(row.name, mark_layer(row, n_positions)) for row in rows]
     findings = []
     for kind, remedy in (
@@ -174,46 +178,46 @@ def judge_layers(rows: Iterable[LayerStats], n_positions: int) -> list[Finding]:
             ('dead units', 'Lower learning_rate or raise warmup_iters: large steps can close units for good; or take mlp gelu'),
             ('attention collapsed', 'Each position looks at one place only: set qk_norm, or lower learning_rate')):
         if names := [name for name, mark in marks if kind in mark]:
-            findings.append(Finding(f'{kind} in {", ".join(names[:4])}{" ..." * (len(names) > 4)}', remedy))
+            findings.append(OutOfRange(f'{kind} in {", ".join(names[:4])}{" ..." * (len(names) > 4)}', remedy))
     return findings
 
 
-def judge_grad_norm(norm: float, limits: tuple[float, float]) -> list[Finding]:
+def judge_grad_norm(norm: float, limits: tuple[float, float]) -> list[OutOfRange]:
     low, high = limits
     if norm > high:
-        return [Finding(f'gradient norm {norm:.3g}, above {high:.3g}',
+        return [OutOfRange(f'gradient norm {norm:.3g}, above {high:.3g}',
                         'A batch of few tokens can have that; else find the rows whose gradient stands out, and see whether '
                         'their weights, or those before them, are too large. grad_clip 1 keeps such a batch from doing harm')]
     if norm < low:
-        return [Finding(f'gradient norm {norm:.3g}, below {low:.3g}',
+        return [OutOfRange(f'gradient norm {norm:.3g}, below {low:.3g}',
                         'Little is learnt here: the model knows the batch already, or its activations are dead, or its logits '
                         'as good as certain')]
-    return [] if math.isfinite(norm) else [Finding(f'gradient norm {norm}', 'See where the activations stop being finite')]
+    return [] if math.isfinite(norm) else [OutOfRange(f'gradient norm {norm}', 'See where the activations stop being finite')]
 
 
-def judge_start(loss: float, vocab_size: int, tolerance: float | None) -> list[Finding]:
+def judge_start(loss: float, vocab_size: int, tolerance: float | None) -> list[OutOfRange]:
     """tolerance: of a fresh model; None for one that has learnt and must be better than a guess."""
     guess = math.log(vocab_size)
     if tolerance is None and not loss < guess:
-        return [Finding(f'loss at the start {loss:.3f}, where a guess has {guess:.3f}',
+        return [OutOfRange(f'loss at the start {loss:.3f}, where a guess has {guess:.3f}',
                         'The model is worse than one that knows nothing: see that the text is of the kind it was trained on')]
     if tolerance is None or abs(loss - guess) <= tolerance:
         return []
     if loss < guess:
-        return [Finding(f'loss at the start {loss:.3f}, below ln(vocab_size) = {guess:.3f}',
+        return [OutOfRange(f'loss at the start {loss:.3f}, below ln(vocab_size) = {guess:.3f}',
                         'A fresh model cannot know that: see whether the target leaks into what it reads, or is its input, not '
                         'moved by one')]
-    return [Finding(f'loss at the start {loss:.3f}, above ln(vocab_size) = {guess:.3f}',
+    return [OutOfRange(f'loss at the start {loss:.3f}, above ln(vocab_size) = {guess:.3f}',
                     'A fresh model should be undecided: see whether its weights are too large (weight rms), above all those of '
                     'the head')]
 
 
-def judge_shift(share: float) -> list[Finding]:
-    return [] if share == 1.0 else [Finding(f'only {share:.1%} of the targets are the next token of the input',
+def judge_shift(share: float) -> list[OutOfRange]:
+    return [] if share == 1.0 else [OutOfRange(f'only {share:.1%} of the targets are the next token of the input',
                                             'Targets must be the inputs moved by one: y[t] = x[t + 1]')]
 
 
-def judge_memorising(losses: Mapping[int, float], goal: float) -> list[Finding]:
+def judge_memorising(losses: Mapping[int, float], goal: float) -> list[OutOfRange]:
     """losses: step -> loss before it on the one batch that all steps learn from, from step 0 on. goal: MEMORISED times what is
     possible without looking at the inputs; a model that gets stuck there has not learnt from them."""
     first, last = losses[0], losses[max(losses)]
@@ -221,7 +225,7 @@ def judge_memorising(losses: Mapping[int, float], goal: float) -> list[Finding]:
         return []
     what = f'the batch is not learnt by heart: loss {first:.3f} -> {last:.3f} over {max(losses)} steps, the goal is {goal:.3f}'
     if last == min(losses.values()) and last < min(0.8 * first, 0.95 * goal / MEMORISED):
-        return [Finding(what, 'It falls, so the loop works, but it needs more steps (--overfit_steps) or another learning_rate, '
+        return [OutOfRange(what, 'It falls, so the loop works, but it needs more steps (--overfit_steps) or another learning_rate, '
                               'a lower one where updates are too large, else a higher one')]
-    return [Finding(what, 'One batch must be learnable: look for a learning_rate far too low or far too high, gradients that do '
+    return [OutOfRange(what, 'One batch must be learnable: look for a learning_rate far too low or far too high, gradients that do '
                           'not reach the weights, or targets that have nothing to do with the inputs')]

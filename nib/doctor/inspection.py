@@ -12,7 +12,7 @@ from model import GPT, CausalSelfAttention
 from nib.doctor.health import LayerStats, ParameterStats
 
 # A unit is closed where its non-linearity lets hardly any gradient through: squared ReLU none at all, GELU and SwiGLU's gate
-# (SiLU) with a slope within 0.0125 of 0.
+# (SiLU) with a slope within 0.0125 of 0. Of another activation dead units are not counted.
 CLOSED_BELOW = {'relu2': 0.0, 'gelu': -3.0, 'swiglu': -6.0}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nib.doctor import health
-from nib.doctor.troubles import TROUBLES, Finding
+from nib.doctor.troubles import SEVERITIES, TROUBLES, Finding, Severity
 from nib.doctor.vitals import PROBE_LENGTH, DataSigns, EvaluationSigns, StepSigns
 from nib.guard import Seen
 
@@ -28,26 +28,31 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Window:
+class LossWindow:
     """The mean loss over at least ten steps, of which so many lines sum up."""
     step: int  # the last one
     loss: float
     error: float  # the mean's standard error
 
     @classmethod
-    def over(cls, lines: Sequence[Line]) -> 'Window':
+    def over(cls, lines: Sequence[Line]) -> 'LossWindow':
         n = sum(line.n for line in lines)
         loss = sum(line.loss * line.n for line in lines) / n
         variance = sum(line.n * (line.variance + (line.loss - loss) ** 2) for line in lines) / n
         return cls(lines[-1].step, loss, math.sqrt(variance / n))
 
 
-def mean_loss(windows: Sequence[Window]) -> tuple[float, float]:
+def mean_loss(windows: Sequence[LossWindow]) -> tuple[float, float]:
     """The mean and its standard error: by the windows' own, or by how far they are apart, whichever is more, as after a spike."""
     n, mean = len(windows), statistics.fmean(window.loss for window in windows)
     within = sum(window.error ** 2 for window in windows) / n ** 2
     between = sum((window.loss - mean) ** 2 for window in windows) / n ** 2
     return mean, math.sqrt(max(within, between))
+
+
+def is_tolerated(finding: Finding) -> bool:
+    """Whether the run goes on although steps were not finite, as they are left out."""
+    return finding.name == 'not_finite' and finding.severity == 'warning'
 
 
 class Doctor:
@@ -70,8 +75,8 @@ class Doctor:
         self.findings: list[Finding] = []
         self.lines: list[Line] = []
         self.fastest = 0.0  # tokens per second of any line
-        self.windows: list[Window] = []
-        self.lowest: Window | None = None  # of those before the last
+        self.windows: list[LossWindow] = []
+        self.lowest: LossWindow | None = None  # of those before the last
         self._unsummed: list[Line] = []  # lines that are in no window yet
         self.signs: StepSigns | None = None  # of the last logged step
         self.first_rms: dict[str, float] | None = None  # of the weights
@@ -114,10 +119,10 @@ class Doctor:
         if seen.ending or self.bad_steps < 3 or self.bad_steps <= 0.01 * self.steps or self._found('not_finite'):
             return []
         return self._name('not_finite', step, f'{self.bad_steps} of {self.steps:,} steps had a loss or gradients that were not finite, and '
-                          f'were left out: the first by step {self.first_bad}, the last was step {self.last_bad}', borne=True)
+                          f'were left out: the first by step {self.first_bad}, the last was step {self.last_bad}', 'warning')
 
     def see_nonfinite(self, step: int, sentence: str) -> list[Finding]:
-        self.findings = [finding for finding in self.findings if not finding.borne]  # no longer
+        self.findings = [finding for finding in self.findings if not is_tolerated(finding)]  # no longer
         return self._name('not_finite', step, sentence)
 
     def recall(self, records: Iterable[Mapping]):
@@ -128,8 +133,7 @@ class Doctor:
             for key in record:
                 name = key.removeprefix('finding/')
                 if key.startswith('finding/') and name in TROUBLES:
-                    borne = name == 'not_finite' and str(record[key]).startswith('warning')
-                    self.findings.append(Finding(name, record['step'], 'found before the run was resumed', self.config, borne))
+                    self.findings.append(Finding.of_record(name, record['step'], record[key]))
 
     def rewind(self, step: int):
         """Forgets what it has seen after `step`, from where the run goes on."""
@@ -146,7 +150,7 @@ class Doctor:
         if not self.findings:
             return f'healthy: nothing found in {step:,} step{"s" * (step != 1)}'
         by_severity = {severity: [finding.name for finding in self.findings if finding.severity == severity]
-                       for severity in ('critical', 'warning', 'note')}
+                       for severity in SEVERITIES}
         return '; '.join(f'{severity}: {", ".join(names)}' for severity, names in by_severity.items() if names)
 
     def _apply(self, rules, step: int) -> list[Finding]:
@@ -166,7 +170,7 @@ class Doctor:
         if sum(line.n for line in self._unsummed) >= 10:
             if self.windows and (self.lowest is None or self.windows[-1].loss < self.lowest.loss):
                 self.lowest = self.windows[-1]
-            self.windows.append(Window.over(self._unsummed))
+            self.windows.append(LossWindow.over(self._unsummed))
             self._unsummed = []
         for kept in (self.lines, self.windows):
             if len(kept) > KEPT:
@@ -175,11 +179,11 @@ class Doctor:
     def _found(self, *names: str) -> bool:
         return any(finding.name in names for finding in self.findings)
 
-    def _name(self, name: str, step: int, evidence: str, borne: bool = False) -> list[Finding]:
-        ruined = any(finding.name in ('diverging', 'not_finite') and not finding.borne for finding in self.findings)
+    def _name(self, name: str, step: int, evidence: str, severity: Severity | None = None) -> list[Finding]:
+        ruined = any(finding.name in ('diverging', 'not_finite') and not is_tolerated(finding) for finding in self.findings)
         if self._found(name) or ruined and name != 'not_finite':  # what follows is its doing
             return []
-        self.findings.append(Finding(name, step, evidence, self.config, borne))
+        self.findings.append(Finding.of(name, step, evidence, self.config, severity))
         return self.findings[-1:]
 
     def _lasts(self, rule: str, there: bool, times: int) -> bool:
@@ -297,12 +301,13 @@ class Doctor:
         rms, norms = self.signs.block_grad_rms, [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
         if not norms or not self.lines:  # not a step so far that was finite
             return None
-        below = rms[0] == 0.0 or len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
+        none = rms[:1] == [0.0]
+        below = none or len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
         # A short gradient is no trouble where all is learnt.
         low = health.GRAD_NORM[0] / health.SLACK
         short = max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
         if self._lasts('vanishing_gradients', self.signs.step > 1 and (below or short), 2):
-            return ('no gradient reaches the first block' if rms[0] == 0.0 else
+            return ('no gradient reaches the first block' if none else
                     f'the gradients of the first block are {rms[0]:.1g}, those of the last {rms[-1]:.1g}' if below else
                     f'the norm of the gradients is {max(norms):.1g}, where 0.1 to 10 is usual, and little is learnt: the loss is '
                     f'{self.lines[-1].loss:.3f}')
@@ -347,7 +352,7 @@ class Doctor:
 
     def dead_units(self):
         dead = self.evaluations[-1].dead_units
-        if self._lasts('dead_units', dead > health.DEAD, 2):
+        if dead is not None and self._lasts('dead_units', dead > health.DEAD, 2):
             return f'{dead:.0%} of the units of an MLP are closed for every token'
 
     def overfitting(self):
@@ -396,4 +401,4 @@ class Doctor:
         return max(self.signs.update_ratio[group] for group in LEARNING)
 
     def _ratio_limits(self) -> tuple[float, float]:
-        return health.update_limits(self.config['beta1'], first=False, learnt=self.trained, muon=self.config['optimizer'] == 'muon')
+        return health.update_limits(self.config['beta1'], first=False, learnt=self.trained, method=self.config['optimizer'])

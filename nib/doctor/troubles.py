@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal['critical', 'warning', 'note']
+SEVERITIES = ('critical', 'warning', 'note')
 Advice = str | tuple[Callable[[Mapping], bool], str]  # a text, or one for the configs of which the function is true
 
 
@@ -16,24 +17,42 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Finding:
-    """A trouble, named at a step of a run, with its evidence. config: train.py's, which the advice is for. borne: the run goes on
-    in spite of what would end it, which then is a warning."""
-    name: str
+    """What the doctor has found at a step of a run."""
+    name: str  # of the trouble
     step: int
+    severity: Severity
     evidence: str
-    config: Mapping
-    borne: bool = False
+    causes: tuple[str, ...] = ()  # most likely first
+    changes: tuple[str, ...] = ()  # as 'key = value', or in words
 
-    @property
-    def severity(self) -> Severity:
-        return 'warning' if self.borne else TROUBLES[self.name].severity
+    @classmethod
+    def of(cls, name: str, step: int, evidence: str, config: Mapping, severity: Severity | None = None) -> 'Finding':
+        """A trouble of TROUBLES with the advice for this config of train.py. severity: another than the trouble's own."""
+        causes, changes = (
+            tuple(entry if isinstance(entry, str) else entry[1] for entry in advice if isinstance(entry, str) or entry[0](config))
+            for advice in (TROUBLES[name].causes, TROUBLES[name].changes))
+        return cls(name, step, severity or TROUBLES[name].severity, evidence, causes, changes)
+
+    @classmethod
+    def of_record(cls, name: str, step: int, recorded) -> 'Finding':
+        """What metrics.jsonl holds under 'finding/NAME': an object, or the sentence that older runs wrote. Whatever is damaged in
+        it is left out."""
+        if not isinstance(recorded, dict):
+            severity, colon, evidence = str(recorded).partition(': ')
+            recorded = {'severity': severity, 'evidence': evidence} if severity in SEVERITIES else {'evidence': str(recorded)}
+        usual = TROUBLES[name].severity if name in TROUBLES else 'note'
+        severity = recorded.get('severity')
+        lists = (recorded.get(key) for key in ('causes', 'changes'))
+        return cls(name, step, severity if severity in SEVERITIES else usual, str(recorded.get('evidence', '')),
+                   *(tuple(map(str, one)) if isinstance(one, list) else () for one in lists))
+
+    def record(self) -> dict:
+        """What metrics.jsonl holds of it, beside name and step."""
+        return {'severity': self.severity, 'evidence': self.evidence, 'causes': list(self.causes), 'changes': list(self.changes)}
 
     def __str__(self) -> str:
-        causes, changes = (
-            [entry if isinstance(entry, str) else entry[1] for entry in advice if isinstance(entry, str) or entry[0](self.config)]
-            for advice in (TROUBLES[self.name].causes, TROUBLES[self.name].changes))
-        return (f'{self.severity}: {self.evidence}. Likely causes, the likeliest first: {"; ".join(causes)}. '
-                f'Change: {"; ".join(changes)}')
+        return (f'{self.severity}: {self.evidence}. Likely causes, most likely first: {"; ".join(self.causes)}. '
+                f'Change: {"; ".join(self.changes)}')
 
 
 def unclipped(config: Mapping) -> bool:

@@ -31,7 +31,7 @@ class StepSigns:
     grad_norms: list[float]  # before clipping
     update_ratio: dict[str, float]  # group of matrices -> ||w after - w before|| / ||w before||, over the samples of its matrices
     weight_rms: dict[str, float]  # root mean square of the same
-    block_grad_rms: list[float]  # of the recent gradients of each block's matrices, the first block first
+    block_grad_rms: list[float]  # of the recent gradients of each block's matrices, the first block first; [] if not known
     repeated: float | None  # share of the batch's tokens that stood at the same place when last looked at
     shifted: float  # share of the targets that are the input's next token
     copied: float  # share of the targets that are the input's own token
@@ -51,7 +51,8 @@ class EvaluationSigns:
     step: int
     train_loss: float  # nats per token
     val_loss: float
-    dead_units: float  # largest share of an MLP's hidden units that are closed for every token of a batch
+    dead_units: float | None  # largest share of an MLP's hidden units that are closed for every token of a batch; None of
+    # activations that nib/doctor/inspection.py does not know
     attention_logit: float  # the largest score before the softmax, in absolute value
     attention_entropy: float  # smallest mean of a layer, as a share of the largest possible
     activation_std: float  # of the residual stream behind the last block
@@ -64,7 +65,8 @@ class EvaluationSigns:
         signs = {name: record.get(names.get(name, name)) for name in cls.__match_args__}
         if 'noise_scale' in record and signs['noise_scale'] is None:
             signs['noise_scale'] = math.inf  # which JSON cannot hold
-        measured = [value for name, value in signs.items() if name != 'step' and (name != 'noise_scale' or value is not None)]
+        measured = [value for name, value in signs.items()
+                    if name != 'step' and (name not in ('noise_scale', 'dead_units') or value is not None)]
         return cls(**signs) if all(type(value) is float for value in measured) else None
 
     def metrics(self) -> dict[str, float]:
@@ -107,11 +109,13 @@ class Vitals:
         state = optimizer.named_state(raw_model)
         self._groups, self._blocks = {}, {}  # name -> samples of the weights; of the memory of the gradient or its square
         # AdamW remembers the square, whose sum is its norm of order 1; Muon the gradient, whose sum of squares is of order 2.
-        has_muon = any(name.endswith('/momentum') for name in state)
-        memory, self._order = ('momentum', 2) if has_muon else ('exp_avg_sq', 1)
+        # An optimizer that remembers neither shows nothing of the blocks' gradients.
+        in_blocks = [name for name, _ in matrices if '.h.' in name]
+        memory, self._order = next(((memory, order) for memory, order in (('momentum', 2), ('exp_avg_sq', 1))
+                                    if all(f'{name}/{memory}' in state for name in in_blocks)), (None, 1))
         for name, weight in matrices:
             self._groups.setdefault(group_of(name), []).append(sample(weight))
-            if '.h.' in name:
+            if '.h.' in name and memory:
                 block = int(name.split('.h.')[1].split('.')[0])
                 self._blocks.setdefault(block, []).append(sample(state[f'{name}/{memory}']))
         self._noted = deque(maxlen=KEPT)  # loss and grad_norm of each step since the last reading, on the device
@@ -133,7 +137,8 @@ class Vitals:
         """The signs after a step that begin() was called before. Waits for the device."""
         before, after = (list(groups.values()) for groups in (self._before, self._sample_groups()))
         norms = torch._foreach_norm([*before, *after, *torch._foreach_sub(after, before)])
-        memories = torch._foreach_norm([memory for block in self._blocks.values() for memory in block], self._order)
+        memories = [memory for block in self._blocks.values() for memory in block]
+        memories = torch._foreach_norm(memories, self._order) if memories else []
         noted = [figure for pair in self._noted for figure in pair]
         numbers = iter(torch.stack([*norms, *memories, *self._compare_batches(), *noted]).tolist())
         norm_before, norm_after, moved = ([next(numbers) for _ in after] for _ in range(3))
@@ -165,7 +170,8 @@ class Vitals:
         _, layers = inspection.measure_layers(raw_model, *val_batch, self.precision, n_sequences=1)
         blocks = [row for row in layers if row.entropy is not None]
         largest = health.largest_entropy(val_batch[0].shape[1])
-        return EvaluationSigns(step, train_loss, val_loss, max(row.dead for row in blocks), max(row.attention_logit for row in blocks),
+        dead = [row.dead for row in blocks if row.dead is not None]
+        return EvaluationSigns(step, train_loss, val_loss, max(dead, default=None), max(row.attention_logit for row in blocks),
                                min(row.entropy for row in blocks) / largest if largest else 1.0, blocks[-1].std, noise_scale)
 
     def _sample_groups(self) -> dict[str, torch.Tensor]:

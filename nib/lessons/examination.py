@@ -8,16 +8,15 @@ import textwrap
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from nib import optim
 from nib.doctor import health, inspection
-from nib.doctor.health import Finding
+from nib.doctor.health import OutOfRange
 
 MEMORISED_TOKENS = 1024  # as many can be learnt by heart in 50 steps
 ATTENDED = 4  # sequences whose attention is measured
 ALL_LAYERS = 6  # so many are shown without --full
 WIDTH = 118
 
-Report = Generator[str, None, list[Finding]]
+Report = Generator[str, None, list[OutOfRange]]
 
 
 def note(text: str, label: str = '') -> str:
@@ -99,11 +98,11 @@ def report_parameters(training, full: bool) -> Report:
     with training.undone() as before:
         _, norm = training.step(optimizer, [batch])
         rows = inspection.add_updates(rows, training.model, before)
-    by_muon = {p for part in optimizer.parts if isinstance(part, optim.Muon) for p in part.params}
-    muons = [p in by_muon for p in training.model.parameters()]
+    method_of = {p: type(part).__name__.lower() for part in optimizer.parts for p in part.params}  # 'adamw' or 'muon'
+    methods = [method_of.get(p, '') for p in training.model.parameters()]
     rows = [replace(row, name=row.name.removeprefix('transformer.')) for row in rows]
     state = values['beta1'], not training.has_memory, training.start is not None
-    limits = {row.name: health.update_limits(*state, row.name, muon) for row, muon in zip(rows, muons)}
+    limits = {row.name: health.update_limits(*state, row.name, method) for row, method in zip(rows, methods)}
     norm_limits = health.grad_norm_limits(config.n_layer, config.n_embd, training.start is None)
     marks = {row.name: mark for row in rows if (mark := health.mark_parameter(row, limits[row.name]))}
     shown, left_out = shown_rows((row.name for row in rows), marks, config.n_layer, full)
@@ -121,7 +120,7 @@ def report_parameters(training, full: bool) -> Report:
         yield left_out
     yield ''
     yield from explain_parameters(training, norm, norm_limits, health.update_limits(*state),
-                                  health.update_limits(*state, muon=True))
+                                  health.update_limits(*state, method='muon'))
     if any(row.behind_zeros for row in rows):
         yield note('Where a c_proj is all 0, its block passes nothing on yet, and no gradient passes it: the rows before it have '
                    'none in this step, and will have when it has moved.', 'zeros')
@@ -147,6 +146,11 @@ def explain_parameters(training, norm: float, norm_limits: tuple[float, float], 
         f', and up to sqrt(n_layer * n_embd) = {norm_limits[1]:.3g} in a fresh model, which all tokens pull the same way')
     yield note(f'root of the sum of the squared gradients. Healthy: all parameters together {health.GRAD_NORM[0]:g} to '
                f'{health.GRAD_NORM[1]:g}{fresh}. Here {norm:.3g}; {clipped}.', 'grad norm')
+    if values['optimizer'] not in health.UPDATE_RANGES:
+        yield note(f'||w after - w before|| / ||w before|| of one step at the full learning rate {rate:g}: how much of itself a '
+                   f'matrix changes. What is healthy with {values["optimizer"]} is not known here, so none is marked for it.',
+                   'update/weight')
+        return
     low, high = health.UPDATE_RATIO
     ratio = (f'||w after - w before|| / ||w before|| of one AdamW step at the full learning rate {rate:g}: how much of itself a '
              f'matrix changes. In a run well under way {low:g} to {high:g} is healthy. ')
@@ -184,9 +188,10 @@ def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report
         if row.name not in shown:
             continue
         line = f'{row.name:12}{row.mean:10.4f}{row.std:10.4f}'
-        if row.dead is not None:
+        if row.entropy is not None:
             share = f'{row.entropy / largest:.1%}' if largest else '-'
-            line += f'{row.attention_std:17.4f}{row.mlp_std:11.4f}{row.dead:13.1%}{row.entropy:15.3f} nats{share:>17}'
+            dead = '-' if row.dead is None else f'{row.dead:.1%}'
+            line += f'{row.attention_std:17.4f}{row.mlp_std:11.4f}{dead:>13}{row.entropy:15.3f} nats{share:>17}'
         yield line + (f'  <- {marks[row.name]}' if row.name in marks else '')
     if left_out:
         yield left_out

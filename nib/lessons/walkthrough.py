@@ -226,8 +226,10 @@ def explain_adamw(training, steps: Sequence[Sequence], grad_clip: float, name: s
     def figures(label, formula, key, form):
         return row(label, formula, [form.format(getattr(step, key)) for step in hand])
 
-    if training.values['optimizer'] != 'adamw':
+    if training.values['optimizer'] == 'muon':
         yield note('In this run Muon moves the blocks\' matrices, and AdamW the rest. Here AdamW moves all of them.')
+    elif training.values['optimizer'] != 'adamw':
+        yield note(f'This run trains with {training.values["optimizer"]}. Here AdamW moves all weights instead.')
     yield (f'The weight in {len(steps)} real steps on as many batches, with learning rate {lr:g}, beta1 {beta1:g}, beta2 '
            f'{beta2:g} and weight decay {decay:g}.\n')
     yield row('', '', [f't = {t}' for t in range(first, first + len(steps))])

@@ -14,7 +14,7 @@ BUCKETS = 500  # of a long series; each keeps its lowest and its highest value
 TREND_BUCKETS = 200  # of its medians
 NOISY = 10.0  # times its whole range that such a series rises and falls
 FEW = 60  # so many dots can be told apart on a line
-ALONE = 3  # so few values would be missed without dots
+SPARSE = 3  # so few values would be missed without dots
 TINY = 1e-290  # below it, quotients of values are no numbers any more
 DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # about so many on an axis
@@ -25,7 +25,6 @@ BADGE = 0.06  # share of a chart's width that a finding's number takes, on a pho
 LIGHT = ('#0072b2', '#e06000', '#005040', '#c4708c', '#5a3f0c', '#5b5f66')
 DARK = ('#56b4e9', '#f18a30', '#0b8d62', '#f6b7b8', '#f5ef66', '#a7adb5')
 NEUTRAL = 5
-SEVERITIES = ('critical', 'warning', 'note')
 SEVERITY_COLOURS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
 DASHES = {'line': '', 'dots': '', 'dashed': '6 4', 'dotted': '1.5 4', 'mixed': '9 3 2 3'}
 
@@ -47,7 +46,7 @@ class Series:
 
     def drawn(self) -> list['Series']:
         """The series itself; or of a long one its peaks and troughs, with its medians before them where it is noisy."""
-        series = replace(self, dotted=self.dotted and len(self.steps) <= FEW or len(self.steps) <= ALONE)
+        series = replace(self, dotted=self.dotted and len(self.steps) <= FEW or len(self.steps) <= SPARSE)
         if len(self.steps) <= 2 * BUCKETS:
             return [series]
         peaks = series.chosen(BUCKETS, lambda finite: {finite[0], finite[-1]})

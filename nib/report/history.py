@@ -1,15 +1,16 @@
 """What a run has left in its folder, whatever of it is damaged, and the charts that show it."""
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nib.doctor import health
+from nib.doctor.troubles import Finding
 from nib.errors import UserError
-from nib.report.charts import NEUTRAL, SEVERITIES, Chart, Mark, Series
+from nib.files import read_json
+from nib.report.charts import NEUTRAL, Chart, Mark, Series
+from nib.run.metrics import read_records
 
-UPDATE_BAND = {'adamw': (0.001, 0.01), 'muon': (0.001, 0.05)}  # those of nib/doctor/health.py, which needs torch
 GROUPS = ('embedding', 'attention', 'mlp', 'head')
-LATEST_STEP = 1 << 53  # a larger one is no step
 LOOKS = ('line', 'dashed', 'dotted', 'mixed')
 # A chart each: key, title, unit, {name in metrics.jsonl: what it is called}, factor, further options.
 PLAIN = (
@@ -25,23 +26,13 @@ PLAIN = (
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What the doctor has found in a run."""
-    name: str
-    step: int
-    severity: str  # one of SEVERITIES
-    evidence: str
-    causes: list[str]  # the likeliest first
-    changes: list[str]  # 'key = value'
-
-
-@dataclass(frozen=True)
 class Run:
     """What a run has left in its folder. A number that was not finite is None."""
     name: str
     folder: Path
     numbers: dict[str, dict[int, float | None]]  # name -> step -> value, by step
     texts: dict[str, dict[int, str]]
+    objects: dict[str, dict[int, dict | str]]  # findings: 'finding/NAME' -> step -> what is recorded
     unread: int = 0  # lines of metrics.jsonl that hold no record
     config: dict = field(default_factory=dict)
     origins: dict = field(default_factory=dict)
@@ -52,8 +43,8 @@ class Run:
         return max((step for values in (*self.numbers.values(), *self.texts.values()) for step in values), default=0)
 
     def findings(self) -> list[Finding]:
-        return [parse_finding(name.removeprefix('finding/'), step, text) for name, texts in self.texts.items()
-                if name.startswith('finding/') for step, text in texts.items()]
+        return [Finding.of_record(name.removeprefix('finding/'), step, recorded) for name, found in self.objects.items()
+                for step, recorded in found.items()]
 
     def best(self) -> tuple[int, float] | None:
         """Step and value of the lowest validation loss."""
@@ -73,60 +64,35 @@ def read_run(folder, name: str = '') -> Run:
     if not log.exists() and not (folder / 'config.json').exists():
         what = 'no run is there, as it holds neither metrics.jsonl nor config.json' if folder.is_dir() else 'no such folder'
         raise UserError(f'--out_dir={folder}: {what}; name the folder that train.py wrote to')
-    numbers, texts, unread = read_records(log)
+    *found, unread = sort_records(log)
     record = read_json(folder / 'config.json')
     parts = [part if type(part := record.get(key)) is kind else kind()
              for key, kind in (('config', dict), ('origins', dict), ('changes', list))]
-    return Run(name or folder.resolve().name, folder, numbers, texts, unread, *parts)
+    return Run(name or folder.resolve().name, folder, *found, unread, *parts)
 
 
-def read_records(path: Path) -> tuple[dict, dict, int]:
-    """Numbers and texts of metrics.jsonl, by name and step, and how many of its lines hold no record. Of two values of a step
-    the later stands. The last line may be cut: its run is still writing it, or was killed."""
-    numbers, texts, unread = {}, {}, 0
-    lines = path.read_bytes().decode(errors='replace').split('\n') if path.exists() else []
-    for index, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            step = record.pop('step')
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            unread += bool(line.strip()) and index < len(lines) - 1
-            continue
-        if type(step) is not int or not 0 <= step < LATEST_STEP:
-            unread += 1
-            continue
+def sort_records(path: Path) -> tuple[dict, dict, dict, int]:
+    """Numbers, texts and findings of metrics.jsonl, by name and step, and how many of its lines hold no record. Of two values
+    of a step the later stands."""
+    numbers, texts, findings = {}, {}, {}
+    records, unread = read_records(path)
+    for record in records:
+        step = record.pop('step')
         for name, value in record.items():
-            if isinstance(value, str):
+            if name.startswith('finding/') and isinstance(value, (str, dict)):
+                findings.setdefault(name, {})[step] = value
+            elif isinstance(value, str):
                 texts.setdefault(name, {})[step] = value
             elif value is None or type(value) in (int, float):
                 numbers.setdefault(name, {})[step] = value if value is not None and abs(value) < 1e300 else None
-    by_step = [{name: dict(sorted(values.items())) for name, values in kind.items()} for kind in (numbers, texts)]
+    by_step = [{name: dict(sorted(values.items())) for name, values in kind.items()} for kind in (numbers, texts, findings)]
     return *by_step, unread
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_runs(folders: Sequence) -> list[Run]:
     """Runs under the names of their folders, or their whole paths where two folders have one name."""
     names = [Path(folder).resolve().name for folder in folders]
     return [read_run(folder, str(folder) if names.count(name) > 1 else name) for folder, name in zip(folders, names)]
-
-
-def parse_finding(name: str, step: int, text: str) -> Finding:
-    """'warning: evidence. Likely causes, the likeliest first: a; b. Change: key = value; key = value.' and what is like it."""
-    head, _, change = text.partition(' Change: ')
-    head, _, causes = head.partition(' Likely causes, the likeliest first: ')
-    severity, colon, evidence = head.partition(': ')
-    if not colon or severity not in SEVERITIES:
-        severity, evidence = 'note', head
-    return Finding(name, step, severity, evidence, *([part.strip() for part in one.strip().rstrip('.').split(';') if part.strip()]
-                                                     for one in (causes, change)))
 
 
 # -- which charts ----------------------------------------------------------------------------------------------------
@@ -138,11 +104,17 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
               gradient_chart(runs),
               Chart('update_ratios', 'Update ratios', 'size of a step / size of the weights',
                     curves(runs, {f'update_ratio/{group}': group for group in GROUPS}), log=True,
-                    band=UPDATE_BAND['muon' if any(run.config.get('optimizer') == 'muon' for run in runs) else 'adamw'])]
+                    band=update_band(runs))]
     charts += [memory_chart(runs)]
     charts += [Chart(key, title, unit, curves(runs, names, factor), **options)
                for key, title, unit, names, factor, options in PLAIN]
     return [chart for chart in charts if chart.series]
+
+
+def update_band(runs) -> tuple[float, float] | None:
+    """The range that all runs' update ratios should be in; None if the usual one of an optimizer is not known."""
+    ranges = [health.UPDATE_RANGES.get(str(run.config.get('optimizer', 'adamw'))) for run in runs]
+    return max(ranges) if ranges and all(ranges) else None
 
 
 def curves(runs, names: Mapping[str, str], factor: float = 1, **options) -> tuple[Series, ...]:

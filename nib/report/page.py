@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 
 from nib.files import atomic_write
-from nib.report.charts import DARK, LIGHT, SEVERITIES, SEVERITY_COLOURS, Flag, time_axis, to_html
-from nib.report.history import Finding, Run, charts_of, memory_unit, read_runs
+from nib.report.charts import DARK, LIGHT, SEVERITY_COLOURS, Flag, time_axis, to_html
+from nib.doctor.troubles import SEVERITIES, Finding
+from nib.report.history import Run, charts_of, memory_unit, read_runs
 from nib.report.pngs import save_png
 
 SAMPLES = 6  # shown of a run
@@ -123,7 +124,7 @@ def findings_section(runs) -> str:
     items = []
     for number, run, one in numbered_findings(runs):
         causes = ''.join(f'<li>{text(cause)}</li>' for cause in one.causes)
-        causes = f'<p>Likely causes, the likeliest first:</p><ol>{causes}</ol>' if causes else ''
+        causes = f'<p>Likely causes, most likely first:</p><ol>{causes}</ol>' if causes else ''
         changes = '; '.join(f'<code>{text(change)}</code>' if ' = ' in change else text(change) for change in one.changes)
         changes = f'<p>Change: {changes}</p>' if changes else ''
         where = f'{text(run.name)}, ' if len(runs) > 1 else ''

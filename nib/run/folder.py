@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nib.checkpoint import store
 from nib.errors import UserError
-from nib.files import atomic_write
+from nib.files import atomic_write, read_json
 
 try:
     import fcntl
@@ -74,8 +74,8 @@ def write_config(out_dir, config: Mapping, origins: Mapping, step: int, changes:
 
     changes: key -> [value before, value now], of a run resumed at `step`.
     """
-    history = _read(out_dir).get('changes', []) if step else []
-    history += [{'step': step, 'changes': changes}] if changes else []
+    history = read_json(Path(out_dir) / 'config.json').get('changes', []) if step else []
+    history = [*(history if isinstance(history, list) else []), *([{'step': step, 'changes': changes}] if changes else [])]
     with atomic_write(Path(out_dir) / 'config.json') as file:
         file.write(json.dumps({'config': config, 'origins': origins, 'changes': history, 'launch': _launch()}, indent=1).encode())
 
@@ -85,7 +85,7 @@ def restarted_by_torchrun(out_dir) -> bool:
 
     Ask rank 0 alone: only its torchrun is known to be the one that has started the run.
     """
-    return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and _read(out_dir).get('launch') == _launch()
+    return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and read_json(Path(out_dir) / 'config.json').get('launch') == _launch()
             and store.exists(out_dir))
 
 
@@ -93,12 +93,3 @@ def _launch() -> str | None:
     """The torchrun that has started this process: the same in all its restarts, and no other's; None without torchrun."""
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         return f'{os.environ["TORCHELASTIC_RUN_ID"]} {socket.gethostname()} {os.getppid()}'
-
-
-def _read(out_dir) -> dict:
-    """config.json, or nothing where it is missing or damaged: no run depends on it."""
-    try:
-        record = json.loads((Path(out_dir) / 'config.json').read_bytes())
-        return record if isinstance(record, dict) and isinstance(record.get('changes', []), list) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}

@@ -255,6 +255,6 @@ class Logbook:
         """Shows and records what the doctor has found, and stops the run where the config says so."""
         for finding in findings:
             self.warn(f'step {finding.step}: {finding.name}, {finding}')
-            self.metrics.log(finding.step, {f'finding/{finding.name}': str(finding)})
+            self.metrics.log_finding(finding)
             if finding.severity in STOPS_AT[self.config['stop_on']]:
                 self.stop.number = self.stop.number or FINDING

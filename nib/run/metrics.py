@@ -3,11 +3,14 @@ import json
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
+from nib.doctor.troubles import Finding
 from nib.errors import UserError
 from nib.files import atomic_write
 
+LATEST_STEP = 1 << 53  # a larger one is no step
 WANDB_SECONDS = 20.0  # to reach its server
 
 
@@ -29,19 +32,30 @@ class Metrics:
         """Drops the records of metrics.jsonl after `step`; TensorBoard and wandb keep theirs."""
         if self.file:
             self.file.close()
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)['step'] <= step] if step else []
-        self.records = [json.loads(line) for line in kept]  # of the run before it was resumed
+        # Those of the run before it was resumed.
+        self.records = [record for record in read_records(self.path)[0] if record['step'] <= step] if step else []
         with atomic_write(self.path) as file:
-            file.write(''.join(line + '\n' for line in kept).encode())
+            file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
         self.file = open(self.path, 'a', encoding='utf-8')
 
-    def log(self, step: int, values: dict[str, float | str | None]):
-        """Writes the values of a step, numbers and texts; a None is left out, and a number that is not finite becomes null
-        in metrics.jsonl, which JSON can hold."""
+    def log(self, step: int, values: Mapping[str, float | str | None]):
+        """Records the values of a step, numbers and texts; a None is left out, and a number that is not finite becomes null in
+        metrics.jsonl, as JSON has no word for it."""
         values = {name: value for name, value in values.items() if value is not None}
-        finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({'step': step, **finite}) + '\n')
+        self._write(step, {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()})
+        self._show(step, values)
+
+    def log_finding(self, finding: Finding):
+        """Records what the doctor has found: an object in metrics.jsonl, a text elsewhere."""
+        self._write(finding.step, {f'finding/{finding.name}': finding.record()})
+        self._show(finding.step, {f'finding/{finding.name}': str(finding)})
+
+    def _write(self, step: int, values: Mapping):
+        self.file.write(json.dumps({'step': step, **values}) + '\n')
         self.file.flush()
+
+    def _show(self, step: int, values: Mapping):
+        """Tells TensorBoard and wandb."""
         if self.writer is not None:
             for name, value in values.items():
                 (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(name, value, step)
@@ -56,16 +70,23 @@ class Metrics:
             self.wandb.finish()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that hold a record; a crash may have cut one."""
-    def is_record(line):
+def read_records(path: Path) -> tuple[list[dict], int]:
+    """The records of metrics.jsonl, and how many of its lines hold none. The last line does not count: a crash may have cut
+    it, or its run is still writing it."""
+    records, unread = [], 0
+    lines = path.read_bytes().decode(errors='replace').split('\n') if path.exists() else []
+    for index, line in enumerate(lines):
         try:
-            return isinstance(json.loads(line)['step'], int)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return False
-
-    lines = path.read_text(encoding='utf-8', errors='replace').split('\n') if path.exists() else []
-    return [line for line in lines if is_record(line)]
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            unread += bool(line.strip()) and index < len(lines) - 1
+            continue
+        step = record.get('step') if isinstance(record, dict) else None
+        if type(step) is int and 0 <= step < LATEST_STEP:
+            records.append(record)
+        else:
+            unread += 1
+    return records, unread
 
 
 def _summary_writer():

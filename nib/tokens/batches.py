@@ -90,7 +90,7 @@ class BatchLoader:
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x and y, int64 (batch_size, block_size) on the device; y is x one token later."""
-        return gather(self.tokens, self.starts(step, micro_step), self.block_size, self.device, self.vocab_size)
+        return cut_windows(self.tokens, self.starts(step, micro_step), self.block_size, self.device, self.vocab_size)
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of a step in order. When the caller comes back for the next, it is prepared while a GPU still
@@ -111,7 +111,7 @@ def eval_batches(tokens: np.ndarray, block_size: int, batch_size: int, max_batch
     """
     starts = eval_starts(len(tokens), block_size, max_batches and max_batches * batch_size)
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
-        yield gather(tokens, np.array(starts[first:first + batch_size]), block_size, device, vocab_size)
+        yield cut_windows(tokens, np.array(starts[first:first + batch_size]), block_size, device, vocab_size)
 
 
 def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) -> Sequence[int]:
@@ -122,7 +122,7 @@ def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) 
     return np.arange(max_windows, dtype=np.int64) * n // max_windows * block_size
 
 
-def gather(tokens, starts, block_size, device, vocab_size=None):
+def cut_windows(tokens, starts, block_size, device, vocab_size=None):
     """x and y (len(starts), block_size) of the windows at starts. UserError for an id >= vocab_size."""
     windows = np.asarray(tokens)[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1); a memmap itself is slower
     if vocab_size is not None and windows.max() >= vocab_size:

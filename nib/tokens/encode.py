@@ -17,7 +17,7 @@ from nib.text.tokenizer import Tokenizer
 
 SPLITS = ('train', 'val')
 BATCH = 1 << 20  # characters that go to a process together
-ALONE = 4  # batches that are done before other processes are started, which takes longer than they do
+SERIAL_BATCHES = 4  # batches that are done before other processes are started, which takes longer than they do
 
 Piece = tuple[str, str, bool]  # split, text, whether a document ends with it
 
@@ -34,7 +34,7 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -
     """Encodes pieces in their order; the end-of-text token follows every document."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     batches = batched(pieces)
-    for batch in islice(batches, ALONE if cores > 1 else None):
+    for batch in islice(batches, SERIAL_BATCHES if cores > 1 else None):
         yield encode_batch(batch, tokenizer, dtype)
     first = next(batches, None)
     if first is not None:

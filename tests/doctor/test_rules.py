@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import configurator
 import model
-from nib.doctor.rules import KEPT, Doctor, Line, Window, mean_loss
+from nib.doctor.rules import KEPT, Doctor, Line, LossWindow, mean_loss
 from nib.doctor.troubles import TROUBLES, Finding
 from nib.doctor.vitals import DataSigns, EvaluationSigns, StepSigns
 from nib.guard import Seen
@@ -297,15 +297,15 @@ def test_windows_are_means_over_the_steps_of_at_least_ten():
 
 
 def test_a_window_over_lines_weighs_them_by_their_steps():
-    window = Window.over([Line(3, 3, 2.0, 0.5, 1.0), Line(4, 1, 6.0, 0.0, 1.0)])
+    window = LossWindow.over([Line(3, 3, 2.0, 0.5, 1.0), Line(4, 1, 6.0, 0.0, 1.0)])
     assert (window.step, window.loss) == (4, 3.0)
     assert window.error == pytest.approx(math.sqrt((3 * (0.5 + 1) + 9) / 4 / 4))
 
 
 def test_the_error_of_a_mean_is_the_larger_of_two_estimates():
-    near = [Window(10, 2.0, 0.3), Window(20, 2.0, 0.4)]
+    near = [LossWindow(10, 2.0, 0.3), LossWindow(20, 2.0, 0.4)]
     assert mean_loss(near) == (2.0, pytest.approx(0.25))  # sqrt(0.3^2 + 0.4^2) / 2
-    apart = [Window(10, 1.0, 0.3), Window(20, 3.0, 0.4)]
+    apart = [LossWindow(10, 1.0, 0.3), LossWindow(20, 3.0, 0.4)]
     assert mean_loss(apart) == (2.0, pytest.approx(statistics.pstdev([1.0, 3.0]) / math.sqrt(2)))
 
 
@@ -418,14 +418,14 @@ def test_what_to_change_can_be_changed(name):
 ])
 def test_advice_fits_the_config(name, config, advised):
     opposite = {'qk_norm': True, 'bias': False, 'mlp': 'gelu', 'dtype': 'float32', 'grad_clip': 1.0, 'min_lr': 1e-4}
-    assert advised in str(Finding(name, 1, 'a figure', CONFIG | config))
-    assert advised not in str(Finding(name, 1, 'a figure', CONFIG | opposite))
+    assert advised in str(Finding.of(name, 1, 'a figure', CONFIG | config))
+    assert advised not in str(Finding.of(name, 1, 'a figure', CONFIG | opposite))
 
 
 @pytest.mark.parametrize('zero_init', [False, True])
 @pytest.mark.parametrize('tied_head', [False, True])
 def test_a_tied_head_is_to_blame_only_behind_blocks_that_begin_as_the_identity(zero_init, tied_head):
-    said = str(Finding('wrong_initial_loss', 1, 'a figure', CONFIG | {'zero_init': zero_init, 'tied_head': tied_head}))
+    said = str(Finding.of('wrong_initial_loss', 1, 'a figure', CONFIG | {'zero_init': zero_init, 'tied_head': tied_head}))
     assert ('a tied head' in said) == ('tied_head = False' in said) == (zero_init and tied_head)
 
 
@@ -459,8 +459,8 @@ def findings(out_dir) -> list[tuple[int, str]]:
 
 
 def unshifted(monkeypatch):
-    gather = batches.gather
-    monkeypatch.setattr(batches, 'gather', lambda *arguments: (gather(*arguments)[0],) * 2)
+    cut_windows = batches.cut_windows
+    monkeypatch.setattr(batches, 'cut_windows', lambda *arguments: (cut_windows(*arguments)[0],) * 2)
 
 
 def test_a_critical_finding_ends_the_run_which_can_go_on(train_here, tmp_path, monkeypatch):

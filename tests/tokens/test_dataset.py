@@ -101,7 +101,7 @@ def test_a_text_in_many_pieces_has_the_tokens_of_the_whole(small_gpt2, tmp_path,
     whole = write_text(tmp_path / 'whole', TEXT, Gpt2Tokenizer(), {})
     monkeypatch.setattr(documents, 'PIECE', 50)
     monkeypatch.setattr(encode, 'BATCH', 100)
-    monkeypatch.setattr(encode, 'ALONE', 1000)  # the small vocabulary is in this process only
+    monkeypatch.setattr(encode, 'SERIAL_BATCHES', 1000)  # the small vocabulary is in this process only
     assert write_text(tmp_path / 'pieces', TEXT, Gpt2Tokenizer(), {}) == whole
     assert whole['splits']['train']['tokens'] == len(Gpt2Tokenizer().encode(TEXT[:int(len(TEXT) * 0.9)]))
 

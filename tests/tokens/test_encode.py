@@ -12,7 +12,7 @@ from conftest import ROOT
 from nib.errors import UserError
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer
 from nib.tokens import encode
-from nib.tokens.encode import ALONE, BATCH, SPLITS, encode_all, encode_batch
+from nib.tokens.encode import SERIAL_BATCHES, BATCH, SPLITS, encode_all, encode_batch
 
 UINT16 = np.dtype('<u2')
 
@@ -66,17 +66,17 @@ def test_small_pieces_go_together(monkeypatch):
 
 def test_a_small_text_starts_no_process(monkeypatch):
     monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
-    assert sum(result.pieces for result in encode_all(pieces(ALONE), ByteTokenizer(), UINT16)) == ALONE
+    assert sum(result.pieces for result in encode_all(pieces(SERIAL_BATCHES), ByteTokenizer(), UINT16)) == SERIAL_BATCHES
 
 
 def test_one_core_starts_no_process(monkeypatch):
     monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {1}, raising=False)
-    assert sum(result.pieces for result in encode_all(pieces(ALONE + 3), ByteTokenizer(), UINT16)) == ALONE + 3
+    assert sum(result.pieces for result in encode_all(pieces(SERIAL_BATCHES + 3), ByteTokenizer(), UINT16)) == SERIAL_BATCHES + 3
 
 
 def test_many_processes_give_what_one_gives():
-    count = ALONE + 9
+    count = SERIAL_BATCHES + 9
     assert joined(encode_all(pieces(count), ByteTokenizer(), UINT16)) == joined(
         encode_batch([piece], ByteTokenizer(), UINT16) for piece in pieces(count))
 
@@ -95,19 +95,19 @@ def test_texts_are_read_only_as_fast_as_they_are_encoded():
     for result in encode_all(counted(), ByteTokenizer(), UINT16):
         done += result.pieces
         assert read - done <= 2 * cores + 1
-        if done == ALONE + 20:
+        if done == SERIAL_BATCHES + 20:
             break
 
 
 def test_a_character_that_is_missing_is_named_from_another_process_too():
     with pytest.raises(UserError, match="'0'"):
-        list(encode_all(pieces(ALONE + 7), CharTokenizer(' x12345678'), UINT16))
+        list(encode_all(pieces(SERIAL_BATCHES + 7), CharTokenizer(' x12345678'), UINT16))
 
 
 def test_a_process_that_is_killed_ends_the_run_with_one_line():
     last = [('train', 'last', False)]
     with pytest.raises(UserError, match='killed'):
-        list(encode_all([*pieces(ALONE), *last], DyingTokenizer(), UINT16))
+        list(encode_all([*pieces(SERIAL_BATCHES), *last], DyingTokenizer(), UINT16))
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_processes_end_with_the_one_that_started_them():
     program = ('import itertools, sys, time; import numpy as np; from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
                'pieces = (("train", "x" * BATCH, False) for _ in itertools.count())\n'
                'for n, _ in enumerate(encode_all(pieces, ByteTokenizer(), np.dtype("<u2"))):\n'
-               '    if n == ALONE: print("started", flush=True); time.sleep(600)\n')
+               '    if n == SERIAL_BATCHES: print("started", flush=True); time.sleep(600)\n')
     run = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     assert run.stdout.readline() == b'started\n'
     run.kill()

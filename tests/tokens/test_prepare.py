@@ -297,7 +297,7 @@ def test_openwebtext_goes_on_where_it_was_stopped(small_gpt2, pages, tmp_path, m
     openwebtext(f'--input={pages[0]}', f'--out_dir={tmp_path / "whole"}')
     monkeypatch.setattr(unfinished, 'JOURNAL_SECONDS', 0)
     monkeypatch.setattr(encode, 'BATCH', 1)
-    monkeypatch.setattr(encode, 'ALONE', 1000)
+    monkeypatch.setattr(encode, 'SERIAL_BATCHES', 1000)
     add, added = unfinished.UnfinishedBins.add, []
 
     def stopping(unfinished, encoded):

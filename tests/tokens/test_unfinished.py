@@ -25,7 +25,7 @@ from nib.errors import run_script
 from nib.text.tokenizer import ByteTokenizer
 from nib.tokens import encode, unfinished
 from nib.tokens.write import write_dataset
-unfinished.JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 0, 1, 1000
+unfinished.JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 0, 1, 1000
 
 def read_pieces(start):
     for number in range(start, 40):
@@ -119,7 +119,7 @@ def test_what_two_other_runs_left_is_not_mixed_up(whole, stopped, tmp_path):
     """The second one writes over what the journal of the first tells of, and is killed before it has one of its own."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     second = program('waiting', {})
-    second[-1] = second[-1].replace('JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 0', 'JOURNAL_SECONDS, encode.BATCH, encode.ALONE = 600')
+    second[-1] = second[-1].replace('JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 0', 'JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 600')
     run = subprocess.Popen([*second, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == 'waiting\n'
     run.kill()
