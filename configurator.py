@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from nib.errors import UserError
 
@@ -26,12 +27,10 @@ from nib.errors import UserError
 # so `int | None` is (int, None) and `bool | Literal['auto']` is (bool, 'auto').
 Type = tuple
 Settle = Mapping[str, Callable]
+NO_SETTLING: Settle = MappingProxyType({})
 PYTHON_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool}
 RESERVED = ('help', 'print_config', 'include')
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-
-
-PARTS = ('defaults', 'types', 'comments', 'headings')
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Block:
 
 
 def configure(
-    script: str, argv: Sequence[str], settle: Settle = {}, base: str | None = None
+    script: str, argv: Sequence[str], settle: Settle = NO_SETTLING, base: str | None = None
 ) -> tuple[dict[str, object], dict[str, str]]:
     """A script's values and where each came from; --help and --print_config print and exit.
 
@@ -53,7 +52,10 @@ def configure(
     block = read_block(script)
     if base:
         below = read_block(os.path.join(os.path.dirname(script), base))
-        block = Block(*(getattr(block, part) | getattr(below, part) for part in PARTS), block.doc)
+        block = Block(
+            block.defaults | below.defaults, block.types | below.types,
+            block.comments | below.comments, block.headings | below.headings, block.doc,
+        )
     if '--help' in argv or '-h' in argv:
         print_help(script, block)
         raise SystemExit(0)
@@ -66,7 +68,7 @@ def configure(
 
 
 def resolve(
-    defaults: Mapping[str, object], types: Mapping[str, Type], argv: Sequence[str], settle: Settle = {}
+    defaults: Mapping[str, object], types: Mapping[str, Type], argv: Sequence[str], settle: Settle = NO_SETTLING
 ) -> tuple[dict[str, object], dict[str, str]]:
     """The value of every key and where it came from: 'default', 'config/x.py:12' or 'command line'.
 
@@ -214,7 +216,8 @@ def suggest(name: str, names: Sequence[str], form: str = '{}') -> str:
 
 def parse_argv(argv: Sequence[str], types: Mapping[str, Type]) -> tuple[dict[str, object], list[str]]:
     """Flags by key, and the config files in their order."""
-    flags, files, items = {}, [], list(argv)
+    flags: dict[str, object] = {}
+    files, items = [], list(argv)
     while items:
         item = items.pop(0)
         if not item.startswith('--'):

@@ -1,11 +1,14 @@
-"""A GPT in one file: the layers, the loss, generation with a key-value cache, parameter and FLOP counts.
+"""A GPT in one file: the layers, the loss, parameter and FLOP counts.
 
-By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"); GPTConfig's choices
-make it anything between that and today's models (all of them together: Qwen3, Yang et al. 2025).
-Shapes: B sequences, T positions, C = n_embd, H = n_head, K = key and value heads, D = C / H (one head's width),
-V = vocab_size.
+By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+GPTConfig's choices make it anything between that and today's models; all of them together are Qwen3
+(Yang et al. 2025). How it generates text is in nib/generation.py.
+
+Letters of shapes:
+    B sequences, T positions, V = vocab_size, C = n_embd
+    H = n_head, K = key and value heads, D = C / H, the width of a head
+    Q queries, S keys, if attention is not of a whole sequence to itself
 """
-import copy
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,18 +21,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that counts nothing towards the loss; also what generate() yields for a row that has ended
-LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time, in float32: 64 MiB
+LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
+LOSS_CHUNK_GPU = 1 << 28  # and elsewhere, where small matrix products are slow: 1 GiB
 QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What fixes the shape of a GPT; the defaults are GPT-2's. ValueError names the field that cannot be."""
+    """The shape of a GPT; the defaults are GPT-2's. ValueError names a field that cannot be."""
     vocab_size: int = 50257
     block_size: int = 1024  # the most positions that the model attends over
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0 is n_head
+    n_kv_head: int = 0  # key and value heads; groups of query heads share them; 0 is n_head
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and LayerNorms
@@ -41,36 +45,43 @@ class GPTConfig:
     tied_head: bool = True  # the output head is the token embedding itself
     logit_cap: float = 0.0  # logits stay within plus and minus this; 0 is no cap
     zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
-    recompute: bool = False  # of each block keep the input alone, and compute the rest again in the backward pass
+    recompute: bool = False  # keep only the inputs of blocks; compute the rest again in backward
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
-            below = 10_000 if name == 'n_layer' else 1 << 31  # more would take hours to build, or cannot be counted
-            if not 1 <= getattr(self, name) < below:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1 and less than {below:,}')
+            # More layers would take hours to build; wider ones could not be counted.
+            value, below = getattr(self, name), 10_000 if name == 'n_layer' else 1 << 31
+            if not 1 <= value < below:
+                raise ValueError(f'{name} is {value}: it must be at least 1 and less than {below:,}')
         for name, kind in get_type_hints(type(self)).items():
-            if get_args(kind) and getattr(self, name) not in get_args(kind):
-                raise ValueError(f'{name} is {getattr(self, name)!r}: it must be one of {", ".join(get_args(kind))}')
+            choices, value = get_args(kind), getattr(self, name)
+            if choices and value not in choices:
+                raise ValueError(f'{name} is {value!r}: it must be one of {", ".join(choices)}')
         if self.n_embd % self.n_head:
+            nearest = self.n_embd // self.n_head * self.n_head or self.n_head
             raise ValueError(f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}: '
-                             f'try n_embd {self.n_embd // self.n_head * self.n_head or self.n_head}')
+                             f'try n_embd {nearest}')
         if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}: '
-                             f'try n_kv_head {math.gcd(self.n_head, self.n_kv_head)}')
+            shared = math.gcd(self.n_head, self.n_kv_head)
+            raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head '
+                             f'{self.n_kv_head}: try n_kv_head {shared}')
         if self.position == 'rotary' and self.head_dim % 2:
-            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of dimensions, so it must be even: '
+            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of '
+                             f'dimensions, so it must be even: '
                              f'try n_embd {self.n_head * (self.head_dim + 1)}')
         if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
             raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and less than 1')
         if not 0.0 <= self.logit_cap < math.inf:
-            raise ValueError(f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive number')
+            raise ValueError(f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive '
+                             f'number')
 
     @classmethod
     def pick(cls, values: Mapping, vocab_size: int) -> 'GPTConfig':
-        """The config whose fields, but for vocab_size, stand among these values."""
-        return cls(vocab_size, **{field.name: values[field.name] for field in fields(cls) if field.name != 'vocab_size'})
+        """The config with this vocab_size and all other fields from `values`."""
+        names = [field.name for field in fields(cls) if field.name != 'vocab_size']
+        return cls(vocab_size, **{name: values[name] for name in names})
 
     @property
     def head_dim(self) -> int:
@@ -82,30 +93,38 @@ class GPTConfig:
 
     @property
     def mlp_width(self) -> int:
-        """4C; in SwiGLU, whose width costs three matrices instead of two, 2/3 of it, in whole multiples of 32."""
-        return math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.mlp == 'swiglu' else 4 * self.n_embd
+        """4C; or 2/3 of it in SwiGLU, which has three matrices, in whole multiples of 32."""
+        if self.mlp == 'swiglu':
+            return math.ceil(8 * self.n_embd / 3 / 32) * 32
+        return 4 * self.n_embd
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
-    """LayerNorm (Ba et al. 2016), or RMSNorm, which leaves the mean alone (Zhang and Sennrich 2019)."""
-    return nn.LayerNorm(width, bias=config.bias) if config.norm == 'layer' else RMSNorm(width, eps=1e-6)
+    """LayerNorm (Ba et al. 2016), or RMSNorm, which keeps the mean (Zhang and Sennrich 2019)."""
+    if config.norm == 'layer':
+        return nn.LayerNorm(width, bias=config.bias)
+    return RMSNorm(width, eps=1e-6)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, whose fast kernel wants its gain in the precision of x."""
+    """torch's, with the gain in the precision of x, which its fast kernel needs."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): dimensions i and i + D/2 of a query or key are turned by position * base^(-2i/D),
-    so that the product of a query and a key depends on their distance alone."""
+    """Rotary positions (Su et al. 2021): the score of a query and a key depends on their distance.
+
+    Dimensions i and i + D/2 of a query or key are one point, which is turned by the angle
+    position * base^(-2i/D).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        speeds = config.rotary_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-        angles = torch.arange(config.block_size, dtype=torch.float64)[:, None] * speeds  # (block_size, D/2)
+        exponents = -torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        positions = torch.arange(config.block_size, dtype=torch.float64)
+        angles = positions[:, None] * config.rotary_base ** exponents  # (block_size, D/2)
         self.register_buffer('cos', angles.cos().float(), persistent=False)
         self.register_buffer('sin', angles.sin().float(), persistent=False)
 
@@ -115,17 +134,17 @@ class Rotary(nn.Module):
 
 
 def rotate(x, rotary):
-    """x (B, H, T, D), turned by rotary's angles, in x's precision."""
+    """Turns x (B, H, T, D) by the angles whose cos and sin are `rotary`, in the precision of x."""
     cos, sin = (part.type_as(x) for part in rotary)
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position takes a weighted mean over the values of the positions up to itself, in H heads.
+    """Every position takes a weighted mean of the values of the positions up to itself, in H heads.
 
-    With fewer key and value heads, groups of query heads share them (Ainslie et al. 2023). qk_norm bounds the scores
-    (Dehghani et al. 2023, section 2.1).
+    With fewer key and value heads, groups of query heads share them (Ainslie et al. 2023). qk_norm
+    bounds the scores (Dehghani et al. 2023, section 2.1).
     """
 
     def __init__(self, config: GPTConfig):
@@ -133,43 +152,119 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)  # query, key and value at once
+        # Queries, keys and values come from one matrix.
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, cache=None):  # x (B, T, C)
-        B, T, C = x.shape
-        # q (B, H, T, D), k and v (B, K, T, D)
-        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
+    def forward(self, x, rotary=None):  # x (B, T, C)
+        y = self.attend(*self.query_key_value(x, rotary))  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+    def query_key_value(self, x, rotary=None):
+        """The queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = heads.split(self.heads, dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        y = cache.attend(q, k, v) if cache else attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return q, k, v
+
+    def attend(self, q, k, v):
+        """The attention of a sequence to itself. When generating, a cache takes its place."""
+        return attend(q, k, v, self.dropout if self.training else 0.0)
+
+
+def attention_scores(q, k, query_positions, key_positions):
+    """The scores (B, H, Q, S) of queries q (B, H, Q, D) for keys k (B, H, S, D), -inf where a query
+    may not look at a key. Attention is the mean of the values weighted by softmax(scores).
+
+    This is the definition of attention. To change it (a sliding window, ALiBi, another scale),
+    change it here: training, generation and the doctor all follow. The fused kernels below are
+    used only while they compute the same.
+
+    Positions count from 0 at the start of a sequence; (Q) and (S), or (B, 1, Q) and (B, 1, S) if
+    they differ by row. Generation pads shorter rows with negative positions.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # Vaswani et al. 2017, equation 1
+    is_later = key_positions.unsqueeze(-2) > query_positions.unsqueeze(-1)  # (..., Q, S)
+    return scores.masked_fill(is_later, -math.inf)
 
 
 def attend(q, k, v, dropout: float = 0.0):
-    """Causal attention: every query of q (B, H, T, D) over the k and v (B, K, T, D) up to its own position."""
+    """The attention (B, H, T, D) of a sequence to itself: q (B, H, T, D), k and v (B, K, T, D)."""
+    if not kernels_fit():
+        positions = torch.arange(q.shape[2], device=q.device)
+        return attend_by_definition(q, k, v, positions, positions, dropout)
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
         return attend_in_blocks(q, k, v, dropout)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, mask=None):
+    """Attention by attention_scores(), whatever it says; it holds all scores in memory.
+
+    q (B, H, Q, D), k and v (B, K, S, D). mask: True for keys that exist, broadcast to (B, H, Q, S).
+    """
+    k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
+    scores = attention_scores(q, k, query_positions, key_positions)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return F.dropout(scores.softmax(dim=-1), dropout).type_as(v) @ v
+
+
+def share_heads(part, n_head: int):
+    """Keys or values (B, K, T, D), repeated for the n_head / K query heads that share each."""
+    return part.repeat_interleave(n_head // part.shape[1], dim=1)
+
+
+@torch.compiler.assume_constant_result
+def kernels_fit() -> bool:
+    """Whether the fused kernels, which know only causal attention, compute attention_scores()."""
+    return is_causal_attention(attention_scores)
+
+
+@functools.cache
+@torch.no_grad()
+def is_causal_attention(scores) -> bool:
+    """Whether `scores`, a function like attention_scores(), gives the weights of the causal kernel.
+
+    Compared on positions near and far, so that a window of any size shows.
+    """
+    positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
+    generator = torch.Generator('cpu').manual_seed(0)
+    q, k = torch.randn(2, 1, 4, len(positions), 16, generator=generator, dtype=torch.float64,
+                       device='cpu') * 2
+    identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
+    with torch.autocast('cpu', enabled=False):
+        kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
+        try:
+            weights = scores(q, k, positions, positions).softmax(dim=-1)
+        except (RuntimeError, IndexError):  # it is made for other shapes or positions than these
+            return False
+    return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):
-    """Causal attention as scaled_dot_product_attention computes it, q (B, H, T, D), k and v (B, K, T, D), for bfloat16 on a CPU:
-    its matrix products run at the rate of others. The keys after a block's last query are never looked at, and of several
-    blocks the probabilities are computed again in the backward pass instead of kept."""
+    """Causal attention in bfloat16 on a CPU, at the speed of other matrix products.
+
+    Computes what scaled_dot_product_attention does. A block of queries never looks at the keys
+    after its last one. The backward pass computes the weights of a block again instead of keeping
+    them, if there is more than one block.
+    """
     B, H, T, D = q.shape
-    k, v = (part.repeat_interleave(H // part.shape[1], dim=1).reshape(B * H, T, D) for part in (k, v))
-    q = q.reshape(B * H, T, D)
+    k, v = share_heads(k, H), share_heads(v, H)
+    q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
     if T <= QUERY_BLOCK:
         return attend_block(q, k, v, dropout).view(B, H, T, D)
     ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
-    blocks = [checkpoint(attend_block, q_block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
-              for q_block, end in zip(q.split(QUERY_BLOCK, dim=1), ends)]
+    blocks = [checkpoint(attend_block, block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
+              for block, end in zip(q.split(QUERY_BLOCK, dim=1), ends, strict=True)]
     return torch.cat(blocks, dim=1).view(B, H, T, D)
 
 
@@ -181,31 +276,44 @@ def attend_block(q, k, v, dropout):
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
+class SquaredReLU(nn.Module):
+    """So et al. 2021."""
+
+    def forward(self, x):
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """The first half of the units gates the second (Shazeer 2020)."""
+
+    def forward(self, x):
+        gate, x = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+
+ACTIVATIONS = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
+    'gelu': lambda: nn.GELU(approximate='tanh'), 'relu2': SquaredReLU, 'swiglu': SwiGLU}
+
+
 class MLP(nn.Module):
-    """Two linear layers with a non-linearity between them: GELU (Hendrycks and Gimpel 2016, tanh form), squared ReLU
-    (So et al. 2021), or SwiGLU, in which the first layer makes a gate too (Shazeer 2020)."""
+    """Two linear layers with a non-linearity between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.kind = config.mlp
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (2 if self.kind == 'swiglu' else 1), bias=config.bias)
+        hidden = config.mlp_width * (2 if self.kind == 'swiglu' else 1)
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.activation = ACTIVATIONS[self.kind]()
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = self.c_fc(x)  # (B, T, mlp_width), twice as wide in SwiGLU
-        if self.kind == 'gelu':
-            x = F.gelu(x, approximate='tanh')
-        elif self.kind == 'relu2':
-            x = F.relu(x).square()
-        elif self.kind != 'in c_fc':  # for_generation's twin: the product itself ends in GELU
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
+    def forward(self, x):  # (B, T, C)
+        x = self.activation(self.c_fc(x))  # (B, T, mlp_width)
         return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on a normalised copy of the residual stream and added to it (pre-norm)."""
+    """Attention, then MLP: each reads the normalised residual stream and adds to it (pre-norm)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -214,8 +322,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary=None, cache=None):
-        x = x + self.attn(self.ln_1(x), rotary, cache)
+    def forward(self, x, rotary=None):
+        x = x + self.attn(self.ln_1(x), rotary)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -238,12 +346,15 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Normal(0, 0.02) weights and zero biases; residual projections smaller by 1/sqrt(2 * n_layer), so that the
-        residual stream's variance does not grow with depth (GPT-2, section 2.3: two projections a layer)."""
+        """Sets normal(0, 0.02) weights and zero biases.
+
+        The two projections of a layer into the residual stream are smaller by 1/sqrt(2 * n_layer),
+        so that its variance does not grow with depth (GPT-2, section 2.3).
+        """
+        smaller = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                residual_std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(module.weight, std=residual_std if name.endswith('c_proj') else 0.02)
+                nn.init.normal_(module.weight, std=smaller if name.endswith('c_proj') else 0.02)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -257,16 +368,29 @@ class GPT(nn.Module):
         Raises ValueError when T is larger than block_size.
         """
         if idx.shape[1] > self.config.block_size:
-            raise ValueError(f'{idx.shape[1]} positions are more than block_size {self.config.block_size}')
+            raise ValueError(f'{idx.shape[1]} positions are more than block_size '
+                             f'{self.config.block_size}')
         x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
         if targets is None:
             return self._logits(x)
-        if targets.numel() * self.config.vocab_size > LOSS_CHUNK:
-            return ChunkedLoss.apply(x.flatten(0, 1), self._head_weight, targets.flatten(), self.config.logit_cap,
-                                     torch.is_grad_enabled())
-        return F.cross_entropy(self._logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        return self._loss(x.flatten(0, 1), targets.flatten())
 
-    def _hidden(self, idx, positions, caches=None):
+    def _loss(self, x, targets):
+        """The mean cross-entropy of hidden states x (N, C) and targets (N)."""
+        weight, cap, V = self._head_weight, self.config.logit_cap, self.config.vocab_size
+        chunk = LOSS_CHUNK if x.device.type == 'cpu' else LOSS_CHUNK_GPU
+        # torch.compile fuses the cross-entropy on a GPU, which is faster than the loss in chunks.
+        is_fused = x.is_cuda and torch.compiler.is_compiling()
+        if len(targets) * V > chunk and not is_fused:
+            return ChunkedLoss.apply(x, weight, targets, cap, torch.is_grad_enabled(), chunk)
+        if not x.is_cuda:
+            return F.cross_entropy(self._logits(x).float(), targets, ignore_index=IGNORED)
+        logits = soft_cap(F.linear(x, pad_rows(weight)), cap).float()  # (N, V and padding)
+        is_padding = torch.arange(logits.shape[1], device=x.device) >= V
+        logits = logits.masked_fill(is_padding, -math.inf)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED)
+
+    def _hidden(self, idx, positions):
         x = self.transformer.wte(idx)  # (B, T, C)
         rotary = None
         if self.config.position == 'learned':
@@ -275,96 +399,100 @@ class GPT(nn.Module):
             rotary = self.rotary(positions)
         x = self.transformer.drop(x)
         recompute = self.config.recompute and torch.is_grad_enabled()
-        for i, block in enumerate(self.transformer.h):
+        for block in self.transformer.h:
             if recompute:
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
-                x = block(x, rotary, caches[i] if caches else None)
+                x = block(x, rotary)
         return self.transformer.ln_f(x)
 
     @property
     def _head_weight(self):
-        return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight  # (V, C)
+        head = self.transformer.wte if self.config.tied_head else self.lm_head
+        return head.weight  # (V, C)
 
     def _logits(self, x):
-        logits = F.linear(x, self.transformer.wte.weight) if self.config.tied_head else self.lm_head(x)  # (B, T, V)
+        if self.config.tied_head:
+            logits = F.linear(x, self.transformer.wte.weight)  # (B, T, V)
+        else:
+            logits = self.lm_head(x)
         return soft_cap(logits, self.config.logit_cap)
 
-    def _next_logits(self, idx, positions, caches):
-        return self._logits(self._hidden(idx, positions, caches)[:, -1])  # (B, V)
-
     def crop_block_size(self, block_size: int):
-        """Shortens the context, keeping the first positions. ValueError when it would have to grow."""
+        """Shortens the context, keeping the first positions. Raises ValueError if it would grow."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size {block_size} is not between 1 and the {self.config.block_size} of the model')
+            raise ValueError(f'block_size {block_size} is not between 1 and the '
+                             f'{self.config.block_size} of the model')
         self.config = replace(self.config, block_size=block_size)
         if self.config.position == 'learned':
             kept = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
 
-    # -- counts -------------------------------------------------------------------------------------------------
+    # -- counts -----------------------------------------------------------------------------------
 
     def num_params(self, positions: bool = True) -> int:
-        """Parameters in full; without the position embeddings as nanoGPT counts them."""
+        """The number of parameters; without the position embeddings as nanoGPT counts them."""
         total = sum(p.numel() for p in self.parameters())
-        return total if positions or self.config.position != 'learned' else total - self.transformer.wpe.weight.numel()
+        if positions or self.config.position != 'learned':
+            return total
+        return total - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> dict[str, int]:
         """Floating-point operations of one token's forward pass at full context, by layer.
 
-        A matrix of m x n costs 2mn. Attention costs 2TC for the scores and 2TC for the weighted mean, causality not
-        discounted, as in Chowdhery et al. 2022 (PaLM), appendix B. The backward pass costs twice as much again, so
-        a training step is three times the sum.
+        A matrix of m x n costs 2mn. Attention costs 2TC for the scores and 2TC for the weighted
+        mean, not discounting causality (Chowdhery et al. 2022, PaLM, appendix B). The backward pass
+        costs twice as much, so a training step costs three times the sum.
         """
         attention = 4 * self.config.block_size * self.config.n_embd
         layers = {}
         for i, block in enumerate(self.transformer.h):
-            layers[f'h.{i}.attn'] = 2 * (block.attn.c_attn.weight.numel() + block.attn.c_proj.weight.numel()) + attention
-            layers[f'h.{i}.mlp'] = 2 * (block.mlp.c_fc.weight.numel() + block.mlp.c_proj.weight.numel())
+            for name, first in (('attn', block.attn.c_attn), ('mlp', block.mlp.c_fc)):
+                last = getattr(block, name).c_proj
+                layers[f'h.{i}.{name}'] = 2 * (first.weight.numel() + last.weight.numel())
+            layers[f'h.{i}.attn'] += attention
         layers['head'] = 2 * self._head_weight.numel()
         return layers
 
-    # -- generation ---------------------------------------------------------------------------------------------
+    # -- generation -------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-                 stop: Sequence[Sequence[int]] = (), compile: bool = False) -> Iterator[torch.Tensor]:
-        """Continues every prompt, handing out tokens as they are made.
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 seed: int | None = None, stop: Sequence[Sequence[int]] = (),
+                 compile: bool = False) -> Iterator[torch.Tensor]:
+        """Continues every prompt, yielding tokens as they are made.
 
-        prompts: B sequences of token ids, of any lengths >= 1; of one longer than block_size the end is used.
-        temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest tokens. top_p: only
-        the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020). seed: the same seed, prompts
-        and device give the same tokens. stop: token sequences; a row ends after one of them, which is handed out too.
-        compile: torch.compile for the step from token to token, which becomes a CUDA graph on a GPU.
-        Yields a tensor (B,) for each position, -1 in rows that have ended; stops early when all rows have.
+        prompts: B sequences of at least one token id; of one longer than block_size, its end is used.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: samples from the k most likely tokens only.
+        top_p: samples from the smallest set of tokens that holds this much probability (Holtzman et
+            al. 2020).
+        seed: the same seed, prompts and device give the same tokens.
+        stop: token sequences; a row ends after any of them, which is yielded too.
+        compile: compiles the step from token to token. On a GPU it is a CUDA graph either way.
 
-        Past block_size: a row whose window is full drops its oldest half, and the rest is read again from position 0, so
-        that every token is written as the model was trained. That costs one pass every block_size / 2 tokens.
+        Yields a tensor (B,) for each new position, -1 in rows that have ended, until all rows have
+        ended or max_new_tokens are made. Raises ValueError for arguments that make no sense.
+
+        A row that has filled its context drops the oldest half of it. The rest is read again from
+        position 0, as in training; this costs one pass every block_size / 2 tokens.
         """
-        check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, self.config.vocab_size)
-        window = Window(self, prompts, max_new_tokens, compile)
-        device = window.tokens.device
-        generator = torch.Generator(device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        stops = [torch.tensor(list(tokens), device=device) for tokens in stop]
-        made = torch.full((len(prompts), max(map(len, stop), default=0)), IGNORED, device=device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for _ in range(max_new_tokens):
-            tokens = sample_tokens(window.next_logits(), temperature, top_k, top_p, generator)  # (B,)
-            yield torch.where(ended, IGNORED, tokens)
-            window.append(tokens)
-            if stops:
-                made = torch.cat((made, tokens[:, None]), dim=1)[:, 1:]
-                for sequence in stops:
-                    ended = ended | (made[:, -len(sequence):] == sequence).all(dim=1)
-                if ended.all():
-                    return
+        from nib.generation import generate
+        return generate(self, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile)
 
 
 def soft_cap(logits, cap):
     """Logits bent smoothly into (-cap, cap), for cap > 0 (Gemma Team 2024, section 2)."""
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def pad_rows(weight):
+    """The head's matrix (V, C) on a GPU, with rows of zeros up to a multiple of 64.
+
+    With GPT-2's 50,257 rows its product runs at 96 TFLOP/s on an H100, with 50,304 at 706. The
+    logits of the added rows must not count.
+    """
+    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -376,15 +504,16 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, with_gradients):  # x (N, C), weight (V, C), targets (N)
+    def forward(ctx, x, weight, targets, cap, with_gradients, chunk_size):  # x (N, C), weight (V, C), targets (N)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        head, rows = weight.to(dtype), min(len(x), max(1, LOSS_CHUNK // len(weight)))
+        head, V = pad_rows(weight.to(dtype)), len(weight)
+        rows = min(len(x), max(1, chunk_size // len(head)))
         logits = head.new_empty(rows, len(head))
         log_probs = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         losses = torch.empty(len(x), device=x.device)
         # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
-        grad_x, grad_weight = (torch.zeros_like(t, dtype=torch.float32) for t in (x, weight)) if with_gradients else (None, None)
+        grad_x, grad_weight = (torch.zeros_like(t, dtype=torch.float32) for t in (x, head)) if with_gradients else (None, None)
         for first in range(0, len(x), rows):
             chunk, target = x[first:first + rows].to(dtype, copy=True), targets[first:first + rows, None]
             logits, log_probs = logits[:len(chunk)], log_probs[:len(chunk)]
@@ -395,6 +524,7 @@ class ChunkedLoss(torch.autograd.Function):
             if cap:
                 bent = log_probs.div_(cap).tanh_().clone()  # soft_cap
                 log_probs.mul_(cap)
+            log_probs[:, V:] = -math.inf
             torch.log_softmax(log_probs, dim=-1, out=log_probs)
             losses[first:first + rows] = (log_probs.gather(1, target) * -counted.float())[:, 0]
             if with_gradients:
@@ -407,7 +537,7 @@ class ChunkedLoss(torch.autograd.Function):
                 for total, columns in zip(grad_weight.split(4096), logits.split(4096, dim=1)):  # little by little: no large copy
                     total += columns.t() @ chunk
         n_counted = (targets != IGNORED).sum()
-        ctx.save_for_backward(grad_x, grad_weight, n_counted)
+        ctx.save_for_backward(grad_x, grad_weight[:V] if with_gradients else None, n_counted)
         ctx.dtypes = x.dtype, weight.dtype
         return losses.sum() / n_counted
 
@@ -415,207 +545,5 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_weight, n_counted = ctx.saved_tensors
         scale = grad_loss / n_counted
-        return grad_x.mul_(scale).to(ctx.dtypes[0]), grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None
-
-
-class Window:
-    """The tokens that each row attends over, the model that reads them, and one cache of keys and values a layer.
-
-    Tokens lie in slots. All rows end at the same slot, so that a shorter row has padding before it, which it never looks at.
-    Lengths are kept on the host, so that generation never waits for the device.
-    """
-
-    def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
-        config, weight = model.config, model.transformer.wte.weight
-        self.model = for_generation(model, packed=not compile)
-        self.compile, self.step = compile, GPT._next_logits
-        prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
-        self.lengths = [len(prompt) for prompt in prompts]
-        longest = max(self.lengths)
-        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-        self.tokens = self.unread = torch.tensor(padded, device=weight.device)  # (B, slots in use)
-        self.n_slots = min(config.block_size, longest + max_new_tokens)
-        shape = config, len(prompts), self.n_slots, weight
-        cache_type = BagCache if not compile and BagCache.pays(*shape) else KVCache
-        self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
-        if compile:
-            self.step = torch.compile(GPT._next_logits, mode='reduce-overhead', fullgraph=True)
-            for cache in self.caches:  # or a CUDA graph would copy them in every step
-                torch._dynamo.mark_static_address(cache.keys)
-                torch._dynamo.mark_static_address(cache.values)
-
-    def append(self, tokens):
-        """Adds one token (B,) to every row; a full row first drops its oldest half, and all rows must be read again."""
-        size = self.model.config.block_size
-        is_full = max(self.lengths) == size
-        self.lengths = [(size // 2 if length == size else length) + 1 for length in self.lengths]
-        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths):]
-        self.unread = self.tokens if is_full else tokens[:, None]  # (B, T), whose keys and values the caches lack
-
-    def next_logits(self):
-        """Logits (B, V) of the token after each row's last."""
-        n_tokens, T, device = self.tokens.shape[1], self.unread.shape[1], self.tokens.device
-        slots = torch.arange(n_tokens - T, n_tokens, device=device)
-        if T == n_tokens:
-            self.starts = n_tokens - torch.tensor(self.lengths, device=device)[:, None]  # (B, 1), each row's first slot
-        is_static = self.compile and T == 1  # a compiled step needs the same shapes every time
-        seen = self.n_slots if is_static else n_tokens
-        positions, mask = slots, None
-        if is_static or min(self.lengths) < n_tokens:
-            positions = (slots - self.starts).clamp(min=0)  # (B, T)
-            keys = torch.arange(seen, device=device)
-            # Padding looks at padding: a softmax over nothing would not be a number.
-            mask = (keys <= slots[:, None]) & ((keys >= self.starts[..., None]) | (slots < self.starts)[..., None])
-            mask = mask[:, None]  # (B, 1, T, seen)
-        for cache in self.caches:
-            cache.slots, cache.seen, cache.mask = slots, seen, mask
-        return (self.step if T == 1 else GPT._next_logits)(self.model, self.unread, positions, self.caches)
-
-
-class KVCache:
-    """One layer's keys and values (B, K, n_slots, D); on a CPU in float32, in which one query attends several times as fast."""
-
-    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
-        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == 'cpu' else weight.dtype
-        shape = n_rows, config.kv_heads, n_slots, config.head_dim
-        self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in range(2))
-
-    def attend(self, q, k, v):
-        """Stores k and v (B, K, T, D) at `slots`; q (B, H, T, D) attends over the slots up to its own that the mask shows it."""
-        self.keys.index_copy_(2, self.slots, k.type_as(self.keys))
-        self.values.index_copy_(2, self.slots, v.type_as(self.values))
-        if self.mask is None and k.shape[2] > 1:
-            return attend(q, k, v)
-        k, v = self.keys[:, :, :self.seen], self.values[:, :, :self.seen]
-        return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=self.mask,
-                                              enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
-
-
-class BagCache:
-    """KVCache for a large one on a CPU: a step's queries, one a row, attend at the memory's rate, of which
-    scaled_dot_product_attention reaches half.
-
-    Both of attention's sums are of rows of a table, weighted, as embedding_bag makes them. Values (B, K, blocks, 64, D) are
-    such rows. Keys lie the other way, (B, K, blocks, D, 64): the scores of a block are its D rows, weighted by the query.
-    """
-    SMALLEST = 1 << 20  # keys' and values' numbers in a layer; with fewer the two calls' own time is more than they save
-    BLOCK = 64
-
-    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
-        blocks = n_rows, config.kv_heads, math.ceil(n_slots / self.BLOCK)
-        self.keys = weight.new_zeros(*blocks, config.head_dim, self.BLOCK)
-        self.values = weight.new_zeros(*blocks, self.BLOCK, config.head_dim)
-
-    def attend(self, q, k, v):
-        """As KVCache's, for a whole window or for the one token (T = 1) after those before it."""
-        B, H, T, D = q.shape
-        used = math.ceil(self.seen / self.BLOCK)  # blocks
-        if T > 1:
-            k_blocks, v_blocks = (F.pad(part, (0, 0, 0, used * self.BLOCK - T)).unflatten(2, (used, self.BLOCK)) for part in (k, v))
-            self.keys[:, :, :used], self.values[:, :, :used] = k_blocks.transpose(3, 4), v_blocks
-            if self.mask is None:
-                return attend(q, k, v)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=H != k.shape[1])
-        block, slot = divmod(self.seen - 1, self.BLOCK)
-        self.keys[:, :, block, :, slot], self.values[:, :, block, slot] = k[:, :, 0], v[:, :, 0]
-        scores = self._add_rows(self.keys, used, q.expand(B, H, used, D) / math.sqrt(D)).view(B, H, 1, -1)
-        scores[..., self.seen:] = -math.inf
-        if self.mask is not None:
-            scores[..., :self.seen].masked_fill_(~self.mask, -math.inf)
-        return self._add_rows(self.values, used, scores.softmax(dim=-1)).view(B, H, 1, D)
-
-    @classmethod
-    def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
-        size = 2 * n_rows * config.kv_heads * n_slots * config.head_dim
-        return weight.device.type == 'cpu' and size >= cls.SMALLEST and n_slots >= cls.BLOCK  # not many rows in blocks half empty
-
-    @classmethod
-    def _add_rows(cls, table, used, weights):
-        """Sums (bags, width) of rows of table (B, K, blocks, rows, width), by weights (B, H, ..., rows in a bag): each head's bags
-        together hold the rows in its first used blocks."""
-        n_heads, (blocks, rows, width), bag = weights.shape[0] * weights.shape[1], table.shape[2:], weights.shape[-1]
-        places = cls._places(n_heads, n_heads // (table.shape[0] * table.shape[1]), blocks * rows, used * rows)
-        return F.embedding_bag(places.view(-1, bag), table.view(-1, width), mode='sum',
-                               per_sample_weights=weights.reshape(-1, bag).type_as(table))
-
-    @staticmethod
-    @functools.lru_cache(maxsize=2)  # keys' and values', the same in all layers
-    def _places(n_heads, sharing, n_rows, n_used):
-        """The first n_used rows (n_heads, n_used) of every head, in a table that has n_rows for each `sharing` heads."""
-        heads, rows = (torch.arange(n, device='cpu') for n in (n_heads, n_used))
-        return heads[:, None] // sharing * n_rows + rows
-
-
-class PackedLinear:
-    """A linear layer for generation on a CPU. Its matrix is there once more, in the order in which oneDNN reads it: then a
-    product with few rows runs at the memory's speed, of which the plain matrix reaches a third."""
-    SMALLEST = 1 << 17  # numbers in a float32 matrix; a call takes 10 us before it begins, in which a smaller one has been read
-
-    def __init__(self, weight, bias):
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), bias  # for about 16 rows
-        self.multiply, self.then = torch.ops.mkldnn._linear_pointwise.default, ('none', [], '')
-
-    def __call__(self, x):
-        return self.multiply(x, self.weight, self.bias, *self.then)
-
-    @classmethod
-    def pays(cls, weight) -> bool:
-        """Whether it is faster here, and torch has its operators, which are not public."""
-        mkldnn = torch.ops.mkldnn
-        if weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available() or not all(hasattr(mkldnn, name) for name in (
-                '_reorder_linear_weight', '_linear_pointwise', '_is_mkldnn_bf16_supported')):
-            return False
-        return (weight.dtype == torch.float32 and weight.numel() >= cls.SMALLEST
-                or weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-
-
-def for_generation(module: nn.Module, packed: bool):
-    """The module once more, without dropout; it shares its parameters, but for the matrices that are packed."""
-    if packed and isinstance(module, nn.Linear) and PackedLinear.pays(module.weight):
-        return PackedLinear(module.weight, module.bias)
-    if isinstance(module, nn.Dropout):
-        return nn.Identity()
-    twin = copy.copy(module)
-    twin.training = False
-    twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
-    if isinstance(module, MLP) and module.kind == 'gelu' and isinstance(twin.c_fc, PackedLinear):
-        twin.c_fc.then, twin.kind = ('gelu', [], 'tanh'), 'in c_fc'
-    if packed and isinstance(module, GPT) and module.config.tied_head and PackedLinear.pays(module.transformer.wte.weight):
-        twin.lm_head = PackedLinear(module.transformer.wte.weight, None)
-        twin.config = replace(module.config, tied_head=False)
-    return twin
-
-
-def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size):
-    """ValueError for what generate() cannot do, naming the argument."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError('a prompt is empty: generation needs at least one token to start from')
-    for id in (id for prompt in prompts for id in prompt if not 0 <= id < vocab_size):
-        raise ValueError(f'the prompt holds token id {id}, but the vocabulary has {vocab_size}')
-    if max_new_tokens < 0:
-        raise ValueError(f'max_new_tokens is {max_new_tokens}: it must be at least 0')
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f'temperature is {temperature}: it must be 0 (greedy) or a positive number')
-    if top_k is not None and top_k < 1:
-        raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1, or None for all tokens')
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise ValueError(f'seed is {seed}: it must be at least 0 and less than 2^63')
-
-
-def sample_tokens(logits, temperature, top_k, top_p, generator):
-    """One token (B,) for each row of logits (B, V), without waiting for the device."""
-    if temperature < 1e-5:  # float32 could not tell it from 0
-        return logits.argmax(dim=-1)
-    logits, ids = logits.float() / temperature, None
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k)  # (B, top_k)
-    elif top_p is not None:
-        logits, ids = logits.sort(dim=-1, descending=True)
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # the likelier tokens already hold top_p
-    # The largest p / Exponential(1) falls on a token with probability p, as multinomial, which would synchronise.
-    chosen = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
-    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+        grad_x = grad_x.mul_(scale).to(ctx.dtypes[0])
+        return grad_x, grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None, None

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 
 import configurator
-from model import GPT, GPTConfig, check_sampling
+from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.start import check_shapes
 from nib.errors import UserError, run_script
+from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
 from nib.machine.device import describe_device, pick_device, pick_dtype
 from nib.text.tokenizer import encode_prompt, tokenizer_from_json

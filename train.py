@@ -418,7 +418,8 @@ def check_up(t, data, state, book, stop) -> bool:
 
 
 def finish(t, data, state, book, stop) -> int:
-    """Evaluates the whole validation split; returns the exit code."""
+    """Checks how the model generates, and evaluates the whole validation split; returns the exit code."""
+    book.check_generation(state.step)
     if by_doctor := t.ranks.largest(stop.number) == FINDING:
         stop.number = 0  # nothing is left to stop
     loss = split_loss(t, data, 'val', None, stop)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.report.history import read_run  # noqa: E402
+import configurator
+from benchmarks import measure
+from nib.errors import UserError, run_script
+from nib.report.history import read_run
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each
@@ -55,15 +55,15 @@ def main(argv):
         seen = Path(text).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text') from error
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
         (scratch / 'seen.txt').write_text(seen[:len(seen) * 9 // 10], encoding='utf-8')
         run('data/shakespeare_char/prepare.py', f'--input={scratch / "seen.txt"}', f'--out_dir={scratch / "shakespeare_char"}')
         measured = {idea: [] for idea in IDEAS}
         for seed in range(seeds):
             for idea, flags in IDEAS.items():
-                flags = flags.format(twice=2 * steps, half=steps // 2).split()
-                measured[idea].append(train(scratch, seed, flags))
+                filled = flags.format(twice=2 * steps, half=steps // 2).split()
+                measured[idea].append(train(scratch, seed, filled))
                 print(f'seed {seed}, without {idea}: loss {measured[idea][-1][0]:.4f}, {measured[idea][-1][1]:.1f} s', flush=True)
     lines = [f'{seeds} seeds; {measure.describe_machine()}; {steps} steps', '',
              f'{"config/fast_shakespeare_char.py without":42}{"loss (lowest to highest)":>28}{"process, s":>12}']

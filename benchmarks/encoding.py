@@ -21,10 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.text import documents  # noqa: E402
+import configurator
+from benchmarks import measure
+from nib.errors import UserError, run_script
+from nib.text import documents
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 input: str = ''  # files and folders of text, separated by commas: .txt, .md, .jsonl, .parquet
@@ -90,8 +90,8 @@ def main(argv):
             for split in ('train.bin', 'val.bin'):
                 if not filecmp.cmp(*(scratch / name / split for name in contestants), shallow=False):
                     raise UserError(f'the two {split} differ')
-        lines = [f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; {n_documents:,} documents, '
-                 f'{n_bytes / 1e6:.1f} MB of UTF-8', 'train.bin and val.bin equal byte for byte', '', measure.make_table(turns)]
+        lines = [(f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; {n_documents:,} documents, '
+                  f'{n_bytes / 1e6:.1f} MB of UTF-8'), 'train.bin and val.bin equal byte for byte', '', measure.make_table(turns)]
         for share in (0.1, 0.3) if parts else ():
             _, size = write_documents(scratch / 'part.jsonl', int(share * n_bytes))
             peaks = [f'{name} {take_turn(*contestant, scratch / "part.jsonl", size, scratch / name)["peak memory MB"]:.0f}'

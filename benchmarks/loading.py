@@ -14,12 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.machine.device import peak_memory  # noqa: E402
-from nib.tokens.batches import BatchLoader, eval_batches  # noqa: E402
-from nib.tokens.dataset import SPLITS, open_dataset  # noqa: E402
+import configurator
+from benchmarks import measure
+from nib.errors import UserError, run_script
+from nib.machine.device import peak_memory
+from nib.tokens.batches import BatchLoader, eval_batches
+from nib.tokens.dataset import SPLITS, open_dataset
 
 rounds: int = 5  # times that each is measured, in turns and each in a process of its own
 folder: str = ''  # where to write; empty: the system's folder for temporary files

@@ -15,12 +15,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from benchmarks.nanogpt import NanoGPT  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.machine.device import pick_device, synchronize  # noqa: E402
+import configurator
+from benchmarks import measure
+from benchmarks.nanogpt import NanoGPT
+from model import GPT, GPTConfig
+from nib.errors import UserError, run_script
+from nib.machine.device import pick_device, synchronize
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 rounds: int = 4  # times that everything is measured

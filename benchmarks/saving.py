@@ -18,13 +18,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from nib import optim  # noqa: E402
-from nib.checkpoint import store, tensorfile  # noqa: E402
-from nib.checkpoint.writer import CheckpointWriter  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
+import configurator
+from benchmarks import measure
+from model import GPT, GPTConfig
+from nib import optim
+from nib.checkpoint import store, tensorfile
+from nib.checkpoint.writer import CheckpointWriter
+from nib.errors import UserError, run_script
 
 rounds: int = 5  # turns of each
 n_layer: int = 12  # blocks of the model

@@ -17,10 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.report.history import read_run  # noqa: E402
+import configurator
+from benchmarks import measure
+from nib.errors import UserError, run_script
+from nib.report.history import read_run
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
 rounds: int = 3  # turns of each

@@ -16,20 +16,20 @@ class AdamW:
         self.lr_ratio = 1.0
         self.exp_avg = [torch.zeros_like(p) for p in self.params]  # memory of the gradient
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]  # and of its square
-        self.steps = [torch.zeros((), device=p.device) for p in self.params]  # on the device, as steps may be left out there
+        self.n_steps = torch.zeros((), device=self.params[0].device)  # on the device, as steps may be left out there
 
     def step(self, lr: float, usable: torch.Tensor):
-        left_out = (~usable).float()
-        torch._foreach_add_(self.steps, 1.0)
-        torch._foreach_sub_(self.steps, left_out)
-        torch._fused_adamw_(self.params, [p.grad for p in self.params], self.exp_avg, self.exp_avg_sq, [], self.steps, lr=lr,
-                            beta1=self.betas[0], beta2=self.betas[1], weight_decay=self.weight_decay, eps=1e-8,
-                            amsgrad=False, maximize=False, found_inf=left_out)
+        self.n_steps += usable
+        torch._fused_adamw_(self.params, [p.grad for p in self.params], self.exp_avg, self.exp_avg_sq, [],
+                            [self.n_steps] * len(self.params), lr=lr, beta1=self.betas[0], beta2=self.betas[1],
+                            weight_decay=self.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
+                            found_inf=(~usable).float())
 
     def state(self):
         """(parameter, its state by name) for each parameter; the tensors are those that step() changes."""
         names = ('exp_avg', 'exp_avg_sq', 'step')
-        return [(p, dict(zip(names, tensors))) for p, *tensors in zip(self.params, self.exp_avg, self.exp_avg_sq, self.steps)]
+        return [(p, dict(zip(names, (exp_avg, exp_avg_sq, self.n_steps))))
+                for p, exp_avg, exp_avg_sq in zip(self.params, self.exp_avg, self.exp_avg_sq)]
 
 
 class Muon:

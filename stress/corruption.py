@@ -14,10 +14,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.checkpoint import store, tensorfile  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
+import configurator
+from benchmarks import measure
+from nib.checkpoint import store, tensorfile
+from nib.errors import UserError, run_script
 
 damages: int = 10_000  # in turns of every kind
 seed: int = 0  # of what is damaged and where

@@ -21,17 +21,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401 -- which making an optimizer imports: here once, and not in every process that is killed
+import torch._dynamo  # optimizers import it: here once, not in every process that is killed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-import train  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.checkpoint import store  # noqa: E402
-from nib.checkpoint.writer import CheckpointWriter  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.tokens.write import write_char_dataset  # noqa: E402
+import configurator
+import train
+from benchmarks import measure
+from nib.checkpoint import store
+from nib.checkpoint.writer import CheckpointWriter
+from nib.errors import UserError, run_script
+from nib.tokens.write import write_char_dataset
 
 kills: int = 1000  # SIGKILLs at random moments; half of them hit train.py, half a process that does nothing but save
 seed: int = 0  # of the moments

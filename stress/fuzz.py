@@ -30,22 +30,22 @@ os.environ |= {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'dis
                'ARROW_DEFAULT_MEMORY_POOL': 'system'}  # the other one reserves what it may never use
 # A network that refuses at once.
 os.environ |= dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
-import safetensors.torch  # noqa: E402
-import tiktoken  # noqa: E402
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401, which every optimizer imports, in a second
+import safetensors.torch
+import tiktoken
+import torch
+import torch._dynamo  # optimizers import it, which takes a second: here once for all cases
 
-import bench  # noqa: E402
-import configurator  # noqa: E402
-import report  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.text import tokenizer  # noqa: E402
-from nib.tokens import dataset, unfinished  # noqa: E402
-from nib.tokens.write import write_char_dataset  # noqa: E402
+import bench
+import configurator
+import report
+import sample
+import train
+from benchmarks import measure
+from model import GPT, GPTConfig
+from nib.errors import UserError, run_script
+from nib.text import tokenizer
+from nib.tokens import dataset, unfinished
+from nib.tokens.write import write_char_dataset
 
 cases: int = 10000  # to run
 seed: int = 1  # other seeds, other cases
@@ -128,7 +128,7 @@ def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
             bad = judge(code, said) or ('code of an argument ran' if (folder / 'canary').exists() else '')
             ended.append((made.kind, code, bad))
             if bad or case >= 0:
-                print(f'case {number_ended}: {made.script} {ascii(made.argv)}')
+                print(f'case {number_ended}: {made.script} {made.argv!a}')
                 print(f'    exit code {code}, {bad or "well"}: {said[-3000:]}', flush=True)
             shutil.rmtree(folder)
             folder.with_suffix('.said').unlink()

@@ -18,12 +18,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-import train  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from nib.doctor.troubles import TROUBLES  # noqa: E402
-from nib.errors import UserError, call, run_script  # noqa: E402
-from nib.tokens.write import write_char_dataset  # noqa: E402
+import configurator
+import train
+from benchmarks import measure
+from nib.doctor.troubles import TROUBLES
+from nib.errors import UserError, call, run_script
+from nib.tokens.write import write_char_dataset
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each fault, model and text
@@ -39,7 +39,8 @@ MODELS = {  # the flags that make it of the lab's model
     'relu2': '--mlp=relu2 --bias --n_embd=96 --n_head=3',
 }
 OWN_SIZE = ('underfitting',)  # faults of the model's size
-SHOWS = {'underfitting': 0.5}  # the share of the run after which a fault shows; others from the start, or a tenth on
+# The share of the run after which a fault shows; others show from the start, or a tenth on.
+SHOWS = {'underfitting': 0.5, 'generation_differs': 1.0}
 HEALTHY = {  # config/lab/healthy.py with flags, each on both texts
     'gpt2': '', 'modern': MODELS['modern'], 'relu2': MODELS['relu2'],
     'deep': '--n_layer=6 --n_embd=96 --learning_rate=1e-3',

@@ -16,6 +16,7 @@ import torch
 from nib import errors
 from nib.tokens.write import write_char_dataset
 
+pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
 torch.set_num_threads(1)  # the tests' models are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,8 @@ def run_main(monkeypatch, capfd):
     """run_main(script, *argv): calls the main of a script, or of its module, in this process, as its command line would, which
     takes no seconds to import torch; returns how it ended. What a script changes in its process is put back."""
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    caught = (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGINT))  # Windows has no SIGUSR1
+    handlers = {number: signal.getsignal(number) for number in caught}
     threads = torch.get_num_threads()
     modules = {}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_server import CONTENT, SHA256, address  # noqa: F401, a fixture
+from bad_server import CONTENT, SHA256
 from conftest import ROOT, SMALL_RUN, run_script, train
 
 from nib.tokens import shakespeare
@@ -326,6 +326,7 @@ def test_a_precision_that_the_gpu_lacks_is_told(run_main, place, monkeypatch):
     assert_refused(ended, ['--dtype=bfloat16', 'V100', 'use --dtype=float16'])
 
 
+@pytest.mark.slow
 def test_accumulation_that_ranks_cannot_share_is_told_once(place):
     """By the first of two processes, as both fail alike; torchrun's own words about that come after it."""
     before = contents(place)
@@ -353,6 +354,7 @@ def test_an_error_of_another_rank_alone_is_told_by_it():
     assert (done.returncode, done.stderr) == (2, 'error: only here\n')
 
 
+@pytest.mark.slow
 def test_the_exit_code_that_a_shell_sees_is_2(place):
     for script, flags in ('train.py', ['--batch_size=0']), ('sample.py', ['--out_dir=nowhere']), ('bench.py', ['--steps=0']):
         done = run_script(script, *flags, '--device=cpu')
@@ -486,7 +488,7 @@ def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(run_main, place, 
     ('truncated', SHA256, 'cut off before the end of its 129,000 bytes'), ('stalled', SHA256, 'timed out'),
     ('silent', SHA256, 'timed out'), ('drip', SHA256, 'too slow'), ('html', SHA256, 'another file than expected (wrong SHA-256)'),
     ('good', '0' * 64, 'another file than expected (wrong SHA-256)'), ('missing', SHA256, 'HTTP 404')])
-def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, place, address, monkeypatch,  # noqa: F811
+def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, place, address, monkeypatch,
                                                                   page, digest, reason):
     """Tiny Shakespeare's addresses are those of a server that misbehaves, and its patience is short."""
     monkeypatch.setattr(shakespeare, 'URLS', (f'{address}/{page}',))
@@ -502,6 +504,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, plac
     assert contents(place) == before
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_offers_to_stay_offline(place, tmp_path):
     """No key, no .netrc, no terminal: it ends at once, and the run that was there stays."""
     before = contents(place)

@@ -112,15 +112,15 @@ def poison(data):
     return CODE if isinstance(data, str) else data
 
 
-PAYLOADS = {'a pickle': lambda content: PICKLES['reduce'], 'a pickle in text': lambda content: PICKLES['reduce in text'],
-            'Python': lambda content: CODE.encode(), 'texts that are code': lambda content: poison_bytes(content)}
-
-
 def poison_bytes(content: bytes) -> bytes:
     try:
         return json.dumps(poison(json.loads(content))).encode()
     except ValueError:  # no JSON: all of it
         return CODE.encode()
+
+
+PAYLOADS = {'a pickle': lambda content: PICKLES['reduce'], 'a pickle in text': lambda content: PICKLES['reduce in text'],
+            'Python': lambda content: CODE.encode(), 'texts that are code': poison_bytes}
 
 
 FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'run/latest', 'run/best',
@@ -157,6 +157,7 @@ def test_a_state_whose_digest_is_right_runs_nothing(run_main, place):
     try_with(state | {'tokenizer': {'kind': 'char', 'characters': CODE}})
 
 
+@pytest.mark.slow
 def test_published_weights_run_nothing(run_main, place):
     """A pytorch_model.bin, which is a pickle, is not even looked at: not instead of model.safetensors, nor beside it."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -229,6 +230,7 @@ def test_the_journal_of_a_dataset_in_the_making_runs_nothing(run_main, place, mo
     assert (place / 'new/train.bin').stat().st_size == 2 * int(0.9 * 20 * len(CODE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('value', [CODE, "__import__('os').system('mkdir canary')", '$(mkdir canary)', '`mkdir canary`',
                                    '; mkdir canary', '| mkdir canary', "f'{" + CODE + "}'", '{0.__class__}', '!mkdir canary'])
 def test_a_flag_runs_nothing(run_main, place, value):

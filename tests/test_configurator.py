@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -354,7 +355,7 @@ def test_calls_do_not_leak_into_each_other(config):
     assert first[0]['seed'] == 9
     assert resolve(DEFAULTS, TYPES, []) == (before, dict.fromkeys(DEFAULTS, 'default'))
     assert resolve(DEFAULTS, TYPES, [path, '--max_iters=3']) == first
-    assert DEFAULTS == before
+    assert before == DEFAULTS
     assert 'own' in complaint(config('seed = _own'))
 
 
@@ -412,10 +413,8 @@ def test_any_arguments_give_values_or_a_user_error(tmp_path, monkeypatch, argv):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(text=st.one_of(st.binary(), st.text(alphabet='seed=_ 1.+()[]\n:#\t\'"').map(str.encode)))
 def test_any_file_gives_values_or_a_user_error(config, text):
-    try:
+    with suppress(UserError):
         resolve(DEFAULTS, TYPES, [config(text)])
-    except UserError:
-        pass
 
 
 # configure and run_script

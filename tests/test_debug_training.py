@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import configurator
 import debug_training
+import model as model_file
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.start import TRANSPOSED, new_model
@@ -214,6 +215,17 @@ def entropy_by_hand(attention, x, rotary, config) -> float:
     return sum(total) / len(total)
 
 
+def test_an_activation_that_the_inspection_does_not_know_is_measured_by_its_output(monkeypatch):
+    monkeypatch.setitem(model_file.ACTIVATIONS, 'gelu', torch.nn.ReLU)
+    model = GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=1, n_head=4, n_embd=32))
+    mlp, x = model.transformer.h[0].mlp, torch.randint(31, (2, 10))
+    mlp.kind = 'relu'
+    with torch.no_grad():
+        mlp.c_fc.bias[:32] = -100.0  # a quarter of the units never opens
+    _, rows = inspection.measure_layers(model, x, x, runtime.precision('float32', 'cpu'), 2)
+    assert rows[1].dead == pytest.approx(0.25, abs=0.02)
+
+
 def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
     """Without dropout, with a warm-up of a tenth of the steps, and from the weights before the other parts of the report."""
     done = debug('--dropout=0.5', '--overfit_steps=20', '--grad_clip=0.7')
@@ -291,6 +303,7 @@ def test_the_tolerance_of_the_first_loss_covers_what_fresh_models_have():
             assert abs(excess) < health.start_tolerance(n_embd, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', ['train_shakespeare_char.py', 'modern_shakespeare_char.py', 'fast_shakespeare_char.py'])
 def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     done = run_main(SCRIPT, f'config/{config}', '--dataset=tiny', f'--data_dir={data_dir}', '--device=cpu', '--dtype=float32')
@@ -300,6 +313,7 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     assert len(losses) == 6 and losses[-1] < 1.0 < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['adamw', 'muon'])
 def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug, tmp_path):
     """Its next step, and as the beginning of another one."""
@@ -633,6 +647,7 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
 
 # -- every way to start ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
 def test_every_config_file_runs(config, run_main, tmp_path, monkeypatch):
     """In a small size, on random tokens, and as a new model where it asks for published weights."""

@@ -1,56 +1,14 @@
-"""The model against transformers' GPT-2, against arithmetic by hand, and against itself without a cache."""
+"""The model against transformers' GPT-2 and Qwen3, and against arithmetic by hand."""
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import model as model_file
-from model import GPT, GPTConfig, attend_in_blocks, sample_tokens
-
-SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=4, n_embd=32)
-CHOICES = {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2, 'tied_head': False, 'logit_cap': 5.0,
-           'mlp': 'swiglu'}
-MODERN = GPTConfig(**{**vars(SMALL), 'bias': False, 'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2,
-                      'mlp': 'swiglu'})
-# GPT-2, each choice alone, squared ReLU, all of them together
-ARCHITECTURES = [SMALL, *(GPTConfig(**{**vars(SMALL), key: value}) for key, value in CHOICES.items()),
-                 GPTConfig(**{**vars(SMALL), 'mlp': 'relu2'}), GPTConfig(**{**vars(SMALL), **CHOICES, 'bias': False})]
-NAMES = ['gpt2', *CHOICES, 'relu2', 'all']
-
-
-def make_model(config=SMALL, seed=0, scale=0.3):
-    """A model with large enough weights that its logits differ clearly."""
-    torch.manual_seed(seed)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale * (parameter.dim() > 1 or 0.1))
-    return model
-
-
-def greedy_without_cache(model, prompt, n):
-    """The documented behaviour, spelled out: a full window drops its oldest half before it takes a new token."""
-    size = model.config.block_size
-    window, made = list(prompt)[-size:], []
-    for _ in range(n):
-        with torch.no_grad():
-            token = int(model(torch.tensor([window]))[0, -1].argmax())
-        made.append(token)
-        if len(window) == size:
-            window = window[size - size // 2:]
-        window.append(token)
-    return made
-
-
-def generate(model, prompts, n, **options):
-    """The tokens of each row, without the -1 after its end."""
-    steps = [tokens.tolist() for tokens in model.generate(prompts, n, **options)]
-    return [[token for token in row if token >= 0] for row in zip(*steps)]
+from model import GPT, GPTConfig, attend_in_blocks
+from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -246,7 +204,7 @@ def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
     x, weight, targets = torch.randn(40, 8), torch.randn(97, 8, requires_grad=True), torch.randint(97, (40,))
 
     def loss(x, weight):
-        return model_file.ChunkedLoss.apply(x, weight, targets, 0.0, True)
+        return model_file.ChunkedLoss.apply(x, weight, targets, 0.0, True, model_file.LOSS_CHUNK)
 
     found = []
     for run in (loss, torch.compile(loss)):
@@ -319,15 +277,6 @@ def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
         model.crop_block_size(9)
 
 
-@pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
-def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
-    model = make_model(config)
-    model.crop_block_size(8)
-    built = GPT(GPTConfig(**{**vars(config), 'block_size': 8}))
-    built.load_state_dict(model.state_dict())
-    assert generate(model, [[1, 2, 3]], 20, temperature=0.0) == generate(built.eval(), [[1, 2, 3]], 20, temperature=0.0)
-
-
 @pytest.mark.parametrize('broken', [
     dict(n_embd=30), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-1), dict(n_kv_head=3), dict(n_kv_head=-1),
     dict(position='absolute'), dict(mlp='relu'), dict(norm='batch'), dict(n_embd=20, position='rotary'), dict(logit_cap=-1.0),
@@ -335,196 +284,3 @@ def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
 def test_a_config_that_cannot_be_names_its_field(broken):
     with pytest.raises(ValueError, match=next(iter(broken))):
         GPTConfig(**{**vars(SMALL), **broken})
-
-
-@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
-@settings(max_examples=6, deadline=None)
-@given(prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4), n=st.integers(1, 40))
-def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
-    """Any prompts of unequal lengths, within block_size and far past it, each as if it were alone; with both caches of a CPU."""
-    model = make_model(config)
-    expected = [greedy_without_cache(model, p, n) for p in prompts]
-    assert generate(model, prompts, n, temperature=0.0) == expected
-    with pytest.MonkeyPatch.context() as patch:
-        use_bags(patch)
-        assert generate(model, prompts, n, temperature=0.0) == expected
-
-
-def use_bags(monkeypatch):
-    """The cache of large models, in blocks of which a small one fills several."""
-    monkeypatch.setattr(model_file.BagCache, 'pays', lambda *shape: True)
-    monkeypatch.setattr(model_file.BagCache, 'BLOCK', 5)
-    monkeypatch.setattr(model_file, 'KVCache', None)
-
-
-def test_the_cache_of_large_models_is_for_cpus_and_for_many_numbers_in_full_blocks():
-    """From 2^20 numbers of keys and values in a layer: 2 * rows * slots * n_embd of GPT-2."""
-    weight, shape = torch.zeros(1), GPTConfig()
-    assert model_file.BagCache.pays(shape, 1, 700, weight) and not model_file.BagCache.pays(shape, 1, 600, weight)
-    assert model_file.BagCache.pays(shape, 1024, 64, weight) and not model_file.BagCache.pays(shape, 1024, 63, weight)
-    assert model_file.BagCache.pays(replace(shape, n_kv_head=3), 4, 700, weight) != model_file.BagCache.pays(
-        replace(shape, n_kv_head=3), 3, 700, weight)
-    assert not model_file.BagCache.pays(shape, 1024, 64, weight.to('meta'))
-
-
-@pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
-@pytest.mark.parametrize('dtype, autocast, tolerance', [
-    (torch.float32, False, 1e-5), (torch.bfloat16, False, 0.03), (torch.float16, False, 0.004), (torch.float32, True, 0.03)])
-def test_rows_of_unequal_length_in_a_large_models_cache_have_each_the_logits_of_its_text(config, dtype, autocast, tolerance, monkeypatch):
-    use_bags(monkeypatch)
-    model, texts = make_model(config, scale=0.1).to(dtype), torch.randint(61, (2, config.block_size)).tolist()
-    with torch.inference_mode(), torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
-        window = model_file.Window(model, [texts[0][:3], texts[1][:9]], 7, compile=False)
-        for i in range(7):
-            logits = window.next_logits()
-            alone = torch.stack([model(torch.tensor([text[:n + i]]))[0, -1] for text, n in zip(texts, (3, 9))])
-            assert (logits - alone).std() <= tolerance * alone.std()
-            window.append(torch.tensor([texts[0][3 + i], texts[1][9 + i]]))
-
-
-@pytest.mark.parametrize('bags', [False, True], ids=['plain', 'bags'])
-def test_generation_is_on_the_models_device_whatever_the_default_one_is(bags, monkeypatch):
-    model = make_model()
-    expected = generate(model, [[1], [2, 3]], 11, seed=1)
-    if bags:
-        use_bags(monkeypatch)
-        model_file.BagCache._places.cache_clear()
-    with torch.device('meta'):
-        assert generate(model, [[1], [2, 3]], 11, seed=1) == expected
-
-
-def cached_and_uncached_logits(monkeypatch, model, prompt, n):
-    """The logits that generation takes its tokens from, and those of the whole text read at once; (n, V) each."""
-    cached = []
-    with monkeypatch.context() as patch:
-        patch.setattr(model_file, 'sample_tokens', lambda logits, *options: cached.append(logits) or sample_tokens(logits, *options))
-        made = generate(model, [prompt], n, temperature=0.0)[0]
-    with torch.no_grad():
-        return torch.cat(cached), model(torch.tensor([prompt + made[:-1]]))[0, len(prompt) - 1:]
-
-
-@pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
-@pytest.mark.parametrize('bags', [False, True], ids=['plain', 'bags'])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-5)])  # the rotary table is float32
-def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monkeypatch):
-    monkeypatch.setattr(model_file.PackedLinear, 'SMALLEST', 1)  # where a CPU can, all matrices of float32 are packed
-    if bags:
-        use_bags(monkeypatch)
-    model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
-    cached, full = cached_and_uncached_logits(monkeypatch, model, torch.randint(61, (4,)).tolist(), 12)
-    torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
-
-
-def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_near(monkeypatch):
-    """The shape of GPT-2 (124M), whose matrices are packed on a CPU that can, with the cache that a long context has."""
-    monkeypatch.setattr(model_file, 'KVCache', None)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig()).eval()
-    prompt = torch.randint(50257, (700,)).tolist()
-    cached, full = cached_and_uncached_logits(monkeypatch, model, prompt, 20)
-    torch.testing.assert_close(cached, full, atol=1e-4, rtol=0)
-    rounded, rounded_full = cached_and_uncached_logits(monkeypatch, model.bfloat16(), prompt, 20)
-    assert 0 < (rounded[0] - cached[0]).std() < 0.02 * cached[0].std()  # bfloat16 has 8 bits: 0.4%
-    assert (rounded - rounded_full).std() < 0.02 * cached.std()
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_a_torch_without_the_operators_of_packed_matrices_generates_all_the_same(dtype, monkeypatch):
-    model = make_model(scale=0.05).to(dtype)
-    packed, _ = cached_and_uncached_logits(monkeypatch, model, [1, 2], 1)
-    monkeypatch.setattr(torch.ops, 'mkldnn', SimpleNamespace())
-    plain, _ = cached_and_uncached_logits(monkeypatch, model, [1, 2], 1)
-    torch.testing.assert_close(plain, packed, atol=0.02 * float(packed.std()), rtol=0)
-
-
-def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
-    model = make_model(scale=0.05)
-    first, again, other = (generate(model, [[1, 2]], 30, seed=seed)[0] for seed in (7, 7, 8))
-    assert first == again != other
-
-
-def test_generation_leaves_the_model_and_the_global_random_state_as_they_were():
-    """Also between two tokens, when the model may be used for something else."""
-    model = make_model(GPTConfig(**{**vars(SMALL), 'dropout': 0.5})).train()
-    state, weights = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
-    for _ in model.generate([[1]], 5, temperature=0.0):
-        assert all(module.training for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert generate(model, [[1]], 5, temperature=0.0)[0] == greedy_without_cache(model.eval(), [1], 5)  # without dropout
-
-
-def test_generation_reads_the_weights_as_they_are_when_it_starts():
-    model, other = make_model(), make_model(seed=1)
-    generate(model, [[1, 2]], 3)
-    for parameter, new in zip(model.parameters(), other.parameters()):
-        parameter.data.copy_(new)
-    assert generate(model, [[1, 2]], 30, temperature=0.0) == generate(other, [[1, 2]], 30, temperature=0.0)
-
-
-def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
-    """Rows of unequal length, past block_size, with no second compilation on the way."""
-    from nib.machine.compiling import pick_compile
-    if not pick_compile(True, 'cpu')[0]:
-        pytest.skip('no C compiler')
-    model, prompts = make_model(GPTConfig(**{**vars(MODERN), 'n_layer': 1})), [[1], [4, 5, 6, 7, 8]]
-    torch._dynamo.utils.counters.clear()
-    for options in ({'temperature': 0.0}, {'seed': 3}):
-        expected = generate(model, prompts, 30, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr(model_file, 'BagCache', SimpleNamespace(pays=lambda *shape: True))  # cannot be made
-            assert generate(model, prompts, 30, **options, compile=True) == expected
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
-
-
-def test_tokens_are_handed_out_as_they_are_made():
-    model = make_model()
-    passes = []
-    model.transformer.ln_f.register_forward_hook(lambda *args: passes.append(1))
-    stream = model.generate([[1, 2, 3]], 10, temperature=0.0)
-    for made in range(1, 5):
-        next(stream)
-        assert len(passes) == made
-
-
-def test_a_row_ends_after_its_stop_sequence_while_others_go_on():
-    model = make_model()
-    prompts = [[5], [9, 3]]
-    free = generate(model, prompts, 30, temperature=0.0)
-    stop = free[0][3:5]
-    end = next(i for i in range(2, 31) if free[0][i - 2:i] == stop)
-    rows = generate(model, prompts, 30, temperature=0.0, stop=[stop])
-    assert rows[0] == free[0][:end]
-    assert rows[1][:1] == free[1][:1] and len(rows[1]) <= 30
-    alone = generate(model, prompts[:1], 30, temperature=0.0, stop=[[stop[0]]])[0]
-    assert alone == free[0][:free[0].index(stop[0]) + 1]
-
-
-def test_sampling_draws_tokens_by_their_probability():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(40_000, 1)
-    generator = torch.Generator().manual_seed(0)
-
-    def shares(temperature, top_k, top_p):
-        drawn = sample_tokens(logits, temperature, top_k, top_p, generator)
-        return (torch.bincount(drawn, minlength=4) / len(drawn)).tolist()
-
-    by_hand = [math.exp(x / 2) for x in (2, 1, 0, -1)]
-    assert shares(2.0, None, None) == pytest.approx([p / sum(by_hand) for p in by_hand], abs=0.01)
-    by_hand = [math.exp(x) for x in (2, 1)]
-    assert shares(1.0, 2, None) == pytest.approx([p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01)
-    # probabilities 0.644, 0.237, 0.087, 0.032: the first two are the fewest that hold 0.7
-    assert shares(1.0, None, 0.7) == pytest.approx([p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01)
-    assert shares(1.0, None, 0.6) == [1, 0, 0, 0]
-    assert shares(1.0, 2, 0.7) == [1, 0, 0, 0]  # of the two likeliest alone, the first holds 0.731
-    assert shares(0.0, None, None) == shares(1e-39, None, None) == [1, 0, 0, 0]
-    logits = torch.zeros(1000, 4)
-    assert sum(share > 0 for share in shares(1.0, 1, None)) == 1  # of equals, top_k still takes k
-
-
-@pytest.mark.parametrize('options, named', [
-    (dict(prompts=[[]]), 'prompt is empty'), (dict(prompts=[[61]]), 'token id 61'), (dict(temperature=-1.0), 'temperature'),
-    (dict(temperature=math.nan), 'temperature'), (dict(seed=-1), 'seed'), (dict(seed=1 << 70), 'seed'), (dict(top_k=0), 'top_k'), (dict(top_p=1.5), 'top_p'),
-    (dict(max_new_tokens=-1), 'max_new_tokens')])
-def test_what_cannot_be_sampled_is_named(options, named):
-    with pytest.raises(ValueError, match=named):
-        next(make_model().generate(**{'prompts': [[1]], 'max_new_tokens': 1, **options}))

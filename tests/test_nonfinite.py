@@ -157,6 +157,7 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     assert done.returncode == 3 and 'no checkpoint was there yet' in done.stderr
 
 
+@pytest.mark.slow
 def test_rewinds_are_counted_also_where_a_checkpoint_comes_between_bad_steps(train_here, poison, tmp_path):
     poison(range(6, 1000), 'loss')
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind', '--eval_interval=1')
@@ -190,6 +191,7 @@ print(f'rank {os.environ["RANK"]}: exit {code}, finite {all(p.isfinite().all() f
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_what_is_not_finite_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path, what):
     (tmp_path / 'poisoned.py').write_text(POISONED_RANK.replace('WHAT', repr(what)))

@@ -12,7 +12,6 @@ from nib.errors import UserError
 from nib.run.checks import check_config, settle_schedule
 
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
-README = (ROOT / 'README.md').read_text()
 
 
 def imported(path: Path) -> set[str]:
@@ -36,23 +35,26 @@ def test_third_party_imports_are_declared():
         assert outside <= declared, path
 
 
-def test_files_that_the_readme_names_are_there():
-    named = set(re.findall(r'(?:config|data|nib|tests|benchmarks|docs)/[\w/]+\.(?:py|png)', README))
-    assert named
-    for name in named:
-        assert 'NAME' in name or (ROOT / name).exists(), name
+def requirements(lines) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """name>=1.2 and name==1.2.3 -> {'name': ('>=', (1, 2))} and {'name': ('==', (1, 2, 3))}."""
+    found = {}
+    for line in lines:
+        name, sign, version = re.fullmatch(r'([\w-]+)(>=|==)([\d.]+)', line).groups()
+        found[name] = sign, tuple(map(int, version.split('.')))
+    return found
 
 
-def test_every_key_that_the_readme_sets_is_a_key():
-    """Of the commands that run one of the project's scripts."""
-    commands = [line for line in re.findall(r'^ {4}(.*)$', README, re.MULTILINE) if 'python ' in line or 'torchrun ' in line]
-    assert len(commands) > 5
-    for command in commands:
-        for script, flags in re.findall(r'((?:[\w-]+/)*[\w-]+\.py)((?: +(?!&&)[^ |#&]+)*)', command):
-            if (ROOT / script).exists() and not script.startswith('config/'):
-                source = (ROOT / script).read_text()
-                for key in re.findall(r'--(\w+)', flags):
-                    assert key in ('help', 'print_config') or re.search(rf'^{key}: ', source, re.MULTILINE), (command, key)
+def test_requirements_and_pyproject_ask_for_the_same():
+    """The same packages and lower bounds; requirements*.txt may pin a version that pyproject.toml allows."""
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    for key, file in (('dependencies', 'requirements.txt'), ('dev', 'requirements-dev.txt')):
+        asked = requirements(ast.literal_eval(re.search(rf'^{key} = (\[.*?\])$', project, re.M | re.S)[1]))
+        lines = (ROOT / file).read_text(encoding='utf-8').splitlines()
+        installed = requirements(line for line in lines if not line.startswith('-r '))
+        assert installed.keys() == asked.keys(), file
+        for name, (sign, version) in installed.items():
+            assert asked[name][0] == '>=', name
+            assert version >= asked[name][1] if sign == '==' else version == asked[name][1], name
 
 
 def resolved(config, device, *flags):
@@ -61,7 +63,7 @@ def resolved(config, device, *flags):
     return configurator.resolve(block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}', *flags])[0]
 
 
-def test_configs_are_what_the_readme_says():
+def test_configs_are_what_the_docs_say():
     def sizes(values):
         return tuple(values[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'dropout', 'max_iters'))
 
@@ -79,6 +81,7 @@ def test_configs_are_what_the_readme_says():
     assert resolved('train_text.py', 'cpu', '--dataset=notes')['out_dir'] == 'out-notes'
 
 
+@pytest.mark.slow
 def test_a_vs_nanogpt_that_cannot_be_is_refused_on_one_line(tmp_path):
     for flags in ([], [f'--nanogpt={tmp_path}']):
         done = run_script('benchmarks/vs_nanogpt.py', *flags)

@@ -156,7 +156,7 @@ def test_the_best_validation_loss_is_marked(tmp_path):
 
 
 def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
-    lines = [{'step': step, 'loss/step': 2.0} for step in range(0, 401)]
+    lines = [{'step': step, 'loss/step': 2.0} for step in range(401)]
     lines += [{'step': 100, 'finding/lr_too_high': FINDING}, {'step': 300, 'finding/odd': 'of no known form'},
               {'step': 304, 'finding/not_finite': 'critical: loss is NaN.'}, {'step': 400, 'verdict': '3 findings: see below'}]
     page = page_of(write_run(tmp_path / 'run', lines))
@@ -409,6 +409,7 @@ def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band)
 
 # -- the script ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('error')
 def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     pytest.importorskip('matplotlib')

@@ -83,6 +83,7 @@ def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys
     assert not script.can_compile(generate) and capsys.readouterr().err == 'not compiled: no Triton here\n'
 
 
+@pytest.mark.slow
 def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, tmp_path):
     (tmp_path / 'prompt.txt').write_text('The dog')
     given = sample(out_dir, '--start=The dog')
@@ -131,6 +132,7 @@ def test_bytes_that_come_one_by_one_make_the_text_that_they_make_together(conten
     assert shown == row.text == content.decode('utf-8', 'replace')
 
 
+@pytest.mark.slow
 def test_tokens_reach_the_terminal_as_they_come(out_dir):
     """The first characters can be read long before a run of many tokens is over."""
     run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=1000000'],
@@ -145,6 +147,7 @@ def test_tokens_reach_the_terminal_as_they_come(out_dir):
         run.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(out_dir):
     run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=100000'],
                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

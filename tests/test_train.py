@@ -95,6 +95,7 @@ def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(whole_run, dat
     assert [(r['step'], r['loss/step'], r['grad_norm']) for r in records(tmp_path / 'run') if 'loss/step' in r] == curve
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_dir, tmp_path):
     out_dir = tmp_path / 'run'
     run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}',
@@ -111,6 +112,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_di
     assert store.load(out_dir)[0].step == stopped_at
 
 
+@pytest.mark.slow
 def test_sigterm_is_heard_too(data_dir, tmp_path):
     run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
                             '--max_iters=100000'], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -121,6 +123,7 @@ def test_sigterm_is_heard_too(data_dir, tmp_path):
     assert store.load(tmp_path / 'run')[0].step >= 2
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
     """The same batches shared out over two processes: losses agree to rounding, evaluation too; rank 0 alone writes."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -135,6 +138,7 @@ def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
         torch.testing.assert_close(value, tensors_of(tmp_path / 'one')['model'][name], atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_is_what_its_config_says(data_dir, tmp_path):
     """Three steps of the script against plain PyTorch: seeds, batches, dropout, accumulation, schedule, clipping, AdamW."""
     train(data_dir, tmp_path / 'run', '--max_iters=3', '--lr_decay_iters=3', '--warmup_iters=1', '--min_lr=1e-3', '--seed=5',
@@ -163,6 +167,7 @@ def test_a_run_is_what_its_config_says(data_dir, tmp_path):
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_best_is_the_checkpoint_of_the_lowest_loss_and_old_ones_go(data_dir, tmp_path):
     """A rate that ruins the model after a good start."""
     train(data_dir, tmp_path / 'run', '--max_iters=10', '--keep_last=2')
@@ -200,6 +205,7 @@ def test_gradients_are_exchanged_on_the_last_micro_step_only():
     assert model.passes == [False, False, True]
 
 
+@pytest.mark.slow
 def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
     """Two ranks' loss of the first step is the mean of two losses with the seeds of rank 0 and of rank 1."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -215,6 +221,7 @@ def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
     assert logged == pytest.approx(sum(losses) / 2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path):
     """The weights are saved by then; --eval_only likewise ends at once."""
     flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2', '--eval_iters=1']
@@ -243,6 +250,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
     done = train(data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', '--wandb_project=', check=False)
@@ -257,6 +265,7 @@ def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
     assert [path.name for path in (tmp_path / 'run').glob('step-*')] == ['step-00000004']
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_and_records_what_has_changed(whole_run, data_dir, tmp_path):
     shutil.copytree(whole_run[0], tmp_path / 'run')
     done = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume', '--max_iters=21', '--seed=7')
@@ -344,6 +353,7 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     assert together == pytest.approx(by_hand, abs=1e-6) and in_parts == pytest.approx(by_hand, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_low_precision_follows_float32(data_dir, tmp_path, dtype, whole_run):
     train(data_dir, tmp_path / 'run', '--dropout=0.1', f'--dtype={dtype}')
@@ -351,6 +361,7 @@ def test_low_precision_follows_float32(data_dir, tmp_path, dtype, whole_run):
     assert [r['loss/val'] for r in records(tmp_path / 'run') if 'loss/val' in r] == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float16'])
 def test_a_float16_run_keeps_its_loss_scale_when_resumed(data_dir, tmp_path, dtype):
     train(data_dir, tmp_path / 'whole', f'--dtype={dtype}', '--eval_interval=5')
@@ -360,6 +371,7 @@ def test_a_float16_run_keeps_its_loss_scale_when_resumed(data_dir, tmp_path, dty
     assert_equal_tensors(tensors_of(tmp_path / 'cut'), tensors_of(tmp_path / 'whole'))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
     done = train(data_dir, tmp_path / 'run', '--init_from=resume', '--learning_rate=1e30', '--min_lr=1e30',
@@ -371,6 +383,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, 
     assert all(value.isfinite().all() for value in tensors['model'].values())
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path):
     """No step is logged after the first, so that the run has not noticed by itself."""
     run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
@@ -406,6 +419,7 @@ def wandb_history(out_dir) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(data_dir, tmp_path):
     out_dir, watched = tmp_path / 'run', ['--wandb_log', '--tensorboard', '--sample_tokens=5', '--eval_interval=4']
     train(data_dir, out_dir, *watched, '--max_iters=4')
@@ -439,6 +453,7 @@ def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(da
     assert [event.step for event in events.Tensors('sample/text_summary')] == [0, 4, 8]
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
     before = tensors_of(tmp_path / 'run')
@@ -449,6 +464,7 @@ def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
     assert store.load(tmp_path / 'run')[0].state['config']['seed'] == 2
 
 
+@pytest.mark.slow
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
     """The config's dataset cannot be fetched through a proxy that refuses; the fallback is prepared and recorded."""
     copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
@@ -469,6 +485,7 @@ def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, 
     assert 'stdlib_char' in sampled.stderr
 
 
+@pytest.mark.slow
 def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
     done = train(data_dir, tmp_path / 'run', '--compile', '--max_iters=2',
                  env={'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no-compiler')})
@@ -519,6 +536,7 @@ def gpt2_data(tmp_path_factory):
     return folder.parent
 
 
+@pytest.mark.slow
 def test_published_weights_are_evaluated_as_transformers_does(published_gpt2, gpt2_data, tmp_path):
     folder, theirs = published_gpt2
     done = run_script('train.py', 'config/eval_gpt2.py', f'--init_from={folder}', '--dataset=tiny', f'--data_dir={gpt2_data}',
@@ -533,6 +551,7 @@ def test_published_weights_are_evaluated_as_transformers_does(published_gpt2, gp
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_published_weights_with_a_shorter_context(published_gpt2, gpt2_data, tmp_path):
     flags = ['config/finetune_shakespeare.py', '--dataset=tiny', f'--data_dir={gpt2_data}', '--device=cpu', '--dropout=0.1',
              '--block_size=16', '--gradient_accumulation_steps=2', '--eval_iters=2', f'--out_dir={tmp_path / "run"}']
@@ -546,6 +565,7 @@ def test_a_run_goes_on_from_published_weights_with_a_shorter_context(published_g
     assert store.load(tmp_path / 'run')[0].step == 3
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_path):
     done = train(data_dir, tmp_path / 'run', f'--init_from={whole_run[0]}', '--max_iters=2', '--learning_rate=0', '--min_lr=0')
     first = re.search('step 0: train loss .*, val loss (.*) nats', done.stdout)[1]
@@ -554,6 +574,7 @@ def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_p
     assert_equal_tensors({'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']})
 
 
+@pytest.mark.slow
 def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, run_main):
     """Two steps of each, at reduced size; those that start from published weights start from small ones."""
     configs = sorted((ROOT / 'config').rglob('*.py'))

@@ -1,6 +1,7 @@
 # Biases that close every unit of the first block's MLP from the start.
-import model
 import torch
+
+import model
 
 include('healthy.py')
 out_dir = 'out-lab-dead-units'

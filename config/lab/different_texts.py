@@ -1,5 +1,6 @@
 # A validation text in another alphabet than the training text.
 from dataclasses import replace
+
 from nib.tokens import find
 
 include('healthy.py')

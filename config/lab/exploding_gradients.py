@@ -1,6 +1,7 @@
 # A model whose norms were left out, trained without clipping.
-import model
 import torch
+
+import model
 
 include('healthy.py')
 out_dir = 'out-lab-exploding-gradients'

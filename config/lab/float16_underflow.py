@@ -1,6 +1,7 @@
 # float16 and a loss that is summed over the tokens, not averaged: the gradients overflow, and the loss scale falls and falls.
-import model
 import torch
+
+import model
 
 include('healthy.py')
 out_dir = 'out-lab-float16-underflow'

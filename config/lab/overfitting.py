@@ -1,5 +1,6 @@
 # Four thousand tokens to learn from: they are learnt by heart.
 from dataclasses import replace
+
 from nib.tokens import find
 
 include('healthy.py')

@@ -8,7 +8,7 @@ _cut = batches.cut_windows
 
 
 def _cut_unshifted(*arguments):
-    x, y = _cut(*arguments)
+    x, _ = _cut(*arguments)
     return x, x
 
 

@@ -1,5 +1,6 @@
 # A loader that waits, as for a disk that others use, from a tenth of the run on.
 import time
+
 from nib.tokens.batches import BatchLoader
 
 include('healthy.py')

@@ -1,5 +1,6 @@
 # A vocabulary of 4,096 tokens for a text that uses a few dozen, as when a text is encoded with one tokenizer and trained with another.
 from dataclasses import replace
+
 from nib.tokens import find
 
 include('healthy.py')

@@ -1,6 +1,8 @@
 # The validation text is part of the training text.
 from dataclasses import replace
+
 import numpy
+
 from nib.tokens import find
 
 include('healthy.py')

@@ -1,6 +1,7 @@
 # Blocks without norms and without residual connections: the gradient shrinks in each on its way down.
-import model
 import torch
+
+import model
 
 include('healthy.py')
 out_dir = 'out-lab-vanishing-gradients'
@@ -8,8 +9,8 @@ n_layer = 6
 model.make_norm = lambda config, width: torch.nn.Identity()
 
 
-def _forward(self, x, rotary=None, cache=None):
-    return self.mlp(self.ln_2(self.attn(self.ln_1(x), rotary, cache)))
+def _forward(self, x, rotary=None):
+    return self.mlp(self.ln_2(self.attn(self.ln_1(x), rotary)))
 
 
 model.Block.forward = _forward

@@ -1,6 +1,7 @@
 # Weights that begin ten times too large: the fresh model is sure, and wrong.
-import model
 import torch
+
+import model
 
 include('healthy.py')
 out_dir = 'out-lab-wrong-initial-loss'

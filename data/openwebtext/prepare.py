@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import numpy as np  # noqa: E402
+import numpy as np
 
-import configurator  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.files import shown  # noqa: E402
-from nib.text import documents  # noqa: E402
-from nib.text.tokenizer import Gpt2Tokenizer  # noqa: E402
-from nib.tokens.write import write_dataset  # noqa: E402
+import configurator
+from nib.errors import UserError, run_script
+from nib.files import shown
+from nib.text import documents
+from nib.text.tokenizer import Gpt2Tokenizer
+from nib.tokens.write import write_dataset
 
 input: str = ''  # .jsonl and .parquet files, or a folder of them, whose rows are documents; empty: OpenWebText itself
 field: str = 'text'  # the field of these rows that holds the text

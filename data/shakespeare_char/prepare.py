@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import configurator  # noqa: E402
-from nib.errors import run_script  # noqa: E402
-from nib.text.tokenizer import CharTokenizer  # noqa: E402
-from nib.tokens import shakespeare  # noqa: E402
+import configurator
+from nib.errors import run_script
+from nib.text.tokenizer import CharTokenizer
+from nib.tokens import shakespeare
 
 input: str = ''  # path of the text; empty: input.txt in one of these folders, else download
 out_dir: str = ''  # where the bins go; empty: beside this file

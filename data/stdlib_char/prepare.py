@@ -6,10 +6,10 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import configurator  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.files import shown  # noqa: E402
-from nib.tokens.write import write_char_dataset  # noqa: E402
+import configurator
+from nib.errors import UserError, run_script
+from nib.files import shown
+from nib.tokens.write import write_char_dataset
 
 out_dir: str = ''  # where the bins go; empty: beside this file
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import configurator  # noqa: E402
-from nib.errors import UserError, run_script  # noqa: E402
-from nib.files import shown  # noqa: E402
-from nib.text import documents  # noqa: E402
-from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer  # noqa: E402
-from nib.tokens.write import write_dataset  # noqa: E402
+import configurator
+from nib.errors import UserError, run_script
+from nib.files import shown
+from nib.text import documents
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from nib.tokens.write import write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden ones in folders are left out
 field: str = 'text'  # the field of .jsonl and .parquet rows that holds the text

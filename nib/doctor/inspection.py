@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from model import GPT, CausalSelfAttention, rotate
+import model as architecture
+from model import GPT, CausalSelfAttention
 from nib.doctor.health import LayerStats, ParameterStats
 
 # A unit is closed where its non-linearity lets hardly any gradient through: squared ReLU none at all, GELU and SwiGLU's gate
@@ -35,8 +36,8 @@ def behind_zeros(model: nn.Module) -> tuple[str, ...]:
     blocked = []
     for name, weight in model.named_parameters():
         block, _, branch = name.removesuffix('.c_proj.weight').rpartition('.')
-        if name.endswith('.c_proj.weight') and not weight.any():
-            norm = {'attn': 'ln_1', 'mlp': 'ln_2'}.get(branch)
+        norm = {'attn': 'ln_1', 'mlp': 'ln_2'}.get(branch)
+        if norm and name.endswith('.c_proj.weight') and not weight.any():
             blocked += [f'{block}.{norm}.', *(f'{block}.{branch}.{part}' for part in ('c_attn.', 'c_fc.', 'q_norm.', 'k_norm.'))]
     return tuple(blocked)
 
@@ -84,10 +85,12 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
         return hook
 
     def watch_units(name, mlp):
-        def hook(module, args, output):
-            if mlp.kind in CLOSED_BELOW:
-                note(name, dead=dead_share(mlp.kind, output))
-        return mlp.c_fc.register_forward_hook(hook)
+        if mlp.kind in CLOSED_BELOW:
+            return mlp.c_fc.register_forward_hook(
+                lambda module, args, output: note(name, dead=dead_share(mlp.kind, output)))
+        # Of an activation that the table does not know, a closed unit is one whose output is 0.
+        return mlp.c_proj.register_forward_pre_hook(
+            lambda module, args: note(name, dead=share_always(args[0] == 0.0)))
 
     parts = model.transformer
     hooks = [parts.drop.register_forward_hook(watch_stream('embedding')), parts.ln_f.register_forward_hook(watch_stream('ln_f'))]
@@ -111,23 +114,17 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
 
 def attention_scores(attention: CausalSelfAttention, x, rotary=None):
     """The scores (B, H, T, T) whose softmax are the weights of the values, and the values (B, H, T, D), which groups of heads
-    may share. A key later than the query has the score -inf.
+    may share. A key that the query may not look at has the score -inf.
 
-    What the module calls for attention keeps them to itself; so they are computed again from its queries and keys:
-    q k^T / sqrt(D) (Vaswani et al. 2017, equation 1).
+    What the module calls for attention keeps them to itself; so model.attention_scores() computes
+    them again, in float32 at least.
     """
-    B, T, _ = x.shape
-    # q (B, H, T, D), k and v (B, K, T, D)
-    q, k, v = attention.c_attn(x).view(B, T, -1, attention.head_dim).transpose(1, 2).split(attention.heads, dim=1)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
-    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))  # (B, H, T, D)
+    q, k, v = attention.query_key_value(x, rotary)
+    k, v = (architecture.share_heads(part, q.shape[1]) for part in (k, v))  # (B, H, T, D)
     dtype = torch.promote_types(q.dtype, torch.float32)
+    positions = torch.arange(x.shape[1], device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        scores = q.to(dtype) @ k.to(dtype).transpose(2, 3) / math.sqrt(attention.head_dim)  # (B, H, T, T)
-    later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    return scores.masked_fill(later, -math.inf), v
+        return architecture.attention_scores(q.to(dtype), k.to(dtype), positions, positions), v
 
 
 def entropy(weights):
@@ -139,7 +136,12 @@ def dead_share(mlp_kind: str, hidden) -> float:
     """The share of units that CLOSED_BELOW calls closed for every token. hidden: c_fc's output (..., mlp_width), in SwiGLU
     the gate's units before the others."""
     gate = hidden.chunk(2, dim=-1)[0] if mlp_kind == 'swiglu' else hidden
-    return float((gate <= CLOSED_BELOW[mlp_kind]).flatten(0, -2).all(dim=0).float().mean())
+    return share_always(gate <= CLOSED_BELOW[mlp_kind])
+
+
+def share_always(is_closed) -> float:
+    """The share of units for which is_closed (..., units) is true for every token."""
+    return float(is_closed.flatten(0, -2).all(dim=0).float().mean())
 
 
 # -- the batch -------------------------------------------------------------------------------------------------------

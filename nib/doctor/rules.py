@@ -56,7 +56,8 @@ def is_tolerated(finding: Finding) -> bool:
 
 
 class Doctor:
-    """see_data() once, then see_step() at each logged step and see_evaluation() at each evaluation; each returns new findings.
+    """see_data() once, then see_step() at each logged step and see_evaluation() at each evaluation, see_generation() after the last
+    step; each returns new findings.
 
     config: train.py's, as the run uses it. trained: whether the run began with weights that had learnt before. From a resumed
     run's records, recall() learns what was found and evaluated before.
@@ -66,6 +67,7 @@ class Doctor:
                   'plateau', 'exploding_gradients', 'vanishing_gradients', 'all_clipped', 'weight_decay_too_strong', 'float16_underflow',
                   'throughput_collapse')
     EVALUATION_RULES = ('attention_collapsed', 'dead_units', 'overfitting', 'underfitting', 'batch_too_small')
+    GENERATION_RULES = ('generation_differs',)
 
     def __init__(self, config: Mapping, data: DataSigns, n_params: int, train_tokens: int, trained: bool):
         self.config, self.data, self.n_params, self.train_tokens, self.trained = config, data, n_params, train_tokens, trained
@@ -80,6 +82,7 @@ class Doctor:
         self.first_rms: dict[str, float] | None = None  # of the weights
         self.streak: dict[str, int] = {}  # rule -> how often in a row what it looks for was there
         self.evaluations: list[EvaluationSigns] = []
+        self.difference: str | None = None  # what check_generation() says
         self.steps = self.bad_steps = 0  # since the run was started or resumed; those that were not finite
         self.first_bad = self.last_bad = 0  # of those, as far as the looks tell
 
@@ -101,6 +104,11 @@ class Doctor:
     def see_evaluation(self, signs: EvaluationSigns) -> list[Finding]:
         self.evaluations.append(signs)
         return self._apply(self.EVALUATION_RULES, signs.step)
+
+    def see_generation(self, step: int, difference: str | None) -> list[Finding]:
+        """difference: what nib.generation.check_generation() returns after the last step."""
+        self.difference = difference
+        return self._apply(self.GENERATION_RULES, step)
 
     def see_bad_steps(self, step: int, seen: Seen) -> list[Finding]:
         """Steps that were not finite, of which none is applied, in a run that goes on."""
@@ -381,6 +389,11 @@ class Doctor:
             scale = f'about {1 / signal - 1:,.0f}' if signal > 1e-3 else 'more than a thousand'
             return (f'a step\'s gradient is {1 - signal:.0%} noise: the noise scale is {scale} batches of {self.tokens_per_step:,} '
                     f'token{"s" * (self.tokens_per_step > 1)}')
+
+    # -- after the last step ---------------------------------------------------------------------------------------------
+
+    def generation_differs(self):
+        return self.difference
 
     # -- of several rules ------------------------------------------------------------------------------------------------
 

@@ -160,4 +160,8 @@ TROUBLES = {
     'batch_too_small': Trouble('warning', (
         'a step has too few tokens: its gradient is nearly all noise',), (
         'raise batch_size or gradient_accumulation_steps', 'or lower learning_rate')),
+    'generation_differs': Trouble('warning', (
+        'attention was changed in another place than attention_scores(), so that the cache of keys and values does not know',
+        'a layer that looks at later tokens', 'a fault in nib/generation.py'), (
+        'change attention in attention_scores() of model.py, which generation follows', 'the losses are right, samples are not')),
 }

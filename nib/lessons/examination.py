@@ -201,9 +201,9 @@ def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report
                'fresh.', 'mean, std')
     yield note('std of what the block\'s attention and MLP add to the stream.', '... adds')
     closed = {'relu2': 'are exactly 0', 'gelu': 'stay below -3, where GELU is flat (its slope within 0.012 of 0),',
-              'swiglu': 'have a gate that stays below -6, where SiLU is flat (its slope within 0.0125 of 0),'}.get(config.mlp)
-    yield note(f'not counted: when a unit of {config.mlp} is closed is not known here.' if closed is None else
-               f'share of the MLP\'s hidden units that {closed} for every one of the {x.numel():,} tokens: they learn nothing '
+              'swiglu': 'have a gate that stays below -6, where SiLU is flat (its slope within 0.0125 of 0),'}
+    closed = closed.get(config.mlp, 'are exactly 0')
+    yield note(f'share of the MLP\'s hidden units that {closed} for every one of the {x.numel():,} tokens: they learn nothing '
                f'from them. Healthy: at most {health.DEAD:.0%}.', 'dead units')
     yield note(f'how widely a position spreads its attention, mean over heads, positions and '
                f'{count(min(ATTENDED, len(x)), "sequence")}. Position t sees t places, so ln t is its most, and {largest:.3f} '

@@ -14,6 +14,7 @@ from nib.doctor import vitals
 from nib.doctor.rules import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
+from nib.generation import check_generation
 from nib.machine.device import describe_device, peak_memory
 from nib.machine.ranks import Ranks
 from nib.machine.signals import FINDING, StopSignal, describe_stop
@@ -213,6 +214,13 @@ class Logbook:
         return text
 
     # -- the end ----------------------------------------------------------------------------------
+
+    def check_generation(self, step: int):
+        """Lets the doctor compare generation, with its cache, to whole forward passes of the trained model."""
+        if self.metrics:
+            prompt = self.data.val[:self.config['block_size']].tolist()
+            self._tell(self.doctor.see_generation(step, check_generation(
+                self.training.raw_model, prompt, precision=self.training.precision)))
 
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
         self.say(f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split')

@@ -87,6 +87,7 @@ def test_what_an_evaluation_told_is_part_of_the_checkpoint(tmp_path):
         assert found.state['train'] == {'best_val_loss': 1.5} and found.state['note'] == found.step
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == 'win32', reason='limits of a process are a Unix thing')
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     """Run in a process of its own, as its files are limited to 500 bytes from the second save on."""
@@ -132,6 +133,7 @@ def test_state_is_plain_json_with_the_digest_of_every_file(tmp_path):
     assert set(state['files']) == {'model.safetensors', 'optimizer.safetensors'}
 
 
+@pytest.mark.slow
 def test_no_damage_is_loaded_without_a_word(capsys):
     """200 damages of all kinds at random places, in one to three checkpoints."""
     assert corruption.main(['--damages=200']) == 0, capsys.readouterr().out

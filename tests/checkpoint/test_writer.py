@@ -108,12 +108,14 @@ raise RuntimeError('something else')
 '''
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_elsewhere_finishes_its_save_before_it_ends(tmp_path):
     done = run_script('-c', ENDING, tmp_path / 'run')
     assert done.returncode == 1 and 'something else' in done.stderr
     assert newest(tmp_path / 'run') == (10, 1.0)
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_elsewhere_tells_of_a_failed_save_too(tmp_path):
     (tmp_path / 'run').write_text('a file is in the way')
     done = run_script('-c', ENDING, tmp_path / 'run')

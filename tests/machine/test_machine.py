@@ -102,14 +102,15 @@ def test_seeds_depend_on_every_counter_and_its_place():
     assert drawn[0] == drawn[3] and len(set(drawn)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc', reason='is about glibc')
 def test_freed_memory_is_kept_for_the_next_tensors():
-    """In blocks of 64 MB, whose pages glibc would otherwise get from the system each time."""
+    """In blocks of 36 MB, whose pages glibc would otherwise get from the system each time."""
     program = ('import resource, sys, torch; from nib.machine.device import keep_freed_memory\n'
                'if sys.argv[1:]: keep_freed_memory(sys.argv[1])\n'
                'for turn in range(40):\n'  # the first leave gaps that are a little too small
                '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
-               '    torch.ones(1 << 24)\n'
+               '    torch.ones(9 << 20)\n'
                'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)')
     faults = [int(subprocess.run([sys.executable, '-c', program, *device], cwd=ROOT, capture_output=True, text=True,
                                  check=True).stdout) for device in ([], ['cuda'], ['cpu'])]
@@ -148,6 +149,7 @@ run_script(main)
 '''
 
 
+@pytest.mark.slow
 def test_two_ranks_agree(tmp_path):
     (tmp_path / 'two.py').write_text(TWO)
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
@@ -177,6 +179,7 @@ def test_a_signal_after_a_finding_still_saves(capfd):
     assert stop.number == signal.SIGTERM and 'signal 15: stopping after this step' in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
     run = subprocess.Popen([sys.executable, '-c', SIGNALLED], cwd=ROOT, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True)

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL_RUN, records, run_script, train
@@ -22,19 +23,19 @@ ENDLESS = ['--max_iters=1000000', '--lr_decay_iters=1000000', '--eval_interval=1
 # A process that takes the lock, says so, and holds it until it is killed.
 HOLDER = 'import sys, time; from nib.run.folder import RunLock; lock = RunLock(sys.argv[1]); lock.take(True); print(1, flush=True); time.sleep(60)'
 
+linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks at processes in /proc')
+
 
 @contextmanager
-def started(*command, env={}):
+def started(*command, env=None):
     """A process that is not there any more afterwards, nor are its children."""
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, start_new_session=True)
+                               stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}, start_new_session=True)
     try:
         yield process
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()
 
 
@@ -47,7 +48,7 @@ def ranks_of(process) -> list[int]:
     children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
 
     def rank(pid):
-        environment = open(f'/proc/{pid}/environ').read().split('\0')
+        environment = Path(f'/proc/{pid}/environ').read_text().split('\0')
         return next((int(item[5:]) for item in environment if item.startswith('RANK=')), -1)
 
     return sorted((int(pid) for pid in children if rank(pid) >= 0), key=rank)
@@ -77,6 +78,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         RunLock(tmp_path / 'file').take(new_run=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [[], ['--init_from=resume'], ['--overwrite']])
 def test_a_run_that_is_going_on_is_left_alone(data_dir, tmp_path, flags):
     train(data_dir, tmp_path / 'run', '--max_iters=2')
@@ -88,10 +90,12 @@ def test_a_run_that_is_going_on_is_left_alone(data_dir, tmp_path, flags):
         assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 
+@linux
+@pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(data_dir, tmp_path, rank, number):
-    out_dir = tmp_path / 'run'
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(data_dir, tmp_path, rank, name):
+    number, out_dir = getattr(signal, name), tmp_path / 'run'
     with started(*TORCHRUN, 'train.py', *SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={out_dir}') as run:
         wait_for(run, 'step 3: loss')
         since = time.monotonic()
@@ -119,6 +123,8 @@ sys.exit(train.main([*sys.argv[1:], '--init_from=resume']))
 """
 
 
+@linux
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_without_harm(data_dir, tmp_path):
     """Here while the checkpoint that the first one asked for is being written."""
     with started('-c', SLOW_DISK, *SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}') as run:
@@ -145,25 +151,38 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+RESTARTED = ['--dropout=0.1', '--eval_interval=5', '--keep_last=9']
+
+
+@pytest.fixture(scope='module')
+def undisturbed(data_dir, tmp_path_factory):
+    """What the restarted runs must equal."""
+    out_dir = tmp_path_factory.mktemp('undisturbed') / 'whole'
+    done = train(data_dir, out_dir, *RESTARTED, launcher=TORCHRUN)
+    assert 'resuming' not in done.stdout
+    return out_dir
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
-def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(data_dir, tmp_path, rank):
+def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
+        data_dir, tmp_path, undisturbed, rank):
     """The same curves and weights as if nothing had happened. An old run is in the folder, which must not come back."""
     (tmp_path / 'dies.py').write_text(DIES_ONCE.format(root=str(ROOT), rank=rank))
     train(data_dir, tmp_path / 'run', '--seed=3', '--max_iters=2', '--eval_interval=2')
-    flags = ['--dropout=0.1', '--eval_interval=5', '--keep_last=9']
-    whole = train(data_dir, tmp_path / 'whole', *flags, launcher=TORCHRUN)
     launcher = [*TORCHRUN, '--max-restarts=1', tmp_path / 'dies.py']
     rank or launcher.remove('--standalone')  # either way
-    done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', *flags, '--overwrite')
+    done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', *RESTARTED, '--overwrite')
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout and 'resuming' not in whole.stdout
+    assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout
     untimed = [[{name: value for name, value in record.items() if name not in TIMED}
-                for record in records(tmp_path / name)] for name in ('run', 'whole')]
+                for record in records(out_dir)] for out_dir in (tmp_path / 'run', undisturbed)]
     assert untimed[0] == untimed[1]
     for file in ('model.safetensors', 'optimizer.safetensors'):
-        assert (tmp_path / 'run/step-00000020' / file).read_bytes() == (tmp_path / 'whole/step-00000020' / file).read_bytes()
+        assert (tmp_path / 'run/step-00000020' / file).read_bytes() == (undisturbed / 'step-00000020' / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_path):
     """Without --standalone all launches have one name."""
     launcher = [item for item in TORCHRUN if item != '--standalone']
@@ -174,6 +193,7 @@ def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_p
     assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_ranks_that_read_different_checkpoints_do_not_train_together(data_dir, tmp_path):
     """One process that cannot read the newest would take an older one."""
     (tmp_path / 'blind.py').write_text(BLIND)

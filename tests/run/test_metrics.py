@@ -35,6 +35,7 @@ def test_other_ranks_are_silent(capsys):
     assert capsys.readouterr() == ('', '')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == 'win32', reason='a pty is a Unix thing')
 def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tmp_path):
     import fcntl

@@ -11,6 +11,7 @@ from conftest import ROOT, SMALL_RUN, run_script, train
 from nib.checkpoint import store
 
 
+@pytest.mark.slow
 def test_no_stop_and_no_kill_loses_more_than_what_was_not_saved_yet(tmp_path):
     """Every operation of a save, of an evaluation and of retention cut in three ways, then 50 kills at random moments, half
     of them of train.py, whose weights are at last the uninterrupted run's."""
@@ -37,6 +38,7 @@ def small_disk(tmp_path):
     subprocess.run(['umount', folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir, small_disk):
     disk, remount = small_disk
     flags = ['--eval_interval=5', '--keep_every=5']
@@ -53,6 +55,7 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
     assert [path.name for path in (disk / 'run').iterdir() if path.name.startswith('.')] == ['.lock']
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(data_dir, small_disk):
     disk, remount = small_disk
     remount('ro')
@@ -62,12 +65,13 @@ def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(data_di
 
 
 # Its files may have 100 kB: enough for metrics, too little for a checkpoint.
-CRAMPED = ['-c', 'import resource, train\n'
-                 'from nib.errors import run_script\n'
-                 'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-                 'run_script(train.main)\n', *SMALL_RUN, '--eval_interval=100000']
+CRAMPED = ['-c', ('import resource, train\n'
+                  'from nib.errors import run_script\n'
+                  'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+                  'run_script(train.main)\n'), *SMALL_RUN, '--eval_interval=100000']
 
 
+@pytest.mark.slow
 def test_a_last_save_that_fails_is_no_success(data_dir, tmp_path):
     done = run_script(*CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2')
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -75,6 +79,7 @@ def test_a_last_save_that_fails_is_no_success(data_dir, tmp_path):
     assert not store.exists(tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_stopped_run_whose_save_fails_does_not_say_that_it_is_saved(data_dir, tmp_path):
     run = subprocess.Popen([sys.executable, *CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
                             '--max_iters=100000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -16,6 +16,7 @@ def test_300_random_cases_end_without_a_traceback(tmp_path):
     assert table.splitlines()[-3].split()[-1] == '0'  # nothing else was bad either
 
 
+@pytest.mark.slow
 def test_what_ends_badly_is_seen(tmp_path):
     """A traceback, two lines of errors, a killed process, a long time: each of a script that does so."""
     done = run_script('-c', '''

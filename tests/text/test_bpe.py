@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +49,7 @@ def around(character):
     return f"{c} {c}a{c}1{c}!{c}'s{c}{c}  {c}\n{c}\n\n{c}'ll{c}\xa0{c} \xa0{c}"
 
 
+@pytest.mark.slow
 def test_every_character_of_the_basic_plane_has_the_ids_of_tiktoken(real_gpt2):
     same_as_tiktoken([(around(chr(point)), True) for point in range(0x10000) if not 0xd800 <= point < 0xe000])
 
@@ -87,6 +87,7 @@ def test_a_table_that_is_full_gives_the_same_ids(real_gpt2, small_table, texts):
     same_as_tiktoken([*texts, *texts])
 
 
+@pytest.mark.slow
 def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkeypatch):
     monkeypatch.setattr(bpe, '_BYTES', 400)
     table = bpe.WordTable(tokenizer.load_gpt2(), END)

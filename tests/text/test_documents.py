@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +124,7 @@ def test_a_character_that_two_chunks_share_is_read(tmp_path, monkeypatch, size):
         read(tmp_path / 'b.txt')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ending', ['.txt', '.jsonl'])
 def test_a_large_file_is_read_in_little_memory(tmp_path, ending):
     """40 MB, of which no more than a few pieces are there at once."""
@@ -241,6 +241,6 @@ def test_stored_texts_are_read_in_any_order_and_known_by_their_fingerprint(tmp_p
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a disk that is full')
 def test_texts_that_find_no_room_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr('tempfile.TemporaryFile', lambda dir: open('/dev/full', 'w+b'))
+    monkeypatch.setattr('tempfile.TemporaryFile', lambda dir: open('/dev/full', 'w+b'))  # noqa: SIM115, the code under test closes it
     with pytest.raises(UserError, match='No space left.*--out_dir'):
         documents.StoredTexts(tmp_path, ['x' * 100_000])

@@ -2,7 +2,7 @@
 import time
 
 import pytest
-from bad_server import CONTENT, SHA256, address  # noqa: F401, a fixture
+from bad_server import CONTENT, SHA256
 
 from nib.errors import UserError
 from nib.text.download import download

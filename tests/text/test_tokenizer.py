@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 from conftest import run_script
-from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +22,7 @@ ANY_CHARACTER = st.text(st.characters(exclude_categories=()))  # lone surrogates
 TYPED = st.lists(st.sampled_from(['the bee', ' ', '\n', '€', '🙂', "don't", '<|endoftext|>', '<|', 'x'])).map(''.join)
 # A fixture that is set up once for all examples is what is meant here.
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-NO_NETWORK = {name: 'http://127.0.0.1:1' for name in ('https_proxy', 'HTTPS_PROXY')}
+NO_NETWORK = dict.fromkeys(('https_proxy', 'HTTPS_PROXY'), 'http://127.0.0.1:1')
 
 
 @given(ANY_CHARACTER, st.booleans())

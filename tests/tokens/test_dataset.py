@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from gpt2 import small_gpt2  # noqa: F401, a fixture
 
 from benchmarks import loading
 from nib.errors import UserError

@@ -110,6 +110,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line():
         list(encode_all([*pieces(SERIAL_BATCHES), *last], DyingTokenizer(), UINT16))
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them():
     """Also where that is killed, and cannot tell them."""
     program = ('import itertools, sys, time; import numpy as np; from nib.tokens.encode import *; from nib.text.tokenizer import *\n'

@@ -10,12 +10,10 @@ import sysconfig
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, run_script
-from gpt2 import real_gpt2, small_gpt2  # noqa: F401, fixtures
 
 from nib.errors import UserError
 from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
@@ -28,7 +26,7 @@ STDLIB = ROOT / 'data/stdlib_char/prepare.py'
 OPENWEBTEXT = ROOT / 'data/openwebtext/prepare.py'
 WRITTEN = ROOT / 'data/text/prepare.py'
 AT_HAND = any((script.parent / 'input.txt').exists() for script in (SHAKESPEARE, SHAKESPEARE_GPT2))
-NO_NETWORK = {name: 'http://127.0.0.1:1' for name in ('https_proxy', 'HTTPS_PROXY')}
+NO_NETWORK = dict.fromkeys(('https_proxy', 'HTTPS_PROXY'), 'http://127.0.0.1:1')
 TEXT = 'Wherefore art thou Romeo? Ὦ Ῥωμαῖε!\n' * 30
 
 
@@ -126,6 +124,7 @@ def test_the_standard_library_is_text_enough_and_says_where_it_is_from(stdlib):
     assert 100 < meta['source']['files'] < 2000
 
 
+@pytest.mark.slow
 def test_the_standard_library_gives_the_same_bins_twice(stdlib, tmp_path, capsys):
     runpy.run_path(str(STDLIB))['main']([f'--out_dir={tmp_path}'])
     assert open_dataset(tmp_path, 16).fingerprint == open_dataset(stdlib, 16).fingerprint
@@ -335,6 +334,7 @@ def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, con
     assert not (tmp_path / 'owt').exists()
 
 
+@pytest.mark.slow
 def test_openwebtext_without_a_network_is_one_line(tmp_path):
     """The vocabulary is not what is missing here."""
     program = ('import runpy, sys; from nib import errors, tokenizer\n'

@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -181,6 +180,7 @@ def with_crashes(finish, crashing, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, tmp_path):
+    resource = pytest.importorskip('resource')  # not on Windows
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
