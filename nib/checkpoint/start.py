@@ -37,10 +37,11 @@ class Weights:
         fixed = {field.name: getattr(self.model, field.name) for field in fields(GPTConfig)}
         if self.resumed:  # whose state is that of its optimizer
             fixed['optimizer'] = self.resumed.state['config'].get('optimizer', 'adamw')
+            before = self.resumed.state['config']
             # The schedule of a run from before these keys had 'auto', unless what they depend on has changed.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
-                before = self.resumed.state['config']
-                if values[key] == 'auto' and key in before and before.get(depends_on) == values[depends_on]:
+                is_same = before.get(depends_on) == values[depends_on] and type(before.get(key)) in (int, float)
+                if values[key] == 'auto' and is_same:
                     adopted[key] = before[key]
         for key, own in fixed.items():
             if key in ('vocab_size', 'dropout', 'recompute') or values[key] == own:

@@ -337,7 +337,7 @@ def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, con
 @pytest.mark.slow
 def test_openwebtext_without_a_network_is_one_line(tmp_path):
     """The vocabulary is not what is missing here."""
-    program = ('import runpy, sys; from nib import errors, tokenizer\n'
+    program = ('import runpy, sys; from nib import errors; from nib.text import tokenizer\n'
                'tokenizer.Gpt2Tokenizer.encode = lambda self, text: None\n'
                f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"](["--out_dir={tmp_path / "owt"}"]))')
     done = run_script('-c', program, env={'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'})
