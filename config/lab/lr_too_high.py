@@ -2,4 +2,5 @@
 
 include('healthy.py')
 out_dir = 'out-lab-lr-too-high'
-learning_rate = min_lr = 0.06
+learning_rate = 0.06
+lr_schedule = 'constant'
