@@ -222,7 +222,7 @@ def test_an_activation_that_the_inspection_does_not_know_is_measured_by_its_outp
     mlp.kind = 'relu'
     with torch.no_grad():
         mlp.c_fc.bias[:32] = -100.0  # a quarter of the units never opens
-    _, rows = inspection.measure_layers(model, x, x, runtime.precision('float32', 'cpu'), 2)
+    _, rows = inspection.measure_layers(model, x, x, autocast('float32', 'cpu'), 2)
     assert rows[1].dead == pytest.approx(0.25, abs=0.02)
 
 
