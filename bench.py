@@ -223,7 +223,8 @@ class Done(Exception):
 def time_run(argv) -> dict[str, float]:
     """What train.py adds to its training steps, and for how long a checkpoint, a batch of an evaluation and the doctor's check-up
     stop them: its own main runs, for 3 * steps steps, and saves and evaluates after each third."""
-    clock, train_step, evaluate = measure.LapClock(read_config(argv)['device']), train.train_step, train.evaluate
+    values = read_config(argv)
+    clock, train_step, evaluate = measure.LapClock(values['device']), train.train_step, train.evaluate
     n_batches = 2  # of each split in an evaluation
     done, between = 0, 'loop'
 
@@ -249,9 +250,10 @@ def time_run(argv) -> dict[str, float]:
 
     train.train_step, train.evaluate = timed_step, timed_evaluate
     flags = [flag for flag in argv if not flag.startswith('--steps=')]
+    log_interval = min(values['log_interval'], steps)
     with suppress(Done):
         train.main([*flags, f'--max_iters={3 * steps + 1}', f'--eval_interval={steps}', f'--eval_iters={n_batches}',
-                    f'--log_interval={min(log_interval, steps)}'])
+                    f'--log_interval={log_interval}'])
     added = sum(clock.seconds[part] for part in ('data', 'checks', 'loop'))
     step = added + sum(clock.seconds[part] for part in ('forward', 'backward', 'optimizer'))
     return {'ms loop and logging': 1000 * clock.seconds['loop'] / (done - 1),
