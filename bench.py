@@ -8,6 +8,7 @@
 Takes every key of train.py. With --vs_nanogpt the same model and batch are measured in nanoGPT's code too, in turns. With
 --growth the table and the picture are how speed and memory change with width, depth, context and batch.
 """
+
 import json
 import math
 import os
@@ -29,13 +30,7 @@ from benchmarks import measure
 from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
 from nib.errors import UserError, run_script
 from nib.machine.compiling import pick_compile
-from nib.machine.device import (
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    synchronize,
-)
+from nib.machine.device import peak_flops, peak_memory, pick_device, pick_dtype, synchronize
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config
 from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
@@ -54,7 +49,12 @@ result: str = ''  # file to write the table to, too
 VOCAB_SIZE = 50257  # of the random tokens that stand in for a dataset that is not there
 ROOT = Path(__file__).resolve().parent
 WARM_UP = 3  # steps that are not measured
-AXES = {'width': ('n_embd', 'n_head', 'n_kv_head'), 'depth': ('n_layer',), 'context': ('block_size',), 'batch': ('batch_size',)}
+AXES = {
+    'width': ('n_embd', 'n_head', 'n_kv_head'),
+    'depth': ('n_layer',),
+    'context': ('block_size',),
+    'batch': ('batch_size',),
+}
 SLOW = 700  # ms; a step that takes longer is the last one of its axis
 
 
@@ -73,7 +73,9 @@ def main(argv):
 
 def read_config(argv) -> dict:
     """The values of all keys, which become this module's globals too."""
-    values, _ = configurator.configure(__file__, argv, settle={'device': pick_device}, base='train.py')
+    values, _ = configurator.configure(
+        __file__, argv, settle={'device': pick_device}, base='train.py'
+    )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
     values['compile'], _ = pick_compile(values['compile'], values['device'])
     check_config(values, world_size=1)
@@ -94,11 +96,17 @@ def as_flags(values, **changes) -> list[str]:
 def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) -> dict[str, float]:
     """What a function of this module returns for a command line, in a process of its own. UserError with the last line that
     it said where it fails."""
-    program = ('import json, bench; from nib.errors import run_script; '
-               f'run_script(lambda argv: print("\\n" + json.dumps(bench.{function.__name__}(argv))))')
+    program = (
+        'import json, bench; from nib.errors import run_script; '
+        f'run_script(lambda argv: print("\\n" + json.dumps(bench.{function.__name__}(argv))))'
+    )
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
-    done = subprocess.run([sys.executable, '-c', program, *flags], env={**os.environ, 'PYTHONPATH': paths},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', program, *flags],
+        env={**os.environ, 'PYTHONPATH': paths},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f'it ended with exit code {done.returncode}']
         raise UserError(said[-1].removeprefix('error: '))
@@ -106,6 +114,7 @@ def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) ->
 
 
 # -- one config ------------------------------------------------------------------------------------------------------
+
 
 def measure_config(values) -> str:
     """The table of a config's speed, the parts of its step, and memory."""
@@ -117,38 +126,68 @@ def measure_config(values) -> str:
         for turn in range(rounds):
             for name, contestant in contestants.items():
                 measured[name].append(contestant.round())
-                print(f'round {turn + 1}, {name}: {measured[name][-1]["tokens/s"]:,.0f} tokens/s', file=sys.stderr, flush=True)
+                print(
+                    f'round {turn + 1}, {name}: {measured[name][-1]["tokens/s"]:,.0f} tokens/s',
+                    file=sys.stderr,
+                    flush=True,
+                )
         if startup:
-            run = as_flags(values, dataset=data.name, data_dir=data.folder.parent, out_dir=Path(scratch) / 'run', overwrite=True,
-                           init_from='scratch', eval_only=False, wandb_log=False, tensorboard=False, sample_tokens=0)
+            run = as_flags(
+                values,
+                dataset=data.name,
+                data_dir=data.folder.parent,
+                out_dir=Path(scratch) / 'run',
+                overwrite=True,
+                init_from='scratch',
+                eval_only=False,
+                wandb_log=False,
+                tensorboard=False,
+                sample_tokens=0,
+            )
             measured['nibGPT'][0] |= in_fresh_process(time_run, [*run, f'--steps={steps}'])
             for figures in measured['nibGPT']:
-                figures |= {'import torch, s': measure.time_import(), 'command to first step, s': measure.time_startup(run)}
+                figures |= {
+                    'import torch, s': measure.time_import(),
+                    'command to first step, s': measure.time_startup(run),
+                }
     tokens = values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']
-    return (f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{" in turns" if vs_nanogpt else ""}; '
-            f'{measure.describe_machine(values["device"])}\n'
-            f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step '
-            f'({values["gradient_accumulation_steps"]} x {values["batch_size"]} x {values["block_size"]}), {values["dtype"]}, '
-            f'compile {"on" if values["compile"] else "off"}, {data.name}'
-            f'{"; nanoGPT in float32, as on any CPU" if vs_nanogpt and values["device"] == "cpu" else ""}\n\n'
-            + measure.make_table(measured))
+    return (
+        f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{" in turns" if vs_nanogpt else ""}; '
+        f'{measure.describe_machine(values["device"])}\n'
+        f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step '
+        f'({values["gradient_accumulation_steps"]} x {values["batch_size"]} x {values["block_size"]}), {values["dtype"]}, '
+        f'compile {"on" if values["compile"] else "off"}, {data.name}'
+        f'{"; nanoGPT in float32, as on any CPU" if vs_nanogpt and values["device"] == "cpu" else ""}\n\n'
+        + measure.make_table(measured)
+    )
 
 
 def find_data(values, scratch: Path) -> TokenDataset:
     """The config's dataset, prepared as train.py does; if it is not available, random tokens, and a line that says so."""
     folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
     try:
-        return open_or_prepare(values['dataset'], values['fallback_dataset'], values['data_dir'], values['prepare_dataset'],
-                               values['block_size'], Ranks(), warn)
+        return open_or_prepare(
+            values['dataset'],
+            values['fallback_dataset'],
+            values['data_dir'],
+            values['prepare_dataset'],
+            values['block_size'],
+            Ranks(),
+            warn,
+        )
     except UserError as error:
         if is_prepared(folder):
             raise
-        warn(f'*** MEASURING RANDOM TOKENS of a vocabulary of {VOCAB_SIZE:,}, so that embedding and head are not those of '
-             f'this config\'s dataset: {error} ***')
+        warn(
+            f'*** MEASURING RANDOM TOKENS of a vocabulary of {VOCAB_SIZE:,}, so that embedding and head are not those of '
+            f"this config's dataset: {error} ***"
+        )
     folder = scratch / 'random tokens'
     folder.mkdir()
     for name in ('train.bin', 'val.bin'):  # without a meta.json: tokens of GPT-2
-        np.random.default_rng(0).integers(VOCAB_SIZE, size=64 * values['block_size'] + 1, dtype=np.uint16).tofile(folder / name)
+        np.random.default_rng(0).integers(
+            VOCAB_SIZE, size=64 * values['block_size'] + 1, dtype=np.uint16
+        ).tofile(folder / name)
     return open_dataset(folder, values['block_size'])
 
 
@@ -161,23 +200,33 @@ class Contestant:
         self.training.compile_and_distribute(values['compile'], print)
         self.training.optimizer.lr = values['learning_rate']
         self.raw_model = self.training.raw_model
-        self.prompt = data.val[:values['prompt_tokens']].tolist()
-        self.tokens = values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']  # in a step
+        self.prompt = data.val[: values['prompt_tokens']].tolist()
+        self.tokens = (
+            values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']
+        )  # in a step
         self.step = 0
         self.peak = peak_flops(self.device, values['dtype'])
         self.time_steps(WARM_UP)
-        self.memory = peak_memory(self.device)  # now, before generation and what else is measured add to it
+        self.memory = peak_memory(
+            self.device
+        )  # now, before generation and what else is measured add to it
 
     def round(self) -> dict[str, float]:
         """Figures of `steps` steps, of a few more with every part timed, and of one generation."""
         seconds = self.time_steps(steps) / steps
-        figures = {'tokens/s': self.tokens / seconds, 'ms/step': 1000 * seconds, **self.time_parts()}
+        figures = {
+            'tokens/s': self.tokens / seconds,
+            'ms/step': 1000 * seconds,
+            **self.time_parts(),
+        }
         flops_per_second = self.training.flops_per_token * self.tokens / seconds
         figures['TFLOP/s'] = flops_per_second / 1e12
         if self.peak:
             figures['MFU %'] = 100 * flops_per_second / self.peak
         else:
-            figures["% of matrix products' rate"] = 100 * flops_per_second / measure.matrix_rate(self.device, self.values['dtype'])
+            figures["% of matrix products' rate"] = (
+                100 * flops_per_second / measure.matrix_rate(self.device, self.values['dtype'])
+            )
         if self.memory is not None:
             figures['peak memory, MB'] = self.memory / 1e6
         if new_tokens:
@@ -189,7 +238,9 @@ class Contestant:
         synchronize(self.device)
         started = time.perf_counter()
         for _ in range(n):
-            train.train_step(self.training, self.training.batches.micro_batches(self.step), self.step)
+            train.train_step(
+                self.training, self.training.batches.micro_batches(self.step), self.step
+            )
             self.step += 1
         synchronize(self.device)
         return time.perf_counter() - started
@@ -201,20 +252,32 @@ class Contestant:
         n = max(1, steps // 3)
         for _ in range(n):
             clock.lap('')
-            measure.timed_step(train.train_step, self.training, self.training.batches.micro_batches(self.step), self.step, clock)
+            measure.timed_step(
+                train.train_step,
+                self.training,
+                self.training.batches.micro_batches(self.step),
+                self.step,
+                clock,
+            )
             self.step += 1
-        return {f'ms {part}': 1000 * clock.seconds[part] / n for part in ('data', 'forward', 'backward', 'optimizer', 'checks')}
+        return {
+            f'ms {part}': 1000 * clock.seconds[part] / n
+            for part in ('data', 'forward', 'backward', 'optimizer', 'checks')
+        }
 
     def time_generation(self) -> float:
         synchronize(self.device)
         started = time.perf_counter()
-        for _ in self.raw_model.generate([self.prompt], new_tokens, temperature=0.8, top_k=200, seed=1):
+        for _ in self.raw_model.generate(
+            [self.prompt], new_tokens, temperature=0.8, top_k=200, seed=1
+        ):
             pass
         synchronize(self.device)
         return time.perf_counter() - started
 
 
 # -- a run of train.py -----------------------------------------------------------------------------------------------
+
 
 class Done(Exception):
     """The run has been timed."""
@@ -224,7 +287,11 @@ def time_run(argv) -> dict[str, float]:
     """What train.py adds to its training steps, and for how long a checkpoint, a batch of an evaluation and the doctor's check-up
     stop them: its own main runs, for 3 * steps steps, and saves and evaluates after each third."""
     values = read_config(argv)
-    clock, train_step, evaluate = measure.LapClock(values['device']), train.train_step, train.evaluate
+    clock, train_step, evaluate = (
+        measure.LapClock(values['device']),
+        train.train_step,
+        train.evaluate,
+    )
     n_batches = 2  # of each split in an evaluation
     done, between = 0, 'loop'
 
@@ -252,47 +319,101 @@ def time_run(argv) -> dict[str, float]:
     flags = [flag for flag in argv if not flag.startswith('--steps=')]
     log_interval = min(values['log_interval'], steps)
     with suppress(Done):
-        train.main([*flags, f'--max_iters={3 * steps + 1}', f'--eval_interval={steps}', f'--eval_iters={n_batches}',
-                    f'--log_interval={log_interval}'])
+        train.main(
+            [
+                *flags,
+                f'--max_iters={3 * steps + 1}',
+                f'--eval_interval={steps}',
+                f'--eval_iters={n_batches}',
+                f'--log_interval={log_interval}',
+            ]
+        )
     added = sum(clock.seconds[part] for part in ('data', 'checks', 'loop'))
     step = added + sum(clock.seconds[part] for part in ('forward', 'backward', 'optimizer'))
-    return {'ms loop and logging': 1000 * clock.seconds['loop'] / (done - 1),
-            '% data, checks, loop, logging': 100 * added / step,
-            'ms that a checkpoint blocks': 1000 * clock.seconds['checkpoint'] / 3,
-            'ms evaluation, a batch': 1000 * clock.seconds['evaluation'] / (3 * 2 * n_batches),
-            "ms doctor's check-up after it": 1000 * clock.seconds['check-up'] / 3}
+    return {
+        'ms loop and logging': 1000 * clock.seconds['loop'] / (done - 1),
+        '% data, checks, loop, logging': 100 * added / step,
+        'ms that a checkpoint blocks': 1000 * clock.seconds['checkpoint'] / 3,
+        'ms evaluation, a batch': 1000 * clock.seconds['evaluation'] / (3 * 2 * n_batches),
+        "ms doctor's check-up after it": 1000 * clock.seconds['check-up'] / 3,
+    }
 
 
 # -- nanoGPT ---------------------------------------------------------------------------------------------------------
 
+
 def start_nanogpt(values, data, clone: str) -> NanoGPT:
     """nanoGPT with the loop of its train.py, on the same model and batch. UserError where it has no such model."""
     gpt2 = configurator.read_block(train.__file__).defaults
-    for key in ('n_kv_head', 'position', 'norm', 'qk_norm', 'mlp', 'tied_head', 'logit_cap', 'zero_init', 'optimizer'):
+    for key in (
+        'n_kv_head',
+        'position',
+        'norm',
+        'qk_norm',
+        'mlp',
+        'tied_head',
+        'logit_cap',
+        'zero_init',
+        'optimizer',
+    ):
         if values[key] != gpt2[key]:
-            raise UserError(f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2\'s architecture')
-    keys = ('device', 'dtype', 'compile', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head',
-            'n_embd', 'dropout', 'bias', 'learning_rate', 'beta1', 'beta2', 'weight_decay', 'grad_clip', 'steps', 'new_tokens')
-    job = {key: values[key] for key in keys} | {'vocab_size': data.vocab_size, 'prompt': data.val[:prompt_tokens].tolist(),
-                                                'train_bin': str((data.folder / 'train.bin').resolve())}
+            raise UserError(
+                f"--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2's architecture"
+            )
+    keys = (
+        'device',
+        'dtype',
+        'compile',
+        'block_size',
+        'batch_size',
+        'gradient_accumulation_steps',
+        'n_layer',
+        'n_head',
+        'n_embd',
+        'dropout',
+        'bias',
+        'learning_rate',
+        'beta1',
+        'beta2',
+        'weight_decay',
+        'grad_clip',
+        'steps',
+        'new_tokens',
+    )
+    job = {key: values[key] for key in keys} | {
+        'vocab_size': data.vocab_size,
+        'prompt': data.val[:prompt_tokens].tolist(),
+        'train_bin': str((data.folder / 'train.bin').resolve()),
+    }
     return NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
 
 
 # -- growth ----------------------------------------------------------------------------------------------------------
 
+
 def measure_growth(values) -> tuple[str, Callable]:
     """The table of how speed and memory change along each of AXES, and what draws it: on each, one size of the model or its
     batch is 1/8, 1/4, 1/2, 1, 2, ... of what it is in this config, where that is whole, until a step is SLOW or memory full."""
     growing.check_picture(growth)
-    measured = growing.measure(AXES, values, SLOW, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes)))
-    labels = {'width': f'width (heads of {values["n_embd"] // values["n_head"]})', 'depth': 'depth (layers)',
-              'context': 'context (tokens)', 'batch': 'batch (sequences)'}
-    what = (f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, batch {values["batch_size"]}, '
-            f'and one of these changed; {values["dtype"]}, compile {"on" if values["compile"] else "off"}')
+    measured = growing.measure(
+        AXES, values, SLOW, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
+    )
+    labels = {
+        'width': f'width (heads of {values["n_embd"] // values["n_head"]})',
+        'depth': 'depth (layers)',
+        'context': 'context (tokens)',
+        'batch': 'batch (sequences)',
+    }
+    what = (
+        f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, batch {values["batch_size"]}, '
+        f'and one of these changed; {values["dtype"]}, compile {"on" if values["compile"] else "off"}'
+    )
     machine = measure.describe_machine(values['device'])
     own_sizes = {axis: values[keys[0]] for axis, keys in AXES.items()}
-    return (f'{what}\n{machine}\n\n{growing.make_table(measured)}',
-            lambda: growing.draw(measured, growth, f'{what}\n{machine}', own_sizes, labels))
+    return (
+        f'{what}\n{machine}\n\n{growing.make_table(measured)}',
+        lambda: growing.draw(measured, growth, f'{what}\n{machine}', own_sizes, labels),
+    )
 
 
 def measure_point(argv) -> dict[str, float]:
@@ -306,10 +427,16 @@ def measure_point(argv) -> dict[str, float]:
             times.append(ours.time_steps(1))
         rate = ours.peak or measure.matrix_rate(values['device'], values['dtype'])
     seconds = statistics.median(times)
-    return {'M parameters': ours.raw_model.num_params() / 1e6, 'MFLOP/token': ours.training.flops_per_token / 1e6, growing.STEP: 1000 * seconds,
-            growing.SPEED: ours.tokens / seconds, growing.LIMIT: rate / ours.training.flops_per_token,
-            growing.SHARE: 100 * ours.tokens * ours.training.flops_per_token / seconds / rate,
-            growing.MEMORY: (ours.memory or math.nan) / 1e6, growing.BEFORE: before / 1e6}
+    return {
+        'M parameters': ours.raw_model.num_params() / 1e6,
+        'MFLOP/token': ours.training.flops_per_token / 1e6,
+        growing.STEP: 1000 * seconds,
+        growing.SPEED: ours.tokens / seconds,
+        growing.LIMIT: rate / ours.training.flops_per_token,
+        growing.SHARE: 100 * ours.tokens * ours.training.flops_per_token / seconds / rate,
+        growing.MEMORY: (ours.memory or math.nan) / 1e6,
+        growing.BEFORE: before / 1e6,
+    }
 
 
 if __name__ == '__main__':

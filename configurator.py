@@ -53,22 +53,32 @@ def configure(
     if base:
         below = read_block(os.path.join(os.path.dirname(script), base))
         block = Block(
-            block.defaults | below.defaults, block.types | below.types,
-            block.comments | below.comments, block.headings | below.headings, block.doc,
+            block.defaults | below.defaults,
+            block.types | below.types,
+            block.comments | below.comments,
+            block.headings | below.headings,
+            block.doc,
         )
     if '--help' in argv or '-h' in argv:
         print_help(script, block)
         raise SystemExit(0)
     printing = [item for item in argv if item in ('--print_config', '--print-config')]
-    values, origins = resolve(block.defaults, block.types, [item for item in argv if item not in printing], settle)
+    values, origins = resolve(
+        block.defaults, block.types, [item for item in argv if item not in printing], settle
+    )
     if printing:
-        print_columns([(f'{key} = {value!r}', f'# {origins[key]}') for key, value in values.items()])
+        print_columns(
+            [(f'{key} = {value!r}', f'# {origins[key]}') for key, value in values.items()]
+        )
         raise SystemExit(0)
     return values, origins
 
 
 def resolve(
-    defaults: Mapping[str, object], types: Mapping[str, Type], argv: Sequence[str], settle: Settle = NO_SETTLING
+    defaults: Mapping[str, object],
+    types: Mapping[str, Type],
+    argv: Sequence[str],
+    settle: Settle = NO_SETTLING,
 ) -> tuple[dict[str, object], dict[str, str]]:
     """The value of every key and where it came from: 'default', 'config/x.py:12' or 'command line'.
 
@@ -104,11 +114,15 @@ def read_block(path: str) -> Block:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             break
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
+        if not (
+            isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value
+        ):
             continue
         key, where = node.target.id, f'{path}:{node.lineno}: {node.target.id}'
         if key in RESERVED or key.startswith('_'):
-            raise UserError(f'{where}: this name cannot be a key ({", ".join(RESERVED)} and _names are reserved)')
+            raise UserError(
+                f'{where}: this name cannot be a key ({", ".join(RESERVED)} and _names are reserved)'
+            )
         try:
             block.types[key] = read_type(node.annotation)
             default = ast.literal_eval(node.value)
@@ -159,7 +173,9 @@ def read_type(node: ast.expr) -> Type:
 def fit(value: object, kind: Type, where: str) -> object:
     """The value as one of the type's alternatives; True is no int, 1 may be a float, 1e3 an int."""
     for alternative in kind:
-        if type(value) is alternative or (type(value) is type(alternative) and value == alternative):
+        if type(value) is alternative or (
+            type(value) is type(alternative) and value == alternative
+        ):
             return value
     if type(value) is int and float in kind and abs(value) <= sys.float_info.max:
         return float(value)
@@ -175,7 +191,9 @@ def read_text(text: str, kind: Type, where: str) -> object:
     readings = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about '\d' and the like, which are no business of a flag
+            warnings.simplefilter(
+                'ignore'
+            )  # about '\d' and the like, which are no business of a flag
             readings.append(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
@@ -214,7 +232,9 @@ def suggest(name: str, names: Sequence[str], form: str = '{}') -> str:
 # Flags and files
 
 
-def parse_argv(argv: Sequence[str], types: Mapping[str, Type]) -> tuple[dict[str, object], list[str]]:
+def parse_argv(
+    argv: Sequence[str], types: Mapping[str, Type]
+) -> tuple[dict[str, object], list[str]]:
     """Flags by key, and the config files in their order."""
     flags: dict[str, object] = {}
     files, items = [], list(argv)
@@ -228,15 +248,21 @@ def parse_argv(argv: Sequence[str], types: Mapping[str, Type]) -> tuple[dict[str
         if key not in types and key.removeprefix('no_') in types and not equals:
             key = key.removeprefix('no_')
             if bool not in types[key]:
-                raise UserError(f'{item}: {key} is no switch but {describe(types[key])}; type --{key}=value')
+                raise UserError(
+                    f'{item}: {key} is no switch but {describe(types[key])}; type --{key}=value'
+                )
             flags[key] = False
         elif key not in types:
-            raise UserError(f'--{name}: no such key{suggest(key, list(types), "--{}")} (--help lists all keys)')
+            raise UserError(
+                f'--{name}: no such key{suggest(key, list(types), "--{}")} (--help lists all keys)'
+            )
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True
         else:
             if not equals and (not items or items[0].startswith('--')):
-                raise UserError(f'--{name}: found no value, expected {describe(types[key])}; type --{key}=value')
+                raise UserError(
+                    f'--{name}: found no value, expected {describe(types[key])}; type --{key}=value'
+                )
             flags[key] = read_text(text if equals else items.pop(0), types[key], f'--{name}')
     return flags, files
 
@@ -253,10 +279,20 @@ def is_value(item: str, kind: Type) -> bool:
 def check_file(path: str, types: Mapping[str, Type]) -> str:
     if os.path.exists(path) and path.endswith('.py'):
         return path
-    if os.path.exists(path):  # a text, or a run's folder: not to be executed because somebody forgot the flag's name
-        key = 'input' if 'input' in types else 'out_dir' if 'out_dir' in types and os.path.isdir(path) else None
-        raise UserError(f'{path} is no config file, whose name ends in .py'
-                        + (f'; did you mean --{key}={path}?' if key else ' (flags are typed --key=value)'))
+    if os.path.exists(
+        path
+    ):  # a text, or a run's folder: not to be executed because somebody forgot the flag's name
+        key = (
+            'input'
+            if 'input' in types
+            else 'out_dir'
+            if 'out_dir' in types and os.path.isdir(path)
+            else None
+        )
+        raise UserError(
+            f'{path} is no config file, whose name ends in .py'
+            + (f'; did you mean --{key}={path}?' if key else ' (flags are typed --key=value)')
+        )
     flag = path.lstrip('-')
     if flag.partition('=')[0].replace('-', '_') in types:
         raise UserError(f'{path}: no such config file; did you mean --{flag}?')
@@ -282,7 +318,10 @@ class Namespace(dict):
     def __init__(self, values, pinned):
         super().__init__(values)
         self.pinned, self.places = pinned, {}
-        self.imports, self.running = set(), []  # names that imports made; the files in execution, innermost last
+        self.imports, self.running = (
+            set(),
+            [],
+        )  # names that imports made; the files in execution, innermost last
 
     def __setitem__(self, name, value):
         if name not in self.pinned:
@@ -295,9 +334,13 @@ class Namespace(dict):
         _, tree = read_python(path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Global):  # its assignments would go past __setitem__
-                raise UserError(f'{path}:{node.lineno}: found a global statement, expected assignments at the top level')
+                raise UserError(
+                    f'{path}:{node.lineno}: found a global statement, expected assignments at the top level'
+                )
             if isinstance(node, ast.Import | ast.ImportFrom):
-                self.imports |= {(alias.asname or alias.name).partition('.')[0] for alias in node.names}
+                self.imports |= {
+                    (alias.asname or alias.name).partition('.')[0] for alias in node.names
+                }
 
         def include(other):
             other = os.path.normpath(os.path.join(os.path.dirname(path), other))
@@ -314,14 +357,22 @@ class Namespace(dict):
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
-            line = lines[-1] if lines else getattr(error, 'lineno', 1)  # a SyntaxError of compile's has no frame
+            lines = [
+                line
+                for frame, line in traceback.walk_tb(error.__traceback__)
+                if frame.f_code.co_filename == path
+            ]
+            line = (
+                lines[-1] if lines else getattr(error, 'lineno', 1)
+            )  # a SyntaxError of compile's has no frame
             reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
             raise UserError(f'{path}:{line}: {reason}') from None
         self.running.pop()
 
 
-def run_file(path: str, values: dict, types: Mapping[str, Type], pinned: Mapping[str, object]) -> dict[str, str]:
+def run_file(
+    path: str, values: dict, types: Mapping[str, Type], pinned: Mapping[str, object]
+) -> dict[str, str]:
     """Execute a config file on the values, in place; returns the place where each key was last assigned."""
     namespace = Namespace(values, pinned)
     namespace.execute(path)
@@ -329,10 +380,21 @@ def run_file(path: str, values: dict, types: Mapping[str, Type], pinned: Mapping
         place = namespace.places.get(name, path)
         if name in namespace.places and name in types:
             values[name] = fit(value, types[name], f'{place}: {name}')
-        elif name not in types and name not in namespace.imports and not name.startswith('_') and name != 'include':
+        elif (
+            name not in types
+            and name not in namespace.imports
+            and not name.startswith('_')
+            and name != 'include'
+        ):
             hint = suggest(name, list(types))
-            raise UserError(f"{place}: {name}: no such key{hint} (a name of the file's own begins with _)")
-    return {name: place for name, place in namespace.places.items() if name in types and name in namespace}
+            raise UserError(
+                f"{place}: {name}: no such key{hint} (a name of the file's own begins with _)"
+            )
+    return {
+        name: place
+        for name, place in namespace.places.items()
+        if name in types and name in namespace
+    }
 
 
 def read_python(path: str) -> tuple[str, ast.Module]:
@@ -355,7 +417,9 @@ def read_python(path: str) -> tuple[str, ast.Module]:
 
 def print_help(script: str, block: Block) -> None:
     shown = os.path.relpath(script)
-    print(f'{block.doc}\n\nusage: python {shown} [config/file.py ...] [--key=value ...] [--print_config]')
+    print(
+        f'{block.doc}\n\nusage: python {shown} [config/file.py ...] [--key=value ...] [--print_config]'
+    )
     rows = []
     for key, default in block.defaults.items():
         if key in block.headings:

@@ -9,6 +9,7 @@ Letters of shapes:
     H = n_head, K = key and value heads, D = C / H, the width of a head
     Q queries, S keys, if attention is not of a whole sequence to itself
 """
+
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT; the defaults are GPT-2's. ValueError names a field that cannot be."""
+
     vocab_size: int = 50257
     block_size: int = 1024  # the most positions that the model attends over
     n_layer: int = 12
@@ -52,30 +54,39 @@ class GPTConfig:
             # More layers would take hours to build; wider ones could not be counted.
             value, below = getattr(self, name), 10_000 if name == 'n_layer' else 1 << 31
             if not 1 <= value < below:
-                raise ValueError(f'{name} is {value}: it must be at least 1 and less than {below:,}')
+                raise ValueError(
+                    f'{name} is {value}: it must be at least 1 and less than {below:,}'
+                )
         for name, kind in get_type_hints(type(self)).items():
             choices, value = get_args(kind), getattr(self, name)
             if choices and value not in choices:
                 raise ValueError(f'{name} is {value!r}: it must be one of {", ".join(choices)}')
         if self.n_embd % self.n_head:
             nearest = self.n_embd // self.n_head * self.n_head or self.n_head
-            raise ValueError(f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}: '
-                             f'try n_embd {nearest}')
+            raise ValueError(
+                f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}: '
+                f'try n_embd {nearest}'
+            )
         if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
             shared = math.gcd(self.n_head, self.n_kv_head)
-            raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head '
-                             f'{self.n_kv_head}: try n_kv_head {shared}')
+            raise ValueError(
+                f'n_head {self.n_head} is not divisible by n_kv_head '
+                f'{self.n_kv_head}: try n_kv_head {shared}'
+            )
         if self.position == 'rotary' and self.head_dim % 2:
-            raise ValueError(f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of '
-                             f'dimensions, so it must be even: '
-                             f'try n_embd {self.n_head * (self.head_dim + 1)}')
+            raise ValueError(
+                f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of '
+                f'dimensions, so it must be even: '
+                f'try n_embd {self.n_head * (self.head_dim + 1)}'
+            )
         if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
             raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and less than 1')
         if not 0.0 <= self.logit_cap < math.inf:
-            raise ValueError(f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive '
-                             f'number')
+            raise ValueError(
+                f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive number'
+            )
 
     @classmethod
     def pick(cls, values: Mapping, vocab_size: int) -> 'GPTConfig':
@@ -124,7 +135,7 @@ class Rotary(nn.Module):
         super().__init__()
         exponents = -torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         positions = torch.arange(config.block_size, dtype=torch.float64)
-        angles = positions[:, None] * config.rotary_base ** exponents  # (block_size, D/2)
+        angles = positions[:, None] * config.rotary_base**exponents  # (block_size, D/2)
         self.register_buffer('cos', angles.cos().float(), persistent=False)
         self.register_buffer('sin', angles.sin().float(), persistent=False)
 
@@ -202,8 +213,9 @@ def attend(q, k, v, dropout: float = 0.0):
         return attend_by_definition(q, k, v, positions, positions, dropout)
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
         return attend_in_blocks(q, k, v, dropout)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, mask=None):
@@ -238,8 +250,12 @@ def is_causal_attention(scores) -> bool:
     """
     positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
     generator = torch.Generator('cpu').manual_seed(0)
-    q, k = torch.randn(2, 1, 4, len(positions), 16, generator=generator, dtype=torch.float64,
-                       device='cpu') * 2
+    q, k = (
+        torch.randn(
+            2, 1, 4, len(positions), 16, generator=generator, dtype=torch.float64, device='cpu'
+        )
+        * 2
+    )
     identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
     with torch.autocast('cpu', enabled=False):
         kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
@@ -263,8 +279,10 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
     if T <= QUERY_BLOCK:
         return attend_block(q, k, v, dropout).view(B, H, T, D)
     ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
-    blocks = [checkpoint(attend_block, block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
-              for block, end in zip(q.split(QUERY_BLOCK, dim=1), ends, strict=True)]
+    blocks = [
+        checkpoint(attend_block, block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
+        for block, end in zip(q.split(QUERY_BLOCK, dim=1), ends, strict=True)
+    ]
     return torch.cat(blocks, dim=1).view(B, H, T, D)
 
 
@@ -292,7 +310,10 @@ class SwiGLU(nn.Module):
 
 
 ACTIVATIONS = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
-    'gelu': lambda: nn.GELU(approximate='tanh'), 'relu2': SquaredReLU, 'swiglu': SwiGLU}
+    'gelu': lambda: nn.GELU(approximate='tanh'),
+    'relu2': SquaredReLU,
+    'swiglu': SwiGLU,
+}
 
 
 class MLP(nn.Module):
@@ -368,8 +389,9 @@ class GPT(nn.Module):
         Raises ValueError when T is larger than block_size.
         """
         if idx.shape[1] > self.config.block_size:
-            raise ValueError(f'{idx.shape[1]} positions are more than block_size '
-                             f'{self.config.block_size}')
+            raise ValueError(
+                f'{idx.shape[1]} positions are more than block_size {self.config.block_size}'
+            )
         x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
         if targets is None:
             return self._logits(x)
@@ -421,8 +443,10 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int):
         """Shortens the context, keeping the first positions. Raises ValueError if it would grow."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size {block_size} is not between 1 and the '
-                             f'{self.config.block_size} of the model')
+            raise ValueError(
+                f'block_size {block_size} is not between 1 and the '
+                f'{self.config.block_size} of the model'
+            )
         self.config = replace(self.config, block_size=block_size)
         if self.config.position == 'learned':
             kept = self.transformer.wpe.weight[:block_size].detach().clone()
@@ -456,10 +480,17 @@ class GPT(nn.Module):
 
     # -- generation -------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 seed: int | None = None, stop: Sequence[Sequence[int]] = (),
-                 compile: bool = False) -> Iterator[torch.Tensor]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[Sequence[int]] = (),
+        compile: bool = False,
+    ) -> Iterator[torch.Tensor]:
         """Continues every prompt, yielding tokens as they are made.
 
         prompts: B sequences of at least one token id; of one longer than block_size, its end is used.
@@ -478,7 +509,10 @@ class GPT(nn.Module):
         position 0, as in training; this costs one pass every block_size / 2 tokens.
         """
         from nib.generation import generate
-        return generate(self, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile)
+
+        return generate(
+            self, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile
+        )
 
 
 def soft_cap(logits, cap):
@@ -504,19 +538,30 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, with_gradients, chunk_size):  # x (N, C), weight (V, C), targets (N)
+    def forward(
+        ctx, x, weight, targets, cap, with_gradients, chunk_size
+    ):  # x (N, C), weight (V, C), targets (N)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         head, V = pad_rows(weight.to(dtype)), len(weight)
         rows = min(len(x), max(1, chunk_size // len(head)))
         logits = head.new_empty(rows, len(head))
-        log_probs = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+        log_probs = (
+            logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+        )
         losses = torch.empty(len(x), device=x.device)
         # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
-        grad_x, grad_weight = (torch.zeros_like(t, dtype=torch.float32) for t in (x, head)) if with_gradients else (None, None)
+        grad_x, grad_weight = (
+            (torch.zeros_like(t, dtype=torch.float32) for t in (x, head))
+            if with_gradients
+            else (None, None)
+        )
         for first in range(0, len(x), rows):
-            chunk, target = x[first:first + rows].to(dtype, copy=True), targets[first:first + rows, None]
-            logits, log_probs = logits[:len(chunk)], log_probs[:len(chunk)]
+            chunk, target = (
+                x[first : first + rows].to(dtype, copy=True),
+                targets[first : first + rows, None],
+            )
+            logits, log_probs = logits[: len(chunk)], log_probs[: len(chunk)]
             counted = target != IGNORED
             target = target.clamp(min=0)
             torch.mm(chunk, head.t(), out=logits)
@@ -526,15 +571,19 @@ class ChunkedLoss(torch.autograd.Function):
                 log_probs.mul_(cap)
             log_probs[:, V:] = -math.inf
             torch.log_softmax(log_probs, dim=-1, out=log_probs)
-            losses[first:first + rows] = (log_probs.gather(1, target) * -counted.float())[:, 0]
+            losses[first : first + rows] = (log_probs.gather(1, target) * -counted.float())[:, 0]
             if with_gradients:
-                grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                grad = log_probs.exp_().scatter_add_(
+                    1, target, -torch.ones_like(target, dtype=torch.float32)
+                )
                 if cap:
                     grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
                 logits.copy_(grad)
-                grad_x[first:first + rows] = (logits @ head) * counted
+                grad_x[first : first + rows] = (logits @ head) * counted
                 chunk *= counted
-                for total, columns in zip(grad_weight.split(4096), logits.split(4096, dim=1)):  # little by little: no large copy
+                for total, columns in zip(
+                    grad_weight.split(4096), logits.split(4096, dim=1)
+                ):  # little by little: no large copy
                     total += columns.t() @ chunk
         n_counted = (targets != IGNORED).sum()
         ctx.save_for_backward(grad_x, grad_weight[:V] if with_gradients else None, n_counted)

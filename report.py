@@ -1,9 +1,10 @@
 """Shows a run, finished or still going, as one page: verdict and findings, curves, samples, config.
 
-    python report.py --out_dir=out-shakespeare-char             writes report.html and PNGs into the run's folder
-    python report.py --out_dir=out-shakespeare-char,out-two     several runs drawn over each other
-    python report.py --out_dir=out-shakespeare-char --watch     serves the page to this machine, and follows the run
+python report.py --out_dir=out-shakespeare-char             writes report.html and PNGs into the run's folder
+python report.py --out_dir=out-shakespeare-char,out-two     several runs drawn over each other
+python report.py --out_dir=out-shakespeare-char --watch     serves the page to this machine, and follows the run
 """
+
 import os
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +30,9 @@ def main(argv):
     defaults = configurator.read_block(TRAIN).defaults
     if watch:
         return serve(folders, defaults)
-    target = Path(page or Path(folders[0]) / ('comparison.html' if len(folders) > 1 else 'report.html'))
+    target = Path(
+        page or Path(folders[0]) / ('comparison.html' if len(folders) > 1 else 'report.html')
+    )
     if target.suffix != '.html':
         raise UserError(f'--page={page}: the name of a page ends in .html')
     try:
@@ -37,12 +40,19 @@ def main(argv):
         print(f'{target} and {drawn} PNGs in {target.with_suffix("")}' if drawn else target)
     except ImportError:
         print(target)
-        print('no PNGs, as matplotlib is missing: pip install matplotlib, or leave them out with --no-png', file=sys.stderr)
+        print(
+            'no PNGs, as matplotlib is missing: pip install matplotlib, or leave them out with --no-png',
+            file=sys.stderr,
+        )
 
 
 def split_folders(names: str) -> list[str]:
     """The folders that out_dir names; a single one may have a comma in its name."""
-    folders = [names] if os.path.isdir(names) else [name.strip() for name in names.split(',') if name.strip()]
+    folders = (
+        [names]
+        if os.path.isdir(names)
+        else [name.strip() for name in names.split(',') if name.strip()]
+    )
     if not folders:
         raise UserError('--out_dir is empty: name the folder that train.py wrote to')
     return folders
@@ -55,10 +65,17 @@ def serve(folders: list[str], defaults: dict):
 
     def current_page() -> bytes:
         nonlocal seen, content
-        files = [Path(folder) / name for folder in folders for name in ('metrics.jsonl', 'config.json')]
-        stamps = [(stat.st_mtime_ns, stat.st_size) for stat in (file.stat() for file in files if file.exists())]
+        files = [
+            Path(folder) / name for folder in folders for name in ('metrics.jsonl', 'config.json')
+        ]
+        stamps = [
+            (stat.st_mtime_ns, stat.st_size)
+            for stat in (file.stat() for file in files if file.exists())
+        ]
         if stamps != seen:
-            content = build_page(read_runs(folders), defaults, watching=True).encode(errors='replace')
+            content = build_page(read_runs(folders), defaults, watching=True).encode(
+                errors='replace'
+            )
             seen = stamps
         return content
 
@@ -94,7 +111,9 @@ def serve(folders: list[str], defaults: dict):
     try:
         server = Server(('127.0.0.1', port), Handler)
     except OSError as error:
-        raise UserError(f'--port={port}: {error.strerror}; name another, or 0 for any that is free') from error
+        raise UserError(
+            f'--port={port}: {error.strerror}; name another, or 0 for any that is free'
+        ) from error
     with server:
         print(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)', flush=True)
         try:

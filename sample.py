@@ -1,9 +1,10 @@
 """Writes text with a trained model.
 
-    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
-    python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
-    echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
+python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
+python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 """
+
 import codecs
 import itertools
 import sys
@@ -35,42 +36,65 @@ stop: str = ''  # end a sample after this text; <|endoftext|> stands for that to
 # how to choose tokens
 temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
 top_k: int | None = 200  # only the k likeliest tokens; None for all
-top_p: float | None = None  # only the likeliest tokens that hold this much probability; None for all
+top_p: float | None = (
+    None  # only the likeliest tokens that hold this much probability; None for all
+)
 seed: int = 1337  # another seed, other samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # precision of the weights
-compile: bool | Literal['auto'] = False  # torch.compile for the step from token to token: for many thousand tokens on a GPU
+compile: bool | Literal['auto'] = (
+    False  # torch.compile for the step from token to token: for many thousand tokens on a GPU
+)
 
 
 def main(argv):
     values, _ = configurator.configure(__file__, argv, settle={'device': pick_device})
     globals().update(values)
     if not 1 <= num_samples < 1 << 20:
-        raise UserError(f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}')
+        raise UserError(
+            f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}'
+        )
     prompt = read_prompt(start)
     found, tensors = store.load(out_dir, which, read=('model',), check=check_shapes)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     config = GPTConfig(**found.state['model'])
     prompt_ids = encode_prompt(tokenizer, prompt, '--start')
     if len(prompt_ids) > config.block_size:
-        fitting = len(tokenizer.decode(prompt_ids[-config.block_size:]))
-        raise UserError(f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
-                        f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters')
+        fitting = len(tokenizer.decode(prompt_ids[-config.block_size :]))
+        raise UserError(
+            f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
+            f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters'
+        )
     dtype_used, dtype_reason = pick_dtype(dtype, device)
-    encode_prompt(tokenizer, stop, '--stop')  # a text that the vocabulary cannot write would never come
+    encode_prompt(
+        tokenizer, stop, '--stop'
+    )  # a text that the vocabulary cannot write would never come
     try:
-        check_sampling([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size)
+        check_sampling(
+            [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     model = GPT(config)
     model.load_state_dict(tensors['model'])
     model.to(device, getattr(torch, dtype_used))
-    print(f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {describe_device(device)}, '
-          f'{dtype_used} ({dtype_reason})', file=sys.stderr)
+    print(
+        f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {describe_device(device)}, '
+        f'{dtype_used} ({dtype_reason})',
+        file=sys.stderr,
+    )
 
     def generate(compiled: bool):
-        return model.generate([prompt_ids] * num_samples, max_new_tokens, temperature, top_k, top_p, seed, compile=compiled)
+        return model.generate(
+            [prompt_ids] * num_samples,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            compile=compiled,
+        )
 
     compiled = compile and can_compile(generate)
     samples = [Sample() for _ in range(num_samples)]
@@ -105,9 +129,12 @@ def can_compile(generate: Callable) -> bool:
 @dataclass
 class Sample:
     """One continuation of the prompt. A character whose bytes are shared out over tokens is there with the last one."""
+
     text: str = ''
     ended: bool = False  # with the stop text; nothing more is taken in
-    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder('utf-8')('replace'))
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder('utf-8')('replace')
+    )
 
     def add(self, content: bytes, final: bool = False) -> str:
         """Takes in the bytes of a token; returns the text that is new."""
@@ -117,7 +144,7 @@ class Sample:
         self.text += self.decoder.decode(content, final)
         at = self.text.find(stop, max(0, before - len(stop))) if stop else -1
         if at >= 0:
-            self.text, self.ended = self.text[:at + len(stop)], True
+            self.text, self.ended = self.text[: at + len(stop)], True
         return self.text[before:]
 
 
@@ -131,11 +158,17 @@ def read_prompt(start: str) -> str:
         else:
             prompt = start
     except OSError as error:
-        raise UserError(f'--start={start}: {error.strerror}; it is FILE: and the path of a text file') from error
+        raise UserError(
+            f'--start={start}: {error.strerror}; it is FILE: and the path of a text file'
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f'--start={start}: not UTF-8 text (byte {error.start}); convert it: iconv -t UTF-8') from error
+        raise UserError(
+            f'--start={start}: not UTF-8 text (byte {error.start}); convert it: iconv -t UTF-8'
+        ) from error
     if not prompt:
-        raise UserError('--start: the prompt is empty; a model needs at least one character to start from')
+        raise UserError(
+            '--start: the prompt is empty; a model needs at least one character to start from'
+        )
     return prompt
 
 

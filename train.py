@@ -7,6 +7,7 @@
 Read it from top to bottom: the config, the learning rate, the evaluation, one training step, what a
 step needs, main, the loop, and what they call.
 """
+
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -152,6 +153,7 @@ def evaluate(model, batches, precision, ranks, stop) -> float:
 
 # -- one training step -----------------------------------------------------------------------------
 
+
 def accumulate_gradients(t, micro_batches, step: int) -> torch.Tensor:
     """Adds up the gradients of a step's micro batches; returns the mean of their losses.
 
@@ -191,6 +193,7 @@ def train_step(t, micro_batches, step: int) -> tuple[torch.Tensor, torch.Tensor]
 @dataclass
 class Training:
     """What a training step needs. bench.py and debug_training.py set up theirs here too."""
+
     raw_model: GPT  # what is evaluated and saved
     model: torch.nn.Module  # what is trained: raw_model, perhaps compiled and distributed
     optimizer: Optimizer
@@ -215,14 +218,34 @@ class Training:
         keep_freed_memory(device)
         model = new_model(config, data, start).to(device).train()
         micro_steps = config['gradient_accumulation_steps'] // ranks.world_size
-        batches = BatchLoader(data.train, config['block_size'], config['batch_size'],
-                              config['seed'], 'train', micro_steps, ranks.rank, ranks.world_size,
-                              device, data.vocab_size)
+        batches = BatchLoader(
+            data.train,
+            config['block_size'],
+            config['batch_size'],
+            config['seed'],
+            'train',
+            micro_steps,
+            ranks.rank,
+            ranks.world_size,
+            device,
+            data.vocab_size,
+        )
         limit = None if config['on_nonfinite'] == 'skip' else config['max_bad_steps']
-        return cls(model, model, Optimizer.pick(config, model, has_bfloat16(device)),
-                   torch.amp.GradScaler(torch.device(device).type, enabled=float16), batches,
-                   BadSteps(limit, device, float16), autocast(config['dtype'], device), ranks,
-                   device, micro_steps, config['grad_clip'], config['seed'], config['dtype'])
+        return cls(
+            model,
+            model,
+            Optimizer.pick(config, model, has_bfloat16(device)),
+            torch.amp.GradScaler(torch.device(device).type, enabled=float16),
+            batches,
+            BadSteps(limit, device, float16),
+            autocast(config['dtype'], device),
+            ranks,
+            device,
+            micro_steps,
+            config['grad_clip'],
+            config['seed'],
+            config['dtype'],
+        )
 
     @property
     def flops_per_token(self) -> float:
@@ -251,13 +274,19 @@ class Training:
         if compiled:
             self.model = compile_model(self.model, self.batches.batch(0, 0), self.precision, say)
         if self.ranks.world_size > 1:
-            self.model = distribute(self.model, self.ranks.local_rank, self.device,
-                                    self.batches.batch(0, 0), self.precision)
+            self.model = distribute(
+                self.model,
+                self.ranks.local_rank,
+                self.device,
+                self.batches.batch(0, 0),
+                self.precision,
+            )
 
 
 @dataclass
 class TrainState:
     """All that a resumed run needs beside the weights, the optimizer and the config."""
+
     step: int = 0  # steps done
     passed_over: int = 0  # batches left out by rewinding: step s trains on those of s + passed_over
     bad_steps: int = 0  # number of consecutive non-finite steps up to this one
@@ -268,8 +297,10 @@ class TrainState:
     def restore(self, t: Training, found: store.Checkpoint, tensors):
         """Puts back what a checkpoint holds. Raises UserError if ranks have read different ones."""
         if len(set(steps := t.ranks.gather(found.step))) > 1:
-            raise UserError(f'the processes have read checkpoints of different steps, {steps} by '
-                            f'rank: make sure that all can read {found.path.parent}')
+            raise UserError(
+                f'the processes have read checkpoints of different steps, {steps} by '
+                f'rank: make sure that all can read {found.path.parent}'
+            )
         t.raw_model.load_state_dict(tensors['model'])
         t.optimizer.load_named_state(t.raw_model, tensors['optimizer'])
         vars(self).update(vars(TrainState(**found.state['train'])))
@@ -279,6 +310,7 @@ class TrainState:
 
 
 # -- the run ---------------------------------------------------------------------------------------
+
 
 def main(argv):
     # The config: from here on the names at the top of this file have the values of this run.
@@ -360,6 +392,7 @@ def loop(t, data, state, book, stop):
 
 # -- what the loop calls ---------------------------------------------------------------------------
 
+
 def look_back(t, state, book) -> bool:
     """Looks for non-finite steps, none of which was applied; returns whether it has gone back.
 
@@ -397,8 +430,16 @@ def explain_nonfinite(t, data_step: int) -> str:
 
 def split_loss(t, data, split: str, max_batches: int | None, stop) -> float:
     """The loss on max_batches batches, spread evenly over a split, or on all of it."""
-    batches = eval_batches(data.split(split), block_size, batch_size, max_batches, t.ranks.rank,
-                           t.ranks.world_size, t.device, data.vocab_size)
+    batches = eval_batches(
+        data.split(split),
+        block_size,
+        batch_size,
+        max_batches,
+        t.ranks.rank,
+        t.ranks.world_size,
+        t.device,
+        data.vocab_size,
+    )
     return evaluate(t.raw_model, batches, t.precision, t.ranks, stop)
 
 
@@ -431,6 +472,7 @@ def finish(t, data, state, book, stop) -> int:
 
 # -- what main calls -------------------------------------------------------------------------------
 
+
 def find_start(values, origins, book):
     """Returns the weights to start from, None for fresh ones, and values with their model's shape.
 
@@ -449,8 +491,9 @@ def find_start(values, origins, book):
 
 def find_data(ranks, book):
     """Returns the dataset, prepared first if need be. Raises UserError if none is available."""
-    data = open_or_prepare(dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks,
-                           book.say)
+    data = open_or_prepare(
+        dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
+    )
     if sample_tokens:
         data.tokenizer.decode([0])  # if its files are missing, raise UserError now
     book.say_data(data, gradient_accumulation_steps * batch_size * block_size)

@@ -5,6 +5,7 @@
 Trains on the first 81 % of the text and validates on the 9 % after it; the last tenth, on which results are reported, stays
 unseen, so that choosing by this table is no tuning on it.
 """
+
 import statistics
 import subprocess
 import sys
@@ -54,23 +55,37 @@ def main(argv):
     try:
         seen = Path(text).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text') from error
+        raise UserError(
+            f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text'
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        (scratch / 'seen.txt').write_text(seen[:len(seen) * 9 // 10], encoding='utf-8')
-        run('data/shakespeare_char/prepare.py', f'--input={scratch / "seen.txt"}', f'--out_dir={scratch / "shakespeare_char"}')
+        (scratch / 'seen.txt').write_text(seen[: len(seen) * 9 // 10], encoding='utf-8')
+        run(
+            'data/shakespeare_char/prepare.py',
+            f'--input={scratch / "seen.txt"}',
+            f'--out_dir={scratch / "shakespeare_char"}',
+        )
         measured = {idea: [] for idea in IDEAS}
         for seed in range(seeds):
             for idea, flags in IDEAS.items():
                 filled = flags.format(twice=2 * steps, half=steps // 2).split()
                 measured[idea].append(train(scratch, seed, filled))
-                print(f'seed {seed}, without {idea}: loss {measured[idea][-1][0]:.4f}, {measured[idea][-1][1]:.1f} s', flush=True)
-    lines = [f'{seeds} seeds; {measure.describe_machine()}; {steps} steps', '',
-             f'{"config/fast_shakespeare_char.py without":42}{"loss (lowest to highest)":>28}{"process, s":>12}']
+                print(
+                    f'seed {seed}, without {idea}: loss {measured[idea][-1][0]:.4f}, {measured[idea][-1][1]:.1f} s',
+                    flush=True,
+                )
+    lines = [
+        f'{seeds} seeds; {measure.describe_machine()}; {steps} steps',
+        '',
+        f'{"config/fast_shakespeare_char.py without":42}{"loss (lowest to highest)":>28}{"process, s":>12}',
+    ]
     for idea, runs in measured.items():
         losses, seconds = zip(*runs)
-        lines.append(f'{idea:42}{f"{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})":>28}'
-                     f'{statistics.median(seconds):12.1f}')
+        lines.append(
+            f'{idea:42}{f"{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})":>28}'
+            f'{statistics.median(seconds):12.1f}'
+        )
     print('\n'.join(lines))
     if result:
         Path(result).write_text('\n'.join(lines) + '\n')
@@ -80,16 +95,30 @@ def train(scratch: Path, seed: int, flags) -> tuple[float, float]:
     """Validation loss over the whole split, and seconds of the process."""
     out_dir = scratch / 'run'
     started = time.perf_counter()
-    run('train.py', 'config/fast_shakespeare_char.py', '--device=cpu', f'--max_iters={steps}', f'--seed={seed}',
-        f'--data_dir={scratch}', f'--out_dir={out_dir}', '--fallback_dataset=', '--overwrite', *flags)
+    run(
+        'train.py',
+        'config/fast_shakespeare_char.py',
+        '--device=cpu',
+        f'--max_iters={steps}',
+        f'--seed={seed}',
+        f'--data_dir={scratch}',
+        f'--out_dir={out_dir}',
+        '--fallback_dataset=',
+        '--overwrite',
+        *flags,
+    )
     seconds = time.perf_counter() - started
     return read_run(out_dir).values('loss/val_whole')[-1], seconds
 
 
 def run(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
-        raise UserError(f'{" ".join(map(str, command[:2]))} failed: {(done.stderr or done.stdout)[-500:]}')
+        raise UserError(
+            f'{" ".join(map(str, command[:2]))} failed: {(done.stderr or done.stdout)[-500:]}'
+        )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ Both get the same documents as a .jsonl file, and their bins must be equal byte 
 the clone but for three things: it gets these documents; it starts no further processes, as eight would share the core; and it
 writes no more shards than there are documents to validate on, as it fails where they are fewer than its 1,024.
 """
+
 import filecmp
 import json
 import os
@@ -31,12 +32,17 @@ input: str = ''  # files and folders of text, separated by commas: .txt, .md, .j
 field: str = 'text'  # the field of .jsonl and .parquet rows that holds the text
 megabytes: float = 100.0  # of text to take of it, at most
 rounds: int = 3  # turns of each
-parts: bool = True  # whether to measure the peak memory on a tenth and three tenths of the text, too
+parts: bool = (
+    True  # whether to measure the peak memory on a tenth and three tenths of the text, too
+)
 result: str = ''  # file to write the table to; empty: standard output only
 
-PROCESSES, SHARDS = 'num_proc = 8\n', 'total_batches = 1024\n'  # what is changed in nanoGPT's script
+PROCESSES, SHARDS = (
+    'num_proc = 8\n',
+    'total_batches = 1024\n',
+)  # what is changed in nanoGPT's script
 # Both print the seconds from loaded documents to bins; the vocabulary's loading is among them.
-NANOGPT = f'''
+NANOGPT = f"""
 import sys, time
 import datasets
 script, file, out_dir = sys.argv[1:]
@@ -47,8 +53,8 @@ code = open(script).read().replace({PROCESSES!r}, 'num_proc = None\\n').replace(
 started = time.perf_counter()
 exec(compile(code, script, 'exec'), {{'__name__': '__main__', '__file__': out_dir + '/prepare.py'}})
 print('seconds', time.perf_counter() - started)
-'''
-NIBGPT = '''
+"""
+NIBGPT = """
 import runpy, sys, time
 script, file, out_dir = sys.argv[1:]
 main = runpy.run_path(script)['main']
@@ -62,40 +68,66 @@ main.__globals__['load'] = timed_load
 started = time.perf_counter()
 main([f'--input={file}', f'--out_dir={out_dir}'])
 print('seconds', time.perf_counter() - started - sum(loading))
-'''
+"""
 
 
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     theirs = Path(nanogpt) / 'data/openwebtext/prepare.py'
-    if not nanogpt or not theirs.exists() or not all(line in theirs.read_text() for line in (PROCESSES, SHARDS)):
+    if (
+        not nanogpt
+        or not theirs.exists()
+        or not all(line in theirs.read_text() for line in (PROCESSES, SHARDS))
+    ):
         raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT')
     if not input:
-        raise UserError('--input=PATH is missing: name the files and folders that hold the text to encode')
+        raise UserError(
+            '--input=PATH is missing: name the files and folders that hold the text to encode'
+        )
     if rounds < 1:
         raise UserError(f'rounds is {rounds}: it must be at least 1')
     if not hasattr(os, 'sched_setaffinity'):
         raise UserError('this needs Linux, where a process can be kept on one core')
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # and with it those that it starts
-    contestants = {'nanoGPT': (NANOGPT, theirs), 'nibGPT': (NIBGPT, ROOT / 'data/openwebtext/prepare.py')}
+    contestants = {
+        'nanoGPT': (NANOGPT, theirs),
+        'nibGPT': (NIBGPT, ROOT / 'data/openwebtext/prepare.py'),
+    }
     turns = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         n_documents, n_bytes = write_documents(scratch / 'whole.jsonl', int(megabytes * 1e6))
         for turn in range(rounds):
             for name, contestant in contestants.items():
-                turns[name].append(take_turn(*contestant, scratch / 'whole.jsonl', n_bytes, scratch / name))
-                print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()), flush=True)
+                turns[name].append(
+                    take_turn(*contestant, scratch / 'whole.jsonl', n_bytes, scratch / name)
+                )
+                print(
+                    f'round {turn + 1}, {name}: '
+                    + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()),
+                    flush=True,
+                )
             for split in ('train.bin', 'val.bin'):
-                if not filecmp.cmp(*(scratch / name / split for name in contestants), shallow=False):
+                if not filecmp.cmp(
+                    *(scratch / name / split for name in contestants), shallow=False
+                ):
                     raise UserError(f'the two {split} differ')
-        lines = [(f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; {n_documents:,} documents, '
-                  f'{n_bytes / 1e6:.1f} MB of UTF-8'), 'train.bin and val.bin equal byte for byte', '', measure.make_table(turns)]
+        lines = [
+            (
+                f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; {n_documents:,} documents, '
+                f'{n_bytes / 1e6:.1f} MB of UTF-8'
+            ),
+            'train.bin and val.bin equal byte for byte',
+            '',
+            measure.make_table(turns),
+        ]
         for share in (0.1, 0.3) if parts else ():
             _, size = write_documents(scratch / 'part.jsonl', int(share * n_bytes))
-            peaks = [f'{name} {take_turn(*contestant, scratch / "part.jsonl", size, scratch / name)["peak memory MB"]:.0f}'
-                     for name, contestant in contestants.items()]
+            peaks = [
+                f'{name} {take_turn(*contestant, scratch / "part.jsonl", size, scratch / name)["peak memory MB"]:.0f}'
+                for name, contestant in contestants.items()
+            ]
             lines.append(f'peak memory MB on {size / 1e6:.0f} MB of text: {", ".join(peaks)}\n')
     table = '\n'.join(lines)
     print(table)
@@ -111,7 +143,10 @@ def write_documents(path: Path, most: int) -> tuple[int, int]:
         for text, ends in documents.read_documents(files, field):
             document.append(text)
             if ends:
-                n_documents, n_bytes = n_documents + 1, n_bytes + sum(len(part.encode()) for part in document)
+                n_documents, n_bytes = (
+                    n_documents + 1,
+                    n_bytes + sum(len(part.encode()) for part in document),
+                )
                 file.write(json.dumps({'text': ''.join(document)}) + '\n')
                 document = []
             if n_bytes >= most:
@@ -119,14 +154,25 @@ def write_documents(path: Path, most: int) -> tuple[int, int]:
     return n_documents, n_bytes
 
 
-def take_turn(program: str, script: Path, file: Path, n_bytes: int, out_dir: Path) -> dict[str, float]:
+def take_turn(
+    program: str, script: Path, file: Path, n_bytes: int, out_dir: Path
+) -> dict[str, float]:
     """Runs a contestant's program in an empty folder. UserError with the output's end where it fails."""
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir()
-    environment = {**os.environ, 'HF_HOME': str(out_dir / 'cache')}  # nothing is there from the last turn
+    environment = {
+        **os.environ,
+        'HF_HOME': str(out_dir / 'cache'),
+    }  # nothing is there from the last turn
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, '-c', program, str(script.resolve()), str(file), str(out_dir)], cwd=ROOT,
-                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, '-c', program, str(script.resolve()), str(file), str(out_dir)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     peak = [0]
     watcher = threading.Thread(target=watch_memory, args=(process, peak), daemon=True)
     watcher.start()
@@ -136,8 +182,13 @@ def take_turn(program: str, script: Path, file: Path, n_bytes: int, out_dir: Pat
     if process.returncode:
         raise UserError(f'{script} failed: {output[-500:]}')
     seconds = float(output.split()[-1])
-    return {'process s': whole, 'MB/s, whole process': n_bytes / 1e6 / whole, 'documents to bins s': seconds,
-            'MB/s, documents to bins': n_bytes / 1e6 / seconds, 'peak memory MB': peak[0] / 1000}
+    return {
+        'process s': whole,
+        'MB/s, whole process': n_bytes / 1e6 / whole,
+        'documents to bins s': seconds,
+        'MB/s, documents to bins': n_bytes / 1e6 / seconds,
+        'peak memory MB': peak[0] / 1000,
+    }
 
 
 def watch_memory(process: subprocess.Popen, peak: list[int]):
@@ -145,7 +196,16 @@ def watch_memory(process: subprocess.Popen, peak: list[int]):
     with suppress(OSError):  # it has ended
         while process.poll() is None:
             status = Path(f'/proc/{process.pid}/status').read_text()
-            peak[0] = max([peak[0], *(int(line.split()[1]) for line in status.splitlines() if line.startswith('RssAnon'))])
+            peak[0] = max(
+                [
+                    peak[0],
+                    *(
+                        int(line.split()[1])
+                        for line in status.splitlines()
+                        if line.startswith('RssAnon')
+                    ),
+                ]
+            )
             time.sleep(0.02)
 
 

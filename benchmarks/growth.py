@@ -1,4 +1,5 @@
 """How speed and memory grow with a model's sizes: what bench.py --growth measures, its table and its picture."""
+
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,12 @@ STEP, SPEED, LIMIT, SHARE = 'ms/step', 'tokens/s', 'at matrix rate', '% of it'
 MEMORY, BEFORE = 'peak memory, MB', 'before model, MB'
 
 
-def measure(axes: Mapping[str, Sequence[str]], own: Mapping[str, int], slow: float,
-            measure_point: Callable[[dict[str, int]], dict[str, float]]) -> Growth:
+def measure(
+    axes: Mapping[str, Sequence[str]],
+    own: Mapping[str, int],
+    slow: float,
+    measure_point: Callable[[dict[str, int]], dict[str, float]],
+) -> Growth:
     """The points along each axis, from an eighth of its own size on, each twice as large as the one before.
 
     axes: the sizes that change together on each, the first of which names a point. own: all sizes of the config that is on
@@ -24,7 +29,7 @@ def measure(axes: Mapping[str, Sequence[str]], own: Mapping[str, int], slow: flo
     for axis, keys in axes.items():
         points = growth[axis] = []
         for power in range(-3, 12):
-            sizes = {key: own[key] * 2.0 ** power for key in keys}
+            sizes = {key: own[key] * 2.0**power for key in keys}
             if not all(size.is_integer() for size in sizes.values()):
                 continue
             sizes = {key: int(size) for key, size in sizes.items()}
@@ -57,11 +62,15 @@ def check_picture(path: str):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError('--growth needs a package that is not here: pip install matplotlib') from error
+        raise UserError(
+            '--growth needs a package that is not here: pip install matplotlib'
+        ) from error
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:] not in known or not Path(path).absolute().parent.is_dir():
-        raise UserError(f'--growth={path}: it is a file to draw to, in a folder that is there, whose name ends in '
-                        + ', '.join(f'.{name}' for name in known))
+        raise UserError(
+            f'--growth={path}: it is a file to draw to, in a folder that is there, whose name ends in '
+            + ', '.join(f'.{name}' for name in known)
+        )
 
 
 def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: Mapping[str, str]):
@@ -71,18 +80,38 @@ def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: 
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     figure = Figure(figsize=(10, 6.4), layout='constrained')
     figure.suptitle(title, fontsize=10)
     rows = figure.subplots(3, len(growth), sharex='col', sharey='row')
     for column, (axis, points) in zip(rows.T, growth.items()):
         sizes = [point[axis] for point in points]
-        for panel, colour, limit, measured in zip(column, ('tab:blue', 'tab:red', 'tab:green'), (LIMIT, None, BEFORE),
-                                                  (SPEED, SHARE, MEMORY)):
+        for panel, colour, limit, measured in zip(
+            column,
+            ('tab:blue', 'tab:red', 'tab:green'),
+            (LIMIT, None, BEFORE),
+            (SPEED, SHARE, MEMORY),
+        ):
             if limit:
-                label = 'before the model is made' if limit == BEFORE else 'FLOPs alone, at the rate\nof a large matrix product'
-                panel.plot(sizes, [point[limit] for point in points], '--', color='0.45', label=label)
-            panel.plot(sizes, [point[measured] for point in points], 'o-', color=colour, markersize=4)
-            panel.plot(own[axis], points[sizes.index(own[axis])][measured], 'o', markersize=9, color='black', fillstyle='none')
+                label = (
+                    'before the model is made'
+                    if limit == BEFORE
+                    else 'FLOPs alone, at the rate\nof a large matrix product'
+                )
+                panel.plot(
+                    sizes, [point[limit] for point in points], '--', color='0.45', label=label
+                )
+            panel.plot(
+                sizes, [point[measured] for point in points], 'o-', color=colour, markersize=4
+            )
+            panel.plot(
+                own[axis],
+                points[sizes.index(own[axis])][measured],
+                'o',
+                markersize=9,
+                color='black',
+                fillstyle='none',
+            )
             panel.grid(color='0.9')
         panel.set_xscale('log', base=2)
         panel.set_xticks(sizes[::-2])

@@ -4,6 +4,7 @@
 
 One dataset has 2 MB, the other 20 GB, as a sparse file, which takes no room on the disk. All tokens are the same character.
 """
+
 import json
 import pickle
 import subprocess
@@ -40,15 +41,30 @@ def main(argv):
             make_dataset(Path(scratch) / name, n_bytes)
         for turn in range(rounds):
             for name in SIZES:
-                flags = ['config/train_shakespeare_char.py', '--device=cpu', '--no-compile', f'--data_dir={scratch}',
-                         f'--dataset={name}', f'--out_dir={Path(scratch) / "run"}', '--overwrite']
-                turns[name].append(time_loading_alone(Path(scratch) / name)
-                                   | {'command to first step, s': measure.time_startup(flags)})
-                print(f'round {turn + 1}, {name}: ' + ', '.join(f'{key} {figure:.4g}' for key, figure in turns[name][-1].items()),
-                      file=sys.stderr, flush=True)
-    table = (f'{rounds} rounds in turns; {measure.describe_machine()}\n'
-             f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training split\n\n'
-             + measure.make_table(turns))
+                flags = [
+                    'config/train_shakespeare_char.py',
+                    '--device=cpu',
+                    '--no-compile',
+                    f'--data_dir={scratch}',
+                    f'--dataset={name}',
+                    f'--out_dir={Path(scratch) / "run"}',
+                    '--overwrite',
+                ]
+                turns[name].append(
+                    time_loading_alone(Path(scratch) / name)
+                    | {'command to first step, s': measure.time_startup(flags)}
+                )
+                print(
+                    f'round {turn + 1}, {name}: '
+                    + ', '.join(f'{key} {figure:.4g}' for key, figure in turns[name][-1].items()),
+                    file=sys.stderr,
+                    flush=True,
+                )
+    table = (
+        f'{rounds} rounds in turns; {measure.describe_machine()}\n'
+        f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training split\n\n'
+        + measure.make_table(turns)
+    )
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -61,8 +77,15 @@ def make_dataset(path: Path, n_bytes: int):
         with open(path / f'{split}.bin', 'wb') as file:
             file.truncate(n_bytes)
     characters = dict(enumerate(map(chr, range(33, 98))))
-    (path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(characters), 'itos': characters,
-                                                  'stoi': {character: number for number, character in characters.items()}}))
+    (path / 'meta.pkl').write_bytes(
+        pickle.dumps(
+            {
+                'vocab_size': len(characters),
+                'itos': characters,
+                'stoi': {character: number for number, character in characters.items()},
+            }
+        )
+    )
 
 
 def time_loading(path: Path) -> dict[str, float]:
@@ -72,19 +95,30 @@ def time_loading(path: Path) -> dict[str, float]:
     opened = time.perf_counter()
     next(eval_batches(data.val, BLOCK_SIZE, BATCH_SIZE, vocab_size=data.vocab_size))
     evaluated = time.perf_counter()
-    batches = BatchLoader(data.train, BLOCK_SIZE, BATCH_SIZE, 1, 'train', 1, vocab_size=data.vocab_size)
+    batches = BatchLoader(
+        data.train, BLOCK_SIZE, BATCH_SIZE, 1, 'train', 1, vocab_size=data.vocab_size
+    )
     for step in range(N_BATCHES):
         batches.batch(step, 0)
-    return {'ms to open it': 1000 * (opened - started), 'ms first evaluation batch': 1000 * (evaluated - opened),
-            'ms training batch': 1000 * (time.perf_counter() - evaluated) / N_BATCHES,
-            'memory of all that, MB': (peak_memory('cpu') - before) / 1e6}
+    return {
+        'ms to open it': 1000 * (opened - started),
+        'ms first evaluation batch': 1000 * (evaluated - opened),
+        'ms training batch': 1000 * (time.perf_counter() - evaluated) / N_BATCHES,
+        'memory of all that, MB': (peak_memory('cpu') - before) / 1e6,
+    }
 
 
 def time_loading_alone(path: Path) -> dict[str, float]:
     """time_loading in a process of its own, which has not seen the file yet."""
-    program = (f'import sys, json; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; '
-               f'from benchmarks import loading; print(json.dumps(loading.time_loading(Path(sys.argv[1]))))')
-    return json.loads(subprocess.run([sys.executable, '-c', program, str(path)], check=True, stdout=subprocess.PIPE).stdout)
+    program = (
+        f'import sys, json; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; '
+        f'from benchmarks import loading; print(json.dumps(loading.time_loading(Path(sys.argv[1]))))'
+    )
+    return json.loads(
+        subprocess.run(
+            [sys.executable, '-c', program, str(path)], check=True, stdout=subprocess.PIPE
+        ).stdout
+    )
 
 
 if __name__ == '__main__':

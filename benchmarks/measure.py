@@ -1,5 +1,6 @@
 """What the benchmarks share: a machine's description, a table of medians with their spread, clocks for the
 parts of a step and for the start of a run."""
+
 import os
 import platform
 import statistics
@@ -23,7 +24,9 @@ def describe_machine(device: str = 'cpu') -> str:
     name = platform.processor() or 'CPU'
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
-            name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
+            name = next(
+                (line.split(':')[1].strip() for line in file if line.startswith('model name')), name
+            )
     if device.startswith('cuda'):
         name = f'{torch.cuda.get_device_name(device)}, {name}'
     return f'{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}'
@@ -40,7 +43,7 @@ def matrix_rate(device: str, dtype: str) -> float:
         a @ b
         synchronize(device)
         times.append(time.perf_counter() - started)
-    return 2 * n ** 3 / min(times[1:])
+    return 2 * n**3 / min(times[1:])
 
 
 def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -50,8 +53,11 @@ def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     round, as a machine's speed drifts; its median and spread.
     """
     names = list(measured)
-    lines = [f'{"median (lowest to highest)":30}' + ''.join(f'{name:>34}' for name in names)
-             + (f'{names[1] + " / " + names[0]:>28}' if len(names) == 2 else '')]
+    lines = [
+        f'{"median (lowest to highest)":30}'
+        + ''.join(f'{name:>34}' for name in names)
+        + (f'{names[1] + " / " + names[0]:>28}' if len(names) == 2 else '')
+    ]
     for key in measured[names[-1]][0]:
         columns = [[turn[key] for turn in measured[name] if key in turn] for name in names]
         cells = ''.join(f'{_spread(column) if column else "":>34}' for column in columns)
@@ -119,7 +125,11 @@ class TimedBadSteps:
 
 def timed_step(train_step, training, micro_batches, step: int, clock: LapClock):
     """train.py's train_step, whose parts the clock times as they pass it; returns what it returns."""
-    timed = replace(training, model=TimedModel(training.model, clock), bad_steps=TimedBadSteps(training.bad_steps, clock))
+    timed = replace(
+        training,
+        model=TimedModel(training.model, clock),
+        bad_steps=TimedBadSteps(training.bad_steps, clock),
+    )
     losses = train_step(timed, clock.time_batches(micro_batches), step)
     clock.lap('optimizer')
     return losses
@@ -128,8 +138,12 @@ def timed_step(train_step, training, micro_batches, step: int, clock: LapClock):
 def time_startup(flags: list[str]) -> float:
     """Seconds from the command train.py to the end of its first step, with an evaluation of one batch before it."""
     started = time.perf_counter()
-    with subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags, '--max_iters=1', '--eval_iters=1'], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / 'train.py'), *flags, '--max_iters=1', '--eval_iters=1'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
         output = ''
         for line in run.stdout:
             output += line
@@ -143,6 +157,8 @@ def time_startup(flags: list[str]) -> float:
 def time_import() -> float:
     """Seconds until a process that does nothing else has imported torch."""
     started = time.perf_counter()
-    with subprocess.Popen([sys.executable, '-c', 'import torch; print(flush=True)'], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, '-c', 'import torch; print(flush=True)'], stdout=subprocess.PIPE
+    ) as process:
         process.stdout.readline()
         return time.perf_counter() - started

@@ -1,4 +1,5 @@
 """nanoGPT to measure beside, in a process of its own."""
+
 import json
 import subprocess
 import sys
@@ -18,8 +19,13 @@ class NanoGPT:
     def __init__(self, flag: str, clone: str, script: str, job: Mapping):
         if not clone or not (Path(clone) / 'model.py').exists():
             raise UserError(f'--{flag}={clone}: it is the path of a clone of karpathy/nanoGPT')
-        self._process = subprocess.Popen([sys.executable, '-c', script, json.dumps(job)], cwd=clone, text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, '-c', script, json.dumps(job)],
+            cwd=clone,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self._answer()
 
     def round(self, what: str = 'go') -> dict[str, float]:
@@ -32,10 +38,12 @@ class NanoGPT:
         for line in self._process.stdout:
             if line.startswith('{'):  # its code prints other lines too
                 return json.loads(line)
-        raise UserError(f'nanoGPT ended with exit code {self._process.wait()}; what it said stands above')
+        raise UserError(
+            f'nanoGPT ended with exit code {self._process.wait()}; what it said stands above'
+        )
 
 
-NANOGPT_LOOP = '''
+NANOGPT_LOOP = """
 import contextlib, json, os, sys, time
 import numpy as np, torch
 from model import GPT, GPTConfig
@@ -105,4 +113,4 @@ for line in sys.stdin:
     if job['new_tokens']:
         figures['generated tokens/s'] = job['new_tokens'] / seconds(generate)
     print(json.dumps(figures), flush=True)
-'''
+"""

@@ -6,6 +6,7 @@ Both have random weights of the same shapes and choose tokens with temperature 0
 float32. nibGPT's time holds what it does but once, reading the prompt and packing the weights. nanoGPT reads everything
 again for each token, so that a few tokens show its speed.
 """
+
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -32,15 +33,22 @@ result: str = ''  # file to write the table to, too
 @dataclass(frozen=True)
 class Job:
     """Tokens to write after a prompt."""
+
     shape: dict  # of the model: fields of GPTConfig, nanoGPT's too
     prompt_tokens: int
     new_tokens: int
     nanogpt_tokens: int  # that nanoGPT writes instead
 
 
-GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True, dropout=0.0)
+GPT2 = dict(
+    vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True, dropout=0.0
+)
 BABY = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False, dropout=0.0)
-JOBS = {'GPT-2 after 256': Job(GPT2, 256, 100, 6), 'GPT-2 after 900': Job(GPT2, 900, 100, 4), '10.65M': Job(BABY, 1, 500, 500)}
+JOBS = {
+    'GPT-2 after 256': Job(GPT2, 256, 100, 6),
+    'GPT-2 after 900': Job(GPT2, 900, 100, 4),
+    '10.65M': Job(BABY, 1, 500, 500),
+}
 DTYPES = ('float32', 'bfloat16')
 N_PROMPTS = 32
 SAMPLING = dict(temperature=0.8, top_k=200)
@@ -51,10 +59,21 @@ def main(argv):
     globals().update(values)
     if rounds < 1:
         raise UserError(f'rounds is {rounds}: it must be at least 1')
-    peer = NanoGPT('nanogpt', nanogpt, NANOGPT_SCRIPT, {
-        'device': device, 'sampling': SAMPLING, 'jobs': {name: asdict(job) for name, job in JOBS.items()}})
-    models = {(name, dtype): GPT(GPTConfig(**job.shape)).to(device, getattr(torch, dtype))
-              for name, job in JOBS.items() for dtype in DTYPES}
+    peer = NanoGPT(
+        'nanogpt',
+        nanogpt,
+        NANOGPT_SCRIPT,
+        {
+            'device': device,
+            'sampling': SAMPLING,
+            'jobs': {name: asdict(job) for name, job in JOBS.items()},
+        },
+    )
+    models = {
+        (name, dtype): GPT(GPTConfig(**job.shape)).to(device, getattr(torch, dtype))
+        for name, job in JOBS.items()
+        for dtype in DTYPES
+    }
     for (name, _), model in models.items():
         generate(model, JOBS[name])  # to warm up, and to compile
     turns = {'nanoGPT': [], 'nibGPT': []}
@@ -68,7 +87,9 @@ def main(argv):
                 theirs[f'{name}, {dtype}'] = rate
                 ours[f'{name}, {dtype}'] = job.new_tokens / seconds[-1]
                 step = (seconds[-1] - seconds[0]) / (job.new_tokens - 1)
-                shares[f'{name}, {dtype}: %'] = 100 * sum(map(n_bytes, matrices(models[name, dtype]))) / step / memory_rate
+                shares[f'{name}, {dtype}: %'] = (
+                    100 * sum(map(n_bytes, matrices(models[name, dtype]))) / step / memory_rate
+                )
         batches = {}
         for dtype in DTYPES:
             alone, together = (generate(models[name, dtype], job, n) for n in (1, N_PROMPTS))
@@ -76,12 +97,18 @@ def main(argv):
                 batches[f'{n} tokens, {dtype}: {N_PROMPTS} / 1'] = together[n - 1] / alone[n - 1]
         turns['nanoGPT'].append(theirs)
         turns['nibGPT'].append(ours | batches | {'plain read, GB/s': memory_rate / 1e9} | shares)
-        print(f'round {turn + 1}: ' + '; '.join(f'{key} {ours[key] / rate:.1f} x' for key, rate in theirs.items()),
-              file=sys.stderr, flush=True)
-    table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}{", compiled" if compile else ""}\n'
-             f'tokens/s of one prompt; time of {N_PROMPTS} prompts and of 1, {name}; % of a plain read\'s rate at which a step reads '
-             f'the weights\n\n'
-             f'{measure.make_table(turns)}')
+        print(
+            f'round {turn + 1}: '
+            + '; '.join(f'{key} {ours[key] / rate:.1f} x' for key, rate in theirs.items()),
+            file=sys.stderr,
+            flush=True,
+        )
+    table = (
+        f'{rounds} rounds in turns; {measure.describe_machine(device)}{", compiled" if compile else ""}\n'
+        f"tokens/s of one prompt; time of {N_PROMPTS} prompts and of 1, {name}; % of a plain read's rate at which a step reads "
+        f'the weights\n\n'
+        f'{measure.make_table(turns)}'
+    )
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -119,7 +146,7 @@ def read_rate(model: GPT) -> float:
     return sum(map(n_bytes, matrices(model))) / min(times)
 
 
-NANOGPT_SCRIPT = '''
+NANOGPT_SCRIPT = """
 import json, sys, time, torch
 from model import GPT, GPTConfig
 job = json.loads(sys.argv[1])
@@ -145,7 +172,7 @@ print('{}', flush=True)
 for line in sys.stdin:
     wanted = jobs[line.strip()]
     print(json.dumps({'tokens/s': wanted['nanogpt_tokens'] / seconds(wanted, wanted['nanogpt_tokens'])}), flush=True)
-'''
+"""
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@
 
 Every file is out of the machine's memory when it is loaded, as it is after a crash, unless the row says warm.
 """
+
 import hashlib
 import os
 import sys
@@ -34,7 +35,9 @@ device: str = 'cpu'  # where the model is: 'cpu', 'cuda', 'mps'
 folder: str = ''  # where to write; empty: the system's folder for temporary files
 result: str = ''  # file to write the table to, too
 
-NO_DIGEST = SimpleNamespace(sha256=lambda: SimpleNamespace(update=lambda block: None, hexdigest=lambda: 'none'))
+NO_DIGEST = SimpleNamespace(
+    sha256=lambda: SimpleNamespace(update=lambda block: None, hexdigest=lambda: 'none')
+)
 
 
 def main(argv):
@@ -42,7 +45,9 @@ def main(argv):
     globals().update(values)
     if rounds < 1:
         raise UserError(f'rounds is {rounds}: it must be at least 1')
-    model = GPT(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)).to(device)
+    model = GPT(
+        GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)
+    ).to(device)
     optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -53,14 +58,20 @@ def main(argv):
         take_turn(model, optimizer, out_dir)  # unmeasured: the first write finds an empty disk
         for turn in range(rounds):
             # each is first in every other round
-            for name in list(turns)[::1 if turn % 2 else -1]:
+            for name in list(turns)[:: 1 if turn % 2 else -1]:
                 tensorfile.hashlib = hashlib if name == 'digests' else NO_DIGEST
                 turns[name].append(take_turn(model, optimizer, out_dir))
-                print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.3g}' for k, v in turns[name][-1].items()),
-                      file=sys.stderr, flush=True)
-    table = (f'{rounds} rounds in turns; {measure.describe_machine(device)}\n'
-             f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes {hash_alone(model, optimizer):.2f} of '
-             f'one core\n\n' + measure.make_table(turns))
+                print(
+                    f'round {turn + 1}, {name}: '
+                    + ', '.join(f'{k} {v:.3g}' for k, v in turns[name][-1].items()),
+                    file=sys.stderr,
+                    flush=True,
+                )
+    table = (
+        f'{rounds} rounds in turns; {measure.describe_machine(device)}\n'
+        f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes {hash_alone(model, optimizer):.2f} of '
+        f'one core\n\n' + measure.make_table(turns)
+    )
     print(table, end='')
     if result:
         Path(result).write_text(table)

@@ -7,6 +7,7 @@ All train on the text of nanoGPT's bins. nanoGPT and nibGPT take the settings th
 model, batch, steps and number of evaluations. fast is nibGPT with config/fast_shakespeare_char.py, a seed of its own in each
 turn. A turn is a whole process: start-up, training, evaluations, saving.
 """
+
 import re
 import statistics
 import subprocess
@@ -29,7 +30,7 @@ result: str = ''  # file to write the table to; empty: standard output only
 
 TOKENS_PER_STEP = 12 * 64
 # nanoGPT's own code reads nanoGPT's own checkpoint and evaluates it over the whole validation split.
-WHOLE_SPLIT = '''
+WHOLE_SPLIT = """
 import sys, numpy as np, torch
 from model import GPT, GPTConfig
 saved = torch.load(sys.argv[1] + '/ckpt.pt', map_location='cpu', weights_only=False)
@@ -42,56 +43,100 @@ n = (len(val) - 1) // T
 x, y = val[:n * T].view(n, T), val[1:n * T + 1].view(n, T)
 with torch.no_grad():
     print(sum(model(a, b)[1].item() * len(a) for a, b in zip(x.split(12), y.split(12))) / n)
-'''
+"""
 
 
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     clone = Path(nanogpt)
-    if not nanogpt or not all((clone / name).exists() for name in ('train.py', 'data/shakespeare_char/meta.pkl')):
-        raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT whose '
-                        f'data/shakespeare_char/prepare.py has been run')
+    if not nanogpt or not all(
+        (clone / name).exists() for name in ('train.py', 'data/shakespeare_char/meta.pkl')
+    ):
+        raise UserError(
+            f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT whose '
+            f'data/shakespeare_char/prepare.py has been run'
+        )
     if rounds < 1:
         raise UserError(f'rounds is {rounds}: it must be at least 1')
     if max_iters < 250:
-        raise UserError(f'max_iters is {max_iters}: it must be at least 250, as nanoGPT saves nothing before')
+        raise UserError(
+            f'max_iters is {max_iters}: it must be at least 250, as nanoGPT saves nothing before'
+        )
     text = clone / 'data/shakespeare_char/input.txt'
     contestants = {'nanoGPT': train_nanogpt, 'nibGPT': train_nibgpt, 'fast': train_fast}
     turns = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = Path(scratch) / 'data'
-        run([sys.executable, str(ROOT / 'data/shakespeare_char/prepare.py'), f'--input={text.resolve()}',
-             f'--out_dir={data_dir / "shakespeare_char"}'], ROOT)
+        run(
+            [
+                sys.executable,
+                str(ROOT / 'data/shakespeare_char/prepare.py'),
+                f'--input={text.resolve()}',
+                f'--out_dir={data_dir / "shakespeare_char"}',
+            ],
+            ROOT,
+        )
         for turn in range(rounds):
             for name, train in contestants.items():
                 turns[name].append(train(clone, data_dir, Path(scratch) / f'{name}-{turn}', turn))
-                print(f'round {turn + 1}, {name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()), flush=True)
-    table = (f'{rounds} rounds in turns; {measure.describe_machine()}; {max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
-             + measure.make_table({name: turns[name] for name in ('nanoGPT', 'nibGPT')}) + '\n'
-             + measure.make_table({name: turns[name] for name in ('nanoGPT', 'fast')}))
+                print(
+                    f'round {turn + 1}, {name}: '
+                    + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()),
+                    flush=True,
+                )
+    table = (
+        f'{rounds} rounds in turns; {measure.describe_machine()}; {max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
+        + measure.make_table({name: turns[name] for name in ('nanoGPT', 'nibGPT')})
+        + '\n'
+        + measure.make_table({name: turns[name] for name in ('nanoGPT', 'fast')})
+    )
     print(table)
     if result:
         Path(result).write_text(table)
 
 
 def train_nanogpt(clone, data_dir, out_dir, seed):
-    command = [sys.executable, 'train.py', 'config/train_shakespeare_char.py', '--device=cpu', '--compile=False',
-               '--eval_iters=20', '--log_interval=1', '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4',
-               '--n_embd=128', f'--max_iters={max_iters}', f'--lr_decay_iters={max_iters}', '--dropout=0.0',
-               f'--out_dir={out_dir}']
+    command = [
+        sys.executable,
+        'train.py',
+        'config/train_shakespeare_char.py',
+        '--device=cpu',
+        '--compile=False',
+        '--eval_iters=20',
+        '--log_interval=1',
+        '--block_size=64',
+        '--batch_size=12',
+        '--n_layer=4',
+        '--n_head=4',
+        '--n_embd=128',
+        f'--max_iters={max_iters}',
+        f'--lr_decay_iters={max_iters}',
+        '--dropout=0.0',
+        f'--out_dir={out_dir}',
+    ]
     seconds, output = run(command, clone)
-    times = {int(step): float(ms) for step, ms in re.findall(r'^iter (\d+): .*time ([\d.]+)ms', output, re.MULTILINE)}
+    times = {
+        int(step): float(ms)
+        for step, ms in re.findall(r'^iter (\d+): .*time ([\d.]+)ms', output, re.MULTILINE)
+    }
     # Windows of 50 steps, as nibGPT logs them; the first of 250 holds an evaluation.
-    milliseconds = [statistics.mean(times[step] for step in range(first, first + 50) if step % 250)
-                    for first in range(0, max_iters - 49, 50)]
+    milliseconds = [
+        statistics.mean(times[step] for step in range(first, first + 50) if step % 250)
+        for first in range(0, max_iters - 49, 50)
+    ]
     whole = run([sys.executable, '-c', WHOLE_SPLIT, str(out_dir)], clone)[1]
-    return {'process s': seconds, 'tokens/s': TOKENS_PER_STEP / statistics.median(milliseconds) * 1000,
-            'val loss, whole split': float(whole.split()[-1])}
+    return {
+        'process s': seconds,
+        'tokens/s': TOKENS_PER_STEP / statistics.median(milliseconds) * 1000,
+        'val loss, whole split': float(whole.split()[-1]),
+    }
 
 
 def train_nibgpt(clone, data_dir, out_dir, seed):
-    return train_config(data_dir, out_dir, 'config/train_shakespeare_char.py', f'--max_iters={max_iters}')
+    return train_config(
+        data_dir, out_dir, 'config/train_shakespeare_char.py', f'--max_iters={max_iters}'
+    )
 
 
 def train_fast(clone, data_dir, out_dir, seed):
@@ -99,18 +144,31 @@ def train_fast(clone, data_dir, out_dir, seed):
 
 
 def train_config(data_dir, out_dir, *flags):
-    command = [sys.executable, 'train.py', *flags, '--device=cpu', '--compile=False', f'--data_dir={data_dir}',
-               f'--out_dir={out_dir}', '--fallback_dataset=']
+    command = [
+        sys.executable,
+        'train.py',
+        *flags,
+        '--device=cpu',
+        '--compile=False',
+        f'--data_dir={data_dir}',
+        f'--out_dir={out_dir}',
+        '--fallback_dataset=',
+    ]
     seconds, _ = run(command, ROOT)
     done = read_run(out_dir)
-    return {'process s': seconds, 'tokens/s': statistics.median(done.values('tokens_per_second')),
-            'val loss, whole split': done.values('loss/val_whole')[-1]}
+    return {
+        'process s': seconds,
+        'tokens/s': statistics.median(done.values('tokens_per_second')),
+        'val loss, whole split': done.values('loss/val_whole')[-1],
+    }
 
 
 def run(command, folder) -> tuple[float, str]:
     """Seconds that the process took, and its output. UserError with the output's end where it failed."""
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         raise UserError(f'{" ".join(command[:3])} failed in {folder}: {done.stdout[-500:]}')
     return time.perf_counter() - started, done.stdout

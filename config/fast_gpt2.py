@@ -13,7 +13,9 @@ position = 'rotary'
 norm = 'rms'
 qk_norm = True
 mlp = 'swiglu'
-tied_head = False  # behind blocks that begin as the identity a tied head finds the token that it was given
+tied_head = (
+    False  # behind blocks that begin as the identity a tied head finds the token that it was given
+)
 logit_cap = 15.0
 zero_init = True
 

@@ -6,7 +6,9 @@ dataset = 'shakespeare'
 prepare_dataset = True  # one megabyte of text: fetched and prepared by the run itself
 
 batch_size = 1
-gradient_accumulation_steps = 32  # 32,768 tokens a step: the text has 301,966, so 9 steps are an epoch
+gradient_accumulation_steps = (
+    32  # 32,768 tokens a step: the text has 301,966, so 9 steps are an epoch
+)
 max_iters = 20  # two epochs; after that it only learns by heart
 eval_interval = 5
 eval_iters = 40

@@ -7,7 +7,9 @@ dataset = 'openwebtext'
 
 batch_size = 12  # fits a GPU of 40 GB
 block_size = 1024
-gradient_accumulation_steps = 5 * 8  # 5 micro steps on each of 8 GPUs: 491,520 tokens a step, near GPT-3's half million
+gradient_accumulation_steps = (
+    5 * 8
+)  # 5 micro steps on each of 8 GPUs: 491,520 tokens a step, near GPT-3's half million
 
 max_iters = 600000  # 300 billion tokens
 eval_interval = 1000

@@ -3,7 +3,9 @@
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
 prepare_dataset = True  # one megabyte of text: fetched and prepared by the run itself
-fallback_dataset = 'stdlib_char'  # without a network, the source of Python's own library is text enough
+fallback_dataset = (
+    'stdlib_char'  # without a network, the source of Python's own library is text enough
+)
 
 eval_interval = 250  # often: this model overfits
 gradient_accumulation_steps = 1

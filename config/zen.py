@@ -16,7 +16,9 @@ learning_rate = 1e-2  # a model of 27,200 parameters bears much
 min_lr = 1e-3  # learning_rate / 10, as without this line; the chapter uses it
 beta2 = 0.99  # a longer memory, as a step has few tokens
 max_iters = 300
-lr_decay_iters = 300  # max_iters; written out, so that --max_iters=150 is the first half of the same run
+lr_decay_iters = (
+    300  # max_iters; written out, so that --max_iters=150 is the first half of the same run
+)
 warmup_iters = 30
 
 eval_interval = 50

@@ -17,7 +17,11 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error
 FULL = 'out of memory|allocate memory|not enough memory|Storage size calculation overflowed'  # in torch's words
 LONGEST = 1500  # characters of the line that tells an error
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does not know its file's name
+NO_ROOM = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # of a write, which does not know its file's name
 
 
 class UserError(ValueError):
@@ -41,7 +45,10 @@ class Stopped(Exception):
 
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call main with the command line's arguments and exit with what it returns."""
-    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, and a text letters, that the terminal cannot show
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a path may hold bytes, and a text letters, that the terminal cannot show
         stream.reconfigure(errors='backslashreplace')
     sys.exit(call(main, sys.argv[1:]))
 
@@ -59,9 +66,13 @@ def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         try:
-            print(flush=True)  # fails again if the pipe was stdout; another pipe's failure is a bug to show
+            print(
+                flush=True
+            )  # fails again if the pipe was stdout; another pipe's failure is a bug to show
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit is quiet
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # so that the last flush at exit is quiet
             return EXIT_BROKEN_PIPE
         raise
     except Exception as error:
@@ -75,14 +86,20 @@ def _sentence(error: Exception) -> str | None:
     said = ' '.join(str(error).split())
     # torch has an exception of its own for a full GPU, and a plain RuntimeError for full memory.
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(FULL, said):
-        return ('the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or take a smaller model '
-                f'(in sample.py, fewer --num_samples); it said: {said[:200]}')
+        return (
+            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or take a smaller model '
+            f'(in sample.py, fewer --num_samples); it said: {said[:200]}'
+        )
     if isinstance(error, OverflowError):
         return f'a number is too large for this machine, take a smaller one; it said: {said[:200]}'
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; name another path, or mend what stands in the way of this one'
-    if isinstance(error, UnicodeEncodeError) or isinstance(error, ValueError) and 'embedded null' in said:
-        return f'a path holds a character that no file\'s name can have, such as NUL: name another; it said: {said[:200]}'
+    if (
+        isinstance(error, UnicodeEncodeError)
+        or isinstance(error, ValueError)
+        and 'embedded null' in said
+    ):
+        return f"a path holds a character that no file's name can have, such as NUL: name another; it said: {said[:200]}"
     return None
 
 
@@ -95,6 +112,6 @@ def _fail(sentence: str) -> int:
         time.sleep(PATIENCE)
     line = ' '.join(sentence.splitlines())
     if len(line) > LONGEST:  # a value of thousands of characters; what to type stands at the end
-        line = f'{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}'
+        line = f'{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}'
     print('error:', line, file=sys.stderr)
     return EXIT_USER_ERROR

@@ -4,6 +4,7 @@ A model that generates is a copy of the trained one that shares its parameters. 
 through a cache, and on a CPU its matrices may be packed; all else is the code of model.py, whose
 letters of shapes are used here too. check_generation() compares the copy with the model.
 """
+
 import copy
 import functools
 import math
@@ -41,7 +42,7 @@ def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, see
         if stops:
             made = torch.cat((made, tokens[:, None]), dim=1)[:, 1:]
             for sequence in stops:
-                ended = ended | (made[:, -len(sequence):] == sequence).all(dim=1)
+                ended = ended | (made[:, -len(sequence) :] == sequence).all(dim=1)
             if ended.all():
                 return
 
@@ -55,13 +56,15 @@ def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, voc
     if max_new_tokens < 0:
         raise ValueError(f'max_new_tokens is {max_new_tokens}: it must be at least 0')
     if not 0.0 <= temperature < math.inf:
-        raise ValueError(f'temperature is {temperature}: it must be 0 (greedy) or a positive '
-                         f'number')
+        raise ValueError(
+            f'temperature is {temperature}: it must be 0 (greedy) or a positive number'
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1, or None for all '
-                         f'tokens')
+        raise ValueError(
+            f'top_p is {top_p}: it must be above 0 and at most 1, or None for all tokens'
+        )
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ValueError(f'seed is {seed}: it must be at least 0 and less than 2^63')
 
@@ -86,9 +89,11 @@ def sample_tokens(logits, temperature, top_k, top_p, generator):
 
 # -- the window and its caches --------------------------------------------------------------------
 
+
 @dataclass
 class Pass:
     """What one forward pass reads; the same for the caches of all layers."""
+
     slots: torch.Tensor  # (T,) of the tokens that are read
     n_seen: int  # they attend over the slots before this one
     mask: torch.Tensor | None  # (B, 1, T, n_seen), True to look; None: up to the token's own slot
@@ -106,7 +111,7 @@ class Window:
 
     def __init__(self, model: GPT, prompts, max_new_tokens: int, compile: bool):
         config, weight = model.config, model.transformer.wte.weight
-        prompts = [list(prompt)[-config.block_size:] for prompt in prompts]
+        prompts = [list(prompt)[-config.block_size :] for prompt in prompts]
         self.lengths = [len(prompt) for prompt in prompts]
         longest = max(self.lengths)
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -134,14 +139,14 @@ class Window:
         size = self.model.config.block_size
         is_full = max(self.lengths) == size
         self.lengths = [(size // 2 if length == size else length) + 1 for length in self.lengths]
-        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths):]
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths) :]
         self.unread = self.tokens if is_full else tokens[:, None]
 
     def next_logits(self):
         """Logits (B, V) of the token after each row's last."""
         n_tokens, T = self.tokens.shape[1], self.unread.shape[1]
         slots = torch.arange(n_tokens - T, n_tokens, device=self.tokens.device)
-        if T == n_tokens:  # each row's first slot
+        if n_tokens == T:  # each row's first slot
             lengths = torch.tensor(self.lengths, device=self.tokens.device)
             self.starts.copy_(n_tokens - lengths[:, None])
         if T == 1 and self.is_static:
@@ -154,8 +159,9 @@ class Window:
         if not idx.is_cuda:
             return self._read(idx, slots, self.n_slots, True)
         if self.graph is None:
-            self.graph = StepGraph(lambda idx, slots: self._read(idx, slots, self.n_slots, True),
-                                   idx, slots)
+            self.graph = StepGraph(
+                lambda idx, slots: self._read(idx, slots, self.n_slots, True), idx, slots
+            )
         return self.graph(idx, slots)
 
     def _read(self, idx, slots, n_seen: int, is_masked: bool):
@@ -236,13 +242,15 @@ class KVCache:
         self.values.index_copy_(2, this.slots, v.type_as(self.values))
         if this.mask is None and k.shape[2] > 1:
             return attend(q, k, v)
-        k, v = self.keys[:, :, :this.n_seen], self.values[:, :, :this.n_seen]
+        k, v = self.keys[:, :, : this.n_seen], self.values[:, :, : this.n_seen]
         if not kernels_fit():
-            y = attend_by_definition(q.type_as(k), k, v, this.query_positions, this.key_positions,
-                                     mask=this.mask)
+            y = attend_by_definition(
+                q.type_as(k), k, v, this.query_positions, this.key_positions, mask=this.mask
+            )
             return y.type_as(q)
-        return F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=this.mask,
-                                              enable_gqa=q.shape[1] != k.shape[1]).type_as(q)
+        return F.scaled_dot_product_attention(
+            q.type_as(k), k, v, attn_mask=this.mask, enable_gqa=q.shape[1] != k.shape[1]
+        ).type_as(q)
 
 
 class BagCache:
@@ -253,6 +261,7 @@ class BagCache:
     Keys lie the other way, (B, K, blocks, D, 64): the scores of a block are its D rows, weighted by
     the query.
     """
+
     # Numbers in a layer's keys and values; with fewer, the two calls cost more than they save.
     SMALLEST = 1 << 20
     BLOCK = 64
@@ -269,13 +278,15 @@ class BagCache:
         used = math.ceil(n_seen / self.BLOCK)  # blocks
         if T > 1:
             padding = 0, 0, 0, used * self.BLOCK - T
-            k_blocks, v_blocks = (F.pad(part, padding).unflatten(2, (used, self.BLOCK))
-                                  for part in (k, v))
+            k_blocks, v_blocks = (
+                F.pad(part, padding).unflatten(2, (used, self.BLOCK)) for part in (k, v)
+            )
             self.keys[:, :, :used], self.values[:, :, :used] = k_blocks.transpose(3, 4), v_blocks
             if mask is None:
                 return attend(q, k, v)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                                  enable_gqa=H != k.shape[1])
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != H
+            )
         block, slot = divmod(n_seen - 1, self.BLOCK)
         self.keys[:, :, block, :, slot], self.values[:, :, block, slot] = k[:, :, 0], v[:, :, 0]
         query = q.expand(B, H, used, D) / math.sqrt(D)
@@ -303,8 +314,12 @@ class BagCache:
         sharing = n_heads // (table.shape[0] * table.shape[1])
         (blocks, rows, width), bag = table.shape[2:], weights.shape[-1]
         places = cls._places(n_heads, sharing, blocks * rows, used * rows)
-        return F.embedding_bag(places.view(-1, bag), table.view(-1, width), mode='sum',
-                               per_sample_weights=weights.reshape(-1, bag).type_as(table))
+        return F.embedding_bag(
+            places.view(-1, bag),
+            table.view(-1, width),
+            mode='sum',
+            per_sample_weights=weights.reshape(-1, bag).type_as(table),
+        )
 
     @staticmethod
     @functools.lru_cache(maxsize=2)  # for keys and for values, the same in all layers
@@ -315,6 +330,7 @@ class BagCache:
 
 
 # -- the model that generates ---------------------------------------------------------------------
+
 
 def for_generation(module: nn.Module, packed: bool):
     """A copy of the module without dropout. It shares all parameters but those that are packed."""
@@ -341,6 +357,7 @@ class PackedLinear:
 
     A product with few rows then runs at the memory's speed; the plain matrix reaches a third of it.
     """
+
     SMALLEST = 1 << 17  # numbers in a float32 matrix; a call takes longer than to read fewer
 
     def __init__(self, weight, bias):
@@ -369,9 +386,11 @@ class PackedLinear:
 
 # -- the check ------------------------------------------------------------------------------------
 
+
 @torch.inference_mode()
-def check_generation(model: GPT, prompt: Sequence[int], n_tokens: int = 8,
-                     precision=None) -> str | None:
+def check_generation(
+    model: GPT, prompt: Sequence[int], n_tokens: int = 8, precision=None
+) -> str | None:
     """Compares the logits that generate() takes tokens from with those of whole forward passes.
 
     Two rows go on greedily: one from the end of the prompt, which is taken so long that the context
@@ -380,15 +399,19 @@ def check_generation(model: GPT, prompt: Sequence[int], n_tokens: int = 8,
 
     Returns None if the logits agree to rounding, or a sentence if they differ.
     """
-    prompt = list(prompt)[-max(1, model.config.block_size - n_tokens // 2):]
-    texts = [prompt, prompt[:max(1, len(prompt) // 2)]]
+    prompt = list(prompt)[-max(1, model.config.block_size - n_tokens // 2) :]
+    texts = [prompt, prompt[: max(1, len(prompt) // 2)]]
     steps, contexts = [], []  # for each token: logits (2, V), and the context of each row
     try:
         window = Window(model, texts, n_tokens, compile=False)
         for _ in range(n_tokens):
             steps.append(window.next_logits().float())
-            contexts.append([(len(text) - length, len(text))
-                             for text, length in zip(texts, window.lengths, strict=True)])
+            contexts.append(
+                [
+                    (len(text) - length, len(text))
+                    for text, length in zip(texts, window.lengths, strict=True)
+                ]
+            )
             tokens = steps[-1].argmax(dim=-1)
             texts = [[*text, token] for text, token in zip(texts, tokens.tolist(), strict=True)]
             window.append(tokens)
@@ -399,8 +422,10 @@ def check_generation(model: GPT, prompt: Sequence[int], n_tokens: int = 8,
     try:
         for manager in (nullcontext(), precision or nullcontext()):
             with manager:
-                whole = [logits_of_whole_passes(model, text, [context[row] for context in contexts])
-                         for row, text in enumerate(texts)]
+                whole = [
+                    logits_of_whole_passes(model, text, [context[row] for context in contexts])
+                    for row, text in enumerate(texts)
+                ]
             if said := describe_difference(torch.stack(steps), torch.stack(whole, dim=1), contexts):
                 return said
     finally:
@@ -413,7 +438,7 @@ def logits_of_whole_passes(model: GPT, text: list[int], contexts: list[tuple[int
     device, logits = model.transformer.wte.weight.device, []
     for start in sorted({start for start, _ in contexts}):  # one pass for all that begin there
         ends = [end for other, end in contexts if other == start]
-        idx = torch.tensor([text[start:ends[-1]]], device=device)
+        idx = torch.tensor([text[start : ends[-1]]], device=device)
         logits.append(model(idx)[0, [end - start - 1 for end in ends]])
     return torch.cat(logits)
 
@@ -428,5 +453,7 @@ def describe_difference(actual, expected, contexts) -> str | None:
         return None
     step, row = divmod(int(share.argmax()), share.shape[1])
     start, end = contexts[step][row]
-    return (f'after {end - start} tokens, the logits of generate() differ from those of a whole '
-            f'forward pass by {float(share[step, row]):.1%} of their standard deviation')
+    return (
+        f'after {end - start} tokens, the logits of generate() differ from those of a whole '
+        f'forward pass by {float(share[step, row]):.1%} of their standard deviation'
+    )

@@ -1,4 +1,5 @@
 """The optimizer: AdamW for every parameter, or Muon for the matrices and AdamW for the rest."""
+
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,25 +12,43 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), all parameters updated by one fused kernel."""
 
-    def __init__(self, params: Sequence[torch.nn.Parameter], betas: tuple[float, float], weight_decay: float):
+    def __init__(
+        self, params: Sequence[torch.nn.Parameter], betas: tuple[float, float], weight_decay: float
+    ):
         self.params, self.betas, self.weight_decay = list(params), betas, weight_decay
         self.lr_ratio = 1.0
         self.exp_avg = [torch.zeros_like(p) for p in self.params]  # memory of the gradient
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]  # and of its square
-        self.n_steps = torch.zeros((), device=self.params[0].device)  # on the device, as steps may be left out there
+        self.n_steps = torch.zeros(
+            (), device=self.params[0].device
+        )  # on the device, as steps may be left out there
 
     def step(self, lr: float, usable: torch.Tensor):
         self.n_steps += usable
-        torch._fused_adamw_(self.params, [p.grad for p in self.params], self.exp_avg, self.exp_avg_sq, [],
-                            [self.n_steps] * len(self.params), lr=lr, beta1=self.betas[0], beta2=self.betas[1],
-                            weight_decay=self.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
-                            found_inf=(~usable).float())
+        torch._fused_adamw_(
+            self.params,
+            [p.grad for p in self.params],
+            self.exp_avg,
+            self.exp_avg_sq,
+            [],
+            [self.n_steps] * len(self.params),
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+            found_inf=(~usable).float(),
+        )
 
     def state(self):
         """(parameter, its state by name) for each parameter; the tensors are those that step() changes."""
         names = ('exp_avg', 'exp_avg_sq', 'step')
-        return [(p, dict(zip(names, (exp_avg, exp_avg_sq, self.n_steps))))
-                for p, exp_avg, exp_avg_sq in zip(self.params, self.exp_avg, self.exp_avg_sq)]
+        return [
+            (p, dict(zip(names, (exp_avg, exp_avg_sq, self.n_steps))))
+            for p, exp_avg, exp_avg_sq in zip(self.params, self.exp_avg, self.exp_avg_sq)
+        ]
 
 
 class Muon:
@@ -41,24 +60,40 @@ class Muon:
     each alone would be too little work for a matrix product. dtype: of these products.
     """
 
-    def __init__(self, params: Sequence[torch.nn.Parameter], lr_ratio: float, momentum: float, iterations: int,
-                 weight_decay: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        lr_ratio: float,
+        momentum: float,
+        iterations: int,
+        weight_decay: float,
+        dtype: torch.dtype,
+    ):
         self.params, self.lr_ratio, self.weight_decay = list(params), lr_ratio, weight_decay
         self.beta, self.iterations, self.dtype = momentum, iterations, dtype
-        self.momentum = torch.stack([wide(torch.zeros_like(p)) for p in self.params])  # (N, rows, columns)
+        self.momentum = torch.stack(
+            [wide(torch.zeros_like(p)) for p in self.params]
+        )  # (N, rows, columns)
 
     def step(self, lr: float, usable: torch.Tensor):
         gradients = torch.stack([wide(p.grad) for p in self.params])
         gradients = torch.where(usable, gradients, 0.0)
         self.momentum.lerp_(gradients, (1.0 - self.beta) * usable)
-        update = orthogonalize(gradients.lerp(self.momentum, self.beta), self.iterations, self.dtype)  # Nesterov's
+        update = orthogonalize(
+            gradients.lerp(self.momentum, self.beta), self.iterations, self.dtype
+        )  # Nesterov's
         update = update.float() * (-0.2 * update.shape[2] ** 0.5 * lr * usable)
         torch._foreach_mul_(self.params, 1.0 - lr * self.weight_decay * usable)
-        torch._foreach_add_(self.params, [u if is_wide(p) else u.t() for p, u in zip(self.params, update)])
+        torch._foreach_add_(
+            self.params, [u if is_wide(p) else u.t() for p, u in zip(self.params, update)]
+        )
 
     def state(self):
         """As AdamW's."""
-        return [(p, {'momentum': m if is_wide(p) else m.t()}) for p, m in zip(self.params, self.momentum)]
+        return [
+            (p, {'momentum': m if is_wide(p) else m.t()})
+            for p, m in zip(self.params, self.momentum)
+        ]
 
 
 def is_wide(matrix: torch.Tensor) -> bool:
@@ -93,25 +128,47 @@ class Optimizer:
     second's work, and its Muon takes one matrix after the other.
     """
 
-    def __init__(self, model: torch.nn.Module, method: str = 'adamw', betas: tuple[float, float] = (0.9, 0.95),
-                 weight_decay: float = 0.1, lr_ratio: float = 1.0, momentum: float = 0.95, iterations: int = 5,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        method: str = 'adamw',
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        lr_ratio: float = 1.0,
+        momentum: float = 0.95,
+        iterations: int = 5,
+        dtype: torch.dtype = torch.float32,
+    ):
         matrices, others, shapes = [], [], {}
         for name, p in model.named_parameters():
             if method == 'muon' and p.dim() == 2 and '.h.' in name:
                 shapes.setdefault(wide(p).shape, []).append(p)
             else:
                 (matrices if p.dim() >= 2 else others).append(p)
-        self.parts = [Muon(params, lr_ratio, momentum, iterations, weight_decay, dtype) for params in shapes.values()]
-        self.parts += [AdamW(params, betas, decay) for params, decay in ((matrices, weight_decay), (others, 0.0)) if params]
+        self.parts = [
+            Muon(params, lr_ratio, momentum, iterations, weight_decay, dtype)
+            for params in shapes.values()
+        ]
+        self.parts += [
+            AdamW(params, betas, decay)
+            for params, decay in ((matrices, weight_decay), (others, 0.0))
+            if params
+        ]
         self.lr = 0.0
 
     @classmethod
     def pick(cls, values: Mapping, model: torch.nn.Module, has_bfloat16: bool) -> 'Optimizer':
         """The optimizer that train.py's config asks for; the products of Muon are bfloat16's where the device has it."""
-        return cls(model, values['optimizer'], (values['beta1'], values['beta2']), values['weight_decay'],
-                   values['muon_lr_ratio'], values['muon_momentum'], values['muon_iterations'],
-                   torch.bfloat16 if has_bfloat16 else torch.float32)
+        return cls(
+            model,
+            values['optimizer'],
+            (values['beta1'], values['beta2']),
+            values['weight_decay'],
+            values['muon_lr_ratio'],
+            values['muon_momentum'],
+            values['muon_iterations'],
+            torch.bfloat16 if has_bfloat16 else torch.float32,
+        )
 
     @property
     def param_groups(self) -> list[dict]:
@@ -134,7 +191,11 @@ class Optimizer:
     def named_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The state as 'parameter name/state name' -> tensor, independent of the order of parameters."""
         states = {p: state for part in self.parts for p, state in part.state()}
-        return {f'{name}/{key}': tensor for name, p in model.named_parameters() for key, tensor in states[p].items()}
+        return {
+            f'{name}/{key}': tensor
+            for name, p in model.named_parameters()
+            for key, tensor in states[p].items()
+        }
 
     @torch.no_grad()
     def load_named_state(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):

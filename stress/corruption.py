@@ -1,8 +1,9 @@
 """Damages checkpoints at random; checks that none is loaded, and that the newest good one is, with a warning.
 
-    python stress/corruption.py                 10,000 damages
-    python stress/corruption.py --damages=200   a quick look
+python stress/corruption.py                 10,000 damages
+python stress/corruption.py --damages=200   a quick look
 """
+
 import random
 import sys
 import tempfile
@@ -45,12 +46,31 @@ def main(argv):
             if outcome in ('silent', 'wrong'):
                 troubles.append(f'damage {number}, {kind}: {said}')
             restore(out_dir, content)
-    columns = {'older': 'older taken', 'none': 'none left', 'harmless': 'no harm', 'silent': 'silent', 'wrong': 'wrong'}
+    columns = {
+        'older': 'older taken',
+        'none': 'none left',
+        'harmless': 'no harm',
+        'silent': 'silent',
+        'wrong': 'wrong',
+    }
     rows = [*counts.items(), ('all', sum(counts.values(), Counter()))]
-    table = '\n'.join([
-        measure.describe_machine(), '', f'{"damage":46}' + ''.join(f'{heading:>12}' for heading in columns.values()),
-        *(f'{kind:46}' + ''.join(f'{count[outcome]:>12,}' for outcome in columns) for kind, count in rows),
-        '', f'loaded without a word: {rows[-1][1]["silent"]} of {damages:,}', *troubles[:20]]) + '\n'
+    table = (
+        '\n'.join(
+            [
+                measure.describe_machine(),
+                '',
+                f'{"damage":46}' + ''.join(f'{heading:>12}' for heading in columns.values()),
+                *(
+                    f'{kind:46}' + ''.join(f'{count[outcome]:>12,}' for outcome in columns)
+                    for kind, count in rows
+                ),
+                '',
+                f'loaded without a word: {rows[-1][1]["silent"]} of {damages:,}',
+                *troubles[:20],
+            ]
+        )
+        + '\n'
+    )
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -62,12 +82,24 @@ def make_run(out_dir: Path) -> dict[int, dict]:
     torch.manual_seed(0)
     whole = {}
     for step in reversed(STEPS):
-        model = {f'h.{layer}.{name}': torch.randn(shape) for layer in range(2)
-                 for name, shape in (('weight', (16, 12)), ('proj', (16, 12)), ('bias', (16,)))}
-        optimizer = {f'{name}/{key}': torch.rand_like(value) for name, value in model.items()
-                     for key in ('exp_avg', 'exp_avg_sq')}
+        model = {
+            f'h.{layer}.{name}': torch.randn(shape)
+            for layer in range(2)
+            for name, shape in (('weight', (16, 12)), ('proj', (16, 12)), ('bias', (16,)))
+        }
+        optimizer = {
+            f'{name}/{key}': torch.rand_like(value)
+            for name, value in model.items()
+            for key in ('exp_avg', 'exp_avg_sq')
+        }
         whole[step] = {'model': model, 'optimizer': optimizer}
-        store.save(out_dir, step, model, optimizer, {'train': {}, 'config': {'learning_rate': 1e-05, 'dataset': 'é'}})
+        store.save(
+            out_dir,
+            step,
+            model,
+            optimizer,
+            {'train': {}, 'config': {'learning_rate': 1e-05, 'dataset': 'é'}},
+        )
         store.record_evaluation(out_dir, step, {'best_val_loss': 1 + 1 / step}, best=step == 20)
     return whole
 
@@ -80,6 +112,7 @@ def restore(out_dir: Path, content: dict[Path, bytes]):
 
 # -- kinds of damage, each done to a file ------------------------------------------------------------------------------
 
+
 def flip_bit(path: Path, draw: random.Random):
     content = bytearray(path.read_bytes())
     at = draw.randrange(8 * len(content))
@@ -88,7 +121,7 @@ def flip_bit(path: Path, draw: random.Random):
 
 
 def truncate(path: Path, draw: random.Random):
-    path.write_bytes(path.read_bytes()[:draw.randrange(path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
 
 
 def extend(path: Path, draw: random.Random):
@@ -99,7 +132,7 @@ def zero(path: Path, draw: random.Random):
     """As a disk does that has lost a sector."""
     content = bytearray(path.read_bytes())
     at = draw.randrange(len(content))
-    content[at:at + 512] = bytes(len(content[at:at + 512]))
+    content[at : at + 512] = bytes(len(content[at : at + 512]))
     path.write_bytes(content)
 
 
@@ -125,32 +158,56 @@ def swap_tensors(path: Path, draw: random.Random):
     path = path if path.suffix == '.safetensors' else path.with_name(FILES[0])
     tensors = safetensors.torch.load(path.read_bytes())
     first = draw.choice(sorted(tensors))
-    second = draw.choice(sorted(name for name in tensors if name != first and tensors[name].shape == tensors[first].shape))
+    second = draw.choice(
+        sorted(
+            name
+            for name in tensors
+            if name != first and tensors[name].shape == tensors[first].shape
+        )
+    )
     tensorfile.write(path, {**tensors, first: tensors[second], second: tensors[first]})
 
 
 def garble_names(path: Path, draw: random.Random):
     """What `latest` and `best` hold; the checkpoints are whole."""
     for name in ('latest', 'best'):
-        (path.parent.parent / name).write_bytes(draw.choice([b'', b'step-00000099\n', draw.randbytes(16), b'../..\n']))
+        (path.parent.parent / name).write_bytes(
+            draw.choice([b'', b'step-00000099\n', draw.randbytes(16), b'../..\n'])
+        )
 
 
-KINDS = {'one bit flipped': flip_bit, 'cut off at any length': truncate, 'bytes added': extend, 'up to 512 bytes zeroed': zero,
-         'a file missing': remove, 'a file of another step': take_from_another_step, 'two files exchanged': exchange_files,
-         'two tensors swapped': swap_tensors, '`latest` and `best` garbled': garble_names}
+KINDS = {
+    'one bit flipped': flip_bit,
+    'cut off at any length': truncate,
+    'bytes added': extend,
+    'up to 512 bytes zeroed': zero,
+    'a file missing': remove,
+    'a file of another step': take_from_another_step,
+    'two files exchanged': exchange_files,
+    'two tensors swapped': swap_tensors,
+    '`latest` and `best` garbled': garble_names,
+}
 
 
-def damage_and_load(out_dir: Path, kind: str, whole: dict[int, dict], content: dict[Path, bytes],
-                    draw: random.Random) -> tuple[str, str]:
+def damage_and_load(
+    out_dir: Path,
+    kind: str,
+    whole: dict[int, dict],
+    content: dict[Path, bytes],
+    draw: random.Random,
+) -> tuple[str, str]:
     """Damages one to three checkpoints from the newest on and loads 'latest'; returns the outcome and what was said.
 
     whole, content: what tensors and files were before.
     """
-    for step in STEPS[:draw.choice((1, 1, 1, 2, 3))]:
+    for step in STEPS[: draw.choice((1, 1, 1, 2, 3))]:
         KINDS[kind](out_dir / f'step-{step:08d}' / draw.choice(FILES), draw)
     # a file may have come back to its place by way of another checkpoint
-    damaged = {path.parent.name for path, was in content.items() if path.parent != out_dir
-               and (not path.exists() or path.read_bytes() != was)}
+    damaged = {
+        path.parent.name
+        for path, was in content.items()
+        if path.parent != out_dir and (not path.exists() or path.read_bytes() != was)
+    }
     expected = next((step for step in STEPS if f'step-{step:08d}' not in damaged), None)
     passed_over = [name for name in damaged if expected is None or name > f'step-{expected:08d}']
     said = []
@@ -160,10 +217,15 @@ def damage_and_load(out_dir: Path, kind: str, whole: dict[int, dict], content: d
         named = all(f'{name}/' in str(error) for name in passed_over)
         return ('none' if expected is None and named else 'wrong'), str(error)
     text = f'{found.step}: {said}'
-    if found.path.name in damaged or not all(torch.equal(value, whole[found.step][part][name])
-                                             for part in tensors for name, value in tensors[part].items()):
+    if found.path.name in damaged or not all(
+        torch.equal(value, whole[found.step][part][name])
+        for part in tensors
+        for name, value in tensors[part].items()
+    ):
         return 'silent', text
-    named = len(said) == len(passed_over) and all(any(f'{name}/' in line for line in said) for name in passed_over)
+    named = len(said) == len(passed_over) and all(
+        any(f'{name}/' in line for line in said) for name in passed_over
+    )
     if found.step != expected or not named:
         return 'wrong', text
     return ('older' if passed_over else 'harmless'), text

@@ -6,6 +6,7 @@
 A stop is a process that ends before an operation on the disk, in the midst of a write; a power cut is a stop that also
 takes the content of every file that was not synced; an error is the operation refused with an I/O error.
 """
+
 import builtins
 import errno
 import os
@@ -39,9 +40,25 @@ folder: str = ''  # where to write the runs; empty: the system's folder for temp
 result: str = ''  # file to write the table to, too
 
 SAVE_INTERVAL = 2  # steps, of the runs of train.py that are killed
-RUN = ['--dataset=tiny', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2',
-       '--gradient_accumulation_steps=1', '--dropout=0.1', '--max_iters=60', '--lr_decay_iters=60', '--warmup_iters=4',
-       f'--eval_interval={SAVE_INTERVAL}', '--eval_iters=1', '--log_interval=1', '--learning_rate=1e-2', '--keep_every=20']
+RUN = [
+    '--dataset=tiny',
+    '--device=cpu',
+    '--n_layer=1',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=2',
+    '--gradient_accumulation_steps=1',
+    '--dropout=0.1',
+    '--max_iters=60',
+    '--lr_decay_iters=60',
+    '--warmup_iters=4',
+    f'--eval_interval={SAVE_INTERVAL}',
+    '--eval_iters=1',
+    '--log_interval=1',
+    '--learning_rate=1e-2',
+    '--keep_every=20',
+]
 
 
 def main(argv):
@@ -53,17 +70,34 @@ def main(argv):
     rows, troubles = [], []
     with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
         for name in SCENARIOS:
-            counts = {way: stop_at_every_operation(name, way, Path(scratch) / 'stops', troubles) for way in WAYS}
+            counts = {
+                way: stop_at_every_operation(name, way, Path(scratch) / 'stops', troubles)
+                for way in WAYS
+            }
             rows.append(f'{name:46}' + ''.join(f'{count:>12,}' for count in counts.values()))
         saving = kill_saving(kills // 2, random.Random(seed), Path(scratch) / 'saving', troubles)
-        training = kill_training(kills - kills // 2, random.Random(seed + 1), Path(scratch) / 'training', troubles)
-    table = '\n'.join([
-        measure.describe_machine(), '', f'{"cut at every operation of":46}' + ''.join(f'{way:>12}' for way in WAYS), *rows, '',
-        f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
-        *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
-        f'{"runs that ended, after kills and resumes":46}{"":>12}{training["ended"]:>12,}',
-        f'{"of these, with other weights than uninterrupted":46}{"":>11}{training["differ"]:>12,}',
-        '', f'violations: {len(troubles)}', *troubles[:20]]) + '\n'
+        training = kill_training(
+            kills - kills // 2, random.Random(seed + 1), Path(scratch) / 'training', troubles
+        )
+    table = (
+        '\n'.join(
+            [
+                measure.describe_machine(),
+                '',
+                f'{"cut at every operation of":46}' + ''.join(f'{way:>12}' for way in WAYS),
+                *rows,
+                '',
+                f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
+                *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
+                f'{"runs that ended, after kills and resumes":46}{"":>12}{training["ended"]:>12,}',
+                f'{"of these, with other weights than uninterrupted":46}{"":>11}{training["differ"]:>12,}',
+                '',
+                f'violations: {len(troubles)}',
+                *troubles[:20],
+            ]
+        )
+        + '\n'
+    )
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -94,13 +128,23 @@ def exit_code(process: int) -> int:
 
 # -- a stop at every operation ---------------------------------------------------------------------------------------
 
+
 def tensors_of(value: float) -> dict[str, dict[str, torch.Tensor]]:
     """A small checkpoint's tensors, all of which tell the value."""
-    return {'model': {'a': torch.full((40, 30), value), 'b': torch.full((7,), value)},
-            'optimizer': {'a/exp_avg': torch.full((40, 30), value), 'a/step': torch.tensor(value)}}
+    return {
+        'model': {'a': torch.full((40, 30), value), 'b': torch.full((7,), value)},
+        'optimizer': {'a/exp_avg': torch.full((40, 30), value), 'a/step': torch.tensor(value)},
+    }
 
 
-def save(out_dir: Path, step: int, value: float, best: bool | None = None, start: int | None = None, keep_last: int = 1):
+def save(
+    out_dir: Path,
+    step: int,
+    value: float,
+    best: bool | None = None,
+    start: int | None = None,
+    keep_last: int = 1,
+):
     """Saves a step, evaluated where best is given; the run goes on from `start`, or the step before."""
     writer = CheckpointWriter(out_dir, keep_last, start=step - 1 if start is None else start)
     writer.save(step, **tensors_of(value), state={'train': {}})
@@ -127,15 +171,32 @@ def replace(out_dir: Path):
 
 # What is there before, what is then stopped, and the newest (step, value) that may be found afterwards.
 SCENARIOS = {
-    'a first save': (lambda out_dir: None, lambda out_dir: save(out_dir, 10, 1.0), {None, (10, 1.0)}),
+    'a first save': (
+        lambda out_dir: None,
+        lambda out_dir: save(out_dir, 10, 1.0),
+        {None, (10, 1.0)},
+    ),
     'a save that makes an older one superfluous': (
-        lambda out_dir: save(out_dir, 10, 1.0), lambda out_dir: save(out_dir, 20, 2.0), {(10, 1.0), (20, 2.0)}),
+        lambda out_dir: save(out_dir, 10, 1.0),
+        lambda out_dir: save(out_dir, 20, 2.0),
+        {(10, 1.0), (20, 2.0)},
+    ),
     'a save and its evaluation, the best so far': (
-        prepare_two, lambda out_dir: save(out_dir, 30, 3.0, best=True), {(20, 2.0), (30, 3.0)}),
+        prepare_two,
+        lambda out_dir: save(out_dir, 30, 3.0, best=True),
+        {(20, 2.0), (30, 3.0)},
+    ),
     'an evaluation after a resume': (prepare_two, record_best, {(20, 2.0)}),
     'a step saved again': (
-        prepare_two, lambda out_dir: save(out_dir, 20, 7.0, start=10, keep_last=2), {(20, 2.0), (20, 7.0)}),
-    'a new run that replaces an old one': (prepare_two, replace, {None, (10, 1.0), (20, 2.0), (30, 7.0)}),
+        prepare_two,
+        lambda out_dir: save(out_dir, 20, 7.0, start=10, keep_last=2),
+        {(20, 2.0), (20, 7.0)},
+    ),
+    'a new run that replaces an old one': (
+        prepare_two,
+        replace,
+        {None, (10, 1.0), (20, 2.0), (30, 7.0)},
+    ),
 }
 WAYS = ('stop', 'power cut', 'error')
 
@@ -197,6 +258,7 @@ def intercept(operation: int, way: str) -> Callable[[], bool]:
             value = function(*arguments, **options)
             after(*arguments)
             return value
+
         return wrapped
 
     def open(file, mode='r', *arguments, **options):
@@ -208,12 +270,13 @@ def intercept(operation: int, way: str) -> Callable[[], bool]:
         write = opened.write
 
         def write_half(block):
-            write(block[:len(block) // 2])
+            write(block[: len(block) // 2])
             opened.flush()
 
         def wrapped(block):
             before(lambda: write_half(block))
             return write(block)
+
         opened.write = wrapped
         return opened
 
@@ -243,7 +306,10 @@ def check_folder(out_dir: Path, allowed: set) -> list[str]:
         troubles.append(f'the newest is {newest}')
     save(out_dir, 40, 4.0, best=True, start=newest[0] if newest else 0)
     left = sorted(path.name for path in out_dir.iterdir())
-    if left != ['best', 'latest', 'step-00000040'] or read_value(out_dir, 'latest', troubles, warnings) != 4.0:
+    if (
+        left != ['best', 'latest', 'step-00000040']
+        or read_value(out_dir, 'latest', troubles, warnings) != 4.0
+    ):
         troubles.append(f'after another save there are {left}')
     return troubles
 
@@ -254,7 +320,12 @@ def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[st
     except UserError as error:
         troubles.append(str(error))
         return None
-    values = {float(value) for kind in tensors.values() for tensor in kind.values() for value in tensor.unique()}
+    values = {
+        float(value)
+        for kind in tensors.values()
+        for tensor in kind.values()
+        for value in tensor.unique()
+    }
     if len(values) != 1:
         troubles.append(f'{found.path} mixes {values}')
     return values.pop()
@@ -262,10 +333,17 @@ def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[st
 
 # -- kills at random moments -----------------------------------------------------------------------------------------
 
-COUNTED = ('kills', 'within a save or deletion', 'folders that cannot be loaded', 'most saves lost of those begun')
+COUNTED = (
+    'kills',
+    'within a save or deletion',
+    'folders that cannot be loaded',
+    'most saves lost of those begun',
+)
 
 
-def kill_saving(kills: int, draw: random.Random, out_dir: Path, troubles: list[str]) -> dict[str, int]:
+def kill_saving(
+    kills: int, draw: random.Random, out_dir: Path, troubles: list[str]
+) -> dict[str, int]:
     """Kills a process that does nothing but save, again and again, each going on from what the one before left."""
     out_dir.mkdir()
     counts = dict.fromkeys(COUNTED, 0)
@@ -284,9 +362,13 @@ def kill_saving(kills: int, draw: random.Random, out_dir: Path, troubles: list[s
         with os.fdopen(begun) as lines:
             last = int((lines.read().split() or [newest])[-1])
         found = check_steps(out_dir, troubles, counts)
-        counts['most saves lost of those begun'] = max(counts['most saves lost of those begun'], last - found)
-        if found < last - 1 or any(read_value(out_dir, str(step), troubles, []) != step
-                                   for step in store.steps_after(out_dir, 0)):
+        counts['most saves lost of those begun'] = max(
+            counts['most saves lost of those begun'], last - found
+        )
+        if found < last - 1 or any(
+            read_value(out_dir, str(step), troubles, []) != step
+            for step in store.steps_after(out_dir, 0)
+        ):
             troubles.append(f'killed while saving step {last}: the newest is {found}')
     return counts
 
@@ -302,14 +384,22 @@ def save_for_ever(out_dir: Path, step: int, told: int):
         writer.record_evaluation(step, {'evaluated': step}, best=step % 3 == 0)
 
 
-def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list[str]) -> dict[str, int]:
+def kill_training(
+    kills: int, draw: random.Random, scratch: Path, troubles: list[str]
+) -> dict[str, int]:
     """Kills train.py again and again, resuming it each time until it ends; then its weights are the uninterrupted run's."""
     scratch.mkdir()
-    text = ' '.join(random.Random(0).choices('the a cat dog bird sees hears chases small big red'.split(), k=4000))
+    text = ' '.join(
+        random.Random(0).choices(
+            'the a cat dog bird sees hears chases small big red'.split(), k=4000
+        )
+    )
     write_char_dataset(scratch / 'data' / 'tiny', text, {'text': 'made up'})
     flags = [*RUN, f'--data_dir={scratch / "data"}']
     started = time.perf_counter()
-    if exit_code(fork(lambda: train.main([*flags, f'--out_dir={scratch / "whole"}']), scratch / 'whole.txt')):
+    if exit_code(
+        fork(lambda: train.main([*flags, f'--out_dir={scratch / "whole"}']), scratch / 'whole.txt')
+    ):
         raise UserError(f'train.py failed: {(scratch / "whole.txt").read_text()[-500:]}')
     duration = time.perf_counter() - started
     expected = store.load(scratch / 'whole')[1]
@@ -327,7 +417,9 @@ def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list
             counts['ended'] += 1
             if not is_same(store.load(out_dir)[1], expected):
                 counts['differ'] += 1
-                troubles.append(f'run {counts["ended"]} ends with other weights than the uninterrupted one')
+                troubles.append(
+                    f'run {counts["ended"]} ends with other weights than the uninterrupted one'
+                )
             shutil.rmtree(out_dir)
             continue
         if code != -signal.SIGKILL:
@@ -336,16 +428,24 @@ def kill_training(kills: int, draw: random.Random, scratch: Path, troubles: list
         counts['kills'] += 1
         counts['within a save or deletion'] += has_leftovers(out_dir)
         found = check_steps(out_dir, troubles, counts)
-        reached = max(map(int, re.findall(r'^step (\d+): loss', output.read_text(), re.MULTILINE)), default=0)
-        lost = max(reached - 1, 0) // SAVE_INTERVAL - found // SAVE_INTERVAL  # the last one may not have begun
-        counts['most saves lost of those begun'] = max(counts['most saves lost of those begun'], lost)
+        reached = max(
+            map(int, re.findall(r'^step (\d+): loss', output.read_text(), re.MULTILINE)), default=0
+        )
+        lost = (
+            max(reached - 1, 0) // SAVE_INTERVAL - found // SAVE_INTERVAL
+        )  # the last one may not have begun
+        counts['most saves lost of those begun'] = max(
+            counts['most saves lost of those begun'], lost
+        )
         if lost > 1:
             troubles.append(f'killed at step {reached}: the newest checkpoint is {found}')
     return counts
 
 
 def has_leftovers(out_dir: Path) -> bool:
-    return any(path.name != '.lock' for path in out_dir.glob('.*')) or any(out_dir.glob('step-*/.*'))
+    return any(path.name != '.lock' for path in out_dir.glob('.*')) or any(
+        out_dir.glob('step-*/.*')
+    )
 
 
 def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> int:
@@ -367,8 +467,10 @@ def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> i
 def is_same(tensors: dict, others: dict) -> bool:
     """Whether they are the same tensors, bit for bit."""
     return tensors.keys() == others.keys() and all(
-        tensors[kind].keys() == others[kind].keys() and all(torch.equal(value, others[kind][name])
-                                                            for name, value in tensors[kind].items()) for kind in tensors)
+        tensors[kind].keys() == others[kind].keys()
+        and all(torch.equal(value, others[kind][name]) for name, value in tensors[kind].items())
+        for kind in tensors
+    )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ A case ends well with exit code 0; 2 and one line that begins with 'error: '; or
 badly with a traceback, any other code, or after a minute. Each is a process of its own, forked from this one, which has
 imported torch once; it may take 2 GiB of memory, so that what is too large really is.
 """
+
 import json
 import os
 import pickle
@@ -26,10 +27,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'disabled',
-               'ARROW_DEFAULT_MEMORY_POOL': 'system'}  # the other one reserves what it may never use
+os.environ |= {
+    'OMP_NUM_THREADS': '1',
+    'HF_HUB_OFFLINE': '1',
+    'WANDB_MODE': 'disabled',
+    'ARROW_DEFAULT_MEMORY_POOL': 'system',
+}  # the other one reserves what it may never use
 # A network that refuses at once.
-os.environ |= dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
+os.environ |= dict.fromkeys(
+    ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9'
+)
 import safetensors.torch
 import tiktoken
 import torch
@@ -53,35 +60,206 @@ case: int = -1  # the number of a case to run alone; -1 for all
 result: str = ''  # file to write the table to; empty: standard output only
 
 MEMORY, SECONDS = 2 << 30, 60  # that a case may take
-PREPARE = {name: f'data/{name}/prepare.py' for name in ('text', 'shakespeare_char', 'shakespeare', 'stdlib_char', 'openwebtext')}
-MAINS = {'train.py': train.main, 'sample.py': sample.main, 'bench.py': bench.main, 'report.py': report.main}
-TINY = ['--device=cpu', '--data_dir=data', '--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=8', '--block_size=8',
-        '--batch_size=2', '--gradient_accumulation_steps=1', '--lr_decay_iters=2', '--warmup_iters=1', '--learning_rate=1e-2']
+PREPARE = {
+    name: f'data/{name}/prepare.py'
+    for name in ('text', 'shakespeare_char', 'shakespeare', 'stdlib_char', 'openwebtext')
+}
+MAINS = {
+    'train.py': train.main,
+    'sample.py': sample.main,
+    'bench.py': bench.main,
+    'report.py': report.main,
+}
+TINY = [
+    '--device=cpu',
+    '--data_dir=data',
+    '--dataset=tiny',
+    '--n_layer=1',
+    '--n_head=2',
+    '--n_embd=8',
+    '--block_size=8',
+    '--batch_size=2',
+    '--gradient_accumulation_steps=1',
+    '--lr_decay_iters=2',
+    '--warmup_iters=1',
+    '--learning_rate=1e-2',
+]
 TRAIN = [*TINY, '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--log_interval=1']
-BASE = {'train.py': [*TRAIN, '--out_dir=new'],
-        'sample.py': ['--device=cpu', '--out_dir=run', '--max_new_tokens=3'],
-        'bench.py': [*TINY, '--rounds=1', '--steps=1', '--new_tokens=2', '--prompt_tokens=2', '--no-startup'],
-        'report.py': ['--out_dir=run', '--no-png'],
-        PREPARE['text']: ['--input=texts'], PREPARE['shakespeare_char']: ['--input=texts/a.txt'],
-        PREPARE['shakespeare']: ['--input=texts/a.txt'], PREPARE['stdlib_char']: [], PREPARE['openwebtext']: ['--input=texts']}
+BASE = {
+    'train.py': [*TRAIN, '--out_dir=new'],
+    'sample.py': ['--device=cpu', '--out_dir=run', '--max_new_tokens=3'],
+    'bench.py': [
+        *TINY,
+        '--rounds=1',
+        '--steps=1',
+        '--new_tokens=2',
+        '--prompt_tokens=2',
+        '--no-startup',
+    ],
+    'report.py': ['--out_dir=run', '--no-png'],
+    PREPARE['text']: ['--input=texts'],
+    PREPARE['shakespeare_char']: ['--input=texts/a.txt'],
+    PREPARE['shakespeare']: ['--input=texts/a.txt'],
+    PREPARE['stdlib_char']: [],
+    PREPARE['openwebtext']: ['--input=texts'],
+}
 TYPES = {script: configurator.read_block(str(ROOT / script)).types for script in BASE}
 TYPES['report.py'].pop('watch')  # which serves until Ctrl-C
 # Keys whose larger values are a longer run, which is what was asked for; they get values that are small or refused.
-WORK = {'max_iters', 'eval_iters', 'sample_tokens', 'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'rounds',
-        'steps', 'new_tokens'}
-NUMBERS = ['0', '1', '2', '3', '-0', '-1', '1.5', '1e-400', 'nan', 'inf', '-inf', '1e400', '-1e400', 'None', 'True', '', 'abc']
-LARGE = ['7', '8', '17', '64', '1000', '1e3', '100000', '2147483647', '1e9', '1e18', '1e308', '9' * 400, '-' + '9' * 50, '0x10']
-TEXTS = ['', 'x', '-', '--', '.', 'run', 'new', 'data', 'texts', 'texts/a.txt', 'published', 'data/tiny', 'run/latest', 'best', '2',
-         '/dev/null', '/dev/full', '/proc/self/mem', '~', '~nobody', 'x' * 300, 'x' * 5000, 'x/' * 2000, 'é€🙂', '\udcff', '\ud800',
-         'a\nb', '\t', '"', "'", "'a'", '[]', '()', '{}', '%s', '{0}', '$(touch canary)', "__import__('os').mkdir('canary')",
-         'FILE:', 'FILE:.', 'FILE:texts/a.txt', 'FILE:nowhere', 'The ', '<|endoftext|>', 'auto', 'cpu', 'cuda', 'cuda:7', 'cpu:1',
-         'meta', 'resume', 'scratch', 'gpt2', '9' * 5000, 'none', 'tiny', 'shakespeare_char', 'text', 'stdlib', ',', 'texts,nowhere']
-CONFIGS = ['', 'seed = 2', 'seed = = 2', 'sed = 2', "seed = 'a'", 'seed = 1e400', 'raise ValueError', 'import sys; sys.exit(0)',
-           'seed = 1/0', 'include("config.py")', 'include("nowhere.py")', 'global seed', 'def _f(): return _f()\n_f()', 'x' * 9999, '(' * 9999,
-           "out_dir = 'a\\0b'", "start = '\\ud800'", "device = 'abacus'", 'def f(): pass', '\0', '\ufeffseed = 1', 'seed: int = 3',
-           'del seed']
-JSON = [None, True, -1, 0, 1.5, 10 ** 30, 1e308, '', 'x', 'é', '../x', 'x' * 5000, [], {}, [[]], {'': None}, float('nan'),
-        float('inf')]
+WORK = {
+    'max_iters',
+    'eval_iters',
+    'sample_tokens',
+    'gradient_accumulation_steps',
+    'num_samples',
+    'max_new_tokens',
+    'rounds',
+    'steps',
+    'new_tokens',
+}
+NUMBERS = [
+    '0',
+    '1',
+    '2',
+    '3',
+    '-0',
+    '-1',
+    '1.5',
+    '1e-400',
+    'nan',
+    'inf',
+    '-inf',
+    '1e400',
+    '-1e400',
+    'None',
+    'True',
+    '',
+    'abc',
+]
+LARGE = [
+    '7',
+    '8',
+    '17',
+    '64',
+    '1000',
+    '1e3',
+    '100000',
+    '2147483647',
+    '1e9',
+    '1e18',
+    '1e308',
+    '9' * 400,
+    '-' + '9' * 50,
+    '0x10',
+]
+TEXTS = [
+    '',
+    'x',
+    '-',
+    '--',
+    '.',
+    'run',
+    'new',
+    'data',
+    'texts',
+    'texts/a.txt',
+    'published',
+    'data/tiny',
+    'run/latest',
+    'best',
+    '2',
+    '/dev/null',
+    '/dev/full',
+    '/proc/self/mem',
+    '~',
+    '~nobody',
+    'x' * 300,
+    'x' * 5000,
+    'x/' * 2000,
+    'é€🙂',
+    '\udcff',
+    '\ud800',
+    'a\nb',
+    '\t',
+    '"',
+    "'",
+    "'a'",
+    '[]',
+    '()',
+    '{}',
+    '%s',
+    '{0}',
+    '$(touch canary)',
+    "__import__('os').mkdir('canary')",
+    'FILE:',
+    'FILE:.',
+    'FILE:texts/a.txt',
+    'FILE:nowhere',
+    'The ',
+    '<|endoftext|>',
+    'auto',
+    'cpu',
+    'cuda',
+    'cuda:7',
+    'cpu:1',
+    'meta',
+    'resume',
+    'scratch',
+    'gpt2',
+    '9' * 5000,
+    'none',
+    'tiny',
+    'shakespeare_char',
+    'text',
+    'stdlib',
+    ',',
+    'texts,nowhere',
+]
+CONFIGS = [
+    '',
+    'seed = 2',
+    'seed = = 2',
+    'sed = 2',
+    "seed = 'a'",
+    'seed = 1e400',
+    'raise ValueError',
+    'import sys; sys.exit(0)',
+    'seed = 1/0',
+    'include("config.py")',
+    'include("nowhere.py")',
+    'global seed',
+    'def _f(): return _f()\n_f()',
+    'x' * 9999,
+    '(' * 9999,
+    "out_dir = 'a\\0b'",
+    "start = '\\ud800'",
+    "device = 'abacus'",
+    'def f(): pass',
+    '\0',
+    '\ufeffseed = 1',
+    'seed: int = 3',
+    'del seed',
+]
+JSON = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    1e308,
+    '',
+    'x',
+    'é',
+    '../x',
+    'x' * 5000,
+    [],
+    {},
+    [[]],
+    {'': None},
+    float('nan'),
+    float('inf'),
+]
 
 
 @dataclass(frozen=True)
@@ -98,14 +276,24 @@ def main(argv):
     if cases < 1:
         raise UserError(f'cases is {cases}: it must be at least 1')
     torch.set_num_threads(1)  # threads would not survive a fork
-    MAINS.update({script: runpy.run_path(str(ROOT / script))['main'] for script in PREPARE.values()})
+    MAINS.update(
+        {script: runpy.run_path(str(ROOT / script))['main'] for script in PREPARE.values()}
+    )
     # A vocabulary of bytes in the place of GPT-2's, whose files may not be here.
-    small = tiktoken.Encoding('bytes', pat_str='.|\n', mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+    small = tiktoken.Encoding(
+        'bytes',
+        pat_str='.|\n',
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={},
+    )
     tokenizer.load_gpt2 = lambda: small
     with tempfile.TemporaryDirectory() as scratch:
         ground = Path(scratch) / 'ground'
         if wait(fork(make_ground, ground, Path(scratch) / 'ground said')):
-            raise UserError('the files to damage could not be made: ' + (Path(scratch) / 'ground said').read_text()[-500:])
+            raise UserError(
+                'the files to damage could not be made: '
+                + (Path(scratch) / 'ground said').read_text()[-500:]
+            )
         started = time.monotonic()
         numbers = [case] if case >= 0 else range(cases)
         ended = run_all(numbers, ground, Path(scratch))
@@ -123,9 +311,16 @@ def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
         while running and (number is None or len(running) >= (os.cpu_count() or 1)):
             process, status = os.wait()
             number_ended, made, folder = running.pop(process)
-            os.killpg(process, signal.SIGKILL) if is_alive(process) else None  # what it may have left running
-            code, said = os.waitstatus_to_exitcode(status), folder.with_suffix('.said').read_text(errors='replace')
-            bad = judge(code, said) or ('code of an argument ran' if (folder / 'canary').exists() else '')
+            os.killpg(process, signal.SIGKILL) if is_alive(
+                process
+            ) else None  # what it may have left running
+            code, said = (
+                os.waitstatus_to_exitcode(status),
+                folder.with_suffix('.said').read_text(errors='replace'),
+            )
+            bad = judge(code, said) or (
+                'code of an argument ran' if (folder / 'canary').exists() else ''
+            )
             ended.append((made.kind, code, bad))
             if bad or case >= 0:
                 print(f'case {number_ended}: {made.script} {made.argv!a}')
@@ -136,7 +331,11 @@ def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
             folder = scratch / str(number)
             made = make_case(random.Random(f'{seed}/{number}'))
             shutil.copytree(ground, folder, symlinks=True)
-            running[fork(lambda _: play(made), folder, folder.with_suffix('.said'))] = number, made, folder
+            running[fork(lambda _: play(made), folder, folder.with_suffix('.said'))] = (
+                number,
+                made,
+                folder,
+            )
     return ended
 
 
@@ -155,24 +354,32 @@ def judge(code: int, said: str) -> str:
         return 'traceback'
     if code == 2 and (len(errors) != 1 or not said.endswith(errors[0] + '\n')):
         return 'not one line'
-    return '' if code in (0, 2, 3) else 'too long' if code == -signal.SIGALRM else 'another exit code'
+    return (
+        '' if code in (0, 2, 3) else 'too long' if code == -signal.SIGALRM else 'another exit code'
+    )
 
 
 def make_table(ended, seconds: float) -> str:
     kinds = sorted({kind for kind, _, _ in ended})
     counts = {kind: Counter(code for other, code, _ in ended if other == kind) for kind in kinds}
     codes = sorted({code for _, code, _ in ended})
-    lines = [f'{len(ended):,} cases, seed {seed}, in {seconds / 60:.1f} minutes; {measure.describe_machine()}', '',
-             f'{"exit code":40}' + ''.join(f'{code:>8}' for code in codes) + f'{"bad":>8}']
+    lines = [
+        f'{len(ended):,} cases, seed {seed}, in {seconds / 60:.1f} minutes; {measure.describe_machine()}',
+        '',
+        f'{"exit code":40}' + ''.join(f'{code:>8}' for code in codes) + f'{"bad":>8}',
+    ]
     for kind, count in [*counts.items(), ('all', sum(counts.values(), Counter()))]:
         bad = sum(bool(reason) for other, _, reason in ended if kind in (other, 'all'))
         lines.append(f'{kind:40}' + ''.join(f'{count[code]:>8,}' for code in codes) + f'{bad:>8}')
     reasons = Counter(reason for _, _, reason in ended if reason)
-    lines += ['', f'tracebacks {reasons.pop("traceback", 0)}'] + [f'{reason} {count}' for reason, count in reasons.items()]
+    lines += ['', f'tracebacks {reasons.pop("traceback", 0)}'] + [
+        f'{reason} {count}' for reason, count in reasons.items()
+    ]
     return '\n'.join(lines) + '\n'
 
 
 # -- one case ----------------------------------------------------------------------------------------------------------
+
 
 def fork(work: Callable[[Path], None], folder: Path, said: Path) -> int:
     """A process that does work(folder) there, what it says into a file, and ends as run_script does; its id."""
@@ -185,9 +392,15 @@ def fork(work: Callable[[Path], None], folder: Path, said: Path) -> int:
         os.setpgid(0, 0)
         folder.mkdir(exist_ok=True)
         os.chdir(folder)
-        os.environ |= {'HOME': str(folder), 'PATH': ''}  # without a PATH there is no compiler, which would take long
+        os.environ |= {
+            'HOME': str(folder),
+            'PATH': '',
+        }  # without a PATH there is no compiler, which would take long
         os.environ.pop('CXX', None)
-        for descriptor, path, flags in (0, os.devnull, os.O_RDONLY), (1, said, os.O_WRONLY | os.O_CREAT | os.O_APPEND):
+        for descriptor, path, flags in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, said, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+        ):
             os.dup2(os.open(path, flags, 0o600), descriptor)
         os.dup2(1, 2)
         signal.alarm(SECONDS)
@@ -218,8 +431,17 @@ def play(made: Case):
 
 
 def make_case(draw: random.Random) -> Case:
-    return draw.choices([case_of_flags, case_of_dataset, case_of_run, case_of_report, case_of_published, case_of_text],
-                        [10, 3, 4, 2, 2, 4])[0](draw)
+    return draw.choices(
+        [
+            case_of_flags,
+            case_of_dataset,
+            case_of_run,
+            case_of_report,
+            case_of_published,
+            case_of_text,
+        ],
+        [10, 3, 4, 2, 2, 4],
+    )[0](draw)
 
 
 def case_of_flags(draw) -> Case:
@@ -228,13 +450,32 @@ def case_of_flags(draw) -> Case:
     flags = []
     for _ in range(draw.randint(1, 3)):
         flags += random_flag(draw, types)
-    config = draw.choice(CONFIGS).encode('utf-8', 'surrogatepass') if draw.random() < 0.8 else draw.randbytes(50)
+    config = (
+        draw.choice(CONFIGS).encode('utf-8', 'surrogatepass')
+        if draw.random() < 0.8
+        else draw.randbytes(50)
+    )
     if draw.random() < 0.2:
-        files = ['config.py', 'config.py', 'nowhere.py', 'texts', 'texts/a.txt', str(ROOT / 'config/train_shakespeare_char.py')]
+        files = [
+            'config.py',
+            'config.py',
+            'nowhere.py',
+            'texts',
+            'texts/a.txt',
+            str(ROOT / 'config/train_shakespeare_char.py'),
+        ]
         flags.insert(draw.randint(0, len(flags)), draw.choice(files))
     if script.startswith('data'):  # never into the project's own folder
-        flags.append('--out_dir=' + draw.choice(['new', 'new', 'data/tiny', 'texts/a.txt', '/dev/null', 'é', 'x' * 300]))
-    return Case(f'flags of {script}', script, BASE[script] + flags, lambda: Path('config.py').write_bytes(config))
+        flags.append(
+            '--out_dir='
+            + draw.choice(['new', 'new', 'data/tiny', 'texts/a.txt', '/dev/null', 'é', 'x' * 300])
+        )
+    return Case(
+        f'flags of {script}',
+        script,
+        BASE[script] + flags,
+        lambda: Path('config.py').write_bytes(config),
+    )
 
 
 def random_flag(draw, types: dict) -> list[str]:
@@ -248,14 +489,26 @@ def random_flag(draw, types: dict) -> list[str]:
         value = 'nowhere'  # empty is the project's own folder
     if draw.random() < 0.1:  # misspelt
         at = draw.randrange(len(key))
-        key = key[:at] + draw.choice(['', 'x', '-', 'é', key[at] * 2]) + key[at + 1:]
-    forms = ['--{key}={value}', '--{key} {value}', '--{key}', '--no-{key}', '{key}={value}', '-{key}={value}']
+        key = key[:at] + draw.choice(['', 'x', '-', 'é', key[at] * 2]) + key[at + 1 :]
+    forms = [
+        '--{key}={value}',
+        '--{key} {value}',
+        '--{key}',
+        '--no-{key}',
+        '{key}={value}',
+        '-{key}={value}',
+    ]
     form = draw.choices(forms, [10, 3, 1, 1, 1, 1])[0]
     return [part.format(key=key, value=value) for part in form.split(' ')]
 
 
 def case_of_dataset(draw) -> Case:
-    name, files = draw.choice([('tiny', ['train.bin', 'val.bin', 'meta.json']), ('nano', ['train.bin', 'val.bin', 'meta.pkl'])])
+    name, files = draw.choice(
+        [
+            ('tiny', ['train.bin', 'val.bin', 'meta.json']),
+            ('nano', ['train.bin', 'val.bin', 'meta.pkl']),
+        ]
+    )
     damage = random_damage(draw, [f'data/{name}/{file}' for file in files])
     large = draw.choice([100, 1 << 26])  # bytes from which on a bin is not read through
 
@@ -263,50 +516,121 @@ def case_of_dataset(draw) -> Case:
         dataset.LARGE = large
         damage()
 
-    resumes = ['--init_from=resume', '--out_dir=run', '--max_iters=3'] if name == 'tiny' and draw.random() < 0.3 else []
-    return Case('damaged dataset', 'train.py', [*TRAIN, '--out_dir=new', f'--dataset={name}', *resumes], prepare)
+    resumes = (
+        ['--init_from=resume', '--out_dir=run', '--max_iters=3']
+        if name == 'tiny' and draw.random() < 0.3
+        else []
+    )
+    return Case(
+        'damaged dataset',
+        'train.py',
+        [*TRAIN, '--out_dir=new', f'--dataset={name}', *resumes],
+        prepare,
+    )
 
 
 def case_of_run(draw) -> Case:
     folder = 'run/step-00000002/'
-    damage = random_damage(draw, [
-        'run/latest', 'run/best', 'run/config.json', 'run/metrics.jsonl', 'run/wandb_id', folder + 'state.json',
-        folder + 'model.safetensors', folder + 'optimizer.safetensors', 'run/step-00000001/state.json', 'run/step-00000001', folder])
-    script, argv = draw.choice([
-        ('sample.py', [*BASE['sample.py'], draw.choice(['--which=best', '--which=latest', '--which=2'])]),
-        ('train.py', [*TRAIN, '--out_dir=run', '--init_from=resume', '--max_iters=3', *draw.choice([[], ['--wandb_log']])]),
-        ('train.py', [*TRAIN, '--out_dir=new', '--init_from=run']), ('train.py', [*TRAIN, '--out_dir=run', '--overwrite'])])
+    damage = random_damage(
+        draw,
+        [
+            'run/latest',
+            'run/best',
+            'run/config.json',
+            'run/metrics.jsonl',
+            'run/wandb_id',
+            folder + 'state.json',
+            folder + 'model.safetensors',
+            folder + 'optimizer.safetensors',
+            'run/step-00000001/state.json',
+            'run/step-00000001',
+            folder,
+        ],
+    )
+    script, argv = draw.choice(
+        [
+            (
+                'sample.py',
+                [*BASE['sample.py'], draw.choice(['--which=best', '--which=latest', '--which=2'])],
+            ),
+            (
+                'train.py',
+                [
+                    *TRAIN,
+                    '--out_dir=run',
+                    '--init_from=resume',
+                    '--max_iters=3',
+                    *draw.choice([[], ['--wandb_log']]),
+                ],
+            ),
+            ('train.py', [*TRAIN, '--out_dir=new', '--init_from=run']),
+            ('train.py', [*TRAIN, '--out_dir=run', '--overwrite']),
+        ]
+    )
     return Case('damaged run', script, argv, damage)
 
 
 def case_of_report(draw) -> Case:
-    damage = random_damage(draw, ['run/config.json', 'run/metrics.jsonl', 'other/config.json', 'other/metrics.jsonl', 'run/report.html'])
+    damage = random_damage(
+        draw,
+        [
+            'run/config.json',
+            'run/metrics.jsonl',
+            'other/config.json',
+            'other/metrics.jsonl',
+            'run/report.html',
+        ],
+    )
     flags = draw.choice([[], [], ['--out_dir=run,other'], ['--png']])
     return Case('damaged run, its report', 'report.py', [*BASE['report.py'], *flags], damage)
 
 
 def case_of_published(draw) -> Case:
     damage = random_damage(draw, ['published/config.json', 'published/model.safetensors'])
-    argv = ['--device=cpu', '--data_dir=data', '--dataset=gpt2', '--batch_size=2', '--gradient_accumulation_steps=1',
-            '--out_dir=new', '--init_from=published', '--max_iters=1', '--eval_iters=1', '--warmup_iters=1']
+    argv = [
+        '--device=cpu',
+        '--data_dir=data',
+        '--dataset=gpt2',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=1',
+        '--out_dir=new',
+        '--init_from=published',
+        '--max_iters=1',
+        '--eval_iters=1',
+        '--warmup_iters=1',
+    ]
     return Case('damaged published weights', 'train.py', argv, damage)
 
 
 def case_of_text(draw) -> Case:
     what = draw.choice(['texts', 'texts', 'texts', 'journal', 'prompt', 'shakespeare'])
     if what == 'prompt':
-        return Case('damaged prompt', 'sample.py', [*BASE['sample.py'], '--start=FILE:texts/prompt.txt'],
-                    random_damage(draw, ['texts/prompt.txt']))
+        return Case(
+            'damaged prompt',
+            'sample.py',
+            [*BASE['sample.py'], '--start=FILE:texts/prompt.txt'],
+            random_damage(draw, ['texts/prompt.txt']),
+        )
     if what == 'shakespeare':
         script = PREPARE[draw.choice(['shakespeare_char', 'shakespeare'])]
-        return Case('damaged text', script, ['--input=texts/a.txt', '--out_dir=new'], random_damage(draw, ['texts/a.txt']))
+        return Case(
+            'damaged text',
+            script,
+            ['--input=texts/a.txt', '--out_dir=new'],
+            random_damage(draw, ['texts/a.txt']),
+        )
     if what == 'journal':
         files = ('.journal.json', '.train.bin.unfinished', '.val.bin.unfinished')
         damage = random_damage(draw, [f'stopped/{file}' for file in files])
-        return Case('damaged journal', PREPARE['text'], ['--input=texts', '--out_dir=stopped'], damage)
+        return Case(
+            'damaged journal', PREPARE['text'], ['--input=texts', '--out_dir=stopped'], damage
+        )
     file = draw.choice(['a.txt', 'b.md', 'rows.jsonl', 'rows.parquet', 'rows.parquet'])
-    argv = [f'--input=texts/{file}', f'--tokenizer={draw.choice(["char", "byte", "gpt2"])}',
-            f'--out_dir={draw.choice(["new", "data/tiny"])}']
+    argv = [
+        f'--input=texts/{file}',
+        f'--tokenizer={draw.choice(["char", "byte", "gpt2"])}',
+        f'--out_dir={draw.choice(["new", "data/tiny"])}',
+    ]
     return Case('damaged text', PREPARE['text'], argv, random_damage(draw, [f'texts/{file}']))
 
 
@@ -326,6 +650,7 @@ def random_damage(draw, paths: list[str]) -> Callable[[], None]:
                 path.write_text('\n'.join(lines) + '\n')
             else:
                 change_bytes(draw, path)
+
     return damage
 
 
@@ -344,8 +669,23 @@ def change_json(draw, data):
 def change_bytes(draw, path: Path):
     content = path.read_bytes()
     start, stop = sorted(draw.choices(range(len(content) + 1), k=2))
-    how = draw.choice(['cut', 'flip', 'flip', 'insert', 'take out', 'repeat', 'empty', 'noise', 'nest', 'remove', 'folder', 'link',
-                       'null'])
+    how = draw.choice(
+        [
+            'cut',
+            'flip',
+            'flip',
+            'insert',
+            'take out',
+            'repeat',
+            'empty',
+            'noise',
+            'nest',
+            'remove',
+            'folder',
+            'link',
+            'null',
+        ]
+    )
     if how in ('remove', 'folder', 'link'):
         path.unlink()
         path.mkdir() if how == 'folder' else path.symlink_to(path.name) if how == 'link' else None
@@ -353,13 +693,23 @@ def change_bytes(draw, path: Path):
     flipped = bytearray(content)
     for _ in range(draw.randint(1, 4) if content else 0):
         flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes({
-        'cut': content[:stop], 'flip': flipped, 'insert': content[:start] + draw.randbytes(draw.randint(1, 9)) + content[start:],
-        'take out': content[:start] + content[stop:], 'repeat': content + content[start:stop], 'empty': b'',
-        'noise': draw.randbytes(draw.randint(1, 200)), 'nest': b'[' * 100_000, 'null': b'null'}[how])
+    path.write_bytes(
+        {
+            'cut': content[:stop],
+            'flip': flipped,
+            'insert': content[:start] + draw.randbytes(draw.randint(1, 9)) + content[start:],
+            'take out': content[:start] + content[stop:],
+            'repeat': content + content[start:stop],
+            'empty': b'',
+            'noise': draw.randbytes(draw.randint(1, 200)),
+            'nest': b'[' * 100_000,
+            'null': b'null',
+        }[how]
+    )
 
 
 # -- the files to damage -----------------------------------------------------------------------------------------------
+
 
 def make_ground(folder: Path):
     """Datasets, a run with two checkpoints, published weights, texts, and bins in the making, in this folder."""
@@ -370,22 +720,40 @@ def make_ground(folder: Path):
     characters = sorted(set(text))
     numbers = {character: number for number, character in enumerate(characters)}
     for split in ('train', 'val'):
-        Path(f'data/nano/{split}.bin').write_bytes(b''.join(numbers[character].to_bytes(2, 'little') for character in text))
+        Path(f'data/nano/{split}.bin').write_bytes(
+            b''.join(numbers[character].to_bytes(2, 'little') for character in text)
+        )
     meta = {'vocab_size': len(numbers), 'stoi': numbers, 'itos': dict(enumerate(characters))}
     Path('data/nano/meta.pkl').write_bytes(pickle.dumps(meta))
     Path('data/gpt2').mkdir()
     for split in ('train', 'val'):
-        Path(f'data/gpt2/{split}.bin').write_bytes(random.Random(0).randbytes(2000).translate(bytes(range(128)) * 2))
+        Path(f'data/gpt2/{split}.bin').write_bytes(
+            random.Random(0).randbytes(2000).translate(bytes(range(128)) * 2)
+        )
     train.main([*TRAIN, '--out_dir=run', '--eval_interval=1', '--keep_last=2'])
     shutil.copytree('run', 'other')
     Path('run/wandb_id').write_text('0123abcd\n')
     Path('published').mkdir()
     model = GPT(GPTConfig(vocab_size=50257, block_size=8, n_layer=1, n_head=2, n_embd=4))
-    tensors = {key: value.t().contiguous() if key.endswith(('attn.weight', 'proj.weight', 'fc.weight')) else value
-               for key, value in model.state_dict().items()}
+    tensors = {
+        key: value.t().contiguous()
+        if key.endswith(('attn.weight', 'proj.weight', 'fc.weight'))
+        else value
+        for key, value in model.state_dict().items()
+    }
     safetensors.torch.save_file(tensors, 'published/model.safetensors')
-    Path('published/config.json').write_text(json.dumps(
-        {'model_type': 'gpt2', 'vocab_size': 50257, 'n_positions': 8, 'n_embd': 4, 'n_layer': 1, 'n_head': 2}))
+    Path('published/config.json').write_text(
+        json.dumps(
+            {
+                'model_type': 'gpt2',
+                'vocab_size': 50257,
+                'n_positions': 8,
+                'n_embd': 4,
+                'n_layer': 1,
+                'n_head': 2,
+            }
+        )
+    )
     Path('texts').mkdir()
     for name in ('a.txt', 'b.md'):
         Path('texts', name).write_text(text + 'é€🙂')
@@ -393,7 +761,10 @@ def make_ground(folder: Path):
     Path('texts/rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     Path('texts/prompt.txt').write_text('The')
     import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({'text': [f'Row {number}: é' for number in range(30)]}), 'texts/rows.parquet')
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({'text': [f'Row {number}: é' for number in range(30)]}), 'texts/rows.parquet'
+    )
     finish = unfinished.UnfinishedBins.finish
     unfinished.UnfinishedBins.finish = lambda *_: sys.exit(0)  # as if stopped just before
     try:

@@ -5,6 +5,7 @@
 Two texts, of characters: the given one, and the source of Python's own library. docs/doctor.md has the result, and says on which of
 these runs the thresholds of nib/doctor/rules.py were set.
 """
+
 import json
 import multiprocessing
 import os
@@ -42,7 +43,9 @@ OWN_SIZE = ('underfitting',)  # faults of the model's size
 # The share of the run after which a fault shows; others show from the start, or a tenth on.
 SHOWS = {'underfitting': 0.5, 'generation_differs': 1.0}
 HEALTHY = {  # config/lab/healthy.py with flags, each on both texts
-    'gpt2': '', 'modern': MODELS['modern'], 'relu2': MODELS['relu2'],
+    'gpt2': '',
+    'modern': MODELS['modern'],
+    'relu2': MODELS['relu2'],
     'deep': '--n_layer=6 --n_embd=96 --learning_rate=1e-3',
     'wide': '--n_embd=192 --n_head=6 --max_iters=200',
     'muon': '--optimizer=muon --learning_rate=0.006 --qk_norm --norm=rms --zero_init',
@@ -60,12 +63,14 @@ HEALTHY = {  # config/lab/healthy.py with flags, each on both texts
     'long': '--max_iters=1500 --lr_decay_iters=1500 --eval_interval=150',
 }
 CONFIGS = {  # the project's own, those too large for this made smaller
-    'train_shakespeare_char.py': '', 'fast_shakespeare_char.py': '', 'modern_shakespeare_char.py': '',
+    'train_shakespeare_char.py': '',
+    'fast_shakespeare_char.py': '',
+    'modern_shakespeare_char.py': '',
     'train_text.py': '--max_iters=600 --lr_decay_iters=600',
     'train_gpt2.py': '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --gradient_accumulation_steps=8 --eval_interval=100 --eval_iters=8 '
-                     '--max_iters=200 --lr_decay_iters=200 --warmup_iters=20',
+    '--max_iters=200 --lr_decay_iters=200 --warmup_iters=20',
     'fast_gpt2.py': '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 --gradient_accumulation_steps=4 --eval_interval=100 '
-                    '--eval_iters=8 --max_iters=200 --lr_decay_iters=200 --warmup_iters=10 --cooldown_iters=100',
+    '--eval_iters=8 --max_iters=200 --lr_decay_iters=200 --warmup_iters=10 --cooldown_iters=100',
 }
 
 
@@ -74,29 +79,60 @@ def main(argv):
     globals().update(values)
     planted = faults.split(',') if faults else list(TROUBLES)
     if unknown := set(planted) - set(TROUBLES):
-        raise UserError(f'--faults: {", ".join(sorted(unknown))}: no such fault; there are {", ".join(TROUBLES)}')
+        raise UserError(
+            f'--faults: {", ".join(sorted(unknown))}: no such fault; there are {", ".join(TROUBLES)}'
+        )
     if seeds < 1 or processes < 1:
         raise UserError(f'seeds {seeds}, processes {processes}: they must be at least 1')
     torch.set_num_threads(1)  # before any process is forked from this one
     with tempfile.TemporaryDirectory() as scratch:
         make_datasets(Path(scratch))
-        jobs = [(scratch, fault, f'config/lab/{fault}.py', name, dataset, seed + 1,
-                 '' if fault in OWN_SIZE else flags)
-                for fault in planted for name, flags in MODELS.items() for dataset in ('text', 'code') for seed in range(seeds)]
+        jobs = [
+            (
+                scratch,
+                fault,
+                f'config/lab/{fault}.py',
+                name,
+                dataset,
+                seed + 1,
+                '' if fault in OWN_SIZE else flags,
+            )
+            for fault in planted
+            for name, flags in MODELS.items()
+            for dataset in ('text', 'code')
+            for seed in range(seeds)
+        ]
         if healthy:
-            jobs += [(scratch, 'healthy', 'config/lab/healthy.py', name, dataset, 1, flags)
-                     for name, flags in HEALTHY.items() for dataset in ('text', 'code')]
-            jobs += [(scratch, 'healthy', f'config/{name}', name, 'text', 1, flags) for name, flags in CONFIGS.items()]
+            jobs += [
+                (scratch, 'healthy', 'config/lab/healthy.py', name, dataset, 1, flags)
+                for name, flags in HEALTHY.items()
+                for dataset in ('text', 'code')
+            ]
+            jobs += [
+                (scratch, 'healthy', f'config/{name}', name, 'text', 1, flags)
+                for name, flags in CONFIGS.items()
+            ]
         # A fresh process each, as a config of the lab breaks the code in its process.
         with multiprocessing.get_context('fork').Pool(processes, maxtasksperchild=1) as pool:
             runs = []
             for run in pool.imap(run_job, jobs, chunksize=1):
                 runs.append(run)
-                print(f'{len(runs)} of {len(jobs)}: {run["fault"]}, {run["model"]}, {run["dataset"]}, seed {run["seed"]}: '
-                      f'{run["findings"] or "nothing found"}', file=sys.stderr, flush=True)
-    report = '\n\n'.join(filter(None, (
-        f'{measure.describe_machine()}; each fault in {len(MODELS)} models ({", ".join(MODELS)}), {seeds} seeds, 2 texts',
-        table_of_faults(runs), table_of_healthy([run for run in runs if run['fault'] == 'healthy']))))
+                print(
+                    f'{len(runs)} of {len(jobs)}: {run["fault"]}, {run["model"]}, {run["dataset"]}, seed {run["seed"]}: '
+                    f'{run["findings"] or "nothing found"}',
+                    file=sys.stderr,
+                    flush=True,
+                )
+    report = '\n\n'.join(
+        filter(
+            None,
+            (
+                f'{measure.describe_machine()}; each fault in {len(MODELS)} models ({", ".join(MODELS)}), {seeds} seeds, 2 texts',
+                table_of_faults(runs),
+                table_of_healthy([run for run in runs if run['fault'] == 'healthy']),
+            ),
+        )
+    )
     print(report)
     if result:
         Path(result).write_text(report + '\n', encoding='utf-8')
@@ -106,9 +142,15 @@ def make_datasets(folder: Path):
     try:
         given = Path(text).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text') from error
+        raise UserError(
+            f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text'
+        ) from error
     library = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
-    code = ''.join(source for path in library if (source := path.read_text(encoding='utf-8', errors='replace')).isascii())
+    code = ''.join(
+        source
+        for path in library
+        if (source := path.read_text(encoding='utf-8', errors='replace')).isascii()
+    )
     for name, content in (('text', given), ('code', code)):
         write_char_dataset(folder / name, content[:CHARACTERS], {'text': name})
 
@@ -117,8 +159,18 @@ def run_job(job) -> dict:
     """Trains, and returns what the doctor has found: name -> step."""
     scratch, fault, config, model, dataset, seed, flags = job
     out_dir = Path(scratch) / f'out-{os.getpid()}'
-    argv = [config, *flags.split(), f'--data_dir={scratch}', f'--dataset={dataset}', '--no-prepare_dataset', '--fallback_dataset=',
-            '--device=cpu', f'--seed={seed}', f'--out_dir={out_dir}', '--sample_tokens=0']
+    argv = [
+        config,
+        *flags.split(),
+        f'--data_dir={scratch}',
+        f'--dataset={dataset}',
+        '--no-prepare_dataset',
+        '--fallback_dataset=',
+        '--device=cpu',
+        f'--seed={seed}',
+        f'--out_dir={out_dir}',
+        '--sample_tokens=0',
+    ]
     os.chdir(ROOT)
     with open(os.devnull, 'w') as nowhere:
         stdout, stderr, sys.stdout, sys.stderr = sys.stdout, sys.stderr, nowhere, nowhere
@@ -126,12 +178,27 @@ def run_job(job) -> dict:
             status = call(train.main, argv)
         finally:
             sys.stdout, sys.stderr = stdout, stderr
-    records = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()] if out_dir.exists() else []
+    records = (
+        [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+        if out_dir.exists()
+        else []
+    )
     if not any('verdict' in record for record in records):
         raise RuntimeError(f'{" ".join(argv)} did not end as it should: exit code {status}')
-    found = {key.removeprefix('finding/'): record['step'] for record in records for key in record if key.startswith('finding/')}
-    return {'fault': fault, 'model': model, 'dataset': dataset, 'seed': seed, 'findings': found,
-            'steps': json.loads((out_dir / 'config.json').read_text())['config']['max_iters']}
+    found = {
+        key.removeprefix('finding/'): record['step']
+        for record in records
+        for key in record
+        if key.startswith('finding/')
+    }
+    return {
+        'fault': fault,
+        'model': model,
+        'dataset': dataset,
+        'seed': seed,
+        'findings': found,
+        'steps': json.loads((out_dir / 'config.json').read_text())['config']['max_iters'],
+    }
 
 
 def table_of_faults(runs) -> str:
@@ -143,26 +210,47 @@ def table_of_faults(runs) -> str:
         at = [run['findings'][fault] / run['steps'] for run in mine if fault in run['findings']]
         in_time = sum(share <= SHOWS.get(fault, 0.2) for share in at)
         others = [name for run in mine for name in run['findings'] if name != fault]
-        also = ', '.join(f'{name} {others.count(name)}' for name in sorted(set(others), key=others.count, reverse=True)[:4])
-        rows.append(f'{fault:25}{len(mine):5}{len(at):7}{in_time:9}{statistics.median(at) if at else float("nan"):8.0%}'
-                    f'{max(at, default=float("nan")):8.0%}  {also}')
-        n_all, named_all, in_time_all = n_all + len(mine), named_all + len(at), in_time_all + in_time
+        also = ', '.join(
+            f'{name} {others.count(name)}'
+            for name in sorted(set(others), key=others.count, reverse=True)[:4]
+        )
+        rows.append(
+            f'{fault:25}{len(mine):5}{len(at):7}{in_time:9}{statistics.median(at) if at else float("nan"):8.0%}'
+            f'{max(at, default=float("nan")):8.0%}  {also}'
+        )
+        n_all, named_all, in_time_all = (
+            n_all + len(mine),
+            named_all + len(at),
+            in_time_all + in_time,
+        )
     if not rows:
         return ''
     late = ', '.join(f'{fault} by {share:.0%}' for fault, share in SHOWS.items())
-    return '\n'.join([
-        f'named at: share of the run, median and latest; in time: by 20 % ({late})',
-        f'{"fault":25}{"runs":>5}{"named":>7}{"in time":>9}{"median":>8}{"latest":>8}  also named, in how many of the runs', *rows,
-        f'{"all":25}{n_all:5}{named_all:7}{in_time_all:9}   named in time: {in_time_all / n_all:.1%}'])
+    return '\n'.join(
+        [
+            f'named at: share of the run, median and latest; in time: by 20 % ({late})',
+            f'{"fault":25}{"runs":>5}{"named":>7}{"in time":>9}{"median":>8}{"latest":>8}  also named, in how many of the runs',
+            *rows,
+            f'{"all":25}{n_all:5}{named_all:7}{in_time_all:9}   named in time: {in_time_all / n_all:.1%}',
+        ]
+    )
 
 
 def table_of_healthy(runs) -> str:
     if not runs:
         return ''
-    by_severity = {severity: sum(TROUBLES[name].severity == severity for run in runs for name in run['findings'])
-                   for severity in ('critical', 'warning', 'note')}
-    alarms = [f'  {run["model"]}, {run["dataset"]}: ' + ', '.join(f'{name} at step {step}' for name, step in run['findings'].items())
-              for run in runs if run['findings']]
+    by_severity = {
+        severity: sum(
+            TROUBLES[name].severity == severity for run in runs for name in run['findings']
+        )
+        for severity in ('critical', 'warning', 'note')
+    }
+    alarms = [
+        f'  {run["model"]}, {run["dataset"]}: '
+        + ', '.join(f'{name} at step {step}' for name, step in run['findings'].items())
+        for run in runs
+        if run['findings']
+    ]
     counts = ', '.join(f'{number} {severity}' for severity, number in by_severity.items())
     return '\n'.join([f'{len(runs)} healthy runs: {counts} findings'] + alarms)
 

@@ -1,4 +1,5 @@
 """A server that misbehaves in every way that a download must stand, for tests."""
+
 import hashlib
 import threading
 from contextlib import suppress

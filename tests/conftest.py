@@ -1,4 +1,5 @@
 """What several test files use: a small dataset, and the scripts run as a user runs them."""
+
 import importlib.util
 import json
 import os
@@ -21,9 +22,24 @@ torch.set_num_threads(1)  # the tests' models are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model and a run that take a second, exact enough to compare with formulas.
-SMALL_RUN = ['--dataset=tiny', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
-             '--batch_size=4', '--gradient_accumulation_steps=2', '--max_iters=20', '--lr_decay_iters=20',
-             '--warmup_iters=4', '--eval_interval=10', '--eval_iters=3', '--log_interval=1', '--learning_rate=1e-2']
+SMALL_RUN = [
+    '--dataset=tiny',
+    '--device=cpu',
+    '--dtype=float32',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=2',
+    '--max_iters=20',
+    '--lr_decay_iters=20',
+    '--warmup_iters=4',
+    '--eval_interval=10',
+    '--eval_iters=3',
+    '--log_interval=1',
+    '--learning_rate=1e-2',
+]
 
 
 @pytest.fixture(scope='session')
@@ -41,15 +57,35 @@ def data_dir(tmp_path_factory):
 
 def run_script(*command, folder=ROOT, **options):
     """Runs `python command...` from the project's folder; returns the finished process with its output as text."""
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'offline', **options.pop('env', {})}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=300, **options)
+    environment = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'WANDB_MODE': 'offline',
+        **options.pop('env', {}),
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
 
 
 def train(data_dir, out_dir, *flags, launcher=(), **options):
     """Trains the small model; fails the test where the run does not end well, unless check=False."""
     check = options.pop('check', True)
-    done = run_script(*launcher, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags, **options)
+    done = run_script(
+        *launcher,
+        'train.py',
+        *SMALL_RUN,
+        f'--data_dir={data_dir}',
+        f'--out_dir={out_dir}',
+        *flags,
+        **options,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -61,6 +97,7 @@ def records(out_dir) -> list[dict]:
 @dataclass
 class Ended:
     """How a script called in this process ended: what a shell would see."""
+
     returncode: int
     stdout: str
     stderr: str
@@ -71,7 +108,11 @@ def run_main(monkeypatch, capfd):
     """run_main(script, *argv): calls the main of a script, or of its module, in this process, as its command line would, which
     takes no seconds to import torch; returns how it ended. What a script changes in its process is put back."""
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    caught = (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGINT))  # Windows has no SIGUSR1
+    caught = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        getattr(signal, 'SIGUSR1', signal.SIGINT),
+    )  # Windows has no SIGUSR1
     handlers = {number: signal.getsignal(number) for number in caught}
     threads = torch.get_num_threads()
     modules = {}
@@ -80,7 +121,9 @@ def run_main(monkeypatch, capfd):
         if not isinstance(script, ModuleType) and script not in modules:
             path = ROOT / script
             spec = importlib.util.spec_from_file_location(f'{path.parent.name}_{path.stem}', path)
-            modules[script] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # a fresh one: main sets its globals
+            modules[script] = sys.modules[spec.name] = importlib.util.module_from_spec(
+                spec
+            )  # a fresh one: main sets its globals
             spec.loader.exec_module(modules[script])
         capfd.readouterr()
         try:
@@ -103,4 +146,7 @@ def run_main(monkeypatch, capfd):
 def train_here(data_dir, run_main):
     """train_here(out_dir, *flags) trains the small model in this process, with what a test has changed in the module train."""
     import train as training
-    return lambda out_dir, *flags: run_main(training, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags)
+
+    return lambda out_dir, *flags: run_main(
+        training, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags
+    )

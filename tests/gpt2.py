@@ -1,4 +1,5 @@
 """GPT-2's tokenizer for tests: the real one where its files are at hand, and a small one that needs none."""
+
 import pytest
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -6,7 +7,21 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from nib.errors import UserError
 from nib.text import tokenizer
 
-MERGES = [b'th', b'the', b' t', b' the', b'in', b' a', b'\n\n', b'  ', b'    ', b're', b'\xe2\x82', b' b', b' be']
+MERGES = [
+    b'th',
+    b'the',
+    b' t',
+    b' the',
+    b'in',
+    b' a',
+    b'\n\n',
+    b'  ',
+    b'    ',
+    b're',
+    b'\xe2\x82',
+    b' b',
+    b' be',
+]
 
 
 @pytest.fixture(scope='session')
@@ -22,6 +37,13 @@ def real_gpt2():
 def small_gpt2(monkeypatch):
     """Puts a vocabulary of all bytes and a few merges in the place of GPT-2's: the same code and the same rules of where
     to cut a text, but in this process only."""
-    ranks = {bytes([byte]): byte for byte in range(256)} | {merge: 256 + rank for rank, merge in enumerate(MERGES)}
-    small = tiktoken.Encoding('small', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 50256})
+    ranks = {bytes([byte]): byte for byte in range(256)} | {
+        merge: 256 + rank for rank, merge in enumerate(MERGES)
+    }
+    small = tiktoken.Encoding(
+        'small',
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={'<|endoftext|>': 50256},
+    )
     monkeypatch.setattr(tokenizer, 'load_gpt2', lambda: small)

@@ -1,16 +1,37 @@
 """Small models of every architecture, shared by tests."""
+
 import torch
 
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=4, n_embd=32)
-CHOICES = {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2, 'tied_head': False, 'logit_cap': 5.0,
-           'mlp': 'swiglu'}
-MODERN = GPTConfig(**{**vars(SMALL), 'bias': False, 'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'n_kv_head': 2,
-                      'mlp': 'swiglu'})
+CHOICES = {
+    'position': 'rotary',
+    'norm': 'rms',
+    'qk_norm': True,
+    'n_kv_head': 2,
+    'tied_head': False,
+    'logit_cap': 5.0,
+    'mlp': 'swiglu',
+}
+MODERN = GPTConfig(
+    **{
+        **vars(SMALL),
+        'bias': False,
+        'position': 'rotary',
+        'norm': 'rms',
+        'qk_norm': True,
+        'n_kv_head': 2,
+        'mlp': 'swiglu',
+    }
+)
 # GPT-2, each choice alone, squared ReLU, all of them together
-ARCHITECTURES = [SMALL, *(GPTConfig(**{**vars(SMALL), key: value}) for key, value in CHOICES.items()),
-                 GPTConfig(**{**vars(SMALL), 'mlp': 'relu2'}), GPTConfig(**{**vars(SMALL), **CHOICES, 'bias': False})]
+ARCHITECTURES = [
+    SMALL,
+    *(GPTConfig(**{**vars(SMALL), key: value}) for key, value in CHOICES.items()),
+    GPTConfig(**{**vars(SMALL), 'mlp': 'relu2'}),
+    GPTConfig(**{**vars(SMALL), **CHOICES, 'bias': False}),
+]
 NAMES = ['gpt2', *CHOICES, 'relu2', 'all']
 
 

@@ -3,6 +3,7 @@
 Scripts are called in this process by run_main, and a few as a shell calls them. Each row of a table is one mistake: what
 is done to a folder with a dataset and a finished run, the command line, and words that the line must hold.
 """
+
 import hashlib
 import json
 import os
@@ -30,13 +31,18 @@ ANEW = 'prepare.py --input=PATH --name=tiny'  # how the dataset is made again
 def made(data_dir, tmp_path_factory):
     """data/tiny, a run on it, and a Hugging Face GPT-2 of 32 positions with a dataset of its tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     folder = tmp_path_factory.mktemp('made')
     shutil.copytree(data_dir, folder / 'data')
     train(data_dir, folder / 'run', '--max_iters=10')
-    GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_embd=8, n_layer=1, n_head=2)).save_pretrained(folder / 'gpt2')
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=50257, n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    ).save_pretrained(folder / 'gpt2')
     (folder / 'data/gpt2').mkdir()
     for split in ('train', 'val'):
-        np.random.default_rng(0).integers(50257, size=2000).astype('<u2').tofile(folder / f'data/gpt2/{split}.bin')
+        np.random.default_rng(0).integers(50257, size=2000).astype('<u2').tofile(
+            folder / f'data/gpt2/{split}.bin'
+        )
     return folder
 
 
@@ -47,24 +53,37 @@ def place(made, tmp_path):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b'' for path in sorted(folder.rglob('*'))
-            if path.name != '.lock'}  # which says who wrote last
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b''
+        for path in sorted(folder.rglob('*'))
+        if path.name != '.lock'
+    }  # which says who wrote last
 
 
 def assert_refused(ended, words):
     assert ended.returncode == 2, ended.stdout + ended.stderr
     lines = ended.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith('error: ') and 'Traceback' not in ended.stdout, ended.stderr
+    assert len(lines) == 1 and lines[0].startswith('error: ') and 'Traceback' not in ended.stdout, (
+        ended.stderr
+    )
     assert all(word in lines[0] for word in words), lines[0]
     assert not re.search(r'^step \d', ended.stdout, re.MULTILINE)  # not even an evaluation
 
 
 def try_to_train(run_main, place, *flags):
     """A run that would write over the one that is there, if it could begin."""
-    return run_main('train.py', *SMALL_RUN, f'--data_dir={place / "data"}', f'--out_dir={place / "run"}', '--overwrite', *flags)
+    return run_main(
+        'train.py',
+        *SMALL_RUN,
+        f'--data_dir={place / "data"}',
+        f'--out_dir={place / "run"}',
+        '--overwrite',
+        *flags,
+    )
 
 
 # -- the data ----------------------------------------------------------------------------------------------------------
+
 
 def bin_of(place, split='train') -> Path:
     return place / f'data/tiny/{split}.bin'
@@ -74,6 +93,7 @@ def append(split, content):
     def damage(place):
         with open(bin_of(place, split), 'ab') as file:
             file.write(content)
+
     return damage
 
 
@@ -81,7 +101,9 @@ def write_ids(place, split, ids, dtype='<u2'):
     """Other ids, with a meta.json that agrees to them."""
     content = np.asarray(ids, dtype=dtype).tobytes()
     bin_of(place, split).write_bytes(content)
-    change_split(place, split, tokens=len(ids), bytes=len(ids), sha256=hashlib.sha256(content).hexdigest())
+    change_split(
+        place, split, tokens=len(ids), bytes=len(ids), sha256=hashlib.sha256(content).hexdigest()
+    )
 
 
 def replace_id(split, offset, id):
@@ -89,6 +111,7 @@ def replace_id(split, offset, id):
         ids = np.fromfile(bin_of(place, split), dtype='<u2')
         ids[offset] = id
         write_ids(place, split, ids)
+
     return damage
 
 
@@ -128,45 +151,121 @@ def other_tokenizer(place):
 
 
 DATA = {
-    'odd byte count': (append('train', b'\1'), ['train.bin has', 'whole number of 2-byte ids', ANEW]),
-    'empty bin': (lambda place: bin_of(place, 'val').write_bytes(b''), ['val.bin has 0 bytes', ANEW]),
-    'train shorter than a block': (lambda place: write_ids(place, 'train', [1] * 16),
-                                   ['train.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size=']),
-    'val shorter than a block': (lambda place: write_ids(place, 'val', [1] * 16),
-                                 ['val.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size=']),
-    'id too large in train': (replace_id('train', 1234, 500), ['train.bin: token id 500 at offset 1234', ANEW]),
-    'id too large in val': (replace_id('val', 321, 65535), ['val.bin: token id 65535 at offset 321', ANEW]),
-    'uint32 under a meta of uint16': (widen, ['train.bin holds uint32 ids', 'meta.json says uint16', ANEW]),
-    'uint16 under a meta of uint32': (lambda place: change_meta(place, dtype='uint32'),
-                                      ['train.bin holds uint16 ids', 'meta.json says uint32', ANEW]),
+    'odd byte count': (
+        append('train', b'\1'),
+        ['train.bin has', 'whole number of 2-byte ids', ANEW],
+    ),
+    'empty bin': (
+        lambda place: bin_of(place, 'val').write_bytes(b''),
+        ['val.bin has 0 bytes', ANEW],
+    ),
+    'train shorter than a block': (
+        lambda place: write_ids(place, 'train', [1] * 16),
+        ['train.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size='],
+    ),
+    'val shorter than a block': (
+        lambda place: write_ids(place, 'val', [1] * 16),
+        ['val.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size='],
+    ),
+    'id too large in train': (
+        replace_id('train', 1234, 500),
+        ['train.bin: token id 500 at offset 1234', ANEW],
+    ),
+    'id too large in val': (
+        replace_id('val', 321, 65535),
+        ['val.bin: token id 65535 at offset 321', ANEW],
+    ),
+    'uint32 under a meta of uint16': (
+        widen,
+        ['train.bin holds uint32 ids', 'meta.json says uint16', ANEW],
+    ),
+    'uint16 under a meta of uint32': (
+        lambda place: change_meta(place, dtype='uint32'),
+        ['train.bin holds uint16 ids', 'meta.json says uint32', ANEW],
+    ),
     'uint32 without a meta': (widen_both, ['train.bin holds uint32 ids', 'no meta.json', ANEW]),
     'missing meta': (without_meta, ['data/tiny has neither meta.json nor meta.pkl', ANEW]),
     'empty meta': (meta_text(''), ['meta.json is not JSON', ANEW]),
     'half a meta': (meta_text('{"format": 1, "dty'), ['meta.json is not JSON', ANEW]),
     'meta without end': (meta_text('[' * 100_000), ['meta.json is not JSON', ANEW]),
-    'meta that is not UTF-8': (lambda place: (place / 'data/tiny/meta.json').write_bytes(b'"\xff"'),
-                               ['meta.json is not JSON', ANEW]),
+    'meta that is not UTF-8': (
+        lambda place: (place / 'data/tiny/meta.json').write_bytes(b'"\xff"'),
+        ['meta.json is not JSON', ANEW],
+    ),
     'meta of no object': (meta_text('[1]'), ['meta.json does not describe', ANEW]),
-    'meta without splits': (lambda place: change_meta(place, splits={}), ['meta.json does not describe', ANEW]),
-    'meta without a count': (lambda place: change_split(place, 'val', tokens=None), ['meta.json does not describe', ANEW]),
-    'meta of something else': (meta_text('{"name": "tiny"}'), ['meta.json does not describe a dataset', ANEW]),
-    'meta of a later format': (lambda place: change_meta(place, format=2), ['meta.json', 'format 1', ANEW]),
-    'mistyped meta': (lambda place: change_meta(place, vocab_size='many'), ['meta.json does not describe', ANEW]),
-    'lying dtype': (lambda place: change_meta(place, dtype='int64'), ['meta.json does not describe', ANEW]),
-    'lying token count': (lambda place: change_split(place, 'val', tokens=7), ['val.bin holds', 'meta.json says 7', ANEW]),
-    'lying byte count': (lambda place: change_split(place, 'val', bytes=7), ['val.bin holds', 'bytes of text', 'says 7', ANEW]),
-    'lying vocab_size': (lambda place: change_meta(place, vocab_size=99), ['meta.json: vocab_size 99', ANEW]),
-    'lying digest': (lambda place: change_split(place, 'train', sha256='0' * 64), ['train.bin', 'SHA-256 differs', ANEW]),
+    'meta without splits': (
+        lambda place: change_meta(place, splits={}),
+        ['meta.json does not describe', ANEW],
+    ),
+    'meta without a count': (
+        lambda place: change_split(place, 'val', tokens=None),
+        ['meta.json does not describe', ANEW],
+    ),
+    'meta of something else': (
+        meta_text('{"name": "tiny"}'),
+        ['meta.json does not describe a dataset', ANEW],
+    ),
+    'meta of a later format': (
+        lambda place: change_meta(place, format=2),
+        ['meta.json', 'format 1', ANEW],
+    ),
+    'mistyped meta': (
+        lambda place: change_meta(place, vocab_size='many'),
+        ['meta.json does not describe', ANEW],
+    ),
+    'lying dtype': (
+        lambda place: change_meta(place, dtype='int64'),
+        ['meta.json does not describe', ANEW],
+    ),
+    'lying token count': (
+        lambda place: change_split(place, 'val', tokens=7),
+        ['val.bin holds', 'meta.json says 7', ANEW],
+    ),
+    'lying byte count': (
+        lambda place: change_split(place, 'val', bytes=7),
+        ['val.bin holds', 'bytes of text', 'says 7', ANEW],
+    ),
+    'lying vocab_size': (
+        lambda place: change_meta(place, vocab_size=99),
+        ['meta.json: vocab_size 99', ANEW],
+    ),
+    'lying digest': (
+        lambda place: change_split(place, 'train', sha256='0' * 64),
+        ['train.bin', 'SHA-256 differs', ANEW],
+    ),
     'lying tokenizer': (other_tokenizer, ['train.bin holds', 'bytes of text', ANEW]),
-    'tokenizer of another size': (lambda place: change_meta(place, tokenizer={'kind': 'byte'}), ['its tokenizer has 257', ANEW]),
-    'unknown tokenizer': (lambda place: change_meta(place, tokenizer={'kind': 'runes'}), ["'runes'", ANEW]),
-    'broken tokenizer': (lambda place: change_meta(place, tokenizer={'kind': 'char', 'characters': 'ba'}), ['is broken', ANEW]),
-    'no train.bin': (lambda place: bin_of(place).unlink(), ['tiny/train.bin is missing', '--input=PATH --name=tiny']),
-    'no val.bin': (lambda place: bin_of(place, 'val').unlink(), ['tiny/val.bin is missing', '--input=PATH --name=tiny']),
-    'no folder': (lambda place: shutil.rmtree(place / 'data/tiny'), ['tiny/train.bin is missing', '--input=PATH --name=tiny']),
-    'cut bin': (lambda place: bin_of(place).write_bytes(bytes(100)), ['train.bin holds 50 tokens', 'meta.json says 18,', ANEW]),
-    'changed bin': (lambda place: bin_of(place, 'val').write_bytes(bytes(bin_of(place, 'val').stat().st_size)),
-                    ['val.bin is not the file', 'SHA-256 differs', ANEW]),
+    'tokenizer of another size': (
+        lambda place: change_meta(place, tokenizer={'kind': 'byte'}),
+        ['its tokenizer has 257', ANEW],
+    ),
+    'unknown tokenizer': (
+        lambda place: change_meta(place, tokenizer={'kind': 'runes'}),
+        ["'runes'", ANEW],
+    ),
+    'broken tokenizer': (
+        lambda place: change_meta(place, tokenizer={'kind': 'char', 'characters': 'ba'}),
+        ['is broken', ANEW],
+    ),
+    'no train.bin': (
+        lambda place: bin_of(place).unlink(),
+        ['tiny/train.bin is missing', '--input=PATH --name=tiny'],
+    ),
+    'no val.bin': (
+        lambda place: bin_of(place, 'val').unlink(),
+        ['tiny/val.bin is missing', '--input=PATH --name=tiny'],
+    ),
+    'no folder': (
+        lambda place: shutil.rmtree(place / 'data/tiny'),
+        ['tiny/train.bin is missing', '--input=PATH --name=tiny'],
+    ),
+    'cut bin': (
+        lambda place: bin_of(place).write_bytes(bytes(100)),
+        ['train.bin holds 50 tokens', 'meta.json says 18,', ANEW],
+    ),
+    'changed bin': (
+        lambda place: bin_of(place, 'val').write_bytes(bytes(bin_of(place, 'val').stat().st_size)),
+        ['val.bin is not the file', 'SHA-256 differs', ANEW],
+    ),
 }
 
 
@@ -184,7 +283,9 @@ class RunsCode:
 
 
 def pickled(**changes) -> bytes:
-    return pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 0, 'b': 1}} | changes)
+    return pickle.dumps(
+        {'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 0, 'b': 1}} | changes
+    )
 
 
 PICKLES = {
@@ -198,10 +299,13 @@ PICKLES = {
     'is a list': (pickle.dumps([]), ['not of the kind that nanoGPT writes']),
     'has no characters': (pickle.dumps({'vocab_size': 2}), ['not of the kind']),
     'has another number of them': (pickled(vocab_size=3), ['not of the kind']),
-    'has a number without end of them': (pickled(vocab_size=10 ** 15), ['not of the kind']),
+    'has a number without end of them': (pickled(vocab_size=10**15), ['not of the kind']),
     'has lists of them': (pickled(itos={0: ['a'], 1: 'b'}), ['not of the kind']),
     'has words': (pickled(itos={0: 'ab', 1: 'c'}), ['not of the kind']),
-    'has another order': (pickled(itos={0: 'b', 1: 'a'}, stoi={'b': 0, 'a': 1}), ['order of their code points']),
+    'has another order': (
+        pickled(itos={0: 'b', 1: 'a'}, stoi={'b': 0, 'a': 1}),
+        ['order of their code points'],
+    ),
 }
 
 
@@ -219,39 +323,89 @@ def test_bins_that_changed_since_the_checkpoint_are_told(run_main, place):
     write_char_dataset(place / 'data/tiny', 'The cat sees a dog, and then it sleeps.\n' * 60, {})
     before = contents(place)
     ended = try_to_train(run_main, place, '--init_from=resume')
-    assert_refused(ended, ['run/step-00000010 was trained on tiny with the fingerprint', 'data/tiny has', '--dataset=tiny', 'another --out_dir', '--overwrite'])
+    assert_refused(
+        ended,
+        [
+            'run/step-00000010 was trained on tiny with the fingerprint',
+            'data/tiny has',
+            '--dataset=tiny',
+            'another --out_dir',
+            '--overwrite',
+        ],
+    )
     assert contents(place) == before
 
 
 # -- the config --------------------------------------------------------------------------------------------------------
 
 FLAGS = {
-    'unknown key': (['--learing_rate=1'], ['--learing_rate: no such key', 'did you mean --learning_rate?']),
+    'unknown key': (
+        ['--learing_rate=1'],
+        ['--learing_rate: no such key', 'did you mean --learning_rate?'],
+    ),
     'wrong type': (['--max_iters=many'], ["--max_iters: found 'many'", 'expected int']),
-    'not a choice': (['--lr_schedule=step'], ["--lr_schedule: found 'step'", "'cosine' | 'linear'"]),
+    'not a choice': (
+        ['--lr_schedule=step'],
+        ["--lr_schedule: found 'step'", "'cosine' | 'linear'"],
+    ),
     'no value': (['--seed'], ['--seed: found no value', '--seed=value']),
-    'heads do not divide the width': (['--n_embd=33'], ['n_embd 33 is not divisible by n_head 2', 'try n_embd 32']),
-    'shared heads do not divide heads': (['--n_kv_head=3'], ['n_head 2 is not divisible by n_kv_head 3', 'try n_kv_head 1']),
-    'odd heads cannot turn': (['--n_embd=34', '--position=rotary'], ['n_embd / n_head is 17', 'must be even', 'try n_embd 36']),
-    'more layers than can be': (['--n_layer=1000000000'], ['n_layer is 1000000000', 'less than 10,000']),
-    'negative learning rate': (['--learning_rate=-1e-3'], ['learning_rate is -0.001', 'at least 0']),
-    'a learning rate that is no number': (['--learning_rate=nan'], ['learning_rate is nan', 'at least 0']),
+    'heads do not divide the width': (
+        ['--n_embd=33'],
+        ['n_embd 33 is not divisible by n_head 2', 'try n_embd 32'],
+    ),
+    'shared heads do not divide heads': (
+        ['--n_kv_head=3'],
+        ['n_head 2 is not divisible by n_kv_head 3', 'try n_kv_head 1'],
+    ),
+    'odd heads cannot turn': (
+        ['--n_embd=34', '--position=rotary'],
+        ['n_embd / n_head is 17', 'must be even', 'try n_embd 36'],
+    ),
+    'more layers than can be': (
+        ['--n_layer=1000000000'],
+        ['n_layer is 1000000000', 'less than 10,000'],
+    ),
+    'negative learning rate': (
+        ['--learning_rate=-1e-3'],
+        ['learning_rate is -0.001', 'at least 0'],
+    ),
+    'a learning rate that is no number': (
+        ['--learning_rate=nan'],
+        ['learning_rate is nan', 'at least 0'],
+    ),
     'an infinite learning rate': (['--learning_rate=1e400'], ['learning_rate is inf', 'finite']),
     'negative clipping': (['--grad_clip=-1'], ['grad_clip is -1', 'at least 0']),
-    'warm-up longer than the decay': (['--warmup_iters=50'], ['warmup_iters 50 is more than lr_decay_iters 20',
-                                                               '--warmup_iters=1']),
+    'warm-up longer than the decay': (
+        ['--warmup_iters=50'],
+        ['warmup_iters 50 is more than lr_decay_iters 20', '--warmup_iters=1'],
+    ),
     'no cool-down': (['--lr_schedule=wsd'], ['cooldown_iters 0', '--cooldown_iters=4']),
     'empty batch': (['--batch_size=0'], ['batch_size is 0', 'at least 1']),
-    'a batch without end': (['--batch_size=1' + '0' * 3000], ['batch_size is 1', ' ... ', 'less than 2,147,483,648']),
-    'no such dataset': (['--dataset=none'], ['none/train.bin is missing', '--input=PATH --name=none']),
+    'a batch without end': (
+        ['--batch_size=1' + '0' * 3000],
+        ['batch_size is 1', ' ... ', 'less than 2,147,483,648'],
+    ),
+    'no such dataset': (
+        ['--dataset=none'],
+        ['none/train.bin is missing', '--input=PATH --name=none'],
+    ),
     'no such device': (['--device=cuda:99'], ['--device=cuda:99', 'try --device=auto']),
     'what is no device': (['--device=abacus'], ['--device=abacus', "'cpu', 'cuda'"]),
     'a block longer than the text': (['--block_size=100000'], ['train.bin holds', '--block_size=']),
-    'a model larger than the memory': (['--n_embd=2000000000', '--n_head=1'], ['the memory is full', 'a smaller model']),
+    'a model larger than the memory': (
+        ['--n_embd=2000000000', '--n_head=1'],
+        ['the memory is full', 'a smaller model'],
+    ),
     'no out_dir': (['--out_dir='], ['out_dir is empty', '--out_dir=NAME']),
-    'a name too long for a folder': (['--out_dir=' + 'x' * 5000, '--init_from=resume'], ['File name too long', 'another path']),
+    'a name too long for a folder': (
+        ['--out_dir=' + 'x' * 5000, '--init_from=resume'],
+        ['File name too long', 'another path'],
+    ),
     'nothing to start from': (['--init_from=resum'], ["init_from 'resum'", "'resume'"]),
-    'no wandb project': (['--wandb_log', '--wandb_project='], ['wandb_project is empty', '--wandb_project=NAME']),
+    'no wandb project': (
+        ['--wandb_log', '--wandb_project='],
+        ['wandb_project is empty', '--wandb_project=NAME'],
+    ),
 }
 
 
@@ -263,12 +417,24 @@ def test_a_bad_flag_is_told_before_the_first_step(run_main, place, flags, words)
 
 
 FILES = {
-    'syntax error': ('batch_size = 4\nblock_size = = 3', ['config.py:2: SyntaxError', 'batch_size = 12']),
-    'unknown key': ('\nbatchsize = 4', ['config.py:2: batchsize: no such key', 'did you mean batch_size?']),
-    'wrong type': ("seed = 1\ndropout = 'none'", ["config.py:2: dropout: found 'none'", 'expected float']),
+    'syntax error': (
+        'batch_size = 4\nblock_size = = 3',
+        ['config.py:2: SyntaxError', 'batch_size = 12'],
+    ),
+    'unknown key': (
+        '\nbatchsize = 4',
+        ['config.py:2: batchsize: no such key', 'did you mean batch_size?'],
+    ),
+    'wrong type': (
+        "seed = 1\ndropout = 'none'",
+        ["config.py:2: dropout: found 'none'", 'expected float'],
+    ),
     'an error of its own': ('\n\nseed = 1 // 0', ['config.py:3: ZeroDivisionError']),
     'a path with a NUL': ("out_dir = 'a\\0b'", ['NUL', 'name another']),
-    'a path with half a character': ("out_dir = 'a\\ud800b'", ["no file's name can have", 'name another']),
+    'a path with half a character': (
+        "out_dir = 'a\\ud800b'",
+        ["no file's name can have", 'name another'],
+    ),
 }
 
 
@@ -278,41 +444,65 @@ def test_a_bad_config_file_is_told_with_its_line(run_main, place, text, words):
     before = contents(place)
     flags = [flag for flag in SMALL_RUN if 'seed' not in flag]
     out_dir = [] if 'out_dir' in text else [f'--out_dir={place / "run"}']
-    assert_refused(run_main('train.py', place / 'config.py', *flags, f'--data_dir={place / "data"}', *out_dir, '--overwrite'), words)
+    assert_refused(
+        run_main(
+            'train.py',
+            place / 'config.py',
+            *flags,
+            f'--data_dir={place / "data"}',
+            *out_dir,
+            '--overwrite',
+        ),
+        words,
+    )
     assert contents(place) == before
 
 
 def test_a_config_file_that_is_not_there_is_told_with_the_nearest(run_main):
-    assert_refused(run_main('train.py', 'config/train_shakespear_char.py'), ['no such config file', 'train_shakespeare_char.py?'])
+    assert_refused(
+        run_main('train.py', 'config/train_shakespear_char.py'),
+        ['no such config file', 'train_shakespeare_char.py?'],
+    )
 
 
 def test_an_out_dir_that_is_a_file_is_told(run_main, place):
     (place / 'taken').write_text('mine')
     before = contents(place)
-    for flags, words in (([], ['taken cannot be written', 'choose another --out_dir']),
-                         (['--init_from=resume'], ['taken', '--out_dir'])):
+    for flags, words in (
+        ([], ['taken cannot be written', 'choose another --out_dir']),
+        (['--init_from=resume'], ['taken', '--out_dir']),
+    ):
         assert_refused(try_to_train(run_main, place, f'--out_dir={place / "taken"}', *flags), words)
     assert contents(place) == before
 
 
 def test_a_second_run_in_the_place_of_the_first_is_told(run_main, place):
     before = contents(place)
-    assert_refused(try_to_train(run_main, place, '--no-overwrite'), ['run holds a run already', '--init_from=resume', '--overwrite'])
+    assert_refused(
+        try_to_train(run_main, place, '--no-overwrite'),
+        ['run holds a run already', '--init_from=resume', '--overwrite'],
+    )
     assert contents(place) == before
 
 
 def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     before = contents(place)
     ended = try_to_train(run_main, place, '--init_from=resume', '--n_embd=64')
-    assert_refused(ended, ['was trained with n_embd 32', 'command line says 64', '--init_from=scratch'])
+    assert_refused(
+        ended, ['was trained with n_embd 32', 'command line says 64', '--init_from=scratch']
+    )
     ended = try_to_train(run_main, place, '--init_from=resume', '--optimizer=muon')
-    assert_refused(ended, ['was trained with optimizer adamw', 'command line says muon', '--init_from=scratch'])
+    assert_refused(
+        ended, ['was trained with optimizer adamw', 'command line says muon', '--init_from=scratch']
+    )
     assert contents(place) == before
 
 
 def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
     flags = [f'--out_dir={place / "new"}', '--init_from=resume']
-    assert_refused(try_to_train(run_main, place, *flags), ['new: there is no such folder', 'train first'])
+    assert_refused(
+        try_to_train(run_main, place, *flags), ['new: there is no such folder', 'train first']
+    )
     assert not (place / 'new').exists()
 
 
@@ -330,14 +520,26 @@ def test_a_precision_that_the_gpu_lacks_is_told(run_main, place, monkeypatch):
 def test_accumulation_that_ranks_cannot_share_is_told_once(place):
     """By the first of two processes, as both fail alike; torchrun's own words about that come after it."""
     before = contents(place)
-    done = train(place / 'data', place / 'run', '--gradient_accumulation_steps=3', '--overwrite', check=False,
-                 launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
-    told = [line for line in done.stderr.splitlines() if 'error: ' in line and 'gradient_accumulation_steps' in line]
-    assert done.returncode != 0 and len(told) == 1 and '--gradient_accumulation_steps=4' in told[0], done.stderr
+    done = train(
+        place / 'data',
+        place / 'run',
+        '--gradient_accumulation_steps=3',
+        '--overwrite',
+        check=False,
+        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
+    )
+    told = [
+        line
+        for line in done.stderr.splitlines()
+        if 'error: ' in line and 'gradient_accumulation_steps' in line
+    ]
+    assert (
+        done.returncode != 0 and len(told) == 1 and '--gradient_accumulation_steps=4' in told[0]
+    ), done.stderr
     assert contents(place) == before
 
 
-ALONE = '''
+ALONE = """
 import os, sys, time
 from nib import errors
 def main(argv):
@@ -346,7 +548,7 @@ def main(argv):
     time.sleep(60)
 errors.PATIENCE = 0.1
 errors.run_script(main)
-'''
+"""
 
 
 def test_an_error_of_another_rank_alone_is_told_by_it():
@@ -356,12 +558,17 @@ def test_an_error_of_another_rank_alone_is_told_by_it():
 
 @pytest.mark.slow
 def test_the_exit_code_that_a_shell_sees_is_2(place):
-    for script, flags in ('train.py', ['--batch_size=0']), ('sample.py', ['--out_dir=nowhere']), ('bench.py', ['--steps=0']):
+    for script, flags in (
+        ('train.py', ['--batch_size=0']),
+        ('sample.py', ['--out_dir=nowhere']),
+        ('bench.py', ['--steps=0']),
+    ):
         done = run_script(script, *flags, '--device=cpu')
         assert_refused(done, [])
 
 
 # -- weights to start from ---------------------------------------------------------------------------------------------
+
 
 def change_config(place, **changes):
     path = place / 'gpt2/config.json'
@@ -373,15 +580,47 @@ def cut(path, size):
 
 
 WEIGHTS = {
-    'a block longer than its positions': (None, ['--block_size=33'], ['block_size 33', 'at most --block_size=32']),
-    'another shape': (None, ['--n_layer=3'], ['n_layer 1, but command line says 3', '--init_from=scratch']),
+    'a block longer than its positions': (
+        None,
+        ['--block_size=33'],
+        ['block_size 33', 'at most --block_size=32'],
+    ),
+    'another shape': (
+        None,
+        ['--n_layer=3'],
+        ['n_layer 1, but command line says 3', '--init_from=scratch'],
+    ),
     'another tokenizer': (None, ['--dataset=tiny'], ['another tokenizer', '--dataset']),
-    'no weights': (lambda place: (place / 'gpt2/model.safetensors').unlink(), [], ['gpt2', 'model.safetensors', 'fetch']),
-    'cut weights': (lambda place: cut(place / 'gpt2/model.safetensors', 5000), [], ['gpt2', 'SafetensorError', 'fetch']),
-    'weights of another config': (lambda place: change_config(place, n_embd=10), [], ['gpt2', 'size mismatch', 'fetch']),
-    'fewer layers than its config says': (lambda place: change_config(place, n_layer=2), [], ['gpt2', 'Missing key', 'fetch']),
-    'a size that is no number': (lambda place: change_config(place, n_layer='2'), [], ['gpt2', 'no whole numbers', 'fetch']),
-    'a broken config': (lambda place: (place / 'gpt2/config.json').write_text('{' * 9), [], ['gpt2', 'JSONDecodeError', 'fetch']),
+    'no weights': (
+        lambda place: (place / 'gpt2/model.safetensors').unlink(),
+        [],
+        ['gpt2', 'model.safetensors', 'fetch'],
+    ),
+    'cut weights': (
+        lambda place: cut(place / 'gpt2/model.safetensors', 5000),
+        [],
+        ['gpt2', 'SafetensorError', 'fetch'],
+    ),
+    'weights of another config': (
+        lambda place: change_config(place, n_embd=10),
+        [],
+        ['gpt2', 'size mismatch', 'fetch'],
+    ),
+    'fewer layers than its config says': (
+        lambda place: change_config(place, n_layer=2),
+        [],
+        ['gpt2', 'Missing key', 'fetch'],
+    ),
+    'a size that is no number': (
+        lambda place: change_config(place, n_layer='2'),
+        [],
+        ['gpt2', 'no whole numbers', 'fetch'],
+    ),
+    'a broken config': (
+        lambda place: (place / 'gpt2/config.json').write_text('{' * 9),
+        [],
+        ['gpt2', 'JSONDecodeError', 'fetch'],
+    ),
 }
 
 
@@ -390,8 +629,16 @@ def test_weights_that_will_not_do_are_told(run_main, place, damage, flags, words
     if damage:
         damage(place)
     before = contents(place)
-    ended = run_main('train.py', '--dataset=gpt2', f'--data_dir={place / "data"}', f'--out_dir={place / "run"}', '--overwrite',
-                     '--device=cpu', f'--init_from={place / "gpt2"}', *flags)
+    ended = run_main(
+        'train.py',
+        '--dataset=gpt2',
+        f'--data_dir={place / "data"}',
+        f'--out_dir={place / "run"}',
+        '--overwrite',
+        '--device=cpu',
+        f'--init_from={place / "gpt2"}',
+        *flags,
+    )
     assert_refused(ended, words)
     assert contents(place) == before
 
@@ -399,15 +646,36 @@ def test_weights_that_will_not_do_are_told(run_main, place, damage, flags, words
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 PROMPTS = {
-    'longer than the context': (['--start=' + 'The cat sees ' * 3], ['--start: the prompt has 39 tokens', 'over 16', 'last 16 char']),
-    'a file that is not there': (['--start=FILE:{place}/none.txt'], ['none.txt', 'No such file', 'FILE: and the path']),
-    'a file that is a folder': (['--start=FILE:{place}'], ['place', 'Is a directory', 'FILE: and the path']),
-    'a file that is not UTF-8': (['--start=FILE:{place}/latin.txt'], ['latin.txt', 'not UTF-8 text (byte 3)', 'iconv']),
-    'an empty file': (['--start=FILE:{place}/empty.txt'], ['the prompt is empty', 'at least one character']),
+    'longer than the context': (
+        ['--start=' + 'The cat sees ' * 3],
+        ['--start: the prompt has 39 tokens', 'over 16', 'last 16 char'],
+    ),
+    'a file that is not there': (
+        ['--start=FILE:{place}/none.txt'],
+        ['none.txt', 'No such file', 'FILE: and the path'],
+    ),
+    'a file that is a folder': (
+        ['--start=FILE:{place}'],
+        ['place', 'Is a directory', 'FILE: and the path'],
+    ),
+    'a file that is not UTF-8': (
+        ['--start=FILE:{place}/latin.txt'],
+        ['latin.txt', 'not UTF-8 text (byte 3)', 'iconv'],
+    ),
+    'an empty file': (
+        ['--start=FILE:{place}/empty.txt'],
+        ['the prompt is empty', 'at least one character'],
+    ),
     'empty': (['--start='], ['the prompt is empty', 'at least one character']),
-    'characters that the model lacks': (['--start=The caé'], ["'é' (the first at offset 6)", 'leave them out']),
+    'characters that the model lacks': (
+        ['--start=The caé'],
+        ["'é' (the first at offset 6)", 'leave them out'],
+    ),
     'a stop text that cannot come': (['--stop=é'], ["'é'", 'leave them out']),
-    'a negative temperature': (['--temperature=-1'], ['temperature is -1', 'must be 0 (greedy) or a positive']),
+    'a negative temperature': (
+        ['--temperature=-1'],
+        ['temperature is -1', 'must be 0 (greedy) or a positive'],
+    ),
     'no token to choose from': (['--top_k=0'], ['top_k is 0', 'at least 1']),
     'more than all probability': (['--top_p=1.5'], ['top_p is 1.5', 'at most 1']),
     'fewer than no tokens': (['--max_new_tokens=-1'], ['max_new_tokens is -1', 'at least 0']),
@@ -425,19 +693,31 @@ def test_a_bad_prompt_is_told(run_main, place, flags, words):
     (place / 'empty.txt').write_bytes(b'')
     before = contents(place)
     flags = [flag.replace('{place}', str(place)) for flag in flags]
-    assert_refused(run_main('sample.py', f'--out_dir={place / "run"}', '--device=cpu', *flags), words)
+    assert_refused(
+        run_main('sample.py', f'--out_dir={place / "run"}', '--device=cpu', *flags), words
+    )
     assert contents(place) == before
 
 
 # -- a benchmark -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('flags, words', [
-    (['--batch_size=0'], ['batch_size is 0', 'at least 1']), (['--steps=0'], ['steps is 0', 'at least 1']),
-    (['--stepps=3'], ['--stepps: no such key', 'did you mean --steps?']),
-    (['--mlp=swiglu', '--vs_nanogpt={place}/clone'], ['nanoGPT has no mlp swiglu', "GPT-2's architecture"]),
-    (['--new_tokens=-1'], ['new_tokens is -1', 'at least 0']), (['--n_embd=33'], ['n_embd 33', 'try n_embd 32']),
-    (['--vs_nanogpt={place}'], ['place', 'clone of karpathy/nanoGPT']),
-    (['--block_size=1000000'], ['train.bin holds', '--block_size='])])
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        (['--batch_size=0'], ['batch_size is 0', 'at least 1']),
+        (['--steps=0'], ['steps is 0', 'at least 1']),
+        (['--stepps=3'], ['--stepps: no such key', 'did you mean --steps?']),
+        (
+            ['--mlp=swiglu', '--vs_nanogpt={place}/clone'],
+            ['nanoGPT has no mlp swiglu', "GPT-2's architecture"],
+        ),
+        (['--new_tokens=-1'], ['new_tokens is -1', 'at least 0']),
+        (['--n_embd=33'], ['n_embd 33', 'try n_embd 32']),
+        (['--vs_nanogpt={place}'], ['place', 'clone of karpathy/nanoGPT']),
+        (['--block_size=1000000'], ['train.bin holds', '--block_size=']),
+    ],
+)
 def test_a_bad_benchmark_is_told(run_main, place, flags, words):
     (place / 'clone').mkdir()
     (place / 'clone/model.py').write_text('')
@@ -450,30 +730,106 @@ def test_a_bad_benchmark_is_told(run_main, place, flags, words):
 
 TEXTS = {
     'nothing named': ('text', None, [], ['--input=PATH is missing']),
-    'no such file': ('text', None, ['--input={place}/none'], ['none: there is no such file', '--input=PATH']),
+    'no such file': (
+        'text',
+        None,
+        ['--input={place}/none'],
+        ['none: there is no such file', '--input=PATH'],
+    ),
     'an empty text': ('text', ('a.txt', b''), [], ['hold no text', '--input=PATH']),
     'two characters': ('text', ('a.txt', b'ab'), [], ['2 characters', 'take a longer one']),
-    'a text that is not UTF-8': ('text', ('a.txt', b'caf\xe9 ' * 99), [], ['a.txt is not UTF-8', '(byte 3)', 'iconv']),
+    'a text that is not UTF-8': (
+        'text',
+        ('a.txt', b'caf\xe9 ' * 99),
+        [],
+        ['a.txt is not UTF-8', '(byte 3)', 'iconv'],
+    ),
     'another type of file': ('text', ('a.docx', b'PK'), [], ['a.docx', '.txt']),
-    'a row that is no JSON': ('text', ('a.jsonl', b'{"text": "a"}\n{'), [], ['a.jsonl:2', 'every line is an object']),
-    'a row without the field': ('text', ('a.jsonl', b'{"body": "a"}'), [], ['a.jsonl:1', "'body' instead", '--field=NAME']),
-    'a field that is no text': ('text', ('a.jsonl', b'{"text": 1}'), [], ['a.jsonl:1', 'of type int', '--field=NAME']),
-    'what is no parquet': ('text', ('a.parquet', b'PAR1 no'), [], ['a.parquet is not a .parquet', 'write it anew']),
-    'a name for no folder': ('text', ('a.txt', b'abcdef'), ['--name=a/b', '--out_dir='], ['a/b', '--name=a_b']),
-    'an unknown tokenizer': ('text', ('a.txt', b'abcdef'), ['--tokenizer=words'], ["'words'", "'char' | 'byte'"]),
-    'an out_dir that is a file': ('text', ('a.txt', b'abcdef' * 9), ['--out_dir={place}/a.txt'],
-                                  ['a.txt cannot be written', '--out_dir']),
-    'a home of nobody': ('text', None, ['--input=~nobody-here/a.txt'], ['~nobody-here/a.txt', '--input=PATH']),
-    'shakespeare: no such file': ('shakespeare_char', None, ['--input={place}/none'], ['none: No such file', '--input=PATH']),
-    'shakespeare: a folder': ('shakespeare_char', None, ['--input={place}'], ['Is a directory', '--input=PATH']),
-    'shakespeare: not UTF-8': ('shakespeare_char', ('a.txt', b'caf\xe9 ' * 50), [], ['a.txt is not UTF-8', '(byte 3)', 'iconv']),
-    'shakespeare: empty': ('shakespeare_char', ('a.txt', b''), [], ['a.txt is empty', '--input=PATH']),
-    'shakespeare: three characters': ('shakespeare_char', ('a.txt', b'abc'), [], ['3 characters', 'take a longer one']),
+    'a row that is no JSON': (
+        'text',
+        ('a.jsonl', b'{"text": "a"}\n{'),
+        [],
+        ['a.jsonl:2', 'every line is an object'],
+    ),
+    'a row without the field': (
+        'text',
+        ('a.jsonl', b'{"body": "a"}'),
+        [],
+        ['a.jsonl:1', "'body' instead", '--field=NAME'],
+    ),
+    'a field that is no text': (
+        'text',
+        ('a.jsonl', b'{"text": 1}'),
+        [],
+        ['a.jsonl:1', 'of type int', '--field=NAME'],
+    ),
+    'what is no parquet': (
+        'text',
+        ('a.parquet', b'PAR1 no'),
+        [],
+        ['a.parquet is not a .parquet', 'write it anew'],
+    ),
+    'a name for no folder': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--name=a/b', '--out_dir='],
+        ['a/b', '--name=a_b'],
+    ),
+    'an unknown tokenizer': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--tokenizer=words'],
+        ["'words'", "'char' | 'byte'"],
+    ),
+    'an out_dir that is a file': (
+        'text',
+        ('a.txt', b'abcdef' * 9),
+        ['--out_dir={place}/a.txt'],
+        ['a.txt cannot be written', '--out_dir'],
+    ),
+    'a home of nobody': (
+        'text',
+        None,
+        ['--input=~nobody-here/a.txt'],
+        ['~nobody-here/a.txt', '--input=PATH'],
+    ),
+    'shakespeare: no such file': (
+        'shakespeare_char',
+        None,
+        ['--input={place}/none'],
+        ['none: No such file', '--input=PATH'],
+    ),
+    'shakespeare: a folder': (
+        'shakespeare_char',
+        None,
+        ['--input={place}'],
+        ['Is a directory', '--input=PATH'],
+    ),
+    'shakespeare: not UTF-8': (
+        'shakespeare_char',
+        ('a.txt', b'caf\xe9 ' * 50),
+        [],
+        ['a.txt is not UTF-8', '(byte 3)', 'iconv'],
+    ),
+    'shakespeare: empty': (
+        'shakespeare_char',
+        ('a.txt', b''),
+        [],
+        ['a.txt is empty', '--input=PATH'],
+    ),
+    'shakespeare: three characters': (
+        'shakespeare_char',
+        ('a.txt', b'abc'),
+        [],
+        ['3 characters', 'take a longer one'],
+    ),
 }
 
 
 @pytest.mark.parametrize('name, file, flags, words', TEXTS.values(), ids=TEXTS)
-def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(run_main, place, name, file, flags, words):
+def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(
+    run_main, place, name, file, flags, words
+):
     if file:
         (place / file[0]).write_bytes(file[1])
         flags = [f'--input={place / file[0]}', *flags]
@@ -484,23 +840,39 @@ def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(run_main, place, 
     assert contents(place) == before
 
 
-@pytest.mark.parametrize('page, digest, reason', [
-    ('truncated', SHA256, 'cut off before the end of its 129,000 bytes'), ('stalled', SHA256, 'timed out'),
-    ('silent', SHA256, 'timed out'), ('drip', SHA256, 'too slow'), ('html', SHA256, 'another file than expected (wrong SHA-256)'),
-    ('good', '0' * 64, 'another file than expected (wrong SHA-256)'), ('missing', SHA256, 'HTTP 404')])
-def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(run_main, place, address, monkeypatch,
-                                                                  page, digest, reason):
+@pytest.mark.parametrize(
+    'page, digest, reason',
+    [
+        ('truncated', SHA256, 'cut off before the end of its 129,000 bytes'),
+        ('stalled', SHA256, 'timed out'),
+        ('silent', SHA256, 'timed out'),
+        ('drip', SHA256, 'too slow'),
+        ('html', SHA256, 'another file than expected (wrong SHA-256)'),
+        ('good', '0' * 64, 'another file than expected (wrong SHA-256)'),
+        ('missing', SHA256, 'HTTP 404'),
+    ],
+)
+def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
+    run_main, place, address, monkeypatch, page, digest, reason
+):
     """Tiny Shakespeare's addresses are those of a server that misbehaves, and its patience is short."""
     monkeypatch.setattr(shakespeare, 'URLS', (f'{address}/{page}',))
     monkeypatch.setattr(shakespeare, 'SHA256', digest)
     monkeypatch.setattr(shakespeare, 'SIZE', len(CONTENT))
-    monkeypatch.setattr(shakespeare, 'download', partial(shakespeare.download, timeout=(1, 0.5), overall_seconds=1.5))
+    monkeypatch.setattr(
+        shakespeare,
+        'download',
+        partial(shakespeare.download, timeout=(1, 0.5), overall_seconds=1.5),
+    )
     script = place / 'checkout/data/shakespeare_char/prepare.py'  # where no text is at hand
     script.parent.mkdir(parents=True)
     shutil.copy(ROOT / 'data/shakespeare_char/prepare.py', script)
     before = contents(place)
     ended = run_main(script, f'--out_dir={place / "data/tiny"}')
-    assert_refused(ended, ['could not download', 'tiny/input.txt', reason, 'input.txt, or type', '--input=PATH'])
+    assert_refused(
+        ended,
+        ['could not download', 'tiny/input.txt', reason, 'input.txt, or type', '--input=PATH'],
+    )
     assert contents(place) == before
 
 
@@ -509,8 +881,22 @@ def test_wandb_without_a_login_offers_to_stay_offline(place, tmp_path):
     """No key, no .netrc, no terminal: it ends at once, and the run that was there stays."""
     before = contents(place)
     environment = {key: value for key, value in os.environ.items() if not key.startswith('WANDB_')}
-    done = subprocess.run([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={place / "data"}', f'--out_dir={place / "run"}',
-                           '--overwrite', '--wandb_log'], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env={**environment, 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1'}, timeout=60)
+    done = subprocess.run(
+        [
+            sys.executable,
+            'train.py',
+            *SMALL_RUN,
+            f'--data_dir={place / "data"}',
+            f'--out_dir={place / "run"}',
+            '--overwrite',
+            '--wandb_log',
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**environment, 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1'},
+        timeout=60,
+    )
     assert_refused(done, ['wandb cannot start', 'No API key', 'WANDB_MODE=offline'])
     assert contents(place) == before

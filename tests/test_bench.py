@@ -1,4 +1,5 @@
 """The benchmark: what it prints adds up, and it measures train.py's own step."""
+
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ from nib.tokens.dataset import open_dataset
 
 SMALL = [flag for flag in SMALL_RUN if not flag.startswith('--dataset')]
 # Stands in for a clone of nanoGPT: its interface on this project's model.
-STAND_IN = '''
+STAND_IN = """
 import importlib.util
 import sys
 import torch
@@ -35,21 +36,32 @@ class GPT(own.GPT):
 
     def generate(self, idx, max_new_tokens, temperature, top_k):
         return list(super().generate(idx.tolist(), max_new_tokens, temperature, top_k))
-'''
+"""
 
 
 def bench(*flags):
-    return run_script('bench.py', *SMALL, '--rounds=2', '--steps=6', '--new_tokens=8', '--prompt_tokens=4', *flags)
+    return run_script(
+        'bench.py', *SMALL, '--rounds=2', '--steps=6', '--new_tokens=8', '--prompt_tokens=4', *flags
+    )
 
 
 def rows(text) -> dict[str, float]:
     """The last figure's median of every row."""
-    return {line[:30].strip(): float(line[30:].split()[0].replace(',', '')) for line in text.splitlines()[4:] if line.strip()}
+    return {
+        line[:30].strip(): float(line[30:].split()[0].replace(',', ''))
+        for line in text.splitlines()[4:]
+        if line.strip()
+    }
 
 
 @pytest.mark.slow
 def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
-    done = bench('--dataset=tiny', f'--data_dir={data_dir}', f'--result={tmp_path / "table.txt"}', '--rounds=1')
+    done = bench(
+        '--dataset=tiny',
+        f'--data_dir={data_dir}',
+        f'--result={tmp_path / "table.txt"}',
+        '--rounds=1',
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'table.txt').read_text() == done.stdout
     assert '128 tokens a step (2 x 4 x 16), float32, compile off, tiny' in done.stdout
@@ -65,12 +77,17 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
 
 def test_the_parts_of_a_step_are_the_whole_step(data_dir):
     """No time is lost between the parts, and each part has some."""
-    values, _ = configurator.configure(str(ROOT / 'bench.py'), [*SMALL, '--dtype=float32', '--no-compile'], base='train.py')
+    values, _ = configurator.configure(
+        str(ROOT / 'bench.py'), [*SMALL, '--dtype=float32', '--no-compile'], base='train.py'
+    )
     contestant = bench_script.Contestant(values, open_dataset(data_dir / 'tiny', 16))
     started = time.perf_counter()
     parts = contestant.time_parts()
     whole = 1000 * (time.perf_counter() - started) / (bench_script.steps // 3)
-    assert list(parts) == ['ms data', 'ms forward', 'ms backward', 'ms optimizer', 'ms checks'] and min(parts.values()) > 0
+    assert (
+        list(parts) == ['ms data', 'ms forward', 'ms backward', 'ms optimizer', 'ms checks']
+        and min(parts.values()) > 0
+    )
     assert 0.9 * whole < sum(parts.values()) <= whole
 
 
@@ -84,19 +101,35 @@ def test_without_its_dataset_a_config_is_measured_on_random_tokens(tmp_path):
 
 
 def test_a_missing_dataset_is_prepared_as_train_py_does(tmp_path):
-    done = bench('--dataset=stdlib_char', '--prepare_dataset', f'--data_dir={tmp_path}', '--no-startup', '--new_tokens=0')
+    done = bench(
+        '--dataset=stdlib_char',
+        '--prepare_dataset',
+        f'--data_dir={tmp_path}',
+        '--no-startup',
+        '--new_tokens=0',
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / 'stdlib_char/train.bin').exists() and 'stdlib_char' in done.stdout and 'random tokens' not in done.stdout
+    assert (
+        (tmp_path / 'stdlib_char/train.bin').exists()
+        and 'stdlib_char' in done.stdout
+        and 'random tokens' not in done.stdout
+    )
 
 
 @pytest.mark.slow
 def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
     (tmp_path / 'clone').mkdir()
     (tmp_path / 'clone/model.py').write_text(STAND_IN.format(root=str(ROOT)))
-    done = bench('--dataset=tiny', f'--data_dir={data_dir}', '--no-startup', f'--vs_nanogpt={tmp_path / "clone"}')
+    done = bench(
+        '--dataset=tiny',
+        f'--data_dir={data_dir}',
+        '--no-startup',
+        f'--vs_nanogpt={tmp_path / "clone"}',
+    )
     assert done.returncode == 0, done.stderr
-    assert [line.split(':')[0] for line in done.stderr.splitlines() if line.startswith('round')] == [
-        'round 1, nanoGPT', 'round 1, nibGPT', 'round 2, nanoGPT', 'round 2, nibGPT']
+    assert [
+        line.split(':')[0] for line in done.stderr.splitlines() if line.startswith('round')
+    ] == ['round 1, nanoGPT', 'round 1, nibGPT', 'round 2, nanoGPT', 'round 2, nibGPT']
     for row in ('tokens/s', 'ms/step', 'peak memory, MB', 'generated tokens/s'):
         line = next(line for line in done.stdout.splitlines() if line.startswith(row))
         assert len(re.findall(r'\(.*?\)', line)) >= 2 or row.startswith('peak')
@@ -105,26 +138,45 @@ def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
 @pytest.mark.slow
 def test_generation_beside_nanogpt_is_measured_in_turns(tmp_path, run_main, monkeypatch):
     (tmp_path / 'model.py').write_text(STAND_IN.format(root=str(ROOT)))
-    shape = dict(vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=16, bias=True, dropout=0.0)
+    shape = dict(
+        vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=16, bias=True, dropout=0.0
+    )
     monkeypatch.setattr(sampling, 'JOBS', {'tiny': sampling.Job(shape, 4, 20, 10)})
-    done = run_main(sampling, f'--nanogpt={tmp_path}', '--rounds=2', '--device=cpu', f'--result={tmp_path / "table.txt"}')
+    done = run_main(
+        sampling,
+        f'--nanogpt={tmp_path}',
+        '--rounds=2',
+        '--device=cpu',
+        f'--result={tmp_path / "table.txt"}',
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'table.txt').read_text() == done.stdout
     assert [line.split(':')[0] for line in done.stderr.splitlines()] == ['round 1', 'round 2']
     figures = rows(done.stdout)
-    assert list(figures) == ['tiny, float32', 'tiny, bfloat16',
-                             '4 tokens, float32: 32 / 1', '20 tokens, float32: 32 / 1',
-                             '4 tokens, bfloat16: 32 / 1', '20 tokens, bfloat16: 32 / 1',
-                             'plain read, GB/s', 'tiny, float32: %', 'tiny, bfloat16: %']
+    assert list(figures) == [
+        'tiny, float32',
+        'tiny, bfloat16',
+        '4 tokens, float32: 32 / 1',
+        '20 tokens, float32: 32 / 1',
+        '4 tokens, bfloat16: 32 / 1',
+        '20 tokens, bfloat16: 32 / 1',
+        'plain read, GB/s',
+        'tiny, float32: %',
+        'tiny, bfloat16: %',
+    ]
     assert min(figures.values()) > 0
     for clone in ('', tmp_path / 'nothing'):
         done = run_main(sampling, f'--nanogpt={clone}', '--device=cpu')
-        assert done.returncode == 2 and done.stderr.startswith(f'error: --nanogpt={clone}: it is the path of a clone')
+        assert done.returncode == 2 and done.stderr.startswith(
+            f'error: --nanogpt={clone}: it is the path of a clone'
+        )
 
 
 @pytest.mark.slow
 def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
-    values = bench_script.read_config([*SMALL, '--no-compile', f'--data_dir={data_dir}', '--dataset=tiny'])
+    values = bench_script.read_config(
+        [*SMALL, '--no-compile', f'--data_dir={data_dir}', '--dataset=tiny']
+    )
     room = bytearray(600_000_000)  # which is not the point's
     point = bench_script.in_fresh_process(bench_script.measure_point, bench_script.as_flags(values))
     assert point['tokens/s'] == pytest.approx(128 / point['ms/step'] * 1000)
@@ -133,53 +185,110 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
     assert point['% of it'] == pytest.approx(100 * point['tokens/s'] / point['at matrix rate'])
     assert 50 < point['before model, MB'] <= point['peak memory, MB'] < len(room) / 1e6
     with pytest.raises(UserError, match='train.bin holds'):
-        bench_script.in_fresh_process(bench_script.measure_point, bench_script.as_flags(values, block_size=1_000_000))
+        bench_script.in_fresh_process(
+            bench_script.measure_point, bench_script.as_flags(values, block_size=1_000_000)
+        )
 
 
 @pytest.mark.slow
-def test_growth_doubles_each_size_until_a_step_is_slow_or_memory_full(data_dir, tmp_path, monkeypatch, run_main):
+def test_growth_doubles_each_size_until_a_step_is_slow_or_memory_full(
+    data_dir, tmp_path, monkeypatch, run_main
+):
     """With figures that are made up from the size: a step takes a second from twice the own width on, and the machine has room
     for less than 32 layers."""
     from matplotlib import image
+
     asked = []
 
     def measured(function, flags):
         values = dict(flag[2:].split('=', 1) for flag in flags)
-        sizes = {key: int(values[key]) for key in ('n_embd', 'n_head', 'n_layer', 'block_size', 'batch_size')}
+        sizes = {
+            key: int(values[key])
+            for key in ('n_embd', 'n_head', 'n_layer', 'block_size', 'batch_size')
+        }
         asked.append(tuple(sizes.values()))
         if sizes['n_layer'] == 32:
             raise UserError('the memory is full')
-        return dict.fromkeys(['M parameters', 'MFLOP/token', 'tokens/s', 'at matrix rate', '% of it', 'peak memory, MB',
-                              'before model, MB'], 7.0) | {'ms/step': 1000.0 if sizes['n_embd'] >= 64 else 1.0}
+        return dict.fromkeys(
+            [
+                'M parameters',
+                'MFLOP/token',
+                'tokens/s',
+                'at matrix rate',
+                '% of it',
+                'peak memory, MB',
+                'before model, MB',
+            ],
+            7.0,
+        ) | {'ms/step': 1000.0 if sizes['n_embd'] >= 64 else 1.0}
 
     monkeypatch.setattr(bench_script, 'in_fresh_process', measured)
-    done = run_main(bench_script, *SMALL, '--dataset=tiny', f'--data_dir={data_dir}', '--n_embd=32', '--n_head=2',
-                    f'--growth={tmp_path / "growth.png"}', f'--result={tmp_path / "growth.txt"}')
+    done = run_main(
+        bench_script,
+        *SMALL,
+        '--dataset=tiny',
+        f'--data_dir={data_dir}',
+        '--n_embd=32',
+        '--n_head=2',
+        f'--growth={tmp_path / "growth.png"}',
+        f'--result={tmp_path / "growth.txt"}',
+    )
     assert done.returncode == 0, done.stderr
-    blocks = {lines[0].split()[0]: [int(line.split()[0].replace(',', '')) for line in lines[1:]]
-              for lines in (block.splitlines() for block in done.stdout.split('\n\n')[1:])}
-    assert blocks == {'width': [16, 32, 64], 'depth': [1, 2, 4, 8, 16],
-                      'context': [2 ** power for power in range(1, 16)], 'batch': [2 ** power for power in range(14)]}
-    assert asked[:4] == [(32, 2, 2, 16, 4), (16, 1, 2, 16, 4), (64, 4, 2, 16, 4), (32, 2, 1, 16, 4)]  # heads keep their width
+    blocks = {
+        lines[0].split()[0]: [int(line.split()[0].replace(',', '')) for line in lines[1:]]
+        for lines in (block.splitlines() for block in done.stdout.split('\n\n')[1:])
+    }
+    assert blocks == {
+        'width': [16, 32, 64],
+        'depth': [1, 2, 4, 8, 16],
+        'context': [2**power for power in range(1, 16)],
+        'batch': [2**power for power in range(14)],
+    }
+    assert asked[:4] == [
+        (32, 2, 2, 16, 4),
+        (16, 1, 2, 16, 4),
+        (64, 4, 2, 16, 4),
+        (32, 2, 1, 16, 4),
+    ]  # heads keep their width
     assert len(asked) == len(set(asked))
     assert 'depth 32: the memory is full' in done.stderr
     assert (tmp_path / 'growth.txt').read_text() == done.stdout
     assert len(set(image.imread(tmp_path / 'growth.png').reshape(-1))) > 10
 
 
-@pytest.mark.parametrize('name, words', [('growth.docx', '.png'), ('nowhere/growth.png', 'a folder that is there'),
-                                         ('growth.png', 'pip install matplotlib')])
-def test_a_picture_that_cannot_be_drawn_is_told_before_anything_is_measured(data_dir, tmp_path, monkeypatch, run_main, name, words):
-    monkeypatch.setattr(bench_script, 'in_fresh_process', lambda *arguments: pytest.fail('measured'))
+@pytest.mark.parametrize(
+    'name, words',
+    [
+        ('growth.docx', '.png'),
+        ('nowhere/growth.png', 'a folder that is there'),
+        ('growth.png', 'pip install matplotlib'),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_told_before_anything_is_measured(
+    data_dir, tmp_path, monkeypatch, run_main, name, words
+):
+    monkeypatch.setattr(
+        bench_script, 'in_fresh_process', lambda *arguments: pytest.fail('measured')
+    )
     if 'matplotlib' in words:
         monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    done = run_main(bench_script, *SMALL, '--dataset=tiny', f'--data_dir={data_dir}', f'--growth={tmp_path / name}')
+    done = run_main(
+        bench_script,
+        *SMALL,
+        '--dataset=tiny',
+        f'--data_dir={data_dir}',
+        f'--growth={tmp_path / name}',
+    )
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_table_has_medians_spreads_and_the_ratios_of_rounds():
-    table = measure.make_table({'a': [{'x': 1.0}, {'x': 2.0}, {'x': 4.0}],
-                                'b': [{'x': 2.0, 'y': 5.0}, {'x': 2.0}, {'x': 2000.0}]})
+    table = measure.make_table(
+        {
+            'a': [{'x': 1.0}, {'x': 2.0}, {'x': 4.0}],
+            'b': [{'x': 2.0, 'y': 5.0}, {'x': 2.0}, {'x': 2000.0}],
+        }
+    )
     lines = {line.split()[0]: line for line in table.splitlines()[1:]}
     assert lines['x'].split()[1:] == '2 (1 to 4) 2 (2 to 2,000) 2 (1 to 500)'.split()
     assert lines['y'].split() == ['y', '5']

@@ -3,6 +3,7 @@
 The canaries are pickles and Python that would make a folder named 'canary'. A run that refuses a file, or takes it for the
 text that it is, is equally good here; what must not happen is the folder.
 """
+
 import ast
 import json
 import os
@@ -35,6 +36,7 @@ class Evaluate:
 
 class State:
     """Code in __setstate__'s place: BUILD calls what the object has under that name."""
+
     def __reduce__(self):
         return Reduce, (), {'__setstate__': Reduce()}
 
@@ -56,14 +58,27 @@ HAND_MADE = {
     'after a good one': pickle.dumps(META)[:-1] + b"0cposix\nmkdir\n(S'canary'\ntR.",
 }
 PICKLES = HAND_MADE | {
-    'reduce': pickle.dumps(Reduce()), 'reduce in text': pickle.dumps(Reduce(), protocol=0), 'evaluate': pickle.dumps(Evaluate()),
-    'state': pickle.dumps(State()), 'nested': pickle.dumps(META | {'itos': {0: 'a', 1: [{'deep': (Reduce(),)}]}}),
-    'as a key': pickle.dumps({(Evaluate(),): 1} | META), 'twice': pickle.dumps(META) + pickle.dumps(Reduce())}
+    'reduce': pickle.dumps(Reduce()),
+    'reduce in text': pickle.dumps(Reduce(), protocol=0),
+    'evaluate': pickle.dumps(Evaluate()),
+    'state': pickle.dumps(State()),
+    'nested': pickle.dumps(META | {'itos': {0: 'a', 1: [{'deep': (Reduce(),)}]}}),
+    'as a key': pickle.dumps({(Evaluate(),): 1} | META),
+    'twice': pickle.dumps(META) + pickle.dumps(Reduce()),
+}
 
 
 def test_the_canaries_sing(tmp_path, monkeypatch):
     """Where nothing holds them: or the other tests would show nothing."""
-    for name in ('reduce', 'evaluate', 'nested', 'GLOBAL and REDUCE', 'INST', 'STACK_GLOBAL', 'after a good one'):
+    for name in (
+        'reduce',
+        'evaluate',
+        'nested',
+        'GLOBAL and REDUCE',
+        'INST',
+        'STACK_GLOBAL',
+        'after a good one',
+    ):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         pickle.loads(PICKLES[name])
@@ -92,8 +107,14 @@ def assert_nothing_ran(place, ended):
 
 
 def run_train(run_main, place, *flags):
-    return run_main('train.py', *SMALL_RUN, f'--data_dir={place / "data"}', f'--out_dir={place / "run"}', '--max_iters=11',
-                    *flags)
+    return run_main(
+        'train.py',
+        *SMALL_RUN,
+        f'--data_dir={place / "data"}',
+        f'--out_dir={place / "run"}',
+        '--max_iters=11',
+        *flags,
+    )
 
 
 @pytest.mark.parametrize('content', PICKLES.values(), ids=PICKLES)
@@ -119,13 +140,27 @@ def poison_bytes(content: bytes) -> bytes:
         return CODE.encode()
 
 
-PAYLOADS = {'a pickle': lambda content: PICKLES['reduce'], 'a pickle in text': lambda content: PICKLES['reduce in text'],
-            'Python': lambda content: CODE.encode(), 'texts that are code': poison_bytes}
+PAYLOADS = {
+    'a pickle': lambda content: PICKLES['reduce'],
+    'a pickle in text': lambda content: PICKLES['reduce in text'],
+    'Python': lambda content: CODE.encode(),
+    'texts that are code': poison_bytes,
+}
 
 
-FILES = ['data/tiny/train.bin', 'data/tiny/val.bin', 'data/tiny/meta.json', 'run/latest', 'run/best',
-         'run/config.json', 'run/metrics.jsonl', 'run/wandb_id', 'run/step-00000010/state.json',
-         'run/step-00000010/model.safetensors', 'run/step-00000010/optimizer.safetensors']
+FILES = [
+    'data/tiny/train.bin',
+    'data/tiny/val.bin',
+    'data/tiny/meta.json',
+    'run/latest',
+    'run/best',
+    'run/config.json',
+    'run/metrics.jsonl',
+    'run/wandb_id',
+    'run/step-00000010/state.json',
+    'run/step-00000010/model.safetensors',
+    'run/step-00000010/optimizer.safetensors',
+]
 
 
 @pytest.mark.parametrize('payload', PAYLOADS.values(), ids=PAYLOADS)
@@ -136,7 +171,10 @@ def test_a_file_of_a_dataset_or_a_run_runs_nothing(run_main, place, monkeypatch,
     wandb = ['--wandb_log'] if file.endswith('wandb_id') else []
     monkeypatch.setenv('WANDB_MODE', 'disabled')
     assert_nothing_ran(place, run_train(run_main, place, '--init_from=resume', *wandb))
-    assert_nothing_ran(place, run_main('sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu'))
+    assert_nothing_ran(
+        place,
+        run_main('sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu'),
+    )
 
 
 def test_a_state_whose_digest_is_right_runs_nothing(run_main, place):
@@ -145,7 +183,12 @@ def test_a_state_whose_digest_is_right_runs_nothing(run_main, place):
 
     def try_with(changed):
         (place / 'run/step-00000010/state.json').write_bytes(store._encode(changed))
-        assert_nothing_ran(place, run_main('sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu'))
+        assert_nothing_ran(
+            place,
+            run_main(
+                'sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu'
+            ),
+        )
         shutil.copytree(place / 'run', place / 'kept')
         assert_nothing_ran(place, run_train(run_main, place, '--init_from=resume'))
         shutil.rmtree(place / 'run')
@@ -161,18 +204,37 @@ def test_a_state_whose_digest_is_right_runs_nothing(run_main, place):
 def test_published_weights_run_nothing(run_main, place):
     """A pytorch_model.bin, which is a pickle, is not even looked at: not instead of model.safetensors, nor beside it."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     folder = place / 'published'
-    GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_embd=8, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=50257, n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     (place / 'data/gpt2').mkdir()
     for split in ('train', 'val'):
         np.arange(2000, dtype='<u2').tofile(place / f'data/gpt2/{split}.bin')
-    for name in ('pytorch_model.bin', 'model.bin', 'training_args.bin', 'generation_config.json', 'modeling_gpt2.py'):
+    for name in (
+        'pytorch_model.bin',
+        'model.bin',
+        'training_args.bin',
+        'generation_config.json',
+        'modeling_gpt2.py',
+    ):
         (folder / name).write_bytes(PICKLES['reduce'] if name.endswith('bin') else CODE.encode())
-    config, weights = ((folder / name).read_bytes() for name in ('config.json', 'model.safetensors'))
+    config, weights = (
+        (folder / name).read_bytes() for name in ('config.json', 'model.safetensors')
+    )
 
     def start():
-        ended = run_main('train.py', f'--init_from={folder}', '--dataset=gpt2', f'--data_dir={place / "data"}', '--device=cpu',
-                         '--eval_only', '--batch_size=4', f'--out_dir={place / "new"}')
+        ended = run_main(
+            'train.py',
+            f'--init_from={folder}',
+            '--dataset=gpt2',
+            f'--data_dir={place / "data"}',
+            '--device=cpu',
+            '--eval_only',
+            '--batch_size=4',
+            f'--out_dir={place / "new"}',
+        )
         assert_nothing_ran(place, ended)
         return ended
 
@@ -197,24 +259,49 @@ def test_published_weights_run_nothing(run_main, place):
 def write_parquet(path, **metadata):
     """A table of texts that are code, whose column says that a pickled type must be made of it."""
     field = pyarrow.field('text', pyarrow.string(), metadata=metadata)
-    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array([CODE] * 20)], schema=pyarrow.schema([field])), path)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([pyarrow.array([CODE] * 20)], schema=pyarrow.schema([field])),
+        path,
+    )
 
 
 def test_texts_run_nothing(run_main, place):
     texts = place / 'texts'
     texts.mkdir()
-    contents = {'a.txt': CODE.encode() * 20, 'b.md': PICKLES['reduce in text'], 'c.jsonl': json.dumps({'text': CODE}).encode(),
-                'd.jsonl': CODE.encode(), 'e.jsonl': PICKLES['reduce'], 'f.parquet': PICKLES['reduce'], 'g.txt': PICKLES['reduce']}
+    contents = {
+        'a.txt': CODE.encode() * 20,
+        'b.md': PICKLES['reduce in text'],
+        'c.jsonl': json.dumps({'text': CODE}).encode(),
+        'd.jsonl': CODE.encode(),
+        'e.jsonl': PICKLES['reduce'],
+        'f.parquet': PICKLES['reduce'],
+        'g.txt': PICKLES['reduce'],
+    }
     for name, content in contents.items():
         (texts / name).write_bytes(content)
-    write_parquet(texts / 'h.parquet', **{'ARROW:extension:name': 'arrow.py_extension_type',
-                                          'ARROW:extension:metadata': PICKLES['reduce']})
+    write_parquet(
+        texts / 'h.parquet',
+        **{
+            'ARROW:extension:name': 'arrow.py_extension_type',
+            'ARROW:extension:metadata': PICKLES['reduce'],
+        },
+    )
     for file in sorted(texts.iterdir()):
         for tokenizer in ('char', 'byte'):
             flags = [f'--input={file}', f'--tokenizer={tokenizer}', f'--out_dir={place / "new"}']
             assert_nothing_ran(place, run_main('data/text/prepare.py', *flags))
-        assert_nothing_ran(place, run_main('data/shakespeare_char/prepare.py', f'--input={file}', f'--out_dir={place / "new"}'))
-        assert_nothing_ran(place, run_main('sample.py', f'--out_dir={place / "run"}', '--device=cpu', f'--start=FILE:{file}'))
+        assert_nothing_ran(
+            place,
+            run_main(
+                'data/shakespeare_char/prepare.py', f'--input={file}', f'--out_dir={place / "new"}'
+            ),
+        )
+        assert_nothing_ran(
+            place,
+            run_main(
+                'sample.py', f'--out_dir={place / "run"}', '--device=cpu', f'--start=FILE:{file}'
+            ),
+        )
 
 
 @pytest.mark.parametrize('payload', PAYLOADS.values(), ids=PAYLOADS)
@@ -222,7 +309,11 @@ def test_the_journal_of_a_dataset_in_the_making_runs_nothing(run_main, place, mo
     (place / 'a.txt').write_text(CODE * 20)
     flags = [f'--input={place / "a.txt"}', f'--out_dir={place / "new"}']
     with monkeypatch.context() as patch:  # stopped before the end
-        patch.setattr(unfinished.UnfinishedBins, 'finish', lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            unfinished.UnfinishedBins,
+            'finish',
+            lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         assert run_main('data/text/prepare.py', *flags).returncode == 130
     journal = place / 'new/.journal.json'
     journal.write_bytes(payload(journal.read_bytes()))
@@ -231,21 +322,66 @@ def test_the_journal_of_a_dataset_in_the_making_runs_nothing(run_main, place, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('value', [CODE, "__import__('os').system('mkdir canary')", '$(mkdir canary)', '`mkdir canary`',
-                                   '; mkdir canary', '| mkdir canary', "f'{" + CODE + "}'", '{0.__class__}', '!mkdir canary'])
+@pytest.mark.parametrize(
+    'value',
+    [
+        CODE,
+        "__import__('os').system('mkdir canary')",
+        '$(mkdir canary)',
+        '`mkdir canary`',
+        '; mkdir canary',
+        '| mkdir canary',
+        "f'{" + CODE + "}'",
+        '{0.__class__}',
+        '!mkdir canary',
+    ],
+)
 def test_a_flag_runs_nothing(run_main, place, value):
     """Taken by a run that goes to its end where it is a text, refused where it is not."""
-    for key in ('out_dir', 'init_from', 'seed', 'learning_rate', 'compile', 'dataset', 'data_dir', 'device', 'dtype', 'position',
-                'wandb_run_name'):
-        assert_nothing_ran(place, run_train(run_main, place, '--init_from=resume', '--max_iters=10', f'--{key}={value}'))
+    for key in (
+        'out_dir',
+        'init_from',
+        'seed',
+        'learning_rate',
+        'compile',
+        'dataset',
+        'data_dir',
+        'device',
+        'dtype',
+        'position',
+        'wandb_run_name',
+    ):
+        assert_nothing_ran(
+            place,
+            run_train(run_main, place, '--init_from=resume', '--max_iters=10', f'--{key}={value}'),
+        )
     for key in ('out_dir', 'which', 'start', 'stop', 'top_k', 'temperature'):
-        assert_nothing_ran(place, run_main('sample.py', f'--out_dir={place / "run"}', '--max_new_tokens=2', '--device=cpu',
-                                           f'--{key}={value}'))
+        assert_nothing_ran(
+            place,
+            run_main(
+                'sample.py',
+                f'--out_dir={place / "run"}',
+                '--max_new_tokens=2',
+                '--device=cpu',
+                f'--{key}={value}',
+            ),
+        )
     for key in ('input', 'field', 'tokenizer', 'name'):
-        assert_nothing_ran(place, run_main('data/text/prepare.py', f'--out_dir={place / "new"}', f'--{key}={value}'))
+        assert_nothing_ran(
+            place,
+            run_main('data/text/prepare.py', f'--out_dir={place / "new"}', f'--{key}={value}'),
+        )
     for key in ('vs_nanogpt', 'steps', 'mlp'):
-        assert_nothing_ran(place, run_main('bench.py', *SMALL_RUN, f'--data_dir={place / "data"}', '--rounds=0',
-                                           f'--{key}={value}'))
+        assert_nothing_ran(
+            place,
+            run_main(
+                'bench.py',
+                *SMALL_RUN,
+                f'--data_dir={place / "data"}',
+                '--rounds=0',
+                f'--{key}={value}',
+            ),
+        )
 
 
 def test_only_a_dataset_of_the_project_is_prepared(run_main, place):
@@ -253,8 +389,14 @@ def test_only_a_dataset_of_the_project_is_prepared(run_main, place):
     (place / 'other').mkdir()
     (place / 'other/prepare.py').write_text(f'def main(argv):\n    {CODE}\n')
     for name in (place / 'other', os.path.relpath(place / 'other', ROOT / 'data')):
-        ended = run_train(run_main, place, '--overwrite', '--prepare_dataset', f'--dataset={name}',
-                          f'--fallback_dataset={name}')
+        ended = run_train(
+            run_main,
+            place,
+            '--overwrite',
+            '--prepare_dataset',
+            f'--dataset={name}',
+            f'--fallback_dataset={name}',
+        )
         assert ended.returncode == 2
         assert_nothing_ran(place, ended)
 
@@ -267,16 +409,52 @@ def called(tree) -> set[str]:
 def test_the_code_has_no_other_way_to_run_what_it_loads():
     """exec, for the user's own config files, and the unpickler that refuses all names, are in one place each; no archive is
     unpacked, so that no path in one can lead elsewhere; no shell is started."""
-    ways = {'eval', 'exec', 'compile', 'pickle.load', 'pickle.loads', 'torch.load', 'np.load', 'numpy.load', 'os.system', 'os.popen',
-            '__import__', 'runpy.run_path', 'importlib.import_module', 'pickle.Unpickler', 'marshal.loads', 'yaml.load'}
+    ways = {
+        'eval',
+        'exec',
+        'compile',
+        'pickle.load',
+        'pickle.loads',
+        'torch.load',
+        'np.load',
+        'numpy.load',
+        'os.system',
+        'os.popen',
+        '__import__',
+        'runpy.run_path',
+        'importlib.import_module',
+        'pickle.Unpickler',
+        'marshal.loads',
+        'yaml.load',
+    }
     found, imported, texts = {}, set(), ''
     for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/**/*.py'), *ROOT.glob('data/*/prepare.py')]:
         tree = ast.parse(path.read_text())
         for name in called(tree) & ways:
             found.setdefault(name, set()).add(path.relative_to(ROOT).as_posix())
-        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
-                     for alias in node.names}
+        imported |= {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
         texts += path.read_text()
-    assert found == {'exec': {'configurator.py'}, 'compile': {'configurator.py'}, 'runpy.run_path': {'nib/tokens/find.py'}}
-    assert not imported & {'tarfile', 'zipfile', 'shelve', 'dill', 'joblib', 'marshal', 'cloudpickle'}
-    assert 'shell=True' not in texts and 'trust_remote_code' not in texts and 'allow_pickle' not in texts
+    assert found == {
+        'exec': {'configurator.py'},
+        'compile': {'configurator.py'},
+        'runpy.run_path': {'nib/tokens/find.py'},
+    }
+    assert not imported & {
+        'tarfile',
+        'zipfile',
+        'shelve',
+        'dill',
+        'joblib',
+        'marshal',
+        'cloudpickle',
+    }
+    assert (
+        'shell=True' not in texts
+        and 'trust_remote_code' not in texts
+        and 'allow_pickle' not in texts
+    )

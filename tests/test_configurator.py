@@ -111,7 +111,15 @@ def test_block_is_the_schema(script):
 
 
 @pytest.mark.parametrize(
-    'line', ['help: int = 1', 'print_config: bool = True', '_x: int = 1', 'x: list = 1', 'x: int = f()', "x: int = 'a'"]
+    'line',
+    [
+        'help: int = 1',
+        'print_config: bool = True',
+        '_x: int = 1',
+        'x: list = 1',
+        'x: int = f()',
+        "x: int = 'a'",
+    ],
 )
 def test_block_that_is_no_schema_is_refused_with_its_line(tmp_path, line):
     path = tmp_path / 'toy.py'
@@ -139,7 +147,9 @@ def test_text_round_trips_raw(value):
     assert value_of('start', f'--start={value}') == value
 
 
-@pytest.mark.parametrize('key, value', [(k, v) for k in ('verbose', 'compile') for v in (True, False)])
+@pytest.mark.parametrize(
+    'key, value', [(k, v) for k in ('verbose', 'compile') for v in (True, False)]
+)
 def test_bool_round_trips(key, value):
     for text in (repr(value), repr(value).lower(), repr(value).upper()):
         assert value_of(key, f'--{key}={text}') is value
@@ -210,7 +220,10 @@ def test_last_of_a_repeated_flag_wins():
         ('--verbose=1', ['expected bool']),
         ('--dtype=bf16', ["'bf16'", "'float32' | 'bfloat16' | 16"]),
         ('--dtype=bfloat', ["did you mean 'bfloat16'?"]),
-        ('--learing_rate=1', ['--learing_rate: no such key; did you mean --learning_rate? (--help lists all keys)']),
+        (
+            '--learing_rate=1',
+            ['--learing_rate: no such key; did you mean --learning_rate? (--help lists all keys)'],
+        ),
         ('--zzz', ['--zzz: no such key (--help']),
         ('--', ['no such key']),
         ('--max_iters', ['--max_iters', 'no value']),
@@ -233,7 +246,10 @@ def test_flag_is_no_value_of_the_flag_before():
 
 
 def test_files_apply_in_order_and_see_each_other(config):
-    one, two = config('max_iters = 20', 'one.py'), config('lr_decay_iters = max_iters * 2\nmax_iters += 1', 'two.py')
+    one, two = (
+        config('max_iters = 20', 'one.py'),
+        config('lr_decay_iters = max_iters * 2\nmax_iters += 1', 'two.py'),
+    )
     values, origins = resolve(DEFAULTS, TYPES, [one, two])
     assert (values['max_iters'], values['lr_decay_iters']) == (21, 40)
     assert origins['max_iters'] == 'two.py:2' and origins['lr_decay_iters'] == 'two.py:1'
@@ -241,7 +257,7 @@ def test_files_apply_in_order_and_see_each_other(config):
 
 
 def test_file_is_python_with_names_of_its_own(config):
-    path = config('''
+    path = config("""
 import math as m
 from os.path import join
 def _double(x):
@@ -251,7 +267,7 @@ for _i in range(3):
     max_iters = _double(_i)
 learning_rate = m.floor(1.5)
 start = _here
-''')
+""")
     values, origins = resolve(DEFAULTS, TYPES, [path])
     assert (values['max_iters'], values['learning_rate'], values['start']) == (4, 1.0, path)
     assert type(values['learning_rate']) is float and origins['max_iters'] == 'x.py:8'
@@ -261,10 +277,19 @@ start = _here
 def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
     (tmp_path / 'base').mkdir()
     (tmp_path / 'base' / 'inner.py').write_text('lr_decay_iters = max_iters * 2\n_shared = 7')
-    (tmp_path / 'base' / 'outer.py').write_text("import os\nmax_iters = 30\ninclude('inner.py')\nstart = __file__")
-    path = config("include('base/outer.py')\nseed = _shared\ninclude('base/inner.py')\nmax_iters = 5")
+    (tmp_path / 'base' / 'outer.py').write_text(
+        "import os\nmax_iters = 30\ninclude('inner.py')\nstart = __file__"
+    )
+    path = config(
+        "include('base/outer.py')\nseed = _shared\ninclude('base/inner.py')\nmax_iters = 5"
+    )
     values, origins = resolve(DEFAULTS, TYPES, [path])
-    assert (values['max_iters'], values['lr_decay_iters'], values['seed'], values['start']) == (5, 60, 7, 'base/outer.py')
+    assert (values['max_iters'], values['lr_decay_iters'], values['seed'], values['start']) == (
+        5,
+        60,
+        7,
+        'base/outer.py',
+    )
     assert origins['max_iters'] == 'x.py:4' and origins['lr_decay_iters'] == 'base/inner.py:1'
     assert origins['start'] == 'base/outer.py:4'
     values, origins = resolve(DEFAULTS, TYPES, [path, '--max_iters=2'])
@@ -274,19 +299,22 @@ def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
 def test_what_is_wrong_with_an_included_file_is_named_there(config, tmp_path):
     path = config("include('other.py')")
     assert complaint(path).startswith('other.py: cannot be read')
-    for text, said in (('seed = 1\nmax_iter = 3', 'other.py:2: max_iter: no such key'), ('seed = 1 / 0', 'other.py:1: Zero'),
-                       ("include('x.py')", 'other.py:1: ValueError: x.py includes itself')):
+    for text, said in (
+        ('seed = 1\nmax_iter = 3', 'other.py:2: max_iter: no such key'),
+        ('seed = 1 / 0', 'other.py:1: Zero'),
+        ("include('x.py')", 'other.py:1: ValueError: x.py includes itself'),
+    ):
         (tmp_path / 'other.py').write_text(text)
         assert complaint(path).startswith(said)
 
 
 @pytest.mark.parametrize('flag_first', [True, False])
 def test_flag_wins_and_is_seen_inside_the_file(config, flag_first):
-    path = config('''max_iters = 5000; lr_decay_iters = max_iters
+    path = config("""max_iters = 5000; lr_decay_iters = max_iters
 max_iters += 1
 globals()['max_iters'] = 3
 seed = max_iters
-''')
+""")
     argv = ['--max_iters=100', path] if flag_first else [path, '--max_iters=100']
     values, origins = resolve(DEFAULTS, TYPES, argv)
     assert (values['max_iters'], values['lr_decay_iters'], values['seed']) == (100, 100, 100)
@@ -331,8 +359,15 @@ def test_missing_file_names_the_nearest(config, tmp_path, monkeypatch):
     config('seed = 3', 'config/train_shakespeare.py')
     monkeypatch.setattr(configurator, 'CONFIG_FOLDER', str(tmp_path / 'config'))
     assert complaint('mime.py') == 'mime.py: no such config file; did you mean mine.py?'
-    for typed in ('config/train_shakespear.py', 'train_shakespeare', 'nowhere/train_shakespeare.py'):
-        assert complaint(typed) == f'{typed}: no such config file; did you mean config/train_shakespeare.py?'
+    for typed in (
+        'config/train_shakespear.py',
+        'train_shakespeare',
+        'nowhere/train_shakespeare.py',
+    ):
+        assert (
+            complaint(typed)
+            == f'{typed}: no such config file; did you mean config/train_shakespeare.py?'
+        )
 
 
 def test_what_is_no_python_file_is_not_executed(config, tmp_path):
@@ -378,7 +413,11 @@ def test_file_that_sets_it_is_settled_again(config):
     values, origins = resolve(DEFAULTS, TYPES, [one, two, '--device=mps'], settle={'device': pick})
     assert (values['device'], values['start'], origins['device']) == ('mps', 'mps', 'command line')
     values, origins = resolve(DEFAULTS, TYPES, [one, two], settle={'device': pick})
-    assert (values['device'], values['start'], origins['device']) == ('cpu', 'cpu', 'one.py:1 (auto)')
+    assert (values['device'], values['start'], origins['device']) == (
+        'cpu',
+        'cpu',
+        'one.py:1 (auto)',
+    )
 
 
 # nothing but UserError
@@ -429,7 +468,11 @@ def test_help_shows_every_key_under_its_heading(script, capsys):
     lines = [' '.join(line.split()) for line in shown.splitlines()]
     assert '--n_layer: int = 12 number of blocks' in lines
     assert "--compile: bool | 'auto' = 'auto' torch.compile" in lines
-    assert lines.index('model') < lines.index('--n_layer: int = 12 number of blocks') < lines.index('run')
+    assert (
+        lines.index('model')
+        < lines.index('--n_layer: int = 12 number of blocks')
+        < lines.index('run')
+    )
     assert all(f'--{key}:' in shown for key in read_block(script).defaults)
     with pytest.raises(SystemExit):
         configure(script, ['-h'])
@@ -442,13 +485,21 @@ def test_print_config_shows_values_and_origins(script, config, capsys):
         configure(script, ['--print_config', path, '--n_layer=3'], settle={'device': pick})
     assert stopped.value.code == 0
     lines = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[:3] == ['n_layer = 3 # command line', 'dropout = 1.0 # x.py:2', "start = 'a # b' # default"]
+    assert lines[:3] == [
+        'n_layer = 3 # command line',
+        'dropout = 1.0 # x.py:2',
+        "start = 'a # b' # default",
+    ]
     assert "device = 'cpu' # default (auto)" in lines
 
 
 def test_configure_gives_values_and_origins(script):
     values, origins = configure(script, ['--n-layer=2'])
-    assert (values['n_layer'], origins['n_layer'], origins['dropout']) == (2, 'command line', 'default')
+    assert (values['n_layer'], origins['n_layer'], origins['dropout']) == (
+        2,
+        'command line',
+        'default',
+    )
 
 
 RUNNER = '''"""Toy."""
@@ -502,7 +553,9 @@ def run(tmp_path):
     def run(*argv, **kwargs):
         environment = {**os.environ, 'PYTHONPATH': str(ROOT), **kwargs.pop('env', {})}
         kwargs = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **kwargs}
-        return subprocess.run([sys.executable, str(path), *argv], text=True, env=environment, cwd=tmp_path, **kwargs)
+        return subprocess.run(
+            [sys.executable, str(path), *argv], text=True, env=environment, cwd=tmp_path, **kwargs
+        )
 
     return run
 
@@ -517,11 +570,19 @@ def test_a_mistake_is_one_line_and_exit_2(run, argv, line):
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_USER_ERROR, '', line)
 
 
-@pytest.mark.parametrize('mode, words', [
-    pytest.param('no room', ['No space left', 'name another path'], marks=pytest.mark.skipif(
-        not os.path.exists('/dev/full'), reason='Linux has it')),
-    ('no file', ['nowhere/at all', 'No such file', 'name another path']), ('large', ['a number is too large', 'take a smaller one']),
-    ('full', ['the memory is full', '--batch_size', 'a smaller model'])])
+@pytest.mark.parametrize(
+    'mode, words',
+    [
+        pytest.param(
+            'no room',
+            ['No space left', 'name another path'],
+            marks=pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has it'),
+        ),
+        ('no file', ['nowhere/at all', 'No such file', 'name another path']),
+        ('large', ['a number is too large', 'take a smaller one']),
+        ('full', ['the memory is full', '--batch_size', 'a smaller model']),
+    ],
+)
 def test_what_no_place_foresaw_is_one_line_where_a_person_can_mend_it(run, mode, words):
     done = run(f'--mode={mode}')
     assert done.returncode == EXIT_USER_ERROR and len(done.stderr.splitlines()) == 1

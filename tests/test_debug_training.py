@@ -1,4 +1,5 @@
 """debug_training.py: its figures against torch by hand, its verdicts against faults made on purpose, and what it leaves alone."""
+
 import itertools
 import json
 import math
@@ -28,9 +29,22 @@ CALM = ['--gradient_accumulation_steps=1', '--dtype=float32', '--learning_rate=3
 SMALL = [*SMALL_RUN, *CALM]  # the later flag wins
 ARCHITECTURES = {
     'GPT-2': {'bias': True},
-    'modern': {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'mlp': 'swiglu', 'n_kv_head': 2},
-    'one key for all': {'position': 'rotary', 'n_kv_head': 1, 'mlp': 'relu2', 'tied_head': False, 'logit_cap': 10.0},
-    'LayerNorm of queries': {'qk_norm': True, 'bias': True, 'n_kv_head': 4, 'tied_head': False}}
+    'modern': {
+        'position': 'rotary',
+        'norm': 'rms',
+        'qk_norm': True,
+        'mlp': 'swiglu',
+        'n_kv_head': 2,
+    },
+    'one key for all': {
+        'position': 'rotary',
+        'n_kv_head': 1,
+        'mlp': 'relu2',
+        'tied_head': False,
+        'logit_cap': 10.0,
+    },
+    'LayerNorm of queries': {'qk_norm': True, 'bias': True, 'n_kv_head': 4, 'tied_head': False},
+}
 
 
 @pytest.fixture
@@ -42,11 +56,19 @@ def debug(data_dir, run_main):
 @pytest.fixture
 def make_training(data_dir):
     """make_training(*flags): the script's Microscope on the small model, to look at and to break."""
+
     def make(*flags):
         argv = [*SMALL, f'--data_dir={data_dir}', *flags]
-        values, _ = configurator.configure(str(ROOT / SCRIPT), argv, settle={'device': pick_device}, base='train.py')
-        data = debug_training.open_dataset(values) if values['dataset'] else debug_training.random_tokens(values, None)[0]
+        values, _ = configurator.configure(
+            str(ROOT / SCRIPT), argv, settle={'device': pick_device}, base='train.py'
+        )
+        data = (
+            debug_training.open_dataset(values)
+            if values['dataset']
+            else debug_training.random_tokens(values, None)[0]
+        )
         return debug_training.Microscope(values, data, None)
+
     return make
 
 
@@ -65,23 +87,39 @@ def table(text) -> dict[str, list[str]]:
 
 # -- figures against torch ---------------------------------------------------------------------------------------------
 
+
 def step_by_hand(model, x, y, optimizer, grad_clip) -> tuple[dict, float, dict]:
     """Gradients (copies), their norm, and ||update|| / ||weight|| of a step, with nothing of the project's but the model."""
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    norm = math.sqrt(sum(float((g ** 2).sum()) for g in gradients.values()))
+    norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
     for p in model.parameters():
         p.grad *= min(1.0, grad_clip / (norm + 1e-6))
     optimizer.step()
-    return gradients, norm, {name: float((p.detach() - before[name]).norm() / before[name].norm()) if before[name].any() else None
-                             for name, p in model.named_parameters()}
+    return (
+        gradients,
+        norm,
+        {
+            name: float((p.detach() - before[name]).norm() / before[name].norm())
+            if before[name].any()
+            else None
+            for name, p in model.named_parameters()
+        },
+    )
 
 
 def plain_adamw(model, values):
-    decayed, plain = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    groups = [{'params': decayed, 'weight_decay': values['weight_decay']}, {'params': plain, 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=values['learning_rate'], betas=(values['beta1'], values['beta2']))
+    decayed, plain = (
+        [p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False)
+    )
+    groups = [
+        {'params': decayed, 'weight_decay': values['weight_decay']},
+        {'params': plain, 'weight_decay': 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=values['learning_rate'], betas=(values['beta1'], values['beta2'])
+    )
 
 
 def assert_rows_agree(text, model, gradients, norm, ratios):
@@ -90,7 +128,11 @@ def assert_rows_agree(text, model, gradients, norm, ratios):
     for name, gradient in gradients.items():
         row = rows[name.removeprefix('transformer.')]
         assert row[0] == 'x'.join(map(str, gradient.shape))
-        wanted = [float(gradient.mean()), float(gradient.std(correction=0)), float(gradient.abs().max())]
+        wanted = [
+            float(gradient.mean()),
+            float(gradient.std(correction=0)),
+            float(gradient.abs().max()),
+        ]
         for printed, figure in zip(map(float, row[2:5]), wanted):
             assert printed == pytest.approx(figure, rel=0.06, abs=1e-8), (name, row)
         assert float(row[5]) == pytest.approx(float(gradient.norm()), abs=6e-5)
@@ -98,7 +140,9 @@ def assert_rows_agree(text, model, gradients, norm, ratios):
             assert row[6] == '-'
         else:
             assert float(row[6]) == pytest.approx(ratios[name], abs=1.5e-5, rel=1e-3), (name, row)
-    assert float(re.search(r'^all +[\d,]+ +([\d.]+)$', text, re.MULTILINE)[1]) == pytest.approx(norm, abs=1e-4)
+    assert float(re.search(r'^all +[\d,]+ +([\d.]+)$', text, re.MULTILINE)[1]) == pytest.approx(
+        norm, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
@@ -112,32 +156,52 @@ def test_the_table_has_the_figures_of_a_step_made_by_hand(debug, make_training, 
     x, y = BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(0, 0)
     model = new_model(values, data, None)
     rms = {name: float((p.detach() ** 2).mean().sqrt()) for name, p in model.named_parameters()}
-    assert_rows_agree(done.stdout, model, *step_by_hand(model, x, y, plain_adamw(model, values), values['grad_clip']))
+    assert_rows_agree(
+        done.stdout,
+        model,
+        *step_by_hand(model, x, y, plain_adamw(model, values), values['grad_clip']),
+    )
     for name, figure in rms.items():
-        assert float(table(done.stdout)[name.removeprefix('transformer.')][1]) == pytest.approx(figure, abs=6e-5)
+        assert float(table(done.stdout)[name.removeprefix('transformer.')][1]) == pytest.approx(
+            figure, abs=6e-5
+        )
     loss = F.cross_entropy(new_model(values, data, None)(x).flatten(0, 1), y.flatten())
     assert f'loss              {float(loss.detach()):.4f}' in done.stdout
 
 
-def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(data_dir, train_here, debug, tmp_path):
+def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
+    data_dir, train_here, debug, tmp_path
+):
     """The ratio is that of torch's AdamW with the m and v of the checkpoint, on the batch that training would read next."""
     flags = ['--max_iters=10', '--gradient_accumulation_steps=2', '--learning_rate=3e-3']
     train_here(tmp_path / 'run', *flags)
-    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob('*')) if path.is_file()}
+    files = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(tmp_path.rglob('*'))
+        if path.is_file()
+    }
     done = debug(*flags, '--init_from=resume', f'--out_dir={tmp_path / "run"}', '--overfit_steps=2')
     explained = debug(*flags, '--init_from=resume', f'--out_dir={tmp_path / "run"}', '--explain')
     assert done.returncode == explained.returncode == 0, done.stderr + explained.stderr
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob('*')) if path.is_file()} == files
+    assert {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(tmp_path.rglob('*'))
+        if path.is_file()
+    } == files
     found, tensors = store.load(tmp_path / 'run')
     model = GPT(GPTConfig(**found.state['model']))
     model.load_state_dict(tensors['model'])
     values = found.state['config']
     optimizer = plain_adamw(model, values)
     for name, p in model.named_parameters():
-        optimizer.state[p] = {key: tensors['optimizer'][f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
+        optimizer.state[p] = {
+            key: tensors['optimizer'][f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')
+        }
     data = debug_training.open_dataset(values | {'data_dir': str(data_dir)})
     x, y = BatchLoader(data.train, 16, 4, values['seed'], 'train', 2).batch(10, 0)
-    assert_rows_agree(done.stdout, model, *step_by_hand(model, x, y, optimizer, values['grad_clip']))
+    assert_rows_agree(
+        done.stdout, model, *step_by_hand(model, x, y, optimizer, values['grad_clip'])
+    )
     assert 'which step 10 of the run begins with' in done.stdout and 't = 11' in explained.stdout
     assert 'marked is what is below 0.0002 or above 0.05.' in ' '.join(done.stdout.split())
     apart = re.search(r'^apart .*v and w +(.*)$', explained.stdout, re.MULTILINE)[1].split()
@@ -148,28 +212,46 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(data
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_weights_times_values_are_what_attention_computes(name, dtype):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=2, n_head=4, n_embd=32, **ARCHITECTURES[name])).eval()
+    model = GPT(
+        GPTConfig(
+            vocab_size=31, block_size=12, n_layer=2, n_head=4, n_embd=32, **ARCHITECTURES[name]
+        )
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # attention that has something to tell apart
     seen = []
     for block in model.transformer.h:
-        block.attn.register_forward_hook(lambda module, args, output: seen.append((module, args, output)))
+        block.attn.register_forward_hook(
+            lambda module, args, output: seen.append((module, args, output))
+        )
     with torch.no_grad(), autocast(dtype, 'cpu'):
         model(torch.randint(31, (3, 10)))
         for attention, args, output in list(seen):
             scores, values = inspection.attention_scores(attention, *args[:2])
             weights_ = scores.softmax(dim=-1)
-            again = attention.c_proj((weights_.to(values.dtype) @ values).transpose(1, 2).reshape(output.shape))
+            again = attention.c_proj(
+                (weights_.to(values.dtype) @ values).transpose(1, 2).reshape(output.shape)
+            )
             assert weights_.shape == (3, 4, 10, 10) and weights_.dtype == torch.float32
             assert float(weights_.triu(1).abs().max()) == 0.0
-            assert (again - output).abs().max() < (1e-5 if dtype == 'float32' else 0.05) * output.abs().max()
+            assert (again - output).abs().max() < (
+                1e-5 if dtype == 'float32' else 0.05
+            ) * output.abs().max()
     assert weights_.max() > 0.5  # it was no even spread that agreed
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=31, block_size=12, n_layer=2, n_head=4, n_embd=32, dropout=0.5, **ARCHITECTURES[name])
+    config = GPTConfig(
+        vocab_size=31,
+        block_size=12,
+        n_layer=2,
+        n_head=4,
+        n_embd=32,
+        dropout=0.5,
+        **ARCHITECTURES[name],
+    )
     model = GPT(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -178,33 +260,54 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
     assert model.training
     model.eval()
     with torch.no_grad():
-        assert loss == pytest.approx(float(F.cross_entropy(model(x).flatten(0, 1), y.flatten())), rel=1e-6)
+        assert loss == pytest.approx(
+            float(F.cross_entropy(model(x).flatten(0, 1), y.flatten())), rel=1e-6
+        )
         h = model.transformer.wte(x)
         h = h + model.transformer.wpe.weight[:10] if config.position == 'learned' else h
         rotary = model.rotary(torch.arange(10)) if config.position == 'rotary' else None
-        assert (rows[0].mean, rows[0].std) == pytest.approx((float(h.mean()), float(h.std(correction=0))), rel=1e-4)
+        assert (rows[0].mean, rows[0].std) == pytest.approx(
+            (float(h.mean()), float(h.std(correction=0))), rel=1e-4
+        )
         for row, block in zip(rows[1:-1], model.transformer.h):
             attended = block.attn(block.ln_1(h), rotary)
-            assert row.entropy == pytest.approx(entropy_by_hand(block.attn, block.ln_1(h[:2]), rotary, config), rel=1e-4)
+            assert row.entropy == pytest.approx(
+                entropy_by_hand(block.attn, block.ln_1(h[:2]), rotary, config), rel=1e-4
+            )
             h = h + attended
             added = block.mlp(block.ln_2(h))
-            hidden = block.mlp.c_fc(block.ln_2(h)).flatten(0, 1)[:, :config.mlp_width]
+            hidden = block.mlp.c_fc(block.ln_2(h)).flatten(0, 1)[:, : config.mlp_width]
             limit = {'gelu': -3.0, 'swiglu': -6.0, 'relu2': 0.0}[config.mlp]
-            assert row.dead == sum(bool((unit <= limit).all()) for unit in hidden.t()) / config.mlp_width
+            assert (
+                row.dead
+                == sum(bool((unit <= limit).all()) for unit in hidden.t()) / config.mlp_width
+            )
             h = h + added
-            wanted = [float(figure) for figure in (h.mean(), *(t.std(correction=0) for t in (h, attended, added)))]
-            assert [row.mean, row.std, row.attention_std, row.mlp_std] == pytest.approx(wanted, rel=1e-4)
-        assert rows[-1].std == pytest.approx(float(model.transformer.ln_f(h).std(correction=0)), rel=1e-4)
+            wanted = [
+                float(figure)
+                for figure in (h.mean(), *(t.std(correction=0) for t in (h, attended, added)))
+            ]
+            assert [row.mean, row.std, row.attention_std, row.mlp_std] == pytest.approx(
+                wanted, rel=1e-4
+            )
+        assert rows[-1].std == pytest.approx(
+            float(model.transformer.ln_f(h).std(correction=0)), rel=1e-4
+        )
 
 
 def entropy_by_hand(attention, x, rotary, config) -> float:
     """Head by head and position by position, in Python's floats."""
     D = config.head_dim
-    q, k, _ = attention.c_attn(x).split([config.n_head * D, config.kv_heads * D, config.kv_heads * D], dim=2)
+    q, k, _ = attention.c_attn(x).split(
+        [config.n_head * D, config.kv_heads * D, config.kv_heads * D], dim=2
+    )
     total = []
     for b, head in itertools.product(range(len(x)), range(config.n_head)):
         shared = head // (config.n_head // config.kv_heads)
-        query, key = attention.q_norm(q[b, :, head * D:][:, :D]), attention.k_norm(k[b, :, shared * D:][:, :D])
+        query, key = (
+            attention.q_norm(q[b, :, head * D :][:, :D]),
+            attention.k_norm(k[b, :, shared * D :][:, :D]),
+        )
         if rotary is not None:  # two dimensions are one complex number, turned by its angle
             turn = torch.complex(*(part[0] for part in rotary))  # (T, D / 2)
             query, key = (torch.complex(*part.chunk(2, dim=1)) * turn for part in (query, key))
@@ -246,22 +349,38 @@ def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_trai
     assert [int(step) for step, _ in printed] == [0, 4, 8, 12, 16, 20]
     assert [float(loss) for _, loss in printed] == pytest.approx(losses[::4], abs=2e-3)
     goal = health.MEMORISED * inspection.unigram_entropy(y)
-    assert float(re.search(r'healthy: +at most ([\d.]+)', done.stdout)[1]) == pytest.approx(goal, abs=1e-4)
+    assert float(re.search(r'healthy: +at most ([\d.]+)', done.stdout)[1]) == pytest.approx(
+        goal, abs=1e-4
+    )
 
 
 def test_entropies_against_sums_by_hand():
     for n in (1, 2, 7, 64):
         even = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
-        assert health.largest_entropy(n) == pytest.approx(sum(math.log(t) for t in range(1, n + 1)) / n)
-        assert float(inspection.entropy(even).mean()) == pytest.approx(health.largest_entropy(n), abs=1e-6)
+        assert health.largest_entropy(n) == pytest.approx(
+            sum(math.log(t) for t in range(1, n + 1)) / n
+        )
+        assert float(inspection.entropy(even).mean()) == pytest.approx(
+            health.largest_entropy(n), abs=1e-6
+        )
     assert float(inspection.entropy(torch.tensor([0.0, 1.0, 0.0]))) == 0.0
-    assert inspection.unigram_entropy(torch.tensor([[3, 3], [5, 7]])) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
+    assert inspection.unigram_entropy(torch.tensor([[3, 3], [5, 7]])) == pytest.approx(
+        0.5 * math.log(2) + 0.5 * math.log(4)
+    )
 
 
 def test_closed_units_let_hardly_any_gradient_through():
-    for kind, function, slope in (('gelu', lambda x: F.gelu(x, approximate='tanh'), 0.012), ('swiglu', F.silu, 0.0125),
-                                  ('relu2', lambda x: F.relu(x).square(), 0.0)):
-        x = torch.linspace(inspection.CLOSED_BELOW[kind] - 20, inspection.CLOSED_BELOW[kind], 1000, requires_grad=True)
+    for kind, function, slope in (
+        ('gelu', lambda x: F.gelu(x, approximate='tanh'), 0.012),
+        ('swiglu', F.silu, 0.0125),
+        ('relu2', lambda x: F.relu(x).square(), 0.0),
+    ):
+        x = torch.linspace(
+            inspection.CLOSED_BELOW[kind] - 20,
+            inspection.CLOSED_BELOW[kind],
+            1000,
+            requires_grad=True,
+        )
         function(x).sum().backward()
         assert x.grad.abs().max() <= slope
     hidden = torch.tensor([[[-1.0, -7.0, 0.0, 3.0], [-9.0, -8.0, -2.0, -8.0]]])  # (1, 2, 4)
@@ -271,6 +390,7 @@ def test_closed_units_let_hardly_any_gradient_through():
 
 
 # -- ranges ------------------------------------------------------------------------------------------------------------
+
 
 def test_adamws_first_step_is_as_much_larger_as_it_is_said():
     torch.manual_seed(0)
@@ -289,27 +409,57 @@ def test_adamws_first_step_is_as_much_larger_as_it_is_said():
 
 def test_the_tolerance_of_the_first_loss_covers_what_fresh_models_have():
     """Their spread, which it is derived from, and themselves."""
-    for n_embd, vocab_size, kind in ((64, 65, 'GPT-2'), (256, 65, 'modern'), (256, 1000, 'one key for all')):
+    for n_embd, vocab_size, kind in (
+        (64, 65, 'GPT-2'),
+        (256, 65, 'modern'),
+        (256, 1000, 'one key for all'),
+    ):
         for seed in range(3):
             torch.manual_seed(seed)
-            sizes = {'vocab_size': vocab_size, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': n_embd}
+            sizes = {
+                'vocab_size': vocab_size,
+                'block_size': 32,
+                'n_layer': 2,
+                'n_head': 4,
+                'n_embd': n_embd,
+            }
             model = GPT(GPTConfig(**sizes, **ARCHITECTURES[kind]))
             x, y = torch.randint(vocab_size, (2, 4, 32))
             with torch.no_grad():
                 logits = model(x)
-            others = torch.ones_like(logits).scatter(2, x[..., None], 0).bool()  # a tied head has guessed the input itself
-            assert float(logits[others].var()) == pytest.approx(0.02 ** 2 * n_embd, rel=0.15)
-            excess = float(F.cross_entropy(logits.flatten(0, 1), y.flatten())) - math.log(vocab_size)
+            others = (
+                torch.ones_like(logits).scatter(2, x[..., None], 0).bool()
+            )  # a tied head has guessed the input itself
+            assert float(logits[others].var()) == pytest.approx(0.02**2 * n_embd, rel=0.15)
+            excess = float(F.cross_entropy(logits.flatten(0, 1), y.flatten())) - math.log(
+                vocab_size
+            )
             assert abs(excess) < health.start_tolerance(n_embd, 128)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('config', ['train_shakespeare_char.py', 'modern_shakespeare_char.py', 'fast_shakespeare_char.py'])
+@pytest.mark.parametrize(
+    'config',
+    ['train_shakespeare_char.py', 'modern_shakespeare_char.py', 'fast_shakespeare_char.py'],
+)
 def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
-    done = run_main(SCRIPT, f'config/{config}', '--dataset=tiny', f'--data_dir={data_dir}', '--device=cpu', '--dtype=float32')
+    done = run_main(
+        SCRIPT,
+        f'config/{config}',
+        '--dataset=tiny',
+        f'--data_dir={data_dir}',
+        '--device=cpu',
+        '--dtype=float32',
+    )
     assert done.returncode == 0 and done.stderr == '', done.stderr
-    assert done.stdout.endswith('Nothing: all figures are in their healthy ranges.\n') and '<-' not in done.stdout
-    losses = [float(loss) for loss in re.findall(r'^step +\d+ +loss +([\d.]+)$', done.stdout, re.MULTILINE)]
+    assert (
+        done.stdout.endswith('Nothing: all figures are in their healthy ranges.\n')
+        and '<-' not in done.stdout
+    )
+    losses = [
+        float(loss)
+        for loss in re.findall(r'^step +\d+ +loss +([\d.]+)$', done.stdout, re.MULTILINE)
+    ]
     assert len(losses) == 6 and losses[-1] < 1.0 < losses[0]
 
 
@@ -317,9 +467,13 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
 @pytest.mark.parametrize('method', ['adamw', 'muon'])
 def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug, tmp_path):
     """Its next step, and as the beginning of another one."""
-    train_here(tmp_path / 'run', *CALM, '--max_iters=60', '--lr_decay_iters=200', f'--optimizer={method}')
-    for flags in (['--init_from=resume', f'--out_dir={tmp_path / "run"}'],
-                  [f'--init_from={tmp_path / "run"}', '--dtype=bfloat16']):
+    train_here(
+        tmp_path / 'run', *CALM, '--max_iters=60', '--lr_decay_iters=200', f'--optimizer={method}'
+    )
+    for flags in (
+        ['--init_from=resume', f'--out_dir={tmp_path / "run"}'],
+        [f'--init_from={tmp_path / "run"}', '--dtype=bfloat16'],
+    ):
         done = debug(*flags, f'--optimizer={method}')
         assert 'Nothing: all' in done.stdout and '<-' not in done.stdout, done.stdout + done.stderr
         assert ', healthy: below 0' in done.stdout
@@ -327,13 +481,18 @@ def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug,
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 
+
 def test_weights_that_are_too_large_are_seen(make_training):
     training = make_training('--n_kv_head=1')
     with torch.no_grad():
         for parameter in training.model.parameters():
             parameter.mul_(100)
     text, findings = examined(training)
-    assert 'loss at the start' in findings and 'above ln(vocab_size)' in findings and 'attention collapsed' in findings
+    assert (
+        'loss at the start' in findings
+        and 'above ln(vocab_size)' in findings
+        and 'attention collapsed' in findings
+    )
     assert 'attention collapsed' in text.split('2. ACTIVATIONS')[1].split('mean, std')[0]
 
 
@@ -346,39 +505,60 @@ def test_a_dead_relu_layer_is_seen(make_training):
     assert re.search(r'^h\.1 .*100\.0% .*<- dead units$', text, re.MULTILINE)
     assert re.search(r'^h\.0 .* 0\.0% [^<]*$', text, re.MULTILINE)
     rows = table(text)
-    assert rows['h.1.mlp.c_fc.weight'][-2:] == ['no', 'gradient'] and 'gradient' not in rows['h.0.mlp.c_fc.weight']
-    assert 'no gradient: 5 parameters, the first is h.1.ln_2.weight' in findings  # all of the branch but c_proj's bias
+    assert (
+        rows['h.1.mlp.c_fc.weight'][-2:] == ['no', 'gradient']
+        and 'gradient' not in rows['h.0.mlp.c_fc.weight']
+    )
+    assert (
+        'no gradient: 5 parameters, the first is h.1.ln_2.weight' in findings
+    )  # all of the branch but c_proj's bias
 
 
 def test_a_learning_rate_that_is_too_high_is_seen(make_training):
     text, findings = examined(make_training('--learning_rate=10'))
-    assert re.search(r'update too large in 10 parameters: [\d.e+]+ in h\.\d\.\w+\.c_proj.weight\. Lower learning_rate', findings)
+    assert re.search(
+        r'update too large in 10 parameters: [\d.e+]+ in h\.\d\.\w+\.c_proj.weight\. Lower learning_rate',
+        findings,
+    )
     assert 'not learnt by heart' in findings
     for name, row in table(text).items():  # biases and gains have no range
         assert ('too large' in ' '.join(row)) == ('x' in row[0]), name
     suggested = float(re.search(r'for instance to ([\d.e+-]+?)\.? ', findings)[1])
-    assert 'update too large' not in examined(make_training(f'--learning_rate={suggested * 0.9}'), steps=1)[1]
+    assert (
+        'update too large'
+        not in examined(make_training(f'--learning_rate={suggested * 0.9}'), steps=1)[1]
+    )
 
 
 def test_muons_matrices_have_limits_of_their_own(make_training):
     """Their updates are 0.2 * learning_rate * muon_lr_ratio in root mean square, but for what Newton-Schulz leaves open."""
     for ratio in (1.0, 100.0):
-        text, findings = examined(make_training('--optimizer=muon', f'--muon_lr_ratio={ratio}'), steps=1)
+        text, findings = examined(
+            make_training('--optimizer=muon', f'--muon_lr_ratio={ratio}'), steps=1
+        )
         assert f'muon_lr_ratio = {0.2 * 3e-3 * ratio:.2g}, as far' in ' '.join(text.split())
         for name, row in table(text).items():
             by_muon = name.startswith('h.') and 'x' in row[0]
             assert ('too large' in ' '.join(row)) == (by_muon and ratio == 100.0), (name, row)
             if by_muon:
-                assert 0.6 < float(row[6]) * float(row[1]) / (0.2 * 3e-3 * ratio) < 1.25, (name, row)
+                assert 0.6 < float(row[6]) * float(row[1]) / (0.2 * 3e-3 * ratio) < 1.25, (
+                    name,
+                    row,
+                )
         assert ('update too large in 8 parameters' in findings) == (ratio == 100.0)
 
 
 def test_a_learning_rate_of_nothing_is_seen(make_training):
     findings = examined(make_training('--learning_rate=0'))[1]
-    assert 'update too small in 10 parameters' in findings and 'Raise learning_rate, which is 0' in findings
+    assert (
+        'update too small in 10 parameters' in findings
+        and 'Raise learning_rate, which is 0' in findings
+    )
     assert 'not learnt by heart' in findings and 'learning_rate far too low' in findings
     findings = examined(make_training('--learning_rate=1e-7'))[1]
-    suggested = float(re.search(r'Raise learning_rate 1e-07, for instance to ([\d.e+-]+?)\.? ', findings)[1])
+    suggested = float(
+        re.search(r'Raise learning_rate 1e-07, for instance to ([\d.e+-]+?)\.? ', findings)[1]
+    )
     assert 'update too' not in examined(make_training(f'--learning_rate={suggested}'), steps=1)[1]
 
 
@@ -387,7 +567,10 @@ def test_targets_that_were_not_shifted_are_seen(make_training):
     x, _ = training.batch()
     training.batch = lambda number=0: (x, x)
     findings = examined(training)[1]
-    assert 'of the targets are the next token of the input. Targets must be the inputs moved by one' in findings
+    assert (
+        'of the targets are the next token of the input. Targets must be the inputs moved by one'
+        in findings
+    )
     assert 'below ln(vocab_size)' in findings  # a tied head guesses its own input
 
 
@@ -397,14 +580,26 @@ def test_a_loop_that_cannot_learn_is_seen(make_training):
     optimizer.step = lambda usable: None
     training.new_optimizer = lambda: optimizer
     findings = examined(training)[1]
-    assert 'See whether the optimizer is given this parameter' in findings and 'not learnt by heart' in findings
+    assert (
+        'See whether the optimizer is given this parameter' in findings
+        and 'not learnt by heart' in findings
+    )
     training = make_training()
     batches = iter(range(10_000))
-    step = training.step  # on targets that are others in every step, as where data are shuffled apart
+    step = (
+        training.step
+    )  # on targets that are others in every step, as where data are shuffled apart
 
     def shuffled_step(optimizer, micro_batches):
         generator = torch.Generator().manual_seed(next(batches))
-        return step(optimizer, [(x, torch.randint(y.max() + 1, y.shape, generator=generator)) for x, y in micro_batches])
+        return step(
+            optimizer,
+            [
+                (x, torch.randint(y.max() + 1, y.shape, generator=generator))
+                for x, y in micro_batches
+            ],
+        )
+
     training.step = shuffled_step
     assert 'not learnt by heart' in examined(training)[1]
 
@@ -413,9 +608,16 @@ def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
     findings = examined(make_training('--learning_rate=2e-3'), steps=20)[1]
     assert 'It falls, so the loop works' in findings
     goal = health.MEMORISED * 3.0
-    for losses, works in (((4.0, 3.1, 2.7), True), ((4.0, 3.1, 2.9), False), ((4.0, 2.5, 2.7), False), ((2.9, 2.8, 2.7), False)):
+    for losses, works in (
+        ((4.0, 3.1, 2.7), True),
+        ((4.0, 3.1, 2.9), False),
+        ((4.0, 2.5, 2.7), False),
+        ((2.9, 2.8, 2.7), False),
+    ):
         # falling, stuck at the entropy of 3, rising again, hardly moving
-        assert ('the loop works' in health.judge_memorising(dict(enumerate(losses)), goal)[0].remedy) == works
+        assert (
+            'the loop works' in health.judge_memorising(dict(enumerate(losses)), goal)[0].remedy
+        ) == works
     assert health.judge_memorising({0: 4.0, 10: 2.0}, goal) == []
 
 
@@ -425,7 +627,10 @@ def test_numbers_that_are_not_finite_are_seen(make_training):
         training.model.transformer.h[1].mlp.c_proj.weight[0, 0] = math.nan
     text, findings = examined(training, steps=2)
     assert 'not finite in h.1, ln_f.' in findings and 'gradient norm nan' in findings
-    assert 'weights not finite: h.1.mlp.c_proj.weight' in findings and 'gradient not finite: 14 parameters' in findings
+    assert (
+        'weights not finite: h.1.mlp.c_proj.weight' in findings
+        and 'gradient not finite: 14 parameters' in findings
+    )
     assert re.search(r'^h\.1 .*nan.*<- not finite$', text, re.MULTILINE)
 
 
@@ -444,7 +649,11 @@ def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_tr
     assert rows['h.1.mlp.c_proj.weight'][1] == '0.0000' and rows['h.1.mlp.c_proj.weight'][-1] == '-'
     assert float(rows['h.1.mlp.c_proj.weight'][5]) > 0 and 'Where a c_proj is all 0' in text
     without = {row for row, cells in rows.items() if float(cells[5]) == 0.0}
-    assert without == {row for row in rows if re.match(r'h\.(0\.(ln_1|attn)|1\.(ln_1|ln_2|attn|mlp))\.(?!c_proj)', row)}
+    assert without == {
+        row
+        for row in rows
+        if re.match(r'h\.(0\.(ln_1|attn)|1\.(ln_1|ln_2|attn|mlp))\.(?!c_proj)', row)
+    }
     walked = '\n'.join(walkthrough.walk_through(training))
     assert 'transformer.h.0.mlp.c_fc.weight[' in walked
     with torch.no_grad():
@@ -455,42 +664,85 @@ def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_tr
 def test_marks_are_where_the_ranges_end():
     def row(ratio, name='h.0.mlp.c_fc.weight', shape=(4, 4), norm=1.0):
         return health.ParameterStats(name, shape, 0.02, 0.0, 0.1, 0.1, norm, ratio)
+
     limits = health.update_limits(0.9, first=False, learnt=True)
     assert limits == pytest.approx((0.001 / health.SLACK, 0.01 * health.SLACK))
-    for ratio, mark in ((0.001, ''), (0.01, ''), (limits[1] * 1.01, 'update too large'), (limits[0] * 0.99, 'update too small')):
+    for ratio, mark in (
+        (0.001, ''),
+        (0.01, ''),
+        (limits[1] * 1.01, 'update too large'),
+        (limits[0] * 0.99, 'update too small'),
+    ):
         assert health.mark_parameter(row(ratio), limits) == mark
         assert health.mark_parameter(row(ratio, shape=(4,)), limits) == ''
     embedding = health.update_limits(0.9, False, True, 'wte.weight')
-    assert embedding == (0.0, health.APART * limits[1])  # a batch does not have all tokens, and rows move apart
-    assert health.update_limits(0.9, False, True, 'lm_head.weight') == (limits[0], health.APART * limits[1])
+    assert embedding == (
+        0.0,
+        health.APART * limits[1],
+    )  # a batch does not have all tokens, and rows move apart
+    assert health.update_limits(0.9, False, True, 'lm_head.weight') == (
+        limits[0],
+        health.APART * limits[1],
+    )
     assert health.mark_parameter(row(limits[0] * 0.99), embedding) == ''
     assert health.mark_parameter(row(0.0), embedding) == 'update too small'
     assert health.mark_parameter(row(None), limits) == ''
     assert health.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
-    assert health.update_limits(0.9, first=True, learnt=True)[0] == 0.0  # fine-tuning may take small steps
+    assert (
+        health.update_limits(0.9, first=True, learnt=True)[0] == 0.0
+    )  # fine-tuning may take small steps
     first = health.update_limits(0.9, first=True, learnt=False)
     assert first == pytest.approx([math.sqrt(19) * limit for limit in limits])
     muon = health.update_limits(0.9, False, True, method='muon')
-    assert muon == pytest.approx([limit * end for limit, end in zip((1 / health.SLACK, health.SLACK), health.MUON_RATIO)])
-    assert muon == health.update_limits(0.9, True, False, method='muon')  # its first step is like the others
-    for norm, found in ((0.09, 'below'), (0.11, ''), (9.9, ''), (10.1, 'above'), (math.inf, 'above'), (math.nan, 'nan')):
-        assert found in ''.join(finding.what for finding in health.judge_grad_norm(norm, health.GRAD_NORM))
+    assert muon == pytest.approx(
+        [limit * end for limit, end in zip((1 / health.SLACK, health.SLACK), health.MUON_RATIO)]
+    )
+    assert muon == health.update_limits(
+        0.9, True, False, method='muon'
+    )  # its first step is like the others
+    for norm, found in (
+        (0.09, 'below'),
+        (0.11, ''),
+        (9.9, ''),
+        (10.1, 'above'),
+        (math.inf, 'above'),
+        (math.nan, 'nan'),
+    ):
+        assert found in ''.join(
+            finding.what for finding in health.judge_grad_norm(norm, health.GRAD_NORM)
+        )
         assert bool(found) == bool(health.judge_grad_norm(norm, health.GRAD_NORM))
     assert health.grad_norm_limits(12, 768, fresh=True) == (0.1, 96.0)
-    assert health.grad_norm_limits(12, 768, fresh=False) == health.grad_norm_limits(1, 16, fresh=True) == (0.1, 10.0)
-    assert health.judge_start(3.0, 65, None) == [] and 'worse' in health.judge_start(4.2, 65, None)[0].remedy
+    assert (
+        health.grad_norm_limits(12, 768, fresh=False)
+        == health.grad_norm_limits(1, 16, fresh=True)
+        == (0.1, 10.0)
+    )
+    assert (
+        health.judge_start(3.0, 65, None) == []
+        and 'worse' in health.judge_start(4.2, 65, None)[0].remedy
+    )
 
 
 # -- one step with real numbers ----------------------------------------------------------------------------------------
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=6), st.floats(-2, 2), st.floats(1e-5, 0.1), st.floats(0, 0.99),
-       st.floats(0, 0.999), st.floats(0, 0.5))
+
+@given(
+    st.lists(st.floats(-10, 10), min_size=1, max_size=6),
+    st.floats(-2, 2),
+    st.floats(1e-5, 0.1),
+    st.floats(0, 0.99),
+    st.floats(0, 0.999),
+    st.floats(0, 0.5),
+)
 def test_adamw_by_hand_is_torchs(gradients, start, lr, beta1, beta2, decay):
     weight = torch.nn.Parameter(torch.tensor([start], dtype=torch.float64))
     optimizer = torch.optim.AdamW([weight], lr=lr, betas=(beta1, beta2), weight_decay=decay)
     m = v = 0.0
     for t, gradient in enumerate(gradients, start=1):
-        step = walkthrough.adamw_by_hand(weight.item(), gradient, m, v, t, lr, (beta1, beta2), 1e-8, decay)
+        step = walkthrough.adamw_by_hand(
+            weight.item(), gradient, m, v, t, lr, (beta1, beta2), 1e-8, decay
+        )
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
         m, v = step.m, step.v
@@ -501,45 +753,74 @@ def test_adamw_by_hand_is_torchs(gradients, start, lr, beta1, beta2, decay):
 
 def test_finite_differences_against_derivatives_by_hand():
     w = torch.tensor([[2.0, -3.0]], dtype=torch.float64, requires_grad=True)
-    slope, plus, minus = walkthrough.finite_difference(lambda: w[0, 0] ** 3 * w[0, 1].exp(), w, (0, 0))
+    slope, plus, minus = walkthrough.finite_difference(
+        lambda: w[0, 0] ** 3 * w[0, 1].exp(), w, (0, 0)
+    )
     assert slope == pytest.approx(12 * math.exp(-3), rel=1e-8)
-    assert (plus, minus) == pytest.approx([(2 + h) ** 3 * math.exp(-3) for h in (1e-5, -1e-5)], rel=1e-12)
+    assert (plus, minus) == pytest.approx(
+        [(2 + h) ** 3 * math.exp(-3) for h in (1e-5, -1e-5)], rel=1e-12
+    )
     assert w.tolist() == [[2.0, -3.0]]
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
-    flags = [f'--{key}={value}' for key, value in (ARCHITECTURES[name] | {'n_head': 4, 'dropout': 0.3, 'grad_clip': 0.5}).items()]
+    flags = [
+        f'--{key}={value}'
+        for key, value in (
+            ARCHITECTURES[name] | {'n_head': 4, 'dropout': 0.3, 'grad_clip': 0.5}
+        ).items()
+    ]
     done = debug('--explain', *flags, '--dtype=bfloat16')  # it is float32 all the same
     assert done.returncode == 0, done.stderr
     said = done.stdout
 
     def figures(label) -> list[float]:
         line = next(line for line in said.splitlines() if line.strip().startswith(label))
-        return [float(word) for word in line.split(label)[1].split() if re.fullmatch(r'[+-]?[\d.]+(e[+-]\d+)?', word)]
+        return [
+            float(word)
+            for word in line.split(label)[1].split()
+            if re.fullmatch(r'[+-]?[\d.]+(e[+-]\d+)?', word)
+        ]
 
     training = make_training(*flags)
     values, data = training.values, training.data
     model = new_model(values, data, None).eval()
-    batches = [BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(step, 0) for step in range(3)]
+    batches = [
+        BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(step, 0)
+        for step in range(3)
+    ]
     x, y = batches[0]
     losses = F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction='none')
     own = float(losses[15].detach())
-    assert figures('loss of this token    -log p = -ln') == pytest.approx([math.exp(-own), own], rel=1e-4)
-    assert figures('loss of the batch') == pytest.approx([float(losses.mean().detach()), 64], rel=1e-5)
+    assert figures('loss of this token    -log p = -ln') == pytest.approx(
+        [math.exp(-own), own], rel=1e-4
+    )
+    assert figures('loss of the batch') == pytest.approx(
+        [float(losses.mean().detach()), 64], rel=1e-5
+    )
     assert figures('the target, p - 1') == pytest.approx([math.exp(-own) - 1] * 2, rel=1e-5)
 
     losses.mean().backward()
     gradient = model.transformer.h[0].mlp.c_fc.weight.grad.clone()
     index = tuple(map(int, re.search(r'c_fc\.weight\[(\d+), (\d+)\] = ', said).groups()))
     assert float(gradient[index].abs()) == float(gradient.abs().max())
-    by_difference, by_autograd = figures('(loss(w + h) - loss(w - h)) / 2h')[0], figures('loss.backward()')[0]
+    by_difference, by_autograd = (
+        figures('(loss(w + h) - loss(w - h)) / 2h')[0],
+        figures('loss.backward()')[0],
+    )
     assert by_difference == pytest.approx(by_autograd, rel=1e-6)
     assert by_autograd == pytest.approx(float(gradient[index]), rel=1e-3)
 
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
-    whole, divided, undivided = (figures(label) for label in ('the whole batch at once', 'sum of loss / 4: train.py',
-                                                              'sum of loss, not divided'))
+    whole, divided, undivided = (
+        figures(label)
+        for label in (
+            'the whole batch at once',
+            'sum of loss / 4: train.py',
+            'sum of loss, not divided',
+        )
+    )
     assert whole == pytest.approx([float(gradient[index]), norm], rel=1e-3, abs=1e-7)
     assert divided == pytest.approx(whole, rel=1e-4, abs=2e-8)
     assert undivided == pytest.approx([4 * figure for figure in whole], rel=1e-3, abs=1e-7)
@@ -548,7 +829,9 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
     factor = min(1.0, 0.5 / (norm + 1e-6))
     assert figures('norm before') == pytest.approx([norm], rel=1e-4)
     assert figures('factor, at most 1') == pytest.approx([factor] * 2, rel=1e-4)
-    assert figures('gradient of the weight           ')[:2] == pytest.approx([factor * float(gradient[index])] * 2, rel=1e-3)
+    assert figures('gradient of the weight           ')[:2] == pytest.approx(
+        [factor * float(gradient[index])] * 2, rel=1e-3
+    )
     assert figures('norm after') == pytest.approx([min(norm, 0.5)] * 2, rel=1e-4)
 
     model.zero_grad()
@@ -560,11 +843,18 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
         optimizer.step()
         optimizer.zero_grad()
         state = optimizer.state[weight]
-        seen[-1] += (float(state['exp_avg'][index]), float(state['exp_avg_sq'][index]), float(weight.detach()[index]))
+        seen[-1] += (
+            float(state['exp_avg'][index]),
+            float(state['exp_avg_sq'][index]),
+            float(weight.detach()[index]),
+        )
     before, gradients, m, v, after = zip(*seen)
-    for label, wanted in (('w             the weight', before), ('w by hand     w + decay + update', after),
-                          ('w by torch    after train_step, by torch\'s fused kernel', after),
-                          ('g             its gradient, clipped', gradients)):
+    for label, wanted in (
+        ('w             the weight', before),
+        ('w by hand     w + decay + update', after),
+        ("w by torch    after train_step, by torch's fused kernel", after),
+        ('g             its gradient, clipped', gradients),
+    ):
         assert figures(label) == pytest.approx(wanted, abs=1e-6), label
     assert figures('m             0.9 m + 0.1 g')[-3:] == pytest.approx(m, abs=1e-6)
     assert figures('v             0.95 v + 0.05 g^2')[-3:] == pytest.approx(v, abs=1e-6)
@@ -576,22 +866,33 @@ def test_the_walk_through_is_adamws_whatever_the_optimizer(train_here, debug, tm
         done = debug('--explain', *flags)
         assert done.returncode == 0, done.stderr
         return done.stdout.split('5. ADAMW\n')[1]
+
     sentence = "\nIn this run Muon moves the blocks' matrices, and AdamW the rest. Here AdamW moves all of them.\n"
-    assert last_section('--optimizer=muon') == sentence + last_section('--optimizer=adamw').removeprefix('\n')
+    assert last_section('--optimizer=muon') == sentence + last_section(
+        '--optimizer=adamw'
+    ).removeprefix('\n')
     train_here(tmp_path / 'run', '--max_iters=4', '--optimizer=muon')
-    resumed = last_section('--init_from=resume', f'--out_dir={tmp_path / "run"}')  # Muon's memory is no AdamW's
+    resumed = last_section(
+        '--init_from=resume', f'--out_dir={tmp_path / "run"}'
+    )  # Muon's memory is no AdamW's
     assert resumed.startswith(sentence) and ' t = 1 ' in resumed
 
 
 @pytest.mark.parametrize('grad_clip', [0.0, 100.0])
 def test_gradients_that_are_short_enough_are_not_clipped(debug, grad_clip):
     said = debug('--explain', f'--grad_clip={grad_clip}').stdout
-    rows = {line[:28].strip(): line[28:].split() for line in said.split('4. CLIPPING')[1].splitlines()}
+    rows = {
+        line[:28].strip(): line[28:].split() for line in said.split('4. CLIPPING')[1].splitlines()
+    }
     assert rows['factor, at most 1'][:2] == ['1.00000000', '1.00000000']
-    assert rows['norm before'][0] == rows['norm after'][0] and 'nothing is clipped in this step' in said
+    assert (
+        rows['norm before'][0] == rows['norm after'][0]
+        and 'nothing is clipped in this step' in said
+    )
 
 
 # -- how much is looked at, and what of it is shown --------------------------------------------------------------------
+
 
 def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
     assert make_training().batch()[0].shape == (4, 16)
@@ -601,11 +902,17 @@ def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
     assert make_training('--batch_tokens=10', '--explain').batch()[0].shape == (2, 5)
     assert make_training('--batch_size=1', '--explain').batch()[0].shape == (2, 16)
     training = make_training('--block_size=100')
-    monkeypatch.setattr(debug_training, 'QUICK', 210 * 3 * sum(training.model.flops_per_token().values()))
+    monkeypatch.setattr(
+        debug_training, 'QUICK', 210 * 3 * sum(training.model.flops_per_token().values())
+    )
     assert make_training('--block_size=100').batch()[0].shape == (2, 100)
-    monkeypatch.setattr(debug_training, 'QUICK', 80 * 3 * sum(training.model.flops_per_token().values()))
+    monkeypatch.setattr(
+        debug_training, 'QUICK', 80 * 3 * sum(training.model.flops_per_token().values())
+    )
     assert make_training('--block_size=100').batch()[0].shape == (1, 80)
-    text = ' '.join('\n'.join(examination.describe_batch(make_training('--batch_tokens=10'))).split())
+    text = ' '.join(
+        '\n'.join(examination.describe_batch(make_training('--batch_tokens=10'))).split()
+    )
     assert '1 sequence of 10 tokens' in text and '(--batch_tokens=64 takes all)' in text
 
 
@@ -613,21 +920,55 @@ def test_a_step_that_is_undone_leaves_nothing(make_training):
     training = make_training()
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     examined(training, steps=2)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items()
+    )
     assert training.model.training and all(p.grad is None for p in training.model.parameters())
 
 
 def test_tables_of_deep_models_stay_readable(run_main):
-    flags = ['--dataset=', '--device=cpu', '--n_layer=48', '--n_head=2', '--n_embd=16', '--block_size=8', '--batch_size=2',
-             '--bias=True', '--overfit_steps=1', '--gradient_accumulation_steps=1']
-    short = run_main(SCRIPT, *flags).stdout  # 6e-4 is too much for the small residual projections of 48 layers
-    assert len(table(short)) < 50 and {row.split('.')[1] for row in table(short) if row.startswith('h.')} == {'0', '24', '47'}
-    assert '540 rows of the layers between are left out, 90 of them marked like those above: --full shows all' in short
+    flags = [
+        '--dataset=',
+        '--device=cpu',
+        '--n_layer=48',
+        '--n_head=2',
+        '--n_embd=16',
+        '--block_size=8',
+        '--batch_size=2',
+        '--bias=True',
+        '--overfit_steps=1',
+        '--gradient_accumulation_steps=1',
+    ]
+    short = run_main(
+        SCRIPT, *flags
+    ).stdout  # 6e-4 is too much for the small residual projections of 48 layers
+    assert len(table(short)) < 50 and {
+        row.split('.')[1] for row in table(short) if row.startswith('h.')
+    } == {'0', '24', '47'}
+    assert (
+        '540 rows of the layers between are left out, 90 of them marked like those above: --full shows all'
+        in short
+    )
     full = run_main(SCRIPT, *flags, '--full').stdout
     assert len(table(full)) == 4 + 48 * 12 and 'left out' not in full
-    shown, line = examination.shown_rows([f'h.{i}.{part}' for i in range(9) for part in 'ab'] + ['ln_f'],
-                                         {'h.2.a': 'x', 'h.3.a': 'x', 'h.3.b': 'y', 'h.5.b': 'x'}, 9, False)
-    assert shown == {'ln_f', 'h.0.a', 'h.0.b', 'h.4.a', 'h.4.b', 'h.8.a', 'h.8.b', 'h.2.a', 'h.3.b', 'h.5.b'}
+    shown, line = examination.shown_rows(
+        [f'h.{i}.{part}' for i in range(9) for part in 'ab'] + ['ln_f'],
+        {'h.2.a': 'x', 'h.3.a': 'x', 'h.3.b': 'y', 'h.5.b': 'x'},
+        9,
+        False,
+    )
+    assert shown == {
+        'ln_f',
+        'h.0.a',
+        'h.0.b',
+        'h.4.a',
+        'h.4.b',
+        'h.8.a',
+        'h.8.b',
+        'h.2.a',
+        'h.3.b',
+        'h.5.b',
+    }
     assert line.startswith('9 rows') and '1 of them marked' in line
 
 
@@ -636,7 +977,7 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
     done = debug('--dtype=float16', '--logit_cap=5', '--overfit_steps=2')
     assert done.returncode == 0, done.stderr
     training = make_training('--dtype=float16')
-    training.training.scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 60)
+    training.training.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**60)
     training.accumulate([training.batch()])
     halves = {name: p.grad.clone() for name, p in training.model.named_parameters()}
     exact = make_training()
@@ -647,13 +988,22 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
 
 # -- every way to start ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize('config', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
 def test_every_config_file_runs(config, run_main, tmp_path, monkeypatch):
     """In a small size, on random tokens, and as a new model where it asks for published weights."""
     monkeypatch.chdir(tmp_path)
-    small = ['--dataset=', '--init_from=scratch', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=8',
-             '--batch_size=2']
+    small = [
+        '--dataset=',
+        '--init_from=scratch',
+        '--device=cpu',
+        '--n_layer=1',
+        '--n_head=2',
+        '--n_embd=16',
+        '--block_size=8',
+        '--batch_size=2',
+    ]
     for flags in (['--overfit_steps=2'], ['--explain']):
         done = run_main(SCRIPT, ROOT / 'config' / config, *small, *flags)
         assert done.returncode == 0 and done.stderr == '', done.stderr
@@ -665,9 +1015,15 @@ def test_published_weights_and_runs_meet_random_tokens(train_here, debug, tmp_pa
     sizes = {'n_layer': 1, 'n_head': 2, 'n_embd': 16}
     model = GPT(GPTConfig(vocab_size=300, block_size=32, bias=True, **sizes))
     (tmp_path / 'gpt2').mkdir()
-    (tmp_path / 'gpt2/config.json').write_text(json.dumps({'vocab_size': 300, 'n_positions': 32, **sizes}))
-    published = {name.removeprefix('transformer.'): tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-                 for name, tensor in model.state_dict().items()}
+    (tmp_path / 'gpt2/config.json').write_text(
+        json.dumps({'vocab_size': 300, 'n_positions': 32, **sizes})
+    )
+    published = {
+        name.removeprefix('transformer.'): tensor.t().contiguous()
+        if name.endswith(TRANSPOSED)
+        else tensor
+        for name, tensor in model.state_dict().items()
+    }
     safetensors.torch.save_file(published, tmp_path / 'gpt2/model.safetensors')
     architecture = ['--n_layer=1', '--n_embd=16', '--bias=True', '--block_size=32', '--dataset=']
     done = debug(f'--init_from={tmp_path / "gpt2"}', *architecture, '--overfit_steps=1')
@@ -675,22 +1031,29 @@ def test_published_weights_and_runs_meet_random_tokens(train_here, debug, tmp_pa
     assert f'ln {300}, a guess' in done.stdout and 'healthy: below' not in done.stdout
     train_here(tmp_path / 'run', '--max_iters=2')
     for start in (tmp_path / 'run', 'resume'):
-        done = debug(f'--init_from={start}', f'--out_dir={tmp_path / "run"}', '--dataset=', '--overfit_steps=1')
+        done = debug(
+            f'--init_from={start}',
+            f'--out_dir={tmp_path / "run"}',
+            '--dataset=',
+            '--overfit_steps=1',
+        )
         assert done.returncode == 0, done.stderr
         assert 'worse than a guess on random tokens' in done.stdout
 
 
 def test_mistakes_are_one_line(debug, tmp_path):
-    for flags, words in ((['--overfit_steps=0'], 'overfit_steps is 0: it must be at least 1'),
-                         (['--batch_tokens=-1'], 'batch_tokens is -1'),
-                         (['--vocab_size=1', '--dataset='], 'vocab_size is 1: it must be at least 2'),
-                         (['--vocab_size=100'], 'take random tokens with --dataset='),
-                         (['--dataset=nowhere'], 'or take random tokens: --dataset='),
-                         (['--n_head=3'], 'n_embd 32 is not divisible by n_head 3'),
-                         (['--init_from=nowhere'], 'neither'),
-                         (['--init_from=resume', f'--out_dir={tmp_path}'], 'train first'),
-                         (['--learning_rate=-1'], 'learning_rate is -1'),
-                         (['--explian'], 'did you mean --explain?')):
+    for flags, words in (
+        (['--overfit_steps=0'], 'overfit_steps is 0: it must be at least 1'),
+        (['--batch_tokens=-1'], 'batch_tokens is -1'),
+        (['--vocab_size=1', '--dataset='], 'vocab_size is 1: it must be at least 2'),
+        (['--vocab_size=100'], 'take random tokens with --dataset='),
+        (['--dataset=nowhere'], 'or take random tokens: --dataset='),
+        (['--n_head=3'], 'n_embd 32 is not divisible by n_head 3'),
+        (['--init_from=nowhere'], 'neither'),
+        (['--init_from=resume', f'--out_dir={tmp_path}'], 'train first'),
+        (['--learning_rate=-1'], 'learning_rate is -1'),
+        (['--explian'], 'did you mean --explain?'),
+    ):
         done = debug(*flags)
         assert done.returncode == 2 and done.stdout == '', (flags, done.stdout)
         assert words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

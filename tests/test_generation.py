@@ -1,4 +1,5 @@
 """Generation against whole forward passes without a cache, and sampling against arithmetic by hand."""
+
 import itertools
 import math
 from dataclasses import replace
@@ -8,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 
 import model as model_file
-from model import MLP, CausalSelfAttention, GPT, GPTConfig
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from nib import generation
 from nib.doctor import inspection
 from nib.generation import check_generation, sample_tokens
-from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 
 
 def greedy_without_cache(model, prompt, n):
@@ -26,7 +27,7 @@ def greedy_without_cache(model, prompt, n):
             token = int(model(torch.tensor([window]))[0, -1].argmax())
         made.append(token)
         if len(window) == size:
-            window = window[size - size // 2:]
+            window = window[size - size // 2 :]
         window.append(token)
     return made
 
@@ -43,12 +44,17 @@ def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
     model.crop_block_size(8)
     built = GPT(GPTConfig(**{**vars(config), 'block_size': 8}))
     built.load_state_dict(model.state_dict())
-    assert generate(model, [[1, 2, 3]], 20, temperature=0.0) == generate(built.eval(), [[1, 2, 3]], 20, temperature=0.0)
+    assert generate(model, [[1, 2, 3]], 20, temperature=0.0) == generate(
+        built.eval(), [[1, 2, 3]], 20, temperature=0.0
+    )
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
 @settings(max_examples=6, deadline=None)
-@given(prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4), n=st.integers(1, 40))
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4),
+    n=st.integers(1, 40),
+)
 def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
     """Any prompts of unequal lengths, within block_size and far past it, each as if it were alone; with both caches of a CPU."""
     model = make_model(config)
@@ -69,24 +75,43 @@ def use_bags(monkeypatch):
 def test_the_cache_of_large_models_is_for_cpus_and_for_many_numbers_in_full_blocks():
     """From 2^20 numbers of keys and values in a layer: 2 * rows * slots * n_embd of GPT-2."""
     weight, shape = torch.zeros(1), GPTConfig()
-    assert generation.BagCache.pays(shape, 1, 700, weight) and not generation.BagCache.pays(shape, 1, 600, weight)
-    assert generation.BagCache.pays(shape, 1024, 64, weight) and not generation.BagCache.pays(shape, 1024, 63, weight)
-    assert generation.BagCache.pays(replace(shape, n_kv_head=3), 4, 700, weight) != generation.BagCache.pays(
-        replace(shape, n_kv_head=3), 3, 700, weight)
+    assert generation.BagCache.pays(shape, 1, 700, weight) and not generation.BagCache.pays(
+        shape, 1, 600, weight
+    )
+    assert generation.BagCache.pays(shape, 1024, 64, weight) and not generation.BagCache.pays(
+        shape, 1024, 63, weight
+    )
+    assert generation.BagCache.pays(
+        replace(shape, n_kv_head=3), 4, 700, weight
+    ) != generation.BagCache.pays(replace(shape, n_kv_head=3), 3, 700, weight)
     assert not generation.BagCache.pays(shape, 1024, 64, weight.to('meta'))
 
 
 @pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
-@pytest.mark.parametrize('dtype, autocast, tolerance', [
-    (torch.float32, False, 1e-5), (torch.bfloat16, False, 0.03), (torch.float16, False, 0.004), (torch.float32, True, 0.03)])
-def test_rows_of_unequal_length_in_a_large_models_cache_have_each_the_logits_of_its_text(config, dtype, autocast, tolerance, monkeypatch):
+@pytest.mark.parametrize(
+    'dtype, autocast, tolerance',
+    [
+        (torch.float32, False, 1e-5),
+        (torch.bfloat16, False, 0.03),
+        (torch.float16, False, 0.004),
+        (torch.float32, True, 0.03),
+    ],
+)
+def test_rows_of_unequal_length_in_a_large_models_cache_have_each_the_logits_of_its_text(
+    config, dtype, autocast, tolerance, monkeypatch
+):
     use_bags(monkeypatch)
-    model, texts = make_model(config, scale=0.1).to(dtype), torch.randint(61, (2, config.block_size)).tolist()
+    model, texts = (
+        make_model(config, scale=0.1).to(dtype),
+        torch.randint(61, (2, config.block_size)).tolist(),
+    )
     with torch.inference_mode(), torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
         window = generation.Window(model, [texts[0][:3], texts[1][:9]], 7, compile=False)
         for i in range(7):
             logits = window.next_logits()
-            alone = torch.stack([model(torch.tensor([text[:n + i]]))[0, -1] for text, n in zip(texts, (3, 9))])
+            alone = torch.stack(
+                [model(torch.tensor([text[: n + i]]))[0, -1] for text, n in zip(texts, (3, 9))]
+            )
             assert (logits - alone).std() <= tolerance * alone.std()
             window.append(torch.tensor([texts[0][3 + i], texts[1][9 + i]]))
 
@@ -106,21 +131,31 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
     """The logits that generation takes its tokens from, and those of the whole text read at once; (n, V) each."""
     cached = []
     with monkeypatch.context() as patch:
-        patch.setattr(generation, 'sample_tokens', lambda logits, *options: cached.append(logits) or sample_tokens(logits, *options))
+        patch.setattr(
+            generation,
+            'sample_tokens',
+            lambda logits, *options: cached.append(logits) or sample_tokens(logits, *options),
+        )
         made = generate(model, [prompt], n, temperature=0.0)[0]
     with torch.no_grad():
-        return torch.cat(cached), model(torch.tensor([prompt + made[:-1]]))[0, len(prompt) - 1:]
+        return torch.cat(cached), model(torch.tensor([prompt + made[:-1]]))[0, len(prompt) - 1 :]
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
 @pytest.mark.parametrize('bags', [False, True], ids=['plain', 'bags'])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-5)])  # the rotary table is float32
+@pytest.mark.parametrize(
+    'dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-5)]
+)  # the rotary table is float32
 def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monkeypatch):
-    monkeypatch.setattr(generation.PackedLinear, 'SMALLEST', 1)  # where a CPU can, all matrices of float32 are packed
+    monkeypatch.setattr(
+        generation.PackedLinear, 'SMALLEST', 1
+    )  # where a CPU can, all matrices of float32 are packed
     if bags:
         use_bags(monkeypatch)
     model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
-    cached, full = cached_and_uncached_logits(monkeypatch, model, torch.randint(61, (4,)).tolist(), 12)
+    cached, full = cached_and_uncached_logits(
+        monkeypatch, model, torch.randint(61, (4,)).tolist(), 12
+    )
     torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
 
 
@@ -138,7 +173,9 @@ def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_nea
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_a_torch_without_the_operators_of_packed_matrices_generates_all_the_same(dtype, monkeypatch):
+def test_a_torch_without_the_operators_of_packed_matrices_generates_all_the_same(
+    dtype, monkeypatch
+):
     model = make_model(scale=0.05).to(dtype)
     packed, _ = cached_and_uncached_logits(monkeypatch, model, [1, 2], 1)
     monkeypatch.setattr(torch.ops, 'mkldnn', SimpleNamespace())
@@ -155,12 +192,17 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
 def test_generation_leaves_the_model_and_the_global_random_state_as_they_were():
     """Also between two tokens, when the model may be used for something else."""
     model = make_model(GPTConfig(**{**vars(SMALL), 'dropout': 0.5})).train()
-    state, weights = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
+    state, weights = (
+        torch.get_rng_state(),
+        {name: p.clone() for name, p in model.named_parameters()},
+    )
     for _ in model.generate([[1]], 5, temperature=0.0):
         assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert generate(model, [[1]], 5, temperature=0.0)[0] == greedy_without_cache(model.eval(), [1], 5)  # without dropout
+    assert generate(model, [[1]], 5, temperature=0.0)[0] == greedy_without_cache(
+        model.eval(), [1], 5
+    )  # without dropout
 
 
 def test_generation_reads_the_weights_as_they_are_when_it_starts():
@@ -168,12 +210,15 @@ def test_generation_reads_the_weights_as_they_are_when_it_starts():
     generate(model, [[1, 2]], 3)
     for parameter, new in zip(model.parameters(), other.parameters()):
         parameter.data.copy_(new)
-    assert generate(model, [[1, 2]], 30, temperature=0.0) == generate(other, [[1, 2]], 30, temperature=0.0)
+    assert generate(model, [[1, 2]], 30, temperature=0.0) == generate(
+        other, [[1, 2]], 30, temperature=0.0
+    )
 
 
 def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
     """Rows of unequal length, past block_size, with no second compilation on the way."""
     from nib.machine.compiling import pick_compile
+
     if not pick_compile(True, 'cpu')[0]:
         pytest.skip('no C compiler')
     model, prompts = make_model(GPTConfig(**{**vars(MODERN), 'n_layer': 1})), [[1], [4, 5, 6, 7, 8]]
@@ -181,7 +226,9 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
     for options in ({'temperature': 0.0}, {'seed': 3}):
         expected = generate(model, prompts, 30, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(generation, 'BagCache', SimpleNamespace(pays=lambda *shape: True))  # cannot be made
+            patch.setattr(
+                generation, 'BagCache', SimpleNamespace(pays=lambda *shape: True)
+            )  # cannot be made
             assert generate(model, prompts, 30, **options, compile=True) == expected
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
@@ -201,12 +248,12 @@ def test_a_row_ends_after_its_stop_sequence_while_others_go_on():
     prompts = [[5], [9, 3]]
     free = generate(model, prompts, 30, temperature=0.0)
     stop = free[0][3:5]
-    end = next(i for i in range(2, 31) if free[0][i - 2:i] == stop)
+    end = next(i for i in range(2, 31) if free[0][i - 2 : i] == stop)
     rows = generate(model, prompts, 30, temperature=0.0, stop=[stop])
     assert rows[0] == free[0][:end]
     assert rows[1][:1] == free[1][:1] and len(rows[1]) <= 30
     alone = generate(model, prompts[:1], 30, temperature=0.0, stop=[[stop[0]]])[0]
-    assert alone == free[0][:free[0].index(stop[0]) + 1]
+    assert alone == free[0][: free[0].index(stop[0]) + 1]
 
 
 def test_sampling_draws_tokens_by_their_probability():
@@ -220,9 +267,13 @@ def test_sampling_draws_tokens_by_their_probability():
     by_hand = [math.exp(x / 2) for x in (2, 1, 0, -1)]
     assert shares(2.0, None, None) == pytest.approx([p / sum(by_hand) for p in by_hand], abs=0.01)
     by_hand = [math.exp(x) for x in (2, 1)]
-    assert shares(1.0, 2, None) == pytest.approx([p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01)
+    assert shares(1.0, 2, None) == pytest.approx(
+        [p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01
+    )
     # probabilities 0.644, 0.237, 0.087, 0.032: the first two are the fewest that hold 0.7
-    assert shares(1.0, None, 0.7) == pytest.approx([p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01)
+    assert shares(1.0, None, 0.7) == pytest.approx(
+        [p / sum(by_hand) for p in by_hand] + [0, 0], abs=0.01
+    )
     assert shares(1.0, None, 0.6) == [1, 0, 0, 0]
     assert shares(1.0, 2, 0.7) == [1, 0, 0, 0]  # of the two likeliest alone, the first holds 0.731
     assert shares(0.0, None, None) == shares(1e-39, None, None) == [1, 0, 0, 0]
@@ -230,10 +281,20 @@ def test_sampling_draws_tokens_by_their_probability():
     assert sum(share > 0 for share in shares(1.0, 1, None)) == 1  # of equals, top_k still takes k
 
 
-@pytest.mark.parametrize('options, named', [
-    (dict(prompts=[[]]), 'prompt is empty'), (dict(prompts=[[61]]), 'token id 61'), (dict(temperature=-1.0), 'temperature'),
-    (dict(temperature=math.nan), 'temperature'), (dict(seed=-1), 'seed'), (dict(seed=1 << 70), 'seed'), (dict(top_k=0), 'top_k'), (dict(top_p=1.5), 'top_p'),
-    (dict(max_new_tokens=-1), 'max_new_tokens')])
+@pytest.mark.parametrize(
+    'options, named',
+    [
+        (dict(prompts=[[]]), 'prompt is empty'),
+        (dict(prompts=[[61]]), 'token id 61'),
+        (dict(temperature=-1.0), 'temperature'),
+        (dict(temperature=math.nan), 'temperature'),
+        (dict(seed=-1), 'seed'),
+        (dict(seed=1 << 70), 'seed'),
+        (dict(top_k=0), 'top_k'),
+        (dict(top_p=1.5), 'top_p'),
+        (dict(max_new_tokens=-1), 'max_new_tokens'),
+    ],
+)
 def test_what_cannot_be_sampled_is_named(options, named):
     with pytest.raises(ValueError, match=named):
         next(make_model().generate(**{'prompts': [[1]], 'max_new_tokens': 1, **options}))
@@ -241,22 +302,39 @@ def test_what_cannot_be_sampled_is_named(options, named):
 
 # -- one definition of attention -------------------------------------------------------------------
 
-FEATURES = {'position': ['learned', 'rotary'], 'norm': ['layer', 'rms'], 'mlp': ['gelu', 'relu2', 'swiglu'],
-            'qk_norm': [False, True], 'n_kv_head': [0, 2], 'tied_head': [True, False]}
+FEATURES = {
+    'position': ['learned', 'rotary'],
+    'norm': ['layer', 'rms'],
+    'mlp': ['gelu', 'relu2', 'swiglu'],
+    'qk_norm': [False, True],
+    'n_kv_head': [0, 2],
+    'tied_head': [True, False],
+}
 
 
 def every_architecture():
     """All combinations of FEATURES; the others alternate."""
     for i, values in enumerate(itertools.product(*FEATURES.values())):
-        yield GPTConfig(vocab_size=61, block_size=12, n_layer=2, n_head=4, n_embd=32, bias=i % 2 == 0, logit_cap=5.0 * (i % 3 == 0),
-                        zero_init=i % 5 == 0, **dict(zip(FEATURES, values, strict=True)))
+        yield GPTConfig(
+            vocab_size=61,
+            block_size=12,
+            n_layer=2,
+            n_head=4,
+            n_embd=32,
+            bias=i % 2 == 0,
+            logit_cap=5.0 * (i % 3 == 0),
+            zero_init=i % 5 == 0,
+            **dict(zip(FEATURES, values, strict=True)),
+        )
 
 
 def test_every_architecture_generates_what_whole_passes_find_most_likely():
     """Prompts of unequal lengths, past a full context."""
     for seed, config in enumerate(every_architecture()):
         model, prompts = make_model(config, seed), [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
-        assert generate(model, prompts, 14, temperature=0.0) == [greedy_without_cache(model, p, 14) for p in prompts], config
+        assert generate(model, prompts, 14, temperature=0.0) == [
+            greedy_without_cache(model, p, 14) for p in prompts
+        ], config
         assert check_generation(model, [*range(20)]) is None, config
 
 
@@ -270,14 +348,19 @@ def test_rounding_is_no_difference(dtype):
 
 def window_of_4(q, k, query_positions, key_positions):
     scores = model_file.causal_scores(q, k, query_positions, key_positions)
-    return scores.masked_fill(key_positions.unsqueeze(-2) <= query_positions.unsqueeze(-1) - 4, -math.inf)
+    return scores.masked_fill(
+        key_positions.unsqueeze(-2) <= query_positions.unsqueeze(-1) - 4, -math.inf
+    )
 
 
 def alibi(q, k, query_positions, key_positions):
     """Press et al. 2022: every head has its own penalty for distance."""
     slopes = 2.0 ** -torch.arange(1.0, q.shape[1] + 1)[:, None, None]
     distance = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
-    return model_file.causal_scores(q, k, query_positions, key_positions) - slopes.type_as(q) * distance
+    return (
+        model_file.causal_scores(q, k, query_positions, key_positions)
+        - slopes.type_as(q) * distance
+    )
 
 
 @pytest.fixture
@@ -290,8 +373,14 @@ def define_attention(monkeypatch):
 @pytest.mark.parametrize('scores', [window_of_4, alibi])
 @pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_generation_follows_a_changed_definition_of_attention(config, scores, dtype, define_attention, monkeypatch):
-    model, prompts, ids = make_model(config).to(dtype), [[*range(9)], [5, 6]], torch.arange(12)[None]
+def test_generation_follows_a_changed_definition_of_attention(
+    config, scores, dtype, define_attention, monkeypatch
+):
+    model, prompts, ids = (
+        make_model(config).to(dtype),
+        [[*range(9)], [5, 6]],
+        torch.arange(12)[None],
+    )
     before = generate(model, prompts, 20, temperature=0.0)
     with torch.no_grad():
         logits = model(ids)
@@ -309,7 +398,9 @@ def test_training_and_the_inspection_follow_a_window(define_attention):
     """A token has no influence beyond the window of each of the layers, and attention is over 4 places at most."""
     define_attention(window_of_4)
     model, embedded = make_model(replace(SMALL, n_layer=2)), []
-    hook = model.transformer.wte.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    hook = model.transformer.wte.register_forward_hook(
+        lambda module, args, out: embedded.append(out) or out.retain_grad()
+    )
     ids = torch.arange(16)[None]
     model(ids)[0, 12].sum().backward()
     hook.remove()
@@ -323,32 +414,54 @@ def test_training_and_the_inspection_follow_a_window(define_attention):
 
 def test_a_compiled_step_follows_a_changed_definition_of_attention(define_attention):
     from nib.machine.compiling import pick_compile
+
     if not pick_compile(True, 'cpu')[0]:
         pytest.skip('no C compiler')
     define_attention(window_of_4)
     model, prompts = make_model(replace(MODERN, n_layer=1)), [[1], [4, 5, 6, 7, 8]]
     torch._dynamo.reset()  # a compiled step belongs to the definition that it was compiled with
     try:
-        assert generate(model, prompts, 15, temperature=0.0, compile=True) == [greedy_without_cache(model, p, 15) for p in prompts]
+        assert generate(model, prompts, 15, temperature=0.0, compile=True) == [
+            greedy_without_cache(model, p, 15) for p in prompts
+        ]
     finally:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize('changed', [
-    lambda s, q, k: s * 1.01,
-    lambda s, q, k: 50 * torch.tanh(s / 50),
-    lambda s, q, k: s.masked_fill(k < q - 100_000, -math.inf),
-    lambda s, q, k: s.masked_fill(k // 512 != q // 512, -math.inf),
-    lambda s, q, k: s.masked_fill((k == 0) & (q > 0), -math.inf),
-    lambda s, q, k: torch.cat((s[:, :-1], s[:, -1:].masked_fill(k < q - 8, -math.inf)), dim=1),  # of one head
-    lambda s, q, k: s - 0.001 * (q - k).clamp(min=0),
-    lambda s, q, k: s + torch.zeros(6, 1, 1),
-    lambda s, q, k: s + torch.zeros(32)[q - k],
-], ids=['scale', 'soft cap', 'wide window', 'chunks', 'no first token', 'one head', 'bias', 'for 6 heads', 'for 32 positions'])
+@pytest.mark.parametrize(
+    'changed',
+    [
+        lambda s, q, k: s * 1.01,
+        lambda s, q, k: 50 * torch.tanh(s / 50),
+        lambda s, q, k: s.masked_fill(k < q - 100_000, -math.inf),
+        lambda s, q, k: s.masked_fill(k // 512 != q // 512, -math.inf),
+        lambda s, q, k: s.masked_fill((k == 0) & (q > 0), -math.inf),
+        lambda s, q, k: torch.cat(
+            (s[:, :-1], s[:, -1:].masked_fill(k < q - 8, -math.inf)), dim=1
+        ),  # of one head
+        lambda s, q, k: s - 0.001 * (q - k).clamp(min=0),
+        lambda s, q, k: s + torch.zeros(6, 1, 1),
+        lambda s, q, k: s + torch.zeros(32)[q - k],
+    ],
+    ids=[
+        'scale',
+        'soft cap',
+        'wide window',
+        'chunks',
+        'no first token',
+        'one head',
+        'bias',
+        'for 6 heads',
+        'for 32 positions',
+    ],
+)
 def test_no_fused_kernel_is_used_for_changed_scores(changed):
     def scores(q, k, query_positions, key_positions):
-        return changed(model_file.attention_scores(q, k, query_positions, key_positions), query_positions.unsqueeze(-1),
-                       key_positions.unsqueeze(-2))
+        return changed(
+            model_file.attention_scores(q, k, query_positions, key_positions),
+            query_positions.unsqueeze(-1),
+            key_positions.unsqueeze(-2),
+        )
 
     assert not model_file.is_causal_attention(scores)
 
@@ -378,11 +491,15 @@ def test_attention_by_definition_is_what_the_kernels_compute(config, monkeypatch
 def test_generation_follows_a_changed_layer(layer, monkeypatch):
     forward = layer.forward
     monkeypatch.setattr(generation.PackedLinear, 'SMALLEST', 1)
-    monkeypatch.setattr(layer, 'forward', lambda self, x, *rest: forward(self, x, *rest) * torch.sigmoid(x))
+    monkeypatch.setattr(
+        layer, 'forward', lambda self, x, *rest: forward(self, x, *rest) * torch.sigmoid(x)
+    )
     for config in (SMALL, MODERN):
         model = make_model(config)
         assert check_generation(model, [*range(30)]) is None
-        assert generate(model, [[1, 2]], 20, temperature=0.0) == [greedy_without_cache(model, [1, 2], 20)]
+        assert generate(model, [[1, 2]], 20, temperature=0.0) == [
+            greedy_without_cache(model, [1, 2], 20)
+        ]
 
 
 def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):
@@ -395,7 +512,11 @@ def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
 
     assert check_generation(model, [*range(16)]) is None
-    for changed in (window, lambda *args: 1.2 * plain(*args), lambda q, k, v, dropout: plain(q, k, torch.nan * v)):
+    for changed in (
+        window,
+        lambda *args: 1.2 * plain(*args),
+        lambda q, k, v, dropout: plain(q, k, torch.nan * v),
+    ):
         monkeypatch.setattr(model_file, 'attend', changed)
         said = check_generation(model, [*range(16)])
         assert 'the logits of generate() differ' in said and '%' in said

@@ -1,4 +1,5 @@
 """What only a GPU can show. Every test here is skipped on a machine without one; benchmarks/gpu.py runs them."""
+
 import contextlib
 
 import numpy as np
@@ -13,12 +14,29 @@ from nib.machine.device import autocast
 from nib.machine.ranks import Ranks, distribute
 from nib.tokens.batches import BatchLoader
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'),
+]
 
-SMALL = GPTConfig(vocab_size=1000, block_size=64, n_layer=2, n_head=4, n_embd=128)  # GPT-2's architecture
-MODERN = GPTConfig(vocab_size=1000, block_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=128, position='rotary', norm='rms',
-                   qk_norm=True, mlp='swiglu', tied_head=False, bias=False)
+SMALL = GPTConfig(
+    vocab_size=1000, block_size=64, n_layer=2, n_head=4, n_embd=128
+)  # GPT-2's architecture
+MODERN = GPTConfig(
+    vocab_size=1000,
+    block_size=64,
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=128,
+    position='rotary',
+    norm='rms',
+    qk_norm=True,
+    mlp='swiglu',
+    tied_head=False,
+    bias=False,
+)
 CONFIGS = pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
 
 
@@ -28,23 +46,47 @@ def make_model(config, seed=0):
 
 
 def tokens(rows, length, vocab_size=1000, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(vocab_size, size=(rows, length))).cuda()
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(vocab_size, size=(rows, length))
+    ).cuda()
 
 
 def greedy(model, prompts, n, **options):
     return torch.stack(list(model.generate(prompts, n, temperature=0.0, **options)), dim=1).tolist()
 
 
-@pytest.mark.parametrize('dtype, tolerance', [('float32', 2e-3), ('bfloat16', 2e-2), ('float16', 3e-3)])
+@pytest.mark.parametrize(
+    'dtype, tolerance', [('float32', 2e-3), ('bfloat16', 2e-2), ('float16', 3e-3)]
+)
 def test_logits_equal_transformers_on_a_gpu(dtype, tolerance):
     transformers = pytest.importorskip('transformers')
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=1000, n_positions=64, n_layer=2, n_head=4, n_embd=128, activation_function='gelu_new')).cuda().eval()
+    theirs = (
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=1000,
+                n_positions=64,
+                n_layer=2,
+                n_head=4,
+                n_embd=128,
+                activation_function='gelu_new',
+            )
+        )
+        .cuda()
+        .eval()
+    )
     ours = make_model(SMALL).eval()
-    state = {name: tensor for name, tensor in theirs.state_dict().items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))
-             and name != 'lm_head.weight'}
+    state = {
+        name: tensor
+        for name, tensor in theirs.state_dict().items()
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')) and name != 'lm_head.weight'
+    }
     transposed = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-    ours.load_state_dict({name: tensor.t() if name.endswith(transposed) else tensor for name, tensor in state.items()})
+    ours.load_state_dict(
+        {
+            name: tensor.t() if name.endswith(transposed) else tensor
+            for name, tensor in state.items()
+        }
+    )
     idx = tokens(4, 64)
     with torch.no_grad():
         expected = theirs.double()(idx).logits
@@ -60,18 +102,24 @@ def test_cached_sampling_equals_full_passes_on_a_gpu(config, dtype):
     prompt = tokens(1, 10)[0].tolist()
     written = greedy(model, [prompt], 40)[0]
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + written], device='cuda'))[0, len(prompt) - 1:-1].float()
+        logits = model(torch.tensor([prompt + written], device='cuda'))[
+            0, len(prompt) - 1 : -1
+        ].float()
     chosen = logits.gather(1, torch.tensor(written, device='cuda')[:, None])[:, 0]
-    near = 1e-3 if dtype == torch.float32 else 3e-2  # two orders of summing may disagree about near ties
+    near = (
+        1e-3 if dtype == torch.float32 else 3e-2
+    )  # two orders of summing may disagree about near ties
     assert (logits.max(dim=1).values - chosen).max() <= near * logits.abs().max()
 
 
 def test_a_model_that_waits_for_the_gpu_generates_without_a_cuda_graph(monkeypatch):
     model = make_model(SMALL).eval()
     expected = greedy(model, [[1, 2, 3]], 20)
+
     class Waiting(torch.nn.Module):
         def forward(self, x):
             return x if x.sum().item() else x
+
     model.transformer.drop = Waiting()
     assert greedy(model, [[1, 2, 3]], 20) == expected
 
@@ -79,30 +127,45 @@ def test_a_model_that_waits_for_the_gpu_generates_without_a_cuda_graph(monkeypat
 @CONFIGS
 def test_compiled_steps_write_the_same_tokens(config):
     model = make_model(config).eval()
-    for prompts in ([tokens(1, 5)[0].tolist()], [tokens(1, 5)[0].tolist(), tokens(1, 20, seed=1)[0].tolist()]):
+    for prompts in (
+        [tokens(1, 5)[0].tolist()],
+        [tokens(1, 5)[0].tolist(), tokens(1, 20, seed=1)[0].tolist()],
+    ):
         assert greedy(model, prompts, 50, compile=True) == greedy(model, prompts, 50)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('compile', ['compile', 'no-compile'])
 def test_a_resumed_run_equals_the_uninterrupted_one_on_a_gpu(data_dir, tmp_path, dtype, compile):
-    flags = ['--device=cuda', f'--dtype={dtype}', f'--{compile}', '--dropout=0.1', '--max_iters=50', '--lr_decay_iters=50',
-             '--keep_last=9']
+    flags = [
+        '--device=cuda',
+        f'--dtype={dtype}',
+        f'--{compile}',
+        '--dropout=0.1',
+        '--max_iters=50',
+        '--lr_decay_iters=50',
+        '--keep_last=9',
+    ]
     train(data_dir, tmp_path / 'whole', *flags)
     train(data_dir, tmp_path / 'cut', *flags, '--max_iters=20')
     train(data_dir, tmp_path / 'cut', *flags, '--init_from=resume')
-    whole, cut = ({(r['step'], name): r[name] for r in records(tmp_path / run) for name in CURVE if name in r}
-                  for run in ('whole', 'cut'))
+    whole, cut = (
+        {(r['step'], name): r[name] for r in records(tmp_path / run) for name in CURVE if name in r}
+        for run in ('whole', 'cut')
+    )
     cut.pop((20, 'loss/val_whole'))  # of the run that ended there
     assert cut == whole and len(whole) > 50
     for file in ('model.safetensors', 'optimizer.safetensors'):
-        assert (tmp_path / 'cut/step-00000050' / file).read_bytes() == (tmp_path / 'whole/step-00000050' / file).read_bytes()
+        assert (tmp_path / 'cut/step-00000050' / file).read_bytes() == (
+            tmp_path / 'whole/step-00000050' / file
+        ).read_bytes()
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype):
     import train as training
+
     model = make_model(MODERN).train()
     optimizer = optim.Optimizer(model, optimizer, dtype=torch.bfloat16)
     optimizer.lr = 1e-3
@@ -112,8 +175,18 @@ def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype):
     bad_steps = guard.BadSteps(3, 'cuda', dtype == 'float16')
 
     def step(number):
-        return training.train_step(model, optimizer, scaler, batches.micro_batches(number), 2, autocast(dtype, 'cuda'),
-                                   1.0, (0, number, 0), Ranks(), bad_steps)
+        return training.train_step(
+            model,
+            optimizer,
+            scaler,
+            batches.micro_batches(number),
+            2,
+            autocast(dtype, 'cuda'),
+            1.0,
+            (0, number, 0),
+            Ranks(),
+            bad_steps,
+        )
 
     for number in range(3):  # kernels are loaded and memory is set up
         step(number)
@@ -140,7 +213,9 @@ def test_a_step_that_is_not_finite_is_left_out_on_a_gpu():
                     p.grad.fill_(torch.nan)
             optimizer.step(torch.tensor(usable, device='cuda'))
             optimizer.zero_grad()
-            changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+            changed = [
+                name for name, p in model.named_parameters() if not torch.equal(p, before[name])
+            ]
             assert len(changed) == (len(before) if usable else 0), (method, usable, changed)
 
 
@@ -159,11 +234,22 @@ def test_nccl_with_one_rank_gives_the_same_gradients(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize('vocab_size, tied, cap', [(997, True, 0.0), (1000, False, 5.0), (5000, True, 0.0)])
+@pytest.mark.parametrize(
+    'vocab_size, tied, cap', [(997, True, 0.0), (1000, False, 5.0), (5000, True, 0.0)]
+)
 def test_the_padded_vocabulary_never_shows(vocab_size, tied, cap, monkeypatch):
     """Loss and gradients on a GPU, where the head is padded: in chunks, at once and compiled, against plain float64 on a CPU."""
     import model as model_file
-    config = GPTConfig(vocab_size=vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=32, tied_head=tied, logit_cap=cap)
+
+    config = GPTConfig(
+        vocab_size=vocab_size,
+        block_size=32,
+        n_layer=1,
+        n_head=2,
+        n_embd=32,
+        tied_head=tied,
+        logit_cap=cap,
+    )
     torch.manual_seed(0)
     plain = GPT(config).double()
     idx, targets = tokens(4, 32, vocab_size), tokens(4, 32, vocab_size, seed=1)
@@ -173,7 +259,9 @@ def test_the_padded_vocabulary_never_shows(vocab_size, tied, cap, monkeypatch):
     for how in ('at once', 'in chunks', 'compiled'):
         model = GPT(config).cuda()
         model.load_state_dict(plain.state_dict())
-        monkeypatch.setattr(model_file, 'LOSS_CHUNK_GPU', 50 * vocab_size if how == 'in chunks' else 1 << 28)
+        monkeypatch.setattr(
+            model_file, 'LOSS_CHUNK_GPU', 50 * vocab_size if how == 'in chunks' else 1 << 28
+        )
         loss = (torch.compile(model) if how == 'compiled' else model)(idx, targets)
         loss.backward()
         assert loss.item() == pytest.approx(expected.item(), abs=1e-3)

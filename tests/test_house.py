@@ -1,4 +1,5 @@
 """The house: which module may import which, read from the imports themselves."""
+
 import ast
 from pathlib import Path
 
@@ -15,8 +16,11 @@ def module_name(path: Path) -> str:
     return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
 
 
-MODULES = {module_name(path): path for path in [ROOT / 'model.py', ROOT / 'configurator.py', *(ROOT / 'nib').rglob('*.py')]
-           if path.name != '__init__.py'}
+MODULES = {
+    module_name(path): path
+    for path in [ROOT / 'model.py', ROOT / 'configurator.py', *(ROOT / 'nib').rglob('*.py')]
+    if path.name != '__init__.py'
+}
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -27,7 +31,9 @@ def imports(tree: ast.AST) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, 'imports say the whole path'
-            inner = {f'{node.module}.{alias.name}' for alias in node.names} & MODULES.keys()  # from nib.text import bpe
+            inner = {
+                f'{node.module}.{alias.name}' for alias in node.names
+            } & MODULES.keys()  # from nib.text import bpe
             names |= inner or {node.module}
     return {name for name in names if name.split('.')[0] in PROJECT}
 
@@ -49,13 +55,19 @@ def test_arrows_go_from_scripts_to_nib_to_the_model():
     for path in (ROOT / 'data').rglob('prepare.py'):
         assert tops(imports_of(path)) <= {'nib', 'configurator'}, path
     for script in SCRIPTS:
-        allowed = {'nib', 'model', 'configurator', 'train'} | ({'benchmarks'} if script == 'bench' else set())
+        allowed = {'nib', 'model', 'configurator', 'train'} | (
+            {'benchmarks'} if script == 'bench' else set()
+        )
         assert tops(imports_of(ROOT / f'{script}.py')) <= allowed, script
 
 
 def test_the_model_imports_nothing_of_the_project_but_what_generate_hands_over_to():
     tree = ast.parse((ROOT / 'model.py').read_text(encoding='utf-8'))
-    generates = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == 'generate']
+    generates = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == 'generate'
+    ]
     inside = set().union(*map(imports, generates))
     assert imports(tree) == inside <= {'nib.generation'}
 
@@ -67,7 +79,7 @@ def test_no_modules_import_each_other_in_a_circle():
     done = set()
 
     def visit(name, way):
-        assert name not in way, ' -> '.join([*way[way.index(name):], name])
+        assert name not in way, ' -> '.join([*way[way.index(name) :], name])
         if name not in done:
             for other in sorted(arrows.get(name, ())):
                 visit(other, [*way, name])
@@ -91,8 +103,14 @@ def test_every_room_is_in_the_package():
         assert f'"{module_name(room / "x.py").removesuffix(".x")}"' in listed, room
 
 
-@pytest.mark.parametrize('code', ['import runpy; runpy.run_path("data/shakespeare_char/prepare.py")',
-                                  'import runpy; runpy.run_path("data/text/prepare.py")', 'import report'])
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import runpy; runpy.run_path("data/shakespeare_char/prepare.py")',
+        'import runpy; runpy.run_path("data/text/prepare.py")',
+        'import report',
+    ],
+)
 def test_a_prepare_script_and_report_load_no_torch(code):
     """They answer at once, even when torch takes seconds to import."""
     done = run_script('-c', f'import sys; {code}; sys.exit("torch" in sys.modules)')

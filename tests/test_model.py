@@ -1,21 +1,25 @@
 """The model against transformers' GPT-2 and Qwen3, and against arithmetic by hand."""
+
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 from torch.nn import functional as F
 
 import model as model_file
 from model import GPT, GPTConfig, attend_in_blocks
-from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_logits_equal_transformers_gpt2(bias):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     model = make_model(GPTConfig(**{**vars(SMALL), 'bias': bias}))
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=3, n_head=4)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=3, n_head=4)
+    ).eval()
     weights = model.state_dict()
     copied = {}
     for name, parameter in theirs.transformer.state_dict().items():
@@ -23,7 +27,9 @@ def test_logits_equal_transformers_gpt2(bias):
         if ours is None:
             assert not bias and name.endswith('.bias'), f'{name} has no counterpart'
             ours = torch.zeros_like(parameter)  # no bias is a bias of zero
-        transposed = any(part in name for part in ('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # their Conv1D
+        transposed = any(
+            part in name for part in ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+        )  # their Conv1D
         copied[name] = ours.t() if transposed else ours
     theirs.transformer.load_state_dict(copied)
     assert len(weights) == len([name for name in copied if bias or not name.endswith('.bias')])
@@ -36,22 +42,52 @@ def test_logits_equal_transformers_gpt2(bias):
 def test_logits_equal_transformers_qwen3(tied, n_kv_head):
     """Rotary positions, RMSNorm, SwiGLU, query-key norm and shared key and value heads are what transformers calls Qwen3."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    model = make_model(GPTConfig(**{**vars(MODERN), 'tied_head': tied, 'n_kv_head': n_kv_head, 'rotary_base': 500.0}))
-    theirs = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=model.config.mlp_width, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=n_kv_head or 4, head_dim=8, max_position_embeddings=16, rms_norm_eps=1e-6, attention_bias=False,
-        rope_parameters={'rope_type': 'default', 'rope_theta': 500.0}, tie_word_embeddings=tied)).eval()
+
+    model = make_model(
+        GPTConfig(
+            **{**vars(MODERN), 'tied_head': tied, 'n_kv_head': n_kv_head, 'rotary_base': 500.0}
+        )
+    )
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=model.config.mlp_width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=n_kv_head or 4,
+            head_dim=8,
+            max_position_embeddings=16,
+            rms_norm_eps=1e-6,
+            attention_bias=False,
+            rope_parameters={'rope_type': 'default', 'rope_theta': 500.0},
+            tie_word_embeddings=tied,
+        )
+    ).eval()
     weights, copied = model.state_dict(), {}
-    same = {'ln_1.weight': 'input_layernorm', 'ln_2.weight': 'post_attention_layernorm', 'attn.q_norm.weight': 'self_attn.q_norm',
-            'attn.k_norm.weight': 'self_attn.k_norm', 'attn.c_proj.weight': 'self_attn.o_proj', 'mlp.c_proj.weight': 'mlp.down_proj'}
+    same = {
+        'ln_1.weight': 'input_layernorm',
+        'ln_2.weight': 'post_attention_layernorm',
+        'attn.q_norm.weight': 'self_attn.q_norm',
+        'attn.k_norm.weight': 'self_attn.k_norm',
+        'attn.c_proj.weight': 'self_attn.o_proj',
+        'mlp.c_proj.weight': 'mlp.down_proj',
+    }
     for i in range(3):
         ours, layer = f'transformer.h.{i}.', f'model.layers.{i}.'
         for name, counterpart in same.items():
             copied[f'{layer}{counterpart}.weight'] = weights[ours + name]
-        q, k, v = weights[ours + 'attn.c_attn.weight'].split([32, 8 * (n_kv_head or 4), 8 * (n_kv_head or 4)])
+        q, k, v = weights[ours + 'attn.c_attn.weight'].split(
+            [32, 8 * (n_kv_head or 4), 8 * (n_kv_head or 4)]
+        )
         gate, up = weights[ours + 'mlp.c_fc.weight'].chunk(2)
-        for name, part in {'self_attn.q_proj': q, 'self_attn.k_proj': k, 'self_attn.v_proj': v, 'mlp.gate_proj': gate,
-                           'mlp.up_proj': up}.items():
+        for name, part in {
+            'self_attn.q_proj': q,
+            'self_attn.k_proj': k,
+            'self_attn.v_proj': v,
+            'mlp.gate_proj': gate,
+            'mlp.up_proj': up,
+        }.items():
             copied[f'{layer}{name}.weight'] = part
     copied['model.embed_tokens.weight'] = weights['transformer.wte.weight']
     copied['model.norm.weight'] = weights['transformer.ln_f.weight']
@@ -67,7 +103,9 @@ def test_logits_equal_transformers_qwen3(tied, n_kv_head):
 def test_a_later_token_has_no_influence_on_an_earlier_logit(config):
     model = make_model(config)
     embedded = []
-    model.transformer.wte.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    model.transformer.wte.register_forward_hook(
+        lambda module, args, out: embedded.append(out) or out.retain_grad()
+    )
     model(torch.randint(61, (1, 16)))[0, 5].sum().backward()
     influence = embedded[0].grad[0].abs().sum(dim=-1)
     assert (influence[:6] > 0).all()
@@ -78,7 +116,17 @@ def test_a_later_token_has_no_influence_on_an_earlier_logit(config):
 def test_a_fresh_model_knows_nothing(config):
     for vocab_size in (65, 5000):
         torch.manual_seed(1)
-        model = GPT(GPTConfig(**{**vars(config), 'vocab_size': vocab_size, 'block_size': 32, 'n_layer': 4, 'n_embd': 128}))
+        model = GPT(
+            GPTConfig(
+                **{
+                    **vars(config),
+                    'vocab_size': vocab_size,
+                    'block_size': 32,
+                    'n_layer': 4,
+                    'n_embd': 128,
+                }
+            )
+        )
         ids = torch.randint(vocab_size, (8, 33))
         loss = model(ids[:, :-1], ids[:, 1:]).item()
         assert abs(loss / math.log(vocab_size) - 1) < 0.03
@@ -88,15 +136,21 @@ def test_with_zero_init_every_block_begins_as_the_identity():
     model = GPT(replace(SMALL, zero_init=True)).eval()
     ids = torch.randint(SMALL.vocab_size, (2, 8))
     embedded = model.transformer.wte(ids) + model.transformer.wpe.weight[:8]
-    torch.testing.assert_close(model._hidden(ids, torch.arange(8)), model.transformer.ln_f(embedded))
-    assert {name.split('.')[-2] for name, p in model.named_parameters() if p.dim() == 2 and not p.any()} == {'c_proj'}
+    torch.testing.assert_close(
+        model._hidden(ids, torch.arange(8)), model.transformer.ln_f(embedded)
+    )
+    assert {
+        name.split('.')[-2] for name, p in model.named_parameters() if p.dim() == 2 and not p.any()
+    } == {'c_proj'}
 
 
 @pytest.mark.parametrize('T, heads, kv_heads', [(1, 2, 2), (40, 6, 3), (256, 2, 1), (600, 4, 4)])
 def test_attention_in_blocks_is_attention(T, heads, kv_heads):
     """In float64 to rounding, values and gradients; in bfloat16 as near to it as a few roundings."""
     torch.manual_seed(0)
-    q, k, v, g = (torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads))
+    q, k, v, g = (
+        torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads)
+    )
 
     def run(attend, dtype):
         inputs = [part.to(dtype, copy=True).requires_grad_() for part in (q, k, v)]
@@ -104,7 +158,10 @@ def test_attention_in_blocks_is_attention(T, heads, kv_heads):
         y.backward(g.to(dtype))
         return [y.detach().double(), *(part.grad.double() for part in inputs)]
 
-    exact = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), torch.float64)
+    exact = run(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        torch.float64,
+    )
     for ours, expected in zip(run(attend_in_blocks, torch.float64), exact):
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
     for ours, expected in zip(run(attend_in_blocks, torch.bfloat16), exact):
@@ -116,7 +173,9 @@ def test_bfloat16_on_a_cpu_attends_in_blocks_and_drops_out(monkeypatch):
     torch.manual_seed(0)
     model, ids = GPT(MODERN), torch.randint(MODERN.vocab_size, (4, 17))
     calls = []
-    monkeypatch.setattr('model.attend_in_blocks', lambda *args: calls.append(args[3]) or attend_in_blocks(*args))
+    monkeypatch.setattr(
+        'model.attend_in_blocks', lambda *args: calls.append(args[3]) or attend_in_blocks(*args)
+    )
     gradients = []
     for enabled in (False, True):
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
@@ -129,15 +188,23 @@ def test_bfloat16_on_a_cpu_attends_in_blocks_and_drops_out(monkeypatch):
     assert rounded_loss == pytest.approx(loss, rel=5e-3)
     assert (rounded - exact).norm() < 0.05 * exact.norm()
     ones = torch.ones(1, 1, 64, 8)
-    kept = attend_in_blocks(ones, ones, ones, 0.5)[0, 0, -1, 0]  # of 64 equal probabilities half are dropped, the rest doubled
-    assert kept.item() == pytest.approx(1.0, abs=0.4) and (kept.item() * 32) % 1 == pytest.approx(0, abs=1e-4) and kept != 1.0
+    kept = attend_in_blocks(ones, ones, ones, 0.5)[
+        0, 0, -1, 0
+    ]  # of 64 equal probabilities half are dropped, the rest doubled
+    assert (
+        kept.item() == pytest.approx(1.0, abs=0.4)
+        and (kept.item() * 32) % 1 == pytest.approx(0, abs=1e-4)
+        and kept != 1.0
+    )
 
 
 def test_residual_projections_start_smaller_by_depth():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=100, block_size=8, n_layer=8, n_head=4, n_embd=256))
     for block in model.transformer.h:
-        assert block.attn.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        assert block.attn.c_proj.weight.std().item() == pytest.approx(
+            0.02 / math.sqrt(16), rel=0.05
+        )
         assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
         assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
@@ -149,14 +216,21 @@ def test_loss_is_the_mean_negative_log_probability_of_the_targets_that_count():
     targets[0, :9] = -1
     with torch.no_grad():
         probabilities = model(ids).double().softmax(dim=-1)
-        by_hand = [-math.log(probabilities[b, t, targets[b, t]]) for b in range(2) for t in range(16) if targets[b, t] >= 0]
+        by_hand = [
+            -math.log(probabilities[b, t, targets[b, t]])
+            for b in range(2)
+            for t in range(16)
+            if targets[b, t] >= 0
+        ]
         assert model(ids, targets).item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
 
 
 def test_parameter_counts():
     with torch.device('meta'):
         gpt2 = GPT(GPTConfig())
-        baby = GPT(GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False))
+        baby = GPT(
+            GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
+        )
     assert gpt2.num_params() == 124_439_808
     assert gpt2.num_params(positions=False) == 124_439_808 - 1024 * 768
     assert f'{baby.num_params(positions=False) / 1e6:.2f}' == '10.65'
@@ -195,13 +269,20 @@ def test_the_loss_in_chunks_of_bfloat16_follows_float32s(monkeypatch):
         found.append((loss.item(), model.transformer.wte.weight.grad.clone()))
         model.zero_grad()
     (loss, exact), (rounded_loss, rounded) = found
-    assert rounded_loss == pytest.approx(loss, rel=2e-3) and (rounded - exact).norm() < 0.03 * exact.norm()
+    assert (
+        rounded_loss == pytest.approx(loss, rel=2e-3)
+        and (rounded - exact).norm() < 0.03 * exact.norm()
+    )
 
 
 @pytest.mark.slow
 def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
     monkeypatch.setattr(model_file, 'LOSS_CHUNK', 30 * 97)
-    x, weight, targets = torch.randn(40, 8), torch.randn(97, 8, requires_grad=True), torch.randint(97, (40,))
+    x, weight, targets = (
+        torch.randn(40, 8),
+        torch.randn(97, 8, requires_grad=True),
+        torch.randint(97, (40,)),
+    )
 
     def loss(x, weight):
         return model_file.ChunkedLoss.apply(x, weight, targets, 0.0, True, model_file.LOSS_CHUNK)
@@ -255,11 +336,21 @@ def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
 def test_flops_by_layer_add_up_to_the_formula_for_the_whole(config):
     with torch.device('meta'):
-        model = GPT(GPTConfig(**{**vars(config), 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'block_size': 1024}))
+        model = GPT(
+            GPTConfig(
+                **{**vars(config), 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'block_size': 1024}
+            )
+        )
     layers = model.flops_per_token()
     embedding = 'wte' if not config.tied_head else 'wpe'  # looked up, not multiplied
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and embedding not in n and 'wpe' not in n)
-    assert 3 * sum(layers.values()) == 6 * matrices + 12 * 12 * 768 * 1024  # PaLM, appendix B: 6N + 12LHQT
+    matrices = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if p.dim() == 2 and embedding not in n and 'wpe' not in n
+    )
+    assert (
+        3 * sum(layers.values()) == 6 * matrices + 12 * 12 * 768 * 1024
+    )  # PaLM, appendix B: 6N + 12LHQT
     assert len(layers) == 2 * 12 + 1
 
 
@@ -277,10 +368,23 @@ def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
         model.crop_block_size(9)
 
 
-@pytest.mark.parametrize('broken', [
-    dict(n_embd=30), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-1), dict(n_kv_head=3), dict(n_kv_head=-1),
-    dict(position='absolute'), dict(mlp='relu'), dict(norm='batch'), dict(n_embd=20, position='rotary'), dict(logit_cap=-1.0),
-    dict(rotary_base=0.0, position='rotary')])
+@pytest.mark.parametrize(
+    'broken',
+    [
+        dict(n_embd=30),
+        dict(n_layer=0),
+        dict(dropout=1.0),
+        dict(vocab_size=-1),
+        dict(n_kv_head=3),
+        dict(n_kv_head=-1),
+        dict(position='absolute'),
+        dict(mlp='relu'),
+        dict(norm='batch'),
+        dict(n_embd=20, position='rotary'),
+        dict(logit_cap=-1.0),
+        dict(rotary_base=0.0, position='rotary'),
+    ],
+)
 def test_a_config_that_cannot_be_names_its_field(broken):
     with pytest.raises(ValueError, match=next(iter(broken))):
         GPTConfig(**{**vars(SMALL), **broken})

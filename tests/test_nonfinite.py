@@ -1,4 +1,5 @@
 """Steps whose loss or gradients are not finite: they never reach the weights, on any rank, and the run ends as it should."""
+
 import math
 import re
 
@@ -29,25 +30,37 @@ def poison(monkeypatch):
             if step in steps and what == 'loss':
                 return loss * math.nan
             if step in steps:
-                t.raw_model.transformer.h[1].mlp.c_proj.weight.grad[0, 0] = {'gradient': math.inf, 'NaN gradient': math.nan}[what]
+                t.raw_model.transformer.h[1].mlp.c_proj.weight.grad[0, 0] = {
+                    'gradient': math.inf,
+                    'NaN gradient': math.nan,
+                }[what]
             return loss
+
         monkeypatch.setattr(training, 'accumulate_gradients', poisoned)
         return computed
+
     return poison
 
 
 def tensors_at(out_dir, step):
-    return {f'{kind}/{name}': value for kind, tensors in store.load(out_dir, str(step))[1].items()
-            for name, value in tensors.items()}
+    return {
+        f'{kind}/{name}': value
+        for kind, tensors in store.load(out_dir, str(step))[1].items()
+        for name, value in tensors.items()
+    }
 
 
 def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 @pytest.mark.parametrize('what', ['loss', 'gradient', 'NaN gradient'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(train_here, poison, tmp_path, what, dtype):
+def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(
+    train_here, poison, tmp_path, what, dtype
+):
     poison({5, 8, 9}, what)
     done = train_here(tmp_path / 'run', *EVERY_STEP, f'--dtype={dtype}', '--max_iters=12')
     assert done.returncode == 0
@@ -56,19 +69,28 @@ def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(trai
         assert equal(before, after) == (step in (5, 8, 9)), step
         assert all(value.isfinite().all() for value in after.values())
     counted = dtype != 'float16' or what == 'loss'  # in float16 the scaler's ordinary business
-    assert [int(step) for step in re.findall(r'step (\d+): loss or gradients not finite: not applied', done.stderr)] == (
-        [6, 9, 10] if counted else [])
+    assert [
+        int(step)
+        for step in re.findall(
+            r'step (\d+): loss or gradients not finite: not applied', done.stderr
+        )
+    ] == ([6, 9, 10] if counted else [])
 
 
 @pytest.mark.parametrize('log_interval', [1, 7, 1000])
-def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_them(train_here, poison, tmp_path, log_interval):
+def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_them(
+    train_here, poison, tmp_path, log_interval
+):
     """However late the run looks: good steps that follow change nothing any more."""
     poison({2, 3, 12, 13, 14}, 'gradient')
     done = train_here(tmp_path / 'run', f'--log_interval={log_interval}')
     assert done.returncode == 3
     line = next(line for line in done.stderr.splitlines() if ': not_finite, critical: ' in line)
     assert ': not_finite, critical: step 15: loss or gradients not finite, 3 steps in a row' in line
-    assert 'parameters affected: transformer.h.1.mlp.c_proj.weight.' in line and 'the checkpoint of step 10 in' in done.stderr
+    assert (
+        'parameters affected: transformer.h.1.mlp.c_proj.weight.' in line
+        and 'the checkpoint of step 10 in' in done.stderr
+    )
     found, tensors = store.load(tmp_path / 'run')
     assert found.step == 10 and all(value.isfinite().all() for value in tensors['model'].values())
     assert sorted(path.name for path in (tmp_path / 'run').glob('step-*')) == ['step-00000010']
@@ -78,7 +100,10 @@ def test_bad_steps_in_a_row_are_counted_over_a_resume(train_here, poison, tmp_pa
     poison({8, 9, 10}, 'loss')
     assert train_here(tmp_path / 'run', '--max_iters=10').returncode == 0
     done = train_here(tmp_path / 'run', '--init_from=resume')
-    assert done.returncode == 3 and 'step 11: loss or gradients not finite, 3 steps in a row' in done.stderr
+    assert (
+        done.returncode == 3
+        and 'step 11: loss or gradients not finite, 3 steps in a row' in done.stderr
+    )
 
 
 def test_max_bad_steps_and_skip_are_what_they_say(train_here, poison, tmp_path):
@@ -89,22 +114,43 @@ def test_max_bad_steps_and_skip_are_what_they_say(train_here, poison, tmp_path):
 
 
 def findings(out_dir):
-    return [(r['step'], str(Finding.of_record('not_finite', r['step'], r['finding/not_finite']))) for r in records(out_dir) if 'finding/not_finite' in r]
+    return [
+        (r['step'], str(Finding.of_record('not_finite', r['step'], r['finding/not_finite'])))
+        for r in records(out_dir)
+        if 'finding/not_finite' in r
+    ]
 
 
 def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path):
     poison({3, 4, 8, 9}, 'gradient')
-    done = train_here(tmp_path / 'skip', '--on_nonfinite=skip', '--max_bad_steps=1', '--log_interval=3')
-    (step, said), = findings(tmp_path / 'skip')
-    assert done.returncode == 0 and step == 9 and said.startswith(
-        'warning: 3 of 9 steps had a loss or gradients that were not finite, and were left out: the first by step 5, the last was '
-        'step 9')
+    done = train_here(
+        tmp_path / 'skip', '--on_nonfinite=skip', '--max_bad_steps=1', '--log_interval=3'
+    )
+    ((step, said),) = findings(tmp_path / 'skip')
+    assert (
+        done.returncode == 0
+        and step == 9
+        and said.startswith(
+            'warning: 3 of 9 steps had a loss or gradients that were not finite, and were left out: the first by step 5, the last was '
+            'step 9'
+        )
+    )
     assert 'stop, which says where it begins' in said
-    assert done.stderr.count('not_finite, warning: ') == 1 and re.search('verdict of the doctor: warning: .*not_finite', done.stdout)
-    again = train_here(tmp_path / 'skip', '--on_nonfinite=skip', '--init_from=resume', '--max_iters=30')
-    assert re.search('verdict of the doctor: warning: .*not_finite', again.stdout) and len(findings(tmp_path / 'skip')) == 1
+    assert done.stderr.count('not_finite, warning: ') == 1 and re.search(
+        'verdict of the doctor: warning: .*not_finite', done.stdout
+    )
+    again = train_here(
+        tmp_path / 'skip', '--on_nonfinite=skip', '--init_from=resume', '--max_iters=30'
+    )
+    assert (
+        re.search('verdict of the doctor: warning: .*not_finite', again.stdout)
+        and len(findings(tmp_path / 'skip')) == 1
+    )
     poison({3, 4}, 'gradient')
-    assert train_here(tmp_path / 'few', '--on_nonfinite=skip').returncode == 0 and findings(tmp_path / 'few') == []
+    assert (
+        train_here(tmp_path / 'few', '--on_nonfinite=skip').returncode == 0
+        and findings(tmp_path / 'few') == []
+    )
 
 
 def test_overflows_of_float16_are_no_finding(train_here, poison, tmp_path):
@@ -121,14 +167,21 @@ def test_a_warning_of_steps_left_out_gives_way_to_the_end(train_here, poison, tm
     done = train_here(tmp_path / 'run')
     found = [(step, said.partition(':')[0]) for step, said in findings(tmp_path / 'run')]
     assert done.returncode == 3 and found == [(9, 'warning'), (15, 'critical')]
-    assert 'verdict of the doctor: critical: not_finite' in done.stdout and done.stdout.count('not_finite') == 1
+    assert (
+        'verdict of the doctor: critical: not_finite' in done.stdout
+        and done.stdout.count('not_finite') == 1
+    )
 
 
 def test_rewinding_is_a_warning_where_many_steps_were_not_finite(train_here, poison, tmp_path):
     poison({12, 13, 14}, 'loss')
     train_here(tmp_path / 'run', '--on_nonfinite=rewind')
-    (step, said), = findings(tmp_path / 'run')
-    assert step == 10 and said.startswith('warning: 3 of 15 steps ') and 'the first by step 13, the last was step 15' in said
+    ((step, said),) = findings(tmp_path / 'run')
+    assert (
+        step == 10
+        and said.startswith('warning: 3 of 15 steps ')
+        and 'the first by step 13, the last was step 15' in said
+    )
 
 
 def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here, poison, tmp_path):
@@ -150,7 +203,10 @@ def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here,
 def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     computed = poison(range(12, 1000), 'gradient')
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
-    assert done.returncode == 3 and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+    assert (
+        done.returncode == 3
+        and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+    )
     assert computed[:15] == [*range(15)] and len(computed) < 15 + 3 * (guard.MAX_REWINDS + 1)
     assert store.load(tmp_path / 'run')[0].step == 10
     poison(range(3, 1000), 'gradient')
@@ -159,10 +215,15 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
 
 
 @pytest.mark.slow
-def test_rewinds_are_counted_also_where_a_checkpoint_comes_between_bad_steps(train_here, poison, tmp_path):
+def test_rewinds_are_counted_also_where_a_checkpoint_comes_between_bad_steps(
+    train_here, poison, tmp_path
+):
     poison(range(6, 1000), 'loss')
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind', '--eval_interval=1')
-    assert done.returncode == 3 and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+    assert (
+        done.returncode == 3
+        and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+    )
 
 
 def test_a_loss_scale_that_only_falls_ends_the_run(train_here, poison, tmp_path):
@@ -196,11 +257,25 @@ print(f'rank {os.environ["RANK"]}: exit {code}, finite {all(p.isfinite().all() f
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_what_is_not_finite_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path, what):
     (tmp_path / 'poisoned.py').write_text(POISONED_RANK.replace('WHAT', repr(what)))
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'poisoned.py']
-    done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--eval_interval=5',
-                      env={'PYTHONPATH': str(ROOT)})
+    launcher = [
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        tmp_path / 'poisoned.py',
+    ]
+    done = run_script(
+        *launcher,
+        *SMALL_RUN,
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path / "run"}',
+        '--eval_interval=5',
+        env={'PYTHONPATH': str(ROOT)},
+    )
     ranks = re.findall(r'rank \d: exit (\d), finite (\w+), ([0-9a-f]{64})', done.stdout)
-    assert len(ranks) == 2 and ranks[0] == ranks[1] and ranks[0][:2] == ('3', 'True'), done.stdout + done.stderr
+    assert len(ranks) == 2 and ranks[0] == ranks[1] and ranks[0][:2] == ('3', 'True'), (
+        done.stdout + done.stderr
+    )
     assert 'step 5: loss or gradients not finite: not applied' in done.stderr
     assert 'step 10: loss or gradients not finite, 3 steps in a row' in done.stderr
     assert store.load(tmp_path / 'run')[0].step == 5
@@ -217,13 +292,23 @@ def test_the_first_module_and_parameter_that_are_not_finite_are_named():
     names = guard.nonfinite_parameters(model)
     assert outputs[0] == 'transformer.h.1.mlp.c_fc' and 'transformer.h.0.attn' not in outputs
     assert 'transformer.h.1.mlp.c_fc.weight' in names
-    assert f'parameters affected: {", ".join(names[:3])} and {len(names) - 3} more' in guard.describe(outputs, names)
+    assert (
+        f'parameters affected: {", ".join(names[:3])} and {len(names) - 3} more'
+        in guard.describe(outputs, names)
+    )
     model(ids, ids)
     assert outputs.count('transformer.h.1.mlp.c_fc') == 1  # it watches no longer
 
 
-@given(st.lists(st.sampled_from([(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)]), max_size=30),
-       st.sampled_from([None, 1, 2, 3]), st.booleans(), st.integers(0, 2))
+@given(
+    st.lists(
+        st.sampled_from([(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)]),
+        max_size=30,
+    ),
+    st.sampled_from([None, 1, 2, 3]),
+    st.booleans(),
+    st.integers(0, 2),
+)
 def test_bad_steps_are_counted_as_a_plain_loop_counts_them(steps, limit, float16, before):
     bad_steps = guard.BadSteps(limit, 'cpu', float16)
     bad_steps.reset(before)

@@ -1,4 +1,5 @@
 """AdamW, Muon and clipping against figures worked by hand and against torch's own."""
+
 import math
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ def adamw_by_hand(p, gradients, lr, beta1, beta2, eps, weight_decay):
         p *= 1 - lr * weight_decay
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        p -= lr * (m / (1 - beta1 ** t)) / (math.sqrt(v / (1 - beta2 ** t)) + eps)
+        p -= lr * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + eps)
     return p
 
 
@@ -54,7 +55,9 @@ def test_many_steps_of_adamw_follow_the_algorithm():
     for gradient in gradients:
         model.weight.grad = torch.full((1, 1), gradient)
         optimizer.step(USABLE)
-    assert model.weight.item() == pytest.approx(adamw_by_hand(0.523, gradients, 0.01, 0.9, 0.95, 1e-8, 0.1), rel=1e-5)
+    assert model.weight.item() == pytest.approx(
+        adamw_by_hand(0.523, gradients, 0.01, 0.9, 0.95, 1e-8, 0.1), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize('method', ['adamw', 'muon'])
@@ -65,7 +68,9 @@ def test_weight_decay_falls_on_matrices_and_embeddings_only(method):
         p.grad = torch.zeros_like(p)
     make(model, 0.5, method, weight_decay=0.1).step(USABLE)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * 0.1 if p.dim() == 2 else 1), msg=name)
+        torch.testing.assert_close(
+            p.detach(), before[name] * (1 - 0.5 * 0.1 if p.dim() == 2 else 1), msg=name
+        )
 
 
 def test_clipping_keeps_the_direction():
@@ -105,12 +110,14 @@ def test_a_singular_value_follows_the_quintic():
     """Three iterations on 1 x 1 matrices, whose norm is their value: 1 -> 3.4445 - 4.7750 + 2.0315 = 0.701 -> ..."""
     s = 1.0
     for _ in range(3):
-        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     x = optim.orthogonalize(torch.tensor([[[-7.0]], [[0.02]]]), 3, torch.float32)
     assert x.flatten().tolist() == pytest.approx([-s, s], rel=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon to compare with')
+@pytest.mark.skipif(
+    not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon to compare with'
+)
 @pytest.mark.parametrize('iterations', [5, 3])
 def test_muon_follows_torchs_own(iterations):
     """Which takes one matrix after the other, in bfloat16: 8 steps with decay and Nesterov's momentum, square, wide and tall
@@ -118,11 +125,32 @@ def test_muon_follows_torchs_own(iterations):
     torch.manual_seed(0)
     ours, theirs = GPT(CONFIG), GPT(CONFIG)
     theirs.load_state_dict(ours.state_dict())
-    own = make(ours, 0.02, 'muon', weight_decay=0.3, momentum=0.9, iterations=iterations, lr_ratio=2.0, dtype=torch.bfloat16)
+    own = make(
+        ours,
+        0.02,
+        'muon',
+        weight_decay=0.3,
+        momentum=0.9,
+        iterations=iterations,
+        lr_ratio=2.0,
+        dtype=torch.bfloat16,
+    )
     matrices = [p for name, p in theirs.named_parameters() if p.dim() == 2 and '.h.' in name]
-    assert len(matrices) == 8 and {tuple(p.shape) for p in matrices} == {(24, 8), (8, 8), (32, 8), (8, 32)}
-    reference = torch.optim.Muon(matrices, lr=0.04, weight_decay=0.3, momentum=0.9, nesterov=True, ns_steps=iterations,
-                                 adjust_lr_fn='match_rms_adamw')
+    assert len(matrices) == 8 and {tuple(p.shape) for p in matrices} == {
+        (24, 8),
+        (8, 8),
+        (32, 8),
+        (8, 32),
+    }
+    reference = torch.optim.Muon(
+        matrices,
+        lr=0.04,
+        weight_decay=0.3,
+        momentum=0.9,
+        nesterov=True,
+        ns_steps=iterations,
+        adjust_lr_fn='match_rms_adamw',
+    )
     gradients = torch.Generator().manual_seed(1)
     for _ in range(8):
         for p, q in zip(ours.parameters(), theirs.parameters()):
@@ -132,7 +160,9 @@ def test_muon_follows_torchs_own(iterations):
         reference.step()
     by_name = dict(ours.named_parameters())
     for name, q in theirs.named_parameters():
-        if any(q is p for p in matrices):  # 8 updates of 0.04 * 0.2 * sqrt(the longer side) in bfloat16
+        if any(
+            q is p for p in matrices
+        ):  # 8 updates of 0.04 * 0.2 * sqrt(the longer side) in bfloat16
             torch.testing.assert_close(by_name[name], q, atol=3e-3, rtol=0, msg=name)
 
 
@@ -181,7 +211,9 @@ def test_state_by_name_survives_a_round_trip(method):
     second.load_state_dict(first.state_dict())
     state = {name: tensor.clone() for name, tensor in optimizer.named_state(first).items()}
     shapes = {name: tuple(p.shape) for name, p in first.named_parameters()}
-    assert all(tensor.shape in ((), shapes[name.rpartition('/')[0]]) for name, tensor in state.items())
+    assert all(
+        tensor.shape in ((), shapes[name.rpartition('/')[0]]) for name, tensor in state.items()
+    )
     restored.load_named_state(second, state)
     for model, o in ((first, optimizer), (second, restored)):
         train_a_little(model, [o], 2, seed=1)

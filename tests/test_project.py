@@ -1,4 +1,5 @@
 """The project as a whole: that what is written about it is so."""
+
 import ast
 import re
 import sys
@@ -27,11 +28,15 @@ def imported(path: Path) -> set[str]:
 
 def test_third_party_imports_are_declared():
     declared = set(re.findall(r'"([a-z_]+)[>=]', (ROOT / 'pyproject.toml').read_text()))
-    pinned = {re.match('[a-z]+', line)[0] for line in (ROOT / 'requirements.txt').read_text().split()}
+    pinned = {
+        re.match('[a-z]+', line)[0] for line in (ROOT / 'requirements.txt').read_text().split()
+    }
     assert pinned <= declared
     own = SCRIPTS | {'model', 'configurator', 'nib', 'benchmarks'}
     for path in [*ROOT.glob('*.py'), *ROOT.glob('nib/**/*.py'), *ROOT.glob('data/*/*.py')]:
-        outside = imported(path) - own - set(sys.stdlib_module_names) - {'urllib3'}  # requests brings it
+        outside = (
+            imported(path) - own - set(sys.stdlib_module_names) - {'urllib3'}
+        )  # requests brings it
         assert outside <= declared, path
 
 
@@ -48,7 +53,9 @@ def test_requirements_and_pyproject_ask_for_the_same():
     """The same packages and lower bounds; requirements*.txt may pin a version that pyproject.toml allows."""
     project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
     for key, file in (('dependencies', 'requirements.txt'), ('dev', 'requirements-dev.txt')):
-        asked = requirements(ast.literal_eval(re.search(rf'^{key} = (\[.*?\])$', project, re.M | re.S)[1]))
+        asked = requirements(
+            ast.literal_eval(re.search(rf'^{key} = (\[.*?\])$', project, re.M | re.S)[1])
+        )
         lines = (ROOT / file).read_text(encoding='utf-8').splitlines()
         installed = requirements(line for line in lines if not line.startswith('-r '))
         assert installed.keys() == asked.keys(), file
@@ -60,12 +67,25 @@ def test_requirements_and_pyproject_ask_for_the_same():
 def resolved(config, device, *flags):
     """A config file's values on a machine with this device."""
     block = configurator.read_block(str(ROOT / 'train.py'))
-    return configurator.resolve(block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}', *flags])[0]
+    return configurator.resolve(
+        block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}', *flags]
+    )[0]
 
 
 def test_configs_are_what_the_docs_say():
     def sizes(values):
-        return tuple(values[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'dropout', 'max_iters'))
+        return tuple(
+            values[key]
+            for key in (
+                'n_layer',
+                'n_head',
+                'n_embd',
+                'block_size',
+                'batch_size',
+                'dropout',
+                'max_iters',
+            )
+        )
 
     for config in ('train_shakespeare_char.py', 'modern_shakespeare_char.py', 'train_text.py'):
         assert sizes(resolved(config, 'cpu')) == (4, 4, 128, 64, 12, 0.0, 2000)
@@ -75,7 +95,12 @@ def test_configs_are_what_the_docs_say():
     assert sizes(resolved('train_gpt2.py', 'cuda')) == (12, 12, 768, 1024, 12, 0.0, 600000)
     assert resolved('train_gpt2.py', 'cuda')['gradient_accumulation_steps'] == 40
     modern = resolved('modern_shakespeare_char.py', 'cpu')
-    assert {modern[key] for key in ('position', 'norm', 'mlp', 'qk_norm')} == {'rotary', 'rms', 'swiglu', True}
+    assert {modern[key] for key in ('position', 'norm', 'mlp', 'qk_norm')} == {
+        'rotary',
+        'rms',
+        'swiglu',
+        True,
+    }
     with pytest.raises(UserError, match='dataset is empty'):
         check_config(resolved('train_text.py', 'cpu'), world_size=1)
     assert resolved('train_text.py', 'cpu', '--dataset=notes')['out_dir'] == 'out-notes'
@@ -85,4 +110,8 @@ def test_configs_are_what_the_docs_say():
 def test_a_vs_nanogpt_that_cannot_be_is_refused_on_one_line(tmp_path):
     for flags in ([], [f'--nanogpt={tmp_path}']):
         done = run_script('benchmarks/vs_nanogpt.py', *flags)
-        assert done.returncode == 2 and 'clone of karpathy/nanoGPT' in done.stderr and len(done.stderr.splitlines()) == 1
+        assert (
+            done.returncode == 2
+            and 'clone of karpathy/nanoGPT' in done.stderr
+            and len(done.stderr.splitlines()) == 1
+        )

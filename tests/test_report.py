@@ -1,4 +1,5 @@
 """A run as one page: its charts hold the records, whatever the records are, and nothing in them gets out of the text."""
+
 import itertools
 import json
 import math
@@ -27,8 +28,12 @@ from nib.report.page import SAMPLES, build_page, write_report
 
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
 VOID = {'meta', 'link', 'br', 'hr', 'img', 'input'}
-FINDING = {'severity': 'warning', 'evidence': 'the update ratio of attention is 0.02', 'causes': ['learning_rate is too high', 'beta2'],
-           'changes': ['learning_rate = 0.0003', 'beta2 = 0.99']}
+FINDING = {
+    'severity': 'warning',
+    'evidence': 'the update ratio of attention is 0.02',
+    'causes': ['learning_rate is too high', 'beta2'],
+    'changes': ['learning_rate = 0.0003', 'beta2 = 0.99'],
+}
 
 
 class Page(HTMLParser):
@@ -51,7 +56,9 @@ class Page(HTMLParser):
             self.figure = dict(attributes)['id']
 
     def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, {**dict(attributes), 'figure': self.figure if 'figure' in self.open else None}))
+        self.elements.append(
+            (tag, {**dict(attributes), 'figure': self.figure if 'figure' in self.open else None})
+        )
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -65,12 +72,21 @@ class Page(HTMLParser):
             self.shown += data
 
     def values(self, chart) -> dict[str, dict]:
-        return {series['name']: dict(zip(series['steps'], series['values'])) for series in self.charts[chart]['series']}
+        return {
+            series['name']: dict(zip(series['steps'], series['values']))
+            for series in self.charts[chart]['series']
+        }
 
     def paths(self, chart, name) -> list[str]:
         """What the paths of a class draw in a chart, but for its legend."""
-        return [attributes['d'] for tag, attributes in self.elements if tag == 'path' and attributes['figure'] == chart
-                and attributes['class'] == name and not re.fullmatch(r'M0 5L24 5|M12 5h0', attributes['d'])]
+        return [
+            attributes['d']
+            for tag, attributes in self.elements
+            if tag == 'path'
+            and attributes['figure'] == chart
+            and attributes['class'] == name
+            and not re.fullmatch(r'M0 5L24 5|M12 5h0', attributes['d'])
+        ]
 
     def of_class(self, name) -> list[dict]:
         return [attributes for _, attributes in self.elements if attributes.get('class') == name]
@@ -80,7 +96,10 @@ def write_run(folder, lines, config=None):
     """A run's folder with these records, or raw lines of bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'metrics.jsonl').write_bytes(
-        b''.join(line if isinstance(line, bytes) else json.dumps(line).encode() + b'\n' for line in lines))
+        b''.join(
+            line if isinstance(line, bytes) else json.dumps(line).encode() + b'\n' for line in lines
+        )
+    )
     if config is not None:
         (folder / 'config.json').write_text(json.dumps({'config': config, 'origins': {}}))
     return folder
@@ -95,42 +114,79 @@ def full_records(steps=40):
     lines = []
     for step in range(steps + 1):
         if step:
-            lines.append({'step': step, 'loss/step': 4 - step / 20, 'grad_norm': 1 + math.sin(step), 'learning_rate': 1e-3 / step,
-                          'mfu': 0.4, 'tokens_per_second': 1000.0 + step, 'peak_memory': 3_000_000 + step,
-                          'clipped': (step % 3) / 2, 'noise_scale': 2.0 * step,
-                          **{f'update_ratio/{group}': step / 1e4 for group in ('embedding', 'attention', 'mlp', 'head')}})
+            lines.append(
+                {
+                    'step': step,
+                    'loss/step': 4 - step / 20,
+                    'grad_norm': 1 + math.sin(step),
+                    'learning_rate': 1e-3 / step,
+                    'mfu': 0.4,
+                    'tokens_per_second': 1000.0 + step,
+                    'peak_memory': 3_000_000 + step,
+                    'clipped': (step % 3) / 2,
+                    'noise_scale': 2.0 * step,
+                    **{
+                        f'update_ratio/{group}': step / 1e4
+                        for group in ('embedding', 'attention', 'mlp', 'head')
+                    },
+                }
+            )
         if step % 10 == 0:
-            lines.append({'step': step, 'loss/train': 4 - step / 21, 'loss/val': 4 - step / 20 + (step / 40) ** 3,
-                          'bits_per_byte/val': 1.5, 'seconds/evaluation': 0.1, 'sample': f'text of step {step}',
-                          'dead_units': step / 100, 'attention_logit': 3.0 + step, 'attention_entropy': 0.5,
-                          'activation_std': 1.25})
+            lines.append(
+                {
+                    'step': step,
+                    'loss/train': 4 - step / 21,
+                    'loss/val': 4 - step / 20 + (step / 40) ** 3,
+                    'bits_per_byte/val': 1.5,
+                    'seconds/evaluation': 0.1,
+                    'sample': f'text of step {step}',
+                    'dead_units': step / 100,
+                    'attention_logit': 3.0 + step,
+                    'attention_entropy': 0.5,
+                    'activation_std': 1.25,
+                }
+            )
     return lines
 
 
 # -- what the page shows ---------------------------------------------------------------------------------------------
 
+
 def test_every_chart_holds_its_records(tmp_path):
     page = page_of(write_run(tmp_path / 'run', full_records(), {'grad_clip': 1.0}))
 
     def recorded(name, factor=1.0):
-        return {line['step']: pytest.approx(factor * line[name], rel=1e-5) for line in records(tmp_path / 'run') if name in line}
+        return {
+            line['step']: pytest.approx(factor * line[name], rel=1e-5)
+            for line in records(tmp_path / 'run')
+            if name in line
+        }
 
     groups = ('embedding', 'attention', 'mlp', 'head')
     clipped = {step: norm for step, norm in recorded('grad_norm').items() if step % 3}
     expected = {
-        'loss': {'a step\'s batch': recorded('loss/step'), 'training': recorded('loss/train'),
-                 'validation': recorded('loss/val')},
+        'loss': {
+            "a step's batch": recorded('loss/step'),
+            'training': recorded('loss/train'),
+            'validation': recorded('loss/val'),
+        },
         'learning_rate': {'learning rate': recorded('learning_rate')},
-        'gradient_norm': {'gradient norm': recorded('grad_norm'), 'clipped since the point before': clipped},
+        'gradient_norm': {
+            'gradient norm': recorded('grad_norm'),
+            'clipped since the point before': clipped,
+        },
         'update_ratios': {group: recorded(f'update_ratio/{group}') for group in groups},
         'throughput': {'tokens/s': recorded('tokens_per_second')},
         'mfu': {'MFU': recorded('mfu', 100)},
         'memory': {'memory': recorded('peak_memory', 1e-6)},
         'noise_scale': {'noise scale': recorded('noise_scale')},
-        'units': {'dead units, of the layer that has most': recorded('dead_units', 100),
-                  'attention entropy, of the largest possible': recorded('attention_entropy', 100)},
+        'units': {
+            'dead units, of the layer that has most': recorded('dead_units', 100),
+            'attention entropy, of the largest possible': recorded('attention_entropy', 100),
+        },
         'attention_logit': {'largest logit': recorded('attention_logit')},
-        'activations': {'largest of the layers': recorded('activation_std')}}
+        'activations': {'largest of the layers': recorded('activation_std')},
+    }
     assert set(page.charts) == set(expected)
     for chart, series in expected.items():
         assert page.values(chart) == series, chart
@@ -139,56 +195,114 @@ def test_every_chart_holds_its_records(tmp_path):
 def test_points_are_drawn_where_their_values_are(tmp_path):
     """From the left at step 0 to the right at the last one; heights in proportion to the values, from 0 at the bottom."""
     speeds = {0: 50.0, 10: 100.0, 30: 25.0, 40: 75.0}
-    page = page_of(write_run(tmp_path / 'run', [{'step': step, 'tokens_per_second': speed} for step, speed in speeds.items()]))
-    points = [tuple(map(float, pair.split())) for pair in page.paths('throughput', 'c0')[0].removeprefix('M').split('L')]
+    page = page_of(
+        write_run(
+            tmp_path / 'run',
+            [{'step': step, 'tokens_per_second': speed} for step, speed in speeds.items()],
+        )
+    )
+    points = [
+        tuple(map(float, pair.split()))
+        for pair in page.paths('throughput', 'c0')[0].removeprefix('M').split('L')
+    ]
     assert [x for x, _ in points] == [0, 250, 750, 1000]
     heights = [1000 - y for _, y in points]
-    assert [height / heights[1] for height in heights] == pytest.approx([0.5, 1, 0.25, 0.75], abs=1e-3)
+    assert [height / heights[1] for height in heights] == pytest.approx(
+        [0.5, 1, 0.25, 0.75], abs=1e-3
+    )
 
 
 def test_the_best_validation_loss_is_marked(tmp_path):
     losses = {0: 4.0, 10: 2.5, 20: 2.25, 40: None, 50: 3.0}
-    page = page_of(write_run(tmp_path / 'run', [{'step': step, 'loss/val': loss} for step, loss in losses.items()]))
-    assert 'best 2.2500 at step 20' in page.shown and not page.of_class('mark')  # in the legend, where it hides nothing
-    ring, = page.paths('loss', 'c0 ring')
+    page = page_of(
+        write_run(
+            tmp_path / 'run', [{'step': step, 'loss/val': loss} for step, loss in losses.items()]
+        )
+    )
+    assert 'best 2.2500 at step 20' in page.shown and not page.of_class(
+        'mark'
+    )  # in the legend, where it hides nothing
+    (ring,) = page.paths('loss', 'c0 ring')
     assert ring.startswith('M400 ')
     assert page.paths('loss', 'gap') == ['M800 0h0']  # where it was not finite
 
 
 def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
     lines = [{'step': step, 'loss/step': 2.0} for step in range(401)]
-    lines += [{'step': 100, 'finding/lr_too_high': FINDING}, {'step': 300, 'finding/odd': 'of no known form'},
-              {'step': 304, 'finding/not_finite': 'critical: loss is NaN.'}, {'step': 400, 'verdict': '3 findings: see below'}]
+    lines += [
+        {'step': 100, 'finding/lr_too_high': FINDING},
+        {'step': 300, 'finding/odd': 'of no known form'},
+        {'step': 304, 'finding/not_finite': 'critical: loss is NaN.'},
+        {'step': 400, 'verdict': '3 findings: see below'},
+    ]
     page = page_of(write_run(tmp_path / 'run', lines))
     assert page.paths('loss', 'flag warning') == ['M250 0V1000']
-    assert page.paths('loss', 'flag note') == ['M750 0V1000'] and page.paths('loss', 'flag critical') == ['M760 0V1000']
-    badges = {element['href']: element['style'] for element in page.of_class('badge warning') + page.of_class('badge note')
-              + page.of_class('badge critical') if 'href' in element}
-    assert badges == {'#finding-2': 'left:25%;top:-20px', '#finding-3': 'left:75%;top:-20px', '#finding-1': 'left:76%;top:-40px'}
-    assert [attributes['id'] for tag, attributes in page.elements if attributes.get('class', '').startswith('finding ')] == [
-        'finding-1', 'finding-2', 'finding-3']
-    assert re.findall('not_finite|lr_too_high|odd', page.shown)[-3:] == ['not_finite', 'lr_too_high', 'odd']  # the gravest first
-    for shown in ('the update ratio of attention is 0.02', 'learning_rate is too high', 'learning_rate = 0.0003', 'beta2 = 0.99',
-                  'of no known form', 'loss is NaN.', '3 findings: see below'):
+    assert page.paths('loss', 'flag note') == ['M750 0V1000'] and page.paths(
+        'loss', 'flag critical'
+    ) == ['M760 0V1000']
+    badges = {
+        element['href']: element['style']
+        for element in page.of_class('badge warning')
+        + page.of_class('badge note')
+        + page.of_class('badge critical')
+        if 'href' in element
+    }
+    assert badges == {
+        '#finding-2': 'left:25%;top:-20px',
+        '#finding-3': 'left:75%;top:-20px',
+        '#finding-1': 'left:76%;top:-40px',
+    }
+    assert [
+        attributes['id']
+        for tag, attributes in page.elements
+        if attributes.get('class', '').startswith('finding ')
+    ] == ['finding-1', 'finding-2', 'finding-3']
+    assert re.findall('not_finite|lr_too_high|odd', page.shown)[-3:] == [
+        'not_finite',
+        'lr_too_high',
+        'odd',
+    ]  # the gravest first
+    for shown in (
+        'the update ratio of attention is 0.02',
+        'learning_rate is too high',
+        'learning_rate = 0.0003',
+        'beta2 = 0.99',
+        'of no known form',
+        'loss is NaN.',
+        '3 findings: see below',
+    ):
         assert page.shown.count(shown) == 1, shown
     assert page.of_class('verdict critical')  # the colour of the worst
-    found, = [one for one in history.read_run(tmp_path / 'run').findings() if one.name == 'lr_too_high']
+    (found,) = [
+        one for one in history.read_run(tmp_path / 'run').findings() if one.name == 'lr_too_high'
+    ]
     assert (found.severity, found.evidence) == ('warning', 'the update ratio of attention is 0.02')
-    assert found.causes == ('learning_rate is too high', 'beta2') and found.changes == ('learning_rate = 0.0003', 'beta2 = 0.99')
+    assert found.causes == ('learning_rate is too high', 'beta2') and found.changes == (
+        'learning_rate = 0.0003',
+        'beta2 = 0.99',
+    )
 
 
 def test_findings_of_older_runs_are_sentences(tmp_path):
     said = 'warning: the ratio is 0.02. Likely causes, the likeliest first: beta2. Change: beta2 = 0.99'
     folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/lr_too_high': said}])
-    found, = history.read_run(folder).findings()
-    assert (found.name, found.step, found.severity, found.evidence) == ('lr_too_high', 100, 'warning', said.partition(': ')[2])
+    (found,) = history.read_run(folder).findings()
+    assert (found.name, found.step, found.severity, found.evidence) == (
+        'lr_too_high',
+        100,
+        'warning',
+        said.partition(': ')[2],
+    )
     assert 'the ratio is 0.02' in page_of(folder).shown
 
 
-@pytest.mark.parametrize('recorded', [{}, {'severity': 'odd', 'evidence': 3, 'causes': 'x', 'changes': [1, None]}, 'words', ''])
+@pytest.mark.parametrize(
+    'recorded',
+    [{}, {'severity': 'odd', 'evidence': 3, 'causes': 'x', 'changes': [1, None]}, 'words', ''],
+)
 def test_a_damaged_finding_is_shown_as_far_as_it_goes(tmp_path, recorded):
     folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/odd': recorded}])
-    found, = history.read_run(folder).findings()
+    (found,) = history.read_run(folder).findings()
     assert found.severity == 'note' and page_of(folder).of_class('badge note')
 
 
@@ -196,91 +310,197 @@ def test_a_verdict_is_of_the_step_where_it_was_given(tmp_path):
     lines = [{'step': 10, 'verdict': 'healthy: all well'}]
     page = page_of(write_run(tmp_path / 'run', lines))
     assert page.of_class('verdict healthy') and 'at step 10: healthy' not in page.shown
-    assert 'at step 10: healthy' in page_of(write_run(tmp_path / 'run', [*lines, {'step': 20, 'loss/step': 1.0}])).shown
-    assert page_of(write_run(tmp_path / 'run', [{'step': 1, 'loss/step': 1.0}])).of_class('verdict unknown')
+    assert (
+        'at step 10: healthy'
+        in page_of(write_run(tmp_path / 'run', [*lines, {'step': 20, 'loss/step': 1.0}])).shown
+    )
+    assert page_of(write_run(tmp_path / 'run', [{'step': 1, 'loss/step': 1.0}])).of_class(
+        'verdict unknown'
+    )
 
 
 def test_samples_of_the_first_and_last_evaluation_and_some_between(tmp_path):
-    page = page_of(write_run(tmp_path / 'run', [{'step': step, 'sample': f'sample-{step}.'} for step in range(0, 1001, 50)]))
+    page = page_of(
+        write_run(
+            tmp_path / 'run',
+            [{'step': step, 'sample': f'sample-{step}.'} for step in range(0, 1001, 50)],
+        )
+    )
     shown = [int(step) for step in re.findall(r'sample-(\d+)\.', page.shown)]
-    assert shown[0] == 0 and shown[-1] == 1000 and len(shown) == SAMPLES and sorted(set(shown)) == shown
+    assert (
+        shown[0] == 0
+        and shown[-1] == 1000
+        and len(shown) == SAMPLES
+        and sorted(set(shown)) == shown
+    )
 
 
 def test_config_shows_what_differs_from_the_defaults(tmp_path):
     folder = write_run(tmp_path / 'run', [])
     values = {**DEFAULTS, 'n_layer': 3, 'device': 'cpu', 'dtype': 'float32', 'ranks': 1}
-    (folder / 'config.json').write_text(json.dumps({'config': values, 'origins': {
-        'n_layer': 'config/small.py:3', 'device': 'default (auto)', 'dtype': 'command line'}}))
+    (folder / 'config.json').write_text(
+        json.dumps(
+            {
+                'config': values,
+                'origins': {
+                    'n_layer': 'config/small.py:3',
+                    'device': 'default (auto)',
+                    'dtype': 'command line',
+                },
+            }
+        )
+    )
     source = build_page(history.read_runs([folder]), DEFAULTS)
     changed, rest = source.split('<details')
-    rows = {key: re.findall('<td.*?>(.*?)</td>', row) for key, row in re.findall('<tr><th>(.*?)</th>(.*?)</tr>', changed)}
+    rows = {
+        key: re.findall('<td.*?>(.*?)</td>', row)
+        for key, row in re.findall('<tr><th>(.*?)</th>(.*?)</tr>', changed)
+    }
     assert rows.keys() - {'key'} == {'n_layer', 'dtype'}
-    assert rows['n_layer'] == ['<code>3</code>', f'<code>{DEFAULTS["n_layer"]}</code>', 'config/small.py:3']
-    assert set(re.findall('<tr><th>(.*?)</th>', rest)) - {'key'} == values.keys() - {'n_layer', 'dtype'}
+    assert rows['n_layer'] == [
+        '<code>3</code>',
+        f'<code>{DEFAULTS["n_layer"]}</code>',
+        'config/small.py:3',
+    ]
+    assert set(re.findall('<tr><th>(.*?)</th>', rest)) - {'key'} == values.keys() - {
+        'n_layer',
+        'dtype',
+    }
 
 
 def test_config_shows_what_a_resumed_run_has_changed(tmp_path):
     folder = write_run(tmp_path / 'run', [])
-    for changes, shown in (([{'step': 2000, 'changes': {'max_iters': [10, 20], 'dtype': ['auto', 'float32']}}], True),
-                           ([3], False), ({'step': 1}, False), ([{'step': 1, 'changes': {'max_iters': 3}}], False)):
-        (folder / 'config.json').write_text(json.dumps({'config': {'max_iters': 20}, 'changes': changes}))
+    for changes, shown in (
+        ([{'step': 2000, 'changes': {'max_iters': [10, 20], 'dtype': ['auto', 'float32']}}], True),
+        ([3], False),
+        ({'step': 1}, False),
+        ([{'step': 1, 'changes': {'max_iters': 3}}], False),
+    ):
+        (folder / 'config.json').write_text(
+            json.dumps({'config': {'max_iters': 20}, 'changes': changes})
+        )
         line = "resumed at step 2,000 with max_iters 10 -> 20, dtype 'auto' -> 'float32'"
-        assert (line in page_of(folder).shown) == shown and ('resumed' in page_of(folder).shown) == shown
+        assert (line in page_of(folder).shown) == shown and (
+            'resumed' in page_of(folder).shown
+        ) == shown
 
 
 def test_several_runs_are_drawn_over_each_other(tmp_path):
-    first = write_run(tmp_path / 'a', [{'step': 10, 'loss/val': 2.0}, {'step': 20, 'loss/val': 1.5}], {'n_layer': 2, 'seed': 1})
-    second = write_run(tmp_path / 'b', [{'step': 40, 'loss/val': 3.0}, {'step': 5, 'finding/plateau': FINDING}],
-                       {'n_layer': 4, 'seed': 1})
+    first = write_run(
+        tmp_path / 'a',
+        [{'step': 10, 'loss/val': 2.0}, {'step': 20, 'loss/val': 1.5}],
+        {'n_layer': 2, 'seed': 1},
+    )
+    second = write_run(
+        tmp_path / 'b',
+        [{'step': 40, 'loss/val': 3.0}, {'step': 5, 'finding/plateau': FINDING}],
+        {'n_layer': 4, 'seed': 1},
+    )
     page = page_of(first, second)
     assert page.values('loss') == {'a: validation': {10: 2.0, 20: 1.5}, 'b: validation': {40: 3.0}}
     assert len({series['colour'] for series in page.charts['loss']['series']}) == 2
     assert page.charts['loss']['flags'] == [[5, '1 b: plateau', 'warning']]
-    assert len(page.of_class('apart')) == 1 and len(page.paths('loss', 'c0 ring') + page.paths('loss', 'c1 ring')) == 2
+    assert (
+        len(page.of_class('apart')) == 1
+        and len(page.paths('loss', 'c0 ring') + page.paths('loss', 'c1 ring')) == 2
+    )
     copy = shutil.copytree(second, tmp_path / 'other' / 'b')
-    assert set(page_of(second, copy).values('loss')) == {f'{second}: validation', f'{copy}: validation'}
+    assert set(page_of(second, copy).values('loss')) == {
+        f'{second}: validation',
+        f'{copy}: validation',
+    }
 
 
 # -- whatever the records are ----------------------------------------------------------------------------------------
 
+
 def test_nothing_in_the_files_gets_out_of_the_text(tmp_path):
     evil = '</script></pre><script>alert("x")</script><img src=https://example.com/x onerror=alert(1)>\x00\x1b[31m\ud800'
-    lines = [{'step': 1, 'loss/step': 1.0, 'sample': evil, 'verdict': evil, f'finding/{evil}': evil,
-              'finding/b': {'severity': 'critical', 'evidence': evil, 'causes': [evil], 'changes': [evil]}}]
+    lines = [
+        {
+            'step': 1,
+            'loss/step': 1.0,
+            'sample': evil,
+            'verdict': evil,
+            f'finding/{evil}': evil,
+            'finding/b': {
+                'severity': 'critical',
+                'evidence': evil,
+                'causes': [evil],
+                'changes': [evil],
+            },
+        }
+    ]
     folder = write_run(tmp_path / '<b>run', lines, {'out_dir': evil, evil: 1})
-    plain = page_of(write_run(tmp_path / 'plain', [{'step': 1, 'loss/step': 1.0}], {'out_dir': 'out'}))
+    plain = page_of(
+        write_run(tmp_path / 'plain', [{'step': 1, 'loss/step': 1.0}], {'out_dir': 'out'})
+    )
     page = page_of(folder)
     assert [tag for tag, _ in page.elements if tag in ('script', 'img', 'b')] == [
-        tag for tag, _ in plain.elements if tag in ('script', 'img', 'b')]
+        tag for tag, _ in plain.elements if tag in ('script', 'img', 'b')
+    ]
     assert page.scripts[-1] == plain.scripts[-1]
     assert not any(name.startswith('on') for _, attributes in page.elements for name in attributes)
-    assert page.shown.count('alert("x")') >= 7 and '\x00' not in page.shown and '\x1b' not in page.shown
+    assert (
+        page.shown.count('alert("x")') >= 7
+        and '\x00' not in page.shown
+        and '\x1b' not in page.shown
+    )
     assert write_report([folder], DEFAULTS, tmp_path / 'page.html') == 0
     assert Page((tmp_path / 'page.html').read_text(encoding='utf-8')).shown.count('alert("x")') >= 7
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
-    folder = write_run(tmp_path / 'run', [*full_records(), {'step': 3, 'finding/a': FINDING}], {'n_layer': 1})
+    folder = write_run(
+        tmp_path / 'run', [*full_records(), {'step': 3, 'finding/a': FINDING}], {'n_layer': 1}
+    )
     source = build_page(history.read_runs([folder]), DEFAULTS)
-    assert not re.search(r'https?:|//[a-z]|@import|url\(', source.replace('// Shows', '').replace('// on', ''))
+    assert not re.search(
+        r'https?:|//[a-z]|@import|url\(', source.replace('// Shows', '').replace('// on', '')
+    )
     for _, attributes in Page(source).elements:
         assert attributes.get('href', '#').startswith(('#', 'data:')) and 'src' not in attributes
 
 
 def test_damaged_lines_are_left_out_and_counted(tmp_path):
-    damaged = [b'{"step": 2, "loss/st\n', b'\xff\xfe\x00\n', b'[1, 2]\n', b'{"loss/step": 1}\n', b'{"step": true}\n',
-               b'{"step": -1}\n', b'{"step": 1.5}\n', b'{"step": ' + b'9' * 40 + b'}\n', b'[' * 100_000 + b'\n', b'null\n',
-               b'"step"\n']
-    good = [{'step': 1, 'loss/step': 3.0}, b'\n', b'{"step": 3, "loss/step": NaN, "grad_norm": -Infinity, "mfu": 1' + b'0' * 400
-            + b', "clipped": [1], "x": true}\n', {'step': 4, 'loss/step': 2.0}]
-    run = history.read_run(write_run(tmp_path / 'run', [good[0], *damaged, *good[1:], b'{"step": 5, "lo']))
+    damaged = [
+        b'{"step": 2, "loss/st\n',
+        b'\xff\xfe\x00\n',
+        b'[1, 2]\n',
+        b'{"loss/step": 1}\n',
+        b'{"step": true}\n',
+        b'{"step": -1}\n',
+        b'{"step": 1.5}\n',
+        b'{"step": ' + b'9' * 40 + b'}\n',
+        b'[' * 100_000 + b'\n',
+        b'null\n',
+        b'"step"\n',
+    ]
+    good = [
+        {'step': 1, 'loss/step': 3.0},
+        b'\n',
+        b'{"step": 3, "loss/step": NaN, "grad_norm": -Infinity, "mfu": 1'
+        + b'0' * 400
+        + b', "clipped": [1], "x": true}\n',
+        {'step': 4, 'loss/step': 2.0},
+    ]
+    run = history.read_run(
+        write_run(tmp_path / 'run', [good[0], *damaged, *good[1:], b'{"step": 5, "lo'])
+    )
     assert run.unread == len(damaged)
-    assert run.numbers == {'loss/step': {1: 3.0, 3: None, 4: 2.0}, 'grad_norm': {3: None}, 'mfu': {3: None}}
+    assert run.numbers == {
+        'loss/step': {1: 3.0, 3: None, 4: 2.0},
+        'grad_norm': {3: None},
+        'mfu': {3: None},
+    }
     assert f'{len(damaged)} lines of' in page_of(tmp_path / 'run').shown
 
 
 def test_an_empty_run_has_a_page(tmp_path):
-    for folder in (write_run(tmp_path / 'no-lines', []), write_run(tmp_path / 'only-config', [], {'max_iters': 10})):
+    for folder in (
+        write_run(tmp_path / 'no-lines', []),
+        write_run(tmp_path / 'only-config', [], {'max_iters': 10}),
+    ):
         page = page_of(folder)
         assert page.charts == {} and 'No figures are recorded yet' in page.shown
     (tmp_path / 'only-config' / 'metrics.jsonl').unlink()
@@ -289,24 +509,56 @@ def test_an_empty_run_has_a_page(tmp_path):
     assert 'config.json is missing or damaged' in page_of(tmp_path / 'no-lines').shown
 
 
-names = st.sampled_from(['loss/step', 'loss/val', 'grad_norm', 'learning_rate', 'update_ratio/mlp', 'peak_memory', 'clipped',
-                         'mfu', 'sample', 'verdict', 'finding/plateau', 'step'])
-values = st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=8), st.booleans(), st.just([1]), st.just(FINDING))
+names = st.sampled_from(
+    [
+        'loss/step',
+        'loss/val',
+        'grad_norm',
+        'learning_rate',
+        'update_ratio/mlp',
+        'peak_memory',
+        'clipped',
+        'mfu',
+        'sample',
+        'verdict',
+        'finding/plateau',
+        'step',
+    ]
+)
+values = st.one_of(
+    st.floats(),
+    st.integers(),
+    st.none(),
+    st.text(max_size=8),
+    st.booleans(),
+    st.just([1]),
+    st.just(FINDING),
+)
 
 
-@given(st.lists(st.dictionaries(names, values, max_size=6), max_size=8),
-       st.dictionaries(st.sampled_from(['max_iters', 'grad_clip', 'optimizer', 'n_layer']), values))
+@given(
+    st.lists(st.dictionaries(names, values, max_size=6), max_size=8),
+    st.dictionaries(st.sampled_from(['max_iters', 'grad_clip', 'optimizer', 'n_layer']), values),
+)
 def test_any_record_has_its_place(tmp_path_factory, lines, config):
     folder = write_run(tmp_path_factory.getbasetemp() / 'any', lines, config)
     for page in (page_of(folder), page_of(folder, folder)):
         for chart in page.charts.values():
-            assert all(value is None or math.isfinite(value) for series in chart['series'] for value in series['values'])
+            assert all(
+                value is None or math.isfinite(value)
+                for series in chart['series']
+                for value in series['values']
+            )
 
 
 def test_a_run_of_one_record_shows_its_values_as_dots(tmp_path):
-    page = page_of(write_run(tmp_path / 'run', [{'step': 7, 'loss/val': 2.0, 'learning_rate': 0.1}]))
+    page = page_of(
+        write_run(tmp_path / 'run', [{'step': 7, 'loss/val': 2.0, 'learning_rate': 0.1}])
+    )
     assert page.values('loss') == {'validation': {7: 2.0}}
-    assert [path.split()[0] for path in page.paths('learning_rate', 'c0 dot')] == ['M500']  # the axis is from 6 to 8
+    assert [path.split()[0] for path in page.paths('learning_rate', 'c0 dot')] == [
+        'M500'
+    ]  # the axis is from 6 to 8
 
 
 def test_a_long_run_is_thinned_and_keeps_its_spikes():
@@ -319,11 +571,14 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes():
     assert kept[123_450] == 9.0 and kept[200_010] == -5.0 and kept[333_330] is None
     assert all(noisy[step // 10] == value for step, value in kept.items())
     assert all(abs(value - 1) < 0.05 for value in trend.values if value is not None)
-    smooth, = Series('learning rate', steps, [1 - step / 400_000 for step in steps], look='dashed').drawn()
+    (smooth,) = Series(
+        'learning rate', steps, [1 - step / 400_000 for step in steps], look='dashed'
+    ).drawn()
     assert smooth.steps[0] == 0 and smooth.steps[-1] == 399_990 and smooth.look == 'dashed'
 
 
 # -- the parts of a chart --------------------------------------------------------------------------------------------
+
 
 @given(st.floats(-1e290, 1e290), st.floats(0, 1e290), st.booleans())
 def test_ticks_are_round_and_on_the_axis(low, room, log):
@@ -332,20 +587,31 @@ def test_ticks_are_round_and_on_the_axis(low, room, log):
     assert all(0 <= axis.share(value) <= 1 for value in values)
     ticks = axis.ticks()
     assert len(ticks) <= 16 and ticks == sorted(set(ticks))
-    assert all(axis.low - 1e-6 * abs(axis.low) <= tick <= axis.high + 1e-6 * abs(axis.high) for tick in ticks)
+    assert all(
+        axis.low - 1e-6 * abs(axis.low) <= tick <= axis.high + 1e-6 * abs(axis.high)
+        for tick in ticks
+    )
     if not axis.log:
         assert len(ticks) >= 2
         width = 10 ** (math.log10(ticks[1] - ticks[0]) % 1)
         assert min(abs(width - round_width) for round_width in (1, 2, 5, 10)) < 0.01
-        multiples = [tick / (ticks[1] - ticks[0]) for tick in ticks]  # the difference of large numbers has few exact digits
-        assert all(abs(multiple - round(multiple)) < 1e-3 + 1e-15 * multiple ** 2 for multiple in multiples)
+        multiples = [
+            tick / (ticks[1] - ticks[0]) for tick in ticks
+        ]  # the difference of large numbers has few exact digits
+        assert all(
+            abs(multiple - round(multiple)) < 1e-3 + 1e-15 * multiple**2 for multiple in multiples
+        )
 
 
 @given(st.integers(0, 1 << 50), st.integers(0, 1 << 50))
 def test_the_time_axis_has_whole_steps(first, more):
-    axis = charts.time_axis([Chart('a', 'A', '', (Series('a', (first, first + more), (1.0, 1.0)),))])
+    axis = charts.time_axis(
+        [Chart('a', 'A', '', (Series('a', (first, first + more), (1.0, 1.0)),))]
+    )
     ticks = axis.ticks(whole=True)
-    assert 2 <= len(ticks) <= 16 and all(tick == int(tick) and axis.low <= tick <= axis.high * (1 + 1e-9) for tick in ticks)
+    assert 2 <= len(ticks) <= 16 and all(
+        tick == int(tick) and axis.low <= tick <= axis.high * (1 + 1e-9) for tick in ticks
+    )
 
 
 def test_an_axis_is_logarithmic_where_values_are_far_apart():
@@ -353,11 +619,25 @@ def test_an_axis_is_logarithmic_where_values_are_far_apart():
     axis = Chart('a', 'A', '', (Series('a', range(5), (1.0, 1.0, 1.0, 1.0, 1000.0)),)).axis()
     assert axis.log and axis.share(31.62) == pytest.approx(0.5, abs=0.01)
     assert [show_number(tick) for tick in axis.ticks()] == ['1', '10', '100', '1,000']
-    assert not Chart('a', 'A', '', (Series('a', range(3), (0.0, 1.0, 1000.0)),)).axis().log  # 0 has no logarithm
+    assert (
+        not Chart('a', 'A', '', (Series('a', range(3), (0.0, 1.0, 1000.0)),)).axis().log
+    )  # 0 has no logarithm
 
 
-@pytest.mark.parametrize('value, shown', [(0, '0'), (0.0006, '0.0006'), (6e-5, '6e-5'), (2.3456789, '2.346'), (1500, '1,500'),
-                                          (30_000, '30k'), (2_500_000, '2.5M'), (1.2e20, '1.2e20'), (-12_000, '-12k')])
+@pytest.mark.parametrize(
+    'value, shown',
+    [
+        (0, '0'),
+        (0.0006, '0.0006'),
+        (6e-5, '6e-5'),
+        (2.3456789, '2.346'),
+        (1500, '1,500'),
+        (30_000, '30k'),
+        (2_500_000, '2.5M'),
+        (1.2e20, '1.2e20'),
+        (-12_000, '-12k'),
+    ],
+)
 def test_numbers_are_shown_as_people_read_them(value, shown):
     assert show_number(value) == shown
 
@@ -366,24 +646,48 @@ def test_numbers_are_shown_as_people_read_them(value, shown):
 def test_no_badge_covers_another(places):
     rows = badge_rows(places)
     for index, (place, row) in enumerate(zip(places, rows)):
-        assert all(row != other or place - before >= charts.BADGE - 1e-12 for before, other in zip(places[:index], rows))
+        assert all(
+            row != other or place - before >= charts.BADGE - 1e-12
+            for before, other in zip(places[:index], rows)
+        )
 
 
 # What the eye makes of linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
-SIGHTS = {'full': [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-          'no red': [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-          'no green': [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-          'no blue': [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}
+SIGHTS = {
+    'full': [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    'no red': [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    'no green': [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    'no blue': [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
 
 
 def linear(colour):
-    parts = [int(colour[place:place + 2], 16) / 255 for place in (1, 3, 5)]
-    return np.array([part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts])
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    return np.array(
+        [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    )
 
 
 def cielab(rgb):
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb.clip(0, 1)
-    x, y, z = (value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in xyz / (0.9505, 1, 1.089))
+    xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    ) @ rgb.clip(0, 1)
+    x, y, z = (
+        value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116
+        for value in xyz / (0.9505, 1, 1.089)
+    )
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
@@ -391,30 +695,55 @@ def cielab(rgb):
 def test_colours_are_told_apart_by_the_colour_blind(colours, ground):
     assert ground in (ROOT / 'nib/report/page.css').read_text()
     for sight in SIGHTS.values():
-        seen = [cielab(np.array(sight) @ linear(colour)) for colour in colours[:charts.NEUTRAL]]
-        assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 20
+        seen = [cielab(np.array(sight) @ linear(colour)) for colour in colours[: charts.NEUTRAL]]
+        assert (
+            min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 20
+        )
     for colour in colours:  # WCAG 2.1, 1.4.11: at least 3 for what is drawn
         darker, lighter = sorted(linear(one) @ (0.2126, 0.7152, 0.0722) for one in (colour, ground))
         assert (lighter + 0.05) / (darker + 0.05) > 3
 
 
-@pytest.mark.parametrize('optimizers, band', [(['adamw'], health.UPDATE_RATIO), (['adamw', 'muon'], health.MUON_RATIO), (['lion'], None),
-                                              (['adamw', 'lion'], None), ([[3]], None)])
+@pytest.mark.parametrize(
+    'optimizers, band',
+    [
+        (['adamw'], health.UPDATE_RATIO),
+        (['adamw', 'muon'], health.MUON_RATIO),
+        (['lion'], None),
+        (['adamw', 'lion'], None),
+        ([[3]], None),
+    ],
+)
 def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band):
-    runs = [history.read_run(write_run(tmp_path / str(n), [{'step': 1, 'update_ratio/mlp': 0.1}], {'optimizer': optimizer}))
-            for n, optimizer in enumerate(optimizers)]
-    chart, = [chart for chart in history.charts_of(runs) if chart.key == 'update_ratios']
+    runs = [
+        history.read_run(
+            write_run(
+                tmp_path / str(n), [{'step': 1, 'update_ratio/mlp': 0.1}], {'optimizer': optimizer}
+            )
+        )
+        for n, optimizer in enumerate(optimizers)
+    ]
+    (chart,) = [chart for chart in history.charts_of(runs) if chart.key == 'update_ratios']
     assert chart.band == band
 
 
 # -- the script ------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('error')
 def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     pytest.importorskip('matplotlib')
-    run = write_run(tmp_path / 'run', [*full_records(), {'step': 9, 'finding/a': FINDING}, {'step': 10, 'loss/step': None},
-                                       {'step': 11, 'update_ratio/mlp': 0.0, 'update_ratio/head': 1e200}], {})
+    run = write_run(
+        tmp_path / 'run',
+        [
+            *full_records(),
+            {'step': 9, 'finding/a': FINDING},
+            {'step': 10, 'loss/step': None},
+            {'step': 11, 'update_ratio/mlp': 0.0, 'update_ratio/head': 1e200},
+        ],
+        {},
+    )
     done = run_main('report.py', f'--out_dir={run}')
     assert (done.returncode, done.stderr) == (0, '') and str(run / 'report.html') in done.stdout
     drawn = {path.stem: path.read_bytes() for path in (run / 'report').iterdir()}
@@ -422,8 +751,15 @@ def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     assert all(content.startswith(b'\x89PNG') and len(content) > 5000 for content in drawn.values())
     other = write_run(tmp_path / 'other', [{'step': 1, 'loss/step': 1.0}])
     assert run_main('report.py', f'--out_dir={other},{run}').returncode == 0
-    assert Page((other / 'comparison.html').read_text()).values('loss')['other: a step\'s batch'] == {1: 1.0}
-    assert run_main('report.py', f'--out_dir={run}', f'--page={tmp_path}/x.html', '--no-png').returncode == 0
+    assert Page((other / 'comparison.html').read_text()).values('loss')[
+        "other: a step's batch"
+    ] == {1: 1.0}
+    assert (
+        run_main(
+            'report.py', f'--out_dir={run}', f'--page={tmp_path}/x.html', '--no-png'
+        ).returncode
+        == 0
+    )
     assert (tmp_path / 'x.html').exists() and not (tmp_path / 'x').exists()
 
 
@@ -431,10 +767,16 @@ def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
 def test_a_png_names_its_findings(tmp_path, monkeypatch, n, last):
     figure = pytest.importorskip('matplotlib.figure')
     legends, legend = [], figure.Figure.legend
-    monkeypatch.setattr(figure.Figure, 'legend', lambda self, *args, **options: legends.append(legend(self, *args, **options)))
-    lines = [{'step': step, 'loss/val': 2.0} for step in (1, 40)] + [{'step': 1 + i, f'finding/trouble-{i}': FINDING} for i in range(n)]
+    monkeypatch.setattr(
+        figure.Figure,
+        'legend',
+        lambda self, *args, **options: legends.append(legend(self, *args, **options)),
+    )
+    lines = [{'step': step, 'loss/val': 2.0} for step in (1, 40)] + [
+        {'step': 1 + i, f'finding/trouble-{i}': FINDING} for i in range(n)
+    ]
     write_report([write_run(tmp_path / 'run', lines)], DEFAULTS, tmp_path / 'page.html', png=True)
-    named, = [[label.get_text() for label in one.get_texts()] for one in legends]
+    (named,) = [[label.get_text() for label in one.get_texts()] for one in legends]
     assert '1 trouble-0' in named and last in named and len(named) == 2 + n - max(0, n - 24 - 1)
 
 
@@ -443,15 +785,28 @@ def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, mon
     monkeypatch.delitem(sys.modules, 'matplotlib.figure', raising=False)
     run = write_run(tmp_path / 'run', full_records())
     done = run_main('report.py', f'--out_dir={run}')
-    assert done.returncode == 0 and 'pip install matplotlib' in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 0
+        and 'pip install matplotlib' in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
     assert Page((run / 'report.html').read_text()).charts
 
 
-@pytest.mark.parametrize('flags, said', [
-    (['--out_dir=nowhere'], 'no such folder'), (['--out_dir=config'], 'no run is there'), (['--out_dir=,'], 'out_dir is empty'),
-    (['--out_dir={run}', '--page=x.txt'], 'ends in .html'), (['--out_dir={run}', '--page=no/where/x.html'], 'no/where'),
-    (['--out_dir={run},nowhere'], 'nowhere'), (['--out_dir={run}', '--watch', '--port=99999'], 'from 0 to 65535'),
-    (['--out_dir=nowhere', '--watch'], 'no such folder'), (['{run}'], 'did you mean --out_dir=')])
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        (['--out_dir=nowhere'], 'no such folder'),
+        (['--out_dir=config'], 'no run is there'),
+        (['--out_dir=,'], 'out_dir is empty'),
+        (['--out_dir={run}', '--page=x.txt'], 'ends in .html'),
+        (['--out_dir={run}', '--page=no/where/x.html'], 'no/where'),
+        (['--out_dir={run},nowhere'], 'nowhere'),
+        (['--out_dir={run}', '--watch', '--port=99999'], 'from 0 to 65535'),
+        (['--out_dir=nowhere', '--watch'], 'no such folder'),
+        (['{run}'], 'did you mean --out_dir='),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, run_main, flags, said):
     run = write_run(tmp_path / 'run', [])
     done = run_main('report.py', *(flag.format(run=run) for flag in flags))
@@ -460,14 +815,22 @@ def test_bad_input_is_one_line(tmp_path, run_main, flags, said):
 
 def test_starting_needs_neither_torch_nor_matplotlib():
     """The page is there at once, and train.py, which imports the same, is not slowed by what draws PNGs."""
-    done = run_script('-c', 'import report, sys; sys.exit(bool({"torch", "matplotlib"} & set(sys.modules)))')
+    done = run_script(
+        '-c', 'import report, sys; sys.exit(bool({"torch", "matplotlib"} & set(sys.modules)))'
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
     run = write_run(tmp_path / 'run', [{'step': 1, 'loss/step': 3.0}])
-    process = subprocess.Popen([sys.executable, 'report.py', f'--out_dir={run}', '--watch', '--port=0'], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    process = subprocess.Popen(
+        [sys.executable, 'report.py', f'--out_dir={run}', '--watch', '--port=0'],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'PYTHONUNBUFFERED': '1'},
+    )
     try:
         address = re.match(r'http://127\.0\.0\.1:\d+/', process.stdout.readline())[0]
 
@@ -477,13 +840,17 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
                 return answer.read().decode()
 
         first = get()
-        assert 'data-watching' in first and Page(first).values('loss') == {"a step's batch": {1: 3.0}}
+        assert 'data-watching' in first and Page(first).values('loss') == {
+            "a step's batch": {1: 3.0}
+        }
         with open(run / 'metrics.jsonl', 'a') as file:
             file.write('{"step": 2, "loss/step": 2.0}\n')
         assert Page(get()).values('loss') == {"a step's batch": {1: 3.0, 2: 2.0}}
         with pytest.raises(urllib.error.HTTPError, match='404'):
             get('metrics.jsonl')
-        taken = run_main('report.py', f'--out_dir={run}', '--watch', f'--port={address.split(":")[2].strip("/")}')
+        taken = run_main(
+            'report.py', f'--out_dir={run}', '--watch', f'--port={address.split(":")[2].strip("/")}'
+        )
         assert taken.returncode == 2 and 'name another' in taken.stderr
         shutil.move(run, tmp_path / 'away')
         with pytest.raises(urllib.error.HTTPError, match='503'):
@@ -502,11 +869,16 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
 
 # -- train.py --------------------------------------------------------------------------------------------------------
 
+
 def test_a_run_writes_its_report_at_the_end(tmp_path, train_here):
     done = train_here(tmp_path / 'run', '--sample_tokens=5')
     assert done.returncode == 0 and f'report: {tmp_path / "run" / "report.html"}' in done.stdout
     page = Page((tmp_path / 'run' / 'report.html').read_text(encoding='utf-8'))
-    losses = {line['step']: pytest.approx(line['loss/val'], rel=1e-5) for line in records(tmp_path / 'run') if 'loss/val' in line}
+    losses = {
+        line['step']: pytest.approx(line['loss/val'], rel=1e-5)
+        for line in records(tmp_path / 'run')
+        if 'loss/val' in line
+    }
     assert page.values('loss')['validation'] == losses and list(losses) == [0, 10, 20]
     assert train_here(tmp_path / 'without', '--no-report').returncode == 0
     assert not (tmp_path / 'without' / 'report.html').exists()

@@ -1,4 +1,5 @@
 """A run that is cut and resumed is the run that was not cut: weights, optimizer, losses and tokens, by SHA-256."""
+
 import hashlib
 import json
 import os
@@ -12,18 +13,30 @@ import train as training
 
 STEPS = 24
 # Dropout, accumulation and a schedule; the last --max_iters and --lr_decay_iters win over SMALL_RUN's.
-RUN = ['--dropout=0.1', '--n_layer=1', f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--eval_interval=10',
-       '--eval_iters=1', '--keep_last=1']
+RUN = [
+    '--dropout=0.1',
+    '--n_layer=1',
+    f'--max_iters={STEPS}',
+    f'--lr_decay_iters={STEPS}',
+    '--eval_interval=10',
+    '--eval_iters=1',
+    '--keep_last=1',
+]
 CURVE = ('loss/step', 'grad_norm', 'learning_rate', 'loss/train', 'loss/val', 'loss/val_whole')
 
 
 def digests(out_dir) -> dict[str, str]:
     """SHA-256 of all that a run leaves which does not tell the time: its last checkpoint's files and its curves."""
     folder = out_dir / f'step-{STEPS:08d}'
-    files = {name: (folder / name).read_bytes() for name in ('model.safetensors', 'optimizer.safetensors')}
+    files = {
+        name: (folder / name).read_bytes()
+        for name in ('model.safetensors', 'optimizer.safetensors')
+    }
     state = json.loads((folder / 'state.json').read_text())
     files['train state'] = json.dumps(state['train']).encode()
-    files['curves'] = json.dumps([(r['step'], name, r[name]) for r in records(out_dir) for name in CURVE if name in r]).encode()
+    files['curves'] = json.dumps(
+        [(r['step'], name, r[name]) for r in records(out_dir) for name in CURVE if name in r]
+    ).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
@@ -37,8 +50,11 @@ def watch(cut_at=(), cut_rank=0):
     def train_step(t, micro_batches, step):
         def watched():
             for x, y in micro_batches:
-                tokens.setdefault(step, []).append(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())
+                tokens.setdefault(step, []).append(
+                    hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+                )
                 yield x, y
+
         result = original(t, watched(), step)
         if cuts and step + 1 == cuts[0]:
             cuts.pop(0)
@@ -53,16 +69,20 @@ def watch(cut_at=(), cut_rank=0):
 @pytest.fixture
 def run_cut(train_here):
     """Runs with cuts after the given steps, each time resumed; returns the digests of what is left."""
+
     def run_cut(out_dir, cuts, *flags):
         tokens, undo = watch(cuts)
         try:
             for number in range(len(cuts) + 1):
-                done = train_here(out_dir, *RUN, *flags, *(['--init_from=resume'] if number else []))
+                done = train_here(
+                    out_dir, *RUN, *flags, *(['--init_from=resume'] if number else [])
+                )
                 assert done.returncode == (143 if number < len(cuts) else 0), done.stderr
         finally:
             undo()
         assert list(tokens) == list(range(STEPS))
         return digests(out_dir) | {'tokens': tokens}
+
     return run_cut
 
 
@@ -78,7 +98,9 @@ def test_a_run_cut_at_any_step_equals_the_uninterrupted_one(run_cut, tmp_path, d
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_a_chain_of_five_resumes_equals_the_uninterrupted_run(run_cut, tmp_path, optimizer):
     flag = f'--optimizer={optimizer}'
-    assert run_cut(tmp_path / 'cut', [1, 9, 10, 17, 23], flag) == run_cut(tmp_path / 'whole', [], flag)
+    assert run_cut(tmp_path / 'cut', [1, 9, 10, 17, 23], flag) == run_cut(
+        tmp_path / 'whole', [], flag
+    )
 
 
 @pytest.mark.slow
@@ -115,8 +137,17 @@ def run_on_ranks(n, data_dir, folder, cuts, *flags):
     """Runs each of the cuts, {name: steps}, on n processes; a cut signals rank 1 alone."""
     script = folder / 'on_ranks.py'
     script.write_text(ON_RANKS)
-    done = run_script('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', script,
-                      json.dumps({str(folder / name): steps for name, steps in cuts.items()}), f'--data_dir={data_dir}', *RUN, *flags)
+    done = run_script(
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        f'--nproc_per_node={n}',
+        script,
+        json.dumps({str(folder / name): steps for name, steps in cuts.items()}),
+        f'--data_dir={data_dir}',
+        *RUN,
+        *flags,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -126,7 +157,9 @@ def tokens_of(out_dir):
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(data_dir, tmp_path):
-    cuts = {'whole': [], 'chain': [1, 9, 10, 17, 23]} | {f'cut-{step}': [step] for step in range(1, STEPS)}
+    cuts = {'whole': [], 'chain': [1, 9, 10, 17, 23]} | {
+        f'cut-{step}': [step] for step in range(1, STEPS)
+    }
     run_on_ranks(2, data_dir, tmp_path, cuts)
     whole, tokens = digests(tmp_path / 'whole'), tokens_of(tmp_path / 'whole')
     assert len(tokens[0]) == STEPS and tokens[0] != tokens[1]
@@ -138,7 +171,9 @@ def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(
 @pytest.mark.slow
 def test_a_run_on_four_ranks_cut_and_resumed_equals_the_uninterrupted_one(data_dir, tmp_path):
     """Where the order in which gradients are summed would show."""
-    run_on_ranks(4, data_dir, tmp_path, {'whole': [], 'cut': [10, 17]}, '--gradient_accumulation_steps=4')
+    run_on_ranks(
+        4, data_dir, tmp_path, {'whole': [], 'cut': [10, 17]}, '--gradient_accumulation_steps=4'
+    )
     assert digests(tmp_path / 'cut') == digests(tmp_path / 'whole')
 
 
@@ -153,7 +188,12 @@ def test_a_run_goes_on_with_the_same_tokens_and_loss_on_other_ranks(data_dir, tm
     undo()
     run_on_ranks(2, data_dir, tmp_path, {'two': []}, *flags, '--init_from=resume')
     first, second = tokens_of(tmp_path / 'two')
-    assert {int(step): both + second[step] for step, both in first.items()} == {step: tokens[step] for step in range(12, STEPS)}
+    assert {int(step): both + second[step] for step, both in first.items()} == {
+        step: tokens[step] for step in range(12, STEPS)
+    }
     for one, two in zip(records(tmp_path / 'one'), records(tmp_path / 'two'), strict=True):
         for name in CURVE:
-            assert two.get(name) == (pytest.approx(one[name], abs=1e-4) if name in one else None), (name, one['step'])
+            assert two.get(name) == (pytest.approx(one[name], abs=1e-4) if name in one else None), (
+                name,
+                one['step'],
+            )

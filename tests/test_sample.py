@@ -1,4 +1,5 @@
 """sample.py, run as a user runs it, on a model of a few words."""
+
 import os
 import subprocess
 import sys
@@ -29,8 +30,12 @@ def out_dir(data_dir, tmp_path_factory):
 def bytes_out_dir(tmp_path_factory):
     """A model that has learnt the one document it saw, byte by byte, and that it ends."""
     folder = tmp_path_factory.mktemp('bytes')
-    write_dataset(folder / 'tiny', lambda start: [('train', 'é€🙂.', True), ('val', 'é€🙂.', True)] * 200,
-                         ByteTokenizer(), {})
+    write_dataset(
+        folder / 'tiny',
+        lambda start: [('train', 'é€🙂.', True), ('val', 'é€🙂.', True)] * 200,
+        ByteTokenizer(),
+        {},
+    )
     train(folder, folder / 'run', '--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150')
     return folder / 'run'
 
@@ -59,17 +64,32 @@ def likeliest(out_dir, which, prompt, count, dtype=torch.float32) -> str:
 
 
 @pytest.mark.parametrize('which, step', [('best', 10), ('latest', 20), ('10', 10), ('20', 20)])
-def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest(out_dir, sample, which, step):
-    done = sample(out_dir, f'--which={which}', '--start=The cat', '--temperature=0', '--max_new_tokens=9')
+def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest(
+    out_dir, sample, which, step
+):
+    done = sample(
+        out_dir, f'--which={which}', '--start=The cat', '--temperature=0', '--max_new_tokens=9'
+    )
     assert done.stdout == likeliest(out_dir, which, 'The cat', 9) + '\n'
     assert f'step {step}, trained on tiny' in done.stderr
 
 
 def test_weights_of_another_precision_write_what_they_find_likeliest(out_dir, run_main):
     for dtype in ('bfloat16', 'float16'):
-        done = run_main('sample.py', f'--out_dir={out_dir}', '--which=latest', '--device=cpu', f'--dtype={dtype}',
-                        '--start=The cat', '--temperature=0', '--max_new_tokens=9', '--num_samples=1')
-        assert done.stdout == likeliest(out_dir, 'latest', 'The cat', 9, getattr(torch, dtype)) + '\n'
+        done = run_main(
+            'sample.py',
+            f'--out_dir={out_dir}',
+            '--which=latest',
+            '--device=cpu',
+            f'--dtype={dtype}',
+            '--start=The cat',
+            '--temperature=0',
+            '--max_new_tokens=9',
+            '--num_samples=1',
+        )
+        assert (
+            done.stdout == likeliest(out_dir, 'latest', 'The cat', 9, getattr(torch, dtype)) + '\n'
+        )
         assert f'{dtype} (as asked)' in done.stderr
 
 
@@ -79,17 +99,30 @@ def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys
 
     monkeypatch.setattr(script, 'device', 'cpu')
     monkeypatch.setattr(script, 'compile', True)
-    assert script.can_compile(lambda compiled: iter([torch.tensor([1])] * 5)) and capsys.readouterr().err == ''
-    assert not script.can_compile(generate) and capsys.readouterr().err == 'not compiled: no Triton here\n'
+    assert (
+        script.can_compile(lambda compiled: iter([torch.tensor([1])] * 5))
+        and capsys.readouterr().err == ''
+    )
+    assert (
+        not script.can_compile(generate)
+        and capsys.readouterr().err == 'not compiled: no Triton here\n'
+    )
 
 
 @pytest.mark.slow
 def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, tmp_path):
     (tmp_path / 'prompt.txt').write_text('The dog')
     given = sample(out_dir, '--start=The dog')
-    assert given.returncode == 0 and given.stdout.startswith('The dog') and len(given.stdout) == len('The dog') + 40 + 1
+    assert (
+        given.returncode == 0
+        and given.stdout.startswith('The dog')
+        and len(given.stdout) == len('The dog') + 40 + 1
+    )
     assert sample(out_dir, f'--start=FILE:{tmp_path / "prompt.txt"}').stdout == given.stdout
-    assert run_script('sample.py', f'--out_dir={out_dir}', *FLAGS, '--start=-', input='The dog').stdout == given.stdout
+    assert (
+        run_script('sample.py', f'--out_dir={out_dir}', *FLAGS, '--start=-', input='The dog').stdout
+        == given.stdout
+    )
 
 
 def test_the_same_seed_writes_the_same_and_another_another(out_dir, sample):
@@ -107,7 +140,9 @@ def test_a_sample_ends_after_the_stop_text(out_dir, sample):
 
 def test_a_sample_ends_after_a_stop_text_of_several_tokens_in_each_row(out_dir, sample):
     """Rows that go on longer do not let the shorter ones go on."""
-    texts = sample(out_dir, '--stop=s ', '--num_samples=4', '--max_new_tokens=400').stdout.split('\n---------------\n')
+    texts = sample(out_dir, '--stop=s ', '--num_samples=4', '--max_new_tokens=400').stdout.split(
+        '\n---------------\n'
+    )
     for text in texts:
         assert text.removesuffix('\n').endswith('s ') and text.count('s ') == 1
     assert len({len(text) for text in texts}) > 1
@@ -115,28 +150,53 @@ def test_a_sample_ends_after_a_stop_text_of_several_tokens_in_each_row(out_dir, 
 
 def test_the_end_of_text_starts_and_stops_a_sample_and_characters_are_whole(bytes_out_dir, sample):
     """Each character here is of several bytes, which are of a token each."""
-    done = sample(bytes_out_dir, '--start=<|endoftext|>', '--stop=<|endoftext|>', '--temperature=0', '--num_samples=2')
+    done = sample(
+        bytes_out_dir,
+        '--start=<|endoftext|>',
+        '--stop=<|endoftext|>',
+        '--temperature=0',
+        '--num_samples=2',
+    )
     text = '<|endoftext|>é€🙂.<|endoftext|>'
     assert done.stdout == f'{text}\n---------------\n{text}\n'
 
 
 def test_a_sample_that_ends_within_a_character_shows_that(bytes_out_dir, sample):
-    done = sample(bytes_out_dir, '--start=<|endoftext|>', '--temperature=0', '--num_samples=2', '--max_new_tokens=4')
+    done = sample(
+        bytes_out_dir,
+        '--start=<|endoftext|>',
+        '--temperature=0',
+        '--num_samples=2',
+        '--max_new_tokens=4',
+    )
     assert done.stdout == '<|endoftext|>é\ufffd\n---------------\n<|endoftext|>é\ufffd\n'
 
 
 @given(st.binary() | st.text().map(str.encode))
 def test_bytes_that_come_one_by_one_make_the_text_that_they_make_together(content):
     row = script.Sample()
-    shown = ''.join([row.add(content[at:at + 1]) for at in range(len(content))] + [row.add(b'', final=True)])
+    shown = ''.join(
+        [row.add(content[at : at + 1]) for at in range(len(content))] + [row.add(b'', final=True)]
+    )
     assert shown == row.text == content.decode('utf-8', 'replace')
 
 
 @pytest.mark.slow
 def test_tokens_reach_the_terminal_as_they_come(out_dir):
     """The first characters can be read long before a run of many tokens is over."""
-    run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=1000000'],
-                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            'sample.py',
+            f'--out_dir={out_dir}',
+            '--device=cpu',
+            '--max_new_tokens=1000000',
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    )
     try:
         piece = os.read(run.stdout.fileno(), 1 << 16)
         assert 0 < len(piece) < 8192  # what is not written through comes in buffers of 8192 bytes
@@ -149,8 +209,18 @@ def test_tokens_reach_the_terminal_as_they_come(out_dir):
 
 @pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(out_dir):
-    run = subprocess.Popen([sys.executable, 'sample.py', f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=100000'],
-                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            'sample.py',
+            f'--out_dir={out_dir}',
+            '--device=cpu',
+            '--max_new_tokens=100000',
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     run.stdout.read(10)
     run.stdout.close()
     said = run.stderr.read().decode()

@@ -1,4 +1,5 @@
 """The training loop: run as a user runs it, and its one step against arithmetic."""
+
 import json
 import math
 import os
@@ -32,8 +33,20 @@ SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
 def step(model, optimizer, batches, grad_clip, seed=0, number=0):
     """train_step on one process, in float32."""
-    t = training.Training(model, model, optimizer, torch.amp.GradScaler('cpu', enabled=False), None, guard.BadSteps(3, 'cpu'),
-                          autocast('float32', 'cpu'), Ranks(), 'cpu', len(batches), grad_clip, seed)
+    t = training.Training(
+        model,
+        model,
+        optimizer,
+        torch.amp.GradScaler('cpu', enabled=False),
+        None,
+        guard.BadSteps(3, 'cpu'),
+        autocast('float32', 'cpu'),
+        Ranks(),
+        'cpu',
+        len(batches),
+        grad_clip,
+        seed,
+    )
     return training.train_step(t, batches, number)
 
 
@@ -58,9 +71,16 @@ def whole_run(data_dir, tmp_path_factory):
 
 def test_a_run_learns_and_reports_it(whole_run, data_dir):
     out_dir, done = whole_run
-    losses = [float(loss) for loss in re.findall(r'^step \d+: train loss [\d.]+, val loss ([\d.]+)', done.stdout, re.M)]
+    losses = [
+        float(loss)
+        for loss in re.findall(
+            r'^step \d+: train loss [\d.]+, val loss ([\d.]+)', done.stdout, re.M
+        )
+    ]
     assert len(losses) == 3  # steps 0, 10 and 20
-    assert losses[0] == pytest.approx(math.log(open_dataset(data_dir / 'tiny', 16).vocab_size), rel=0.03)
+    assert losses[0] == pytest.approx(
+        math.log(open_dataset(data_dir / 'tiny', 16).vocab_size), rel=0.03
+    )
     assert losses[-1] < losses[0] - 0.3
     logged = records(out_dir)
     assert [r['step'] for r in logged if 'loss/step' in r] == list(range(1, 21))
@@ -78,9 +98,12 @@ def test_the_last_line_is_the_loss_over_the_whole_validation_split(whole_run, da
     val = torch.from_numpy(open_dataset(data_dir / 'tiny', 16).val.astype('int64'))
     n = (len(val) - 1) // 16
     with torch.no_grad():
-        loss = model(val[:n * 16].view(n, 16), val[1:n * 16 + 1].view(n, 16)).item()
+        loss = model(val[: n * 16].view(n, 16), val[1 : n * 16 + 1].view(n, 16)).item()
     # a character is a byte here
-    assert f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) over the whole' in done.stdout
+    assert (
+        f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) over the whole'
+        in done.stdout
+    )
     only = train(data_dir, out_dir, '--dropout=0.1', '--init_from=resume', '--eval_only')
     assert f'step 20: val loss {loss:.4f}' in only.stdout
 
@@ -91,16 +114,36 @@ def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(whole_run, dat
     resumed = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume')
     assert 'resuming from' in resumed.stdout
     assert_equal_tensors(tensors_of(tmp_path / 'run'), tensors_of(whole_run[0]))
-    curve = [(r['step'], r['loss/step'], r['grad_norm']) for r in records(whole_run[0]) if 'loss/step' in r]
-    assert [(r['step'], r['loss/step'], r['grad_norm']) for r in records(tmp_path / 'run') if 'loss/step' in r] == curve
+    curve = [
+        (r['step'], r['loss/step'], r['grad_norm'])
+        for r in records(whole_run[0])
+        if 'loss/step' in r
+    ]
+    assert [
+        (r['step'], r['loss/step'], r['grad_norm'])
+        for r in records(tmp_path / 'run')
+        if 'loss/step' in r
+    ] == curve
 
 
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_dir, tmp_path):
     out_dir = tmp_path / 'run'
-    run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}',
-                            '--dropout=0.1', '--max_iters=100000'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            'train.py',
+            *SMALL_RUN,
+            f'--data_dir={data_dir}',
+            f'--out_dir={out_dir}',
+            '--dropout=0.1',
+            '--max_iters=100000',
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     for line in run.stdout:
         if line.startswith('step 3: loss'):
             run.send_signal(signal.SIGINT)
@@ -114,8 +157,19 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_di
 
 @pytest.mark.slow
 def test_sigterm_is_heard_too(data_dir, tmp_path):
-    run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
-                            '--max_iters=100000'], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            'train.py',
+            *SMALL_RUN,
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path / "run"}',
+            '--max_iters=100000',
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     next(line for line in run.stdout if line.startswith('step 2: loss'))
     run.send_signal(signal.SIGTERM)
     run.stdout.read()
@@ -135,21 +189,41 @@ def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
         for key in keys:
             assert two.get(key) == (pytest.approx(one[key], rel=1e-3) if key in one else None)
     for name, value in tensors_of(tmp_path / 'two')['model'].items():
-        torch.testing.assert_close(value, tensors_of(tmp_path / 'one')['model'][name], atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            value, tensors_of(tmp_path / 'one')['model'][name], atol=2e-3, rtol=0
+        )
 
 
 @pytest.mark.slow
 def test_a_run_is_what_its_config_says(data_dir, tmp_path):
     """Three steps of the script against plain PyTorch: seeds, batches, dropout, accumulation, schedule, clipping, AdamW."""
-    train(data_dir, tmp_path / 'run', '--max_iters=3', '--lr_decay_iters=3', '--warmup_iters=1', '--min_lr=1e-3', '--seed=5',
-          '--dropout=0.2', '--weight_decay=0.3', '--beta1=0.8', '--beta2=0.9', '--grad_clip=0.5', '--no-bias')
+    train(
+        data_dir,
+        tmp_path / 'run',
+        '--max_iters=3',
+        '--lr_decay_iters=3',
+        '--warmup_iters=1',
+        '--min_lr=1e-3',
+        '--seed=5',
+        '--dropout=0.2',
+        '--weight_decay=0.3',
+        '--beta1=0.8',
+        '--beta2=0.9',
+        '--grad_clip=0.5',
+        '--no-bias',
+    )
     data = open_dataset(data_dir / 'tiny', 16)
     seed_everything(5)
-    model = GPT(GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False))
+    model = GPT(
+        GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False)
+    )
     decayed = [p for p in model.parameters() if p.dim() > 1]
     spared = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{'params': decayed, 'weight_decay': 0.3}, {'params': spared, 'weight_decay': 0.0}],
-                                  betas=(0.8, 0.9), foreach=False)
+    optimizer = torch.optim.AdamW(
+        [{'params': decayed, 'weight_decay': 0.3}, {'params': spared, 'weight_decay': 0.0}],
+        betas=(0.8, 0.9),
+        foreach=False,
+    )
     batches = BatchLoader(data.train, 16, 4, 5, 'train', 2)
     for step, lr in enumerate((5e-3, 1e-2, 1e-3 + 9e-3 / 2)):  # half of the cosine
         for group in optimizer.param_groups:
@@ -171,19 +245,32 @@ def test_a_run_is_what_its_config_says(data_dir, tmp_path):
 def test_best_is_the_checkpoint_of_the_lowest_loss_and_old_ones_go(data_dir, tmp_path):
     """A rate that ruins the model after a good start."""
     train(data_dir, tmp_path / 'run', '--max_iters=10', '--keep_last=2')
-    train(data_dir, tmp_path / 'run', '--init_from=resume', '--learning_rate=3', '--min_lr=3', '--warmup_iters=0',
-          '--max_iters=16', '--lr_decay_iters=16', '--eval_interval=2', '--keep_last=2')
+    train(
+        data_dir,
+        tmp_path / 'run',
+        '--init_from=resume',
+        '--learning_rate=3',
+        '--min_lr=3',
+        '--warmup_iters=0',
+        '--max_iters=16',
+        '--lr_decay_iters=16',
+        '--eval_interval=2',
+        '--keep_last=2',
+    )
     losses = {r['step']: r['loss/val'] for r in records(tmp_path / 'run') if 'loss/val' in r}
     best = min(losses, key=losses.get)
     assert best not in (0, 16) and list(losses) == [0, 10, 12, 14, 16]
     found = store.load(tmp_path / 'run', 'best')[0]
     assert found.step == best and found.state['train']['best_val_loss'] == losses[best]
     assert sorted(path.name for path in (tmp_path / 'run').glob('step-*')) == sorted(
-        f'step-{step:08d}' for step in {best, 14, 16})
+        f'step-{step:08d}' for step in {best, 14, 16}
+    )
 
 
 def test_gradients_are_exchanged_on_the_last_micro_step_only():
-    class Replicas(torch.nn.Module):  # as DistributedDataParallel, whose backward pass exchanges gradients unless no_sync
+    class Replicas(
+        torch.nn.Module
+    ):  # as DistributedDataParallel, whose backward pass exchanges gradients unless no_sync
         def __init__(self):
             super().__init__()
             self.model, self.syncing, self.passes = GPT(SMALL), True, []
@@ -212,11 +299,15 @@ def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--dropout=0.5', '--max_iters=1', launcher=torchrun)
     data = open_dataset(data_dir / 'tiny', 16)
     seed_everything(1337)
-    model = GPT(GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.5, bias=False))
+    model = GPT(
+        GPTConfig(data.vocab_size, 16, n_layer=2, n_head=2, n_embd=32, dropout=0.5, bias=False)
+    )
     losses = []
     for rank in (0, 1):
         seed_everything(1337, 0, rank, 0)
-        losses.append(model(*BatchLoader(data.train, 16, 4, 1337, 'train', 1, rank, 2).batch(0, 0)).item())
+        losses.append(
+            model(*BatchLoader(data.train, 16, 4, 1337, 'train', 1, rank, 2).batch(0, 0)).item()
+        )
     logged = next(r['loss/step'] for r in records(tmp_path / 'run') if 'loss/step' in r)
     assert logged == pytest.approx(sum(losses) / 2, abs=1e-5)
 
@@ -224,17 +315,31 @@ def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
 @pytest.mark.slow
 def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path):
     """The weights are saved by then; --eval_only likewise ends at once."""
-    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2', '--eval_iters=1']
+    flags = [
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path / "run"}',
+        '--max_iters=2',
+        '--eval_iters=1',
+    ]
     train(data_dir, tmp_path / 'run', *flags)
     started_at = 'model: '
     for extra in (['--init_from=resume', '--eval_only', '--batch_size=1'],):
-        run = subprocess.Popen([sys.executable, '-c', SLOW_EVALUATION, *SMALL_RUN, *flags, *extra], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        run = subprocess.Popen(
+            [sys.executable, '-c', SLOW_EVALUATION, *SMALL_RUN, *flags, *extra],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        )
         next(line for line in run.stdout if line.startswith(started_at))
         time.sleep(0.5)
         run.send_signal(signal.SIGTERM)
         rest = run.communicate(timeout=60)[0]
-        assert run.returncode == 143 and 'in the last evaluation' in rest and 'whole validation split' not in rest
+        assert (
+            run.returncode == 143
+            and 'in the last evaluation' in rest
+            and 'whole validation split' not in rest
+        )
     assert store.load(tmp_path / 'run')[0].step == 2
 
 
@@ -253,12 +358,21 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.slow
 def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
-    done = train(data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', '--wandb_project=', check=False)
+    done = train(
+        data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', '--wandb_project=', check=False
+    )
     assert done.returncode == 2 and 'wandb_project is empty' in done.stderr
     hidden = tmp_path / 'hidden' / 'wandb'
     hidden.mkdir(parents=True)
     (hidden / '__init__.py').write_text('raise ImportError')
-    done = train(data_dir, tmp_path / 'run', '--overwrite', '--wandb_log', check=False, env={'PYTHONPATH': str(hidden.parent)})
+    done = train(
+        data_dir,
+        tmp_path / 'run',
+        '--overwrite',
+        '--wandb_log',
+        check=False,
+        env={'PYTHONPATH': str(hidden.parent)},
+    )
     assert done.returncode == 2 and 'pip install wandb' in done.stderr
     assert store.load(tmp_path / 'run')[0].step == 10
     train(data_dir, tmp_path / 'run', '--overwrite', '--max_iters=4', '--eval_interval=4')
@@ -268,7 +382,14 @@ def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_says_and_records_what_has_changed(whole_run, data_dir, tmp_path):
     shutil.copytree(whole_run[0], tmp_path / 'run')
-    done = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume', '--max_iters=21', '--seed=7')
+    done = train(
+        data_dir,
+        tmp_path / 'run',
+        '--dropout=0.1',
+        '--init_from=resume',
+        '--max_iters=21',
+        '--seed=7',
+    )
     changed = next(line for line in done.stdout.splitlines() if line.startswith('changed since'))
     assert changed == 'changed since the checkpoint: seed 1337 -> 7, max_iters 20 -> 21'
     assert json.loads((tmp_path / 'run/config.json').read_text())['config']['seed'] == 7
@@ -302,20 +423,26 @@ def test_accumulated_gradients_are_those_of_one_large_batch():
 def test_a_step_equals_plain_pytorch():
     """Forward, backward, clip, AdamW, written out with torch.optim.AdamW's unfused loop."""
     torch.manual_seed(0)
-    config = GPTConfig(**{**vars(SMALL), 'bias': False})  # a key's bias has no gradient but rounding, which Adam would blow up
+    config = GPTConfig(
+        **{**vars(SMALL), 'bias': False}
+    )  # a key's bias has no gradient but rounding, which Adam would blow up
     ours, theirs = GPT(config), GPT(config)
     theirs.load_state_dict(ours.state_dict())
     optimizer = optim.Optimizer(ours, betas=(0.9, 0.95), weight_decay=0.1)
     optimizer.lr = 1e-2
-    groups = [{'params': [p for p in theirs.parameters() if p.dim() == 1], 'weight_decay': 0.0},
-              {'params': [p for p in theirs.parameters() if p.dim() == 2], 'weight_decay': 0.1}]
+    groups = [
+        {'params': [p for p in theirs.parameters() if p.dim() == 1], 'weight_decay': 0.0},
+        {'params': [p for p in theirs.parameters() if p.dim() == 2], 'weight_decay': 0.1},
+    ]
     plain = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), foreach=False)
     for number in range(5):
         ids = torch.randint(31, (4, 17))
         loss, norm = step(ours, optimizer, [(ids[:, :-1], ids[:, 1:])], 0.5, (0, number, 0))
         expected = theirs(ids[:, :-1], ids[:, 1:])
         expected.backward()
-        norm_by_hand = math.sqrt(sum(p.grad.double().square().sum().item() for p in theirs.parameters()))
+        norm_by_hand = math.sqrt(
+            sum(p.grad.double().square().sum().item() for p in theirs.parameters())
+        )
         for p in theirs.parameters():
             p.grad *= min(1.0, 0.5 / norm_by_hand)
         plain.step()
@@ -326,14 +453,37 @@ def test_a_step_equals_plain_pytorch():
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('schedule, by_hand', [
-    ('cosine', {350: 1e-4 + 9e-4 * (1 + math.sqrt(0.5)) / 2, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4}),
-    ('linear', {350: 1e-4 + 9e-4 * 0.75, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4}),
-    ('wsd', {350: 1e-3, 900: 1e-3, 950: 1e-4 + 9e-4 * 0.75, 1050: 1e-4 + 9e-4 * 0.25, 1100: 1e-4, 5000: 1e-4}),
-    ('constant', {350: 1e-3, 1100: 1e-3, 5000: 1e-3})])
+@pytest.mark.parametrize(
+    'schedule, by_hand',
+    [
+        (
+            'cosine',
+            {350: 1e-4 + 9e-4 * (1 + math.sqrt(0.5)) / 2, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4},
+        ),
+        ('linear', {350: 1e-4 + 9e-4 * 0.75, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4}),
+        (
+            'wsd',
+            {
+                350: 1e-3,
+                900: 1e-3,
+                950: 1e-4 + 9e-4 * 0.75,
+                1050: 1e-4 + 9e-4 * 0.25,
+                1100: 1e-4,
+                5000: 1e-4,
+            },
+        ),
+        ('constant', {350: 1e-3, 1100: 1e-3, 5000: 1e-3}),
+    ],
+)
 def test_the_learning_rate_warms_up_and_follows_its_schedule(monkeypatch, schedule, by_hand):
-    for key, value in dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, lr_decay_iters=1100, cooldown_iters=200,
-                           lr_schedule=schedule).items():
+    for key, value in dict(
+        learning_rate=1e-3,
+        min_lr=1e-4,
+        warmup_iters=100,
+        lr_decay_iters=1100,
+        cooldown_iters=200,
+        lr_schedule=schedule,
+    ).items():
         monkeypatch.setattr(training, key, value)
     for step, lr in ({0: 1e-3 / 101, 50: 1e-3 * 51 / 101, 100: 1e-3} | by_hand).items():
         assert training.get_lr(step) == pytest.approx(lr, rel=1e-9)
@@ -344,13 +494,17 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     model = GPT(GPTConfig(**{**vars(SMALL), 'dropout': 0.5})).train()
     tokens = torch.randint(31, (16 * 7 + 1,)).numpy()
     stop, precision = StopSignal(announced=False), autocast('float32', 'cpu')
-    together, in_parts = (training.evaluate(model, eval_batches(tokens, 16, size), precision, Ranks(), stop)
-                          for size in (7, 4))
+    together, in_parts = (
+        training.evaluate(model, eval_batches(tokens, 16, size), precision, Ranks(), stop)
+        for size in (7, 4)
+    )
     assert model.training
     x = torch.from_numpy(tokens)
     with torch.no_grad():
         by_hand = model.eval()(x[:-1].view(7, 16), x[1:].view(7, 16)).item()
-    assert together == pytest.approx(by_hand, abs=1e-6) and in_parts == pytest.approx(by_hand, abs=1e-6)
+    assert together == pytest.approx(by_hand, abs=1e-6) and in_parts == pytest.approx(
+        by_hand, abs=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -358,7 +512,9 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
 def test_low_precision_follows_float32(data_dir, tmp_path, dtype, whole_run):
     train(data_dir, tmp_path / 'run', '--dropout=0.1', f'--dtype={dtype}')
     expected = [r['loss/val'] for r in records(whole_run[0]) if 'loss/val' in r]
-    assert [r['loss/val'] for r in records(tmp_path / 'run') if 'loss/val' in r] == pytest.approx(expected, rel=0.02)
+    assert [r['loss/val'] for r in records(tmp_path / 'run') if 'loss/val' in r] == pytest.approx(
+        expected, rel=0.02
+    )
 
 
 @pytest.mark.slow
@@ -374,8 +530,15 @@ def test_a_float16_run_keeps_its_loss_scale_when_resumed(data_dir, tmp_path, dty
 @pytest.mark.slow
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, tmp_path):
     train(data_dir, tmp_path / 'run', '--max_iters=10')
-    done = train(data_dir, tmp_path / 'run', '--init_from=resume', '--learning_rate=1e30', '--min_lr=1e30',
-                 '--grad_clip=0', check=False)
+    done = train(
+        data_dir,
+        tmp_path / 'run',
+        '--init_from=resume',
+        '--learning_rate=1e30',
+        '--min_lr=1e30',
+        '--grad_clip=0',
+        check=False,
+    )
     assert done.returncode == 3
     assert 'Nothing is saved' in done.stderr
     found, tensors = store.load(tmp_path / 'run')
@@ -386,10 +549,26 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, 
 @pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path):
     """No step is logged after the first, so that the run has not noticed by itself."""
-    run = subprocess.Popen([sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
-                            '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--log_interval=1000000',
-                            '--eval_interval=1000000', '--max_iters=1000000', '--lr_decay_iters=1000000'],
-                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            'train.py',
+            *SMALL_RUN,
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path / "run"}',
+            '--learning_rate=1e30',
+            '--grad_clip=0',
+            '--warmup_iters=0',
+            '--log_interval=1000000',
+            '--eval_interval=1000000',
+            '--max_iters=1000000',
+            '--lr_decay_iters=1000000',
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     next(line for line in run.stdout if line.startswith('step 1: loss'))
     time.sleep(1)  # many steps
     run.send_signal(signal.SIGINT)
@@ -401,6 +580,7 @@ def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path)
 def wandb_history(out_dir) -> list[dict]:
     """What wandb's own files of all offline runs in out_dir hold: LevelDB's log format, protocol buffers in it."""
     from wandb.proto import wandb_internal_pb2
+
     rows = []
     for path in sorted(out_dir.glob('wandb/offline-run-*/*.wandb')):
         content, at, data = path.read_bytes(), 7, b''  # after the file's header
@@ -408,47 +588,75 @@ def wandb_history(out_dir) -> list[dict]:
             if 32768 - at % 32768 < 7:  # the rest of a block, too short for a record's header
                 at += 32768 - at % 32768
                 continue
-            length, kind = struct.unpack('<HB', content[at + 4:at + 7])
-            data += content[at + 7:at + 7 + length]
+            length, kind = struct.unpack('<HB', content[at + 4 : at + 7])
+            data += content[at + 7 : at + 7 + length]
             at += 7 + length
             if kind in (1, 4):  # a record in one piece, or its last piece
                 record, data = wandb_internal_pb2.Record.FromString(data), b''
                 if record.WhichOneof('record_type') == 'history':
-                    rows.append({'.'.join(item.nested_key) or item.key: json.loads(item.value_json)
-                                 for item in record.history.item})
+                    rows.append(
+                        {
+                            '.'.join(item.nested_key) or item.key: json.loads(item.value_json)
+                            for item in record.history.item
+                        }
+                    )
     return rows
 
 
 @pytest.mark.slow
 def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(data_dir, tmp_path):
-    out_dir, watched = tmp_path / 'run', ['--wandb_log', '--tensorboard', '--sample_tokens=5', '--eval_interval=4']
+    out_dir, watched = (
+        tmp_path / 'run',
+        ['--wandb_log', '--tensorboard', '--sample_tokens=5', '--eval_interval=4'],
+    )
     train(data_dir, out_dir, *watched, '--max_iters=4')
     first_id = (out_dir / 'wandb_id').read_text()
     train(data_dir, out_dir, *watched, '--max_iters=8', '--init_from=resume')
     assert (out_dir / 'wandb_id').read_text() == first_id
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(out_dir / 'tensorboard'))
     events.Reload()
     logged = records(out_dir)
     names = {key for record in logged for key in record} - {'step'}
-    assert names >= {'loss/step', 'loss/train', 'loss/val', 'loss/val_whole', 'bits_per_byte/train', 'bits_per_byte/val',
-                     'learning_rate', 'grad_norm', 'tokens_per_second', 'peak_memory', 'sample'}
+    assert names >= {
+        'loss/step',
+        'loss/train',
+        'loss/val',
+        'loss/val_whole',
+        'bits_per_byte/train',
+        'bits_per_byte/val',
+        'learning_rate',
+        'grad_norm',
+        'tokens_per_second',
+        'peak_memory',
+        'sample',
+    }
     texts = {name for name in names if name in ('sample', 'verdict') or name.startswith('finding/')}
     assert set(events.Tags()['scalars']) == names - texts
     history = wandb_history(out_dir)
     for name in names - texts:
-        expected = [(record['step'], pytest.approx(record[name])) for record in logged if name in record]
+        expected = [
+            (record['step'], pytest.approx(record[name])) for record in logged if name in record
+        ]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected, name
         assert [(row['_step'], row[name]) for row in history if name in row] == expected, name
     assert any(name.startswith('finding/') for name in texts) and 'verdict' in texts
     for name in texts:
         expected = [(record['step'], record[name]) for record in logged if name in record]
         if name.startswith('finding/'):  # an object in metrics.jsonl
-            expected = [(step, str(Finding.of_record(name, step, recorded))) for step, recorded in expected]
+            expected = [
+                (step, str(Finding.of_record(name, step, recorded))) for step, recorded in expected
+            ]
         assert [(row['_step'], row[name]) for row in history if name in row] == expected, name
-        assert [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(f'{name}/text_summary')] == expected, name
+        assert [
+            (event.step, event.tensor_proto.string_val[0].decode())
+            for event in events.Tensors(f'{name}/text_summary')
+        ] == expected, name
     samples = [(record['step'], record['sample']) for record in logged if 'sample' in record]
-    assert [step for step, _ in samples] == [0, 4, 8] and all(len(text) == 8 + 5 for _, text in samples)
+    assert [step for step, _ in samples] == [0, 4, 8] and all(
+        len(text) == 8 + 5 for _, text in samples
+    )
     assert [(row['_step'], row['sample']) for row in history if 'sample' in row] == samples
     assert [event.step for event in events.Tensors('sample/text_summary')] == [0, 4, 8]
 
@@ -468,33 +676,67 @@ def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
     """The config's dataset cannot be fetched through a proxy that refuses; the fallback is prepared and recorded."""
     copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', 'out*', 'wandb', 'input.txt', '*.bin', 'meta.json'))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns('.*', 'out*', 'wandb', 'input.txt', '*.bin', 'meta.json'),
+    )
     refuse = {'https_proxy': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
-    flags = [f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}', '--device=cpu', '--max_iters=2',
-             '--eval_iters=1', '--n_layer=1']
-    done = run_script('train.py', 'config/train_shakespeare_char.py', *flags, '--fallback_dataset=', env=refuse,
-                      folder=copy)
-    assert done.returncode == 2 and '--fallback_dataset' in done.stderr and 'input.txt' in done.stderr
-    done = run_script('train.py', 'config/train_shakespeare_char.py', *flags, env=refuse, folder=copy)
+    flags = [
+        f'--data_dir={tmp_path / "data"}',
+        f'--out_dir={tmp_path / "run"}',
+        '--device=cpu',
+        '--max_iters=2',
+        '--eval_iters=1',
+        '--n_layer=1',
+    ]
+    done = run_script(
+        'train.py',
+        'config/train_shakespeare_char.py',
+        *flags,
+        '--fallback_dataset=',
+        env=refuse,
+        folder=copy,
+    )
+    assert (
+        done.returncode == 2 and '--fallback_dataset' in done.stderr and 'input.txt' in done.stderr
+    )
+    done = run_script(
+        'train.py', 'config/train_shakespeare_char.py', *flags, env=refuse, folder=copy
+    )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith('***')]
     assert len(lines) == 1 and 'stdlib_char INSTEAD' in lines[0] and 'input.txt' in lines[0]
-    assert json.loads((tmp_path / 'run/config.json').read_text())['config']['dataset'] == 'stdlib_char'
+    assert (
+        json.loads((tmp_path / 'run/config.json').read_text())['config']['dataset'] == 'stdlib_char'
+    )
     assert store.load(tmp_path / 'run')[0].state['dataset'] == 'stdlib_char'
-    sampled = run_script('sample.py', f'--out_dir={tmp_path / "run"}', '--device=cpu', '--max_new_tokens=5')
+    sampled = run_script(
+        'sample.py', f'--out_dir={tmp_path / "run"}', '--device=cpu', '--max_new_tokens=5'
+    )
     assert 'stdlib_char' in sampled.stderr
 
 
 @pytest.mark.slow
 def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
-    done = train(data_dir, tmp_path / 'run', '--compile', '--max_iters=2',
-                 env={'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no-compiler')})
+    done = train(
+        data_dir,
+        tmp_path / 'run',
+        '--compile',
+        '--max_iters=2',
+        env={'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no-compiler')},
+    )
     assert 'compile off (there is no C compiler' in done.stdout
     broken = tmp_path / 'g++'
     broken.write_text('#!/bin/sh\nexit 1\n')
     broken.chmod(0o755)
-    done = train(data_dir, tmp_path / 'run2', '--compile', '--max_iters=2',
-                 env={'CXX': str(broken), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')})
+    done = train(
+        data_dir,
+        tmp_path / 'run2',
+        '--compile',
+        '--max_iters=2',
+        env={'CXX': str(broken), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')},
+    )
     assert 'compile failed, going on without it' in done.stdout
 
 
@@ -508,9 +750,12 @@ def test_a_compiled_run_learns_the_same(data_dir, tmp_path, whole_run):
 
 
 def test_importing_a_script_does_nothing():
-    done = run_script('-c', 'import os; before = set(os.listdir()); import train, sample; import torch; '
-                            'assert set(os.listdir()) - before <= {"__pycache__"}; '
-                            'assert not torch.cuda.is_initialized(); assert train.max_iters == 600000')
+    done = run_script(
+        '-c',
+        'import os; before = set(os.listdir()); import train, sample; import torch; '
+        'assert set(os.listdir()) - before <= {"__pycache__"}; '
+        'assert not torch.cuda.is_initialized(); assert train.max_iters == 600000',
+    )
     assert done.returncode == 0 and done.stdout == done.stderr == '', done.stderr
 
 
@@ -518,8 +763,11 @@ def test_importing_a_script_does_nothing():
 def published_gpt2(data_dir, tmp_path_factory):
     """A folder as Hugging Face publishes GPT-2, and their model of it: random weights, the test dataset's vocabulary."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_embd=32, n_layer=2, n_head=2)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50257, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    ).eval()
     folder = tmp_path_factory.mktemp('hub') / 'gpt2'
     theirs.save_pretrained(folder)
     return folder, theirs
@@ -530,7 +778,11 @@ def gpt2_data(tmp_path_factory):
     """A folder of datasets with 'tiny' as nanoGPT makes them: bins of GPT-2's tokens, and nothing beside."""
     folder = tmp_path_factory.mktemp('gpt2_data') / 'tiny'
     folder.mkdir()
-    ids = torch.randint(50257, (2000,), generator=torch.Generator().manual_seed(0)).numpy().astype('<u2')
+    ids = (
+        torch.randint(50257, (2000,), generator=torch.Generator().manual_seed(0))
+        .numpy()
+        .astype('<u2')
+    )
     ids.tofile(folder / 'train.bin')
     ids[:500].tofile(folder / 'val.bin')
     return folder.parent
@@ -539,26 +791,49 @@ def gpt2_data(tmp_path_factory):
 @pytest.mark.slow
 def test_published_weights_are_evaluated_as_transformers_does(published_gpt2, gpt2_data, tmp_path):
     folder, theirs = published_gpt2
-    done = run_script('train.py', 'config/eval_gpt2.py', f'--init_from={folder}', '--dataset=tiny', f'--data_dir={gpt2_data}',
-                      '--device=cpu', '--batch_size=4', f'--out_dir={tmp_path / "run"}')
+    done = run_script(
+        'train.py',
+        'config/eval_gpt2.py',
+        f'--init_from={folder}',
+        '--dataset=tiny',
+        f'--data_dir={gpt2_data}',
+        '--device=cpu',
+        '--batch_size=4',
+        f'--out_dir={tmp_path / "run"}',
+    )
     assert done.returncode == 0, done.stderr
     ids = torch.from_numpy(open_dataset(gpt2_data / 'tiny', 32).val.astype('int64'))
     n = (len(ids) - 1) // 32
     with torch.no_grad():
-        logits = theirs(ids[:n * 32].view(n, 32)).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1:n * 32 + 1]).item()
+        logits = theirs(ids[: n * 32].view(n, 32)).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1 : n * 32 + 1]).item()
     assert f'val loss {loss:.4f} nats per token' in done.stdout
     assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_published_weights_with_a_shorter_context(published_gpt2, gpt2_data, tmp_path):
-    flags = ['config/finetune_shakespeare.py', '--dataset=tiny', f'--data_dir={gpt2_data}', '--device=cpu', '--dropout=0.1',
-             '--block_size=16', '--gradient_accumulation_steps=2', '--eval_iters=2', f'--out_dir={tmp_path / "run"}']
+def test_a_run_goes_on_from_published_weights_with_a_shorter_context(
+    published_gpt2, gpt2_data, tmp_path
+):
+    flags = [
+        'config/finetune_shakespeare.py',
+        '--dataset=tiny',
+        f'--data_dir={gpt2_data}',
+        '--device=cpu',
+        '--dropout=0.1',
+        '--block_size=16',
+        '--gradient_accumulation_steps=2',
+        '--eval_iters=2',
+        f'--out_dir={tmp_path / "run"}',
+    ]
     done = run_script('train.py', *flags, f'--init_from={published_gpt2[0]}', '--max_iters=2')
     assert done.returncode == 0, done.stderr
     found, _ = store.load(tmp_path / 'run')
-    assert (found.state['model']['n_layer'], found.state['model']['bias'], found.state['model']['block_size']) == (2, True, 16)
+    assert (
+        found.state['model']['n_layer'],
+        found.state['model']['bias'],
+        found.state['model']['block_size'],
+    ) == (2, True, 16)
     assert found.state['config']['n_layer'] == 2  # what the run used, not what stands in the file
     done = run_script('train.py', *flags, '--init_from=resume', '--max_iters=3')
     assert done.returncode == 0, done.stderr
@@ -567,37 +842,74 @@ def test_a_run_goes_on_from_published_weights_with_a_shorter_context(published_g
 
 @pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_path):
-    done = train(data_dir, tmp_path / 'run', f'--init_from={whole_run[0]}', '--max_iters=2', '--learning_rate=0', '--min_lr=0')
+    done = train(
+        data_dir,
+        tmp_path / 'run',
+        f'--init_from={whole_run[0]}',
+        '--max_iters=2',
+        '--learning_rate=0',
+        '--min_lr=0',
+    )
     first = re.search('step 0: train loss .*, val loss (.*) nats', done.stdout)[1]
     best = store.load(whole_run[0], 'best')
     assert float(first) == pytest.approx(best[0].state['train']['best_val_loss'], abs=1e-4)
-    assert_equal_tensors({'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']})
+    assert_equal_tensors(
+        {'model': tensors_of(tmp_path / 'run')['model']}, {'model': best[1]['model']}
+    )
 
 
 @pytest.mark.slow
 def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, run_main):
     """Two steps of each, at reduced size; those that start from published weights start from small ones."""
     configs = sorted((ROOT / 'config').rglob('*.py'))
-    assert {'fast_shakespeare_char', 'fast_gpt2', 'train_shakespeare_char', 'train_shakespeare', 'finetune_shakespeare',
-            'train_gpt2', 'modern_shakespeare_char',
-            'train_text', 'eval_gpt2', 'eval_gpt2_medium', 'eval_gpt2_large', 'eval_gpt2_xl'} <= {path.stem for path in configs}
+    assert {
+        'fast_shakespeare_char',
+        'fast_gpt2',
+        'train_shakespeare_char',
+        'train_shakespeare',
+        'finetune_shakespeare',
+        'train_gpt2',
+        'modern_shakespeare_char',
+        'train_text',
+        'eval_gpt2',
+        'eval_gpt2_medium',
+        'eval_gpt2_large',
+        'eval_gpt2_xl',
+    } <= {path.stem for path in configs}
     for config in configs:
         published = config.stem.startswith(('eval_', 'finetune_'))
         start = [f'--init_from={published_gpt2[0]}', '--bias'] if published else []
-        flags = [flag for flag in SMALL_RUN if not flag.startswith('--block_size')] + ['--block_size=32']
-        run = run_script if 'import' in config.read_text() else run_main  # what a config breaks in the code breaks in its process
-        done = run('train.py', config, *flags, '--max_iters=2', *start, f'--out_dir={tmp_path / config.stem}',
-                   f'--data_dir={gpt2_data if published else data_dir}')
+        flags = [flag for flag in SMALL_RUN if not flag.startswith('--block_size')] + [
+            '--block_size=32'
+        ]
+        run = (
+            run_script if 'import' in config.read_text() else run_main
+        )  # what a config breaks in the code breaks in its process
+        done = run(
+            'train.py',
+            config,
+            *flags,
+            '--max_iters=2',
+            *start,
+            f'--out_dir={tmp_path / config.stem}',
+            f'--data_dir={gpt2_data if published else data_dir}',
+        )
         assert done.returncode == 0, f'{config}: {done.stderr}'
         if 'eval' not in config.stem:
             assert store.load(tmp_path / config.stem)[0].step == 2
 
 
-def test_a_run_keeps_freed_memory_and_an_evaluations_seconds_hold_the_check_up(train_here, tmp_path, monkeypatch):
+def test_a_run_keeps_freed_memory_and_an_evaluations_seconds_hold_the_check_up(
+    train_here, tmp_path, monkeypatch
+):
     devices, evaluate = [], vitals.Vitals.evaluate
     monkeypatch.setattr(training, 'keep_freed_memory', devices.append)
     monkeypatch.setattr(vitals.Vitals, 'evaluate', lambda *args: time.sleep(0.3) or evaluate(*args))
     assert train_here(tmp_path, '--max_iters=1', '--eval_interval=1').returncode == 0
     assert devices == ['cpu']
-    seconds = [record['seconds/evaluation'] for record in records(tmp_path) if 'seconds/evaluation' in record]
+    seconds = [
+        record['seconds/evaluation']
+        for record in records(tmp_path)
+        if 'seconds/evaluation' in record
+    ]
     assert len(seconds) == 2 and min(seconds) >= 0.3

@@ -14,7 +14,10 @@ _cross_entropy = torch.nn.functional.cross_entropy
 
 class _Functional:
     """torch.nn.functional, but for the loss."""
-    cross_entropy = staticmethod(lambda *args, **options: _cross_entropy(*args, **options, reduction='sum'))
+
+    cross_entropy = staticmethod(
+        lambda *args, **options: _cross_entropy(*args, **options, reduction='sum')
+    )
 
     def __getattr__(self, name):
         return getattr(torch.nn.functional, name)

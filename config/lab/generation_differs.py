@@ -1,7 +1,8 @@
 # Attention changed beside its definition: training sees a window of 8 tokens, sampling all tokens.
-import model
 import torch
 from torch.nn import functional as F
+
+import model
 
 include('healthy.py')
 out_dir = 'out-lab-generation-differs'
@@ -10,8 +11,14 @@ out_dir = 'out-lab-generation-differs'
 def _attend_in_window(q, k, v, dropout=0.0):
     places = torch.arange(q.shape[2], device=q.device)
     distance = places[:, None] - places
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 8),
-                                          dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=(distance >= 0) & (distance < 8),
+        dropout_p=dropout,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 model.attend = _attend_in_window

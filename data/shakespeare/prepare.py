@@ -2,6 +2,7 @@
 
 Takes --input=PATH, or else input.txt beside this file, in out_dir or in data/shakespeare_char, or else downloads it into out_dir.
 """
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The weights that a run starts from: its own checkpoint, another run's, or GPT-2's as Hugging Face publishes them."""
+
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'ml
 @dataclass(frozen=True)
 class Weights:
     """Weights, the model that they are of, and the tokenizer that this model reads."""
+
     name: str  # where they are from
     model: GPTConfig
     tokenizer: dict
@@ -40,7 +42,9 @@ class Weights:
             before = self.resumed.state['config']
             # The schedule of a run from before these keys had 'auto', unless what they depend on has changed.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
-                is_same = before.get(depends_on) == values[depends_on] and type(before.get(key)) in (int, float)
+                is_same = before.get(depends_on) == values[depends_on] and type(
+                    before.get(key)
+                ) in (int, float)
                 if values[key] == 'auto' and is_same:
                     adopted[key] = before[key]
         for key, own in fixed.items():
@@ -50,27 +54,36 @@ class Weights:
                 adopted[key] = own
             elif key == 'block_size' and not self.resumed:
                 if values[key] > own:
-                    raise UserError(f'{key} {values[key]} ({origins[key]}) is more than the {own} positions of {self.name}: '
-                                    f'use at most --block_size={own}')
+                    raise UserError(
+                        f'{key} {values[key]} ({origins[key]}) is more than the {own} positions of {self.name}: '
+                        f'use at most --block_size={own}'
+                    )
             else:
-                raise UserError(f'{self.name} was trained with {key} {own}, but {origins[key]} says {values[key]}: leave '
-                                f'{key} out, or train a new model with --init_from=scratch and another --out_dir')
+                raise UserError(
+                    f'{self.name} was trained with {key} {own}, but {origins[key]} says {values[key]}: leave '
+                    f'{key} out, or train a new model with --init_from=scratch and another --out_dir'
+                )
         return adopted
 
     def changes(self, config: Mapping) -> dict[str, list]:
         """Keys of a resumed run's config that have changed since the checkpoint -> [value then, value now]."""
         before = self.resumed.state['config']
-        return {key: [before[key], value] for key, value in config.items()
-                if before.get(key, value) != value and key not in ('init_from', 'overwrite', 'out_dir')}
+        return {
+            key: [before[key], value]
+            for key, value in config.items()
+            if before.get(key, value) != value and key not in ('init_from', 'overwrite', 'out_dir')
+        }
 
     def check_dataset(self, data: TokenDataset):
         """UserError where a resumed run's dataset is not the one it had, or a dataset's tokens mean something else here."""
         if self.resumed:
             self.resumed.check_dataset(data.folder, data.fingerprint)
         if data.vocab_size != self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
-            raise UserError(f'{self.name} reads tokens of another tokenizer ({self.tokenizer["kind"]}, vocabulary '
-                            f'{self.model.vocab_size}) than dataset {data.name} has (vocabulary {data.vocab_size}): choose a '
-                            f'--dataset that was prepared with its tokenizer')
+            raise UserError(
+                f'{self.name} reads tokens of another tokenizer ({self.tokenizer["kind"]}, vocabulary '
+                f'{self.model.vocab_size}) than dataset {data.name} has (vocabulary {data.vocab_size}): choose a '
+                f'--dataset that was prepared with its tokenizer'
+            )
 
 
 def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT:
@@ -91,7 +104,9 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
         if 'in loading state_dict' not in str(error):
             raise
         reason = str(error).splitlines()[1].strip()[:200]
-        raise UserError(f'the weights of {start.name} are not those of its config ({reason}); fetch both anew') from error
+        raise UserError(
+            f'the weights of {start.name} are not those of its config ({reason}); fetch both anew'
+        ) from error
     model.crop_block_size(config['block_size'])
     return model
 
@@ -102,34 +117,55 @@ def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Wei
         return None
     if init_from == 'resume':
         found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
-        return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors, found)
+        return Weights(
+            str(found.path),
+            GPTConfig(**found.state['model']),
+            found.state['tokenizer'],
+            tensors,
+            found,
+        )
     if store.exists(init_from):
-        found, tensors = store.load(init_from, 'best', read=('model',), warn=warn, check=check_shapes)
-        return Weights(str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors)
+        found, tensors = store.load(
+            init_from, 'best', read=('model',), warn=warn, check=check_shapes
+        )
+        return Weights(
+            str(found.path), GPTConfig(**found.state['model']), found.state['tokenizer'], tensors
+        )
     if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         return read_gpt2(init_from)
-    raise UserError(f"init_from {init_from!r} is neither 'scratch', 'resume', nor {', '.join(map(repr, GPT2_NAMES))}, nor the "
-                    f'folder of a run or of a Hugging Face GPT-2')
+    raise UserError(
+        f"init_from {init_from!r} is neither 'scratch', 'resume', nor {', '.join(map(repr, GPT2_NAMES))}, nor the "
+        f'folder of a run or of a Hugging Face GPT-2'
+    )
 
 
 def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
     """Damaged where the tensors are not those of the model that the checkpoint is of."""
     try:
         with torch.device('meta'):  # shapes alone
-            shapes = {name: tensor.shape for name, tensor in GPT(GPTConfig(**found.state['model'])).state_dict().items()}
+            shapes = {
+                name: tensor.shape
+                for name, tensor in GPT(GPTConfig(**found.state['model'])).state_dict().items()
+            }
     except (TypeError, ValueError) as error:
-        raise store.Damaged(f'{found.path / "state.json"}: its model cannot be built ({error})') from error
+        raise store.Damaged(
+            f'{found.path / "state.json"}: its model cannot be built ({error})'
+        ) from error
     have = {name: tensor.shape for name, tensor in tensors['model'].items()}
     for name in sorted(have.keys() | shapes.keys()):
         if have.get(name) != shapes.get(name):
-            raise store.Damaged(f'{found.path / "model.safetensors"}: {name} is {_shape(have.get(name))}, where the '
-                                     f'model has {_shape(shapes.get(name))}')
+            raise store.Damaged(
+                f'{found.path / "model.safetensors"}: {name} is {_shape(have.get(name))}, where the '
+                f'model has {_shape(shapes.get(name))}'
+            )
     for full_name, tensor in tensors.get('optimizer', {}).items():
         shape = shapes.get(full_name.rpartition('/')[0])
         # other optimizers may keep less than a number for each weight
         if shape is None or tensor.dim() == len(shape) and tensor.shape != shape:
-            raise store.Damaged(f'{found.path / "optimizer.safetensors"}: {full_name} is {_shape(tensor.shape)}, where '
-                                     f'the model has {_shape(shape)}')
+            raise store.Damaged(
+                f'{found.path / "optimizer.safetensors"}: {full_name} is {_shape(tensor.shape)}, where '
+                f'the model has {_shape(shape)}'
+            )
 
 
 def _shape(shape: torch.Size | None) -> str:
@@ -142,18 +178,37 @@ def read_gpt2(name: str) -> Weights:
     try:
         config = json.loads(config_file.read_bytes())
         tensors = safetensors.torch.load_file(weights_file)
-        sizes = {own: config[theirs] for own, theirs in (('vocab_size', 'vocab_size'), ('block_size', 'n_positions'),
-                                                         ('n_layer', 'n_layer'), ('n_head', 'n_head'), ('n_embd', 'n_embd'))}
+        sizes = {
+            own: config[theirs]
+            for own, theirs in (
+                ('vocab_size', 'vocab_size'),
+                ('block_size', 'n_positions'),
+                ('n_layer', 'n_layer'),
+                ('n_head', 'n_head'),
+                ('n_embd', 'n_embd'),
+            )
+        }
         if not all(type(size) is int for size in sizes.values()):
             raise ValueError(f'its config has {sizes}, which are no whole numbers')
         model = GPTConfig(**sizes)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
-        raise UserError(f'{config_file.parent} is no GPT-2 of Hugging Face ({type(error).__name__}: {error}): it takes their '
-                        f'config.json and model.safetensors; fetch both anew') from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise UserError(
+            f'{config_file.parent} is no GPT-2 of Hugging Face ({type(error).__name__}: {error}): it takes their '
+            f'config.json and model.safetensors; fetch both anew'
+        ) from error
     renamed = {}
     for key, tensor in tensors.items():
         key = 'transformer.' + key.removeprefix('transformer.')
-        if not key.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):  # masks, and the tied head
+        if not key.endswith(
+            ('.attn.bias', '.attn.masked_bias', 'lm_head.weight')
+        ):  # masks, and the tied head
             renamed[key] = tensor.t().contiguous() if key.endswith(TRANSPOSED) else tensor
     return Weights(name, model, {'kind': 'gpt2'}, {'model': renamed})
 
@@ -164,11 +219,17 @@ def _find(name: str, file: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(f'--init_from={name} needs a package that is not here: pip install huggingface_hub') from error
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every attempt; the line below sums them up
+        raise UserError(
+            f'--init_from={name} needs a package that is not here: pip install huggingface_hub'
+        ) from error
+    logging.getLogger('huggingface_hub').setLevel(
+        logging.ERROR
+    )  # it tells of every attempt; the line below sums them up
     try:
         return Path(hf_hub_download(f'openai-community/{name}', file))
     except Exception as error:  # its errors have no common base
-        raise UserError(f'{name} could not be fetched from the Hugging Face hub ({type(error).__name__}); fetch config.json '
-                        f'and model.safetensors of openai-community/{name} elsewhere and name their folder: '
-                        f'--init_from=FOLDER') from error
+        raise UserError(
+            f'{name} could not be fetched from the Hugging Face hub ({type(error).__name__}); fetch config.json '
+            f'and model.safetensors of openai-community/{name} elsewhere and name their folder: '
+            f'--init_from=FOLDER'
+        ) from error

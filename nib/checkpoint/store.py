@@ -6,6 +6,7 @@
 A checkpoint is written under a temporary name, synced, renamed, and only then named by `latest` or `best`. So a directory
 with a step's name is a whole checkpoint, whenever the machine stopped; deleting one begins with renaming it, too.
 """
+
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ class Damaged(Exception):
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk whose state.json has passed its digest. Tensors are read, and checked, when asked for."""
+
     path: Path
     state: dict
 
@@ -47,10 +49,12 @@ class Checkpoint:
     def check_dataset(self, dataset, fingerprint: str):
         """UserError where this checkpoint is of a dataset with another fingerprint."""
         if self.state['dataset_fingerprint'] != fingerprint:
-            raise UserError(f'{self.path} was trained on {self.state["dataset"]} with the fingerprint '
-                            f'{self.state["dataset_fingerprint"][:16]}, but {dataset} has {fingerprint[:16]}: resume with the same '
-                            f'bins (--dataset={self.state["dataset"]}), or start a new run, in another --out_dir or with '
-                            f'--overwrite in place of --init_from=resume')
+            raise UserError(
+                f'{self.path} was trained on {self.state["dataset"]} with the fingerprint '
+                f'{self.state["dataset_fingerprint"][:16]}, but {dataset} has {fingerprint[:16]}: resume with the same '
+                f'bins (--dataset={self.state["dataset"]}), or start a new run, in another --out_dir or with '
+                f'--overwrite in place of --init_from=resume'
+            )
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of 'model' or 'optimizer', on the CPU. Damaged where the file is not the one saved."""
@@ -71,22 +75,31 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     try:
         return _save(out_dir, step, model, optimizer, state)
     except OSError as error:
-        raise UserError(f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before '
-                        f'it are whole: make room, then go on with --init_from=resume') from error
+        raise UserError(
+            f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before '
+            f'it are whole: make room, then go on with --init_from=resume'
+        ) from error
 
 
 def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     final = Path(out_dir) / _name(step)
-    temporary, replaced = final.with_name(_TEMPORARY + final.name), final.with_name(_REPLACED + final.name)
+    temporary, replaced = (
+        final.with_name(_TEMPORARY + final.name),
+        final.with_name(_REPLACED + final.name),
+    )
     final.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(final.parent)
     try:
         temporary.mkdir()
-        digests = {f'{name}.safetensors': tensorfile.write(temporary / f'{name}.safetensors', tensors)
-                   for name, tensors in (('model', model), ('optimizer', optimizer))}
+        digests = {
+            f'{name}.safetensors': tensorfile.write(temporary / f'{name}.safetensors', tensors)
+            for name, tensors in (('model', model), ('optimizer', optimizer))
+        }
         _write_state(temporary, {'format': FORMAT, 'step': step, **state, 'files': digests})
         if final.exists():  # the same step saved again, after resuming from an earlier one
-            os.rename(final, replaced)  # under this name it still counts, until the next line is done
+            os.rename(
+                final, replaced
+            )  # under this name it still counts, until the next line is done
         os.rename(temporary, final)
         sync_folder(final.parent)
     except BaseException:
@@ -108,8 +121,10 @@ def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
             point(out_dir, 'best', folder)
         _write_state(folder, state)
     except (OSError, Damaged) as error:
-        raise UserError(f'the evaluation of step {step} could not be recorded in {folder} ({error}): make room, then go on '
-                        f'with --init_from=resume') from error
+        raise UserError(
+            f'the evaluation of step {step} could not be recorded in {folder} ({error}): make room, then go on '
+            f'with --init_from=resume'
+        ) from error
 
 
 def point(out_dir, name: str, step_folder: Path):
@@ -125,15 +140,24 @@ def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[
     damaged: steps known to be unusable, which are none of those to keep. UserError where something cannot be deleted.
     """
     out_dir = Path(out_dir)
-    folders = {_step_of(folder): folder for folder in _step_folders(out_dir) if _step_of(folder) <= step}
+    folders = {
+        _step_of(folder): folder for folder in _step_folders(out_dir) if _step_of(folder) <= step
+    }
     whole = [older for older in folders if older not in damaged]
-    kept = {step, *whole[:keep_last], *(older for older in whole if keep_every and older % keep_every == 0),
-            _named(out_dir, 'latest'), _named(out_dir, 'best')}
+    kept = {
+        step,
+        *whole[:keep_last],
+        *(older for older in whole if keep_every and older % keep_every == 0),
+        _named(out_dir, 'latest'),
+        _named(out_dir, 'best'),
+    }
     try:
         for older in folders.keys() - kept:
             _delete(folders[older])
     except OSError as error:
-        raise UserError(f'an older checkpoint in {out_dir} cannot be deleted ({error.strerror})') from error
+        raise UserError(
+            f'an older checkpoint in {out_dir} cannot be deleted ({error.strerror})'
+        ) from error
 
 
 def steps_after(out_dir, step: int) -> set[int]:
@@ -157,7 +181,9 @@ def set_aside(out_dir):
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(folder, aside)
     except OSError as error:
-        raise UserError(f'the run in {out_dir} cannot be set aside ({error.strerror}): choose another --out_dir') from error
+        raise UserError(
+            f'the run in {out_dir} cannot be set aside ({error.strerror}): choose another --out_dir'
+        ) from error
 
 
 def delete_set_aside(out_dir):
@@ -165,9 +191,13 @@ def delete_set_aside(out_dir):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'optimizer'),
-         warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
-         check: Callable[[Checkpoint, dict], None] = lambda checkpoint, tensors: None) -> tuple[Checkpoint, dict]:
+def load(
+    out_dir,
+    which: str = 'latest',
+    read: tuple[str, ...] = ('model', 'optimizer'),
+    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    check: Callable[[Checkpoint, dict], None] = lambda checkpoint, tensors: None,
+) -> tuple[Checkpoint, dict]:
     """Reads a checkpoint; returns it and its tensors as {'model': {...}, 'optimizer': {...}}, as `read` asks.
 
     which: 'latest', 'best' or a step number. check: raises Damaged where a checkpoint that holds what was saved cannot be
@@ -184,36 +214,50 @@ def load(out_dir, which: str = 'latest', read: tuple[str, ...] = ('model', 'opti
             tensors = {name: checkpoint.tensors(name) for name in read}
             check(checkpoint, tensors)
         except Damaged as damage:
-            if not folder.exists():  # the run has replaced or deleted it meanwhile, so there are others now
+            if (
+                not folder.exists()
+            ):  # the run has replaced or deleted it meanwhile, so there are others now
                 return load(out_dir, which, read, warn, check)
             damages.append(str(damage))
             continue
         for damage in damages:
-            warn(f'warning: passing over a damaged checkpoint: {damage}; using step {checkpoint.step}')
+            warn(
+                f'warning: passing over a damaged checkpoint: {damage}; using step {checkpoint.step}'
+            )
         return checkpoint, tensors
     if aside := sorted(out_dir.glob(f'{_ASIDE}*')):
-        damages.append(f'one of the run that was replaced is still in {aside[-1]}: rename it to '
-                       f'{aside[-1].name.removeprefix(_ASIDE)} to have it back')
-    raise UserError(f'{out_dir} holds no checkpoint that can be used'
-                    + (': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}'))
+        damages.append(
+            f'one of the run that was replaced is still in {aside[-1]}: rename it to '
+            f'{aside[-1].name.removeprefix(_ASIDE)} to have it back'
+        )
+    raise UserError(
+        f'{out_dir} holds no checkpoint that can be used'
+        + (': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}')
+    )
 
 
 def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[Path]:
     """The directories that may be what is asked for, the likeliest first. UserError where that is none's name."""
     folders = _step_folders(out_dir)
-    if which == 'latest':  # the newest, not what `latest` names: a crash may have come between the two
+    if (
+        which == 'latest'
+    ):  # the newest, not what `latest` names: a crash may have come between the two
         return folders
     if which == 'best':
         best = _named(out_dir, 'best')
         if best is None and folders:
             warn(f'{out_dir} has no best checkpoint yet: taking the newest')
-        return sorted(folders, key=lambda folder: _step_of(folder) != best)  # stable: the best, then newest first
+        return sorted(
+            folders, key=lambda folder: _step_of(folder) != best
+        )  # stable: the best, then newest first
     if not (which.isascii() and which.isdecimal() and len(which) < 20):
         raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
     if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
         return wanted
-    raise UserError(f'{out_dir} holds no checkpoint of step {which}; it has: '
-                    + (', '.join(str(_step_of(folder)) for folder in folders) or 'none'))
+    raise UserError(
+        f'{out_dir} holds no checkpoint of step {which}; it has: '
+        + (', '.join(str(_step_of(folder)) for folder in folders) or 'none')
+    )
 
 
 def _read_state(folder: Path) -> dict:
@@ -225,8 +269,10 @@ def _read_state(folder: Path) -> dict:
     except OSError as error:
         raise Damaged(f'{path}: {error.strerror}') from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise Damaged(f'{path}: not a checkpoint\'s state') from error
-    if digest != _digest(state) or content != _encode(state):  # JSON can say the same in other bytes
+        raise Damaged(f"{path}: not a checkpoint's state") from error
+    if digest != _digest(state) or content != _encode(
+        state
+    ):  # JSON can say the same in other bytes
         raise Damaged(f'{path}: its content is not what was saved (SHA-256 differs)')
     if state['format'] != FORMAT:
         raise Damaged(f'{path}: format {state["format"]}, this version reads {FORMAT}')
@@ -261,8 +307,12 @@ def _step_folders(out_dir: Path) -> list[Path]:
     if not out_dir.is_dir():
         return []
     names = {path.name for path in out_dir.iterdir()}
-    present = [name for name in names if _STEP_FOLDER.fullmatch(name.removeprefix(_REPLACED))
-               and (not name.startswith(_REPLACED) or name.removeprefix(_REPLACED) not in names)]
+    present = [
+        name
+        for name in names
+        if _STEP_FOLDER.fullmatch(name.removeprefix(_REPLACED))
+        and (not name.startswith(_REPLACED) or name.removeprefix(_REPLACED) not in names)
+    ]
     return sorted((out_dir / name for name in present), key=_step_of, reverse=True)
 
 

@@ -4,6 +4,7 @@ The format: 8 bytes with the length of a header, the header as JSON (name -> dty
 The safetensors package reads and writes the same files, but holds Python's lock for as long, so that training would stand
 still, and makes a copy of all tensors.
 """
+
 import hashlib
 import json
 import os
@@ -16,8 +17,18 @@ from pathlib import Path
 import torch
 
 BLOCK = 1 << 24  # bytes given to the disk and to SHA-256 at a time
-DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
-          'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
+DTYPES = {
+    'F64': torch.float64,
+    'F32': torch.float32,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'I64': torch.int64,
+    'I32': torch.int32,
+    'I16': torch.int16,
+    'I8': torch.int8,
+    'U8': torch.uint8,
+    'BOOL': torch.bool,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -43,8 +54,8 @@ def read(path: Path, expected: str) -> dict[str, torch.Tensor]:
             content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
             view = memoryview(content.numpy())
             start = 0
-            while start < len(view) and (length := file.readinto(view[start:start + BLOCK])):
-                update(view[start:start + length])
+            while start < len(view) and (length := file.readinto(view[start : start + BLOCK])):
+                update(view[start : start + length])
                 start += length
         tensors, trouble = {}, None
         try:  # while the hash is catching up
@@ -61,19 +72,25 @@ def read(path: Path, expected: str) -> dict[str, torch.Tensor]:
 def _blocks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
     """The bytes of the file; those of the tensors without a copy."""
     # the widest first, so that each begins at a multiple of its width
-    tensors = {name: tensors[name].detach().contiguous()
-               for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))}
+    tensors = {
+        name: tensors[name].detach().contiguous()
+        for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    }
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {'dtype': DTYPE_NAMES[tensor.dtype], 'shape': list(tensor.shape), 'data_offsets': [start, end]}
+        header[name] = {
+            'dtype': DTYPE_NAMES[tensor.dtype],
+            'shape': list(tensor.shape),
+            'data_offsets': [start, end],
+        }
     encoded = json.dumps(header).encode()
     encoded += b' ' * (-len(encoded) % 8)
     yield memoryview(len(encoded).to_bytes(8, 'little') + encoded)
     for tensor in tensors.values():
         content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         for start in range(0, len(content), BLOCK):
-            yield content[start:start + BLOCK]
+            yield content[start : start + BLOCK]
 
 
 def _parse(content: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -84,7 +101,12 @@ def _parse(content: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, entry in header.items():
         if name != '__metadata__':  # the format's place for notes
             start, end = entry['data_offsets']
-            tensors[name] = content[data + start:data + end].clone().view(DTYPES[entry['dtype']]).reshape(entry['shape'])
+            tensors[name] = (
+                content[data + start : data + end]
+                .clone()
+                .view(DTYPES[entry['dtype']])
+                .reshape(entry['shape'])
+            )
     return tensors
 
 
@@ -93,7 +115,9 @@ def _hashing():
     """A SHA-256 and the function that gives it bytes. A thread of its own computes it, which is done when the block ends."""
     digest, blocks = hashlib.sha256(), queue.SimpleQueue()
     # not an executor: those take no more work when the program is ending, and a last save may still be under way then
-    thread = threading.Thread(target=lambda: [digest.update(block) for block in iter(blocks.get, None)])
+    thread = threading.Thread(
+        target=lambda: [digest.update(block) for block in iter(blocks.get, None)]
+    )
     thread.start()
     try:
         yield digest, blocks.put

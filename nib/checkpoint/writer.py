@@ -1,4 +1,5 @@
 """Checkpoints written in the background, while training goes on."""
+
 import atexit
 import sys
 from collections.abc import Callable, Mapping
@@ -25,11 +26,19 @@ class CheckpointWriter:
         self._last: Future | None = None  # what was asked for last
         atexit.register(self._report)
 
-    def save(self, step: int, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], state: dict):
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+        state: dict,
+    ):
         """Begins to write the checkpoint of `step`. The tensors may change afterwards; state may not."""
         self.wait()  # so that there is one copy at a time
-        copies = [{name: tensor.detach().to('cpu', copy=True) for name, tensor in tensors.items()}
-                  for tensors in (model, optimizer)]
+        copies = [
+            {name: tensor.detach().to('cpu', copy=True) for name, tensor in tensors.items()}
+            for tensors in (model, optimizer)
+        ]
         self._submit(lambda: self._save(step, *copies, state))
 
     def record_evaluation(self, step: int, train_state: dict, best: bool):

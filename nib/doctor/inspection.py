@@ -1,5 +1,6 @@
 """What one batch does in a model: the gradient and the update of every parameter, the activations and attention of every
 layer, as plain numbers. nib/doctor/health.py says which of them are healthy."""
+
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ CLOSED_BELOW = {'relu2': 0.0, 'gelu': -3.0, 'swiglu': -6.0}
 
 # -- parameters ------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def measure_parameters(model: nn.Module) -> list[ParameterStats]:
     """Weights and gradients as they are now; a parameter that no gradient reached counts as one of zeros."""
@@ -26,8 +28,20 @@ def measure_parameters(model: nn.Module) -> list[ParameterStats]:
     def measure(name, weight):
         grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         norm = torch.linalg.vector_norm
-        figures = (norm(weight) / math.sqrt(weight.numel()), grad.mean(), grad.std(correction=0), grad.abs().max(), norm(grad))
-        return ParameterStats(name, tuple(weight.shape), *torch.stack(figures).tolist(), behind_zeros=name.startswith(blocked))
+        figures = (
+            norm(weight) / math.sqrt(weight.numel()),
+            grad.mean(),
+            grad.std(correction=0),
+            grad.abs().max(),
+            norm(grad),
+        )
+        return ParameterStats(
+            name,
+            tuple(weight.shape),
+            *torch.stack(figures).tolist(),
+            behind_zeros=name.startswith(blocked),
+        )
+
     return [measure(name, weight) for name, weight in model.named_parameters()]
 
 
@@ -38,21 +52,32 @@ def behind_zeros(model: nn.Module) -> tuple[str, ...]:
         block, _, branch = name.removesuffix('.c_proj.weight').rpartition('.')
         norm = {'attn': 'ln_1', 'mlp': 'ln_2'}.get(branch)
         if norm and name.endswith('.c_proj.weight') and not weight.any():
-            blocked += [f'{block}.{norm}.', *(f'{block}.{branch}.{part}' for part in ('c_attn.', 'c_fc.', 'q_norm.', 'k_norm.'))]
+            blocked += [
+                f'{block}.{norm}.',
+                *(
+                    f'{block}.{branch}.{part}'
+                    for part in ('c_attn.', 'c_fc.', 'q_norm.', 'k_norm.')
+                ),
+            ]
     return tuple(blocked)
 
 
 @torch.no_grad()
-def add_updates(stats: list[ParameterStats], model: nn.Module, before: Mapping[str, torch.Tensor]) -> list[ParameterStats]:
+def add_updates(
+    stats: list[ParameterStats], model: nn.Module, before: Mapping[str, torch.Tensor]
+) -> list[ParameterStats]:
     """The same with the update ratio of what has happened to the weights since `before`, name -> tensor."""
+
     def ratio(name, weight):
         norm = float(before[name].norm())
         return float((weight - before[name]).norm()) / norm if norm else None
+
     ratios = {name: ratio(name, weight) for name, weight in model.named_parameters()}
     return [replace(row, update_ratio=ratios[row.name]) for row in stats]
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float, list[LayerStats]]:
@@ -65,12 +90,16 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
 
     def watch_stream(name):
         def hook(module, args, output):
-            note(name, mean=float(output.float().mean()), std=float(output.float().std(correction=0)))
+            note(
+                name, mean=float(output.float().mean()), std=float(output.float().std(correction=0))
+            )
+
         return hook
 
     def watch_branch(name, key):
         def hook(module, args, output):
             note(name, **{key: float(output.float().std(correction=0))})
+
         return hook
 
     def watch_attention(name):
@@ -80,25 +109,37 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
             for row in x[:n_sequences]:
                 scores, _ = attention_scores(module, row[None], rotary)
                 means.append(entropy(scores.softmax(dim=-1)).mean())
-                largest = max(largest, float(scores.masked_fill(scores == -math.inf, 0.0).abs().max()))
+                largest = max(
+                    largest, float(scores.masked_fill(scores == -math.inf, 0.0).abs().max())
+                )
             note(name, entropy=float(torch.stack(means).mean()), attention_logit=largest)
+
         return hook
 
     def watch_units(name, mlp):
         if mlp.kind in CLOSED_BELOW:
             return mlp.c_fc.register_forward_hook(
-                lambda module, args, output: note(name, dead=dead_share(mlp.kind, output)))
+                lambda module, args, output: note(name, dead=dead_share(mlp.kind, output))
+            )
         # Of an activation that the table does not know, a closed unit is one whose output is 0.
         return mlp.c_proj.register_forward_pre_hook(
-            lambda module, args: note(name, dead=share_always(args[0] == 0.0)))
+            lambda module, args: note(name, dead=share_always(args[0] == 0.0))
+        )
 
     parts = model.transformer
-    hooks = [parts.drop.register_forward_hook(watch_stream('embedding')), parts.ln_f.register_forward_hook(watch_stream('ln_f'))]
+    hooks = [
+        parts.drop.register_forward_hook(watch_stream('embedding')),
+        parts.ln_f.register_forward_hook(watch_stream('ln_f')),
+    ]
     for i, block in enumerate(parts.h):
         name = f'h.{i}'
-        hooks += [block.attn.register_forward_hook(watch_attention(name)), watch_units(name, block.mlp),
-                  block.attn.register_forward_hook(watch_branch(name, 'attention_std')),
-                  block.mlp.register_forward_hook(watch_branch(name, 'mlp_std')), block.register_forward_hook(watch_stream(name))]
+        hooks += [
+            block.attn.register_forward_hook(watch_attention(name)),
+            watch_units(name, block.mlp),
+            block.attn.register_forward_hook(watch_branch(name, 'attention_std')),
+            block.mlp.register_forward_hook(watch_branch(name, 'mlp_std')),
+            block.register_forward_hook(watch_stream(name)),
+        ]
     was_training = model.training
     model.eval()
     try:
@@ -145,6 +186,7 @@ def share_always(is_closed) -> float:
 
 
 # -- the batch -------------------------------------------------------------------------------------------------------
+
 
 def shifted_share(x, y) -> float:
     """The share of targets (B, T) that are the input's next token, of those whose next token is in sight; 1 for T = 1."""

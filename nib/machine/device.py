@@ -1,4 +1,5 @@
 """The device under a run: which one, its precision and memory, its peak rate, random seeds."""
+
 import ctypes
 import hashlib
 import re
@@ -11,33 +12,58 @@ from nib.errors import UserError
 
 # Dense matrix rates in FLOP/s by the vendors' data sheets (without sparsity): (part of the device's name, dtype) -> rate.
 PEAK_FLOPS = {
-    ('H200', 'bfloat16'): 989e12, ('H200', 'float16'): 989e12,
-    ('H100 PCIe', 'bfloat16'): 756e12, ('H100 PCIe', 'float16'): 756e12,
-    ('H100', 'bfloat16'): 989e12, ('H100', 'float16'): 989e12,
-    ('A100', 'bfloat16'): 312e12, ('A100', 'float16'): 312e12,
-    ('A10G', 'bfloat16'): 70e12, ('A10G', 'float16'): 70e12,
-    ('L40S', 'bfloat16'): 362e12, ('L40S', 'float16'): 362e12,
-    ('L4', 'bfloat16'): 121e12, ('L4', 'float16'): 121e12,
+    ('H200', 'bfloat16'): 989e12,
+    ('H200', 'float16'): 989e12,
+    ('H100 PCIe', 'bfloat16'): 756e12,
+    ('H100 PCIe', 'float16'): 756e12,
+    ('H100', 'bfloat16'): 989e12,
+    ('H100', 'float16'): 989e12,
+    ('A100', 'bfloat16'): 312e12,
+    ('A100', 'float16'): 312e12,
+    ('A10G', 'bfloat16'): 70e12,
+    ('A10G', 'float16'): 70e12,
+    ('L40S', 'bfloat16'): 362e12,
+    ('L40S', 'float16'): 362e12,
+    ('L4', 'bfloat16'): 121e12,
+    ('L4', 'float16'): 121e12,
     ('V100', 'float16'): 125e12,
     ('T4', 'float16'): 65e12,
-    ('RTX 4090', 'bfloat16'): 165e12, ('RTX 4090', 'float16'): 165e12,
-    ('RTX 3090', 'bfloat16'): 71e12, ('RTX 3090', 'float16'): 71e12,
+    ('RTX 4090', 'bfloat16'): 165e12,
+    ('RTX 4090', 'float16'): 165e12,
+    ('RTX 3090', 'bfloat16'): 71e12,
+    ('RTX 3090', 'float16'): 71e12,
 }
 
 
 def pick_device(device: str) -> str:
     """'auto' becomes 'cuda', 'mps' or 'cpu', whichever is there first. UserError for a device that is not there."""
     if device == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        return (
+            'cuda'
+            if torch.cuda.is_available()
+            else 'mps'
+            if torch.backends.mps.is_available()
+            else 'cpu'
+        )
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
-        device = kind if kind in ('cpu', 'mps') else device  # there is one of them: 'cpu:0' is 'cpu'
+        device = (
+            kind if kind in ('cpu', 'mps') else device
+        )  # there is one of them: 'cpu:0' is 'cpu'
     except RuntimeError as error:
-        raise UserError(f"--device={device}: no such device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
-    present = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind, 0)
+        raise UserError(
+            f"--device={device}: no such device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
+        ) from error
+    present = {
+        'cpu': 1,
+        'cuda': torch.cuda.device_count(),
+        'mps': int(torch.backends.mps.is_available()),
+    }.get(kind, 0)
     if index >= present:
-        raise UserError(f'--device={device}: this machine has {present or "no"} {kind} device{"s" * (present != 1)} '
-                        f'that torch {torch.__version__} can use; try --device=auto')
+        raise UserError(
+            f'--device={device}: this machine has {present or "no"} {kind} device{"s" * (present != 1)} '
+            f'that torch {torch.__version__} can use; try --device=auto'
+        )
     return device
 
 
@@ -56,7 +82,9 @@ def has_bfloat16(device: str) -> bool:
     """Whether the device multiplies matrices of bfloat16 faster than of float32."""
     if device.startswith('cuda'):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device == 'cpu' and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def pick_dtype(dtype: str, device: str) -> tuple[str, str]:
@@ -67,7 +95,9 @@ def pick_dtype(dtype: str, device: str) -> tuple[str, str]:
             return 'bfloat16', f'this {kind} has it'
         return ('float16' if kind == 'GPU' else 'float32'), f'this {kind} has no bfloat16'
     if dtype == 'bfloat16' and kind == 'GPU' and not has_bfloat16(device):
-        raise UserError(f'--dtype=bfloat16: {describe_device(device)} has no bfloat16; use --dtype=float16 or auto')
+        raise UserError(
+            f'--dtype=bfloat16: {describe_device(device)} has no bfloat16; use --dtype=float16 or auto'
+        )
     return dtype, 'as asked'
 
 
@@ -90,15 +120,24 @@ def look_up_peak(name: str, dtype: str) -> float | None:
     words = set(re.split(r'[\s-]+', name))
     if words & {'NVL', 'Ti', 'SUPER', 'Laptop', 'Mobile', 'D', 'Max', 'Q', 'MIG'}:
         return None
-    return next((rate for (part, of_dtype), rate in PEAK_FLOPS.items()
-                 if words >= set(part.split()) and of_dtype == dtype), None)
+    return next(
+        (
+            rate
+            for (part, of_dtype), rate in PEAK_FLOPS.items()
+            if words >= set(part.split()) and of_dtype == dtype
+        ),
+        None,
+    )
 
 
 def peak_memory(device: str) -> int | None:
     """The most bytes used so far: of a GPU by this process, else of the machine's memory; None where nobody tells."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError), open('/proc/self/status') as file:  # Linux, whose rusage begins with the parent process's peak
+    with (
+        suppress(OSError),
+        open('/proc/self/status') as file,
+    ):  # Linux, whose rusage begins with the parent process's peak
         for line in file:
             if line.startswith('VmHWM'):
                 return 1024 * int(line.split()[1])
@@ -130,7 +169,9 @@ def synchronize(device: str):
 
 def seed_everything(*counters: int):
     """Seeds torch on the devices in use with a hash of the counters, so that (0, 1) and (1, 0) share nothing."""
-    seed = int.from_bytes(hashlib.blake2b(repr(counters).encode(), digest_size=8).digest(), 'little')
+    seed = int.from_bytes(
+        hashlib.blake2b(repr(counters).encode(), digest_size=8).digest(), 'little'
+    )
     # What torch.manual_seed does, less the devices that are not in use: it takes ten times as long as this.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

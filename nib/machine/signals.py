@@ -1,4 +1,5 @@
 """Signals that ask a run to stop, and the words about it."""
+
 import os
 import shlex
 import signal
@@ -10,19 +11,34 @@ FINDING = 1 << 10  # in the place of a signal's number: the doctor stops the run
 
 def resume_command(argv: Sequence[str]) -> str:
     """What to type to go on with a run of train.py that was started with these arguments."""
-    launcher, world, local = 'python', os.environ.get('WORLD_SIZE', '1'), os.environ.get('LOCAL_WORLD_SIZE', '1')
+    launcher, world, local = (
+        'python',
+        os.environ.get('WORLD_SIZE', '1'),
+        os.environ.get('LOCAL_WORLD_SIZE', '1'),
+    )
     if world != '1':
-        launcher = f'torchrun --standalone --nproc_per_node={local}' if world == local else 'torchrun (as before)'
+        launcher = (
+            f'torchrun --standalone --nproc_per_node={local}'
+            if world == local
+            else 'torchrun (as before)'
+        )
     # The later flag wins.
-    extra = ['--no-overwrite'] * any(item.startswith('--overwrite') for item in argv) + ['--init_from=resume']
+    extra = ['--no-overwrite'] * any(item.startswith('--overwrite') for item in argv) + [
+        '--init_from=resume'
+    ]
     return f'{launcher} train.py {shlex.join([item for item in argv if item not in extra] + extra)}'
 
 
 def describe_stop(stop: int, step: int, saved: bool, argv: Sequence[str]) -> str:
     """What has stopped a run after a step, and how it goes on. stop: StopSignal.number."""
     by = 'the doctor' if stop == FINDING else f'signal {stop}'
-    more = (f'which is saved; to go on: {resume_command(argv)}' if saved else
-            'nothing is saved yet' if stop == FINDING else 'nothing is saved yet: start again with the same command')
+    more = (
+        f'which is saved; to go on: {resume_command(argv)}'
+        if saved
+        else 'nothing is saved yet'
+        if stop == FINDING
+        else 'nothing is saved yet: start again with the same command'
+    )
     return f'stopped by {by} after step {step}, {more}'
 
 
@@ -57,4 +73,7 @@ class StopSignal:
         if not self._since:
             self.number, self._since = number, time.monotonic()
             if self._announced:  # by a plain write: print could meet itself here
-                os.write(2, f'\nsignal {number}: stopping after this step (once more: at once, without saving)\n'.encode())
+                os.write(
+                    2,
+                    f'\nsignal {number}: stopping after this step (once more: at once, without saving)\n'.encode(),
+                )

@@ -3,6 +3,7 @@
 A page's chart has no fixed width: the SVG is stretched with its box (its lines keep their width), and text is HTML beside it,
 placed by percentages, so that it is as readable on a phone as on a large screen.
 """
+
 import json
 import math
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ class Series:
 
     def drawn(self) -> list['Series']:
         """The series itself; or of a long one its peaks and troughs, with its medians before them where it is noisy."""
-        series = replace(self, dotted=self.dotted and len(self.steps) <= FEW or len(self.steps) <= SPARSE)
+        series = replace(
+            self, dotted=self.dotted and len(self.steps) <= FEW or len(self.steps) <= SPARSE
+        )
         if len(self.steps) <= 2 * BUCKETS:
             return [series]
         peaks = series.chosen(BUCKETS, lambda finite: {finite[0], finite[-1]})
@@ -55,23 +58,36 @@ class Series:
         if self.look == 'dots' or not finite or climbed <= NOISY * (max(finite) - min(finite)):
             return [peaks]
         trend = series.chosen(TREND_BUCKETS, lambda finite: {finite[len(finite) // 2]})
-        return [replace(peaks, look='line', pale=True), replace(trend, name=f'{self.name}, medians', pale=False)]
+        return [
+            replace(peaks, look='line', pale=True),
+            replace(trend, name=f'{self.name}, medians', pale=False),
+        ]
 
     def chosen(self, buckets: int, choose) -> 'Series':
         """Of each bucket the values that choose takes of the finite ones, given in order of size, and a gap where it has one."""
         kept, values = set(), self.values
-        for start, end in pairwise(bucket * len(values) // buckets for bucket in range(buckets + 1)):
-            finite = sorted((index for index in range(start, end) if values[index] is not None), key=values.__getitem__)
+        for start, end in pairwise(
+            bucket * len(values) // buckets for bucket in range(buckets + 1)
+        ):
+            finite = sorted(
+                (index for index in range(start, end) if values[index] is not None),
+                key=values.__getitem__,
+            )
             kept |= choose(finite) if finite else set()
             if len(finite) < end - start:
                 kept.add(next(index for index in range(start, end) if values[index] is None))
         kept = sorted(kept)
-        return replace(self, steps=[self.steps[index] for index in kept], values=[values[index] for index in kept])
+        return replace(
+            self,
+            steps=[self.steps[index] for index in kept],
+            values=[values[index] for index in kept],
+        )
 
 
 @dataclass(frozen=True)
 class Mark:
     """A point that stands out."""
+
     step: int
     value: float
     label: str  # in the legend; '' where there are several
@@ -81,6 +97,7 @@ class Mark:
 @dataclass(frozen=True)
 class Flag:
     """A finding on the time axis."""
+
     step: int
     number: int
     severity: str  # one of SEVERITIES
@@ -102,20 +119,34 @@ class Chart:
     def axis(self) -> 'Axis':
         """The vertical one."""
         values = [value for series in self.series for value in series.values if value is not None]
-        values += [mark.value for mark in self.marks] + ([self.level[0]] if self.level else []) + list(self.band or ())
+        values += (
+            [mark.value for mark in self.marks]
+            + ([self.level[0]] if self.level else [])
+            + list(self.band or ())
+        )
         log = self.log
         if log is None:
-            log = bool(values) and min(values) > 0 and max(values) > WIDE_RANGE * sorted(values)[len(values) // 2]
+            log = (
+                bool(values)
+                and min(values) > 0
+                and max(values) > WIDE_RANGE * sorted(values)[len(values) // 2]
+            )
         if log:
             values = [value for value in values if value > TINY]
         low, high = (min(values), max(values)) if values else (1.0, 10.0) if log else (0.0, 1.0)
         if log:
-            low = max(low, high / 10 ** DECADES)
+            low = max(low, high / 10**DECADES)
             room = (high / low) ** 0.05 if high > 1.001 * low else 2.0
             return Axis(low / room, high * room, log=True)
         low = min(low, 0.0) if self.from_zero else low
         size = max(abs(low), abs(high))
-        room = 0.06 * (high - low) if high - low > max(1e-9 * size, TINY) else 0.1 * size if size > TINY else 1.0
+        room = (
+            0.06 * (high - low)
+            if high - low > max(1e-9 * size, TINY)
+            else 0.1 * size
+            if size > TINY
+            else 1.0
+        )
         return Axis(low if self.from_zero and low == 0 else low - room, high + room)
 
 
@@ -139,7 +170,12 @@ class Axis:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             every = 1 + (len(decades) - 2) // TICKS
             for factors in ((1,), (1, 2, 5)):
-                ticks = [factor * 10.0 ** decade for decade in decades if decade % every == 0 for factor in factors]
+                ticks = [
+                    factor * 10.0**decade
+                    for decade in decades
+                    if decade % every == 0
+                    for factor in factors
+                ]
                 ticks = [tick for tick in ticks if self.low <= tick <= self.high]
                 if len(ticks) >= 3:
                     return ticks
@@ -148,13 +184,17 @@ class Axis:
         width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
         width = max(1.0, width) if whole else width
         first = math.ceil(self.low / width - 1e-9)
-        return [round(index * width, 12 - math.floor(math.log10(width))) for index in
-                range(first, first + 3 * TICKS) if index * width <= self.high + 1e-9 * width]
+        return [
+            round(index * width, 12 - math.floor(math.log10(width)))
+            for index in range(first, first + 3 * TICKS)
+            if index * width <= self.high + 1e-9 * width
+        ]
 
 
 @dataclass(frozen=True)
 class Key:
     """An entry of a legend."""
+
     shown: str  # 'series', 'band', 'level', 'ring' or 'gap'
     label: str
     series: Series | None = None  # one that looks like it
@@ -162,23 +202,53 @@ class Key:
 
 def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
     """Several runs are told apart by their colours, and what is drawn of each by its looks."""
-    keys = [Key('band', f'healthy: {show_number(chart.band[0])} to {show_number(chart.band[1])}')] if chart.band else []
+    keys = (
+        [Key('band', f'healthy: {show_number(chart.band[0])} to {show_number(chart.band[1])}')]
+        if chart.band
+        else []
+    )
     keys += [Key('level', chart.level[1])] if chart.level else []
-    runs, names = ({getattr(one, part): one for one in reversed(series)} for part in ('run', 'name'))
+    runs, names = (
+        {getattr(one, part): one for one in reversed(series)} for part in ('run', 'name')
+    )
     if len(runs) > 1:
-        keys += [Key('series', run, Series(run, (), (), one.colour)) for run, one in reversed(runs.items())]
-        keys += [Key('series', name, replace(one, colour=NEUTRAL)) for name, one in reversed(names.items()) if len(names) > 1]
+        keys += [
+            Key('series', run, Series(run, (), (), one.colour))
+            for run, one in reversed(runs.items())
+        ]
+        keys += [
+            Key('series', name, replace(one, colour=NEUTRAL))
+            for name, one in reversed(names.items())
+            if len(names) > 1
+        ]
     else:
         keys += [Key('series', one.label, one) for one in series]
-    keys += [Key('ring', mark.label, Series('', (), (), mark.colour)) for mark in chart.marks if mark.label]
-    keys += [Key('ring', 'best', Series('', (), (), NEUTRAL))] if any(not mark.label for mark in chart.marks) else []
-    keys += [Key('gap', 'not finite')] if any(value is None for one in series for value in one.values) else []
+    keys += [
+        Key('ring', mark.label, Series('', (), (), mark.colour))
+        for mark in chart.marks
+        if mark.label
+    ]
+    keys += (
+        [Key('ring', 'best', Series('', (), (), NEUTRAL))]
+        if any(not mark.label for mark in chart.marks)
+        else []
+    )
+    keys += (
+        [Key('gap', 'not finite')]
+        if any(value is None for one in series for value in one.values)
+        else []
+    )
     return keys if len(keys) > 1 else []
 
 
 def time_axis(charts: Sequence[Chart]) -> Axis:
     """One for all charts, so that what happened together stands one above the other."""
-    steps = [step for chart in charts for series in chart.series for step in (*series.steps[:1], *series.steps[-1:])]
+    steps = [
+        step
+        for chart in charts
+        for series in chart.series
+        for step in (*series.steps[:1], *series.steps[-1:])
+    ]
     low, high = (min(steps), max(steps)) if steps else (0, 1)
     low = 0 if low < 0.02 * high else low
     return Axis(low, high) if high > low else Axis(low - 1, high + 1)
@@ -197,6 +267,7 @@ def show_number(value: float) -> str:
 
 
 # -- a page's chart --------------------------------------------------------------------------------------------------
+
 
 def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
     """A figure: its legend, its plot, and its values as JSON for the script that shows those under the pointer."""
@@ -219,30 +290,56 @@ def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:
         parts.append(f'<rect class="band" width="1000" y="{high:g}" height="{low - high:g}"/>')
     if chart.level:
         parts.append(f'<path class="level" d="M0 {y(chart.level[0]):g}H1000"/>')
-    parts += [f'<path class="flag {flag.severity}" d="M{x(flag.step):g} 0V1000"/>' for flag in flags]
+    parts += [
+        f'<path class="flag {flag.severity}" d="M{x(flag.step):g} 0V1000"/>' for flag in flags
+    ]
     for one in series:
-        points = [(x(step), None if value is None else y(value)) for step, value in zip(one.steps, one.values)]
+        points = [
+            (x(step), None if value is None else y(value))
+            for step, value in zip(one.steps, one.values)
+        ]
         parts.append(draw_series(one, points))
         if gaps := [(left, 0) for left, height in points if height is None]:
             parts.append(f'<path class="gap" d="{draw_dots(gaps)}"/>')
     for mark in chart.marks:
         place = draw_dots([(x(mark.step), y(mark.value))])
-        parts.append(f'<path class="c{mark.colour % len(LIGHT)} ring" d="{place}"/><path class="hole" d="{place}"/>')
+        parts.append(
+            f'<path class="c{mark.colour % len(LIGHT)} ring" d="{place}"/><path class="hole" d="{place}"/>'
+        )
     rows = badge_rows([time.share(flag.step) for flag in flags])
-    labels += [f'<a class="badge {flag.severity}" href="#finding-{flag.number}" title="{escape(flag.name)}" '
-               f'style="left:{x(flag.step) / 10:g}%;top:{-20 * (row + 1)}px">{flag.number}</a>' for flag, row in zip(flags, rows)]
-    keys = ''.join(f'<li><svg class="key" viewBox="0 0 24 10">{draw_key(key)}</svg>{escape(key.label)}</li>'
-                   for key in legend(chart, series))
-    data = {'time': [time.low, time.high], 'flags': [[flag.step, f'{flag.number} {flag.name}', flag.severity] for flag in flags],
-            'series': [{'name': one.label, 'colour': one.colour % len(LIGHT), 'dots': one.look == 'dots',
-                        'steps': list(one.steps),
-                        'values': [None if value is None else float(f'{value:.6g}') for value in one.values]} for one in series]}
-    return (f'<figure class="chart" id="{chart.key}">'
-            f'<figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>'
-            f'<ul class="legend" style="margin-bottom:{20 * (max(rows, default=-1) + 1) + 8}px">{keys}</ul><div class="plot">'
-            f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(chart.title)} by step">'
-            f'{"".join(parts)}</svg>{"".join(labels)}<div class="cursor"></div><div class="tip"></div></div>'
-            f'<script type="application/json">{to_json(data)}</script></figure>')
+    labels += [
+        f'<a class="badge {flag.severity}" href="#finding-{flag.number}" title="{escape(flag.name)}" '
+        f'style="left:{x(flag.step) / 10:g}%;top:{-20 * (row + 1)}px">{flag.number}</a>'
+        for flag, row in zip(flags, rows)
+    ]
+    keys = ''.join(
+        f'<li><svg class="key" viewBox="0 0 24 10">{draw_key(key)}</svg>{escape(key.label)}</li>'
+        for key in legend(chart, series)
+    )
+    data = {
+        'time': [time.low, time.high],
+        'flags': [[flag.step, f'{flag.number} {flag.name}', flag.severity] for flag in flags],
+        'series': [
+            {
+                'name': one.label,
+                'colour': one.colour % len(LIGHT),
+                'dots': one.look == 'dots',
+                'steps': list(one.steps),
+                'values': [
+                    None if value is None else float(f'{value:.6g}') for value in one.values
+                ],
+            }
+            for one in series
+        ],
+    }
+    return (
+        f'<figure class="chart" id="{chart.key}">'
+        f'<figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>'
+        f'<ul class="legend" style="margin-bottom:{20 * (max(rows, default=-1) + 1) + 8}px">{keys}</ul><div class="plot">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(chart.title)} by step">'
+        f'{"".join(parts)}</svg>{"".join(labels)}<div class="cursor"></div><div class="tip"></div></div>'
+        f'<script type="application/json">{to_json(data)}</script></figure>'
+    )
 
 
 def to_json(data) -> str:
@@ -263,11 +360,17 @@ def draw_series(series: Series, points: Sequence[tuple[float, float | None]]) ->
 
 def draw_key(key: Key) -> str:
     if key.shown == 'series':
-        return draw_series(replace(key.series, dotted=False), [(12, 5)] if key.series.look == 'dots' else [(0, 5), (24, 5)])
+        return draw_series(
+            replace(key.series, dotted=False),
+            [(12, 5)] if key.series.look == 'dots' else [(0, 5), (24, 5)],
+        )
     if key.shown == 'ring':
         return f'<path class="c{key.series.colour % len(LIGHT)} ring" d="M12 5h0"/><path class="hole" d="M12 5h0"/>'
-    return {'band': '<rect class="band" width="24" height="10"/>', 'level': '<path class="level" d="M0 5H24"/>',
-            'gap': '<path class="gap" d="M12 5h0"/>'}[key.shown]
+    return {
+        'band': '<rect class="band" width="24" height="10"/>',
+        'level': '<path class="level" d="M0 5H24"/>',
+        'gap': '<path class="gap" d="M12 5h0"/>',
+    }[key.shown]
 
 
 def draw_line(points: Sequence[tuple[float, float | None]]) -> str:
@@ -292,6 +395,6 @@ def badge_rows(places: Sequence[float]) -> list[int]:
     rows, ends = [], []
     for place in places:
         row = next((row for row, end in enumerate(ends) if end <= place), len(ends))
-        ends[row:row + 1] = [place + BADGE]
+        ends[row : row + 1] = [place + BADGE]
         rows.append(row)
     return rows

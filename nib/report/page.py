@@ -1,4 +1,5 @@
 """Runs as one page that needs nothing else: verdict and findings, curves, samples, config. And as PNGs, one for each chart."""
+
 import json
 import re
 import statistics
@@ -6,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from nib.doctor.troubles import SEVERITIES, Finding
 from nib.files import atomic_write
 from nib.report.charts import DARK, LIGHT, SEVERITY_COLOURS, Flag, time_axis, to_html
-from nib.doctor.troubles import SEVERITIES, Finding
 from nib.report.history import Run, charts_of, memory_unit, read_runs
 from nib.report.pngs import save_png
 
@@ -16,6 +17,7 @@ SAMPLES = 6  # shown of a run
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
+
 
 def write_report(folders: Sequence, defaults: Mapping, page, png: bool = False) -> int:
     """Writes the page, and where png is, each chart as a PNG into a folder of its name; returns the number of PNGs.
@@ -48,9 +50,12 @@ def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -
     charts, flags, here = charts_of(runs), flags_of(runs), Path(__file__)
     time = time_axis(charts)
     title = ', '.join(run.name for run in runs)
-    light, dark = (';'.join(f'--c{index}:{colour}' for index, colour in enumerate(colours)) for colours in (LIGHT, DARK))
+    light, dark = (
+        ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(colours))
+        for colours in (LIGHT, DARK)
+    )
     severities = ';'.join(f'--{severity}:{colour}' for severity, colour in SEVERITY_COLOURS.items())
-    return f'''<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
 img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
@@ -66,7 +71,7 @@ img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark
 {''.join(samples_section(runs, run) for run in runs)}
 {config_section(runs, defaults)}
 </main><script>{(here.with_name('page.js')).read_text(encoding='utf-8')}</script></body></html>
-'''
+"""
 
 
 def text(content) -> str:
@@ -83,8 +88,12 @@ def numbered_findings(runs) -> list[tuple[int, Run, Finding]]:
 
 def flags_of(runs) -> list[Flag]:
     """All findings in the order of their steps."""
-    flags = [Flag(one.step, number, one.severity, f'{run.name}: {one.name}' if len(runs) > 1 else one.name)
-             for number, run, one in numbered_findings(runs)]
+    flags = [
+        Flag(
+            one.step, number, one.severity, f'{run.name}: {one.name}' if len(runs) > 1 else one.name
+        )
+        for number, run, one in numbered_findings(runs)
+    ]
     return sorted(flags, key=lambda flag: flag.step)
 
 
@@ -92,10 +101,17 @@ def summary(run: Run, index: int, count: int) -> str:
     """The verdict and a run's figures."""
     found, planned = run.findings(), run.config.get('max_iters')
     judged, verdict = next(reversed(run.texts.get('verdict', {}).items()), (0, ''))
-    worst = min((one.severity for one in found), key=SEVERITIES.index,
-                default='healthy' if verdict.startswith('healthy') else 'unknown')
+    worst = min(
+        (one.severity for one in found),
+        key=SEVERITIES.index,
+        default='healthy' if verdict.startswith('healthy') else 'unknown',
+    )
     if not verdict:
-        verdict = f'{len(found)} finding{"s" * (len(found) > 1)} so far' if found else 'no verdict is recorded'
+        verdict = (
+            f'{len(found)} finding{"s" * (len(found) > 1)} so far'
+            if found
+            else 'no verdict is recorded'
+        )
     elif judged < run.step:  # the run has been resumed since
         verdict = f'at step {judged:,}: {verdict}'
     going = f' of {planned:,}' if type(planned) is int and run.step < planned else ''
@@ -111,13 +127,24 @@ def summary(run: Run, index: int, count: int) -> str:
     if memory := run.values('peak_memory'):
         factor, unit = memory_unit([run])
         facts.append(('peak memory', f'{factor * max(memory):,.4g} {unit}', ''))
-    tiles = ''.join(f'<li><span>{name}</span><b>{value}</b><small>{detail}</small></li>' for name, value, detail in facts)
-    unread = (f'<p class="quiet">{run.unread:,} line{"s" * (run.unread > 1)} of {text(run.folder / "metrics.jsonl")} could not '
-              'be read.</p>') if run.unread else ''
+    tiles = ''.join(
+        f'<li><span>{name}</span><b>{value}</b><small>{detail}</small></li>'
+        for name, value, detail in facts
+    )
+    unread = (
+        (
+            f'<p class="quiet">{run.unread:,} line{"s" * (run.unread > 1)} of {text(run.folder / "metrics.jsonl")} could not '
+            'be read.</p>'
+        )
+        if run.unread
+        else ''
+    )
     key = f'<svg class="key" viewBox="0 0 24 10"><path class="c{index % len(LIGHT)}" d="M0 5H24"/></svg>'
     heading = f'<h2>{key}{text(run.name)}</h2>' if count > 1 else ''
-    return (f'<section>{heading}<p class="verdict {worst}">{text(verdict)}</p><ul class="tiles">{tiles}</ul>'
-            f'{unread}</section>')
+    return (
+        f'<section>{heading}<p class="verdict {worst}">{text(verdict)}</p><ul class="tiles">{tiles}</ul>'
+        f'{unread}</section>'
+    )
 
 
 def findings_section(runs) -> str:
@@ -125,13 +152,22 @@ def findings_section(runs) -> str:
     for number, run, one in numbered_findings(runs):
         causes = ''.join(f'<li>{text(cause)}</li>' for cause in one.causes)
         causes = f'<p>Likely causes, most likely first:</p><ol>{causes}</ol>' if causes else ''
-        changes = '; '.join(f'<code>{text(change)}</code>' if ' = ' in change else text(change) for change in one.changes)
+        changes = '; '.join(
+            f'<code>{text(change)}</code>' if ' = ' in change else text(change)
+            for change in one.changes
+        )
         changes = f'<p>Change: {changes}</p>' if changes else ''
         where = f'{text(run.name)}, ' if len(runs) > 1 else ''
-        items.append(f'<li class="finding {one.severity}" id="finding-{number}"><h3><span class="badge {one.severity}">'
-                     f'{number}</span>{text(one.name)} <small>{one.severity}, {where}step {one.step:,}</small></h3>'
-                     f'<p>{text(one.evidence)}</p>{causes}{changes}</li>')
-    return f'<section><h2>Findings</h2><ul class="findings">{"".join(items)}</ul></section>' if items else ''
+        items.append(
+            f'<li class="finding {one.severity}" id="finding-{number}"><h3><span class="badge {one.severity}">'
+            f'{number}</span>{text(one.name)} <small>{one.severity}, {where}step {one.step:,}</small></h3>'
+            f'<p>{text(one.evidence)}</p>{causes}{changes}</li>'
+        )
+    return (
+        f'<section><h2>Findings</h2><ul class="findings">{"".join(items)}</ul></section>'
+        if items
+        else ''
+    )
 
 
 def samples_section(runs, run: Run) -> str:
@@ -139,9 +175,14 @@ def samples_section(runs, run: Run) -> str:
     found = list(run.texts.get('sample', {}).items())
     count = min(SAMPLES, len(found))
     chosen = [found[round(index * (len(found) - 1) / max(1, count - 1))] for index in range(count)]
-    items = ''.join(f'<li><h3>step {step:,}</h3><pre>{text(sample)}</pre></li>' for step, sample in chosen)
-    return (f'<section><h2>Samples{f": {text(run.name)}" if len(runs) > 1 else ""}</h2><ul class="samples">{items}</ul></section>'
-            if items else '')
+    items = ''.join(
+        f'<li><h3>step {step:,}</h3><pre>{text(sample)}</pre></li>' for step, sample in chosen
+    )
+    return (
+        f'<section><h2>Samples{f": {text(run.name)}" if len(runs) > 1 else ""}</h2><ul class="samples">{items}</ul></section>'
+        if items
+        else ''
+    )
 
 
 def config_section(runs, defaults: Mapping) -> str:
@@ -150,33 +191,55 @@ def config_section(runs, defaults: Mapping) -> str:
         return '<section><h2>Config</h2><p class="quiet">config.json is missing or damaged.</p></section>'
 
     def differs(run, key):
-        chosen = not (defaults.get(key) == 'auto' and str(run.origins.get(key, 'default')).startswith('default'))
+        chosen = not (
+            defaults.get(key) == 'auto'
+            and str(run.origins.get(key, 'default')).startswith('default')
+        )
         return key in run.config and key in defaults and run.config[key] != defaults[key] and chosen
 
     def row(key):
         cells = ''.join(f'<td>{show_value(run.config, key)}</td>' for run in runs)
         values = [json.dumps(run.config.get(key)) for run in runs]
-        origin = f'<td class="quiet">{text(runs[0].origins.get(key, ""))}</td>' if len(runs) == 1 else ''
-        return (f'<tr{" class=apart" if len(set(values)) > 1 else ""}><th>{text(key)}</th>{cells}'
-                f'<td class="quiet">{show_value(defaults, key)}</td>{origin}</tr>')
+        origin = (
+            f'<td class="quiet">{text(runs[0].origins.get(key, ""))}</td>' if len(runs) == 1 else ''
+        )
+        return (
+            f'<tr{" class=apart" if len(set(values)) > 1 else ""}><th>{text(key)}</th>{cells}'
+            f'<td class="quiet">{show_value(defaults, key)}</td>{origin}</tr>'
+        )
 
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    changed = [key for key in keys if any(differs(run, key) for run in runs)
-               or len({json.dumps(run.config.get(key)) for run in runs}) > 1]
-    head = (f'<tr><th>key</th>{"".join(f"<th>{text(run.name)}</th>" for run in runs) if len(runs) > 1 else "<th>value</th>"}'
-            f'<th>default</th>{"<th>set by</th>" if len(runs) == 1 else ""}</tr>')
+    changed = [
+        key
+        for key in keys
+        if any(differs(run, key) for run in runs)
+        or len({json.dumps(run.config.get(key)) for run in runs}) > 1
+    ]
+    head = (
+        f'<tr><th>key</th>{"".join(f"<th>{text(run.name)}</th>" for run in runs) if len(runs) > 1 else "<th>value</th>"}'
+        f'<th>default</th>{"<th>set by</th>" if len(runs) == 1 else ""}</tr>'
+    )
     rest = ''.join(row(key) for key in keys if key not in changed)
-    resumed = ''.join(f'<p>{text(line)}</p>' for run in runs for line in describe_changes(run, len(runs) > 1))
-    return (f'<section><h2>Config</h2>{resumed}<div class="wide"><table>{head}{"".join(map(row, changed))}</table></div>'
-            f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys, as they are by default</summary>'
-            f'<div class="wide"><table>{head}{rest}</table></div></details></section>')
+    resumed = ''.join(
+        f'<p>{text(line)}</p>' for run in runs for line in describe_changes(run, len(runs) > 1)
+    )
+    return (
+        f'<section><h2>Config</h2>{resumed}<div class="wide"><table>{head}{"".join(map(row, changed))}</table></div>'
+        f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys, as they are by default</summary>'
+        f'<div class="wide"><table>{head}{rest}</table></div></details></section>'
+    )
 
 
 def describe_changes(run: Run, named: bool) -> list[str]:
     """What was changed each time that the run was resumed, a line each."""
     try:
-        return [f'{f"{run.name} " if named else ""}resumed at step {one["step"]:,} with ' + ', '.join(
-            f'{key} {before!r} -> {after!r}' for key, (before, after) in one['changes'].items()) for one in run.changes]
+        return [
+            f'{f"{run.name} " if named else ""}resumed at step {one["step"]:,} with '
+            + ', '.join(
+                f'{key} {before!r} -> {after!r}' for key, (before, after) in one['changes'].items()
+            )
+            for one in run.changes
+        ]
     except (KeyError, TypeError, ValueError, AttributeError):
         return []  # config.json is damaged
 

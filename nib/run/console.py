@@ -1,4 +1,5 @@
 """What a run says: lines on the console, and on a terminal a progress bar."""
+
 import os
 import sys
 
@@ -19,7 +20,15 @@ class Console:
                 self.bar.refresh()  # it shows what it has come to, before it goes
         elif self.has_terminal:
             from tqdm import tqdm  # imported only where there is a terminal to draw on
-            self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, smoothing=0.1, leave=False)
+
+            self.bar = tqdm(
+                total=total,
+                initial=step,
+                unit='step',
+                dynamic_ncols=True,
+                smoothing=0.1,
+                leave=False,
+            )
 
     def say(self, line: str):
         if self.bar is not None:
@@ -37,9 +46,14 @@ class Console:
     def progress(self, step: int, parts: dict[str, str]):
         """The state of a logged step: its first two parts, for which there is room, on the bar, or all as a line."""
         if self.bar is not None:
-            self.bar.set_postfix_str(', '.join(f'{name} {value}' for name, value in list(parts.items())[:2]), refresh=False)
+            self.bar.set_postfix_str(
+                ', '.join(f'{name} {value}' for name, value in list(parts.items())[:2]),
+                refresh=False,
+            )
         else:
-            self.say(f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in parts.items()))
+            self.say(
+                f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in parts.items())
+            )
 
     def close(self):
         if self.bar is not None:

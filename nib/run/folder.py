@@ -1,4 +1,5 @@
 """A run's folder: whether a run may write to it, who holds it, and the config.json in it."""
+
 import json
 import os
 import socket
@@ -32,17 +33,23 @@ class RunLock:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out_dir / '.lock', 'a+')
             if not _lock(self.file):
-                raise UserError(f'{self.out_dir} belongs to a run that is still going ({self._holder()}): stop that one, or '
-                                f'choose another --out_dir')
+                raise UserError(
+                    f'{self.out_dir} belongs to a run that is still going ({self._holder()}): stop that one, or '
+                    f'choose another --out_dir'
+                )
             if new_run and store.exists(self.out_dir):
-                raise UserError(f'{self.out_dir} holds a run already: go on with it (--init_from=resume), choose another '
-                                f'--out_dir, or replace it (--overwrite)')
+                raise UserError(
+                    f'{self.out_dir} holds a run already: go on with it (--init_from=resume), choose another '
+                    f'--out_dir, or replace it (--overwrite)'
+                )
             self.file.truncate(0)
             self.file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid()}) + '\n')
             self.file.flush()
             store.clear_leftovers(self.out_dir)
         except OSError as error:
-            raise UserError(f'out_dir {self.out_dir} cannot be written: {error.strerror}; choose another --out_dir') from error
+            raise UserError(
+                f'out_dir {self.out_dir} cannot be written: {error.strerror}; choose another --out_dir'
+            ) from error
 
     def release(self):
         if self.file:
@@ -75,9 +82,17 @@ def write_config(out_dir, config: Mapping, origins: Mapping, step: int, changes:
     changes: key -> [value before, value now], of a run resumed at `step`.
     """
     history = read_json(Path(out_dir) / 'config.json').get('changes', []) if step else []
-    history = [*(history if isinstance(history, list) else []), *([{'step': step, 'changes': changes}] if changes else [])]
+    history = [
+        *(history if isinstance(history, list) else []),
+        *([{'step': step, 'changes': changes}] if changes else []),
+    ]
     with atomic_write(Path(out_dir) / 'config.json') as file:
-        file.write(json.dumps({'config': config, 'origins': origins, 'changes': history, 'launch': _launch()}, indent=1).encode())
+        file.write(
+            json.dumps(
+                {'config': config, 'origins': origins, 'changes': history, 'launch': _launch()},
+                indent=1,
+            ).encode()
+        )
 
 
 def restarted_by_torchrun(out_dir) -> bool:
@@ -85,8 +100,11 @@ def restarted_by_torchrun(out_dir) -> bool:
 
     Ask rank 0 alone: only its torchrun is known to be the one that has started the run.
     """
-    return (int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and read_json(Path(out_dir) / 'config.json').get('launch') == _launch()
-            and store.exists(out_dir))
+    return (
+        int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+        and read_json(Path(out_dir) / 'config.json').get('launch') == _launch()
+        and store.exists(out_dir)
+    )
 
 
 def _launch() -> str | None:

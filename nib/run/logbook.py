@@ -1,4 +1,5 @@
 """What a run says and writes: console, lock, metrics, checkpoints, findings, report."""
+
 import platform
 import shlex
 import time
@@ -25,7 +26,11 @@ from nib.run.metrics import Metrics
 from nib.tokens.batches import eval_batches
 from nib.tokens.dataset import TokenDataset
 
-STOPS_AT = {'never': (), 'critical': ('critical',), 'warning': ('critical', 'warning')}  # stop_on -> severities
+STOPS_AT = {
+    'never': (),
+    'critical': ('critical',),
+    'warning': ('critical', 'warning'),
+}  # stop_on -> severities
 
 
 class Logbook:
@@ -43,7 +48,9 @@ class Logbook:
         self.rewinds = 0  # since the last checkpoint
         self.metrics: Metrics | None = None  # from open() on, and on rank 0 only
         self._lock = RunLock(out_dir)
-        self._clock = self._clock_step = 0  # the time since when, and the step after which, speed is measured
+        self._clock = self._clock_step = (
+            0  # the time since when, and the step after which, speed is measured
+        )
 
     # -- before the first step --------------------------------------------------------------------
 
@@ -52,15 +59,19 @@ class Logbook:
         self.say(f'device {describe_device(device)}, ranks {ranks}, dtype {dtype} ({reason})')
 
     def say_data(self, data: TokenDataset, tokens_per_step: int):
-        self.say(f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
-                 f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens')
+        self.say(
+            f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
+            f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens'
+        )
 
     def say_model(self, training, compiled: bool, reason: str):
         """A line about the model. reason: for compiling it or not."""
         model = training.raw_model
-        self.say(f'model: {model.num_params() / 1e6:.2f}M parameters ({model.num_params(positions=False) / 1e6:.2f}M without '
-                 f'positions), {training.flops_per_token / 1e6:.1f} MFLOP per token and step, '
-                 f'compile {"on" if compiled else "off"} ({reason})')
+        self.say(
+            f'model: {model.num_params() / 1e6:.2f}M parameters ({model.num_params(positions=False) / 1e6:.2f}M without '
+            f'positions), {training.flops_per_token / 1e6:.1f} MFLOP per token and step, '
+            f'compile {"on" if compiled else "off"} ({reason})'
+        )
 
     def restarted_by_torchrun(self) -> bool:
         """Whether torchrun has restarted this very run, and a checkpoint exists to resume from."""
@@ -80,7 +91,15 @@ class Logbook:
         """
         self.ranks.on_first(lambda: self._lock.take(new_run=not overwrite))
 
-    def open(self, training, data: TokenDataset, config: Mapping, origins: Mapping, changes: Mapping, step: int):
+    def open(
+        self,
+        training,
+        data: TokenDataset,
+        config: Mapping,
+        origins: Mapping,
+        changes: Mapping,
+        step: int,
+    ):
         """Begins to record a run that goes on from `step`; empties a new run's folder.
 
         training: train.py's Training. config: as the run uses it. changes: of the config since the
@@ -92,17 +111,34 @@ class Logbook:
 
     def _open(self, origins, changes, step):
         config, t = self.config, self.training
-        self.metrics = Metrics(self.out_dir, step, config, config['tensorboard'],
-                               config['wandb_project'] if config['wandb_log'] else '', config['wandb_run_name'])
-        if not step:  # only now, as this run can start; those set aside are deleted when it has saved
+        self.metrics = Metrics(
+            self.out_dir,
+            step,
+            config,
+            config['tensorboard'],
+            config['wandb_project'] if config['wandb_log'] else '',
+            config['wandb_run_name'],
+        )
+        if (
+            not step
+        ):  # only now, as this run can start; those set aside are deleted when it has saved
             store.set_aside(self.out_dir)
         write_config(self.out_dir, config, origins, step, changes)
-        self.writer = CheckpointWriter(self.out_dir, config['keep_last'], config['keep_every'], step)
+        self.writer = CheckpointWriter(
+            self.out_dir, config['keep_last'], config['keep_every'], step
+        )
         # Without DistributedDataParallel, as only this rank looks at the model.
-        self.vitals = vitals.Vitals(getattr(t.model, 'module', t.model), t.optimizer, t.scaler, t.batches, t.precision)
+        self.vitals = vitals.Vitals(
+            getattr(t.model, 'module', t.model), t.optimizer, t.scaler, t.batches, t.precision
+        )
         signs = vitals.examine_data(self.data.train, self.data.val, self.data.vocab_size)
-        self.doctor = Doctor(config, signs, t.raw_model.num_params(), len(self.data.train),
-                             trained=config['init_from'] != 'scratch')
+        self.doctor = Doctor(
+            config,
+            signs,
+            t.raw_model.num_params(),
+            len(self.data.train),
+            trained=config['init_from'] != 'scratch',
+        )
         self.doctor.recall(self.metrics.records)
         self._tell(self.doctor.see_data())
 
@@ -132,14 +168,31 @@ class Logbook:
         t = self.training
         tokens_per_second = t.tokens_per_step / seconds
         mfu = t.flops_per_token * tokens_per_second / t.peak_flops if t.peak_flops else None
-        self.console.progress(step, {
-            'loss': f'{loss:.4f}', 'tokens/s': f'{tokens_per_second:,.0f}', 'ms/step': f'{1000 * seconds:.1f}',
-            'grad norm': f'{norm:.2f}', 'lr': f'{lr:.2e}', 'MFU': f'{mfu:.1%}' if mfu else 'unknown'})
+        self.console.progress(
+            step,
+            {
+                'loss': f'{loss:.4f}',
+                'tokens/s': f'{tokens_per_second:,.0f}',
+                'ms/step': f'{1000 * seconds:.1f}',
+                'grad norm': f'{norm:.2f}',
+                'lr': f'{lr:.2e}',
+                'MFU': f'{mfu:.1%}' if mfu else 'unknown',
+            },
+        )
         signs = self.vitals.read(step, lr, tokens_per_second)
         self._tell(self.doctor.see_step(signs))
-        self.metrics.log(step, {
-            'loss/step': loss, 'grad_norm': norm, 'learning_rate': lr, 'mfu': mfu, 'tokens_per_second': tokens_per_second,
-            'peak_memory': peak_memory(self.training.device)} | signs.metrics(self.config['grad_clip']))
+        self.metrics.log(
+            step,
+            {
+                'loss/step': loss,
+                'grad_norm': norm,
+                'learning_rate': lr,
+                'mfu': mfu,
+                'tokens_per_second': tokens_per_second,
+                'peak_memory': peak_memory(self.training.device),
+            }
+            | signs.metrics(self.config['grad_clip']),
+        )
 
     def see_bad_steps(self, step: int, seen: guard.Seen):
         """Shows the doctor what the guard has seen of steps that were not finite."""
@@ -156,7 +209,9 @@ class Logbook:
         if self.saved == state.step:
             return
         model = self.training.raw_model
-        broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+        broken = [
+            name for name, parameter in model.named_parameters() if not parameter.isfinite().all()
+        ]
         if self.ranks.largest(len(broken)):
             raise NotFinite(f'step {state.step}: weights not finite; {guard.describe([], broken)}')
         self.ranks.on_first(lambda: self._save(state))
@@ -165,10 +220,20 @@ class Logbook:
     def _save(self, state):
         t, data = self.training, self.data
         state.scaler = t.scaler.state_dict() or None
-        self.writer.save(state.step, t.raw_model.state_dict(), t.optimizer.named_state(t.raw_model), {
-            'train': asdict(state), 'model': asdict(t.raw_model.config), 'config': self.config, 'dataset': data.name,
-            'dataset_fingerprint': data.fingerprint, 'tokenizer': data.tokenizer.to_json(),
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__}})
+        self.writer.save(
+            state.step,
+            t.raw_model.state_dict(),
+            t.optimizer.named_state(t.raw_model),
+            {
+                'train': asdict(state),
+                'model': asdict(t.raw_model.config),
+                'config': self.config,
+                'dataset': data.name,
+                'dataset_fingerprint': data.fingerprint,
+                'tokenizer': data.tokenizer.to_json(),
+                'versions': {'python': platform.python_version(), 'torch': torch.__version__},
+            },
+        )
 
     def wait_for_checkpoint(self):
         """Returns, on all ranks, when the last checkpoint is on the disk."""
@@ -182,33 +247,54 @@ class Logbook:
             self.doctor.rewind(step)
         self.start_clock(step)
 
-    def record_evaluation(self, state, train_loss: float, val_loss: float, best: bool, started: float):
+    def record_evaluation(
+        self, state, train_loss: float, val_loss: float, best: bool, started: float
+    ):
         """Records an evaluation that began at `started`. best: whether no loss was lower before."""
         if self.metrics:
             self._record_evaluation(state.step, train_loss, val_loss, best, started)
         if self.saved:
-            self.ranks.on_first(lambda: self.writer.record_evaluation(state.step, asdict(state), best))
+            self.ranks.on_first(
+                lambda: self.writer.record_evaluation(state.step, asdict(state), best)
+            )
         self._clock += time.perf_counter() - started  # not the training's time
 
     def _record_evaluation(self, step, train_loss, val_loss, best, started):
         config, data, t = self.config, self.data, self.training
-        val_batch = next(eval_batches(data.val, config['block_size'], config['batch_size'], 1, device=t.device))
+        val_batch = next(
+            eval_batches(data.val, config['block_size'], config['batch_size'], 1, device=t.device)
+        )
         number = step // config['eval_interval'] if step < config['max_iters'] else 0
         signs = self.vitals.evaluate(step, number, train_loss, val_loss, val_batch)
         seconds = time.perf_counter() - started
-        self.say(f'step {step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
-                 f'{", the best so far" if best and self.saved else ""}; {seconds:.1f} s')
+        self.say(
+            f'step {step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
+            f'{", the best so far" if best and self.saved else ""}; {seconds:.1f} s'
+        )
         self._tell(self.doctor.see_evaluation(signs))
-        self.metrics.log(step, {
-            'seconds/evaluation': seconds, 'loss/train': train_loss, 'loss/val': val_loss,
-            'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'), 'bits_per_byte/val': data.bits_per_byte(val_loss),
-            'sample': self._write_sample() if config['sample_tokens'] else None} | signs.metrics())
+        self.metrics.log(
+            step,
+            {
+                'seconds/evaluation': seconds,
+                'loss/train': train_loss,
+                'loss/val': val_loss,
+                'bits_per_byte/train': data.bits_per_byte(train_loss, 'train'),
+                'bits_per_byte/val': data.bits_per_byte(val_loss),
+                'sample': self._write_sample() if config['sample_tokens'] else None,
+            }
+            | signs.metrics(),
+        )
 
     def _write_sample(self) -> str:
         """What the model writes after the first tokens of the validation split, from one seed."""
-        prompt = self.data.val[:min(8, self.config['block_size'])].tolist()
-        tokens = self.training.raw_model.generate([prompt], self.config['sample_tokens'], temperature=0.8, top_k=200,
-                                                  seed=self.config['seed'])
+        prompt = self.data.val[: min(8, self.config['block_size'])].tolist()
+        tokens = self.training.raw_model.generate(
+            [prompt],
+            self.config['sample_tokens'],
+            temperature=0.8,
+            top_k=200,
+            seed=self.config['seed'],
+        )
         text = self.data.tokenizer.decode(prompt + [int(token) for token in tokens])
         self.say(f'--- sample\n{text}\n---')
         return text
@@ -218,20 +304,34 @@ class Logbook:
     def check_generation(self, step: int):
         """Lets the doctor compare generation, with its cache, to whole forward passes of the trained model."""
         if self.metrics:
-            prompt = self.data.val[:self.config['block_size']].tolist()
-            self._tell(self.doctor.see_generation(step, check_generation(
-                self.training.raw_model, prompt, precision=self.training.precision)))
+            prompt = self.data.val[: self.config['block_size']].tolist()
+            self._tell(
+                self.doctor.see_generation(
+                    step,
+                    check_generation(
+                        self.training.raw_model, prompt, precision=self.training.precision
+                    ),
+                )
+            )
 
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
-        self.say(f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split')
+        self.say(
+            f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split'
+        )
         if self.metrics:
-            self.metrics.log(step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)})
+            self.metrics.log(
+                step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)}
+            )
 
     def end_nonfinite(self, step: int, error: NotFinite) -> int:
         """Says that the run ends because its numbers are not finite; returns the exit code."""
         if self.metrics:
             self._tell(self.doctor.see_nonfinite(step, str(error)))
-        kept = f'the checkpoint of step {self.saved} in {self.out_dir} is good' if self.saved else 'no checkpoint was there yet'
+        kept = (
+            f'the checkpoint of step {self.saved} in {self.out_dir} is good'
+            if self.saved
+            else 'no checkpoint was there yet'
+        )
         self.warn(f'The run ends. Nothing is saved; {kept}.')
         return EXIT_NONFINITE
 

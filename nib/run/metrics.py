@@ -1,4 +1,5 @@
 """The records of a run: metrics.jsonl, TensorBoard, wandb."""
+
 import json
 import math
 import re
@@ -20,11 +21,26 @@ class Metrics:
     Use it on rank 0 only. Continuing from a step drops the records that an interrupted run wrote after it.
     """
 
-    def __init__(self, out_dir, step: int, config: dict, tensorboard: bool = False, wandb_project: str = '',
-                 wandb_run_name: str = ''):
-        writer = _summary_writer() if tensorboard else None  # made last: it writes at once, and wandb may refuse
-        self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
-        self.writer = writer(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else 0) if writer else None
+    def __init__(
+        self,
+        out_dir,
+        step: int,
+        config: dict,
+        tensorboard: bool = False,
+        wandb_project: str = '',
+        wandb_run_name: str = '',
+    ):
+        writer = (
+            _summary_writer() if tensorboard else None
+        )  # made last: it writes at once, and wandb may refuse
+        self.wandb = (
+            _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
+        )
+        self.writer = (
+            writer(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else 0)
+            if writer
+            else None
+        )
         self.path, self.file = Path(out_dir) / 'metrics.jsonl', None
         self.rewind(step)
 
@@ -33,7 +49,11 @@ class Metrics:
         if self.file:
             self.file.close()
         # Those of the run before it was resumed.
-        self.records = [record for record in read_records(self.path)[0] if record['step'] <= step] if step else []
+        self.records = (
+            [record for record in read_records(self.path)[0] if record['step'] <= step]
+            if step
+            else []
+        )
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
         self.file = open(self.path, 'a', encoding='utf-8')
@@ -42,7 +62,13 @@ class Metrics:
         """Records the values of a step, numbers and texts; a None is left out, and a number that is not finite becomes null in
         metrics.jsonl, as JSON has no word for it."""
         values = {name: value for name, value in values.items() if value is not None}
-        self._write(step, {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()})
+        self._write(
+            step,
+            {
+                name: value if isinstance(value, str) or math.isfinite(value) else None
+                for name, value in values.items()
+            },
+        )
         self._show(step, values)
 
     def log_finding(self, finding: Finding):
@@ -58,7 +84,9 @@ class Metrics:
         """Tells TensorBoard and wandb."""
         if self.writer is not None:
             for name, value in values.items():
-                (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(name, value, step)
+                (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(
+                    name, value, step
+                )
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -93,7 +121,9 @@ def _summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError('--tensorboard needs a package that is not here: pip install tensorboard') from error
+        raise UserError(
+            '--tensorboard needs a package that is not here: pip install tensorboard'
+        ) from error
     return SummaryWriter
 
 
@@ -101,17 +131,30 @@ def _wandb(out_dir, step: int, config: dict, project: str, name: str):
     try:
         import wandb
     except ImportError as error:
-        raise UserError('--wandb_log needs a package that is not here: pip install wandb') from error
+        raise UserError(
+            '--wandb_log needs a package that is not here: pip install wandb'
+        ) from error
     # The id is kept, so that a resumed run continues its curves.
     id_file = Path(out_dir) / 'wandb_id'
     kept = id_file.read_text(errors='replace').strip() if step and id_file.exists() else ''
     run_id = kept if re.fullmatch(r'[\w-]{1,64}', kept) else secrets.token_hex(4)
     try:
-        run = wandb.init(project=project, name=name or None, config=config, dir=str(out_dir), id=run_id, resume='allow',
-                         settings=wandb.Settings(init_timeout=WANDB_SECONDS))
+        run = wandb.init(
+            project=project,
+            name=name or None,
+            config=config,
+            dir=str(out_dir),
+            id=run_id,
+            resume='allow',
+            settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+        )
     except (wandb.errors.Error, UnicodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # what follows are hints for programmers
-        raise UserError(f'wandb cannot start ({reason}); without an account or network, set the environment variable '
-                        f'WANDB_MODE=offline') from error
+        reason = (str(error) or type(error).__name__).splitlines()[
+            0
+        ]  # what follows are hints for programmers
+        raise UserError(
+            f'wandb cannot start ({reason}); without an account or network, set the environment variable '
+            f'WANDB_MODE=offline'
+        ) from error
     id_file.write_text(run_id + '\n')
     return run

@@ -4,6 +4,7 @@ GPT-2 cuts a text into words and encodes each for itself (Radford et al. 2019, s
 wherever it stands. Few words make up most of any text: what is left to do is to cut and to look up, and numpy does either for
 thousands of words at a time. The tokens are those that tiktoken gives for the whole text, whatever the text is.
 """
+
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -47,30 +48,38 @@ class WordTable:
 
     def encode(self, texts: Iterable[tuple[bytes, bool]]) -> np.ndarray:
         """Token ids, uint16, of texts in UTF-8, each with whether the end-of-text token follows it."""
-        return np.concatenate([np.empty(0, np.uint16), *(ids for data in _join(texts) for ids in self._encode(data))])
+        return np.concatenate(
+            [np.empty(0, np.uint16), *(ids for data in _join(texts) for ids in self._encode(data))]
+        )
 
     def _encode(self, data: bytes) -> Iterator[np.ndarray]:
         kinds, *wide = self.kinds.of_bytes(data)
         starts = np.flatnonzero(cut_words(np.frombuffer(data, np.uint8), kinds, *wide))
         for first in range(0, len(starts) - _PADDING, _WORDS):
             last = min(first + _WORDS, len(starts) - _PADDING)
-            yield self._look_up(data, kinds, starts[first:last], starts[first + 1:last + 1])
+            yield self._look_up(data, kinds, starts[first:last], starts[first + 1 : last + 1])
 
-    def _look_up(self, data: bytes, kinds: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    def _look_up(
+        self, data: bytes, kinds: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> np.ndarray:
         """Token ids of the words of data that start and end there."""
         if self.n_words >= self.places // 2 or self.n_bytes >= _BYTES:
             self._clear()
-        eight = np.ndarray(len(data) - 7, '<u8', data, strides=(1,))  # the eight bytes from every byte on
+        eight = np.ndarray(
+            len(data) - 7, '<u8', data, strides=(1,)
+        )  # the eight bytes from every byte on
         size = np.minimum(ends - starts, _LONGEST + 1)
         low = eight[starts] & _LOW.take(size)
         high = eight[starts + 8] & _HIGH.take(size) | _LENGTH.take(size)
         # Where to search first: the upper bits of products with odd numbers, which depend on all bits of the key.
-        mixed = low * np.uint64(0x9e3779b97f4a7c15) + high * np.uint64(0xc2b2ae3d27d4eb4f)
+        mixed = low * np.uint64(0x9E3779B97F4A7C15) + high * np.uint64(0xC2B2AE3D27D4EB4F)
         places = (mixed >> np.uint64(64 - _BITS)).astype(np.int64)
         entries = self.entries.take(places)
         rest = np.flatnonzero((entries['low'] != low) | (entries['high'] != high))
         if len(rest):
-            places = self._find(data, kinds, starts[rest], ends[rest], low[rest], high[rest], places[rest])
+            places = self._find(
+                data, kinds, starts[rest], ends[rest], low[rest], high[rest], places[rest]
+            )
             entries[rest] = self.entries.take(places)
         count = entries['count']
         index = np.repeat(entries['first'] - np.cumsum(count) + count, count)
@@ -110,16 +119,22 @@ class WordTable:
         last = kinds[ends - 1]
         # Most go together, as a call takes longer than a word, and with something between them that no word of theirs holds.
         for these, mark in (((last == _LETTER) | (last == _OTHER), b'1'), (last == _NUMBER, b'a')):
-            words = [data[start:end] for start, end in zip(starts[these].tolist(), ends[these].tolist())]
+            words = [
+                data[start:end] for start, end in zip(starts[these].tolist(), ends[these].tolist())
+            ]
             ids = self._tiktoken(mark.join([*words, b'']))
             stops = np.flatnonzero(ids == self._tiktoken(mark))
             firsts = np.append(0, stops + 1)[:-1]
             self.entries['first'][places[these]] = self._store(ids) + firsts
             self.entries['count'][places[these]] = stops - firsts
         these = last <= _WHITE
-        for start, end, place in zip(starts[these].tolist(), ends[these].tolist(), places[these].tolist()):
+        for start, end, place in zip(
+            starts[these].tolist(), ends[these].tolist(), places[these].tolist()
+        ):
             word = data[start:end]
-            ids = [] if word == _CUT else [self.end_of_text] if word == _END else self._tiktoken(word)
+            ids = (
+                [] if word == _CUT else [self.end_of_text] if word == _END else self._tiktoken(word)
+            )
             self.entries['first'][place], self.entries['count'][place] = self._store(ids), len(ids)
 
     def _tiktoken(self, text: bytes) -> np.ndarray:
@@ -130,7 +145,7 @@ class WordTable:
         first, self.n_ids = self.n_ids, self.n_ids + len(ids)
         if self.n_ids > len(self.pool):
             self.pool = np.concatenate([self.pool, np.empty(self.n_ids, np.uint16)])
-        self.pool[first:self.n_ids] = ids
+        self.pool[first : self.n_ids] = ids
         return first
 
 
@@ -157,23 +172,35 @@ class CharacterKinds:
     def __init__(self, encoding: tiktoken.Encoding):
         every_byte = [bytes([byte]) for byte in range(256)]
         tokens = every_byte + [sign + byte for sign in (b'a', b'1', b'!') for byte in every_byte]
-        self.asked = tiktoken.Encoding('kinds', pat_str=encoding._pat_str, special_tokens={},
-                                       mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
+        self.asked = tiktoken.Encoding(
+            'kinds',
+            pat_str=encoding._pat_str,
+            special_tokens={},
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        )
         self.of_point = np.full(0x110000, _UNSEEN, np.uint8)
         self._ask(range(128))
         self.of_byte = self.of_point[:128].tobytes() + bytes([_UNSEEN] * 126 + [_SEPARATOR] * 2)
 
     def _ask(self, points: Iterable[int]):
         for point in points:
-            self.of_point[point] = next((kind for sign, kind in (('a', _LETTER), ('1', _NUMBER), ('!', _OTHER))
-                                         if self.asked.encode_ordinary(sign + chr(point))[0] > 255), _WHITE)
+            self.of_point[point] = next(
+                (
+                    kind
+                    for sign, kind in (('a', _LETTER), ('1', _NUMBER), ('!', _OTHER))
+                    if self.asked.encode_ordinary(sign + chr(point))[0] > 255
+                ),
+                _WHITE,
+            )
 
     def of_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The kind of every byte's character, uint8; where white-space characters of several bytes have their first byte, and
         where their last."""
         kinds = np.frombuffer(bytearray(data.translate(self.of_byte)), np.uint8)
         beyond = np.flatnonzero(kinds == _UNSEEN)  # all bytes of all characters that are not ASCII
-        points = np.frombuffer(np.frombuffer(data, np.uint8)[beyond].tobytes().decode().encode('utf-32-le'), '<u4')
+        points = np.frombuffer(
+            np.frombuffer(data, np.uint8)[beyond].tobytes().decode().encode('utf-32-le'), '<u4'
+        )
         self._ask(np.unique(points[self.of_point[points] == _UNSEEN]).tolist())
         of_point = self.of_point[points]
         size = 2 + (points >= 0x800) + (points >= 0x10000)  # in UTF-8
@@ -183,7 +210,9 @@ class CharacterKinds:
         return kinds, beyond[last - size[white] + 1], beyond[last]
 
 
-def cut_words(data: np.ndarray, kinds: np.ndarray, wide_first: np.ndarray, wide_last: np.ndarray) -> np.ndarray:
+def cut_words(
+    data: np.ndarray, kinds: np.ndarray, wide_first: np.ndarray, wide_last: np.ndarray
+) -> np.ndarray:
     r"""Which bytes begin a word, by GPT-2's pattern:
 
         '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -204,8 +233,13 @@ def cut_words(data: np.ndarray, kinds: np.ndarray, wide_first: np.ndarray, wide_
     quotes = np.flatnonzero(data == ord("'"))
     quotes = quotes[starts[quotes]]
     second, third = data[quotes + 1], data[quotes + 2]
-    one = quotes[(second == ord('s')) | (second == ord('d')) | (second == ord('m')) | (second == ord('t'))]
-    two = quotes[(second == ord('l')) & (third == ord('l')) | ((second == ord('v')) | (second == ord('r'))) & (third == ord('e'))]
+    one = quotes[
+        (second == ord('s')) | (second == ord('d')) | (second == ord('m')) | (second == ord('t'))
+    ]
+    two = quotes[
+        (second == ord('l')) & (third == ord('l'))
+        | ((second == ord('v')) | (second == ord('r'))) & (third == ord('e'))
+    ]
     starts[one + 1] = starts[two + 1] = False
     starts[one + 2] = starts[two + 3] = True
     return starts

@@ -3,6 +3,7 @@
 A piece is (text, ends): a part of a document, and whether the document ends with it. Documents are read as streams of
 pieces, so that neither a large file nor many documents need much memory.
 """
+
 import codecs
 import hashlib
 import json
@@ -29,6 +30,7 @@ _BOUNDARY = re.compile(r'(?<=\S)[ \n]')
 @dataclass(frozen=True)
 class Survey:
     """What reading all documents once tells."""
+
     lengths: array  # characters of each document
     n_bytes: int  # of UTF-8
     sha256: str  # of the documents, and of where one ends and the next begins
@@ -50,23 +52,35 @@ def find_files(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], int]:
                 files += [file for file in shown if file.suffix.lower() in READERS]
                 ignored += sum(file.suffix.lower() not in READERS for file in shown)
         elif not path.exists():
-            raise UserError(f'{path}: there is no such file or folder; --input=PATH takes files and folders, separated by commas')
+            raise UserError(
+                f'{path}: there is no such file or folder; --input=PATH takes files and folders, separated by commas'
+            )
         elif path.suffix.lower() not in READERS:
-            raise UserError(f'{path} is of a type that cannot be read, only {", ".join(READERS)}; give text the ending .txt')
+            raise UserError(
+                f'{path} is of a type that cannot be read, only {", ".join(READERS)}; give text the ending .txt'
+            )
         else:
             files.append(path)
     if not files:
-        raise UserError(f'{", ".join(map(str, inputs))}: found no {", ".join(READERS)} file there ({ignored} of other types)')
+        raise UserError(
+            f'{", ".join(map(str, inputs))}: found no {", ".join(READERS)} file there ({ignored} of other types)'
+        )
     return list(dict.fromkeys(files)), ignored
 
 
-def read_documents(files: Iterable[Path], field: str = 'text', with_empty: bool = False) -> Iterator[tuple[str, bool]]:
+def read_documents(
+    files: Iterable[Path], field: str = 'text', with_empty: bool = False
+) -> Iterator[tuple[str, bool]]:
     """Pieces of the documents in these files: a .txt or .md file is one, and so is every row of the others, whose text
     is in `field`. Empty documents are left out, but for rows where with_empty asks for them. UserError names the file, and
     the row, that cannot be read."""
     for file in files:
         try:
-            yield from (piece for piece in READERS[file.suffix.lower()](file, field) if piece[0] or with_empty)
+            yield from (
+                piece
+                for piece in READERS[file.suffix.lower()](file, field)
+                if piece[0] or with_empty
+            )
         except OSError as error:
             raise UserError(f'{file} cannot be read: {error.strerror or error}') from error
 
@@ -77,16 +91,25 @@ def cut(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         rest += chunk
         while boundary := _BOUNDARY.search(rest, searched):
-            yield rest[:boundary.start()]
-            rest, searched = rest[boundary.start():], PIECE
-        searched = max(searched, len(rest))  # of a text without white space nothing is searched twice
+            yield rest[: boundary.start()]
+            rest, searched = rest[boundary.start() :], PIECE
+        searched = max(
+            searched, len(rest)
+        )  # of a text without white space nothing is searched twice
     if rest:
         yield rest
 
 
 def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool) -> Survey:
     """Counts documents in one pass. UserError where there are none."""
-    lengths, length, n_bytes, digest, characters, begins = array('q'), 0, 0, hashlib.sha256(), set(), False
+    lengths, length, n_bytes, digest, characters, begins = (
+        array('q'),
+        0,
+        0,
+        hashlib.sha256(),
+        set(),
+        False,
+    )
     for text, ends in pieces:
         content = text.encode()
         digest.update(b'\xff' * begins + content)  # a byte that UTF-8 never has
@@ -115,7 +138,9 @@ def choose_val(lengths: Sequence[int]) -> set[int]:
     return val or {min(order, key=lengths.__getitem__)}
 
 
-def split_documents(pieces: Iterable[tuple[str, bool]], val: set[int]) -> Iterator[tuple[str, str, bool]]:
+def split_documents(
+    pieces: Iterable[tuple[str, bool]], val: set[int]
+) -> Iterator[tuple[str, str, bool]]:
     """(split, text, ends) of every piece, by its document's number."""
     document = 0
     for text, ends in pieces:
@@ -128,8 +153,10 @@ def split_text(texts: Iterable[str], length: int) -> Iterator[tuple[str, str, bo
     validate on, cut where nanoGPT cuts it. No end of text follows it. UserError where it is too short."""
     cut_at = int(length * (1 - VAL_FRACTION))
     if cut_at < 2 or length - cut_at < 2:
-        raise UserError(f'the text has {length} characters: too few to split into training and '
-                        f'validation; take a longer one')
+        raise UserError(
+            f'the text has {length} characters: too few to split into training and '
+            f'validation; take a longer one'
+        )
     return _split_at(texts, cut_at)
 
 
@@ -149,7 +176,9 @@ class StoredTexts:
 
     def __init__(self, folder: Path, texts: Iterable[str]):
         """folder: on whose disk the texts find room; it need not be there yet. UserError where they do not."""
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        there = next(
+            path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
+        )
         self._ends, digest = array('q', [0]), hashlib.sha256()
         try:
             self._file = tempfile.TemporaryFile(dir=there)
@@ -160,8 +189,10 @@ class StoredTexts:
                 self._ends.append(self._ends[-1] + len(content))
             self._file.flush()
         except OSError as error:
-            raise UserError(f'{there} cannot be written ({error.strerror}): it takes room for the whole text; name '
-                            f'another folder as --out_dir=PATH') from error
+            raise UserError(
+                f'{there} cannot be written ({error.strerror}): it takes room for the whole text; name '
+                f'another folder as --out_dir=PATH'
+            ) from error
         self.n_bytes, self.fingerprint = self._ends[-1], digest.hexdigest()
 
     def __len__(self):
@@ -177,6 +208,7 @@ class StoredTexts:
 
 
 # -- one reader for each type of file ----------------------------------------------------------------------------------
+
 
 def _read_text(file: Path, field: str) -> Iterator[tuple[str, bool]]:
     pieces = cut(_decoded(file))
@@ -211,7 +243,9 @@ def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, bool]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-                raise UserError(f'{file}:{number}: found no JSON ({error}); every line is an object with a text') from error
+                raise UserError(
+                    f'{file}:{number}: found no JSON ({error}); every line is an object with a text'
+                ) from error
             row = row if isinstance(row, dict) else {}
             if field not in row:
                 raise _missing(f'{file}:{number}', field, row)
@@ -232,8 +266,13 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
                     yield _document(value, field, file), True
     except UserError:
         raise
-    except (pyarrow.ArrowException, ValueError) as error:  # a text that is not UTF-8 is a ValueError
-        raise UserError(f'{file} is not a .parquet file that can be read ({error}); write it anew') from error
+    except (
+        pyarrow.ArrowException,
+        ValueError,
+    ) as error:  # a text that is not UTF-8 is a ValueError
+        raise UserError(
+            f'{file} is not a .parquet file that can be read ({error}); write it anew'
+        ) from error
 
 
 READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parquet': _read_parquet}
@@ -241,13 +280,17 @@ READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parqu
 
 def _document(value, field: str, where) -> str:
     if not isinstance(value, str | None):
-        raise UserError(f'{where}: {field!r} is no text but of type {type(value).__name__}; name another as --field=NAME')
+        raise UserError(
+            f'{where}: {field!r} is no text but of type {type(value).__name__}; name another as --field=NAME'
+        )
     return without_surrogates(value or '')
 
 
 def _missing(where, field: str, names: Iterable[str]) -> UserError:
-    return UserError(f'{where}: found no field {field!r} ({", ".join(map(repr, names)) or "nothing"} instead); name the one '
-                     f'that holds the text: --field=NAME')
+    return UserError(
+        f'{where}: found no field {field!r} ({", ".join(map(repr, names)) or "nothing"} instead); name the one '
+        f'that holds the text: --field=NAME'
+    )
 
 
 def not_utf8(file: Path, offset: int) -> UserError:

@@ -1,4 +1,5 @@
 """Fetching a file whose digest is known, from whichever of several addresses gives it."""
+
 import hashlib
 import time
 from collections.abc import Sequence
@@ -15,8 +16,14 @@ class _Refused(Exception):
     """Why an address did not give the file."""
 
 
-def download(urls: Sequence[str], path, sha256: str, max_bytes: int, timeout: tuple[float, float] = (5, 15),
-             overall_seconds: float = 120.0):
+def download(
+    urls: Sequence[str],
+    path,
+    sha256: str,
+    max_bytes: int,
+    timeout: tuple[float, float] = (5, 15),
+    overall_seconds: float = 120.0,
+):
     """Writes to path, whole or not at all, the first answer that has this SHA-256.
 
     timeout: seconds to connect, and between two pieces of the answer; overall_seconds: for all of one answer.
@@ -59,25 +66,38 @@ def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: floa
     import requests  # here and below: only a run that downloads pays for the import
     from tqdm import tqdm
     from urllib3.exceptions import ReadTimeoutError
+
     content, expected = bytearray(), 0
     try:
         # Not compressed, so that Content-Length counts the bytes that are written.
-        with requests.get(url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'}) as response:
+        with requests.get(
+            url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'}
+        ) as response:
             if response.status_code != 200:
                 raise _Refused(f'HTTP {response.status_code}')
             expected = int(response.headers.get('Content-Length', 0))
-            with tqdm(total=expected or None, unit='B', unit_scale=True, desc=urlsplit(url).netloc, disable=None) as bar:
+            with tqdm(
+                total=expected or None,
+                unit='B',
+                unit_scale=True,
+                desc=urlsplit(url).netloc,
+                disable=None,
+            ) as bar:
                 for piece in response.iter_content(1 << 14):
                     content += piece
                     bar.update(len(piece))
                     if len(content) > max_bytes:
-                        raise _Refused(f'another file than expected (more than {max_bytes:,} bytes)')
+                        raise _Refused(
+                            f'another file than expected (more than {max_bytes:,} bytes)'
+                        )
                     if time.monotonic() > deadline:
                         raise _Refused('too slow')
     except requests.Timeout as error:
         raise _Refused('timed out') from error
     except requests.exceptions.ChunkedEncodingError as error:
-        raise _Refused('cut off' + (f' before the end of its {expected:,} bytes' if expected else '')) from error
+        raise _Refused(
+            'cut off' + (f' before the end of its {expected:,} bytes' if expected else '')
+        ) from error
     except requests.ConnectionError as error:
         # requests reports silence in the middle of an answer as a ConnectionError around urllib3's timeout.
         stalled = any(isinstance(cause, ReadTimeoutError) for cause in error.args)

@@ -4,6 +4,7 @@ All have vocab_size, end_of_text (the id that follows each of several documents,
 texts, one after the other), decode, decode_bytes (for text that is shown token by token, as a character's bytes may be shared
 out over tokens) and to_json.
 """
+
 import functools
 import hashlib
 import os
@@ -20,8 +21,10 @@ from nib.text.download import download
 END_OF_TEXT = '<|endoftext|>'  # how the end-of-text token is shown, and typed in a prompt
 # What tiktoken reads GPT-2's vocabulary from: name -> SHA-256.
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
-GPT2_FILES = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
-              'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
+GPT2_FILES = {
+    'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class CharTokenizer:
 
     has_end_of_text: one more token, numbered last.
     """
+
     characters: str
     has_end_of_text: bool = False
 
@@ -54,8 +58,10 @@ class CharTokenizer:
         if missing.any():
             first = int(missing.argmax())
             distinct = ', '.join(repr(chr(point)) for point in np.unique(wanted[missing])[:5])
-            raise UserError(f'the text holds characters that are not among the {len(self.characters)} of the vocabulary: '
-                            f'{distinct} (the first at offset {first}); leave them out, or train on a text that has them')
+            raise UserError(
+                f'the text holds characters that are not among the {len(self.characters)} of the vocabulary: '
+                f'{distinct} (the first at offset {first}); leave them out, or train on a text that has them'
+            )
         return ids
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
@@ -66,21 +72,29 @@ class CharTokenizer:
         """The text of token ids. UserError for an id that is not in the vocabulary."""
         ids = _checked(ids, self.vocab_size)
         characters = _code_points(self.characters)
-        return END_OF_TEXT.join(characters[part].tobytes().decode('utf-32-le', 'surrogatepass')
-                                for part in _texts(ids, len(characters)))
+        return END_OF_TEXT.join(
+            characters[part].tobytes().decode('utf-32-le', 'surrogatepass')
+            for part in _texts(ids, len(characters))
+        )
 
     def decode_bytes(self, ids) -> bytes:
         return self.decode(ids).encode('utf-8', 'surrogatepass')
 
     def to_json(self) -> dict:
         # Low surrogates first: right after a high one, JSON's reader would take the two for one character.
-        ordered = sorted(self.characters, key=lambda character: (not '\udc00' <= character <= '\udfff', character))
-        return {'kind': 'char', 'characters': ''.join(ordered)} | ({'has_end_of_text': True} if self.has_end_of_text else {})
+        ordered = sorted(
+            self.characters,
+            key=lambda character: (not '\udc00' <= character <= '\udfff', character),
+        )
+        return {'kind': 'char', 'characters': ''.join(ordered)} | (
+            {'has_end_of_text': True} if self.has_end_of_text else {}
+        )
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
     """One token for each byte of the text's UTF-8, numbered by its value, and 256 for the end of a text."""
+
     vocab_size = 257
     end_of_text = 256
 
@@ -98,7 +112,9 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         ids = _checked(ids, self.vocab_size)
-        return END_OF_TEXT.encode().join(part.astype(np.uint8).tobytes() for part in _texts(ids, self.end_of_text))
+        return END_OF_TEXT.encode().join(
+            part.astype(np.uint8).tobytes() for part in _texts(ids, self.end_of_text)
+        )
 
     def to_json(self) -> dict:
         return {'kind': 'byte'}
@@ -110,6 +126,7 @@ class Gpt2Tokenizer:
 
     Its vocabulary is two files that are fetched when it first encodes or decodes; UserError then where they cannot be.
     """
+
     vocab_size = 50257
     end_of_text = 50256
 
@@ -119,7 +136,9 @@ class Gpt2Tokenizer:
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
         """Token ids, uint16. With each text comes whether the end-of-text token follows it."""
-        return _word_table(load_gpt2(), self.end_of_text).encode((_utf8(text), ends) for text, ends in texts)
+        return _word_table(load_gpt2(), self.end_of_text).encode(
+            (_utf8(text), ends) for text, ends in texts
+        )
 
     def decode(self, ids) -> str:
         """The text of token ids; bytes that are no UTF-8 as U+FFFD. UserError for an id that is not in the vocabulary."""
@@ -147,8 +166,12 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
         case {'kind': 'gpt2'}:
             return Gpt2Tokenizer()
         case {'kind': kind} if kind != 'char':
-            raise UserError(f"tokenizer of kind {kind!r}: this version knows 'char', 'byte' and 'gpt2'")
-    raise UserError('the tokenizer is broken: a char tokenizer has its distinct characters in order')
+            raise UserError(
+                f"tokenizer of kind {kind!r}: this version knows 'char', 'byte' and 'gpt2'"
+            )
+    raise UserError(
+        'the tokenizer is broken: a char tokenizer has its distinct characters in order'
+    )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
@@ -190,6 +213,7 @@ def _one_by_one(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> np.n
 @functools.lru_cache(maxsize=1)
 def _word_table(encoding, end_of_text: int):
     from nib.text.bpe import WordTable  # here: it needs tiktoken
+
     return WordTable(encoding, end_of_text)
 
 
@@ -200,8 +224,12 @@ def load_gpt2():
     They are fetched here: tiktoken's own download has no timeout and would hang where a network swallows packets.
     """
     import tiktoken  # here: most runs never encode with it
-    folder = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR')
-                  or Path(tempfile.gettempdir(), 'data-gym-cache'))  # where tiktoken looks, in its order
+
+    folder = Path(
+        os.environ.get('TIKTOKEN_CACHE_DIR')
+        or os.environ.get('DATA_GYM_CACHE_DIR')
+        or Path(tempfile.gettempdir(), 'data-gym-cache')
+    )  # where tiktoken looks, in its order
     names = {file: hashlib.sha1((GPT2_URL + file).encode()).hexdigest() for file in GPT2_FILES}
     try:
         for file, digest in GPT2_FILES.items():
@@ -211,9 +239,13 @@ def load_gpt2():
                 download([GPT2_URL + file], path, digest, max_bytes=2_000_000)
     except (UserError, OSError) as error:
         wanted = ' and '.join(f'{GPT2_URL}{file} as {name}' for file, name in names.items())
-        raise UserError(f"GPT-2's vocabulary is missing ({error}); fetch it elsewhere into a folder, {wanted}, and set "
-                        f'the environment variable TIKTOKEN_CACHE_DIR to that folder') from error
-    os.environ['TIKTOKEN_CACHE_DIR'] = str(folder)  # set to '', it would make tiktoken download again
+        raise UserError(
+            f"GPT-2's vocabulary is missing ({error}); fetch it elsewhere into a folder, {wanted}, and set "
+            f'the environment variable TIKTOKEN_CACHE_DIR to that folder'
+        ) from error
+    os.environ['TIKTOKEN_CACHE_DIR'] = str(
+        folder
+    )  # set to '', it would make tiktoken download again
     return tiktoken.get_encoding('gpt2')
 
 
@@ -221,7 +253,9 @@ def _checked(ids, vocab_size: int) -> np.ndarray:
     """ids as int64. UserError where one is not in the vocabulary."""
     ids = np.asarray(ids, dtype=np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise UserError(f'token ids from {ids.min()} to {ids.max()}: the vocabulary has 0 to {vocab_size - 1}')
+        raise UserError(
+            f'token ids from {ids.min()} to {ids.max()}: the vocabulary has 0 to {vocab_size - 1}'
+        )
     return ids
 
 

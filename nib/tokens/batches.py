@@ -3,6 +3,7 @@
 Training reads every window of block_size tokens once an epoch, in an order that is computed, not stored: a Feistel
 network (Luby and Rackoff 1988) is a permutation whose every value costs the same, however long the text is.
 """
+
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +22,9 @@ def permute(positions: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     Values that fall outside range(n) go through the network again until they fall inside (Black and Rogaway 2002,
     "Ciphers with Arbitrary Finite Domains", cycle walking).
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits in each half of the network's words
+    half = np.uint64(
+        max(1, ((n - 1).bit_length() + 1) // 2)
+    )  # bits in each half of the network's words
     mask = np.uint64((1 << int(half)) - 1)
     values = np.array(positions, dtype=np.uint64)
     outside = np.ones(values.shape, dtype=bool)
@@ -49,8 +52,19 @@ class BatchLoader:
     numbered through over its micro steps and ranks, so their union does not depend on how many ranks share them out.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, split: str, micro_steps: int,
-                 rank: int = 0, world_size: int = 1, device: str = 'cpu', vocab_size: int | None = None):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        split: str,
+        micro_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str = 'cpu',
+        vocab_size: int | None = None,
+    ):
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed, self.split, self.micro_steps = seed, split, micro_steps
         self.rank, self.world_size = rank, world_size
@@ -59,19 +73,27 @@ class BatchLoader:
         self.n_windows = max(1, (len(tokens) - block_size) // block_size)
         self._ahead = {}  # (step, micro step) -> the batch prepared for it
         self._batches_together = max(1, min(_TOGETHER, self.n_windows) // (batch_size * world_size))
-        self._together, self._starts = -1, None  # which of these groups of batches was asked for last, and its windows
+        self._together, self._starts = (
+            -1,
+            None,
+        )  # which of these groups of batches was asked for last, and its windows
 
     def starts(self, step: int, micro_step: int) -> np.ndarray:
         """Offsets (batch_size,) of a batch's windows in the tokens."""
         together, row = divmod(step * self.micro_steps + micro_step, self._batches_together)
         if together != self._together:
-            self._together, self._starts = together, self._compute_starts(together * self._batches_together)
+            self._together, self._starts = (
+                together,
+                self._compute_starts(together * self._batches_together),
+            )
         return self._starts[row]
 
     def _compute_starts(self, batch: int) -> np.ndarray:
         """The same of this rank's batches from this one on, as many as are computed together: (batches, batch_size)."""
         first = (batch * self.world_size + self.rank) * self.batch_size
-        later = np.arange(self._batches_together, dtype=np.uint64)[:, None] * np.uint64(self.world_size * self.batch_size)
+        later = np.arange(self._batches_together, dtype=np.uint64)[:, None] * np.uint64(
+            self.world_size * self.batch_size
+        )
         numbers = np.uint64(first) + later + np.arange(self.batch_size, dtype=np.uint64)
         epochs, positions = numbers // self.n_windows, numbers % self.n_windows
         starts = np.empty(numbers.shape, dtype=np.int64)
@@ -85,25 +107,42 @@ class BatchLoader:
 
     def _key(self, epoch: int) -> np.ndarray:
         """Words (1 + rounds,) that fix an epoch's offset and order."""
-        digest = hashlib.blake2b(repr((self.seed, self.split, epoch)).encode(), digest_size=8 * (1 + _ROUNDS)).digest()
+        digest = hashlib.blake2b(
+            repr((self.seed, self.split, epoch)).encode(), digest_size=8 * (1 + _ROUNDS)
+        ).digest()
         return np.frombuffer(digest, dtype='<u8')
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x and y, int64 (batch_size, block_size) on the device; y is x one token later."""
-        return cut_windows(self.tokens, self.starts(step, micro_step), self.block_size, self.device, self.vocab_size)
+        return cut_windows(
+            self.tokens,
+            self.starts(step, micro_step),
+            self.block_size,
+            self.device,
+            self.vocab_size,
+        )
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of a step in order. When the caller comes back for the next, it is prepared while a GPU still
         works on the one before, also over the end of the step; a CPU has no such gap to fill."""
         for micro_step in range(self.micro_steps):
             yield self._ahead.pop((step, micro_step), None) or self.batch(step, micro_step)
-            following = (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
+            following = (
+                (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
+            )
             self._ahead = {following: self.batch(*following)}
 
 
-def eval_batches(tokens: np.ndarray, block_size: int, batch_size: int, max_batches: int | None = None, rank: int = 0,
-                 world_size: int = 1, device: str = 'cpu', vocab_size: int | None = None
-                 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def eval_batches(
+    tokens: np.ndarray,
+    block_size: int,
+    batch_size: int,
+    max_batches: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = 'cpu',
+    vocab_size: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's share of an evaluation: x and y (up to batch_size, block_size) from fixed windows.
 
     Without max_batches, every window of the split; its last, incomplete one is left out. With it, windows spread
@@ -111,7 +150,9 @@ def eval_batches(tokens: np.ndarray, block_size: int, batch_size: int, max_batch
     """
     starts = eval_starts(len(tokens), block_size, max_batches and max_batches * batch_size)
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
-        yield cut_windows(tokens, np.array(starts[first:first + batch_size]), block_size, device, vocab_size)
+        yield cut_windows(
+            tokens, np.array(starts[first : first + batch_size]), block_size, device, vocab_size
+        )
 
 
 def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) -> Sequence[int]:
@@ -124,7 +165,9 @@ def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) 
 
 def cut_windows(tokens, starts, block_size, device, vocab_size=None):
     """x and y (len(starts), block_size) of the windows at starts. UserError for an id >= vocab_size."""
-    windows = np.asarray(tokens)[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1); a memmap itself is slower
+    windows = np.asarray(tokens)[
+        starts[:, None] + np.arange(block_size + 1)
+    ]  # (B, T + 1); a memmap itself is slower
     if vocab_size is not None and windows.max() >= vocab_size:
         row = int((windows >= vocab_size).any(axis=1).argmax())
         check_ids(windows[row], vocab_size, getattr(tokens, 'filename', 'tokens'), int(starts[row]))

@@ -1,4 +1,5 @@
 """Encoding on all cores: pieces of text in, token ids out, in the same order and with few of either in memory."""
+
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,9 @@ from nib.text.tokenizer import Tokenizer
 
 SPLITS = ('train', 'val')
 BATCH = 1 << 20  # characters that go to a process together
-SERIAL_BATCHES = 4  # batches that are done before other processes are started, which takes longer than they do
+SERIAL_BATCHES = (
+    4  # batches that are done before other processes are started, which takes longer than they do
+)
 
 Piece = tuple[str, str, bool]  # split, text, whether a document ends with it
 
@@ -25,6 +28,7 @@ Piece = tuple[str, str, bool]  # split, text, whether a document ends with it
 @dataclass
 class Encoded:
     """What a batch of pieces became."""
+
     pieces: int = 0
     ids: dict[str, bytes] = field(default_factory=dict)  # of each split, as they go into its bin
     n_bytes: dict[str, int] = field(default_factory=dict)  # of UTF-8 text, likewise
@@ -32,7 +36,9 @@ class Encoded:
 
 def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[Encoded]:
     """Encodes pieces in their order; the end-of-text token follows every document."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    )
     batches = batched(pieces)
     for batch in islice(batches, SERIAL_BATCHES if cores > 1 else None):
         yield encode_batch(batch, tokenizer, dtype)
@@ -60,11 +66,15 @@ def encode_batch(batch: list[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> E
         texts = [(text, ends) for into, text, ends in batch if into == split]
         if texts:
             done.ids[split] = tokenizer.encode_texts(texts).astype(dtype, copy=False).tobytes()
-            done.n_bytes[split] = sum(len(text.encode('utf-8', 'surrogatepass')) for text, _ in texts)
+            done.n_bytes[split] = sum(
+                len(text.encode('utf-8', 'surrogatepass')) for text, _ in texts
+            )
     return done
 
 
-def _in_processes(batches: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: np.dtype, cores: int) -> Iterator[Encoded]:
+def _in_processes(
+    batches: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: np.dtype, cores: int
+) -> Iterator[Encoded]:
     # Spawned, as forking a process that has threads (torch's, tqdm's) may hang.
     pool = ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'), _start_process)
     waiting = deque()  # the pool's own map would read all batches at once
@@ -76,8 +86,10 @@ def _in_processes(batches: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: n
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError('a process that encodes text was killed, perhaps as the memory ran out; what is done is kept, the '
-                        'same command goes on from there') from error
+        raise UserError(
+            'a process that encodes text was killed, perhaps as the memory ran out; what is done is kept, the '
+            'same command goes on from there'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,4 +1,5 @@
 """What nanoGPT's prepare.py says of its bins: meta.pkl for characters, nothing for GPT-2's tokens."""
+
 import pickle
 from pathlib import Path
 
@@ -26,10 +27,20 @@ def read_tokenizer(folder: Path) -> CharTokenizer | Gpt2Tokenizer:
     except Exception as error:  # damaged, a pickle can raise almost anything
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error})') from error
     match meta:
-        case {'vocab_size': int(size), 'itos': dict(itos), 'stoi': dict(stoi)} if size == len(itos) == len(stoi):
+        case {'vocab_size': int(size), 'itos': dict(itos), 'stoi': dict(stoi)} if (
+            size == len(itos) == len(stoi)
+        ):
             characters = list(itos.values())
-            ordered = all(isinstance(c, str) and len(c) == 1 for c in characters) and characters == sorted(set(characters))
-            if ordered and list(itos) == list(range(size)) and stoi == {c: number for number, c in itos.items()}:
+            ordered = all(
+                isinstance(c, str) and len(c) == 1 for c in characters
+            ) and characters == sorted(set(characters))
+            if (
+                ordered
+                and list(itos) == list(range(size))
+                and stoi == {c: number for number, c in itos.items()}
+            ):
                 return CharTokenizer(''.join(characters))
-    raise UserError(f'{path} is not of the kind that nanoGPT writes: vocab_size, itos and stoi, which number characters in '
-                    f'the order of their code points')
+    raise UserError(
+        f'{path} is not of the kind that nanoGPT writes: vocab_size, itos and stoi, which number characters in '
+        f'the order of their code points'
+    )

@@ -1,4 +1,5 @@
 """Tiny Shakespeare, which two datasets are made of: found on this machine or downloaded."""
+
 import hashlib
 import sys
 from collections.abc import Callable
@@ -29,16 +30,24 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
     """
     here = Path(script).resolve().parent
     folder = Path(out_dir) if out_dir else here
-    places = [place / 'input.txt' for place in (here, folder, here.parent / 'shakespeare', here.parent / 'shakespeare_char')]
+    places = [
+        place / 'input.txt'
+        for place in (here, folder, here.parent / 'shakespeare', here.parent / 'shakespeare_char')
+    ]
     path = Path(given) if given else next(filter(Path.exists, places), None) or _fetch(folder, here)
     text, digest = _read(path)
     if not text:
         raise UserError(f'{path} is empty; --input=PATH takes the path of a text file')
     meta = write_text(folder, text, make_tokenizer(text), {'file': path.name, 'sha256': digest})
     if digest != SHA256:
-        print(f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); taken all the same', file=sys.stderr)
-    print(f'{shown(folder)}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
-          f'{meta["splits"]["train"]["tokens"]:,} training and {meta["splits"]["val"]["tokens"]:,} validation tokens')
+        print(
+            f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); taken all the same',
+            file=sys.stderr,
+        )
+    print(
+        f'{shown(folder)}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
+        f'{meta["splits"]["train"]["tokens"]:,} training and {meta["splits"]["val"]["tokens"]:,} validation tokens'
+    )
 
 
 def _read(path: Path) -> tuple[str, str]:
@@ -47,7 +56,9 @@ def _read(path: Path) -> tuple[str, str]:
         content = path.read_bytes()
         return content.decode('utf-8'), hashlib.sha256(content).hexdigest()
     except OSError as error:
-        raise UserError(f'{path}: {error.strerror}; --input=PATH takes the path of a text file') from error
+        raise UserError(
+            f'{path}: {error.strerror}; --input=PATH takes the path of a text file'
+        ) from error
     except UnicodeDecodeError as error:
         raise not_utf8(path, error.start) from error
 
@@ -58,8 +69,12 @@ def _fetch(folder: Path, here: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         download(URLS, path, SHA256, max_bytes=SIZE)
     except UserError as error:
-        raise UserError(f'{error}; fetch {URLS[0]} elsewhere and put it at {here / "input.txt"}, or type '
-                        f'python data/{here.name}/prepare.py --input=PATH') from error
+        raise UserError(
+            f'{error}; fetch {URLS[0]} elsewhere and put it at {here / "input.txt"}, or type '
+            f'python data/{here.name}/prepare.py --input=PATH'
+        ) from error
     except OSError as error:
-        raise UserError(f'{path} cannot be written ({error.strerror}); name another folder as --out_dir=PATH') from error
+        raise UserError(
+            f'{path} cannot be written ({error.strerror}); name another folder as --out_dir=PATH'
+        ) from error
     return path

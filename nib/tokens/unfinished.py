@@ -1,4 +1,5 @@
 """Bins in the making: appended to batch by batch, gone on with after a kill, put in place when all is there."""
+
 import hashlib
 import json
 import os
@@ -24,21 +25,40 @@ class UnfinishedBins:
         self.folder, self.itemsize = folder, itemsize
         self.paths = {split: folder / f'.{split}.bin.unfinished' for split in SPLITS}
         self.journal = folder / '.journal.json'
-        nothing = {'key': key, 'pieces': 0, 'tokens': dict.fromkeys(SPLITS, 0), 'bytes': dict.fromkeys(SPLITS, 0)}
+        nothing = {
+            'key': key,
+            'pieces': 0,
+            'tokens': dict.fromkeys(SPLITS, 0),
+            'bytes': dict.fromkeys(SPLITS, 0),
+        }
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             self.done = self._read_journal(key) or nothing
             if self.done is nothing:
-                self.journal.unlink(missing_ok=True)  # first: it would be wrong about what is written from now on
-            self.files = {split: open(path, 'r+b' if path.exists() else 'w+b') for split, path in self.paths.items()}
-            self.digests = {split: self._rewind(file, self.done['tokens'][split]) for split, file in self.files.items()}
+                self.journal.unlink(
+                    missing_ok=True
+                )  # first: it would be wrong about what is written from now on
+            self.files = {
+                split: open(path, 'r+b' if path.exists() else 'w+b')
+                for split, path in self.paths.items()
+            }
+            self.digests = {
+                split: self._rewind(file, self.done['tokens'][split])
+                for split, file in self.files.items()
+            }
         self.saved = time.monotonic()
 
     def _read_journal(self, key: dict) -> dict | None:
         try:
             done = json.loads(self.journal.read_bytes())
-            whole = all(path.stat().st_size >= done['tokens'][split] * self.itemsize for split, path in self.paths.items())
-            counts = [done['pieces'], *(done[what][split] for what in ('tokens', 'bytes') for split in SPLITS)]
+            whole = all(
+                path.stat().st_size >= done['tokens'][split] * self.itemsize
+                for split, path in self.paths.items()
+            )
+            counts = [
+                done['pieces'],
+                *(done[what][split] for what in ('tokens', 'bytes') for split in SPLITS),
+            ]
             whole = whole and all(type(count) is int and count >= 0 for count in counts)
             return done if done['key'] == json.loads(json.dumps(key)) and whole else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -62,7 +82,12 @@ class UnfinishedBins:
                 tokens[split] += len(ids) // self.itemsize
                 n_bytes[split] += encoded.n_bytes[split]
             # All at once, so that Ctrl-C finds the numbers before this batch or those after it.
-            self.done = {**self.done, 'pieces': self.done['pieces'] + encoded.pieces, 'tokens': tokens, 'bytes': n_bytes}
+            self.done = {
+                **self.done,
+                'pieces': self.done['pieces'] + encoded.pieces,
+                'tokens': tokens,
+                'bytes': n_bytes,
+            }
             if time.monotonic() - self.saved > JOURNAL_SECONDS:
                 self.save()
 
@@ -80,7 +105,11 @@ class UnfinishedBins:
             self.save()
             for file in self.files.values():
                 file.close()
-            for name in ('train.bin', 'val.bin', 'meta.pkl'):  # the last is nanoGPT's, and wrong about the new bins
+            for name in (
+                'train.bin',
+                'val.bin',
+                'meta.pkl',
+            ):  # the last is nanoGPT's, and wrong about the new bins
                 (self.folder / name).unlink(missing_ok=True)
             with atomic_write(self.folder / 'meta.json') as file:
                 file.write(json.dumps(meta, indent=1).encode())
@@ -94,7 +123,9 @@ class UnfinishedBins:
 
     def __exit__(self, kind, error, trace):
         """What is there is kept for the next run, also on Ctrl-C; files without content are not."""
-        if all(file.closed for file in self.files.values()):  # by finish(), to which the next run comes at once
+        if all(
+            file.closed for file in self.files.values()
+        ):  # by finish(), to which the next run comes at once
             return
         with suppress(OSError):  # the error that is on its way says more
             if self.done['pieces']:
@@ -110,5 +141,7 @@ class UnfinishedBins:
         try:
             yield
         except OSError as error:
-            raise UserError(f'{self.folder} cannot be written ({error.strerror}): mend that and type the same command, which '
-                            f'goes on from there, or name another folder as --out_dir=PATH') from error
+            raise UserError(
+                f'{self.folder} cannot be written ({error.strerror}): mend that and type the same command, which '
+                f'goes on from there, or name another folder as --out_dir=PATH'
+            ) from error

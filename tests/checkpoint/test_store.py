@@ -1,4 +1,5 @@
 """Checkpoints: whole or not there, checked when read, and pointed to by names."""
+
 import json
 import sys
 
@@ -24,7 +25,11 @@ def save(out_dir, step, value=None, best=False):
 
 def value_of(out_dir, which, **options):
     found, tensors = store.load(out_dir, which, **options)
-    return found.step, tensors['model']['w'][0, 0].item(), tensors['optimizer']['w/exp_avg'][0, 0].item()
+    return (
+        found.step,
+        tensors['model']['w'][0, 0].item(),
+        tensors['optimizer']['w/exp_avg'][0, 0].item(),
+    )
 
 
 def test_what_was_saved_is_loaded_by_name_and_by_step(tmp_path):
@@ -35,7 +40,10 @@ def test_what_was_saved_is_loaded_by_name_and_by_step(tmp_path):
     assert value_of(tmp_path, '20') == (20, 20.0, 40.0)
     assert (tmp_path / 'latest').read_text() == 'step-00000020\n'
     assert sorted(p.name for p in (tmp_path / 'step-00000010').iterdir()) == [
-        'model.safetensors', 'optimizer.safetensors', 'state.json']
+        'model.safetensors',
+        'optimizer.safetensors',
+        'state.json',
+    ]
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):
@@ -81,7 +89,11 @@ def test_what_an_evaluation_told_is_part_of_the_checkpoint(tmp_path):
     save(tmp_path, 20)
     store.record_evaluation(tmp_path, 10, {'best_val_loss': 1.5}, best=True)
     store.record_evaluation(tmp_path, 20, {'best_val_loss': 1.5}, best=False)
-    assert value_of(tmp_path, 'best') == (10, 10.0, 20.0) and value_of(tmp_path, 'latest') == (20, 20.0, 40.0)
+    assert value_of(tmp_path, 'best') == (10, 10.0, 20.0) and value_of(tmp_path, 'latest') == (
+        20,
+        20.0,
+        40.0,
+    )
     for which in ('best', 'latest'):
         found, _ = store.load(tmp_path, which)
         assert found.state['train'] == {'best_val_loss': 1.5} and found.state['note'] == found.step
@@ -91,14 +103,18 @@ def test_what_an_evaluation_told_is_part_of_the_checkpoint(tmp_path):
 @pytest.mark.skipif(sys.platform == 'win32', reason='limits of a process are a Unix thing')
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     """Run in a process of its own, as its files are limited to 500 bytes from the second save on."""
-    done = run_script('-c', 'import resource, signal, sys, torch\n'
-                            'from nib.checkpoint import store\n'
-                            'w = {"w": torch.ones(1000)}\n'
-                            'store.save(sys.argv[1], 10, w, w, {})\n'
-                            'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
-                            'resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n'
-                            'try: store.save(sys.argv[1], 20, w, w, {})\n'
-                            'except ValueError as error: print(error)\n', tmp_path / 'run')
+    done = run_script(
+        '-c',
+        'import resource, signal, sys, torch\n'
+        'from nib.checkpoint import store\n'
+        'w = {"w": torch.ones(1000)}\n'
+        'store.save(sys.argv[1], 10, w, w, {})\n'
+        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n'
+        'try: store.save(sys.argv[1], 20, w, w, {})\n'
+        'except ValueError as error: print(error)\n',
+        tmp_path / 'run',
+    )
     assert 'step 20 could not be written' in done.stdout, done.stderr
     assert store.load(tmp_path / 'run')[0].step == 10
     assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['latest', 'step-00000010']
@@ -108,10 +124,17 @@ def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, best=step == 2)
     store.prune(tmp_path, 6, keep_last=2)
-    assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-00000002', 'step-00000005', 'step-00000006']
+    assert sorted(p.name for p in tmp_path.glob('step-*')) == [
+        'step-00000002',
+        'step-00000005',
+        'step-00000006',
+    ]
 
 
-@pytest.mark.parametrize('which, said', [('latest', 'no checkpoint'), ('7', 'no checkpoint of step 7'), ('newest', "'best'")])
+@pytest.mark.parametrize(
+    'which, said',
+    [('latest', 'no checkpoint'), ('7', 'no checkpoint of step 7'), ('newest', "'best'")],
+)
 def test_a_checkpoint_that_is_not_there_is_a_user_error(tmp_path, which, said):
     with pytest.raises(UserError, match=said):
         store.load(tmp_path, which)
@@ -175,6 +198,7 @@ def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_not_called_damage
             save(tmp_path, 20)
             store.prune(tmp_path, 20, keep_last=1)
             raise store.Damaged('a file is gone')
+
     assert value_of(tmp_path, 'latest', warn=pytest.fail, check=run_goes_on)[0] == 20
 
 
@@ -184,9 +208,14 @@ def test_what_a_kill_left_is_gone_after_the_next_save(tmp_path):
         (tmp_path / name).mkdir()
     for name in ('.latest.1.tmp', '.metrics.jsonl.1.tmp', 'step-00000010/.state.json.1.tmp'):
         (tmp_path / name).write_text('half')
-    (tmp_path / '.notes').write_text('the user\'s own')
+    (tmp_path / '.notes').write_text("the user's own")
     save(tmp_path, 20)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['.notes', 'latest', 'step-00000010', 'step-00000020']
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        '.notes',
+        'latest',
+        'step-00000010',
+        'step-00000020',
+    ]
     assert len(list((tmp_path / 'step-00000010').iterdir())) == 3
 
 
@@ -194,16 +223,33 @@ def save_model(out_dir, step, model_tensors=None, optimizer=None, **config):
     shape = dict(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=4)
     model = GPT(GPTConfig(**shape)).state_dict()
     name = next(iter(model))
-    store.save(out_dir, step, {**model, **(model_tensors or {})},
-                    {f'{name}/exp_avg': torch.zeros_like(model[name]), f'{name}/step': torch.tensor(1.0), **(optimizer or {})},
-                    {'model': {**shape, **config}})
+    store.save(
+        out_dir,
+        step,
+        {**model, **(model_tensors or {})},
+        {
+            f'{name}/exp_avg': torch.zeros_like(model[name]),
+            f'{name}/step': torch.tensor(1.0),
+            **(optimizer or {}),
+        },
+        {'model': {**shape, **config}},
+    )
 
 
-@pytest.mark.parametrize('wrong, said', [
-    ({'n_embd': 8}, 'model.safetensors'), ({'n_layer': 2}, 'is missing, where the model has of shape'),
-    ({'rotary_basis': 1}, 'state.json: its model cannot be built'), ({'model_tensors': {'other': torch.ones(2)}}, 'other'),
-    ({'optimizer': {'other/step': torch.ones(())}}, 'optimizer.safetensors: other/step'),
-    ({'optimizer': {'transformer.wte.weight/exp_avg': torch.ones(2, 2)}}, 'optimizer.safetensors: transformer.wte')])
+@pytest.mark.parametrize(
+    'wrong, said',
+    [
+        ({'n_embd': 8}, 'model.safetensors'),
+        ({'n_layer': 2}, 'is missing, where the model has of shape'),
+        ({'rotary_basis': 1}, 'state.json: its model cannot be built'),
+        ({'model_tensors': {'other': torch.ones(2)}}, 'other'),
+        ({'optimizer': {'other/step': torch.ones(())}}, 'optimizer.safetensors: other/step'),
+        (
+            {'optimizer': {'transformer.wte.weight/exp_avg': torch.ones(2, 2)}},
+            'optimizer.safetensors: transformer.wte',
+        ),
+    ],
+)
 def test_tensors_of_another_model_are_passed_over_by_name(tmp_path, wrong, said):
     save_model(tmp_path, 10)
     save_model(tmp_path, 20, **wrong)

@@ -1,4 +1,5 @@
 """Safetensors files: the same as the safetensors package's, and hashed on the way."""
+
 import hashlib
 
 import pytest
@@ -7,9 +8,15 @@ import torch
 
 from nib.checkpoint import tensorfile
 
-TENSORS = {'float': torch.arange(15.0).view(3, 5) / 7, 'scalar': torch.tensor(3.0),
-           'half': torch.ones(3, 2, dtype=torch.bfloat16), 'none': torch.zeros(0, 3), 'flags': torch.tensor([True, False, True]),
-           'é, transposed': torch.arange(6).view(2, 3).t(), 'wide': torch.tensor([1.5], dtype=torch.float64)}
+TENSORS = {
+    'float': torch.arange(15.0).view(3, 5) / 7,
+    'scalar': torch.tensor(3.0),
+    'half': torch.ones(3, 2, dtype=torch.bfloat16),
+    'none': torch.zeros(0, 3),
+    'flags': torch.tensor([True, False, True]),
+    'é, transposed': torch.arange(6).view(2, 3).t(),
+    'wide': torch.tensor([1.5], dtype=torch.float64),
+}
 
 
 def assert_equal(tensors, expected):
@@ -35,8 +42,17 @@ def test_files_of_the_safetensors_package_are_read(tmp_path):
     assert_equal(tensorfile.read(tmp_path / 'file', digest), expected)
 
 
-@pytest.mark.parametrize('content', [b'', b'\xff' * 8, b'\x02' + bytes(7) + b'[]', b'\x02' + bytes(7) + b'{]',
-                                     b'\x07' + bytes(7) + b'{"a":1}', bytes(100)])
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'\xff' * 8,
+        b'\x02' + bytes(7) + b'[]',
+        b'\x02' + bytes(7) + b'{]',
+        b'\x07' + bytes(7) + b'{"a":1}',
+        bytes(100),
+    ],
+)
 def test_whatever_has_become_of_a_file_is_one_kind_of_error(tmp_path, content):
     digest = tensorfile.write(tmp_path / 'file', TENSORS)
     (tmp_path / 'file').write_bytes(content)
@@ -49,6 +65,7 @@ def test_too_little_memory_is_not_called_damage(tmp_path, monkeypatch):
 
     def parse(content):
         raise MemoryError
+
     monkeypatch.setattr(tensorfile, '_parse', parse)
     with pytest.raises(MemoryError):
         tensorfile.read(tmp_path / 'file', digest)

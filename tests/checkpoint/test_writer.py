@@ -1,4 +1,5 @@
 """Checkpoints written in the background: training does not wait, no error is lost, and retention keeps what is good."""
+
 import errno
 import os
 import threading
@@ -52,6 +53,7 @@ def broken_disk(monkeypatch):
         if broken:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(descriptor)
+
     monkeypatch.setattr(os, 'fsync', fsync_or_fail)
     return broken
 
@@ -76,8 +78,12 @@ def test_an_error_comes_out_of_the_next_call_and_only_there(tmp_path, broken_dis
     save(writer, 20)
     writer._thread.submit(lambda: None).result()  # until it has failed
     with pytest.raises(UserError, match='step 20 could not be written'):
-        {'save': lambda: save(writer, 30), 'record_evaluation': lambda: writer.record_evaluation(20, {}, True),
-         'wait': writer.wait, 'close': writer.close}[call]()
+        {
+            'save': lambda: save(writer, 30),
+            'record_evaluation': lambda: writer.record_evaluation(20, {}, True),
+            'wait': writer.wait,
+            'close': writer.close,
+        }[call]()
     assert newest(tmp_path) == (10, 10.0) and not (tmp_path / 'best').exists()
     broken_disk.clear()
     writer.wait()
@@ -98,14 +104,14 @@ def test_an_evaluation_of_a_checkpoint_that_fails_is_not_recorded(tmp_path, brok
     assert list(tmp_path.iterdir()) == []
 
 
-ENDING = '''
+ENDING = """
 import sys, torch
 from nib.checkpoint.writer import CheckpointWriter
 writer = CheckpointWriter(sys.argv[1], keep_last=1)
 big = {'w': torch.ones(10_000_000)}
 writer.save(10, big, big, {})
 raise RuntimeError('something else')
-'''
+"""
 
 
 @pytest.mark.slow
@@ -146,7 +152,7 @@ def test_damaged_checkpoints_never_take_the_place_of_good_ones(tmp_path, keep_la
         save(writer, step, value=100 + step, best=False)
         writer.wait()
         assert newest(tmp_path) == (step, 100 + step)
-        good = [10, 12, 14, 20, 28, 30][:[12, 14, 20, 28, 30].index(step) + 2][-keep_last:]
+        good = [10, 12, 14, 20, 28, 30][: [12, 14, 20, 28, 30].index(step) + 2][-keep_last:]
         assert [kept for kept in steps(tmp_path) if kept <= step] == good
     writer.close()
 

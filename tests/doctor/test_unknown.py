@@ -1,26 +1,43 @@
 """What the doctor and the lessons say of an optimizer and an activation that somebody has added and they do not know."""
-import configurator
-import debug_training
+
 import pytest
 import torch
-import train as training
 from conftest import ROOT
 
+import configurator
+import debug_training
+import train as training
 from nib.doctor.rules import Doctor
 from nib.doctor.vitals import Vitals, examine_data
 from nib.lessons import examination, walkthrough
 from nib.machine.device import pick_device
 from nib.optim import Optimizer
 
-FLAGS = ['--dataset=', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
-         '--gradient_accumulation_steps=1', '--learning_rate=1e-2', '--overfit_steps=3']
+FLAGS = [
+    '--dataset=',
+    '--device=cpu',
+    '--dtype=float32',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=1',
+    '--learning_rate=1e-2',
+    '--overfit_steps=3',
+]
 
 
 class Sign:
     """Moves every weight by the learning rate, against its gradient's sign; remembers nothing."""
 
     def __init__(self, params):
-        self.params, self.lr_ratio, self.betas, self.weight_decay = list(params), 1.0, (0.9, 0.95), 0.0
+        self.params, self.lr_ratio, self.betas, self.weight_decay = (
+            list(params),
+            1.0,
+            (0.9, 0.95),
+            0.0,
+        )
 
     def step(self, lr, usable):
         for p in self.params:
@@ -42,7 +59,9 @@ def values(monkeypatch):
         return optimizer
 
     monkeypatch.setattr(Optimizer, 'pick', classmethod(picked))
-    values, _ = configurator.configure(str(ROOT / 'debug_training.py'), FLAGS, settle={'device': pick_device}, base='train.py')
+    values, _ = configurator.configure(
+        str(ROOT / 'debug_training.py'), FLAGS, settle={'device': pick_device}, base='train.py'
+    )
     return values | {'optimizer': 'sign'}
 
 
@@ -50,16 +69,28 @@ def test_a_run_is_watched(values):
     data, _ = debug_training.random_tokens(values, None)
     t = training.Training.set_up(values, data)
     vitals = Vitals(t.model, t.optimizer, t.scaler, t.batches, t.precision)
-    doctor = Doctor(values | {'max_iters': 4}, examine_data(data.train, data.val, data.vocab_size), 1000, len(data.train), trained=False)
+    doctor = Doctor(
+        values | {'max_iters': 4},
+        examine_data(data.train, data.val, data.vocab_size),
+        1000,
+        len(data.train),
+        trained=False,
+    )
     t.optimizer.lr = 0.05  # which would be far too high for AdamW
     found = []
     for step in range(4):
-        mean_loss, grad_norm = training.train_step(t, vitals.begin(t.batches.micro_batches(step)), step)
+        mean_loss, grad_norm = training.train_step(
+            t, vitals.begin(t.batches.micro_batches(step)), step
+        )
         vitals.note(mean_loss, grad_norm)
         found += doctor.see_step(vitals.read(step + 1, 0.05, 1000.0))
     signs = vitals.evaluate(4, 0, 3.0, 3.0, t.batches.batch(0, 0))
     found += doctor.see_evaluation(signs)
-    assert not {finding.name for finding in found} & {'lr_too_high', 'lr_too_low', 'vanishing_gradients'}
+    assert not {finding.name for finding in found} & {
+        'lr_too_high',
+        'lr_too_low',
+        'vanishing_gradients',
+    }
 
 
 @pytest.mark.parametrize('explain', [False, True])
@@ -67,7 +98,11 @@ def test_the_lessons_name_it_and_mark_nothing_for_it(values, explain):
     values = values | {'explain': explain, 'batch_tokens': 64}
     data, _ = debug_training.random_tokens(values, None)
     microscope = debug_training.Microscope(values, data, None)
-    lines = '\n'.join(walkthrough.walk_through(microscope) if explain else examination.examine(microscope, False, 3))
+    lines = '\n'.join(
+        walkthrough.walk_through(microscope)
+        if explain
+        else examination.examine(microscope, False, 3)
+    )
     assert 'Muon' not in lines and 'sign' in lines and 'update too' not in lines
 
 
@@ -81,5 +116,7 @@ def test_an_unknown_activation_is_no_error(values):
     object.__setattr__(microscope.model.config, 'mlp', 'tanh')
     t = microscope.training
     assert 'GELU' not in '\n'.join(examination.examine(microscope, False, 3))
-    signs = Vitals(t.model, t.optimizer, t.scaler, t.batches, t.precision).evaluate(0, 0, 3.0, 3.0, t.batches.batch(0, 0))
+    signs = Vitals(t.model, t.optimizer, t.scaler, t.batches, t.precision).evaluate(
+        0, 0, 3.0, 3.0, t.batches.batch(0, 0)
+    )
     assert signs.dead_units == 0.0  # no unit is 0 for every token

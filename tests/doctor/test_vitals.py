@@ -1,4 +1,5 @@
 """The vital signs of a run against figures worked by hand, and what they must not do: wait for the device, change the training."""
+
 import math
 import time
 import warnings
@@ -37,7 +38,9 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, 2000).astype(np.uint16)
 def make(method='adamw', micro_steps=1, batch_size=4, **changes):
     """A model whose every matrix is small enough to be looked at whole, and all that watches it."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(VOCAB, **{'block_size': 8, 'n_layer': 2, 'n_head': 2, 'n_embd': 16} | changes))
+    model = GPT(
+        GPTConfig(VOCAB, **{'block_size': 8, 'n_layer': 2, 'n_head': 2, 'n_embd': 16} | changes)
+    )
     assert all(p.numel() <= SAMPLE for p in model.parameters())
     optimizer = Optimizer(model, method, betas=(0.9, 0.95))
     batches = BatchLoader(TOKENS, model.config.block_size, batch_size, 0, 'train', micro_steps)
@@ -63,30 +66,56 @@ GROUPS = {'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.', 'embedding'
 
 
 def matrices(model, part) -> np.ndarray:
-    return np.concatenate([p.detach().double().numpy().ravel() for name, p in model.named_parameters() if p.dim() > 1 and part in name])
+    return np.concatenate(
+        [
+            p.detach().double().numpy().ravel()
+            for name, p in model.named_parameters()
+            if p.dim() > 1 and part in name
+        ]
+    )
 
 
 @pytest.mark.parametrize('method', ['adamw', 'muon'])
-@pytest.mark.parametrize('changes', [{}, {'tied_head': False, 'bias': True}, {'zero_init': True, 'position': 'rotary', 'mlp': 'swiglu'},
-                                     {'n_layer': 1, 'block_size': 1}], ids=str)
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'tied_head': False, 'bias': True},
+        {'zero_init': True, 'position': 'rotary', 'mlp': 'swiglu'},
+        {'n_layer': 1, 'block_size': 1},
+    ],
+    ids=str,
+)
 def test_ratio_rms_and_gradients_are_those_of_the_whole_matrices(method, changes):
     model, optimizer, batches, signs = make(method, **changes)
-    groups = {group: part for group, part in GROUPS.items() if group != 'head' or not model.config.tied_head}
+    groups = {
+        group: part
+        for group, part in GROUPS.items()
+        if group != 'head' or not model.config.tied_head
+    }
     memory = {name: 0.0 for name, p in model.named_parameters() if '.h.' in name and p.dim() > 1}
     for number in range(3):
         before = {group: matrices(model, part) for group, part in groups.items()}
         gradients = step(model, optimizer, batches, signs, number)
         for name in memory:
             g = gradients[name].double().numpy()
-            memory[name] = 0.95 * memory[name] + 0.05 * (g if method == 'muon' else g ** 2)
+            memory[name] = 0.95 * memory[name] + 0.05 * (g if method == 'muon' else g**2)
         read = signs.read(number + 1, 1e-2, 1.0)
         after = {group: matrices(model, part) for group, part in groups.items()}
         norm = np.linalg.norm
-        assert read.update_ratio == pytest.approx({g: norm(after[g] - before[g]) / norm(before[g]) for g in groups}, rel=1e-3)
-        assert read.weight_rms == pytest.approx({g: np.sqrt(np.mean(after[g] ** 2)) for g in groups}, rel=1e-5)
+        assert read.update_ratio == pytest.approx(
+            {g: norm(after[g] - before[g]) / norm(before[g]) for g in groups}, rel=1e-3
+        )
+        assert read.weight_rms == pytest.approx(
+            {g: np.sqrt(np.mean(after[g] ** 2)) for g in groups}, rel=1e-5
+        )
         for block, rms in enumerate(read.block_grad_rms):
-            mine = np.concatenate([m.ravel() for name, m in memory.items() if f'.h.{block}.' in name])
-            assert rms == pytest.approx(np.sqrt(np.mean(mine ** 2 if method == 'muon' else mine)), rel=1e-4)
+            mine = np.concatenate(
+                [m.ravel() for name, m in memory.items() if f'.h.{block}.' in name]
+            )
+            assert rms == pytest.approx(
+                np.sqrt(np.mean(mine**2 if method == 'muon' else mine)), rel=1e-4
+            )
         assert len(read.block_grad_rms) == model.config.n_layer
     if not model.config.zero_init:
         assert min(read.update_ratio.values()) > 1e-3
@@ -103,12 +132,21 @@ def test_weights_of_zeros_have_no_ratio():
 
 @pytest.mark.parametrize('shape', [(300, 400), (4097, 1), (65, 1000), (50257, 8)])
 def test_a_sample_stands_for_its_matrix(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 1.5, shape[1])
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(
+        0.5, 1.5, shape[1]
+    )
     for given in (matrix, matrix.t()):
         few = sample(given)
-        assert SAMPLE / 3 < few.numel() <= SAMPLE and few.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
-        assert few.square().mean().sqrt().item() == pytest.approx(matrix.square().mean().sqrt().item(), rel=0.06)
-    columns = {index % shape[1] for index in few.storage_offset() + few.stride(0) * np.arange(few.numel())}
+        assert (
+            SAMPLE / 3 < few.numel() <= SAMPLE
+            and few.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
+        )
+        assert few.square().mean().sqrt().item() == pytest.approx(
+            matrix.square().mean().sqrt().item(), rel=0.06
+        )
+    columns = {
+        index % shape[1] for index in few.storage_offset() + few.stride(0) * np.arange(few.numel())
+    }
     assert len(columns) == min(shape[1], few.numel())
 
 
@@ -118,6 +156,7 @@ def test_small_matrices_are_taken_whole():
 
 
 # -- every step ----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('n', [1, 7, KEPT, KEPT + 5])
 def test_losses_and_norms_of_every_step_arrive(n):
@@ -137,12 +176,24 @@ def test_metrics_name_what_was_clipped():
     for norm in (0.5, 2.0, 3.0, math.inf):
         signs.note(torch.tensor(1.0), torch.tensor(norm))
     read = signs.read(4, 0.0, 1.0)
-    assert read.metrics(grad_clip=1.0)['clipped'] == 0.75 and read.metrics(grad_clip=0.0)['clipped'] is None
-    assert set(read.metrics(1.0)) == {'loss/mean', 'loss/max', 'clipped', 'loss_scale', 'update_ratio/attention', 'update_ratio/mlp', 'update_ratio/embedding'}
+    assert (
+        read.metrics(grad_clip=1.0)['clipped'] == 0.75
+        and read.metrics(grad_clip=0.0)['clipped'] is None
+    )
+    assert set(read.metrics(1.0)) == {
+        'loss/mean',
+        'loss/max',
+        'clipped',
+        'loss_scale',
+        'update_ratio/attention',
+        'update_ratio/mlp',
+        'update_ratio/embedding',
+    }
 
 
 class Waiting(TorchDispatchMode):
     """Notes the operations whose result the host waits for on a GPU."""
+
     WAITS = ('_local_scalar_dense', 'nonzero', 'equal', 'is_nonzero', 'masked_select', 'unique')
 
     def __init__(self):
@@ -170,8 +221,11 @@ def test_only_the_reading_waits_and_it_waits_once():
 
 # -- batches -------------------------------------------------------------------------------------------------------------
 
+
 def look_at(signs, *micro_batches):
-    assert [id(batch) for batch in signs.begin(iter(micro_batches))] == [id(batch) for batch in micro_batches]
+    assert [id(batch) for batch in signs.begin(iter(micro_batches))] == [
+        id(batch) for batch in micro_batches
+    ]
     signs.note(torch.tensor(1.0), torch.tensor(1.0))
     read = signs.read(1, 0.0, 1.0)
     return read.repeated, read.shifted, read.copied
@@ -182,7 +236,11 @@ def test_shares_of_known_batches():
     x = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     next_token = torch.tensor([[2, 3, 4, 9], [6, 7, 8, 9]])
     other = torch.tensor([[1, 2, 3, 9], [9, 9, 9, 9]])
-    assert look_at(signs, (x, next_token), (other, other)) == (None, 1.0, 0.0)  # the first micro batch is looked at
+    assert look_at(signs, (x, next_token), (other, other)) == (
+        None,
+        1.0,
+        0.0,
+    )  # the first micro batch is looked at
     assert look_at(signs, (x, next_token)) == (1.0, 1.0, 0.0)
     assert look_at(signs, (other, x)) == (3 / 8, 0.0, 3 / 8)
     assert look_at(signs, (x, x)) == (3 / 8, 0.0, 1.0)
@@ -194,6 +252,7 @@ def test_a_block_of_one_token_shows_nothing_of_the_shift():
 
 
 # -- noise ---------------------------------------------------------------------------------------------------------------
+
 
 class Linear(torch.nn.Module):
     """A loss whose gradient is the batch itself."""
@@ -208,7 +267,9 @@ class Linear(torch.nn.Module):
 
 def noise_of(gradients) -> float:
     model = Linear(gradients.shape[1])
-    found = gradient_noise(model, NO_SCALER, ((g[None].float(), None) for g in gradients), nullcontext())
+    found = gradient_noise(
+        model, NO_SCALER, ((g[None].float(), None) for g in gradients), nullcontext()
+    )
     assert model.weight.grad is None
     return found
 
@@ -217,7 +278,9 @@ def test_noise_scale_of_a_known_distribution():
     generator = torch.Generator().manual_seed(0)
     signal, sigma = torch.linspace(-1, 1, 60), 0.7
     gradients = signal + sigma * torch.randn(800, 60, generator=generator)
-    assert noise_of(gradients) == pytest.approx(60 * sigma ** 2 / float(signal.square().sum()), rel=0.05)  # tr(Sigma) / |G|^2
+    assert noise_of(gradients) == pytest.approx(
+        60 * sigma**2 / float(signal.square().sum()), rel=0.05
+    )  # tr(Sigma) / |G|^2
 
 
 def test_noise_scale_by_hand():
@@ -232,39 +295,81 @@ def test_noise_scale_at_its_ends():
     same = torch.ones(4, 3)
     assert noise_of(same) == 0.0
     assert noise_of(torch.tensor([[1.0], [-1.0]])) == math.inf  # no signal
-    assert math.isnan(noise_of(torch.tensor([[1.0], [math.inf]]))) and math.isnan(noise_of(torch.full((3, 2), math.nan)))
+    assert math.isnan(noise_of(torch.tensor([[1.0], [math.inf]]))) and math.isnan(
+        noise_of(torch.full((3, 2), math.nan))
+    )
 
 
 @pytest.mark.parametrize('micro_steps', [1, 3])
 def test_noise_of_the_model_is_that_of_its_batches_gradients(micro_steps):
-    model, optimizer, batches, signs = make(micro_steps=micro_steps, batch_size=64)  # 512 tokens, so 16 batches
+    model, optimizer, batches, signs = make(
+        micro_steps=micro_steps, batch_size=64
+    )  # 512 tokens, so 16 batches
     val_batch = batches.batch(99, 0)
     gradients = []
     for i in range(16):
         loss = model(*batches.batch(i, 0))
-        gradients.append(np.concatenate([g.double().numpy().ravel() for p, g in zip(
-            model.parameters(), torch.autograd.grad(loss, list(model.parameters()))) if p.dim() > 1]))
+        gradients.append(
+            np.concatenate(
+                [
+                    g.double().numpy().ravel()
+                    for p, g in zip(
+                        model.parameters(), torch.autograd.grad(loss, list(model.parameters()))
+                    )
+                    if p.dim() > 1
+                ]
+            )
+        )
     products = np.array(gradients) @ np.array(gradients).T
     signal = (products.sum() - products.trace()) / (16 * 15)
     shown = signs.evaluate(1, 1, 2.0, 2.0, val_batch)
-    assert shown.noise_scale == pytest.approx((products.trace() / 16 - signal) / signal / micro_steps, rel=1e-3)
+    assert shown.noise_scale == pytest.approx(
+        (products.trace() / 16 - signal) / signal / micro_steps, rel=1e-3
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_noise_is_measured_with_the_first_second_fourth_and_eighth_evaluation():
     model, optimizer, batches, signs = make(batch_size=512)
-    measured = [signs.evaluate(number, number, 2.0, 2.0, batches.batch(0, 0)).noise_scale is not None for number in range(10)]
-    assert [number for number, was in enumerate(measured) if was] == [1, 2, 4, 8]  # and not before the first step
+    measured = [
+        signs.evaluate(number, number, 2.0, 2.0, batches.batch(0, 0)).noise_scale is not None
+        for number in range(10)
+    ]
+    assert [number for number, was in enumerate(measured) if was] == [
+        1,
+        2,
+        4,
+        8,
+    ]  # and not before the first step
 
 
 def test_an_evaluation_is_read_from_its_record():
-    record = {'step': 4, 'loss/train': 2.0, 'loss/val': 2.5, 'dead_units': 0.0, 'attention_logit': 3.0, 'attention_entropy': 0.5,
-              'activation_std': 1.0}
+    record = {
+        'step': 4,
+        'loss/train': 2.0,
+        'loss/val': 2.5,
+        'dead_units': 0.0,
+        'attention_logit': 3.0,
+        'attention_entropy': 0.5,
+        'activation_std': 1.0,
+    }
     signs = EvaluationSigns(4, 2.0, 2.5, 0.0, 3.0, 0.5, 1.0, None)
-    assert EvaluationSigns.of_record({**record, 'sample': 'text', 'bits_per_byte/val': 3.0}) == signs
-    assert EvaluationSigns.of_record({**record, 'noise_scale': 7.0}) == replace(signs, noise_scale=7.0)
-    assert EvaluationSigns.of_record({**record, 'noise_scale': None}) == replace(signs, noise_scale=math.inf)
-    for damage in ({'loss/val': None}, {'dead_units': '0.1'}, {'noise_scale': 'large'}, {'loss/train': [2.0]}, {'attention_logit': 10 ** 400}):
+    assert (
+        EvaluationSigns.of_record({**record, 'sample': 'text', 'bits_per_byte/val': 3.0}) == signs
+    )
+    assert EvaluationSigns.of_record({**record, 'noise_scale': 7.0}) == replace(
+        signs, noise_scale=7.0
+    )
+    assert EvaluationSigns.of_record({**record, 'noise_scale': None}) == replace(
+        signs, noise_scale=math.inf
+    )
+    for damage in (
+        {'loss/val': None},
+        {'dead_units': '0.1'},
+        {'noise_scale': 'large'},
+        {'loss/train': [2.0]},
+        {'attention_logit': 10**400},
+    ):
         assert EvaluationSigns.of_record(record | damage) is None
     assert EvaluationSigns.of_record({'step': 4, 'loss/step': 2.0}) is None
 
@@ -276,15 +381,28 @@ def test_a_gradient_that_overflows_leaves_the_noise_unknown():
     assert signs.evaluate(1, 1, 2.0, 2.0, batches.batch(0, 0)).noise_scale is None
 
 
-@pytest.mark.parametrize('changes', [{'block_size': 1}, {'n_layer': 1}, {'mlp': 'relu2', 'bias': True}], ids=str)
+@pytest.mark.parametrize(
+    'changes', [{'block_size': 1}, {'n_layer': 1}, {'mlp': 'relu2', 'bias': True}], ids=str
+)
 def test_activations_of_a_fresh_model_are_in_their_ranges(changes):
     model, optimizer, batches, signs = make(**changes)
     shown = signs.evaluate(0, 0, 2.0, 2.0, batches.batch(0, 0))
-    assert 0.0 <= shown.dead_units < 0.5 and shown.attention_logit < 1.0 and 0.9 < shown.attention_entropy <= 1.0 + 1e-6
-    assert model.training and set(shown.metrics()) == {'dead_units', 'attention_logit', 'attention_entropy', 'activation_std', 'noise_scale'}
+    assert (
+        0.0 <= shown.dead_units < 0.5
+        and shown.attention_logit < 1.0
+        and 0.9 < shown.attention_entropy <= 1.0 + 1e-6
+    )
+    assert model.training and set(shown.metrics()) == {
+        'dead_units',
+        'attention_logit',
+        'attention_entropy',
+        'activation_std',
+        'noise_scale',
+    }
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
+
 
 def texts(*tokens, dtype=np.uint16):
     return [np.asarray(text, dtype=dtype) for text in tokens]
@@ -300,15 +418,21 @@ def test_frequencies_of_a_known_text(n):
     found = examine_data(train, val, 5)
     assert found.entropy == pytest.approx(entropy(0.75, 0.25), abs=0.02)
     assert (found.vocab_size, found.used) == (5, 2) and found.sampled <= n
-    assert found.distance == pytest.approx(0.0, abs=1e-3) and found.usual_distance == pytest.approx(0.0, abs=1e-3)
+    assert found.distance == pytest.approx(0.0, abs=1e-3) and found.usual_distance == pytest.approx(
+        0.0, abs=1e-3
+    )
 
 
 def test_distance_is_that_of_jensen_and_shannon():
     train, val = texts(np.tile([0, 1], 20_000), np.tile([1, 1, 1, 2], 1000))
     found = examine_data(train, val, 3)
-    by_hand = entropy(0.25, 0.625, 0.125) - (entropy(0.5, 0.5) + entropy(0.75, 0.25)) / 2  # of the mean, less the mean of both
+    by_hand = (
+        entropy(0.25, 0.625, 0.125) - (entropy(0.5, 0.5) + entropy(0.75, 0.25)) / 2
+    )  # of the mean, less the mean of both
     assert found.distance == pytest.approx(by_hand, abs=1e-3)
-    assert examine_data(train, np.full(4000, 2, np.uint16), 3).distance == pytest.approx(math.log(2), abs=1e-6)  # no token shared
+    assert examine_data(train, np.full(4000, 2, np.uint16), 3).distance == pytest.approx(
+        math.log(2), abs=1e-6
+    )  # no token shared
 
 
 def test_parts_of_a_sorted_text_are_far_from_each_other():
@@ -322,23 +446,31 @@ def test_leaks_are_found_where_they_are():
     draw = np.random.default_rng(1)
     train, val = (draw.integers(0, 500, n).astype(np.uint16) for n in (100_000, 20_000))
     assert examine_data(train, val, 500).leaked == 0.0
-    for leaking in (np.concatenate((train, val)), np.concatenate((val, train)), np.concatenate((train[:777], val, train[777:]))):
+    for leaking in (
+        np.concatenate((train, val)),
+        np.concatenate((val, train)),
+        np.concatenate((train[:777], val, train[777:])),
+    ):
         assert examine_data(leaking, val, 500).leaked == 1.0
     half = np.concatenate((train, val[:10_000]))
     assert examine_data(half, val, 500).leaked == pytest.approx(0.5, abs=0.05)
     changed = val.copy()
-    changed[::PROBE_LENGTH // 2] += 1  # a token of every passage
+    changed[:: PROBE_LENGTH // 2] += 1  # a token of every passage
     assert examine_data(np.concatenate((train, changed)), val, 501).leaked == 0.0
 
 
 @pytest.mark.parametrize('dtype', ['<u2', '<u4'])
 def test_half_a_token_is_no_leak(dtype):
-    train, val = texts(np.full(1000, 0x0001), np.full(200, 0x0100), dtype=dtype)  # the same bytes, moved by one
+    train, val = texts(
+        np.full(1000, 0x0001), np.full(200, 0x0100), dtype=dtype
+    )  # the same bytes, moved by one
     assert examine_data(train, val, 0x0101).leaked == 0.0
     assert examine_data(val.repeat(5), val, 0x0101).leaked == 1.0
 
 
-@pytest.mark.parametrize('n_train, n_val', [(2, 2), (9, 3), (70, PROBE_LENGTH - 1), (300, PROBE_LENGTH)])
+@pytest.mark.parametrize(
+    'n_train, n_val', [(2, 2), (9, 3), (70, PROBE_LENGTH - 1), (300, PROBE_LENGTH)]
+)
 def test_short_texts_are_looked_at_whole(n_train, n_val):
     train, val = (np.arange(n).astype(np.uint16) % 2 for n in (n_train, n_val))
     with warnings.catch_warnings():
@@ -350,7 +482,9 @@ def test_short_texts_are_looked_at_whole(n_train, n_val):
 
 
 def test_a_text_of_any_length_is_examined_in_a_moment(tmp_path):
-    train = np.memmap(tmp_path / 'train.bin', dtype='<u2', mode='w+', shape=1 << 31)  # 4 GiB of nothing on the disk
+    train = np.memmap(
+        tmp_path / 'train.bin', dtype='<u2', mode='w+', shape=1 << 31
+    )  # 4 GiB of nothing on the disk
     draw = np.random.default_rng(2)
     train[-SEARCHED:] = draw.integers(0, 50257, SEARCHED)
     val = draw.integers(0, 50257, 1 << 22).astype('<u2')
@@ -364,8 +498,15 @@ def test_a_text_of_any_length_is_examined_in_a_moment(tmp_path):
 LOOKS = ['--log_interval=1', '--eval_interval=4'], ['--log_interval=1000', '--eval_interval=1000']
 
 
-@pytest.mark.parametrize('flags', [['--dropout=0.2'], ['--dtype=float16', '--max_iters=10'], ['--optimizer=muon', '--zero_init', '--no-tied_head']],
-                         ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--dropout=0.2'],
+        ['--dtype=float16', '--max_iters=10'],
+        ['--optimizer=muon', '--zero_init', '--no-tied_head'],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_looking_leaves_the_training_as_it_is(train_here, tmp_path, flags):
     ends = []
     for i, looks in enumerate(LOOKS):
@@ -379,21 +520,43 @@ def test_looking_leaves_the_training_as_it_is(train_here, tmp_path, flags):
         for name, tensor in tensors[kind].items():
             assert torch.equal(tensor, others[kind][name]), name
     assert first.state['train']['scaler'] == second.state['train']['scaler']
-    looked, seldom = (sum('update_ratio/mlp' in record for record in records(tmp_path / str(i))) for i in range(2))
+    looked, seldom = (
+        sum('update_ratio/mlp' in record for record in records(tmp_path / str(i))) for i in range(2)
+    )
     assert looked == first.step and seldom == 1
 
 
-@pytest.mark.parametrize('flags', [['--block_size=1', '--batch_size=1'], ['--n_layer=1', '--zero_init'], ['--gradient_accumulation_steps=6']],
-                         ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--block_size=1', '--batch_size=1'],
+        ['--n_layer=1', '--zero_init'],
+        ['--gradient_accumulation_steps=6'],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_signs_of_odd_runs_are_recorded(train_here, tmp_path, flags):
-    done = train_here(tmp_path / 'run', *flags, '--max_iters=6', '--lr_decay_iters=6', '--eval_interval=3')
+    done = train_here(
+        tmp_path / 'run', *flags, '--max_iters=6', '--lr_decay_iters=6', '--eval_interval=3'
+    )
     assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
     written = records(tmp_path / 'run')
     assert sum('update_ratio/attention' in record for record in written) == 6
-    assert [record['step'] for record in written if 'noise_scale' in record] == [3]  # not in the last evaluation
+    assert [record['step'] for record in written if 'noise_scale' in record] == [
+        3
+    ]  # not in the last evaluation
     evaluated = [record for record in written if 'loss/val' in record]
     for record, signs in zip(evaluated, map(EvaluationSigns.of_record, evaluated)):
-        assert (signs.step, signs.train_loss, signs.val_loss) == (record['step'], record['loss/train'], record['loss/val'])
+        assert (signs.step, signs.train_loss, signs.val_loss) == (
+            record['step'],
+            record['loss/train'],
+            record['loss/val'],
+        )
         assert signs.metrics().items() - {('noise_scale', None)} <= record.items()
-    assert [record for record in written if EvaluationSigns.of_record(record)] == evaluated and len(evaluated) == 3
-    assert not any('finding/constant_batches' in record or 'finding/targets_not_shifted' in record for record in written)
+    assert [record for record in written if EvaluationSigns.of_record(record)] == evaluated and len(
+        evaluated
+    ) == 3
+    assert not any(
+        'finding/constant_batches' in record or 'finding/targets_not_shifted' in record
+        for record in written
+    )

@@ -1,4 +1,5 @@
 """The choice of device, precision and compile, the ranks' few words, seeds and signals."""
+
 import os
 import platform
 import shutil
@@ -27,7 +28,11 @@ def machine(monkeypatch, cuda=0, bfloat16=True, mps=False, name='NVIDIA H100 80G
 
 
 def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):
-    for there, expected in (({'cuda': 2, 'mps': True}, 'cuda'), ({'mps': True}, 'mps'), ({}, 'cpu')):
+    for there, expected in (
+        ({'cuda': 2, 'mps': True}, 'cuda'),
+        ({'mps': True}, 'mps'),
+        ({}, 'cpu'),
+    ):
         machine(monkeypatch, **there)
         assert pick_device('auto') == expected
 
@@ -46,7 +51,11 @@ def test_a_device_that_is_not_there_is_refused_with_what_is(monkeypatch):
 
 def test_precision_is_what_the_device_has(monkeypatch):
     machine(monkeypatch)
-    for avx512, amx, expected in ((False, False, 'float32'), (True, False, 'bfloat16'), (False, True, 'bfloat16')):
+    for avx512, amx, expected in (
+        (False, False, 'float32'),
+        (True, False, 'bfloat16'),
+        (False, True, 'bfloat16'),
+    ):
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
         monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
         assert pick_dtype('auto', 'cpu')[0] == expected
@@ -72,10 +81,20 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
     assert peak_flops('cuda', 'bfloat16') == 989e12
     assert peak_flops('cuda', 'float32') is None
     assert peak_flops('cpu', 'bfloat16') is None
-    for name, rate in (('NVIDIA H100 PCIe', 756e12), ('NVIDIA A100-SXM4-40GB', 312e12), ('NVIDIA L4', 121e12),
-                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce RTX 3090', 71e12),
-                       ('Some GPU of 2031', None), ('NVIDIA L40', None), ('NVIDIA H100 NVL', None), ('NVIDIA T400', None),
-                       ('NVIDIA RTX A1000 Laptop GPU', None), ('NVIDIA GeForce RTX 3090 Ti', None)):
+    for name, rate in (
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA A100-SXM4-40GB', 312e12),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA L40S', 362e12),
+        ('NVIDIA A10G', 70e12),
+        ('NVIDIA GeForce RTX 3090', 71e12),
+        ('Some GPU of 2031', None),
+        ('NVIDIA L40', None),
+        ('NVIDIA H100 NVL', None),
+        ('NVIDIA T400', None),
+        ('NVIDIA RTX A1000 Laptop GPU', None),
+        ('NVIDIA GeForce RTX 3090 Ti', None),
+    ):
         machine(monkeypatch, cuda=1, name=name)
         assert peak_flops('cuda:0', 'bfloat16') == rate, name
 
@@ -84,14 +103,20 @@ def test_compile_is_for_gpus_unless_asked_for_and_needs_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: '/usr/bin/' + name)
     assert pick_compile('auto', 'cuda')[0] is True
     assert pick_compile('auto', 'cuda', peak_seconds=3600.0) == (True, 'faster on a GPU')
-    assert pick_compile('auto', 'cuda', peak_seconds=5.0) == (False, 'the run is too short to win back the time that it takes')
+    assert pick_compile('auto', 'cuda', peak_seconds=5.0) == (
+        False,
+        'the run is too short to win back the time that it takes',
+    )
     assert pick_compile(True, 'cuda', peak_seconds=5.0) == (True, 'as asked')
     assert pick_compile('auto', 'cpu')[0] is False
     assert pick_compile(True, 'cpu') == (True, 'as asked')
     assert pick_compile(False, 'cuda') == (False, 'as asked')
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     for asked in (True, 'auto'):
-        assert pick_compile(asked, 'cuda') == (False, 'there is no C compiler on this machine (install gcc)')
+        assert pick_compile(asked, 'cuda') == (
+            False,
+            'there is no C compiler on this machine (install gcc)',
+        )
 
 
 def test_seeds_depend_on_every_counter_and_its_place():
@@ -103,17 +128,32 @@ def test_seeds_depend_on_every_counter_and_its_place():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc', reason='is about glibc')
+@pytest.mark.skipif(
+    not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc',
+    reason='is about glibc',
+)
 def test_freed_memory_is_kept_for_the_next_tensors():
     """In blocks of 36 MB, whose pages glibc would otherwise get from the system each time."""
-    program = ('import resource, sys, torch; from nib.machine.device import keep_freed_memory\n'
-               'if sys.argv[1:]: keep_freed_memory(sys.argv[1])\n'
-               'for turn in range(40):\n'  # the first leave gaps that are a little too small
-               '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
-               '    torch.ones(9 << 20)\n'
-               'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)')
-    faults = [int(subprocess.run([sys.executable, '-c', program, *device], cwd=ROOT, capture_output=True, text=True,
-                                 check=True).stdout) for device in ([], ['cuda'], ['cpu'])]
+    program = (
+        'import resource, sys, torch; from nib.machine.device import keep_freed_memory\n'
+        'if sys.argv[1:]: keep_freed_memory(sys.argv[1])\n'
+        'for turn in range(40):\n'  # the first leave gaps that are a little too small
+        '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        '    torch.ones(9 << 20)\n'
+        'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)'
+    )
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, '-c', program, *device],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for device in ([], ['cuda'], ['cpu'])
+    ]
     assert 10 * faults[2] < min(faults[:2])
 
 
@@ -124,7 +164,7 @@ def test_one_process_is_rank_0_of_1(monkeypatch):
     assert ranks.sum(torch.tensor(2.0)) == 2.0
 
 
-TWO = '''
+TWO = """
 import sys
 import torch
 from nib.errors import run_script, UserError
@@ -146,20 +186,32 @@ def main(argv):
     ranks.close()
 
 run_script(main)
-'''
+"""
 
 
 @pytest.mark.slow
 def test_two_ranks_agree(tmp_path):
     (tmp_path / 'two.py').write_text(TWO)
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           str(tmp_path / 'two.py'), str(tmp_path)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            str(tmp_path / 'two.py'),
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
 
 
-SIGNALLED = '''
+SIGNALLED = """
 import sys, time
 from nib.machine.signals import StopSignal
 stop = StopSignal(announced=True)
@@ -169,25 +221,35 @@ while not stop.number:
     time.sleep(0.01)
 print('heard', stop.number, flush=True)
 time.sleep(60)
-'''
+"""
 
 
 def test_a_signal_after_a_finding_still_saves(capfd):
     stop = StopSignal(announced=True)
     stop.number = FINDING
     stop._receive(signal.SIGTERM, None)  # the first signal: it must not end the process
-    assert stop.number == signal.SIGTERM and 'signal 15: stopping after this step' in capfd.readouterr().err
+    assert (
+        stop.number == signal.SIGTERM
+        and 'signal 15: stopping after this step' in capfd.readouterr().err
+    )
 
 
 @pytest.mark.slow
 def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
-    run = subprocess.Popen([sys.executable, '-c', SIGNALLED], cwd=ROOT, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, '-c', SIGNALLED],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert run.stdout.readline() == 'ready\n'
         run.send_signal(signal.SIGTERM)
         assert run.stdout.readline() == 'heard 15\n'
-        assert run.stderr.readline() == '\n' and run.stderr.readline().startswith('signal 15: stopping after this step')
+        assert run.stderr.readline() == '\n' and run.stderr.readline().startswith(
+            'signal 15: stopping after this step'
+        )
         run.send_signal(signal.SIGTERM)  # within the second's grace: torchrun's echo of the first
         with pytest.raises(subprocess.TimeoutExpired):
             run.wait(1.2)
@@ -201,8 +263,12 @@ def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
 
 def test_the_command_that_goes_on_can_be_typed(monkeypatch):
     monkeypatch.delenv('WORLD_SIZE', raising=False)
-    for argv, expected in ((['config/a.py', '--out_dir=my run'], "config/a.py '--out_dir=my run' --init_from=resume"),
-                           (['--init_from', 'gpt2', '--overwrite', 'true'],
-                            '--init_from gpt2 --overwrite true --no-overwrite --init_from=resume'),
-                           (['a.py', '--init_from=resume'], 'a.py --init_from=resume')):
+    for argv, expected in (
+        (['config/a.py', '--out_dir=my run'], "config/a.py '--out_dir=my run' --init_from=resume"),
+        (
+            ['--init_from', 'gpt2', '--overwrite', 'true'],
+            '--init_from gpt2 --overwrite true --no-overwrite --init_from=resume',
+        ),
+        (['a.py', '--init_from=resume'], 'a.py --init_from=resume'),
+    ):
         assert resume_command(argv) == f'python train.py {expected}'

@@ -1,10 +1,11 @@
 """The values of a config that are refused, and those that 'auto' stands for."""
+
 from types import SimpleNamespace
 
-import configurator
 import pytest
 from conftest import ROOT
 
+import configurator
 from model import GPTConfig
 from nib.checkpoint.start import Weights
 from nib.errors import UserError
@@ -13,10 +14,16 @@ from nib.run.checks import check_config, settle_schedule
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
 
 
-@pytest.mark.parametrize('learning_rate, min_lr', [(6e-4, 6e-5), (1e-3, 1e-4), (1e-2, 1e-3), (2e-3, 2e-4), (0.0, 0.0), (0.06, 0.006)])
+@pytest.mark.parametrize(
+    'learning_rate, min_lr',
+    [(6e-4, 6e-5), (1e-3, 1e-4), (1e-2, 1e-3), (2e-3, 2e-4), (0.0, 0.0), (0.06, 0.006)],
+)
 def test_the_schedule_ends_at_the_last_step_with_a_tenth_of_the_rate(learning_rate, min_lr):
     settled = settle_schedule(DEFAULTS | {'learning_rate': learning_rate, 'max_iters': 70})
-    assert (settled['min_lr'], settled['lr_decay_iters']) == (min_lr, 70)  # as a person writes it, to the last bit
+    assert (settled['min_lr'], settled['lr_decay_iters']) == (
+        min_lr,
+        70,
+    )  # as a person writes it, to the last bit
 
 
 def test_what_is_set_stays():
@@ -25,18 +32,33 @@ def test_what_is_set_stays():
 
 
 def test_a_rate_that_would_rise_is_refused_in_one_line():
-    with pytest.raises(UserError, match='min_lr 0.0001 is more than learning_rate 5e-05.*--min_lr=auto') as refused:
+    with pytest.raises(
+        UserError, match='min_lr 0.0001 is more than learning_rate 5e-05.*--min_lr=auto'
+    ) as refused:
         check_config(DEFAULTS | {'learning_rate': 5e-5, 'min_lr': 1e-4}, 1)
     assert '\n' not in str(refused.value)
     check_config(DEFAULTS | {'learning_rate': 5e-5}, 1)
     check_config(DEFAULTS | {'learning_rate': 5e-5, 'min_lr': 1e-4, 'lr_schedule': 'constant'}, 1)
 
 
-OLD = {'learning_rate': 1e-3, 'min_lr': 3e-5, 'max_iters': 100, 'lr_decay_iters': 600000, 'optimizer': 'adamw'}
+OLD = {
+    'learning_rate': 1e-3,
+    'min_lr': 3e-5,
+    'max_iters': 100,
+    'lr_decay_iters': 600000,
+    'optimizer': 'adamw',
+}
 
 
-@pytest.mark.parametrize('now, schedule', [({}, (3e-5, 600000)), ({'learning_rate': 2e-3}, ('auto', 600000)), ({'max_iters': 200}, (3e-5, 'auto')),
-                                           ({'min_lr': 1e-5}, (1e-5, 600000))])
+@pytest.mark.parametrize(
+    'now, schedule',
+    [
+        ({}, (3e-5, 600000)),
+        ({'learning_rate': 2e-3}, ('auto', 600000)),
+        ({'max_iters': 200}, (3e-5, 'auto')),
+        ({'min_lr': 1e-5}, (1e-5, 600000)),
+    ],
+)
 def test_a_resumed_run_keeps_the_schedule_of_before_unless_it_is_changed(now, schedule):
     """A run from before these keys had 'auto', whose config says numbers."""
     model = GPTConfig(vocab_size=65)

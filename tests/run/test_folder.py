@@ -1,4 +1,5 @@
 """One run, one out_dir; the end of a run from outside: signals to one of its processes, and torchrun's restarts."""
+
 import json
 import os
 import re
@@ -17,20 +18,33 @@ from nib.checkpoint import store
 from nib.errors import UserError
 from nib.run.folder import RunLock, write_config
 
-TIMED = ('tokens_per_second', 'peak_memory', 'seconds/evaluation')  # what the same run measures differently
+TIMED = (
+    'tokens_per_second',
+    'peak_memory',
+    'seconds/evaluation',
+)  # what the same run measures differently
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 ENDLESS = ['--max_iters=1000000', '--lr_decay_iters=1000000', '--eval_interval=1000000']
 # A process that takes the lock, says so, and holds it until it is killed.
 HOLDER = 'import sys, time; from nib.run.folder import RunLock; lock = RunLock(sys.argv[1]); lock.take(True); print(1, flush=True); time.sleep(60)'
 
-linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks at processes in /proc')
+linux = pytest.mark.skipif(
+    not sys.platform.startswith('linux'), reason='looks at processes in /proc'
+)
 
 
 @contextmanager
 def started(*command, env=None):
     """A process that is not there any more afterwards, nor are its children."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
+        start_new_session=True,
+    )
     try:
         yield process
     finally:
@@ -45,7 +59,9 @@ def wait_for(process, line):
 
 def ranks_of(process) -> list[int]:
     """The pids of torchrun's children, by rank."""
-    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ['pgrep', '-P', str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
 
     def rank(pid):
         environment = Path(f'/proc/{pid}/environ').read_text().split('\0')
@@ -69,7 +85,9 @@ def test_a_second_process_is_refused_with_the_first_ones_host_and_pid(tmp_path):
 def test_a_damaged_config_json_stops_no_run(tmp_path, content):
     (tmp_path / 'config.json').write_text(content)
     write_config(tmp_path, {'seed': 2}, {}, 10, {'seed': [1, 2]})
-    assert json.loads((tmp_path / 'config.json').read_text())['changes'] == [{'step': 10, 'changes': {'seed': [1, 2]}}]
+    assert json.loads((tmp_path / 'config.json').read_text())['changes'] == [
+        {'step': 10, 'changes': {'seed': [1, 2]}}
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
@@ -84,26 +102,47 @@ def test_a_run_that_is_going_on_is_left_alone(data_dir, tmp_path, flags):
     train(data_dir, tmp_path / 'run', '--max_iters=2')
     with started('-c', HOLDER.replace('True', 'False'), tmp_path / 'run') as holder:
         wait_for(holder, '1')
-        before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+        before = {
+            path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()
+        }
         done = train(data_dir, tmp_path / 'run', *flags, check=False)
-        assert done.returncode == 2 and f'pid {holder.pid}' in done.stderr and len(done.stderr.splitlines()) == 1
-        assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
+        assert (
+            done.returncode == 2
+            and f'pid {holder.pid}' in done.stderr
+            and len(done.stderr.splitlines()) == 1
+        )
+        assert {
+            path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()
+        } == before
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
-def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(data_dir, tmp_path, rank, name):
+def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(
+    data_dir, tmp_path, rank, name
+):
     number, out_dir = getattr(signal, name), tmp_path / 'run'
-    with started(*TORCHRUN, 'train.py', *SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={out_dir}') as run:
+    with started(
+        *TORCHRUN,
+        'train.py',
+        *SMALL_RUN,
+        *ENDLESS,
+        f'--data_dir={data_dir}',
+        f'--out_dir={out_dir}',
+    ) as run:
         wait_for(run, 'step 3: loss')
         since = time.monotonic()
         os.kill(ranks_of(run)[rank], number)
         said, errors = run.communicate(timeout=60)
         took = time.monotonic() - since
-    stopped_at = int(re.search(rf'stopped by signal {int(number)} after step (\d+), which is saved', said)[1])
-    assert re.findall(r'exitcode  : (-?\d+)', errors) == [str(128 + number)] * 2, errors  # of both ranks
+    stopped_at = int(
+        re.search(rf'stopped by signal {int(number)} after step (\d+), which is saved', said)[1]
+    )
+    assert re.findall(r'exitcode  : (-?\d+)', errors) == [str(128 + number)] * 2, (
+        errors
+    )  # of both ranks
     assert store.load(out_dir)[0].step == stopped_at
     assert [path.name for path in out_dir.glob('step-*')] == [f'step-{stopped_at:08d}']
     assert took < 10
@@ -127,7 +166,14 @@ sys.exit(train.main([*sys.argv[1:], '--init_from=resume']))
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_without_harm(data_dir, tmp_path):
     """Here while the checkpoint that the first one asked for is being written."""
-    with started('-c', SLOW_DISK, *SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}') as run:
+    with started(
+        '-c',
+        SLOW_DISK,
+        *SMALL_RUN,
+        *ENDLESS,
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path / "run"}',
+    ) as run:
         wait_for(run, 'step 4: loss')
         run.send_signal(signal.SIGTERM)
         wait_for(run, 'syncing')
@@ -166,20 +212,35 @@ def undisturbed(data_dir, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
 def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
-        data_dir, tmp_path, undisturbed, rank):
+    data_dir, tmp_path, undisturbed, rank
+):
     """The same curves and weights as if nothing had happened. An old run is in the folder, which must not come back."""
     (tmp_path / 'dies.py').write_text(DIES_ONCE.format(root=str(ROOT), rank=rank))
     train(data_dir, tmp_path / 'run', '--seed=3', '--max_iters=2', '--eval_interval=2')
     launcher = [*TORCHRUN, '--max-restarts=1', tmp_path / 'dies.py']
     rank or launcher.remove('--standalone')  # either way
-    done = run_script(*launcher, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', *RESTARTED, '--overwrite')
+    done = run_script(
+        *launcher,
+        *SMALL_RUN,
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path / "run"}',
+        *RESTARTED,
+        '--overwrite',
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout
-    untimed = [[{name: value for name, value in record.items() if name not in TIMED}
-                for record in records(out_dir)] for out_dir in (tmp_path / 'run', undisturbed)]
+    untimed = [
+        [
+            {name: value for name, value in record.items() if name not in TIMED}
+            for record in records(out_dir)
+        ]
+        for out_dir in (tmp_path / 'run', undisturbed)
+    ]
     assert untimed[0] == untimed[1]
     for file in ('model.safetensors', 'optimizer.safetensors'):
-        assert (tmp_path / 'run/step-00000020' / file).read_bytes() == (undisturbed / 'step-00000020' / file).read_bytes()
+        assert (tmp_path / 'run/step-00000020' / file).read_bytes() == (
+            undisturbed / 'step-00000020' / file
+        ).read_bytes()
 
 
 @pytest.mark.slow
@@ -188,9 +249,21 @@ def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_p
     launcher = [item for item in TORCHRUN if item != '--standalone']
     train(data_dir, tmp_path / 'run', '--max_iters=2', launcher=launcher)
     before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
-    done = train(data_dir, tmp_path / 'run', '--seed=9', launcher=[*launcher, '--max-restarts=1'], check=False)
-    assert done.returncode != 0 and 'holds a run already' in done.stderr and 'resuming' not in done.stdout
-    assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
+    done = train(
+        data_dir,
+        tmp_path / 'run',
+        '--seed=9',
+        launcher=[*launcher, '--max-restarts=1'],
+        check=False,
+    )
+    assert (
+        done.returncode != 0
+        and 'holds a run already' in done.stderr
+        and 'resuming' not in done.stdout
+    )
+    assert {
+        path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()
+    } == before
 
 
 @pytest.mark.slow
@@ -198,8 +271,15 @@ def test_ranks_that_read_different_checkpoints_do_not_train_together(data_dir, t
     """One process that cannot read the newest would take an older one."""
     (tmp_path / 'blind.py').write_text(BLIND)
     train(data_dir, tmp_path / 'run', '--eval_interval=5', '--max_iters=10', '--keep_last=2')
-    done = run_script(*TORCHRUN, tmp_path / 'blind.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
-                      '--init_from=resume', env={'PYTHONPATH': str(ROOT)})
+    done = run_script(
+        *TORCHRUN,
+        tmp_path / 'blind.py',
+        *SMALL_RUN,
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path / "run"}',
+        '--init_from=resume',
+        env={'PYTHONPATH': str(ROOT)},
+    )
     assert done.returncode != 0 and 'different steps, [10, 5] by rank' in done.stderr
     assert store.load(tmp_path / 'run')[0].step == 10
 

@@ -1,4 +1,5 @@
 """What a run tells the world: lines, the bar on a terminal, the records."""
+
 import json
 import math
 import os
@@ -42,12 +43,24 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tm
     import pty
     import struct
     import termios
+
     child, terminal = pty.fork()
     if child == 0:  # this process is now train.py on a terminal of its own
         os.chdir(ROOT)
         os.environ['OMP_NUM_THREADS'] = '1'
-        os.execv(sys.executable, [sys.executable, 'train.py', *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}'])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))  # 24 lines of 100 characters
+        os.execv(
+            sys.executable,
+            [
+                sys.executable,
+                'train.py',
+                *SMALL_RUN,
+                f'--data_dir={data_dir}',
+                f'--out_dir={tmp_path / "run"}',
+            ],
+        )
+    fcntl.ioctl(
+        terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0)
+    )  # 24 lines of 100 characters
     written = b''
     while True:
         try:
@@ -83,7 +96,13 @@ def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):
     metrics = Metrics(tmp_path, 4, {})
     metrics.log(5, {'loss/step': 50.0})
     metrics.close()
-    assert [(r['step'], r['loss/step']) for r in read(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
+    assert [(r['step'], r['loss/step']) for r in read(tmp_path)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 4.0),
+        (5, 50.0),
+    ]
 
 
 def test_a_new_run_starts_a_new_file(tmp_path):
@@ -94,7 +113,10 @@ def test_a_new_run_starts_a_new_file(tmp_path):
     assert read(tmp_path) == [{'step': 1, 'loss/step': 2.0}]
 
 
-@pytest.mark.parametrize('package, flags', [('torch.utils.tensorboard', {'tensorboard': True}), ('wandb', {'wandb_project': 'p'})])
+@pytest.mark.parametrize(
+    'package, flags',
+    [('torch.utils.tensorboard', {'tensorboard': True}), ('wandb', {'wandb_project': 'p'})],
+)
 def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch, package, flags):
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     with pytest.raises(UserError, match=f'pip install {package.split(".")[-1]}'):

@@ -1,4 +1,5 @@
 """A run survives whatever stops it: a kill at any moment, a full disk, one that cannot be written."""
+
 import os
 import shutil
 import signal
@@ -15,11 +16,16 @@ from nib.checkpoint import store
 def test_no_stop_and_no_kill_loses_more_than_what_was_not_saved_yet(tmp_path):
     """Every operation of a save, of an evaluation and of retention cut in three ways, then 50 kills at random moments, half
     of them of train.py, whose weights are at last the uninterrupted run's."""
-    memory = '/dev/shm' if os.path.isdir('/dev/shm') else tmp_path  # as a disk takes its time over each sync
+    memory = (
+        '/dev/shm' if os.path.isdir('/dev/shm') else tmp_path
+    )  # as a disk takes its time over each sync
     done = run_script('stress/crash.py', '--kills=50', f'--folder={memory}')
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith('violations: 0\n')
-    cut = [list(map(int, line.split()[-3:])) for line in done.stdout.split('cut at every')[1].splitlines()[1:7]]
+    cut = [
+        list(map(int, line.split()[-3:]))
+        for line in done.stdout.split('cut at every')[1].splitlines()[1:7]
+    ]
     assert all(least > 10 for counts in cut for least in counts), done.stdout
 
 
@@ -30,7 +36,12 @@ def small_disk(tmp_path):
     folder.mkdir()
 
     def mount(options):
-        return subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder], capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder], capture_output=True
+            ).returncode
+            == 0
+        )
 
     if not shutil.which('mount') or not mount('size=1m'):
         pytest.skip('only root can mount a disk')
@@ -43,7 +54,9 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
     disk, remount = small_disk
     flags = ['--eval_interval=5', '--keep_every=5']
     done = train(data_dir, disk / 'run', *flags, check=False)
-    errors = [line for line in done.stderr.splitlines() if ', warning: ' not in line]  # what the doctor has found aside
+    errors = [
+        line for line in done.stderr.splitlines() if ', warning: ' not in line
+    ]  # what the doctor has found aside
     assert done.returncode == 2 and len(errors) == 1, done.stderr
     assert 'could not be written' in done.stderr and 'No space left' in done.stderr
     assert 'samples:' not in done.stdout
@@ -52,7 +65,9 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
     remount('size=20m')
     done = train(data_dir, disk / 'run', *flags, '--init_from=resume')
     assert sorted(store.steps_after(disk / 'run', 0)) == [5, 10, 15, 20]
-    assert [path.name for path in (disk / 'run').iterdir() if path.name.startswith('.')] == ['.lock']
+    assert [path.name for path in (disk / 'run').iterdir() if path.name.startswith('.')] == [
+        '.lock'
+    ]
 
 
 @pytest.mark.slow
@@ -65,15 +80,24 @@ def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(data_di
 
 
 # Its files may have 100 kB: enough for metrics, too little for a checkpoint.
-CRAMPED = ['-c', ('import resource, train\n'
-                  'from nib.errors import run_script\n'
-                  'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-                  'run_script(train.main)\n'), *SMALL_RUN, '--eval_interval=100000']
+CRAMPED = [
+    '-c',
+    (
+        'import resource, train\n'
+        'from nib.errors import run_script\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+        'run_script(train.main)\n'
+    ),
+    *SMALL_RUN,
+    '--eval_interval=100000',
+]
 
 
 @pytest.mark.slow
 def test_a_last_save_that_fails_is_no_success(data_dir, tmp_path):
-    done = run_script(*CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2')
+    done = run_script(
+        *CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2'
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert 'step 2 could not be written' in done.stderr and 'samples:' not in done.stdout
     assert not store.exists(tmp_path / 'run')
@@ -81,9 +105,20 @@ def test_a_last_save_that_fails_is_no_success(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_run_whose_save_fails_does_not_say_that_it_is_saved(data_dir, tmp_path):
-    run = subprocess.Popen([sys.executable, *CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}',
-                            '--max_iters=100000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            *CRAMPED,
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path / "run"}',
+            '--max_iters=100000',
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     next(line for line in run.stdout if line.startswith('step 2: loss'))
     run.send_signal(signal.SIGTERM)
     said, errors = run.communicate(timeout=60)

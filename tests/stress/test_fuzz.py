@@ -1,25 +1,36 @@
 """Random command lines and damaged files, a few hundred of the benchmark's ten thousand."""
+
 import sys
 
 import pytest
 from conftest import run_script
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='cases are forked and their memory is limited')
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith('linux'), reason='cases are forked and their memory is limited'
+)
 
 
 @pytest.mark.slow
 def test_300_random_cases_end_without_a_traceback(tmp_path):
-    done = run_script('stress/fuzz.py', '--cases=300', '--seed=300', f'--result={tmp_path / "table.txt"}')
+    done = run_script(
+        'stress/fuzz.py', '--cases=300', '--seed=300', f'--result={tmp_path / "table.txt"}'
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / 'table.txt').read_text()
-    assert table.startswith('300 cases') and table.endswith('\ntracebacks 0\n') and done.stdout == table
+    assert (
+        table.startswith('300 cases')
+        and table.endswith('\ntracebacks 0\n')
+        and done.stdout == table
+    )
     assert table.splitlines()[-3].split()[-1] == '0'  # nothing else was bad either
 
 
 @pytest.mark.slow
 def test_what_ends_badly_is_seen(tmp_path):
     """A traceback, two lines of errors, a killed process, a long time: each of a script that does so."""
-    done = run_script('-c', '''
+    done = run_script(
+        '-c',
+        """
 import os, signal, sys, time
 from pathlib import Path
 from stress import fuzz
@@ -44,7 +55,16 @@ for name, end in ends.items():
     made, said = fuzz.Case('', 'script', [], lambda: None), Path(sys.argv[2], name)
     code = fuzz.wait(fuzz.fork(lambda _: fuzz.play(made), Path(sys.argv[1]), said))
     print(name, '->', fuzz.judge(code, said.read_text()) or 'well')
-''', tmp_path / 'case', tmp_path)
+""",
+        tmp_path / 'case',
+        tmp_path,
+    )
     assert done.stdout.splitlines() == [
-        'well -> well', 'refused -> well', 'full -> well', 'traceback -> traceback', 'not one line -> not one line',
-        'another exit code -> another exit code', 'too long -> too long'], done.stderr
+        'well -> well',
+        'refused -> well',
+        'full -> well',
+        'traceback -> traceback',
+        'not one line -> not one line',
+        'another exit code -> another exit code',
+        'too long -> too long',
+    ], done.stderr

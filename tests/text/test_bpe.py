@@ -1,4 +1,5 @@
 """The encoder that looks words up: the ids that tiktoken gives for the whole text, for any text, in memory that has a bound."""
+
 import random
 import sysconfig
 from pathlib import Path
@@ -13,12 +14,100 @@ from nib.text.tokenizer import Gpt2Tokenizer
 
 END = 50256
 # What the pattern's rules and the table's sizes turn on, and characters of every kind and number of bytes.
-PARTS = ["'", "''", "'s", "'S", "'t", "'m", "'d", "'l", "'ll", "'ve", "'re", "'r", "'v", "’s", '"', ' ', '  ', ' ' * 20, '\n', '\r\n',
-         '\t', '\v', '\f', '\x1c', '\x85', '\xa0', '\u1680', '\u2003', '\u2028', '\u3000', '\u200b', '\u200d', '\u180e', '\ufeff',
-         '\x00', '\x00\x00', '\x1b', '\x7f', 'a', 's', 're', 'the', ' the', 'word', 'Wort', 'é', 'e\u0301', 'ß', 'ﬁ', 'Ω', 'ж', 'א',
-         'ع', 'मी', 'ไทย', '中文', '日本', '한', '𐍈', '𠀀', '0', '1', '42', '٣', '७', '½', '²', 'Ⅷ', '〇', '㊷', '𝟙', '!', '...', '—',
-         '“', '€', '\ufffd', '\ue000', '\uffff', '\U0010ffff', '🙂', '👩\u200d🔬', '🏳\ufe0f', '<|endoftext|>', 'abcdefg', 'abcdefgh',
-         'x' * 15, 'x' * 16, 'x' * 17, 'x' * 255, 'x' * 271, '9' * 300]
+PARTS = [
+    "'",
+    "''",
+    "'s",
+    "'S",
+    "'t",
+    "'m",
+    "'d",
+    "'l",
+    "'ll",
+    "'ve",
+    "'re",
+    "'r",
+    "'v",
+    '’s',
+    '"',
+    ' ',
+    '  ',
+    ' ' * 20,
+    '\n',
+    '\r\n',
+    '\t',
+    '\v',
+    '\f',
+    '\x1c',
+    '\x85',
+    '\xa0',
+    '\u1680',
+    '\u2003',
+    '\u2028',
+    '\u3000',
+    '\u200b',
+    '\u200d',
+    '\u180e',
+    '\ufeff',
+    '\x00',
+    '\x00\x00',
+    '\x1b',
+    '\x7f',
+    'a',
+    's',
+    're',
+    'the',
+    ' the',
+    'word',
+    'Wort',
+    'é',
+    'e\u0301',
+    'ß',
+    'ﬁ',
+    'Ω',
+    'ж',
+    'א',
+    'ع',
+    'मी',
+    'ไทย',
+    '中文',
+    '日本',
+    '한',
+    '𐍈',
+    '𠀀',
+    '0',
+    '1',
+    '42',
+    '٣',
+    '७',
+    '½',
+    '²',
+    'Ⅷ',
+    '〇',
+    '㊷',
+    '𝟙',
+    '!',
+    '...',
+    '—',
+    '“',
+    '€',
+    '\ufffd',
+    '\ue000',
+    '\uffff',
+    '\U0010ffff',
+    '🙂',
+    '👩\u200d🔬',
+    '🏳\ufe0f',
+    '<|endoftext|>',
+    'abcdefg',
+    'abcdefgh',
+    'x' * 15,
+    'x' * 16,
+    'x' * 17,
+    'x' * 255,
+    'x' * 271,
+    '9' * 300,
+]
 TEXTS = st.text() | st.lists(st.sampled_from(PARTS), max_size=12).map(''.join)
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 MORE = settings(SAME_FIXTURE, max_examples=400)
@@ -26,7 +115,11 @@ MORE = settings(SAME_FIXTURE, max_examples=400)
 
 def same_as_tiktoken(texts):
     """Fails where a text's ids are not those of tiktoken, or not in their place among others'. texts: with whether each ends."""
-    expected = [id for text, ends in texts for id in tokenizer.load_gpt2().encode_ordinary(text) + [END] * ends]
+    expected = [
+        id
+        for text, ends in texts
+        for id in tokenizer.load_gpt2().encode_ordinary(text) + [END] * ends
+    ]
     ids = Gpt2Tokenizer().encode_texts(texts)
     assert ids.dtype == np.uint16 and ids.tolist() == expected
 
@@ -51,12 +144,14 @@ def around(character):
 
 @pytest.mark.slow
 def test_every_character_of_the_basic_plane_has_the_ids_of_tiktoken(real_gpt2):
-    same_as_tiktoken([(around(chr(point)), True) for point in range(0x10000) if not 0xd800 <= point < 0xe000])
+    same_as_tiktoken(
+        [(around(chr(point)), True) for point in range(0x10000) if not 0xD800 <= point < 0xE000]
+    )
 
 
 def test_characters_beyond_it_have_them(real_gpt2):
     """Of each hundred the first, and those of the blocks of emoji and of mathematical digits."""
-    points = {*range(0x10000, 0x110000, 100), *range(0x1f300, 0x1fb00), *range(0x1d7c0, 0x1d800)}
+    points = {*range(0x10000, 0x110000, 100), *range(0x1F300, 0x1FB00), *range(0x1D7C0, 0x1D800)}
     same_as_tiktoken([(around(chr(point)), False) for point in sorted(points)])
 
 
@@ -98,7 +193,11 @@ def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkey
         table.encode([(word.encode(), True)])
         restarts += table.n_words < before
         most_words, most_bytes = max(most_words, table.n_words), max(most_bytes, table.n_bytes)
-        assert len(table.long_words) <= table.n_words and len(table.entries) == size and len(table.pool) < 2000
+        assert (
+            len(table.long_words) <= table.n_words
+            and len(table.entries) == size
+            and len(table.pool) < 2000
+        )
     assert restarts > 100 and most_words < 32 + 40 and most_bytes < 400 + 40 * 4
 
 

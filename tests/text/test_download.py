@@ -1,4 +1,5 @@
 """Downloads from a server that misbehaves: the right file or none, in bounded time, and a reason for each address."""
+
 import time
 
 import pytest
@@ -21,9 +22,18 @@ def test_a_good_answer_is_written_alone(address, tmp_path, page, capfd):
     assert capfd.readouterr() == ('', '')  # the progress bar is for a terminal
 
 
-@pytest.mark.parametrize('page, reason', [
-    ('missing', 'HTTP 404'), ('html', 'another file'), ('truncated', 'cut off .* 129,000 bytes'), ('stalled', 'timed out'),
-    ('silent', 'timed out'), ('drip', 'too slow'), ('endless', 'another file .*129,000 bytes')])
+@pytest.mark.parametrize(
+    'page, reason',
+    [
+        ('missing', 'HTTP 404'),
+        ('html', 'another file'),
+        ('truncated', 'cut off .* 129,000 bytes'),
+        ('stalled', 'timed out'),
+        ('silent', 'timed out'),
+        ('drip', 'too slow'),
+        ('endless', 'another file .*129,000 bytes'),
+    ],
+)
 def test_a_bad_answer_leaves_nothing_and_is_explained(address, tmp_path, page, reason):
     begun = time.monotonic()
     with pytest.raises(UserError, match=rf'127\.0\.0\.1:\d+: {reason}') as error:
@@ -46,5 +56,10 @@ def test_the_next_address_is_tried(address, tmp_path):
 
 
 def test_every_address_is_named_with_its_reason(address, tmp_path):
-    with pytest.raises(UserError, match=r'input\.txt: 127.*HTTP 404; 127.*another file.*; 127\.0\.0\.1:1: no connection'):
-        fetch([f'{address}/missing', f'{address}/html', 'http://127.0.0.1:1/'], tmp_path / 'input.txt')
+    with pytest.raises(
+        UserError,
+        match=r'input\.txt: 127.*HTTP 404; 127.*another file.*; 127\.0\.0\.1:1: no connection',
+    ):
+        fetch(
+            [f'{address}/missing', f'{address}/html', 'http://127.0.0.1:1/'], tmp_path / 'input.txt'
+        )

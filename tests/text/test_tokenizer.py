@@ -1,4 +1,5 @@
 """Tokenizers: what is encoded comes back, and what cannot be is named."""
+
 import hashlib
 import json
 import time
@@ -19,7 +20,9 @@ from nib.text.tokenizer import (
 )
 
 ANY_CHARACTER = st.text(st.characters(exclude_categories=()))  # lone surrogates too
-TYPED = st.lists(st.sampled_from(['the bee', ' ', '\n', '€', '🙂', "don't", '<|endoftext|>', '<|', 'x'])).map(''.join)
+TYPED = st.lists(
+    st.sampled_from(['the bee', ' ', '\n', '€', '🙂', "don't", '<|endoftext|>', '<|', 'x'])
+).map(''.join)
 # A fixture that is set up once for all examples is what is meant here.
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 NO_NETWORK = dict.fromkeys(('https_proxy', 'HTTPS_PROXY'), 'http://127.0.0.1:1')
@@ -70,8 +73,14 @@ def test_ids_are_places_among_the_sorted_characters(text):
     assert tokenizer.encode(text).tolist() == [characters.index(character) for character in text]
 
 
-@pytest.mark.parametrize('tokenizer, vocab_size, end', [
-    (CharTokenizer('abc', True), 4, 3), (ByteTokenizer(), 257, 256), (Gpt2Tokenizer(), 50257, 50256)])
+@pytest.mark.parametrize(
+    'tokenizer, vocab_size, end',
+    [
+        (CharTokenizer('abc', True), 4, 3),
+        (ByteTokenizer(), 257, 256),
+        (Gpt2Tokenizer(), 50257, 50256),
+    ],
+)
 def test_the_end_of_text_is_the_last_token_and_is_shown(small_gpt2, tokenizer, vocab_size, end):
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (vocab_size, end)
     ids = [end, *tokenizer.encode('ab'), end, end, *tokenizer.encode('c')]
@@ -79,8 +88,12 @@ def test_the_end_of_text_is_the_last_token_and_is_shown(small_gpt2, tokenizer, v
     assert tokenizer.decode_bytes(np.array(ids, dtype=np.uint16)) == tokenizer.decode(ids).encode()
 
 
-@pytest.mark.parametrize('tokenizer', [CharTokenizer.train('<|endoftext|>ab', True), ByteTokenizer(), Gpt2Tokenizer()])
-def test_the_end_of_text_stands_for_its_token_in_a_prompt_and_for_its_characters_in_a_text(small_gpt2, tokenizer):
+@pytest.mark.parametrize(
+    'tokenizer', [CharTokenizer.train('<|endoftext|>ab', True), ByteTokenizer(), Gpt2Tokenizer()]
+)
+def test_the_end_of_text_stands_for_its_token_in_a_prompt_and_for_its_characters_in_a_text(
+    small_gpt2, tokenizer
+):
     end = tokenizer.end_of_text
     a, b = tokenizer.encode('a').tolist(), tokenizer.encode('b').tolist()
     assert encode_prompt(tokenizer, 'a<|endoftext|>b<|endoftext|>', '--start') == [*a, end, *b, end]
@@ -91,7 +104,10 @@ def test_the_end_of_text_stands_for_its_token_in_a_prompt_and_for_its_characters
 
 def test_a_prompt_of_a_tokenizer_without_end_of_text_is_plain_text():
     tokenizer = CharTokenizer.train('<|endoftext|>')
-    assert encode_prompt(tokenizer, '<|endoftext|>', '--start') == tokenizer.encode('<|endoftext|>').tolist()
+    assert (
+        encode_prompt(tokenizer, '<|endoftext|>', '--start')
+        == tokenizer.encode('<|endoftext|>').tolist()
+    )
 
 
 @pytest.mark.parametrize('tokenizer', [ByteTokenizer(), Gpt2Tokenizer()])
@@ -125,7 +141,9 @@ def test_surrogates_of_both_kinds_stay_apart_in_json():
     assert tokenizer_from_json(json.loads(json.dumps(tokenizer.to_json()))) == tokenizer
 
 
-@pytest.mark.parametrize('known', ['ac', 'acz'])  # b is between two known characters, the smiley above all of them
+@pytest.mark.parametrize(
+    'known', ['ac', 'acz']
+)  # b is between two known characters, the smiley above all of them
 def test_unknown_characters_are_named_with_the_place_of_the_first(known):
     with pytest.raises(UserError, match=r"'b', '🙂' \(the first at offset 2\)"):
         CharTokenizer(known).encode('ac🙂ab')
@@ -137,10 +155,18 @@ def test_without_a_vocabulary_every_character_is_unknown():
         CharTokenizer('').encode('x')
 
 
-@pytest.mark.parametrize('tokenizer, ids, last', [
-    (CharTokenizer('abc'), [3], 2), (CharTokenizer('abc'), [0, -1], 2), (CharTokenizer('abc', True), [4], 3),
-    (CharTokenizer('abc'), np.array([2**32 - 1], dtype=np.uint32), 2), (ByteTokenizer(), [257], 256),
-    (Gpt2Tokenizer(), [50257], 50256), (Gpt2Tokenizer(), [-1], 50256)])
+@pytest.mark.parametrize(
+    'tokenizer, ids, last',
+    [
+        (CharTokenizer('abc'), [3], 2),
+        (CharTokenizer('abc'), [0, -1], 2),
+        (CharTokenizer('abc', True), [4], 3),
+        (CharTokenizer('abc'), np.array([2**32 - 1], dtype=np.uint32), 2),
+        (ByteTokenizer(), [257], 256),
+        (Gpt2Tokenizer(), [50257], 50256),
+        (Gpt2Tokenizer(), [-1], 50256),
+    ],
+)
 def test_ids_outside_the_vocabulary_are_refused(small_gpt2, tokenizer, ids, last):
     with pytest.raises(UserError, match=f'0 to {last}'):
         tokenizer.decode(ids)
@@ -151,33 +177,57 @@ def test_ids_of_any_integer_type_are_decoded():
         assert CharTokenizer('abc').decode(ids) == 'ca'
 
 
-@pytest.mark.parametrize('data', [
-    {'kind': 'runes', 'characters': 'abc'}, {'kind': 'char'}, {'kind': 'char', 'characters': ['a']},
-    {'kind': 'char', 'characters': 'ba'}, {'kind': 'char', 'characters': 'aa'},
-    {'kind': 'char', 'characters': 'ab', 'has_end_of_text': 1}, {}, [], None])
+@pytest.mark.parametrize(
+    'data',
+    [
+        {'kind': 'runes', 'characters': 'abc'},
+        {'kind': 'char'},
+        {'kind': 'char', 'characters': ['a']},
+        {'kind': 'char', 'characters': 'ba'},
+        {'kind': 'char', 'characters': 'aa'},
+        {'kind': 'char', 'characters': 'ab', 'has_end_of_text': 1},
+        {},
+        [],
+        None,
+    ],
+)
 def test_a_broken_description_is_refused(data):
     with pytest.raises(UserError, match='tokenizer'):
         tokenizer_from_json(data)
 
 
 @pytest.mark.parametrize('cached', [None, b'not the vocabulary'])
-def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_where(tmp_path, cached):
-    addresses = [f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}' for name in
-                 ('vocab.bpe', 'encoder.json')]
+def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_where(
+    tmp_path, cached
+):
+    addresses = [
+        f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
+        for name in ('vocab.bpe', 'encoder.json')
+    ]
     names = [hashlib.sha1(address.encode()).hexdigest() for address in addresses]
     if cached:
         for name in names:
             (tmp_path / name).write_bytes(cached)
     began = time.monotonic()
-    done = run_script('-c', 'from nib.errors import run_script; from nib.text.tokenizer import Gpt2Tokenizer; '
-                            'run_script(lambda argv: Gpt2Tokenizer().encode("x"))',
-                      env={**NO_NETWORK, 'TIKTOKEN_CACHE_DIR': str(tmp_path)})
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'Traceback' not in done.stderr
+    done = run_script(
+        '-c',
+        'from nib.errors import run_script; from nib.text.tokenizer import Gpt2Tokenizer; '
+        'run_script(lambda argv: Gpt2Tokenizer().encode("x"))',
+        env={**NO_NETWORK, 'TIKTOKEN_CACHE_DIR': str(tmp_path)},
+    )
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and 'Traceback' not in done.stderr
+    )
     for word in ('TIKTOKEN_CACHE_DIR', *addresses, *names):
         assert word in done.stderr
     assert time.monotonic() - began < 30
 
 
 def test_a_tokenizer_needs_tiktoken_only_once_it_encodes():
-    done = run_script('-c', 'import sys; from nib.text.tokenizer import *; Gpt2Tokenizer(); sys.exit("tiktoken" in sys.modules)')
+    done = run_script(
+        '-c',
+        'import sys; from nib.text.tokenizer import *; Gpt2Tokenizer(); sys.exit("tiktoken" in sys.modules)',
+    )
     assert done.returncode == 0, done.stderr

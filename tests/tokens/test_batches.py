@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from nib.errors import UserError
 from nib.tokens.batches import BatchLoader, eval_batches, eval_starts, permute
 
-KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6).map(lambda words: np.array(words, dtype=np.uint64))
+KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6).map(
+    lambda words: np.array(words, dtype=np.uint64)
+)
 WINDOWS = 23
 GOLDEN = [[323, 291, 355, 179], [55, 167, 7, 183]]
 
@@ -32,7 +34,10 @@ def starts(loader, step, micro_step=0):
     return loader.batch(step, micro_step)[0][:, 0].tolist()
 
 
-@given(n=st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 1023, 1025, 4096, 5000])), key=KEYS)
+@given(
+    n=st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 1023, 1025, 4096, 5000])),
+    key=KEYS,
+)
 @settings(deadline=None)
 def test_a_permutation_takes_every_value_once(n, key):
     with np.errstate(all='raise'):
@@ -42,17 +47,23 @@ def test_a_permutation_takes_every_value_once(n, key):
 @given(n=st.integers(1, 2**48), key=KEYS, data=st.data())
 @settings(deadline=None)
 def test_a_permuted_value_does_not_depend_on_the_others_asked_for(n, key, data):
-    positions = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=9)), dtype=np.uint64)
+    positions = np.array(
+        data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=9)), dtype=np.uint64
+    )
     together = permute(positions, n, key)
     assert (together < n).all() and len(set(together.tolist())) == len(set(positions.tolist()))
-    assert together.tolist() == [permute(positions[i:i + 1], n, key)[0] for i in range(len(positions))]
+    assert together.tolist() == [
+        permute(positions[i : i + 1], n, key)[0] for i in range(len(positions))
+    ]
 
 
 def test_a_permutation_is_no_pattern():
     """Of random orders, neighbours follow each other about once, and the mean distance moved is a third of n."""
     n, draw = 10_000, np.random.default_rng(0)
     for _ in range(5):
-        order = permute(np.arange(n, dtype=np.uint64), n, draw.integers(2**64, size=6, dtype=np.uint64)).astype(int)
+        order = permute(
+            np.arange(n, dtype=np.uint64), n, draw.integers(2**64, size=6, dtype=np.uint64)
+        ).astype(int)
         assert (np.abs(np.diff(order)) == 1).sum() < 12
         assert np.abs(order - np.arange(n)).mean() == pytest.approx(n / 3, rel=0.05)
 
@@ -63,7 +74,7 @@ def test_an_epoch_takes_every_window_once_in_an_order_and_at_an_offset_of_its_ow
     loader = make_loader(n_tokens, micro_steps=1)
     assert loader.n_windows == WINDOWS
     seen = [start for step in range(WINDOWS) for start in starts(loader, step)]
-    epochs = [seen[first:first + WINDOWS] for first in range(0, len(seen), WINDOWS)]
+    epochs = [seen[first : first + WINDOWS] for first in range(0, len(seen), WINDOWS)]
     assert len(epochs) == 4
     for epoch in epochs:
         offset = min(epoch)
@@ -83,7 +94,9 @@ def test_offsets_reach_the_last_token_and_never_past_it():
 @given(n_tokens=st.integers(2, 300), block_size=st.integers(1, 40), seed=st.integers(0, 2**31))
 @settings(deadline=None)
 def test_any_text_longer_than_a_block_gives_whole_windows(n_tokens, block_size, seed):
-    loader = make_loader(max(n_tokens, block_size + 1), block_size=block_size, batch_size=50, seed=seed)
+    loader = make_loader(
+        max(n_tokens, block_size + 1), block_size=block_size, batch_size=50, seed=seed
+    )
     x, y = loader.batch(3, 1)
     assert x.shape == y.shape == (50, block_size) and int(y.max()) < len(loader.tokens)
 
@@ -97,29 +110,41 @@ def test_targets_are_the_inputs_one_token_later_and_both_are_the_file_s(tmp_path
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, 16)
     assert torch.equal(x[:, 1:], y[:, :-1])
     for row, start in enumerate(loader.starts(7, 0)):
-        assert x[row].tolist() == content[start:start + 16].tolist()
-        assert y[row].tolist() == content[start + 1:start + 17].tolist()
+        assert x[row].tolist() == content[start : start + 16].tolist()
+        assert y[row].tolist() == content[start + 1 : start + 17].tolist()
 
 
 @pytest.mark.parametrize('change', [{'seed': 2}, {'split': 'val'}])
 def test_another_seed_or_split_gives_another_order(change):
-    orders = [[starts(loader, step) for step in range(5)] for loader in (make_loader(), make_loader(**change))]
+    orders = [
+        [starts(loader, step) for step in range(5)]
+        for loader in (make_loader(), make_loader(**change))
+    ]
     assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize('world_size', [2, 4])
 def test_the_order_of_sequences_is_the_same_for_any_number_of_ranks(world_size):
     alone = make_loader(micro_steps=4)
-    ranks = [make_loader(micro_steps=4 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        make_loader(micro_steps=4 // world_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     for step in range(8):  # across the first epoch's end
         expected = [start for micro_step in range(4) for start in starts(alone, step, micro_step)]
-        assert [start for micro_step in range(4 // world_size) for loader in ranks
-                for start in starts(loader, step, micro_step)] == expected
+        assert [
+            start
+            for micro_step in range(4 // world_size)
+            for loader in ranks
+            for start in starts(loader, step, micro_step)
+        ] == expected
 
 
 def test_a_batch_depends_on_its_step_alone():
     in_order, backwards = make_loader(), make_loader()
-    expected = {(step, micro): starts(in_order, step, micro) for step in range(6) for micro in range(3)}
+    expected = {
+        (step, micro): starts(in_order, step, micro) for step in range(6) for micro in range(3)
+    }
     assert {place: starts(backwards, *place) for place in reversed(expected)} == expected
     assert starts(make_loader(), 4, 2) == expected[4, 2]
 
@@ -142,7 +167,9 @@ def test_batches_prepared_ahead_are_the_batches():
 def test_a_step_left_in_its_middle_spoils_no_other():
     loader = make_loader()
     next(loader.micro_batches(5))
-    assert [x[:, 0].tolist() for x, _ in loader.micro_batches(5)] == [starts(make_loader(), 5, micro) for micro in range(3)]
+    assert [x[:, 0].tolist() for x, _ in loader.micro_batches(5)] == [
+        starts(make_loader(), 5, micro) for micro in range(3)
+    ]
 
 
 def test_each_batch_is_made_once_and_the_next_steps_first_one_at_the_end_of_a_step():
@@ -159,16 +186,27 @@ def test_an_id_outside_the_vocabulary_is_named_by_whoever_asks(tmp_path):
     content[321] = 77
     content.tofile(tmp_path / 'train.bin')
     tokens = np.memmap(tmp_path / 'train.bin', dtype='<u2', mode='r')
-    loader = BatchLoader(tokens, block_size=16, batch_size=40, seed=1, split='train', micro_steps=1, vocab_size=77)
-    for ask in (lambda: loader.batch(0, 0), lambda: next(loader.micro_batches(0)),
-                lambda: list(eval_batches(tokens, 16, 4, vocab_size=77))):
+    loader = BatchLoader(
+        tokens, block_size=16, batch_size=40, seed=1, split='train', micro_steps=1, vocab_size=77
+    )
+    for ask in (
+        lambda: loader.batch(0, 0),
+        lambda: next(loader.micro_batches(0)),
+        lambda: list(eval_batches(tokens, 16, 4, vocab_size=77)),
+    ):
         with pytest.raises(UserError, match='train.bin: token id 77 at offset 321'):
             ask()
 
 
 def windows_of(ranks, *arguments, **options):
-    return [[row for x, _ in eval_batches(*arguments, rank=rank, world_size=ranks, **options) for row in x[:, 0].tolist()]
-            for rank in range(ranks)]
+    return [
+        [
+            row
+            for x, _ in eval_batches(*arguments, rank=rank, world_size=ranks, **options)
+            for row in x[:, 0].tolist()
+        ]
+        for rank in range(ranks)
+    ]
 
 
 @pytest.mark.parametrize('ranks', [1, 2, 3])
@@ -177,11 +215,16 @@ def test_evaluation_reads_every_window_once_over_all_ranks(ranks, n_tokens):
     shares = windows_of(ranks, own_place(n_tokens), 16, 3)
     everything = [start for share in shares for start in share]
     # Independently: every multiple of 16 whose window and its last target are there.
-    assert sorted(everything) == [start for start in range(0, n_tokens, 16) if start + 16 < n_tokens]
+    assert sorted(everything) == [
+        start for start in range(0, n_tokens, 16) if start + 16 < n_tokens
+    ]
 
 
 def test_evaluation_gives_out_batches_in_turn_and_a_last_one_as_large_as_is_left():
-    sizes = [[len(x) for x, _ in eval_batches(own_place(16 * 11 + 1), 16, 3, rank=rank, world_size=2)] for rank in (0, 1)]
+    sizes = [
+        [len(x) for x, _ in eval_batches(own_place(16 * 11 + 1), 16, 3, rank=rank, world_size=2)]
+        for rank in (0, 1)
+    ]
     assert sizes == [[3, 3], [3, 2]]
 
 
@@ -191,7 +234,9 @@ def test_evaluation_targets_are_the_inputs_one_token_later():
 
 
 @given(n_tokens=st.integers(2, 5000), block_size=st.integers(1, 50), max_windows=st.integers(1, 60))
-def test_a_short_evaluation_spreads_distinct_windows_over_the_split(n_tokens, block_size, max_windows):
+def test_a_short_evaluation_spreads_distinct_windows_over_the_split(
+    n_tokens, block_size, max_windows
+):
     n = (n_tokens - 1) // block_size
     windows = np.array(eval_starts(n_tokens, block_size, max_windows)) / block_size
     assert len(windows) == len(set(windows)) == min(n, max_windows)
@@ -217,10 +262,18 @@ def test_batches_on_the_gpu_are_those_on_the_cpu():
 
 def test_training_does_not_see_how_often_it_is_evaluated(train_here, tmp_path):
     """Neither its batches nor its dropout."""
-    for name, flags in (('often', ['--eval_interval=1', '--eval_iters=3']), ('once', ['--eval_interval=20', '--eval_iters=1'])):
+    for name, flags in (
+        ('often', ['--eval_interval=1', '--eval_iters=3']),
+        ('once', ['--eval_interval=20', '--eval_iters=1']),
+    ):
         assert train_here(tmp_path / name, '--dropout=0.1', *flags).returncode == 0
-    often, once = ([record['loss/step'] for record in records(tmp_path / name) if 'loss/step' in record]
-                   for name in ('often', 'once'))
+    often, once = (
+        [record['loss/step'] for record in records(tmp_path / name) if 'loss/step' in record]
+        for name in ('often', 'once')
+    )
     assert often == once and len(once) == 20
-    often, once = ((tmp_path / name / 'step-00000020/model.safetensors').read_bytes() for name in ('often', 'once'))
+    often, once = (
+        (tmp_path / name / 'step-00000020/model.safetensors').read_bytes()
+        for name in ('often', 'once')
+    )
     assert often == once

@@ -1,4 +1,5 @@
 """Datasets on disk: what is written is read back, and a damaged one is refused before the first step."""
+
 import hashlib
 import json
 import math
@@ -48,15 +49,28 @@ def replace_bin(folder, split, ids, dtype='<u2'):
     """Other tokens, with a meta.json that agrees to them."""
     content = np.array(ids, dtype=dtype).tobytes()
     (folder / f'{split}.bin').write_bytes(content)
-    change_split(folder, split, tokens=len(ids), bytes=len(ids), sha256=hashlib.sha256(content).hexdigest())
+    change_split(
+        folder, split, tokens=len(ids), bytes=len(ids), sha256=hashlib.sha256(content).hexdigest()
+    )
 
 
 def test_a_dataset_opens_as_it_was_written(whole):
     data = dataset.open_dataset(whole, BLOCK_SIZE)
     cut = int(len(TEXT) * 0.9)
-    assert data.name == 'hamlet' and data.vocab_size == len(set(TEXT)) and data.meta['source'] == {'text': 'Hamlet'}
-    assert data.tokenizer.decode(data.train) == TEXT[:cut] and data.tokenizer.decode(data.val) == TEXT[cut:]
-    assert isinstance(data.train, np.memmap) and data.split('train') is data.train and data.split('val') is data.val
+    assert (
+        data.name == 'hamlet'
+        and data.vocab_size == len(set(TEXT))
+        and data.meta['source'] == {'text': 'Hamlet'}
+    )
+    assert (
+        data.tokenizer.decode(data.train) == TEXT[:cut]
+        and data.tokenizer.decode(data.val) == TEXT[cut:]
+    )
+    assert (
+        isinstance(data.train, np.memmap)
+        and data.split('train') is data.train
+        and data.split('val') is data.val
+    )
     assert data.bits_per_byte(math.log(2), 'train') == pytest.approx(1)
 
 
@@ -70,7 +84,11 @@ def test_bins_are_plain_little_endian_ids_as_nanogpt_has_them(whole):
 def test_bits_per_byte_counts_utf8_bytes(tmp_path):
     write_char_dataset(tmp_path, 'aé€🙂' * 100, {})
     data = dataset.open_dataset(tmp_path, BLOCK_SIZE)
-    assert data.bits_per_byte(math.log(2), 'train') == data.bits_per_byte(math.log(2)) == pytest.approx(4 / (1 + 2 + 3 + 4))
+    assert (
+        data.bits_per_byte(math.log(2), 'train')
+        == data.bits_per_byte(math.log(2))
+        == pytest.approx(4 / (1 + 2 + 3 + 4))
+    )
 
 
 def split_pieces(train, val):
@@ -80,15 +98,24 @@ def split_pieces(train, val):
 @pytest.mark.parametrize('vocab_size, dtype', [(65_536, 'uint16'), (65_537, 'uint32')])
 def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, dtype):
     characters = ''.join(map(chr, range(vocab_size)))
-    write_dataset(tmp_path, split_pieces(characters, characters[-40:]), CharTokenizer(characters), {})
+    write_dataset(
+        tmp_path, split_pieces(characters, characters[-40:]), CharTokenizer(characters), {}
+    )
     data = dataset.open_dataset(tmp_path, BLOCK_SIZE)
     assert data.meta['dtype'] == data.train.dtype.name == dtype
     assert data.train.tolist() == list(range(vocab_size)) and data.val[-1] == vocab_size - 1
 
 
-@pytest.mark.parametrize('tokenizer', [CharTokenizer.train('abc', True), ByteTokenizer(), Gpt2Tokenizer()])
+@pytest.mark.parametrize(
+    'tokenizer', [CharTokenizer.train('abc', True), ByteTokenizer(), Gpt2Tokenizer()]
+)
 def test_documents_are_followed_by_the_end_of_text(small_gpt2, tmp_path, tokenizer):
-    pieces = [('train', 'ab', False), ('train', 'a', True), ('val', 'b', True), ('train', 'c', True)]
+    pieces = [
+        ('train', 'ab', False),
+        ('train', 'a', True),
+        ('val', 'b', True),
+        ('train', 'c', True),
+    ]
     write_dataset(tmp_path, lambda start: pieces[start:], tokenizer, {})
     data = dataset.open_dataset(tmp_path, 1)
     assert data.tokenizer == tokenizer and data.vocab_size == tokenizer.vocab_size
@@ -101,9 +128,13 @@ def test_a_text_in_many_pieces_has_the_tokens_of_the_whole(small_gpt2, tmp_path,
     whole = write_text(tmp_path / 'whole', TEXT, Gpt2Tokenizer(), {})
     monkeypatch.setattr(documents, 'PIECE', 50)
     monkeypatch.setattr(encode, 'BATCH', 100)
-    monkeypatch.setattr(encode, 'SERIAL_BATCHES', 1000)  # the small vocabulary is in this process only
+    monkeypatch.setattr(
+        encode, 'SERIAL_BATCHES', 1000
+    )  # the small vocabulary is in this process only
     assert write_text(tmp_path / 'pieces', TEXT, Gpt2Tokenizer(), {}) == whole
-    assert whole['splits']['train']['tokens'] == len(Gpt2Tokenizer().encode(TEXT[:int(len(TEXT) * 0.9)]))
+    assert whole['splits']['train']['tokens'] == len(
+        Gpt2Tokenizer().encode(TEXT[: int(len(TEXT) * 0.9)])
+    )
 
 
 @pytest.mark.parametrize('text', ['', 'a', 'abc'])
@@ -126,7 +157,9 @@ def test_the_fingerprint_is_of_the_tokens_and_nothing_else(tmp_path):
 
 def test_writing_again_takes_the_place_of_the_old(folder):
     write_char_dataset(folder, TEXT.upper(), {})
-    assert dataset.open_dataset(folder, BLOCK_SIZE).tokenizer.characters == ''.join(sorted(set(TEXT.upper())))
+    assert dataset.open_dataset(folder, BLOCK_SIZE).tokenizer.characters == ''.join(
+        sorted(set(TEXT.upper()))
+    )
 
 
 def test_a_text_that_cannot_be_encoded_leaves_the_old_dataset_as_it_was(folder):
@@ -177,7 +210,9 @@ def put_id(folder, place, id):
 @pytest.mark.parametrize('place', [0, 4, -1, -5])
 def test_a_large_bin_with_a_bad_id_in_a_sample_is_refused(small_is_large, folder, place):
     put_id(folder, place, 500)
-    with pytest.raises(UserError, match=f'train.bin: token id 500 at offset {place % int(len(TEXT) * 0.9)}'):
+    with pytest.raises(
+        UserError, match=f'train.bin: token id 500 at offset {place % int(len(TEXT) * 0.9)}'
+    ):
         dataset.open_dataset(folder, BLOCK_SIZE)
 
 
@@ -198,22 +233,36 @@ def test_a_large_bin_with_holes_is_not_the_one_that_was_written(small_is_large, 
         dataset.open_dataset(tmp_path, BLOCK_SIZE)
 
 
-def test_a_large_dataset_opens_as_it_was_written_and_has_one_fingerprint_whoever_wrote_it(small_is_large, tmp_path):
+def test_a_large_dataset_opens_as_it_was_written_and_has_one_fingerprint_whoever_wrote_it(
+    small_is_large, tmp_path
+):
     write_char_dataset(tmp_path, TEXT, {})
     data = dataset.open_dataset(tmp_path, BLOCK_SIZE)
     assert data.bits_per_byte(math.log(2), 'train') == pytest.approx(1)
     (tmp_path / 'meta.json').unlink()
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({
-        'vocab_size': data.vocab_size, 'itos': dict(enumerate(data.tokenizer.characters)),
-        'stoi': {character: number for number, character in enumerate(data.tokenizer.characters)}}))
+    (tmp_path / 'meta.pkl').write_bytes(
+        pickle.dumps(
+            {
+                'vocab_size': data.vocab_size,
+                'itos': dict(enumerate(data.tokenizer.characters)),
+                'stoi': {
+                    character: number for number, character in enumerate(data.tokenizer.characters)
+                },
+            }
+        )
+    )
     same = dataset.open_dataset(tmp_path, BLOCK_SIZE)
-    assert same.fingerprint == data.fingerprint and same.bits_per_byte(1.0) is None  # nobody has counted the bytes
+    assert (
+        same.fingerprint == data.fingerprint and same.bits_per_byte(1.0) is None
+    )  # nobody has counted the bytes
     put_id(tmp_path, -1, data.train[-1] ^ 1)
     assert dataset.open_dataset(tmp_path, BLOCK_SIZE).fingerprint != data.fingerprint
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != 'linux', reason='other systems write out the zeros of a sparse file')
+@pytest.mark.skipif(
+    sys.platform != 'linux', reason='other systems write out the zeros of a sparse file'
+)
 def test_20_gb_cost_what_2_mb_cost(tmp_path):
     """Opening, and a thousand batches, each size in a process of its own. The pages that these look at are 49 MB."""
     for name, n_bytes in loading.SIZES.items():
@@ -235,8 +284,11 @@ def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
 # -- bins that nanoGPT made --------------------------------------------------------------------------------------------
 
 CHARACTERS = sorted(set(TEXT + 'é€'))
-META = {'vocab_size': len(CHARACTERS), 'itos': dict(enumerate(CHARACTERS)),
-        'stoi': {character: number for number, character in enumerate(CHARACTERS)}}
+META = {
+    'vocab_size': len(CHARACTERS),
+    'itos': dict(enumerate(CHARACTERS)),
+    'stoi': {character: number for number, character in enumerate(CHARACTERS)},
+}
 
 
 @pytest.fixture
@@ -244,7 +296,9 @@ def nanogpt(tmp_path):
     """What nanoGPT's data/shakespeare_char/prepare.py writes, of another text."""
     text = TEXT + 'é€'
     for split, part in (('train', TEXT), ('val', text[-50:])):
-        np.array([META['stoi'][character] for character in part], dtype=np.uint16).tofile(tmp_path / f'{split}.bin')
+        np.array([META['stoi'][character] for character in part], dtype=np.uint16).tofile(
+            tmp_path / f'{split}.bin'
+        )
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(META))
     return tmp_path
 
@@ -252,9 +306,16 @@ def nanogpt(tmp_path):
 def test_bins_of_nanogpt_with_characters_are_read_as_they_are(nanogpt):
     assert dataset.is_prepared(nanogpt)
     data = dataset.open_dataset(nanogpt, BLOCK_SIZE)
-    assert data.vocab_size == len(CHARACTERS) and data.tokenizer == CharTokenizer(''.join(CHARACTERS))
-    assert data.tokenizer.decode(data.train) == TEXT and data.tokenizer.decode(data.val) == (TEXT + 'é€')[-50:]
-    assert data.bits_per_byte(math.log(2)) == pytest.approx(50 / (48 + 2 + 3))  # é takes two bytes and € three
+    assert data.vocab_size == len(CHARACTERS) and data.tokenizer == CharTokenizer(
+        ''.join(CHARACTERS)
+    )
+    assert (
+        data.tokenizer.decode(data.train) == TEXT
+        and data.tokenizer.decode(data.val) == (TEXT + 'é€')[-50:]
+    )
+    assert data.bits_per_byte(math.log(2)) == pytest.approx(
+        50 / (48 + 2 + 3)
+    )  # é takes two bytes and € three
     assert sorted(path.name for path in nanogpt.iterdir()) == ['meta.pkl', 'train.bin', 'val.bin']
 
 
@@ -272,8 +333,10 @@ def test_bins_of_nanogpt_without_a_description_are_gpt2_tokens(nanogpt):
 def test_the_same_tokens_have_the_same_fingerprint_whoever_wrote_them(nanogpt, tmp_path):
     text = TEXT + 'é€'
     write_dataset(tmp_path / 'own', split_pieces(TEXT, text[-50:]), CharTokenizer.train(text), {})
-    assert (dataset.open_dataset(tmp_path / 'own', BLOCK_SIZE).fingerprint
-            == dataset.open_dataset(nanogpt, BLOCK_SIZE).fingerprint)
+    assert (
+        dataset.open_dataset(tmp_path / 'own', BLOCK_SIZE).fingerprint
+        == dataset.open_dataset(nanogpt, BLOCK_SIZE).fingerprint
+    )
 
 
 def test_a_new_dataset_takes_the_place_of_nanogpt_s(nanogpt):

@@ -1,4 +1,5 @@
 """Encoding on all cores: the same ids in the same order as one by one, few texts in memory, no process left behind."""
+
 import os
 import signal
 import subprocess
@@ -12,13 +13,14 @@ from conftest import ROOT
 from nib.errors import UserError
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer
 from nib.tokens import encode
-from nib.tokens.encode import SERIAL_BATCHES, BATCH, SPLITS, encode_all, encode_batch
+from nib.tokens.encode import BATCH, SERIAL_BATCHES, SPLITS, encode_all, encode_batch
 
 UINT16 = np.dtype('<u2')
 
 
 class DyingTokenizer(ByteTokenizer):
     """Ends the process that it works in, unless that is the first one."""
+
     def encode(self, text):
         if text.startswith('last'):
             os._exit(1)
@@ -46,10 +48,14 @@ def joined(results) -> dict[str, bytes]:
 
 
 def test_the_end_of_text_follows_every_document_and_bytes_are_counted():
-    done = encode_batch([('train', 'né', False), ('val', 'v', True), ('train', 'w', True)], ByteTokenizer(), UINT16)
+    done = encode_batch(
+        [('train', 'né', False), ('val', 'v', True), ('train', 'w', True)], ByteTokenizer(), UINT16
+    )
     assert done.pieces == 3 and done.n_bytes == {'train': 4, 'val': 1}
-    assert done.ids == {'train': np.array([110, 195, 169, 119, 256], '<u2').tobytes(),
-                        'val': np.array([118, 256], '<u2').tobytes()}
+    assert done.ids == {
+        'train': np.array([110, 195, 169, 119, 256], '<u2').tobytes(),
+        'val': np.array([118, 256], '<u2').tobytes(),
+    }
 
 
 def test_ids_above_65535_take_four_bytes():
@@ -60,25 +66,38 @@ def test_ids_above_65535_take_four_bytes():
 
 def test_small_pieces_go_together(monkeypatch):
     monkeypatch.setattr(encode, 'BATCH', 10)
-    sizes = [[len(piece[1]) for piece in batch] for batch in encode.batched(('train', 'x' * n, True) for n in (4, 4, 4, 30, 1, 1))]
+    sizes = [
+        [len(piece[1]) for piece in batch]
+        for batch in encode.batched(('train', 'x' * n, True) for n in (4, 4, 4, 30, 1, 1))
+    ]
     assert sizes == [[4, 4, 4], [30], [1, 1]]
 
 
 def test_a_small_text_starts_no_process(monkeypatch):
     monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
-    assert sum(result.pieces for result in encode_all(pieces(SERIAL_BATCHES), ByteTokenizer(), UINT16)) == SERIAL_BATCHES
+    assert (
+        sum(result.pieces for result in encode_all(pieces(SERIAL_BATCHES), ByteTokenizer(), UINT16))
+        == SERIAL_BATCHES
+    )
 
 
 def test_one_core_starts_no_process(monkeypatch):
     monkeypatch.setattr(encode, 'ProcessPoolExecutor', None)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {1}, raising=False)
-    assert sum(result.pieces for result in encode_all(pieces(SERIAL_BATCHES + 3), ByteTokenizer(), UINT16)) == SERIAL_BATCHES + 3
+    assert (
+        sum(
+            result.pieces
+            for result in encode_all(pieces(SERIAL_BATCHES + 3), ByteTokenizer(), UINT16)
+        )
+        == SERIAL_BATCHES + 3
+    )
 
 
 def test_many_processes_give_what_one_gives():
     count = SERIAL_BATCHES + 9
     assert joined(encode_all(pieces(count), ByteTokenizer(), UINT16)) == joined(
-        encode_batch([piece], ByteTokenizer(), UINT16) for piece in pieces(count))
+        encode_batch([piece], ByteTokenizer(), UINT16) for piece in pieces(count)
+    )
 
 
 def test_texts_are_read_only_as_fast_as_they_are_encoded():
@@ -113,11 +132,15 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line():
 @pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them():
     """Also where that is killed, and cannot tell them."""
-    program = ('import itertools, sys, time; import numpy as np; from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
-               'pieces = (("train", "x" * BATCH, False) for _ in itertools.count())\n'
-               'for n, _ in enumerate(encode_all(pieces, ByteTokenizer(), np.dtype("<u2"))):\n'
-               '    if n == SERIAL_BATCHES: print("started", flush=True); time.sleep(600)\n')
-    run = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    program = (
+        'import itertools, sys, time; import numpy as np; from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
+        'pieces = (("train", "x" * BATCH, False) for _ in itertools.count())\n'
+        'for n, _ in enumerate(encode_all(pieces, ByteTokenizer(), np.dtype("<u2"))):\n'
+        '    if n == SERIAL_BATCHES: print("started", flush=True); time.sleep(600)\n'
+    )
+    run = subprocess.Popen(
+        [sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert run.stdout.readline() == b'started\n'
     run.kill()
     run.wait()

@@ -1,4 +1,5 @@
 """The prepare scripts, run as a user runs them and as train.py does."""
+
 import hashlib
 import json
 import platform
@@ -52,11 +53,16 @@ def test_a_text_of_one_s_own_becomes_a_dataset_and_is_told_from_shakespeare(give
         assert f'{number:,} ' in done.stdout or f'{number:,},' in done.stdout
     assert len(done.stderr.splitlines()) == 1 and 'not tiny Shakespeare' in done.stderr
     meta = json.loads((tmp_path / 'romeo/meta.json').read_text())
-    assert meta['source'] == {'file': 'romeo.txt', 'sha256': hashlib.sha256(given.read_bytes()).hexdigest()}
+    assert meta['source'] == {
+        'file': 'romeo.txt',
+        'sha256': hashlib.sha256(given.read_bytes()).hexdigest(),
+    }
 
 
 def test_train_py_can_prepare_a_dataset_in_its_own_process(given, tmp_path, capsys):
-    runpy.run_path(str(SHAKESPEARE))['main']([f'--input={given}', f'--out_dir={tmp_path / "romeo"}'])
+    runpy.run_path(str(SHAKESPEARE))['main'](
+        [f'--input={given}', f'--out_dir={tmp_path / "romeo"}']
+    )
     assert text_of(tmp_path / 'romeo') == TEXT
 
 
@@ -72,32 +78,51 @@ def test_a_text_put_into_out_dir_is_taken_without_a_network(given, tmp_path):
 def test_without_a_network_the_error_names_every_address_and_how_to_mend_it(tmp_path):
     done = run_script(SHAKESPEARE, f'--out_dir={tmp_path / "new"}', env=NO_NETWORK)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    for word in ('raw.githubusercontent.com', 'cdn.jsdelivr.net', 'storage.googleapis.com', '--input=PATH',
-                 'data/shakespeare_char/input.txt'):
+    for word in (
+        'raw.githubusercontent.com',
+        'cdn.jsdelivr.net',
+        'storage.googleapis.com',
+        '--input=PATH',
+        'data/shakespeare_char/input.txt',
+    ):
         assert word in done.stderr
     assert list((tmp_path / 'new').iterdir()) == []
 
 
 def test_shakespeare_by_gpt2_s_tokens(small_gpt2, given, tmp_path, capsys):
-    runpy.run_path(str(SHAKESPEARE_GPT2))['main']([f'--input={given}', f'--out_dir={tmp_path / "romeo"}'])
+    runpy.run_path(str(SHAKESPEARE_GPT2))['main'](
+        [f'--input={given}', f'--out_dir={tmp_path / "romeo"}']
+    )
     assert text_of(tmp_path / 'romeo') == TEXT
     assert open_dataset(tmp_path / 'romeo', 16).tokenizer == Gpt2Tokenizer()
     assert 'vocabulary 50,257' in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not AT_HAND, reason='tiny Shakespeare is not beside its script: data/shakespeare_char/input.txt')
+@pytest.mark.skipif(
+    not AT_HAND, reason='tiny Shakespeare is not beside its script: data/shakespeare_char/input.txt'
+)
 def test_tiny_shakespeare_has_the_counts_that_nanogpt_gives(real_gpt2, tmp_path, capsys):
     runpy.run_path(str(SHAKESPEARE_GPT2))['main']([f'--out_dir={tmp_path}'])
     assert '301,966 training and 36,059 validation' in capsys.readouterr().out
 
 
 def test_shakespeare_by_gpt2_s_tokens_without_its_vocabulary_is_one_line(given, tmp_path):
-    done = run_script(SHAKESPEARE_GPT2, f'--input={given}', f'--out_dir={tmp_path / "new"}',
-                      env={**NO_NETWORK, 'TIKTOKEN_CACHE_DIR': str(tmp_path / 'cache')})
-    assert done.returncode == 2 and 'TIKTOKEN_CACHE_DIR' in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+    done = run_script(
+        SHAKESPEARE_GPT2,
+        f'--input={given}',
+        f'--out_dir={tmp_path / "new"}',
+        env={**NO_NETWORK, 'TIKTOKEN_CACHE_DIR': str(tmp_path / 'cache')},
+    )
+    assert (
+        done.returncode == 2
+        and 'TIKTOKEN_CACHE_DIR' in done.stderr.splitlines()[-1]
+        and 'Traceback' not in done.stderr
+    )
 
 
-@pytest.mark.parametrize('name, other', [('shakespeare', 'shakespeare_char'), ('shakespeare_char', 'shakespeare')])
+@pytest.mark.parametrize(
+    'name, other', [('shakespeare', 'shakespeare_char'), ('shakespeare_char', 'shakespeare')]
+)
 def test_each_shakespeare_takes_the_text_of_the_other(given, tmp_path, capsys, name, other):
     (tmp_path / other).mkdir()
     given.rename(tmp_path / other / 'input.txt')
@@ -131,9 +156,20 @@ def test_the_standard_library_gives_the_same_bins_twice(stdlib, tmp_path, capsys
 
 
 def test_tests_installed_packages_and_what_is_not_ascii_are_left_out(tmp_path):
-    files = {'b.py': b'b = 1', 'a/z.py': b'z = 1\r\nz = 2\rz = 3\n', 'a.py': b'a = 1\n', 'empty.py': b'', 'notes.txt': b'no',
-             'accent.py': 'é = 1\n'.encode(), 'test/x.py': b'no', 'a/tests/x.py': b'no', 'idlelib/idle_test/x.py': b'no',
-             'site-packages/x.py': b'no', 'dist-packages/x.py': b'no', '__pycache__/x.py': b'no'}
+    files = {
+        'b.py': b'b = 1',
+        'a/z.py': b'z = 1\r\nz = 2\rz = 3\n',
+        'a.py': b'a = 1\n',
+        'empty.py': b'',
+        'notes.txt': b'no',
+        'accent.py': 'é = 1\n'.encode(),
+        'test/x.py': b'no',
+        'a/tests/x.py': b'no',
+        'idlelib/idle_test/x.py': b'no',
+        'site-packages/x.py': b'no',
+        'dist-packages/x.py': b'no',
+        '__pycache__/x.py': b'no',
+    }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -151,6 +187,7 @@ def test_a_python_without_its_sources_is_named(tmp_path, monkeypatch):
 
 # -- a person's own text -----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def notes(tmp_path):
     """Twenty notes in a folder, with what else is there."""
@@ -165,27 +202,45 @@ def notes(tmp_path):
 
 
 @pytest.mark.parametrize('tokenizer, vocabulary', [('char', 26), ('byte', 257), ('gpt2', 50257)])
-def test_a_folder_of_notes_becomes_a_dataset(small_gpt2, notes, tmp_path, capsys, tokenizer, vocabulary):
-    runpy.run_path(str(WRITTEN))['main']([f'--input={notes}', f'--tokenizer={tokenizer}', f'--out_dir={tmp_path / "mine"}'])
+def test_a_folder_of_notes_becomes_a_dataset(
+    small_gpt2, notes, tmp_path, capsys, tokenizer, vocabulary
+):
+    runpy.run_path(str(WRITTEN))['main'](
+        [f'--input={notes}', f'--tokenizer={tokenizer}', f'--out_dir={tmp_path / "mine"}']
+    )
 
     data = open_dataset(tmp_path / 'mine', 16)
-    texts = {split: data.tokenizer.decode(data.split(split)).split('<|endoftext|>') for split in ('train', 'val')}
+    texts = {
+        split: data.tokenizer.decode(data.split(split)).split('<|endoftext|>')
+        for split in ('train', 'val')
+    }
     assert data.vocab_size == vocabulary and texts['train'].pop() == texts['val'].pop() == ''
     assert len(texts['val']) in (1, 2) and len(texts['train']) + len(texts['val']) == 20
-    assert sorted(texts['train'] + texts['val']) == sorted(path.read_text() for path in notes.rglob('[0-9]*'))
+    assert sorted(texts['train'] + texts['val']) == sorted(
+        path.read_text() for path in notes.rglob('[0-9]*')
+    )
     said = capsys.readouterr()
-    for words in (f'vocabulary {vocabulary:,}', 'documents 20', f'{len(data.train):,} training', f'{len(data.val):,} validation'):
+    for words in (
+        f'vocabulary {vocabulary:,}',
+        'documents 20',
+        f'{len(data.train):,} training',
+        f'{len(data.val):,} validation',
+    ):
         assert words in said.out
-    assert said.err.splitlines() == ['note: 1 file left out, of other types than .txt, .md, .jsonl, .parquet',
-                                     'note: this is little text to learn from: 100,000 characters are a beginning']
-    assert said.out.splitlines()[-1] == ('to train on it: python train.py config/train_text.py --dataset=mine '
-                                         f'--data_dir={tmp_path}')
+    assert said.err.splitlines() == [
+        'note: 1 file left out, of other types than .txt, .md, .jsonl, .parquet',
+        'note: this is little text to learn from: 100,000 characters are a beginning',
+    ]
+    assert said.out.splitlines()[-1] == (
+        f'to train on it: python train.py config/train_text.py --dataset=mine --data_dir={tmp_path}'
+    )
 
 
 def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
     done = run_script(WRITTEN, '--input=romeo.txt', '--out_dir=romeo', folder=tmp_path)
     assert done.returncode == 0 and done.stderr.splitlines() == [
-        'note: this is little text to learn from: 100,000 characters are a beginning']
+        'note: this is little text to learn from: 100,000 characters are a beginning'
+    ]
     data = open_dataset(tmp_path / 'romeo', 16)
     assert text_of(tmp_path / 'romeo') == TEXT and data.vocab_size == len(set(TEXT))
     assert len(data.train) == int(len(TEXT) * 0.9)
@@ -193,11 +248,20 @@ def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
 
 def test_several_inputs_and_another_field(given, tmp_path, capsys):
     (tmp_path / 'rows.jsonl').write_text('{"body": "one thing"}\n{"body": "another, thing"}')
-    runpy.run_path(str(WRITTEN))['main']([f'--input={tmp_path}/rows.jsonl,{given}', '--field=body',
-                                          f'--out_dir={tmp_path / "mine"}'])
+    runpy.run_path(str(WRITTEN))['main'](
+        [f'--input={tmp_path}/rows.jsonl,{given}', '--field=body', f'--out_dir={tmp_path / "mine"}']
+    )
     data = open_dataset(tmp_path / 'mine', 2)
-    assert sorted(text_of(tmp_path / 'mine').split('<|endoftext|>')) == ['', TEXT, 'another, thing', 'one thing']
-    assert data.meta['source']['documents'] == 3 and data.meta['source']['input'] == ['rows.jsonl', 'romeo.txt']
+    assert sorted(text_of(tmp_path / 'mine').split('<|endoftext|>')) == [
+        '',
+        TEXT,
+        'another, thing',
+        'one thing',
+    ]
+    assert data.meta['source']['documents'] == 3 and data.meta['source']['input'] == [
+        'rows.jsonl',
+        'romeo.txt',
+    ]
 
 
 def test_a_split_far_from_a_tenth_is_told(tmp_path, capsys):
@@ -224,31 +288,61 @@ def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes
     done = run_script('data/text/prepare.py', f'--input={notes}', folder=checkout)
     assert done.returncode == 0, done.stderr
     assert is_prepared(checkout / 'data/My_notes')
-    assert done.stdout.splitlines()[-1] == 'to train on it: python train.py config/train_text.py --dataset=My_notes'
+    assert (
+        done.stdout.splitlines()[-1]
+        == 'to train on it: python train.py config/train_text.py --dataset=My_notes'
+    )
     subprocess.run(['git', 'init', '--quiet'], cwd=checkout, check=True)
     (checkout / 'data/mine').mkdir()
     shutil.copy(WRITTEN, checkout / 'data/mine')
-    kept = subprocess.run(['git', 'ls-files', '--others', '--exclude-standard', 'data'], cwd=checkout, capture_output=True, text=True)
-    assert sorted(kept.stdout.split()) == ['data/.gitignore', 'data/mine/prepare.py', 'data/shakespeare_char/prepare.py',
-                                           'data/text/prepare.py']
+    kept = subprocess.run(
+        ['git', 'ls-files', '--others', '--exclude-standard', 'data'],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+    )
+    assert sorted(kept.stdout.split()) == [
+        'data/.gitignore',
+        'data/mine/prepare.py',
+        'data/shakespeare_char/prepare.py',
+        'data/text/prepare.py',
+    ]
 
 
-@pytest.mark.parametrize('flags, said', [
-    ([], '--input=PATH'), (['--input=nothing'], 'nothing'), (['--input={notes}/picture.png'], 'picture.png'),
-    (['--input={notes}', '--name=shakespeare_char'], 'data/shakespeare_char/prepare.py'), (['--input={notes}', '--name=text'], 'data/text'),
-    (['--input={notes}', '--name=a/b'], '--name=a_b'), (['--input={notes}', '--name=..'], '--name=notes'),
-    (['--input={notes}', '--tokenizer=words'], 'words'), (['--input={notes}/empty.txt'], 'no text'),
-    (['--input={notes}/ab.txt'], '2 characters'), (['--input={notes}/bad.jsonl'], 'bad.jsonl:1')])
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        ([], '--input=PATH'),
+        (['--input=nothing'], 'nothing'),
+        (['--input={notes}/picture.png'], 'picture.png'),
+        (['--input={notes}', '--name=shakespeare_char'], 'data/shakespeare_char/prepare.py'),
+        (['--input={notes}', '--name=text'], 'data/text'),
+        (['--input={notes}', '--name=a/b'], '--name=a_b'),
+        (['--input={notes}', '--name=..'], '--name=notes'),
+        (['--input={notes}', '--tokenizer=words'], 'words'),
+        (['--input={notes}/empty.txt'], 'no text'),
+        (['--input={notes}/ab.txt'], '2 characters'),
+        (['--input={notes}/bad.jsonl'], 'bad.jsonl:1'),
+    ],
+)
 def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flags, said):
     for name, content in (('empty.txt', ''), ('ab.txt', 'ab'), ('bad.jsonl', '{')):
         (notes / name).write_text(content)
-    done = run_script('data/text/prepare.py', *[flag.format(notes=notes) for flag in flags], folder=checkout)
+    done = run_script(
+        'data/text/prepare.py', *[flag.format(notes=notes) for flag in flags], folder=checkout
+    )
     errors = [line for line in done.stderr.splitlines() if not line.startswith('note: left out')]
-    assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith('error: ') and said in errors[0]
+    assert (
+        done.returncode == 2
+        and len(errors) == 1
+        and errors[0].startswith('error: ')
+        and said in errors[0]
+    )
     assert not list(checkout.glob('data/**/*.bin'))
 
 
 # -- OpenWebText, on documents that are here ---------------------------------------------------------------------------
+
 
 @pytest.fixture
 def pages(tmp_path):
@@ -256,7 +350,9 @@ def pages(tmp_path):
     texts = [f'Page {number} ' + 'of the web. ' * (number % 7) for number in range(50)]
     folder = tmp_path / 'pages'
     folder.mkdir()
-    (folder / 'a.jsonl').write_text(''.join(json.dumps({'url': 'x', 'text': text}) + '\n' for text in texts[:30]))
+    (folder / 'a.jsonl').write_text(
+        ''.join(json.dumps({'url': 'x', 'text': text}) + '\n' for text in texts[:30])
+    )
     pyarrow.parquet.write_table(pyarrow.table({'text': texts[30:]}), folder / 'b.parquet')
     return folder, texts
 
@@ -267,24 +363,41 @@ def openwebtext(*flags):
 
 def test_openwebtext_is_split_and_ordered_as_nanogpt_does(small_gpt2, pages, tmp_path, capsys):
     folder, texts = pages
-    (folder / 'c.jsonl').write_text('{"text": ""}\n{"text": null}\n')  # documents too; .parquet files come last
+    (folder / 'c.jsonl').write_text(
+        '{"text": ""}\n{"text": null}\n'
+    )  # documents too; .parquet files come last
     texts[30:30] = ['', '']
     openwebtext(f'--input={folder}', f'--out_dir={tmp_path / "owt"}')
     data = open_dataset(tmp_path / 'owt', 2)
-    parts = datasets.Dataset.from_dict({'text': texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    parts = datasets.Dataset.from_dict({'text': texts}).train_test_split(
+        test_size=0.0005, seed=2357, shuffle=True
+    )
     for ids, part in ((data.val, parts['test']), (data.train, parts['train'])):
         assert data.tokenizer.decode(ids).split('<|endoftext|>') == [*part['text'], '']
     assert data.meta['source']['documents'] == {'train': 51, 'val': 1}
     assert 'documents 52' in capsys.readouterr().out
-    assert sorted(file.name for file in (tmp_path / 'owt').iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(file.name for file in (tmp_path / 'owt').iterdir()) == [
+        'meta.json',
+        'train.bin',
+        'val.bin',
+    ]
 
 
-def test_openwebtext_from_hugging_face_gives_the_bins_of_the_same_texts_in_files(small_gpt2, pages, tmp_path, monkeypatch, capsys):
+def test_openwebtext_from_hugging_face_gives_the_bins_of_the_same_texts_in_files(
+    small_gpt2, pages, tmp_path, monkeypatch, capsys
+):
     folder, texts = pages
     texts[7] = ''
-    (folder / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts[:30]))
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split, num_proc: datasets.Dataset.from_dict(
-        {'text': [text or None for text in texts], 'url': ['x'] * 50}))
+    (folder / 'a.jsonl').write_text(
+        ''.join(json.dumps({'text': text}) + '\n' for text in texts[:30])
+    )
+    monkeypatch.setattr(
+        datasets,
+        'load_dataset',
+        lambda name, split, num_proc: datasets.Dataset.from_dict(
+            {'text': [text or None for text in texts], 'url': ['x'] * 50}
+        ),
+    )
     openwebtext(f'--input={folder}', f'--out_dir={tmp_path / "files"}')
     openwebtext(f'--out_dir={tmp_path / "hub"}')
     for name in ('train.bin', 'val.bin'):
@@ -293,7 +406,9 @@ def test_openwebtext_from_hugging_face_gives_the_bins_of_the_same_texts_in_files
 
 
 @pytest.mark.parametrize('at', [1, 30, 49])
-def test_openwebtext_goes_on_where_it_was_stopped(small_gpt2, pages, tmp_path, monkeypatch, capsys, at):
+def test_openwebtext_goes_on_where_it_was_stopped(
+    small_gpt2, pages, tmp_path, monkeypatch, capsys, at
+):
     openwebtext(f'--input={pages[0]}', f'--out_dir={tmp_path / "whole"}')
     monkeypatch.setattr(unfinished, 'JOURNAL_SECONDS', 0)
     monkeypatch.setattr(encode, 'BATCH', 1)
@@ -314,19 +429,29 @@ def test_openwebtext_goes_on_where_it_was_stopped(small_gpt2, pages, tmp_path, m
     openwebtext(f'--input={pages[0]}', f'--out_dir={tmp_path / "stopped"}')
     assert len(added) == at
     for name in ('train.bin', 'val.bin', 'meta.json'):
-        assert (tmp_path / 'stopped' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+        assert (tmp_path / 'stopped' / name).read_bytes() == (
+            tmp_path / 'whole' / name
+        ).read_bytes()
 
 
-def test_openwebtext_without_its_package_says_what_to_install(small_gpt2, pages, tmp_path, monkeypatch):
+def test_openwebtext_without_its_package_says_what_to_install(
+    small_gpt2, pages, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(UserError, match='pip install datasets'):
         openwebtext(f'--out_dir={tmp_path / "owt"}')
 
 
-@pytest.mark.parametrize('name, content, said', [
-    ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl:2: found no JSON'),
-    ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: found no field 'text'"), ('one.jsonl', '{"text": "one"}\n', 'two'),
-    ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*no text'), ('notes.txt', 'one', 'no .jsonl or .parquet')])
+@pytest.mark.parametrize(
+    'name, content, said',
+    [
+        ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl:2: found no JSON'),
+        ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: found no field 'text'"),
+        ('one.jsonl', '{"text": "one"}\n', 'two'),
+        ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*no text'),
+        ('notes.txt', 'one', 'no .jsonl or .parquet'),
+    ],
+)
 def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=said):
@@ -337,10 +462,16 @@ def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, con
 @pytest.mark.slow
 def test_openwebtext_without_a_network_is_one_line(tmp_path):
     """The vocabulary is not what is missing here."""
-    program = ('import runpy, sys; from nib import errors; from nib.text import tokenizer\n'
-               'tokenizer.Gpt2Tokenizer.encode = lambda self, text: None\n'
-               f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"](["--out_dir={tmp_path / "owt"}"]))')
+    program = (
+        'import runpy, sys; from nib import errors; from nib.text import tokenizer\n'
+        'tokenizer.Gpt2Tokenizer.encode = lambda self, text: None\n'
+        f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"](["--out_dir={tmp_path / "owt"}"]))'
+    )
     done = run_script('-c', program, env={'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'})
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'Traceback' not in done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and 'Traceback' not in done.stderr
+    )
     for word in ('Skylion007/openwebtext', '--input=FOLDER'):
         assert word in done.stderr

@@ -1,4 +1,5 @@
 """Bins in the making: a run that was stopped anywhere goes on to what it would have been, and none passes for whole."""
+
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from nib.tokens.write import write_dataset
 SOURCE = {'text': 'made up'}
 COUNT = 40
 # A run on the same pieces that notes its progress after each, and that, with the reader 'waiting', waits at the 25th.
-PROGRAM = '''
+PROGRAM = """
 import sys, time
 from nib.errors import run_script
 from nib.text.tokenizer import ByteTokenizer
@@ -39,7 +40,7 @@ def waiting(start):
         yield piece
 
 run_script(lambda argv: write_dataset(sys.argv[1], {reader}, ByteTokenizer(), {source}) and None)
-'''
+"""
 
 
 def read_pieces(start, count=COUNT):
@@ -59,12 +60,21 @@ def whole(tmp_path_factory):
 
 
 def program(reader, source=SOURCE) -> list[str]:
-    return [sys.executable, '-c', PROGRAM.replace('{reader}', reader).replace('{source}', repr(source))]
+    return [
+        sys.executable,
+        '-c',
+        PROGRAM.replace('{reader}', reader).replace('{source}', repr(source)),
+    ]
 
 
 def start_program(folder, source=SOURCE):
-    run = subprocess.Popen([*program('waiting', source), str(folder)], cwd=ROOT, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [*program('waiting', source), str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert run.stdout.readline() == 'waiting\n'
     return run
 
@@ -78,7 +88,9 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_if_never_stopped(whole, 
     run = start_program(tmp_path)
     run.send_signal(number)
     said = run.communicate()[1]
-    assert run.returncode == (130 if number == signal.SIGINT else -number) and 'Traceback' not in said
+    assert (
+        run.returncode == (130 if number == signal.SIGINT else -number) and 'Traceback' not in said
+    )
     assert not is_prepared(tmp_path)
     with open(tmp_path / '.train.bin.unfinished', 'ab') as file:
         file.write(b'a batch that the journal does not know of')
@@ -110,7 +122,11 @@ def test_what_another_run_left_is_not_gone_on_with(whole, stopped, tmp_path, cha
     elif change == 'no bin':
         (tmp_path / '.val.bin.unfinished').unlink()
     starts = []
-    write(tmp_path, lambda start: starts.append(start) or read_pieces(start), {'text': 'other'} if change == 'source' else SOURCE)
+    write(
+        tmp_path,
+        lambda start: starts.append(start) or read_pieces(start),
+        {'text': 'other'} if change == 'source' else SOURCE,
+    )
     assert starts == [0]
     assert (tmp_path / 'train.bin').read_bytes() == (whole / 'train.bin').read_bytes()
 
@@ -119,7 +135,10 @@ def test_what_two_other_runs_left_is_not_mixed_up(whole, stopped, tmp_path):
     """The second one writes over what the journal of the first tells of, and is killed before it has one of its own."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     second = program('waiting', {})
-    second[-1] = second[-1].replace('JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 0', 'JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 600')
+    second[-1] = second[-1].replace(
+        'JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 0',
+        'JOURNAL_SECONDS, encode.BATCH, encode.SERIAL_BATCHES = 600',
+    )
     run = subprocess.Popen([*second, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == 'waiting\n'
     run.kill()
@@ -144,7 +163,9 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize('at', range(8))
-def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_nothing(whole, tmp_path, monkeypatch, at):
+def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_nothing(
+    whole, tmp_path, monkeypatch, at
+):
     """At each of the steps in turn: none is mistaken for bins of nanoGPT's, which have no meta.json."""
     write(tmp_path, lambda start: read_pieces(start, 20))
     (tmp_path / 'meta.pkl').write_bytes(b'of other bins')
@@ -157,9 +178,14 @@ def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_noth
             if steps > at:
                 raise Crash
             return function(*args, **options)
+
         return step
 
-    monkeypatch.setattr(unfinished.UnfinishedBins, 'finish', with_crashes(unfinished.UnfinishedBins.finish, crashing, monkeypatch))
+    monkeypatch.setattr(
+        unfinished.UnfinishedBins,
+        'finish',
+        with_crashes(unfinished.UnfinishedBins.finish, crashing, monkeypatch),
+    )
     with pytest.raises(Crash):
         write(tmp_path)
     monkeypatch.undo()
@@ -172,22 +198,32 @@ def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_noth
 
 def with_crashes(finish, crashing, monkeypatch):
     """finish() whose every change to the folder goes through crashing()."""
+
     def wrapped(self, meta):
         for owner, name in ((os, 'replace'), (type(self.folder), 'unlink')):
             monkeypatch.setattr(owner, name, crashing(getattr(owner, name)))
         finish(self, meta)
+
     return wrapped
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, tmp_path):
     resource = pytest.importorskip('resource')  # not on Windows
+
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 
-    done = subprocess.run([*program('read_pieces'), str(tmp_path)], cwd=ROOT,
-                          capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 2 and re.fullmatch(r'error: .*cannot be written \(File too large\).*\n', done.stderr)
+    done = subprocess.run(
+        [*program('read_pieces'), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 2 and re.fullmatch(
+        r'error: .*cannot be written \(File too large\).*\n', done.stderr
+    )
     starts = []
     write(tmp_path, lambda start: starts.append(start) or read_pieces(start))
     assert starts[0] > 0 and contents(tmp_path) == contents(whole)
@@ -196,6 +232,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, t
 def test_a_run_that_fails_at_once_leaves_nothing(tmp_path):
     def failing(start):
         raise UserError('no text')
+
     with pytest.raises(UserError, match='no text'):
         write(tmp_path, failing)
     assert list(tmp_path.iterdir()) == []
