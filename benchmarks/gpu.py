@@ -208,7 +208,7 @@ def find_text() -> Path:
     path = Path(text or Path(out) / 'text.txt')
     if not path.exists():
         sources = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
-        path.write_text(''.join(source.read_text(encoding='ascii', errors='ignore') for source in sources)[:5_000_000])
+        path.write_text(''.join(source.read_text(encoding='ascii', errors='ignore') for source in sources)[:100_000 if rehearse else 5_000_000])
     return path
 
 
@@ -217,7 +217,7 @@ def find_text() -> Path:
 def run_tests(figures, end):
     """The tests marked gpu, several at a time if pytest-xdist is installed."""
     parallel = ['-n', '8'] if importlib.util.find_spec('xdist') and not rehearse else []
-    command = [sys.executable, '-u', '-m', 'pytest', 'tests/test_gpu.py', '-m', 'gpu', '-v', '--tb=short', '-p', 'no:cacheprovider']
+    command = [sys.executable, '-u', '-m', 'pytest', 'tests/test_gpu.py', '-m', 'gpu', '-vv', '--tb=short', '-p', 'no:cacheprovider']
     process = subprocess.Popen([*command, *parallel], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     counts, last = {}, ''
     for line in process.stdout:
@@ -242,7 +242,7 @@ def measure_gpt2(figures, end):
     rate = measure.matrix_rate(device(), 'float32' if rehearse else 'bfloat16', 256 if rehearse else 8192)
     figures.note('rate of a large matrix product, TFLOP/s', rate / 1e12)
     peak = peak_flops(device(), 'bfloat16')
-    for batch in batches.split(','):
+    for batch in batches.split(',')[:1 if rehearse else None]:
         if time.perf_counter() < end - 15:
             measure_batch(figures, int(batch), rate, peak)
 
@@ -306,11 +306,12 @@ def measure_char(figures, end):
         left = (end - 5 - time.perf_counter()) / (len(runs) - i) * (1 if i == len(runs) - 1 else 1.2)
         evaluations, lines, reached = watch_run(command, folder, left, TARGET if is_shakespeare else 1e9)
         if is_shakespeare:
-            figures.note(f'{name}: seconds to {TARGET}', evaluations[-1][0] if reached else f'not in {left:.0f} s')
+            figures.note(f'{name}: seconds to {TARGET}', evaluations[-1][0] if reached else 'not reached in its time')
             figures.note(f'{name}: step, loss of each evaluation', ', '.join(f'{step}: {loss}' for _, step, loss in evaluations))
         if times := [float(ms) for line in lines for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', line)]:
             figures.note(f'{name}: ms per step', statistics.median(times))
-        elif name != 'nanoGPT' and (speeds := read_run(f'{out}/char{"-fast" * (name == "fast")}').values('tokens_per_second')):
+        elif name != 'nanoGPT' and len(evaluations) > 1:
+            speeds = read_run(f'{out}/char{"-fast" * (name == "fast")}').values('tokens_per_second')
             tokens = 4 * 32 if rehearse else 64 * 256
             figures.note(f'{name}: ms per step', 1000 * tokens / statistics.median(speeds))
         else:
@@ -462,7 +463,7 @@ def profile(figures, end):
 def compare_recipes(figures, end):
     """fast_gpt2's recipe against train_gpt2's: the loss after as many seconds of training."""
     path, data = find_text(), Path(out) / 'data' / 'recipes'
-    for tokenizer in ('gpt2', 'byte'):  # GPT-2's needs files that may be missing
+    for tokenizer in ('byte',) if rehearse else ('gpt2', 'byte'):  # GPT-2's needs files that may be missing
         done = subprocess.run([sys.executable, str(ROOT / 'data/text/prepare.py'), f'--input={path}', f'--tokenizer={tokenizer}',
                                f'--out_dir={data}'], env=environment())
         if done.returncode == 0:
@@ -479,7 +480,7 @@ def compare_recipes(figures, end):
                             f'--warmup_iters={max(1, steps // 20)}', f'--eval_interval={steps}', '--eval_iters=5', '--log_interval=5'],
                            cwd=ROOT, check=True)
             return read_run(folder)
-        speed = max(run(20).values('tokens_per_second'))
+        speed = max(run(30 if rehearse else 20).values('tokens_per_second'))
         steps = 30 if rehearse else max(20, int(recipe_seconds * speed / tokens_per_step))
         done = run(steps)
         figures.note(f'{name}: tokens/s', speed)

@@ -221,8 +221,10 @@ def profile_steps(training, first: int, n: int) -> tuple[dict[str, float], list[
 
 
 def kind_of(kernel: str) -> str:
-    """The kind of a kernel, by its name. cuDNN is used for attention only."""
+    """The kind of a kernel, by its name. cuDNN is used for attention only; a kernel of the compiler
+    is named after the operations around it, too, but computes neither attention nor products."""
     kernel = kernel.lower()
     if kernel.startswith('cudnn'):
         return 'attention'
-    return next((kind for kind, parts in GROUPS.items() if any(part in kernel for part in parts)), 'other')
+    kinds = list(GROUPS)[2:] if kernel.startswith(('triton_poi', 'triton_per', 'triton_red')) else GROUPS
+    return next((kind for kind in kinds if any(part in kernel for part in GROUPS[kind])), 'other')
