@@ -1,5 +1,6 @@
 """The parts of benchmarks/gpu.py that look into a training step: which operations repeat bit for bit,
 and which kernels its time goes to. Each function is called in a process of its own."""
+
 import contextlib
 import time
 from collections.abc import Callable, Mapping
@@ -15,19 +16,42 @@ from nib.machine.device import autocast, has_bfloat16, peak_memory, synchronize
 from nib.optim import Optimizer
 from nib.tokens.dataset import open_dataset
 
-ATTENTION = {'flash': SDPBackend.FLASH_ATTENTION, 'cuDNN': SDPBackend.CUDNN_ATTENTION,
-             'efficient': SDPBackend.EFFICIENT_ATTENTION, 'math': SDPBackend.MATH}
+ATTENTION = {
+    'flash': SDPBackend.FLASH_ATTENTION,
+    'cuDNN': SDPBackend.CUDNN_ATTENTION,
+    'efficient': SDPBackend.EFFICIENT_ATTENTION,
+    'math': SDPBackend.MATH,
+}
 REPEATS = 5
 GROUPS = {  # kind of kernel -> parts of its name, in lower case; the first that fits counts
     'attention': ('sdpa', 'flash', 'fmha', 'attention'),
-    'matrix products': ('nvjet', 'gemm', 'cutlass', 'cublas', 'splitk', 'aten::mm', 'aten::addmm',
-                        'aten::bmm', 'triton_tem', 'triton_mm'),
+    'matrix products': (
+        'nvjet',
+        'gemm',
+        'cutlass',
+        'cublas',
+        'splitk',
+        'aten::mm',
+        'aten::addmm',
+        'aten::bmm',
+        'triton_tem',
+        'triton_mm',
+    ),
     'loss': ('log_softmax', 'logsumexp', 'nll', 'cross_entropy', '_softmax'),
     'optimizer': ('multi_tensor', 'adam', 'foreach', 'lpnorm', 'linalg_vector_norm'),
     'norms': ('norm',),
     'embedding': ('embedding', 'index_put', 'atomic'),
-    'elementwise and reductions': ('triton_', 'elementwise', 'reduce', 'vectorized', 'copy', 'fill',
-                                   'aten::add', 'aten::mul', 'aten::gelu'),
+    'elementwise and reductions': (
+        'triton_',
+        'elementwise',
+        'reduce',
+        'vectorized',
+        'copy',
+        'fill',
+        'aten::add',
+        'aten::mul',
+        'aten::gelu',
+    ),
     'memory': ('memcpy', 'memset'),
 }
 
@@ -64,11 +88,16 @@ def serve(job: Mapping, rounds):
     for _ in rounds:
         seconds = time_steps(training, step, job['steps']) / job['steps']
         step += job['steps']
-        yield {'tokens/s': tokens / seconds, 'ms/step': 1000 * seconds, 'peak memory, MB': memory / 1e6,
-               'TFLOP/s': training.flops_per_token * tokens / seconds / 1e12}
+        yield {
+            'tokens/s': tokens / seconds,
+            'ms/step': 1000 * seconds,
+            'peak memory, MB': memory / 1e6,
+            'TFLOP/s': training.flops_per_token * tokens / seconds / 1e12,
+        }
 
 
 # -- does it repeat? -------------------------------------------------------------------------------
+
 
 def repeat_steps(job: Mapping) -> dict:
     """Whether two runs of 4 steps from the same state are equal bit for bit, and which parameters'
@@ -85,7 +114,9 @@ def repeat_steps(job: Mapping) -> dict:
 
         def run(n: int = 4) -> list[torch.Tensor]:
             reset(t, job, initial)
-            losses = [train.train_step(t, t.batches.micro_batches(step), step)[0] for step in range(n)]
+            losses = [
+                train.train_step(t, t.batches.micro_batches(step), step)[0] for step in range(n)
+            ]
             return losses + [p.detach().clone() for p in t.raw_model.parameters()]
 
         run(2)
@@ -95,13 +126,22 @@ def repeat_steps(job: Mapping) -> dict:
             first, second = run(), run()
             gradients = [gradients_of(t, job, initial) for _ in range(REPEATS)]
             milliseconds = min(1000 * time_steps(t, 4 + i, 1) for i in range(10))
-    differing = sorted({name for other in gradients[1:] for name, gradient in other.items()
-                        if not torch.equal(gradient, gradients[0][name])})
-    return {'4 steps equal': all(map(torch.equal, first, second)),
-            'losses equal': all(map(torch.equal, first[:4], second[:4])),
-            'gradients that differ': len(differing), 'of': len(gradients[0]),
-            'the first of them': ', '.join(name.removeprefix('transformer.') for name in differing[:6]),
-            'ms/step': milliseconds}
+    differing = sorted(
+        {
+            name
+            for other in gradients[1:]
+            for name, gradient in other.items()
+            if not torch.equal(gradient, gradients[0][name])
+        }
+    )
+    return {
+        '4 steps equal': all(map(torch.equal, first, second)),
+        'losses equal': all(map(torch.equal, first[:4], second[:4])),
+        'gradients that differ': len(differing),
+        'of': len(gradients[0]),
+        'the first of them': ', '.join(name.removeprefix('transformer.') for name in differing[:6]),
+        'ms/step': milliseconds,
+    }
 
 
 def reset(t, config, initial):
@@ -123,6 +163,7 @@ def gradients_of(t, config, initial) -> dict[str, torch.Tensor]:
 def exclusive(path: str):
     """Waits until no other process is in here."""
     import fcntl
+
     with open(path, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -135,7 +176,9 @@ def repeat_operations(job: Mapping) -> dict:
         try:
             first = operation()
             equal = [all(map(torch.equal, first, operation())) for _ in range(REPEATS)]
-            results[name] = 'equal' if all(equal) else f'differs in {equal.count(False)} of {REPEATS}'
+            results[name] = (
+                'equal' if all(equal) else f'differs in {equal.count(False)} of {REPEATS}'
+            )
         except Exception as error:  # a kernel that this machine lacks, or that cannot be compiled
             results[name] = f'failed: {describe(error)}'
     return results
@@ -157,16 +200,20 @@ def operations(job: Mapping) -> dict[str, Callable[[], tuple]]:
             torch.manual_seed(1)
             gradient = torch.randn_like(output)
             return output, *torch.autograd.grad(output, inputs, gradient)
+
         return run
 
     def attend(backend):
         def run(q, k, v):
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
         return run
 
     V = job['vocab_size']
-    ids = (torch.rand(B, T, device=device) ** 4 * V).long()  # some tokens are frequent, as in a text
+    ids = (
+        torch.rand(B, T, device=device) ** 4 * V
+    ).long()  # some tokens are frequent, as in a text
     targets, weight = ids.flatten(), tensor(V, C)
 
     def plain_loss(x, weight):
@@ -177,12 +224,16 @@ def operations(job: Mapping) -> dict[str, Callable[[], tuple]]:
 
     heads = [tensor(B, H, T, C // H, dtype=dtype) for _ in range(3)]
     backends = ATTENTION if device == 'cuda' else {'math': SDPBackend.MATH}
-    found = {f'attention, {name}': forward_and_backward(attend(backend), *heads)
-             for name, backend in backends.items()}
-    parts = {'embedding': (lambda weight: F.embedding(ids, weight), weight),
-             'LayerNorm': (lambda x, gain: F.layer_norm(x, (C,), gain), tensor(B * T, C), tensor(C)),
-             'linear': (F.linear, tensor(B * T, C), tensor(4 * C, C)),
-             'loss at once': (plain_loss, tensor(B * T, C), weight)}
+    found = {
+        f'attention, {name}': forward_and_backward(attend(backend), *heads)
+        for name, backend in backends.items()
+    }
+    parts = {
+        'embedding': (lambda weight: F.embedding(ids, weight), weight),
+        'LayerNorm': (lambda x, gain: F.layer_norm(x, (C,), gain), tensor(B * T, C), tensor(C)),
+        'linear': (F.linear, tensor(B * T, C), tensor(4 * C, C)),
+        'loss at once': (plain_loss, tensor(B * T, C), weight),
+    }
     for name, (function, *inputs) in parts.items():
         found[f'{name}, eager'] = forward_and_backward(function, *inputs)
     found['loss in chunks'] = forward_and_backward(chunked_loss, tensor(B * T, C), weight)
@@ -200,9 +251,11 @@ def describe(error: BaseException) -> str:
 
 # -- where the time goes ---------------------------------------------------------------------------
 
+
 def profile_steps(training, first: int, n: int) -> tuple[dict[str, float], list[str]]:
     """Milliseconds of a step by kind of kernel, and lines of the 25 kernels that take most."""
     from torch.profiler import ProfilerActivity, profile
+
     on_gpu = training.device.startswith('cuda')
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=kinds) as profiler:
@@ -217,7 +270,9 @@ def profile_steps(training, first: int, n: int) -> tuple[dict[str, float], list[
     for name, milliseconds in kernels.items():
         groups[kind_of(name)] = groups.get(kind_of(name), 0.0) + milliseconds
     longest = sorted(kernels.items(), key=lambda item: -item[1])[:25]
-    return groups, [f'{milliseconds:9.3f} ms  {kind_of(name):28}{name[:120]}' for name, milliseconds in longest]
+    return groups, [
+        f'{milliseconds:9.3f} ms  {kind_of(name):28}{name[:120]}' for name, milliseconds in longest
+    ]
 
 
 def kind_of(kernel: str) -> str:
@@ -226,5 +281,9 @@ def kind_of(kernel: str) -> str:
     kernel = kernel.lower()
     if kernel.startswith('cudnn'):
         return 'attention'
-    kinds = list(GROUPS)[2:] if kernel.startswith(('triton_poi', 'triton_per', 'triton_red')) else GROUPS
+    kinds = (
+        list(GROUPS)[2:]
+        if kernel.startswith(('triton_poi', 'triton_per', 'triton_red'))
+        else GROUPS
+    )
     return next((kind for kind in kinds if any(part in kernel for part in GROUPS[kind])), 'other')
