@@ -4,12 +4,13 @@
     python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt
     python benchmarks/gpu.py --out=rehearsal --rehearse     the same on a CPU, at toy sizes
 
-Needs a CUDA GPU, torch, numpy and pytest, and no network. transformers is measured if installed. The
-text is Python's own library, or --text=FILE; with tiny Shakespeare the character stage trains to
+Needs a CUDA GPU, torch, numpy and pytest, and no network. It measures transformers too, if
+installed. The text is Python's own library, or --text=FILE; with tiny Shakespeare the character stage trains to
 nanoGPT's published loss. A stage is a process with a time limit; it writes OUT/STAGE.txt and
 OUT/results.json as it goes, its output to OUT/STAGE.log. A stage that is done is not run again.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -100,7 +101,7 @@ def main(argv):
             )
     if not rehearse and not torch.cuda.is_available():
         raise UserError(
-            'torch finds no CUDA GPU on this machine; --rehearse runs the stages on the CPU, at toy sizes'
+            'torch finds no CUDA GPU here; --rehearse runs the stages on the CPU, at toy sizes'
         )
     if nanogpt and not (Path(nanogpt) / 'train.py').exists():
         raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT')
@@ -163,10 +164,8 @@ def run_in_process(name: str, argv, limit: float) -> str:
 
 def end_group(process):
     """Ends a stage's process and all that it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -184,7 +183,7 @@ def run_stage(name: str, limit: float, argv):
 
 
 class Figures:
-    """A stage's figures, written to OUT/STAGE.txt and OUT/results.json as soon as they are there."""
+    """A stage's figures, written to OUT/STAGE.txt and OUT/results.json as soon as they exist."""
 
     def __init__(self, stage: str, values=()):
         self.stage, self.values = stage, dict(values)

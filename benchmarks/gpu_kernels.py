@@ -1,5 +1,8 @@
-"""The parts of benchmarks/gpu.py that look into a training step: which operations repeat bit for bit,
-and which kernels its time goes to. Each function is called in a process of its own."""
+"""The parts of benchmarks/gpu.py that look into a training step.
+
+They find which operations repeat bit for bit, and which kernels the time goes to. Each function
+runs in a process of its own.
+"""
 
 import contextlib
 import time
@@ -170,7 +173,7 @@ def exclusive(path: str):
 
 
 def repeat_operations(job: Mapping) -> dict:
-    """Which operations of a step give equal results, forward and backward, when they are repeated."""
+    """Which operations of a step repeat their results, forward and backward, bit for bit."""
     results = {}
     for name, operation in operations(job).items():
         try:

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Every test here is skipped on a machine without one; benchmarks/gpu.py runs them."""
+"""What only a GPU can show; skipped on machines without one. benchmarks/gpu.py runs these tests."""
 
 import contextlib
 
@@ -144,7 +144,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_on_a_gpu(data_dir, tmp_path,
         for run in ('whole', 'cut')
     )
     cut.pop((20, 'loss/val_whole'))  # of the run that ended there
-    assert cut == whole and len(whole) > 50
+    assert cut.keys() == whole.keys() and len(whole) > 50
+    if compile == 'compile':  # its sums vary in their order from run to run
+        assert list(cut.values()) == pytest.approx(list(whole.values()), rel=0.02)
+        return
+    assert cut == whole
     for file in ('model.safetensors', 'optimizer.safetensors'):
         assert (tmp_path / 'cut/step-00000050' / file).read_bytes() == (
             tmp_path / 'whole/step-00000050' / file
@@ -223,7 +227,10 @@ def test_nccl_with_one_rank_gives_the_same_gradients(tmp_path):
     'vocab_size, tied, cap', [(997, True, 0.0), (1000, False, 5.0), (5000, True, 0.0)]
 )
 def test_the_padded_vocabulary_never_shows(vocab_size, tied, cap, monkeypatch):
-    """Loss and gradients on a GPU, where the head is padded: in chunks, at once and compiled, against plain float64 on a CPU."""
+    """Loss and gradients with the padded head of a GPU equal plain float64 on a CPU.
+
+    The loss is computed at once, in chunks and compiled.
+    """
     config = GPTConfig(
         vocab_size=vocab_size,
         block_size=32,
@@ -260,7 +267,8 @@ def test_a_model_that_waits_for_the_gpu_generates_without_a_cuda_graph(monkeypat
 
     class Waiting(torch.nn.Module):
         def forward(self, x):
-            return x if x.sum().item() else x
+            assert x.sum().item() < float('inf')  # waits for the GPU
+            return x
 
     model.transformer.drop = Waiting()
     assert greedy(model, [[1, 2, 3]], 20) == expected
