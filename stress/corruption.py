@@ -110,7 +110,7 @@ def restore(out_dir: Path, content: dict[Path, bytes]):
         path.write_bytes(was)
 
 
-# -- kinds of damage, each done to a file ------------------------------------------------------------------------------
+# -- kinds of damage, each done to a file ----------------------------------------------------------
 
 
 def flip_bit(path: Path, draw: random.Random):

@@ -126,7 +126,7 @@ def exit_code(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-# -- a stop at every operation ---------------------------------------------------------------------------------------
+# -- a stop at every operation ---------------------------------------------------------------------
 
 
 def tensors_of(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -331,7 +331,7 @@ def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[st
     return values.pop()
 
 
-# -- kills at random moments -----------------------------------------------------------------------------------------
+# -- kills at random moments -----------------------------------------------------------------------
 
 COUNTED = (
     'kills',

@@ -161,11 +161,11 @@ DATA = {
     ),
     'train shorter than a block': (
         lambda place: write_ids(place, 'train', [1] * 16),
-        ['train.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size='],
+        ['train.bin has 16 tokens', 'block_size + 1 = 17', '--block_size='],
     ),
     'val shorter than a block': (
         lambda place: write_ids(place, 'val', [1] * 16),
-        ['val.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size='],
+        ['val.bin has 16 tokens', 'block_size + 1 = 17', '--block_size='],
     ),
     'id too large in train': (
         replace_id('train', 1234, 500),
@@ -177,13 +177,13 @@ DATA = {
     ),
     'uint32 under a meta of uint16': (
         widen,
-        ['train.bin holds uint32 ids', 'meta.json says uint16', ANEW],
+        ['train.bin contains uint32 ids', 'meta.json says uint16', ANEW],
     ),
     'uint16 under a meta of uint32': (
         lambda place: change_meta(place, dtype='uint32'),
         ['train.bin holds uint16 ids', 'meta.json says uint32', ANEW],
     ),
-    'uint32 without a meta': (widen_both, ['train.bin holds uint32 ids', 'no meta.json', ANEW]),
+    'uint32 without a meta': (widen_both, ['train.bin seems to contain uint32 ids', 'without a meta.json', ANEW]),
     'missing meta': (without_meta, ['data/tiny has neither meta.json nor meta.pkl', ANEW]),
     'empty meta': (meta_text(''), ['meta.json is not JSON', ANEW]),
     'half a meta': (meta_text('{"format": 1, "dty'), ['meta.json is not JSON', ANEW]),
@@ -260,7 +260,7 @@ DATA = {
     ),
     'cut bin': (
         lambda place: bin_of(place).write_bytes(bytes(100)),
-        ['train.bin holds 50 tokens', 'meta.json says 18,', ANEW],
+        ['train.bin has 50 tokens', 'meta.json says 18,', ANEW],
     ),
     'changed bin': (
         lambda place: bin_of(place, 'val').write_bytes(bytes(bin_of(place, 'val').stat().st_size)),
@@ -734,10 +734,10 @@ TEXTS = {
         'text',
         None,
         ['--input={place}/none'],
-        ['none: there is no such file', '--input=PATH'],
+        ['none: no such file or folder', '--input=PATH'],
     ),
     'an empty text': ('text', ('a.txt', b''), [], ['hold no text', '--input=PATH']),
-    'two characters': ('text', ('a.txt', b'ab'), [], ['2 characters', 'take a longer one']),
+    'two characters': ('text', ('a.txt', b'ab'), [], ['2 characters', 'use a longer text']),
     'a text that is not UTF-8': (
         'text',
         ('a.txt', b'caf\xe9 ' * 99),
@@ -755,19 +755,19 @@ TEXTS = {
         'text',
         ('a.jsonl', b'{"body": "a"}'),
         [],
-        ['a.jsonl:1', "'body' instead", '--field=NAME'],
+        ['a.jsonl:1', "fields: 'body'", '--field=NAME'],
     ),
     'a field that is no text': (
         'text',
         ('a.jsonl', b'{"text": 1}'),
         [],
-        ['a.jsonl:1', 'of type int', '--field=NAME'],
+        ['a.jsonl:1', 'has type int', '--field=NAME'],
     ),
     'what is no parquet': (
         'text',
         ('a.parquet', b'PAR1 no'),
         [],
-        ['a.parquet is not a .parquet', 'write it anew'],
+        ['a.parquet is not a valid .parquet file', 'recreate it'],
     ),
     'a name for no folder': (
         'text',
@@ -821,7 +821,7 @@ TEXTS = {
         'shakespeare_char',
         ('a.txt', b'abc'),
         [],
-        ['3 characters', 'take a longer one'],
+        ['3 characters', 'use a longer text'],
     ),
 }
 
@@ -843,12 +843,12 @@ def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(
 @pytest.mark.parametrize(
     'page, digest, reason',
     [
-        ('truncated', SHA256, 'cut off before the end of its 129,000 bytes'),
+        ('truncated', SHA256, 'connection lost before all 129,000 bytes arrived'),
         ('stalled', SHA256, 'timed out'),
         ('silent', SHA256, 'timed out'),
         ('drip', SHA256, 'too slow'),
-        ('html', SHA256, 'another file than expected (wrong SHA-256)'),
-        ('good', '0' * 64, 'another file than expected (wrong SHA-256)'),
+        ('html', SHA256, 'not the expected file (wrong SHA-256)'),
+        ('good', '0' * 64, 'not the expected file (wrong SHA-256)'),
         ('missing', SHA256, 'HTTP 404'),
     ],
 )
@@ -871,7 +871,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     ended = run_main(script, f'--out_dir={place / "data/tiny"}')
     assert_refused(
         ended,
-        ['could not download', 'tiny/input.txt', reason, 'input.txt, or type', '--input=PATH'],
+        ['could not download', 'tiny/input.txt', reason, 'input.txt, or run', '--input=PATH'],
     )
     assert contents(place) == before
 

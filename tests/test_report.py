@@ -149,7 +149,7 @@ def full_records(steps=40):
     return lines
 
 
-# -- what the page shows ---------------------------------------------------------------------------------------------
+# -- what the page shows ---------------------------------------------------------------------------
 
 
 def test_every_chart_holds_its_records(tmp_path):
@@ -411,7 +411,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
     }
 
 
-# -- whatever the records are ----------------------------------------------------------------------------------------
+# -- whatever the records are ----------------------------------------------------------------------
 
 
 def test_nothing_in_the_files_gets_out_of_the_text(tmp_path):
@@ -577,7 +577,7 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes():
     assert smooth.steps[0] == 0 and smooth.steps[-1] == 399_990 and smooth.look == 'dashed'
 
 
-# -- the parts of a chart --------------------------------------------------------------------------------------------
+# -- the parts of a chart --------------------------------------------------------------------------
 
 
 @given(st.floats(-1e290, 1e290), st.floats(0, 1e290), st.booleans())
@@ -727,7 +727,7 @@ def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band)
     assert chart.band == band
 
 
-# -- the script ------------------------------------------------------------------------------------------------------
+# -- the script ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -867,7 +867,7 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
     assert sorted(path.name for path in run.iterdir()) == ['metrics.jsonl']  # it writes nothing
 
 
-# -- train.py --------------------------------------------------------------------------------------------------------
+# -- train.py --------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_its_report_at_the_end(tmp_path, train_here):

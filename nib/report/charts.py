@@ -266,7 +266,7 @@ def show_number(value: float) -> str:
     return f'{value:,.0f}' if size >= 1e3 else f'{value:.4g}'
 
 
-# -- a page's chart --------------------------------------------------------------------------------------------------
+# -- a page's chart --------------------------------------------------------------------------------
 
 
 def to_html(chart: Chart, time: Axis, flags: Sequence[Flag]) -> str:

@@ -100,7 +100,7 @@ class Run:
         return [value for value in self.numbers.get(name, {}).values() if value is not None]
 
 
-# -- what a run has left ---------------------------------------------------------------------------------------------
+# -- what a run has left ---------------------------------------------------------------------------
 
 
 def read_run(folder, name: str = '') -> Run:
@@ -155,7 +155,7 @@ def read_runs(folders: Sequence) -> list[Run]:
     ]
 
 
-# -- which charts ----------------------------------------------------------------------------------------------------
+# -- which charts ----------------------------------------------------------------------------------
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:

@@ -16,7 +16,7 @@ from nib.report.pngs import save_png
 SAMPLES = 6  # shown of a run
 
 
-# -- the page --------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 
 
 def write_report(folders: Sequence, defaults: Mapping, page, png: bool = False) -> int:

@@ -179,7 +179,7 @@ def test_a_dataset_lacking_a_bin_is_not_prepared(folder, name):
 
 def test_a_split_shorter_than_a_block_is_refused(folder):
     replace_bin(folder, 'val', [1] * BLOCK_SIZE)
-    with pytest.raises(UserError, match='val.bin holds 16 tokens.*--block_size'):
+    with pytest.raises(UserError, match='val.bin has 16 tokens.*--block_size'):
         dataset.open_dataset(folder, BLOCK_SIZE)
     replace_bin(folder, 'val', [1] * (BLOCK_SIZE + 1))
     assert len(dataset.open_dataset(folder, BLOCK_SIZE).val) == BLOCK_SIZE + 1
@@ -281,7 +281,7 @@ def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
         dataset.open_dataset(tmp_path / 'notes', BLOCK_SIZE)
 
 
-# -- bins that nanoGPT made --------------------------------------------------------------------------------------------
+# -- bins that nanoGPT made ------------------------------------------------------------------------
 
 CHARACTERS = sorted(set(TEXT + 'é€'))
 META = {

@@ -51,7 +51,7 @@ def test_a_text_of_one_s_own_becomes_a_dataset_and_is_told_from_shakespeare(give
     cut = int(len(TEXT) * 0.9)
     for number in (len(TEXT), len(set(TEXT)), cut, len(TEXT) - cut):
         assert f'{number:,} ' in done.stdout or f'{number:,},' in done.stdout
-    assert len(done.stderr.splitlines()) == 1 and 'not tiny Shakespeare' in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and 'not the published tiny Shakespeare' in done.stderr
     meta = json.loads((tmp_path / 'romeo/meta.json').read_text())
     assert meta['source'] == {
         'file': 'romeo.txt',
@@ -185,7 +185,7 @@ def test_a_python_without_its_sources_is_named(tmp_path, monkeypatch):
         runpy.run_path(str(STDLIB))['main']([f'--out_dir={tmp_path / "out"}'])
 
 
-# -- a person's own text -----------------------------------------------------------------------------------------------
+# -- a person's own text ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes
         (['--input={notes}', '--name=a/b'], '--name=a_b'),
         (['--input={notes}', '--name=..'], '--name=notes'),
         (['--input={notes}', '--tokenizer=words'], 'words'),
-        (['--input={notes}/empty.txt'], 'no text'),
+        (['--input={notes}/empty.txt'], 'all files are empty'),
         (['--input={notes}/ab.txt'], '2 characters'),
         (['--input={notes}/bad.jsonl'], 'bad.jsonl:1'),
     ],
@@ -341,7 +341,7 @@ def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flag
     assert not list(checkout.glob('data/**/*.bin'))
 
 
-# -- OpenWebText, on documents that are here ---------------------------------------------------------------------------
+# -- OpenWebText, on documents that are here -------------------------------------------------------
 
 
 @pytest.fixture
@@ -445,10 +445,10 @@ def test_openwebtext_without_its_package_says_what_to_install(
 @pytest.mark.parametrize(
     'name, content, said',
     [
-        ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl:2: found no JSON'),
-        ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: found no field 'text'"),
+        ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl:2: not valid JSON'),
+        ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: no field 'text'"),
         ('one.jsonl', '{"text": "one"}\n', 'two'),
-        ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*no text'),
+        ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*not text'),
         ('notes.txt', 'one', 'no .jsonl or .parquet'),
     ],
 )
