@@ -173,7 +173,7 @@ def test_every_chart_holds_its_records(tmp_path):
         'learning_rate': {'learning rate': recorded('learning_rate')},
         'gradient_norm': {
             'gradient norm': recorded('grad_norm'),
-            'clipped since the point before': clipped,
+            'clipped since the previous point': clipped,
         },
         'update_ratios': {group: recorded(f'update_ratio/{group}') for group in groups},
         'throughput': {'tokens/s': recorded('tokens_per_second')},
@@ -181,11 +181,11 @@ def test_every_chart_holds_its_records(tmp_path):
         'memory': {'memory': recorded('peak_memory', 1e-6)},
         'noise_scale': {'noise scale': recorded('noise_scale')},
         'units': {
-            'dead units, of the layer that has most': recorded('dead_units', 100),
-            'attention entropy, of the largest possible': recorded('attention_entropy', 100),
+            'dead units, in the worst layer': recorded('dead_units', 100),
+            'attention entropy, relative to its maximum': recorded('attention_entropy', 100),
         },
         'attention_logit': {'largest logit': recorded('attention_logit')},
-        'activations': {'largest of the layers': recorded('activation_std')},
+        'activations': {'largest of all layers': recorded('activation_std')},
     }
     assert set(page.charts) == set(expected)
     for chart, series in expected.items():
@@ -502,7 +502,7 @@ def test_an_empty_run_has_a_page(tmp_path):
         write_run(tmp_path / 'only-config', [], {'max_iters': 10}),
     ):
         page = page_of(folder)
-        assert page.charts == {} and 'No figures are recorded yet' in page.shown
+        assert page.charts == {} and 'Nothing has been recorded yet' in page.shown
     (tmp_path / 'only-config' / 'metrics.jsonl').unlink()
     assert 'of 10' in page_of(tmp_path / 'only-config').shown
     (tmp_path / 'no-lines' / 'config.json').write_text('[1]')
@@ -797,9 +797,9 @@ def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, mon
     'flags, said',
     [
         (['--out_dir=nowhere'], 'no such folder'),
-        (['--out_dir=config'], 'no run is there'),
+        (['--out_dir=config'], 'not a run'),
         (['--out_dir=,'], 'out_dir is empty'),
-        (['--out_dir={run}', '--page=x.txt'], 'ends in .html'),
+        (['--out_dir={run}', '--page=x.txt'], 'must end in .html'),
         (['--out_dir={run}', '--page=no/where/x.html'], 'no/where'),
         (['--out_dir={run},nowhere'], 'nowhere'),
         (['--out_dir={run}', '--watch', '--port=99999'], 'from 0 to 65535'),
@@ -851,7 +851,7 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
         taken = run_main(
             'report.py', f'--out_dir={run}', '--watch', f'--port={address.split(":")[2].strip("/")}'
         )
-        assert taken.returncode == 2 and 'name another' in taken.stderr
+        assert taken.returncode == 2 and 'use another port' in taken.stderr
         shutil.move(run, tmp_path / 'away')
         with pytest.raises(urllib.error.HTTPError, match='503'):
             get()

@@ -118,8 +118,8 @@ class BatchLoader:
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of a step in order.
 
-        The next batch, even of the next step, is prepared when the caller asks to continue: a GPU is
-        still working on the previous one then. A CPU gains nothing from this.
+        The next batch, even of the next step, is prepared when the caller asks to continue, while
+        a GPU is still working on the previous one. A CPU gains nothing from this.
         """
         for micro_step in range(self.micro_steps):
             yield self._ahead.pop((step, micro_step), None) or self.batch(step, micro_step)

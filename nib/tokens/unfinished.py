@@ -109,8 +109,8 @@ class UnfinishedBins:
                 file.close()
             for name in ('train.bin', 'val.bin', 'meta.pkl'):  # nanoGPT's meta.pkl: old bins only
                 (self.folder / name).unlink(missing_ok=True)
-            with atomic_write(self.folder / 'meta.json') as file:
-                file.write(json.dumps(meta, indent=1).encode())
+            with atomic_write(self.folder / 'meta.json') as described:
+                described.write(json.dumps(meta, indent=1).encode())
             for split, path in self.paths.items():
                 os.replace(path, self.folder / f'{split}.bin')
             sync_folder(self.folder)

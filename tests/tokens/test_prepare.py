@@ -228,8 +228,8 @@ def test_a_folder_of_notes_becomes_a_dataset(
     ):
         assert words in said.out
     assert said.err.splitlines() == [
-        'note: 1 file left out, of other types than .txt, .md, .jsonl, .parquet',
-        'note: this is little text to learn from: 100,000 characters are a beginning',
+        'note: skipped 1 file of other types than .txt, .md, .jsonl, .parquet',
+        'note: this is very little text to learn from; use at least 100,000 characters',
     ]
     assert said.out.splitlines()[-1] == (
         f'to train on it: python train.py config/train_text.py --dataset=mine --data_dir={tmp_path}'
@@ -239,7 +239,7 @@ def test_a_folder_of_notes_becomes_a_dataset(
 def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
     done = run_script(WRITTEN, '--input=romeo.txt', '--out_dir=romeo', folder=tmp_path)
     assert done.returncode == 0 and done.stderr.splitlines() == [
-        'note: this is little text to learn from: 100,000 characters are a beginning'
+        'note: this is very little text to learn from; use at least 100,000 characters'
     ]
     data = open_dataset(tmp_path / 'romeo', 16)
     assert text_of(tmp_path / 'romeo') == TEXT and data.vocab_size == len(set(TEXT))
@@ -268,7 +268,7 @@ def test_a_split_far_from_a_tenth_is_told(tmp_path, capsys):
     for name, length in (('a', 3000), ('b', 2000)):
         (tmp_path / f'{name}.txt').write_text('word ' * length)
     runpy.run_path(str(WRITTEN))['main']([f'--input={tmp_path}', f'--out_dir={tmp_path / "mine"}'])
-    assert 'note: 40% of the text' in capsys.readouterr().err
+    assert 'has 40% of the text' in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flag
     done = run_script(
         'data/text/prepare.py', *[flag.format(notes=notes) for flag in flags], folder=checkout
     )
-    errors = [line for line in done.stderr.splitlines() if not line.startswith('note: left out')]
+    errors = [line for line in done.stderr.splitlines() if not line.startswith('note: skipped')]
     assert (
         done.returncode == 2
         and len(errors) == 1
@@ -375,7 +375,7 @@ def test_openwebtext_is_split_and_ordered_as_nanogpt_does(small_gpt2, pages, tmp
     for ids, part in ((data.val, parts['test']), (data.train, parts['train'])):
         assert data.tokenizer.decode(ids).split('<|endoftext|>') == [*part['text'], '']
     assert data.meta['source']['documents'] == {'train': 51, 'val': 1}
-    assert 'documents 52' in capsys.readouterr().out
+    assert '52 documents' in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / 'owt').iterdir()) == [
         'meta.json',
         'train.bin',
