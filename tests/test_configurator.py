@@ -575,11 +575,11 @@ def test_a_mistake_is_one_line_and_exit_2(run, argv, line):
     [
         pytest.param(
             'no room',
-            ['No space left', 'name another path'],
+            ['No space left', 'choose another path'],
             marks=pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has it'),
         ),
-        ('no file', ['nowhere/at all', 'No such file', 'name another path']),
-        ('large', ['a number is too large', 'take a smaller one']),
+        ('no file', ['nowhere/at all', 'No such file', 'choose another path']),
+        ('large', ['a number is too large', 'use a smaller one']),
         ('full', ['the memory is full', '--batch_size', 'a smaller model']),
     ],
 )

@@ -188,7 +188,7 @@ def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here,
     computed = poison({12, 13, 14}, 'loss')
     flags = ['--on_nonfinite=rewind', '--dropout=0.1']
     done = train_here(tmp_path / 'run', *flags)
-    assert done.returncode == 0 and 'going back to the last checkpoint' in done.stderr
+    assert done.returncode == 0 and 'returning to the last checkpoint' in done.stderr
     assert computed == [*range(15), *range(15, 25)]
     found, tensors = store.load(tmp_path / 'run')
     assert found.step == 20 and found.state['train']['passed_over'] == 5
@@ -205,7 +205,7 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
     assert (
         done.returncode == 3
-        and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+        and done.stderr.count('returning to the last checkpoint') == guard.MAX_REWINDS
     )
     assert computed[:15] == [*range(15)] and len(computed) < 15 + 3 * (guard.MAX_REWINDS + 1)
     assert store.load(tmp_path / 'run')[0].step == 10
@@ -222,7 +222,7 @@ def test_rewinds_are_counted_also_where_a_checkpoint_comes_between_bad_steps(
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind', '--eval_interval=1')
     assert (
         done.returncode == 3
-        and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+        and done.stderr.count('returning to the last checkpoint') == guard.MAX_REWINDS
     )
 
 

@@ -737,7 +737,7 @@ def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
         '--max_iters=2',
         env={'CXX': str(broken), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')},
     )
-    assert 'compile failed, going on without it' in done.stdout
+    assert 'compile failed, continuing without it' in done.stdout
 
 
 @pytest.mark.slow
@@ -899,11 +899,11 @@ def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, r
             assert store.load(tmp_path / config.stem)[0].step == 2
 
 
-def test_a_run_keeps_freed_memory_and_an_evaluations_seconds_hold_the_check_up(
+def test_a_run_prepares_its_device_and_an_evaluations_seconds_include_the_check_up(
     train_here, tmp_path, monkeypatch
 ):
     devices, evaluate = [], vitals.Vitals.evaluate
-    monkeypatch.setattr(training, 'keep_freed_memory', devices.append)
+    monkeypatch.setattr(training, 'prepare_device', devices.append)
     monkeypatch.setattr(vitals.Vitals, 'evaluate', lambda *args: time.sleep(0.3) or evaluate(*args))
     assert train_here(tmp_path, '--max_iters=1', '--eval_interval=1').returncode == 0
     assert devices == ['cpu']

@@ -23,7 +23,6 @@ from nib.report.page import write_after_run
 from nib.run.console import Console
 from nib.run.folder import RunLock, restarted_by_torchrun, write_config
 from nib.run.metrics import Metrics
-from nib.tokens.batches import eval_batches
 from nib.tokens.dataset import TokenDataset
 
 STOPS_AT = {
@@ -260,10 +259,8 @@ class Logbook:
         self._clock += time.perf_counter() - started  # not the training's time
 
     def _record_evaluation(self, step, train_loss, val_loss, best, started):
-        config, data, t = self.config, self.data, self.training
-        val_batch = next(
-            eval_batches(data.val, config['block_size'], config['batch_size'], 1, device=t.device)
-        )
+        config, data = self.config, self.data
+        val_batch = next(self.training.batches.eval_batches(data.val, max_batches=1))
         number = step // config['eval_interval'] if step < config['max_iters'] else 0
         signs = self.vitals.evaluate(step, number, train_loss, val_loss, val_batch)
         seconds = time.perf_counter() - started

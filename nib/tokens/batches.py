@@ -5,12 +5,13 @@ network (Luby and Rackoff 1988) is a permutation whose every value costs the sam
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from nib.tokens.dataset import check_ids
+from nib.machine.ranks import Ranks
+from nib.tokens.dataset import TokenDataset, check_ids
 
 _ROUNDS = 6
 _TOGETHER = 1024  # sequences whose places are computed at once: numpy takes hardly longer for them than for a batch's
@@ -78,6 +79,22 @@ class BatchLoader:
             None,
         )  # which of these groups of batches was asked for last, and its windows
 
+    @classmethod
+    def from_config(cls, config: Mapping, data: TokenDataset, ranks: Ranks, device: str):
+        """Returns a loader of a dataset's training split with train.py's config."""
+        return cls(
+            data.train,
+            block_size=config['block_size'],
+            batch_size=config['batch_size'],
+            seed=config['seed'],
+            split='train',
+            micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=device,
+            vocab_size=data.vocab_size,
+        )
+
     def starts(self, step: int, micro_step: int) -> np.ndarray:
         """Offsets (batch_size,) of a batch's windows in the tokens."""
         together, row = divmod(step * self.micro_steps + micro_step, self._batches_together)
@@ -131,6 +148,19 @@ class BatchLoader:
                 (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
             )
             self._ahead = {following: self.batch(*following)}
+
+    def eval_batches(self, tokens: np.ndarray, max_batches: int | None = None):
+        """Returns this rank's share of an evaluation on `tokens`: eval_batches below."""
+        return eval_batches(
+            tokens,
+            self.block_size,
+            self.batch_size,
+            max_batches,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            vocab_size=self.vocab_size,
+        )
 
 
 def eval_batches(
