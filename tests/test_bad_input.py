@@ -480,7 +480,7 @@ def test_a_second_run_in_the_place_of_the_first_is_told(run_main, place):
     before = contents(place)
     assert_refused(
         try_to_train(run_main, place, '--no-overwrite'),
-        ['run holds a run already', '--init_from=resume', '--overwrite'],
+        ['run already contains a run', '--init_from=resume', '--overwrite'],
     )
     assert contents(place) == before
 
@@ -501,7 +501,7 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
 def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
     flags = [f'--out_dir={place / "new"}', '--init_from=resume']
     assert_refused(
-        try_to_train(run_main, place, *flags), ['new: there is no such folder', 'train first']
+        try_to_train(run_main, place, *flags), ['new: no such folder', 'train first']
     )
     assert not (place / 'new').exists()
 
@@ -614,7 +614,7 @@ WEIGHTS = {
     'a size that is no number': (
         lambda place: change_config(place, n_layer='2'),
         [],
-        ['gpt2', 'no whole numbers', 'fetch'],
+        ['gpt2', 'not all integers', 'download'],
     ),
     'a broken config': (
         lambda place: (place / 'gpt2/config.json').write_text('{' * 9),
@@ -683,7 +683,7 @@ PROMPTS = {
     'what is no checkpoint': (['--which=newest'], ["'newest'", "'best' or a step number"]),
     'a step that was not kept': (['--which=15'], ['no checkpoint of step 15', 'it has: 10']),
     'a step of many digits': (['--which=' + '9' * 5000], ["'best' or a step number"]),
-    'no run': (['--out_dir={place}/none'], ['none: there is no such folder', 'train first']),
+    'no run': (['--out_dir={place}/none'], ['none: no such folder', 'train first']),
 }
 
 

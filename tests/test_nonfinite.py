@@ -211,7 +211,7 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     assert store.load(tmp_path / 'run')[0].step == 10
     poison(range(3, 1000), 'gradient')
     done = train_here(tmp_path / 'new', '--on_nonfinite=rewind')
-    assert done.returncode == 3 and 'no checkpoint was there yet' in done.stderr
+    assert done.returncode == 3 and 'there is no checkpoint yet' in done.stderr
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def save_model(out_dir, step, model_tensors=None, optimizer=None, **config):
     'wrong, said',
     [
         ({'n_embd': 8}, 'model.safetensors'),
-        ({'n_layer': 2}, 'is missing, where the model has of shape'),
+        ({'n_layer': 2}, r'has no shape \(missing\), expected shape \('),
         ({'rotary_basis': 1}, 'state.json: its model cannot be built'),
         ({'model_tensors': {'other': torch.ones(2)}}, 'other'),
         ({'optimizer': {'other/step': torch.ones(())}}, 'optimizer.safetensors: other/step'),

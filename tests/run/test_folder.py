@@ -258,7 +258,7 @@ def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_p
     )
     assert (
         done.returncode != 0
-        and 'holds a run already' in done.stderr
+        and 'already contains a run' in done.stderr
         and 'resuming' not in done.stdout
     )
     assert {
