@@ -1,4 +1,4 @@
-"""How speed and memory grow with a model's sizes: what bench.py --growth measures, its table and its picture."""
+"""How speed and memory grow with a model's sizes: measurement, table and picture of --growth."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.measure import show
 from nib.errors import UserError
 
-# An axis, such as width -> its points from small to large; a point's first figure is its size on the axis.
+# An axis, such as width -> its points from small to large. A point's first figure is its size.
 Growth = Mapping[str, Sequence[Mapping[str, float]]]
 STEP, SPEED, LIMIT, SHARE = 'ms/step', 'tokens/s', 'at matrix rate', '% of it'
 MEMORY, BEFORE = 'peak memory, MB', 'before model, MB'
@@ -19,20 +19,22 @@ def measure(
     slow: float,
     measure_point: Callable[[dict[str, int]], dict[str, float]],
 ) -> Growth:
-    """The points along each axis, from an eighth of its own size on, each twice as large as the one before.
+    """Measures the points along each axis, from an eighth of the config's size on, by doubling.
 
-    axes: the sizes that change together on each, the first of which names a point. own: all sizes of the config that is on
-    every axis. slow: ms; a step that takes longer is the last of its axis. measure_point: figures of the config with these
-    sizes, or UserError where it has no room, which ends the axis too.
+    axes: the config keys that change together on an axis; the first one is a point's size. own: the
+    config's values of all keys. slow: ms; an axis ends with the first step that takes longer.
+    measure_point: returns the figures of the config with other sizes. If it raises UserError, the
+    model does not fit into memory, and the axis ends too.
     """
-    growth, own_point = {}, measure_point({})
+    growth: dict[str, list] = {}
+    own_point = measure_point({})
     for axis, keys in axes.items():
         points = growth[axis] = []
         for power in range(-3, 12):
-            sizes = {key: own[key] * 2.0**power for key in keys}
-            if not all(size.is_integer() for size in sizes.values()):
+            scaled = {key: own[key] * 2.0**power for key in keys}
+            if not all(size.is_integer() for size in scaled.values()):
                 continue
-            sizes = {key: int(size) for key, size in sizes.items()}
+            sizes = {key: int(size) for key, size in scaled.items()}
             size = sizes[keys[0]]
             try:
                 point = own_point if power == 0 else measure_point(sizes)
@@ -49,7 +51,7 @@ def measure(
 
 
 def make_table(growth: Growth) -> str:
-    """A block of rows for each axis."""
+    """Returns a table with a block of rows for each axis."""
     blocks = []
     for points in growth.values():
         rows = [points[0], *([show(figure) for figure in point.values()] for point in points)]
@@ -58,25 +60,26 @@ def make_table(growth: Growth) -> str:
 
 
 def check_picture(path: str):
-    """UserError where no picture can be drawn to this path, before minutes are spent on measuring."""
+    """Raises UserError if no picture can be drawn to this path, before anything is measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            '--growth needs a package that is not here: pip install matplotlib'
+            '--growth needs a package that is not installed: pip install matplotlib'
         ) from error
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:] not in known or not Path(path).absolute().parent.is_dir():
+        suffixes = ', '.join(f'.{name}' for name in known)
         raise UserError(
-            f'--growth={path}: it is a file to draw to, in a folder that is there, whose name ends in '
-            + ', '.join(f'.{name}' for name in known)
+            f'--growth={path}: expected a file in an existing folder, with one of these suffixes: '
+            f'{suffixes}'
         )
 
 
 def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: Mapping[str, str]):
-    """A column of panels for each axis: speed, its share of the rate of a large matrix product, and memory.
+    """Draws a column of panels for each axis: speed, share of the matrix rate, and memory.
 
-    own: where on each axis the config is that all of them go through; it gets a ring. labels: of the axes.
+    own: the config's size on each axis, which gets a ring. labels: of the axes.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

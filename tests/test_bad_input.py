@@ -1,4 +1,4 @@
-"""Bad input: one line that says what is wrong, where, and how to mend it; exit code 2; nothing written over.
+"""Bad input: one line that says what is wrong, where, and how to fix it; exit code 2; no file is overwritten.
 
 Scripts are called in this process by run_main, and a few as a shell calls them. Each row of a table is one mistake: what
 is done to a folder with a dataset and a finished run, the command line, and words that the line must hold.
@@ -594,22 +594,22 @@ WEIGHTS = {
     'no weights': (
         lambda place: (place / 'gpt2/model.safetensors').unlink(),
         [],
-        ['gpt2', 'model.safetensors', 'fetch'],
+        ['gpt2', 'model.safetensors', 'download'],
     ),
     'cut weights': (
         lambda place: cut(place / 'gpt2/model.safetensors', 5000),
         [],
-        ['gpt2', 'SafetensorError', 'fetch'],
+        ['gpt2', 'SafetensorError', 'download'],
     ),
     'weights of another config': (
         lambda place: change_config(place, n_embd=10),
         [],
-        ['gpt2', 'size mismatch', 'fetch'],
+        ['gpt2', 'size mismatch', 'download'],
     ),
     'fewer layers than its config says': (
         lambda place: change_config(place, n_layer=2),
         [],
-        ['gpt2', 'Missing key', 'fetch'],
+        ['gpt2', 'Missing key', 'download'],
     ),
     'a size that is no number': (
         lambda place: change_config(place, n_layer='2'),
@@ -619,7 +619,7 @@ WEIGHTS = {
     'a broken config': (
         lambda place: (place / 'gpt2/config.json').write_text('{' * 9),
         [],
-        ['gpt2', 'JSONDecodeError', 'fetch'],
+        ['gpt2', 'JSONDecodeError', 'download'],
     ),
 }
 

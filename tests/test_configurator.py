@@ -227,7 +227,7 @@ def test_last_of_a_repeated_flag_wins():
         ('--zzz', ['--zzz: no such key (--help']),
         ('--', ['no such key']),
         ('--max_iters', ['--max_iters', 'no value']),
-        ('--no-max_iters', ['max_iters is no switch']),
+        ('--no-max_iters', ['max_iters is not a switch']),
         ('--no-verbose=1', ['no such key', '--verbose']),
         ('max_iters=3', ['did you mean --max_iters=3?']),
         ('-max_iters=3', ['did you mean --max_iters=3?']),
@@ -339,7 +339,7 @@ seed = max_iters
         ('assert False', 'x.py:1: AssertionError'),
         ('import sys\nsys.exit(0)', 'x.py:2: SystemExit: 0'),
         ('def _f():\n    global seed\n    seed = 1', 'x.py:2: found a global statement'),
-        (b'seed = 1\n# \xff', 'x.py: found bytes that are no UTF-8'),
+        (b'seed = 1\n# \xff', 'x.py: found bytes that are not UTF-8'),
         (b'seed = 1\0', 'x.py'),
         ('(' * 5000, 'x.py'),
     ],
@@ -375,7 +375,7 @@ def test_what_is_no_python_file_is_not_executed(config, tmp_path):
     assert complaint(str(tmp_path / 'a.py')).startswith(f'{tmp_path / "a.py"}: cannot be read')
     (tmp_path / 'notes.txt').write_text('raise SystemExit')
     for path in (tmp_path, tmp_path / 'notes.txt'):
-        assert complaint(str(path)).startswith(f'{path} is no config file, whose name ends in .py')
+        assert complaint(str(path)).startswith(f'{path}: not a config file, because its name')
     prepare = {'input': (str,)}, tmp_path / 'notes.txt'
     sample = {'out_dir': (str,)}, tmp_path
     for (types, path), key in ((prepare, 'input'), (sample, 'out_dir')):
