@@ -49,9 +49,9 @@ def matrix_rate(device: str, dtype: str) -> float:
 def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Returns a table with rows of 'median (lowest to highest)' for one or two contestants.
 
-    measured: contestant -> its rounds, each a dict from quantity to figure. With two contestants, the
-    last column is the ratio of the second to the first. It is computed round by round, because the
-    speed of a machine drifts.
+    measured: contestant -> its rounds, each a dict from quantity to figure. With two contestants,
+    the last column is the ratio of the second to the first. It is computed round by round, because
+    the speed of a machine drifts.
     """
     names = list(measured)
     lines = [

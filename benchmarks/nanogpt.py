@@ -12,8 +12,8 @@ from nib.errors import UserError
 class NanoGPT:
     """A process with nanoGPT's model.py that measures on request.
 
-    script: Python code that runs in the clone, with the job as JSON in sys.argv[1]. It prints {} when
-    it is ready, and then a JSON object of figures for each line of standard input.
+    script: Python code that runs in the clone, with the job as JSON in sys.argv[1]. It prints {}
+    when it is ready, and then a JSON object of figures for each line of standard input.
     """
 
     def __init__(self, flag: str, clone: str, script: str, job: Mapping):

@@ -168,7 +168,7 @@ def test_generation_beside_nanogpt_is_measured_in_turns(tmp_path, run_main, monk
     for clone in ('', tmp_path / 'nothing'):
         done = run_main(sampling, f'--nanogpt={clone}', '--device=cpu')
         assert done.returncode == 2 and done.stderr.startswith(
-            f'error: --nanogpt={clone}: it is the path of a clone'
+            f'error: --nanogpt={clone}: expected the path of a clone'
         )
 
 
