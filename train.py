@@ -87,7 +87,7 @@ zero_init: bool = False  # initialize residual projections to 0; each block star
 recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
 # optimizer
 max_iters: int = 600000  # training steps
-optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the blocks' matrices, AdamW for the rest
+optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the blocks' matrices only
 learning_rate: float = 6e-4  # peak learning rate, reached after the warmup
 weight_decay: float = 0.1  # on matrices and embeddings only
 beta1: float = 0.9  # AdamW: decay rate of the mean gradient

@@ -156,10 +156,12 @@ for wanted in jobs.values():
         models[shape] = GPT(GPTConfig(**wanted['shape'])).to(device).eval()
 
 def seconds(wanted, new_tokens):
-    prompt = torch.zeros(wanted['n_prompts'], wanted['prompt_tokens'], dtype=torch.long, device=device)
+    shape = wanted['n_prompts'], wanted['prompt_tokens']
+    prompt = torch.zeros(shape, dtype=torch.long, device=device)
     wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
-    is_float32 = wanted['dtype'] == 'float32'
-    context = contextlib.nullcontext() if is_float32 else torch.autocast(device.split(':')[0], getattr(torch, wanted['dtype']))
+    context = contextlib.nullcontext()
+    if wanted['dtype'] != 'float32':
+        context = torch.autocast(device.split(':')[0], getattr(torch, wanted['dtype']))
     wait()
     started = time.perf_counter()
     with torch.no_grad(), context:
