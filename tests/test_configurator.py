@@ -1,4 +1,4 @@
-"""What the config promises: one schema, files and flags on top of it, and one line for every mistake."""
+"""The config: one schema, files and flags that override it, and one line for every mistake."""
 
 import os
 import re
@@ -50,13 +50,14 @@ later: int = 1
 '''
 
 DEFAULTS = {
-    'max_iters': 10, 'lr_decay_iters': 10, 'learning_rate': 0.1, 'start': 'x', 'init': None, 'seed': 1,
-    'verbose': False, 'compile': 'auto', 'dtype': 'float32', 'device': 'auto', 'top_p': None,
+    'max_iters': 10, 'lr_decay_iters': 10, 'learning_rate': 0.1, 'start': 'x', 'init': None,
+    'seed': 1, 'verbose': False, 'compile': 'auto', 'dtype': 'float32', 'device': 'auto',
+    'top_p': None,
 }  # fmt: skip
 TYPES = {
-    'max_iters': (int,), 'lr_decay_iters': (int,), 'learning_rate': (float,), 'start': (str,), 'init': (str, None),
-    'seed': (int, None), 'verbose': (bool,), 'compile': (bool, 'auto'), 'dtype': ('float32', 'bfloat16', 16),
-    'device': (str,), 'top_p': (float, None),
+    'max_iters': (int,), 'lr_decay_iters': (int,), 'learning_rate': (float,), 'start': (str,),
+    'init': (str, None), 'seed': (int, None), 'verbose': (bool,), 'compile': (bool, 'auto'),
+    'dtype': ('float32', 'bfloat16', 16), 'device': (str,), 'top_p': (float, None),
 }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Writes config files into a folder of their own, which becomes the current one."""
+    """Writes config files into a new folder, which becomes the current one."""
     monkeypatch.chdir(tmp_path)
 
     def write(text, name='x.py'):
@@ -171,8 +172,9 @@ def test_none_round_trips(key):
     [
         ('--start=123', '123'), ('--start=[1]', '[1]'), ('--start=', ''), ('--start="a"', '"a"'),
         ('--start=a=b', 'a=b'),
-        ('--start=None', 'None'), ('--start=True', 'True'), ("--init='a'", "'a'"), ('--init=1', '1'),
-        ('--learning_rate=1', 1.0), ('--learning-rate=1e3', 1000.0), ('--learning_rate=-inf', float('-inf')),
+        ('--start=None', 'None'), ('--start=True', 'True'), ("--init='a'", "'a'"),
+        ('--init=1', '1'), ('--learning_rate=1', 1.0), ('--learning-rate=1e3', 1000.0),
+        ('--learning_rate=-inf', float('-inf')),
         ('--max_iters=1e3', 1000), ('--max_iters=1000.0', 1000), ('--max-iters=-5', -5),
     ],
 )  # fmt: skip

@@ -26,7 +26,7 @@ from nib.machine.signals import FINDING, StopSignal, resume_command
 
 
 def machine(monkeypatch, cuda=0, bfloat16=True, mps=False, name='NVIDIA H100 80GB HBM3'):
-    """What torch says on a machine with these devices."""
+    """Makes torch report a machine with these devices."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: cuda)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bfloat16)
@@ -156,7 +156,7 @@ def test_seeds_depend_on_every_counter_and_its_place():
     reason='is about glibc',
 )
 def test_freed_memory_is_kept_for_the_next_tensors():
-    """In blocks of 36 MB, whose pages glibc would otherwise get from the system each time."""
+    """Blocks of 36 MB, whose pages glibc would otherwise get from the system each time."""
     program = (
         'import resource, sys, torch; from nib.machine.device import prepare_device\n'
         'if sys.argv[1:]: prepare_device(sys.argv[1])\n'
