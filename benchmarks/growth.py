@@ -27,14 +27,15 @@ def measure(
     measure_point: returns the figures of the config with these sizes, or raises UserError if it
     does not fit into memory, which ends the axis too.
     """
-    growth, own_point = {}, measure_point({})
+    growth: dict[str, list] = {}
+    own_point = measure_point({})
     for axis, keys in axes.items():
         points = growth[axis] = []
         for power in range(-3, 12):
-            sizes = {key: own[key] * 2.0**power for key in keys}
-            if not all(size.is_integer() for size in sizes.values()):
+            scaled = {key: own[key] * 2.0**power for key in keys}
+            if not all(size.is_integer() for size in scaled.values()):
                 continue
-            sizes = {key: int(size) for key, size in sizes.items()}
+            sizes = {key: int(size) for key, size in scaled.items()}
             size = sizes[keys[0]]
             try:
                 point = own_point if power == 0 else measure_point(sizes)
@@ -69,9 +70,10 @@ def check_picture(path: str):
         ) from error
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:] not in known or not Path(path).absolute().parent.is_dir():
+        suffixes = ', '.join(f'.{name}' for name in known)
         raise UserError(
             f'--growth={path}: expected a file in an existing folder, with a name that ends in '
-            + ', '.join(f'.{name}' for name in known)
+            f'{suffixes}'
         )
 
 

@@ -342,7 +342,8 @@ def for_generation(module: nn.Module, packed: bool):
     twin.training = False
     twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
     if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear):
-        if isinstance(module.activation, nn.GELU) and module.activation.approximate == 'tanh':
+        is_gelu = isinstance(module.activation, nn.GELU) and module.activation.approximate == 'tanh'
+        if is_gelu:  # the packed product computes it
             twin.c_fc.then, twin.activation = ('gelu', [], 'tanh'), nn.Identity()
     if isinstance(module, GPT) and module.config.tied_head and packed:
         head = module.transformer.wte.weight

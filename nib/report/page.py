@@ -178,7 +178,7 @@ def samples_section(runs, run: Run) -> str:
 
 
 def config_section(runs, defaults: Mapping) -> str:
-    """Returns the keys that differ from their defaults or between runs, and the others collapsed."""
+    """Returns the keys that differ from defaults or between runs, and the others collapsed."""
     if not any(run.config for run in runs):
         missing = '<p class="quiet">config.json is missing or damaged.</p>'
         return f'<section><h2>Config</h2>{missing}</section>'

@@ -7,12 +7,13 @@ text.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from nib.tokens.dataset import check_ids
+from nib.machine.ranks import Ranks
+from nib.tokens.dataset import TokenDataset, check_ids
 
 _ROUNDS = 6
 _TOGETHER = 1024  # sequences placed at once: numpy needs little more time than for one batch
@@ -79,6 +80,22 @@ class BatchLoader:
         self._group = -1
         self._starts = np.empty((0, batch_size), dtype=np.int64)
 
+    @classmethod
+    def from_config(cls, config: Mapping, data: TokenDataset, ranks: Ranks, device: str):
+        """Returns a loader of a dataset's training split with train.py's config."""
+        return cls(
+            data.train,
+            block_size=config['block_size'],
+            batch_size=config['batch_size'],
+            seed=config['seed'],
+            split='train',
+            micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=device,
+            vocab_size=data.vocab_size,
+        )
+
     def starts(self, step: int, micro_step: int) -> np.ndarray:
         """Returns the offsets, int64 (batch_size,), of a batch's windows in the tokens."""
         group, row = divmod(step * self.micro_steps + micro_step, self._group_size)
@@ -127,6 +144,19 @@ class BatchLoader:
                 (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
             )
             self._ahead = {following: self.batch(*following)}
+
+    def eval_batches(self, tokens: np.ndarray, max_batches: int | None = None):
+        """Returns this rank's share of an evaluation on `tokens`: eval_batches below."""
+        return eval_batches(
+            tokens,
+            self.block_size,
+            self.batch_size,
+            max_batches,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            vocab_size=self.vocab_size,
+        )
 
 
 def eval_batches(
