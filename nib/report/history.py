@@ -90,7 +90,7 @@ def read_run(folder, name: str = '') -> Run:
 
 
 def sort_records(path: Path) -> tuple[dict, dict, dict, int]:
-    """Returns the numbers, texts and findings of metrics.jsonl, and the unreadable lines.
+    """Return numbers, texts and findings of metrics.jsonl, and the number of unreadable lines.
 
     Each of the three maps a name to values by step, sorted by step. The last value of a step counts.
     """
