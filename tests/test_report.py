@@ -1,4 +1,4 @@
-"""A run as one page: its charts hold the records, whatever the records are, and nothing in them gets out of the text."""
+"""A run as one page: its charts show the records, whatever they are, and all text is escaped."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ FINDING = {
 
 
 class Page(HTMLParser):
-    """A page as a browser reads it: its elements, which must be closed in order, its text and its charts' values."""
+    """A page as a browser reads it: properly nested elements, text, and the charts' values."""
 
     def __init__(self, source):
         super().__init__()
@@ -193,7 +193,7 @@ def test_every_chart_holds_its_records(tmp_path):
 
 
 def test_points_are_drawn_where_their_values_are(tmp_path):
-    """From the left at step 0 to the right at the last one; heights in proportion to the values, from 0 at the bottom."""
+    """From step 0 at the left to the last at the right; heights proportional to the values."""
     speeds = {0: 50.0, 10: 100.0, 30: 25.0, 40: 75.0}
     page = page_of(
         write_run(
@@ -284,7 +284,10 @@ def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
 
 
 def test_findings_of_older_runs_are_sentences(tmp_path):
-    said = 'warning: the ratio is 0.02. Likely causes, the likeliest first: beta2. Change: beta2 = 0.99'
+    said = (
+        'warning: the ratio is 0.02. Likely causes, the likeliest first: beta2. '
+        'Change: beta2 = 0.99'
+    )
     folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/lr_too_high': said}])
     (found,) = history.read_run(folder).findings()
     assert (found.name, found.step, found.severity, found.evidence) == (
@@ -415,7 +418,10 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
 
 
 def test_nothing_in_the_files_gets_out_of_the_text(tmp_path):
-    evil = '</script></pre><script>alert("x")</script><img src=https://example.com/x onerror=alert(1)>\x00\x1b[31m\ud800'
+    evil = (
+        '</script></pre><script>alert("x")</script>'
+        '<img src=https://example.com/x onerror=alert(1)>\x00\x1b[31m\ud800'
+    )
     lines = [
         {
             'step': 1,
@@ -814,7 +820,7 @@ def test_bad_input_is_one_line(tmp_path, run_main, flags, said):
 
 
 def test_starting_needs_neither_torch_nor_matplotlib():
-    """The page is there at once, and train.py, which imports the same, is not slowed by what draws PNGs."""
+    """The page appears quickly, and train.py, which imports the same modules, starts quickly."""
     done = run_script(
         '-c', 'import report, sys; sys.exit(bool({"torch", "matplotlib"} & set(sys.modules)))'
     )

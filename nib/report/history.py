@@ -90,9 +90,10 @@ def read_run(folder, name: str = '') -> Run:
 
 
 def sort_records(path: Path) -> tuple[dict, dict, dict, int]:
-    """Return numbers, texts and findings of metrics.jsonl, and the number of unreadable lines.
+    """Return the numbers, texts and findings of metrics.jsonl, and its number of bad lines.
 
-    Each of the three maps a name to values by step, sorted by step. The last value of a step counts.
+    Each of the three maps a name to {step: value}, sorted by step. The last value of a step
+    counts.
     """
     numbers, texts, findings = {}, {}, {}
     records, unread = read_records(path)

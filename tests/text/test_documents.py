@@ -1,4 +1,4 @@
-"""Documents: every text that is there is read, in order and in little memory; what cannot be read is named."""
+"""Documents: all text is read, in order and in little memory; errors name what cannot be read."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from nib.text.tokenizer import Gpt2Tokenizer
 
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 SPACES = ' \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000'
-# Texts in which pieces can go wrong: white space of every kind, contractions, numbers, letters of several alphabets.
+# Texts that are hard to cut: all kinds of white space, contractions, numbers, several alphabets.
 TANGLED = st.lists(
     st.sampled_from(
         [*SPACES, '  ', '\n\n', 'the', 'bee', "'s", "'ll", '12', '€', '🙂', '!', 'ж', '\u0301']

@@ -51,7 +51,8 @@ def test_a_text_of_one_s_own_becomes_a_dataset_and_is_told_from_shakespeare(give
     cut = int(len(TEXT) * 0.9)
     for number in (len(TEXT), len(set(TEXT)), cut, len(TEXT) - cut):
         assert f'{number:,} ' in done.stdout or f'{number:,},' in done.stdout
-    assert len(done.stderr.splitlines()) == 1 and 'not the published tiny Shakespeare' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert 'not the published tiny Shakespeare' in done.stderr
     meta = json.loads((tmp_path / 'romeo/meta.json').read_text())
     assert meta['source'] == {
         'file': 'romeo.txt',
@@ -465,7 +466,8 @@ def test_openwebtext_without_a_network_is_one_line(tmp_path):
     program = (
         'import runpy, sys; from nib import errors; from nib.text import tokenizer\n'
         'tokenizer.Gpt2Tokenizer.encode = lambda self, text: None\n'
-        f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"](["--out_dir={tmp_path / "owt"}"]))'
+        f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"]'
+        f'(["--out_dir={tmp_path / "owt"}"]))'
     )
     done = run_script('-c', program, env={'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'})
     assert (
