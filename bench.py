@@ -1,12 +1,13 @@
-"""Measures a config: training speed and where the time goes, memory, time to the first step, generation.
+"""Measures a config: training speed, where the time goes, memory, start-up time and generation.
 
     python bench.py config/train_shakespeare_char.py
     python bench.py config/train_gpt2.py --batch_size=4 --gradient_accumulation_steps=1
     python bench.py config/train_shakespeare_char.py --growth=growth.png
-    git clone https://github.com/karpathy/nanoGPT && python bench.py config/train_shakespeare_char.py --vs_nanogpt=nanoGPT
+    git clone https://github.com/karpathy/nanoGPT
+    python bench.py config/train_shakespeare_char.py --vs_nanogpt=nanoGPT
 
-Takes every key of train.py. With --vs_nanogpt the same model and batch are measured in nanoGPT's code too, in turns. With
---growth the table and the picture are how speed and memory change with width, depth, context and batch.
+It accepts every key of train.py. --vs_nanogpt also measures nanoGPT's code, in turns, with the same
+model and batch. --growth measures how speed and memory change with width, depth, context and batch.
 """
 
 import json
@@ -37,16 +38,16 @@ from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import SCRIPTS, open_or_prepare
 
 # benchmark
-rounds: int = 5  # times that everything is measured
-steps: int = 10  # training steps in a round
-prompt_tokens: int = 32  # length of the prompt to generate from
-new_tokens: int = 100  # tokens to generate in a round; 0 leaves generation out
-startup: bool = True  # also run train.py: the time from the command to the first step, and what its loop adds to the steps
-vs_nanogpt: str = ''  # path of a clone of karpathy/nanoGPT to measure beside
-growth: str = ''  # instead: picture (.png, .svg, .pdf) to draw of speed and memory against width, depth, context and batch
-result: str = ''  # file to write the table to, too
+rounds: int = 5  # rounds of measurements
+steps: int = 10  # training steps per round
+prompt_tokens: int = 32  # length of the prompt for generation
+new_tokens: int = 100  # tokens to generate per round; 0: no generation
+startup: bool = True  # also run train.py: time to the first step, and overhead of its loop
+vs_nanogpt: str = ''  # path of a clone of karpathy/nanoGPT to compare with
+growth: str = ''  # measure growth instead, and draw it to this file (.png, .svg, .pdf)
+result: str = ''  # file that the table is also written to
 
-VOCAB_SIZE = 50257  # of the random tokens that stand in for a dataset that is not there
+VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
 ROOT = Path(__file__).resolve().parent
 WARM_UP = 3  # steps that are not measured
 AXES = {
@@ -55,7 +56,15 @@ AXES = {
     'context': ('block_size',),
     'batch': ('batch_size',),
 }
-SLOW = 700  # ms; a step that takes longer is the last one of its axis
+SLOW = 700  # ms; an axis ends with the first step that takes longer
+# Keys that nanoGPT's code does not have; the config must leave them as GPT-2 has them.
+NOT_IN_NANOGPT = (
+    'n_kv_head position norm qk_norm mlp tied_head logit_cap zero_init optimizer'.split()
+)
+NANOGPT_KEYS = (
+    'device dtype compile block_size batch_size gradient_accumulation_steps n_layer n_head n_embd '
+    'dropout bias learning_rate beta1 beta2 weight_decay grad_clip steps new_tokens'.split()
+)
 
 
 def main(argv):
@@ -72,7 +81,7 @@ def main(argv):
 
 
 def read_config(argv) -> dict:
-    """The values of all keys, which become this module's globals too."""
+    """Returns the values of all keys, and assigns them to this module's globals."""
     values, _ = configurator.configure(
         __file__, argv, settle={'device': pick_device}, base='train.py'
     )
@@ -88,14 +97,16 @@ def warn(line: str):
 
 
 def as_flags(values, **changes) -> list[str]:
-    """The command line that gives train.py's keys these values."""
+    """Returns the command-line flags that set train.py's keys to these values."""
     values = values | changes
     return [f'--{key}={values[key]}' for key in configurator.read_block(train.__file__).defaults]
 
 
 def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) -> dict[str, float]:
-    """What a function of this module returns for a command line, in a process of its own. UserError with the last line that
-    it said where it fails."""
+    """Calls a function of this module with the flags in a new process; returns its result.
+
+    Raises UserError with the last line of its errors if it fails.
+    """
     program = (
         'import json, bench; from nib.errors import run_script; '
         f'run_script(lambda argv: print("\\n" + json.dumps(bench.{function.__name__}(argv))))'
@@ -108,62 +119,73 @@ def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) ->
         text=True,
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f'it ended with exit code {done.returncode}']
-        raise UserError(said[-1].removeprefix('error: '))
+        errors = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
+        raise UserError(errors[-1].removeprefix('error: '))
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# -- one config ------------------------------------------------------------------------------------------------------
+# -- one config ------------------------------------------------------------------------------------
 
 
 def measure_config(values) -> str:
-    """The table of a config's speed, the parts of its step, and memory."""
+    """Returns the table of a config's speed, the parts of its step, and its memory."""
     with tempfile.TemporaryDirectory() as scratch:
         data = find_data(values, Path(scratch))
-        contestants = {'nanoGPT': start_nanogpt(values, data, vs_nanogpt)} if vs_nanogpt else {}
+        contestants: dict[str, NanoGPT | Contestant] = {}
+        if vs_nanogpt:
+            contestants['nanoGPT'] = start_nanogpt(values, data, vs_nanogpt)
         contestants['nibGPT'] = ours = Contestant(values, data)
-        measured = {name: [] for name in contestants}
+        measured: dict[str, list] = {name: [] for name in contestants}
         for turn in range(rounds):
             for name, contestant in contestants.items():
-                measured[name].append(contestant.round())
-                print(
-                    f'round {turn + 1}, {name}: {measured[name][-1]["tokens/s"]:,.0f} tokens/s',
-                    file=sys.stderr,
-                    flush=True,
-                )
+                figures = contestant.round()
+                measured[name].append(figures)
+                warn(f'round {turn + 1}, {name}: {figures["tokens/s"]:,.0f} tokens/s')
         if startup:
-            run = as_flags(
-                values,
-                dataset=data.name,
-                data_dir=data.folder.parent,
-                out_dir=Path(scratch) / 'run',
-                overwrite=True,
-                init_from='scratch',
-                eval_only=False,
-                wandb_log=False,
-                tensorboard=False,
-                sample_tokens=0,
-            )
-            measured['nibGPT'][0] |= in_fresh_process(time_run, [*run, f'--steps={steps}'])
-            for figures in measured['nibGPT']:
-                figures |= {
-                    'import torch, s': measure.time_import(),
-                    'command to first step, s': measure.time_startup(run),
-                }
-    tokens = values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']
+            measure_startup(values, data, Path(scratch) / 'run', measured['nibGPT'])
+    return describe_config(values, data, ours) + '\n' + measure.make_table(measured)
+
+
+def measure_startup(values, data, out_dir: Path, measured: list[dict[str, float]]):
+    """Adds to the figures of each round what runs of train.py itself show."""
+    run = as_flags(
+        values,
+        dataset=data.name,
+        data_dir=data.folder.parent,
+        out_dir=out_dir,
+        overwrite=True,
+        init_from='scratch',
+        eval_only=False,
+        wandb_log=False,
+        tensorboard=False,
+        sample_tokens=0,
+    )
+    measured[0] |= in_fresh_process(time_run, [*run, f'--steps={steps}'])
+    for figures in measured:
+        figures['import torch, s'] = measure.time_import()
+        figures['command to first step, s'] = measure.time_startup(run)
+
+
+def describe_config(values, data, ours: 'Contestant') -> str:
+    """Returns the lines above the table."""
+    batch = f'{values["gradient_accumulation_steps"]} x {values["batch_size"]}'
+    nanogpt = ''
+    if vs_nanogpt and values['device'] == 'cpu':
+        nanogpt = '; nanoGPT in float32, as on any CPU'
     return (
         f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{" in turns" if vs_nanogpt else ""}; '
         f'{measure.describe_machine(values["device"])}\n'
-        f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens a step '
-        f'({values["gradient_accumulation_steps"]} x {values["batch_size"]} x {values["block_size"]}), {values["dtype"]}, '
-        f'compile {"on" if values["compile"] else "off"}, {data.name}'
-        f'{"; nanoGPT in float32, as on any CPU" if vs_nanogpt and values["device"] == "cpu" else ""}\n\n'
-        + measure.make_table(measured)
+        f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {ours.tokens:,} tokens a step '
+        f'({batch} x {values["block_size"]}), {values["dtype"]}, '
+        f'compile {"on" if values["compile"] else "off"}, {data.name}{nanogpt}\n'
     )
 
 
 def find_data(values, scratch: Path) -> TokenDataset:
-    """The config's dataset, prepared as train.py does; if it is not available, random tokens, and a line that says so."""
+    """Returns the config's dataset, and prepares it like train.py if necessary.
+
+    If it is not available, warns and returns random tokens.
+    """
     folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
     try:
         return open_or_prepare(
@@ -179,20 +201,21 @@ def find_data(values, scratch: Path) -> TokenDataset:
         if is_prepared(folder):
             raise
         warn(
-            f'*** MEASURING RANDOM TOKENS of a vocabulary of {VOCAB_SIZE:,}, so that embedding and head are not those of '
-            f"this config's dataset: {error} ***"
+            f'*** MEASURING RANDOM TOKENS with a vocabulary of {VOCAB_SIZE:,}. The embedding and '
+            f"the head do not have the sizes of this config's dataset: {error} ***"
         )
     folder = scratch / 'random tokens'
     folder.mkdir()
-    for name in ('train.bin', 'val.bin'):  # without a meta.json: tokens of GPT-2
-        np.random.default_rng(0).integers(
+    for name in ('train.bin', 'val.bin'):  # without a meta.json, these are tokens of GPT-2
+        tokens = np.random.default_rng(0).integers(
             VOCAB_SIZE, size=64 * values['block_size'] + 1, dtype=np.uint16
-        ).tofile(folder / name)
+        )
+        tokens.tofile(folder / name)
     return open_dataset(folder, values['block_size'])
 
 
 class Contestant:
-    """nibGPT's own train_step and generation, ready to be timed."""
+    """nibGPT's train_step and generation, ready to be timed."""
 
     def __init__(self, values, data):
         self.values, self.device = values, values['device']
@@ -201,18 +224,15 @@ class Contestant:
         self.training.optimizer.lr = values['learning_rate']
         self.raw_model = self.training.raw_model
         self.prompt = data.val[: values['prompt_tokens']].tolist()
-        self.tokens = (
-            values['gradient_accumulation_steps'] * values['batch_size'] * values['block_size']
-        )  # in a step
+        self.tokens = self.training.tokens_per_step
         self.step = 0
         self.peak = peak_flops(self.device, values['dtype'])
         self.time_steps(WARM_UP)
-        self.memory = peak_memory(
-            self.device
-        )  # now, before generation and what else is measured add to it
+        # Measured now, before generation and other measurements add to it.
+        self.memory = peak_memory(self.device)
 
     def round(self) -> dict[str, float]:
-        """Figures of `steps` steps, of a few more with every part timed, and of one generation."""
+        """Measures `steps` steps, a few more with timed parts, and one generation."""
         seconds = self.time_steps(steps) / steps
         figures = {
             'tokens/s': self.tokens / seconds,
@@ -224,9 +244,8 @@ class Contestant:
         if self.peak:
             figures['MFU %'] = 100 * flops_per_second / self.peak
         else:
-            figures["% of matrix products' rate"] = (
-                100 * flops_per_second / measure.matrix_rate(self.device, self.values['dtype'])
-            )
+            rate = measure.matrix_rate(self.device, self.values['dtype'])
+            figures["% of matrix products' rate"] = 100 * flops_per_second / rate
         if self.memory is not None:
             figures['peak memory, MB'] = self.memory / 1e6
         if new_tokens:
@@ -234,7 +253,7 @@ class Contestant:
         return figures
 
     def time_steps(self, n: int) -> float:
-        """Seconds of n steps."""
+        """Returns the seconds that n steps take."""
         synchronize(self.device)
         started = time.perf_counter()
         for _ in range(n):
@@ -246,8 +265,11 @@ class Contestant:
         return time.perf_counter() - started
 
     def time_parts(self) -> dict[str, float]:
-        """Milliseconds of a step by part. train_step itself runs, on objects that look at the clock as it passes them;
-        waiting for the device at each look makes the sum a little more than a step."""
+        """Returns the milliseconds of the parts of a step.
+
+        train_step itself runs, with objects that read the clock. Each reading waits for the device,
+        so the sum is a little more than the time of a step.
+        """
         clock = measure.LapClock(self.device)
         n = max(1, steps // 3)
         for _ in range(n):
@@ -276,7 +298,7 @@ class Contestant:
         return time.perf_counter() - started
 
 
-# -- a run of train.py -----------------------------------------------------------------------------------------------
+# -- a run of train.py -----------------------------------------------------------------------------
 
 
 class Done(Exception):
@@ -284,14 +306,14 @@ class Done(Exception):
 
 
 def time_run(argv) -> dict[str, float]:
-    """What train.py adds to its training steps, and for how long a checkpoint, a batch of an evaluation and the doctor's check-up
-    stop them: its own main runs, for 3 * steps steps, and saves and evaluates after each third."""
+    """Measures what train.py does besides its training steps.
+
+    That is the loop itself, checkpoints, evaluations, and the doctor's check-up. train.py's main
+    runs for 3 * steps steps, and saves and evaluates after each third.
+    """
     values = read_config(argv)
-    clock, train_step, evaluate = (
-        measure.LapClock(values['device']),
-        train.train_step,
-        train.evaluate,
-    )
+    clock = measure.LapClock(values['device'])
+    train_step, evaluate = train.train_step, train.evaluate
     n_batches = 2  # of each split in an evaluation
     done, between = 0, 'loop'
 
@@ -304,7 +326,7 @@ def time_run(argv) -> dict[str, float]:
         losses = measure.timed_step(train_step, training, micro_batches, step, clock)
         done += 1
         if done == 1:
-            clock.seconds.clear()  # the first step is not like the others
+            clock.seconds.clear()  # the first step is slower than the others
         return losses
 
     def timed_evaluate(*arguments):
@@ -312,7 +334,7 @@ def time_run(argv) -> dict[str, float]:
         clock.lap('checkpoint')
         loss = evaluate(*arguments)
         clock.lap('evaluation')
-        between = 'check-up'  # by the doctor, before the next step
+        between = 'check-up'  # the doctor's, before the next step
         return loss
 
     train.train_step, train.evaluate = timed_step, timed_evaluate
@@ -339,48 +361,22 @@ def time_run(argv) -> dict[str, float]:
     }
 
 
-# -- nanoGPT ---------------------------------------------------------------------------------------------------------
+# -- nanoGPT ---------------------------------------------------------------------------------------
 
 
 def start_nanogpt(values, data, clone: str) -> NanoGPT:
-    """nanoGPT with the loop of its train.py, on the same model and batch. UserError where it has no such model."""
+    """Returns nanoGPT with the loop of its train.py, with the same model and batch.
+
+    Raises UserError if nanoGPT does not have the config's architecture.
+    """
     gpt2 = configurator.read_block(train.__file__).defaults
-    for key in (
-        'n_kv_head',
-        'position',
-        'norm',
-        'qk_norm',
-        'mlp',
-        'tied_head',
-        'logit_cap',
-        'zero_init',
-        'optimizer',
-    ):
+    for key in NOT_IN_NANOGPT:
         if values[key] != gpt2[key]:
             raise UserError(
-                f"--vs_nanogpt: nanoGPT has no {key} {values[key]}; compare a config with GPT-2's architecture"
+                f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; '
+                f"use a config with GPT-2's architecture"
             )
-    keys = (
-        'device',
-        'dtype',
-        'compile',
-        'block_size',
-        'batch_size',
-        'gradient_accumulation_steps',
-        'n_layer',
-        'n_head',
-        'n_embd',
-        'dropout',
-        'bias',
-        'learning_rate',
-        'beta1',
-        'beta2',
-        'weight_decay',
-        'grad_clip',
-        'steps',
-        'new_tokens',
-    )
-    job = {key: values[key] for key in keys} | {
+    job = {key: values[key] for key in NANOGPT_KEYS} | {
         'vocab_size': data.vocab_size,
         'prompt': data.val[:prompt_tokens].tolist(),
         'train_bin': str((data.folder / 'train.bin').resolve()),
@@ -388,12 +384,15 @@ def start_nanogpt(values, data, clone: str) -> NanoGPT:
     return NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
 
 
-# -- growth ----------------------------------------------------------------------------------------------------------
+# -- growth ----------------------------------------------------------------------------------------
 
 
 def measure_growth(values) -> tuple[str, Callable]:
-    """The table of how speed and memory change along each of AXES, and what draws it: on each, one size of the model or its
-    batch is 1/8, 1/4, 1/2, 1, 2, ... of what it is in this config, where that is whole, until a step is SLOW or memory full."""
+    """Returns the table of speed and memory along each of AXES, and the function that draws it.
+
+    On each axis, one size of the model or the batch is 1/8, 1/4, 1/2, 1, 2, ... of its value in
+    this config, if that is an integer, until a step is SLOW or the memory is full.
+    """
     growing.check_picture(growth)
     measured = growing.measure(
         AXES, values, SLOW, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
@@ -405,8 +404,9 @@ def measure_growth(values) -> tuple[str, Callable]:
         'batch': 'batch (sequences)',
     }
     what = (
-        f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, batch {values["batch_size"]}, '
-        f'and one of these changed; {values["dtype"]}, compile {"on" if values["compile"] else "off"}'
+        f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, '
+        f'batch {values["batch_size"]}, and one of these changed; {values["dtype"]}, '
+        f'compile {"on" if values["compile"] else "off"}'
     )
     machine = measure.describe_machine(values['device'])
     own_sizes = {axis: values[keys[0]] for axis, keys in AXES.items()}
@@ -417,8 +417,11 @@ def measure_growth(values) -> tuple[str, Callable]:
 
 
 def measure_point(argv) -> dict[str, float]:
-    """The speed of a config's training steps, what it would be if their FLOPs alone took time, at the rate of a large matrix
-    product, and the most memory that the process needed."""
+    """Measures the speed and the peak memory of a config's training steps.
+
+    growing.LIMIT is the speed if nothing but the FLOPs took time, at the rate of a large matrix
+    product.
+    """
     values = read_config(argv)
     before = peak_memory(values['device']) or math.nan
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,12 +1,14 @@
-"""Config for the scripts: a block of annotated assignments, overridden by Python files and by flags.
+"""The config of the scripts: annotated assignments, overridden by Python files and flags.
 
-The block at a script's top, `batch_size: int = 12  # sequences per micro step`, is the schema. In order:
+The block of assignments at the top of a script is the schema, for example
+`batch_size: int = 12  # sequences per micro step`. Values come from, in this order:
 
-    defaults, then config files as they stand (python train.py config/a.py config/b.py), then --key=value
+    the defaults, then config files (python train.py config/a.py config/b.py), then --key=value
 
-Flags win wherever they stand, and the files already see them. A config file is the user's own Python and is executed;
-a flag's value is read as a literal and never is. include('other.py') in a config file runs another one, named from the
-folder of the first, as if its lines stood there.
+Flags win wherever they appear on the command line, and config files already see their values. A
+config file is the user's own Python code and is executed; the value of a flag is read as a literal
+and never executed. In a config file, include('other.py') runs another one as if its lines were
+there. Its path is relative to the first file.
 """
 
 import ast
@@ -20,11 +22,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from nib.errors import UserError
 
-# A key's type is the tuple of its alternatives: Python types, None and literal values,
-# so `int | None` is (int, None) and `bool | Literal['auto']` is (bool, 'auto').
+# The type of a key is a tuple of alternatives: Python types, None and literal values.
+# `int | None` is (int, None), and `bool | Literal['auto']` is (bool, 'auto').
 Type = tuple
 Settle = Mapping[str, Callable]
 NO_SETTLING: Settle = MappingProxyType({})
@@ -35,6 +38,8 @@ CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config
 
 @dataclass(frozen=True)
 class Block:
+    """The config block of a script."""
+
     defaults: dict[str, object]
     types: dict[str, Type]
     comments: dict[str, str]
@@ -44,10 +49,11 @@ class Block:
 
 def configure(
     script: str, argv: Sequence[str], settle: Settle = NO_SETTLING, base: str | None = None
-) -> tuple[dict[str, object], dict[str, str]]:
-    """A script's values and where each came from; --help and --print_config print and exit.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns a script's values and where each one comes from, for example 'command line'.
 
-    base: another script, whose keys this one has too, after its own.
+    settle: see resolve. base: another script, whose keys are added to this script's keys. With
+    --help and --print_config, it prints and exits. Raises UserError for an invalid argument.
     """
     block = read_block(script)
     if base:
@@ -79,10 +85,11 @@ def resolve(
     types: Mapping[str, Type],
     argv: Sequence[str],
     settle: Settle = NO_SETTLING,
-) -> tuple[dict[str, object], dict[str, str]]:
-    """The value of every key and where it came from: 'default', 'config/x.py:12' or 'command line'.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the value of every key and where it comes from.
 
-    settle maps a key to a function that makes its value definite ('auto' -> 'cpu'), before any file sees it.
+    The latter is 'default', 'config/x.py:12' or 'command line'. settle: key -> function that
+    replaces its value by a definite one ('auto' -> 'cpu') before a config file sees it.
     """
     flags, files = parse_argv(argv, types)
     values = {**defaults, **flags}
@@ -107,7 +114,7 @@ def settle_keys(values, origins, settle, keys):
 
 
 def read_block(path: str) -> Block:
-    """Read a script's config block from its source; nothing is imported or run."""
+    """Reads a script's config block from its source, without importing or running it."""
     source, tree = read_python(path)
     trailing, standalone = read_comments(source)
     block = Block({}, {}, {}, {}, (ast.get_docstring(tree) or '').split('\n\n')[0])
@@ -121,7 +128,8 @@ def read_block(path: str) -> Block:
         key, where = node.target.id, f'{path}:{node.lineno}: {node.target.id}'
         if key in RESERVED or key.startswith('_'):
             raise UserError(
-                f'{where}: this name cannot be a key ({", ".join(RESERVED)} and _names are reserved)'
+                f'{where}: this name cannot be a key ({", ".join(RESERVED)} and _names are '
+                f'reserved)'
             )
         try:
             block.types[key] = read_type(node.annotation)
@@ -142,7 +150,10 @@ def read_block(path: str) -> Block:
 
 
 def read_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Comments by line: those that follow code, and those alone on a line (rulers of dashes as '')."""
+    """Returns comments by line: those after code, and those on a line of their own.
+
+    Rulers of dashes become ''.
+    """
     trailing, standalone = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip():
@@ -171,7 +182,10 @@ def read_type(node: ast.expr) -> Type:
 
 
 def fit(value: object, kind: Type, where: str) -> object:
-    """The value as one of the type's alternatives; True is no int, 1 may be a float, 1e3 an int."""
+    """Returns the value converted to one of the type's alternatives.
+
+    True is not an int, but 1 may become a float, and 1e3 an int. Raises UserError if nothing fits.
+    """
     for alternative in kind:
         if type(value) is alternative or (
             type(value) is type(alternative) and value == alternative
@@ -187,13 +201,14 @@ def fit(value: object, kind: Type, where: str) -> object:
 
 
 def read_text(text: str, kind: Type, where: str) -> object:
-    """The value that a flag's text stands for; where the type has str, quotes are part of the text."""
+    """Returns the value that a flag's text stands for.
+
+    If the type includes str, quotes are part of the text. Raises UserError if it does not fit.
+    """
     readings = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                'ignore'
-            )  # about '\d' and the like, which are no business of a flag
+            warnings.simplefilter('ignore')  # about escapes such as '\d'
             readings.append(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
@@ -212,13 +227,14 @@ def read_text(text: str, kind: Type, where: str) -> object:
 
 
 def describe(kind: Type) -> str:
+    """Returns the type as it is written in a script."""
     return ' | '.join(part.__name__ if isinstance(part, type) else repr(part) for part in kind)
 
 
 def show(value: object) -> str:
     try:
         text = repr(value)
-    except Exception:  # a user's own class, or an int of more digits than Python prints
+    except Exception:  # a user's own class, or an int with more digits than Python prints
         text = f'a value of type {type(value).__name__}'
     return text if len(text) <= 80 else text[:77] + '...'
 
@@ -235,9 +251,10 @@ def suggest(name: str, names: Sequence[str], form: str = '{}') -> str:
 def parse_argv(
     argv: Sequence[str], types: Mapping[str, Type]
 ) -> tuple[dict[str, object], list[str]]:
-    """Flags by key, and the config files in their order."""
+    """Returns flags by key, and the config files in order."""
     flags: dict[str, object] = {}
-    files, items = [], list(argv)
+    files: list[str] = []
+    items = list(argv)
     while items:
         item = items.pop(0)
         if not item.startswith('--'):
@@ -249,7 +266,7 @@ def parse_argv(
             key = key.removeprefix('no_')
             if bool not in types[key]:
                 raise UserError(
-                    f'{item}: {key} is no switch but {describe(types[key])}; type --{key}=value'
+                    f'{item}: {key} is not a switch but {describe(types[key])}; type --{key}=value'
                 )
             flags[key] = False
         elif key not in types:
@@ -268,7 +285,7 @@ def parse_argv(
 
 
 def is_value(item: str, kind: Type) -> bool:
-    """Whether what follows a bare switch is its value (--compile false) and not the next item."""
+    """Returns whether the item after a switch is its value, as in --compile false."""
     try:
         read_text(item, kind, '')
     except UserError:
@@ -277,29 +294,25 @@ def is_value(item: str, kind: Type) -> bool:
 
 
 def check_file(path: str, types: Mapping[str, Type]) -> str:
+    """Returns the path of a config file. Raises UserError with a hint if it is not one."""
     if os.path.exists(path) and path.endswith('.py'):
         return path
-    if os.path.exists(
-        path
-    ):  # a text, or a run's folder: not to be executed because somebody forgot the flag's name
-        key = (
-            'input'
-            if 'input' in types
-            else 'out_dir'
-            if 'out_dir' in types and os.path.isdir(path)
-            else None
-        )
-        raise UserError(
-            f'{path} is no config file, whose name ends in .py'
-            + (f'; did you mean --{key}={path}?' if key else ' (flags are typed --key=value)')
-        )
+    if os.path.exists(path):  # a text or a run's folder, for which the user forgot the flag
+        hint = ' (flags are written --key=value)'
+        if 'input' in types:
+            hint = f'; did you mean --input={path}?'
+        elif 'out_dir' in types and os.path.isdir(path):
+            hint = f'; did you mean --out_dir={path}?'
+        raise UserError(f'{path}: not a config file, because its name does not end in .py{hint}')
     flag = path.lstrip('-')
     if flag.partition('=')[0].replace('-', '_') in types:
         raise UserError(f'{path}: no such config file; did you mean --{flag}?')
     candidates = list_python(os.path.dirname(path)) + list_python(CONFIG_FOLDER)
     nearby = {os.path.basename(file): file for file in candidates}
     nearest = difflib.get_close_matches(os.path.basename(path), nearby, n=1)
-    hint = f'; did you mean {nearby[nearest[0]]}?' if nearest else ' (flags are typed --key=value)'
+    hint = (
+        f'; did you mean {nearby[nearest[0]]}?' if nearest else ' (flags are written --key=value)'
+    )
     raise UserError(f'{path}: no such config file{hint}')
 
 
@@ -313,29 +326,32 @@ def list_python(folder: str) -> list[str]:
 
 
 class Namespace(dict):
-    """What config files see and assign to; pinned keys stay as they are, of the others it notes the places."""
+    """The namespace in which config files run.
 
-    def __init__(self, values, pinned):
+    Pinned keys keep their values. For the others, it records the place of the last assignment.
+    """
+
+    def __init__(self, values: Mapping, pinned: Mapping):
         super().__init__(values)
-        self.pinned, self.places = pinned, {}
-        self.imports, self.running = (
-            set(),
-            [],
-        )  # names that imports made; the files in execution, innermost last
+        self.pinned = pinned
+        self.places: dict[str, str] = {}
+        self.imports: set[str] = set()  # names that import statements define
+        self.running: list[str] = []  # the files that are being executed, innermost last
 
     def __setitem__(self, name, value):
         if name not in self.pinned:
             super().__setitem__(name, value)
-            frame = sys._getframe(1)  # the caller is the config file's own frame
+            frame = sys._getframe(1)  # the frame of the config file
             self.places[name] = f'{frame.f_code.co_filename}:{frame.f_lineno}'
 
     def execute(self, path: str):
-        """Run a file's statements here; UserError with the place where one fails."""
+        """Runs a config file. Raises UserError with the place if a statement fails."""
         _, tree = read_python(path)
         for node in ast.walk(tree):
-            if isinstance(node, ast.Global):  # its assignments would go past __setitem__
+            if isinstance(node, ast.Global):  # its assignments would bypass __setitem__
                 raise UserError(
-                    f'{path}:{node.lineno}: found a global statement, expected assignments at the top level'
+                    f'{path}:{node.lineno}: found a global statement, expected assignments at the '
+                    f'top level'
                 )
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.imports |= {
@@ -362,9 +378,8 @@ class Namespace(dict):
                 for frame, line in traceback.walk_tb(error.__traceback__)
                 if frame.f_code.co_filename == path
             ]
-            line = (
-                lines[-1] if lines else getattr(error, 'lineno', 1)
-            )  # a SyntaxError of compile's has no frame
+            # A SyntaxError of compile has no frame.
+            line = lines[-1] if lines else getattr(error, 'lineno', 1)
             reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
             raise UserError(f'{path}:{line}: {reason}') from None
         self.running.pop()
@@ -373,7 +388,7 @@ class Namespace(dict):
 def run_file(
     path: str, values: dict, types: Mapping[str, Type], pinned: Mapping[str, object]
 ) -> dict[str, str]:
-    """Execute a config file on the values, in place; returns the place where each key was last assigned."""
+    """Runs a config file and updates the values; returns where each key was last assigned."""
     namespace = Namespace(values, pinned)
     namespace.execute(path)
     for name, value in namespace.items():
@@ -388,7 +403,7 @@ def run_file(
         ):
             hint = suggest(name, list(types))
             raise UserError(
-                f"{place}: {name}: no such key{hint} (a name of the file's own begins with _)"
+                f"{place}: {name}: no such key{hint} (the file's own names must begin with _)"
             )
     return {
         name: place
@@ -398,28 +413,31 @@ def run_file(
 
 
 def read_python(path: str) -> tuple[str, ast.Module]:
+    """Returns the source of a Python file and its syntax tree. Raises UserError if it has none."""
     try:
         with open(path, encoding='utf-8-sig') as file:
             source = file.read()
         return source, ast.parse(source, path)
     except SyntaxError as error:
-        reason = f':{error.lineno or 1}: SyntaxError: {error.msg}; a config file is Python, such as: batch_size = 12'
+        reason = (
+            f':{error.lineno or 1}: SyntaxError: {error.msg}; a config file is Python code, such '
+            f'as: batch_size = 12'
+        )
     except UnicodeDecodeError as error:
-        reason = f': found bytes that are no UTF-8 ({error.reason}), expected a Python file'
+        reason = f': found bytes that are not UTF-8 ({error.reason}), expected a Python file'
     except (OSError, ValueError, MemoryError, RecursionError) as error:
         reason = f': cannot be read: {getattr(error, "strerror", None) or error}'
     raise UserError(path + reason)
 
 
 # ---------------------------------------------------------------------------
-# What --help and --print_config show
+# Output of --help and --print_config
 
 
 def print_help(script: str, block: Block) -> None:
     shown = os.path.relpath(script)
-    print(
-        f'{block.doc}\n\nusage: python {shown} [config/file.py ...] [--key=value ...] [--print_config]'
-    )
+    usage = f'python {shown} [config/file.py ...] [--key=value ...] [--print_config]'
+    print(f'{block.doc}\n\nusage: {usage}')
     rows = []
     for key, default in block.defaults.items():
         if key in block.headings:

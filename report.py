@@ -1,8 +1,8 @@
-"""Shows a run, finished or still going, as one page: verdict and findings, curves, samples, config.
+"""Shows a finished or running training as one page: verdict, findings, curves, samples, config.
 
-python report.py --out_dir=out-shakespeare-char             writes report.html and PNGs into the run's folder
-python report.py --out_dir=out-shakespeare-char,out-two     several runs drawn over each other
-python report.py --out_dir=out-shakespeare-char --watch     serves the page to this machine, and follows the run
+python report.py --out_dir=out-shakespeare-char           writes report.html and PNGs to the folder
+python report.py --out_dir=out-shakespeare-char,out-two   compares several runs
+python report.py --out_dir=out-shakespeare-char --watch   serves a page that follows the run
 """
 
 import os
@@ -16,11 +16,11 @@ from nib.report.page import build_page, read_runs, write_report
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 
-out_dir: str = 'out'  # the run's folder; several, separated by commas, are drawn over each other
-page: str = ''  # file to write; empty: report.html in the run's folder, comparison.html in the first of several
-png: bool = True  # also write each chart as a PNG, into a folder named like the page (pip install matplotlib)
-watch: bool = False  # write nothing: serve the page on http://127.0.0.1, where it follows the run, until Ctrl-C
-port: int = 8008  # of --watch; 0 takes any that is free
+out_dir: str = 'out'  # the run's folder; several folders, separated by commas, are compared
+page: str = ''  # output file; empty: report.html, or comparison.html for several runs, in out_dir
+png: bool = True  # also save each chart as a PNG in a folder named like the page; needs matplotlib
+watch: bool = False  # serve the page on http://127.0.0.1 and follow the run until Ctrl-C
+port: int = 8008  # of --watch; 0: any free port
 
 
 def main(argv):
@@ -30,62 +30,54 @@ def main(argv):
     defaults = configurator.read_block(TRAIN).defaults
     if watch:
         return serve(folders, defaults)
-    target = Path(
-        page or Path(folders[0]) / ('comparison.html' if len(folders) > 1 else 'report.html')
-    )
+    name = 'comparison.html' if len(folders) > 1 else 'report.html'
+    target = Path(page) if page else Path(folders[0], name)
     if target.suffix != '.html':
-        raise UserError(f'--page={page}: the name of a page ends in .html')
+        raise UserError(f'--page={page}: the name must end in .html')
     try:
         drawn = write_report(folders, defaults, target, png)
         print(f'{target} and {drawn} PNGs in {target.with_suffix("")}' if drawn else target)
     except ImportError:
         print(target)
         print(
-            'no PNGs, as matplotlib is missing: pip install matplotlib, or leave them out with --no-png',
+            'no PNGs, because matplotlib is missing: pip install matplotlib, or use --no-png',
             file=sys.stderr,
         )
 
 
 def split_folders(names: str) -> list[str]:
-    """The folders that out_dir names; a single one may have a comma in its name."""
-    folders = (
-        [names]
-        if os.path.isdir(names)
-        else [name.strip() for name in names.split(',') if name.strip()]
-    )
+    """Returns the folders in out_dir; a single folder may have a comma in its name."""
+    if os.path.isdir(names):
+        return [names]
+    folders = [name.strip() for name in names.split(',') if name.strip()]
     if not folders:
         raise UserError('--out_dir is empty: name the folder that train.py wrote to')
     return folders
 
 
 def serve(folders: list[str], defaults: dict):
-    """Answers with the page as the run is at that moment, until Ctrl-C."""
-    read_runs(folders)  # a wrong folder is told now
+    """Serves the page with the current state of the runs until Ctrl-C."""
+    read_runs(folders)  # fails now if a folder is wrong
     seen, content = None, b''
 
     def current_page() -> bytes:
         nonlocal seen, content
-        files = [
-            Path(folder) / name for folder in folders for name in ('metrics.jsonl', 'config.json')
-        ]
-        stamps = [
-            (stat.st_mtime_ns, stat.st_size)
-            for stat in (file.stat() for file in files if file.exists())
-        ]
+        names = ('metrics.jsonl', 'config.json')
+        files = [Path(folder, name) for folder in folders for name in names]
+        stats = [file.stat() for file in files if file.exists()]
+        stamps = [(stat.st_mtime_ns, stat.st_size) for stat in stats]
         if stamps != seen:
-            content = build_page(read_runs(folders), defaults, watching=True).encode(
-                errors='replace'
-            )
-            seen = stamps
+            page = build_page(read_runs(folders), defaults, watching=True)
+            content, seen = page.encode(errors='replace'), stamps
         return content
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path.partition('?')[0] != '/':
-                return self.answer(404, b'there is one page here: /', 'text/plain')
+                return self.answer(404, b'the only page is /', 'text/plain')
             try:
                 self.answer(200, current_page(), 'text/html')
-            except (UserError, OSError) as error:  # the folder has gone meanwhile
+            except (UserError, OSError) as error:  # the folder was removed in the meantime
                 self.answer(503, str(error).encode(errors='replace'), 'text/plain')
 
         def answer(self, status, body, kind):
@@ -103,19 +95,20 @@ def serve(folders: list[str], defaults: dict):
         daemon_threads = True
 
         def handle_error(self, request, address):
+            # A browser that closes its connection is not an error.
             if not isinstance(sys.exc_info()[1], ConnectionError):
-                super().handle_error(request, address)  # a browser that went away is none
+                super().handle_error(request, address)
 
     if not 0 <= port <= 65535:
-        raise UserError(f'--port={port}: a port is a number from 0 to 65535')
+        raise UserError(f'--port={port}: expected a number from 0 to 65535')
     try:
         server = Server(('127.0.0.1', port), Handler)
     except OSError as error:
         raise UserError(
-            f'--port={port}: {error.strerror}; name another, or 0 for any that is free'
+            f'--port={port}: {error.strerror}; use another port, or 0 for any free port'
         ) from error
     with server:
-        print(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)', flush=True)
+        print(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C to stop)', flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

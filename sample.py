@@ -1,4 +1,4 @@
-"""Writes text with a trained model.
+"""Generates text with a trained model.
 
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
 python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
@@ -29,23 +29,19 @@ from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
 # what to write
-start: str = '\n'  # the prompt; FILE:path takes a file's text, - standard input; <|endoftext|> stands for that token
-num_samples: int = 3  # continuations of the prompt; the first is shown as it is written
-max_new_tokens: int = 500  # tokens in each
-stop: str = ''  # end a sample after this text; <|endoftext|> stands for that token
+start: str = '\n'  # prompt, FILE:path or - (standard input); <|endoftext|> is that token
+num_samples: int = 3  # continuations of the prompt; the first is shown while it is generated
+max_new_tokens: int = 500  # tokens per sample
+stop: str = ''  # end a sample after this text; <|endoftext|> is that token
 # how to choose tokens
-temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
-top_k: int | None = 200  # only the k likeliest tokens; None for all
-top_p: float | None = (
-    None  # only the likeliest tokens that hold this much probability; None for all
-)
-seed: int = 1337  # another seed, other samples
+temperature: float = 0.8  # below 1 safer, above 1 more varied; 0 always takes the most likely token
+top_k: int | None = 200  # only the k most likely tokens; None: all
+top_p: float | None = None  # only the most likely tokens with this total probability; None: all
+seed: int = 1337  # another seed gives other samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # precision of the weights
-compile: bool | Literal['auto'] = (
-    False  # torch.compile for the step from token to token: for many thousand tokens on a GPU
-)
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
+compile: bool | Literal['auto'] = False  # use torch.compile; for many thousand tokens on a GPU
 
 
 def main(argv):
@@ -61,15 +57,13 @@ def main(argv):
     config = GPTConfig(**found.state['model'])
     prompt_ids = encode_prompt(tokenizer, prompt, '--start')
     if len(prompt_ids) > config.block_size:
-        fitting = len(tokenizer.decode(prompt_ids[-config.block_size :]))
+        n_fitting = len(tokenizer.decode(prompt_ids[-config.block_size :]))
         raise UserError(
             f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
-            f'{config.block_size:,}: shorten it, for instance to its last {fitting:,} characters'
+            f'{config.block_size:,}: shorten it, for example to its last {n_fitting:,} characters'
         )
     dtype_used, dtype_reason = pick_dtype(dtype, device)
-    encode_prompt(
-        tokenizer, stop, '--stop'
-    )  # a text that the vocabulary cannot write would never come
+    encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
     try:
         check_sampling(
             [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size
@@ -80,8 +74,8 @@ def main(argv):
     model.load_state_dict(tensors['model'])
     model.to(device, getattr(torch, dtype_used))
     print(
-        f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; {describe_device(device)}, '
-        f'{dtype_used} ({dtype_reason})',
+        f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; '
+        f'{describe_device(device)}, {dtype_used} ({dtype_reason})',
         file=sys.stderr,
     )
 
@@ -114,12 +108,15 @@ def main(argv):
 
 
 def can_compile(generate: Callable) -> bool:
-    """Whether generation is to run compiled, which two tokens have shown to work; says on standard error why not."""
+    """Returns whether to compile generation, after a trial with two tokens.
+
+    If the user wants to compile but cannot, prints the reason on standard error.
+    """
     chosen, reason = pick_compile(compile, device)
     if chosen:
         try:
             list(itertools.islice(generate(True), 2))
-        except Exception as error:  # the compiler's own errors have no common base
+        except Exception as error:  # the compiler's errors have no common base class
             chosen, reason = False, explain_failure(error)
     if not chosen:
         print(f'not compiled: {reason}', file=sys.stderr)
@@ -128,16 +125,22 @@ def can_compile(generate: Callable) -> bool:
 
 @dataclass
 class Sample:
-    """One continuation of the prompt. A character whose bytes are shared out over tokens is there with the last one."""
+    """One continuation of the prompt.
+
+    The bytes of a character may be spread over several tokens. It appears with the last of them.
+    """
 
     text: str = ''
-    ended: bool = False  # with the stop text; nothing more is taken in
+    ended: bool = False  # by the stop text; later tokens are ignored
     decoder: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder('utf-8')('replace')
     )
 
     def add(self, content: bytes, final: bool = False) -> str:
-        """Takes in the bytes of a token; returns the text that is new."""
+        """Adds the bytes of a token; returns the new text.
+
+        final: whether they are the last ones.
+        """
         if self.ended:
             return ''
         before = len(self.text)
@@ -149,7 +152,10 @@ class Sample:
 
 
 def read_prompt(start: str) -> str:
-    """The prompt itself, or what FILE:path or - stands for. UserError where that cannot be read or is empty."""
+    """Returns the prompt; `start` is the text itself, FILE:path, or - for standard input.
+
+    Raises UserError if it cannot be read or is empty.
+    """
     try:
         if start == '-':
             prompt = sys.stdin.buffer.read().decode('utf-8')
@@ -159,7 +165,7 @@ def read_prompt(start: str) -> str:
             prompt = start
     except OSError as error:
         raise UserError(
-            f'--start={start}: {error.strerror}; it is FILE: and the path of a text file'
+            f'--start={start}: {error.strerror}; expected FILE: and the path of a text file'
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
@@ -173,7 +179,7 @@ def read_prompt(start: str) -> str:
 
 
 def show(text: str):
-    """Text on standard output at once, also where the terminal lacks a character of it."""
+    """Prints text at once; characters that the terminal lacks are replaced."""
     encoding = sys.stdout.encoding or 'utf-8'
     sys.stdout.write(text.encode(encoding, errors='replace').decode(encoding))
     sys.stdout.flush()

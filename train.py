@@ -1,11 +1,11 @@
-"""Trains a GPT: prepares model and data, then repeats one training step until max_iters.
+"""Trains a GPT: sets up the data and the model, then repeats one training step until max_iters.
 
-    python train.py config/train_shakespeare_char.py    one process, on the best device found
+    python train.py config/train_shakespeare_char.py    one process, on the best available device
     python train.py config/train_shakespeare_char.py --max_iters=500 --learning_rate=3e-4
-    torchrun --standalone --nproc_per_node=8 train.py config/...    on eight GPUs, or on a CPU
+    torchrun --standalone --nproc_per_node=8 train.py config/...    eight GPUs, or CPU processes
 
-Read it from top to bottom: the config, the learning rate, the evaluation, one training step, what a
-step needs, main, the loop, and what they call.
+Read this file from top to bottom: the config, the learning rate, the evaluation, one training step,
+what a step needs, main, the loop, and the functions that they call.
 """
 
 import math
@@ -26,10 +26,10 @@ from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import (
     autocast,
     has_bfloat16,
-    keep_freed_memory,
     peak_flops,
     pick_device,
     pick_dtype,
+    prepare_device,
     seed_everything,
 )
 from nib.machine.ranks import Ranks, distribute, start_ranks
@@ -37,85 +37,86 @@ from nib.machine.signals import FINDING, StopSignal
 from nib.optim import Optimizer
 from nib.run.checks import check_config, settle_schedule
 from nib.run.logbook import Logbook
-from nib.tokens.batches import BatchLoader, eval_batches
+from nib.tokens.batches import BatchLoader
 from nib.tokens.find import open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
-out_dir: str = 'out'  # where checkpoints, metrics and config.json go
-init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2' (-medium, -large, -xl)
+out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
+init_from: str = 'scratch'  # or 'resume', the out_dir of another run, 'gpt2' (-medium, -large, -xl)
 overwrite: bool = False  # let a new run replace the one in out_dir
-eval_only: bool = False  # evaluate the whole validation split once and end
-seed: int = 1337  # of the weights, the order of the data and dropout
+eval_only: bool = False  # only evaluate the model on the whole validation split
+seed: int = 1337  # for weights, data order and dropout
 # evaluation and checkpoints
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
-eval_iters: int = 200  # batches of each split in an evaluation; the last one takes all of val
-keep_last: int = 1  # newest checkpoints to keep, beside the best
-keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0: none
+eval_iters: int = 200  # batches per split in an evaluation; the final one uses all of val
+keep_last: int = 1  # number of newest checkpoints to keep, besides the best one
+keep_every: int = 0  # also keep checkpoints whose step is a multiple of this; 0: none
 # watching
-log_interval: int = 10  # steps between lines; only these steps wait for the device
-stop_on: Literal['never', 'critical', 'warning'] = 'never'  # findings that end the run
-sample_tokens: int = 0  # tokens that the model writes at each evaluation, for you to read
-tensorboard: bool = False  # also write OUT_DIR/tensorboard
+log_interval: int = 10  # steps between log lines; only logged steps wait for the device
+stop_on: Literal['never', 'critical', 'warning'] = 'never'  # severity of findings that stop the run
+sample_tokens: int = 0  # tokens of sample text to print at each evaluation; 0: none
+tensorboard: bool = False  # also log to OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
-wandb_project: str = 'nibgpt'  # project there
-wandb_run_name: str = ''  # name of the run there; empty lets wandb choose
-report: bool = True  # also write OUT_DIR/report.html at the end
+wandb_project: str = 'nibgpt'  # name of the project there
+wandb_run_name: str = ''  # name of the run there; empty: chosen by wandb
+report: bool = True  # write OUT_DIR/report.html at the end
 # data
-dataset: str = 'openwebtext'  # folder in data_dir that holds train.bin, val.bin and meta.json
-data_dir: str = ''  # folder of the datasets; empty: data/ beside this script
-prepare_dataset: bool = False  # make missing bins with data/DATASET/prepare.py
-fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: the run ends instead
+dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
+data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
+prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
+fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
 batch_size: int = 12  # sequences per micro step and process
-block_size: int = 1024  # tokens in a sequence
+block_size: int = 1024  # context length in tokens
 gradient_accumulation_steps: int = 40  # micro steps per step, over all processes together
 # model
-n_layer: int = 12  # blocks
-n_head: int = 12  # attention heads in a block
-n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0: n_head
-n_embd: int = 768  # width
-dropout: float = 0.0  # share of activations set to 0; 0.1 and more for small data
+n_layer: int = 12  # transformer blocks
+n_head: int = 12  # attention heads per block
+n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
+n_embd: int = 768  # embedding dimension
+dropout: float = 0.0  # dropout probability; 0.1 or more for small datasets
 bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; slightly better without
-position: Literal['learned', 'rotary'] = 'learned'  # how the model knows the position of a token
-rotary_base: float = 10000.0  # of rotary positions; a larger one tells larger distances apart
+position: Literal['learned', 'rotary'] = 'learned'  # position encoding
+rotary_base: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
 norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
-qk_norm: bool = False  # normalize queries and keys: attention stays calm at high learning rates
-mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # relu2 is squared ReLU
-tied_head: bool = True  # the output head is the token embedding itself
-logit_cap: float = 0.0  # logits are bent to stay between minus and plus this; 0: no cap
-zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
-recompute: bool = False  # recompute activations in the backward pass: 25 % slower, little memory
+qk_norm: bool = False  # normalize queries and keys; more stable at high learning rates
+mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # activation; relu2 is squared ReLU
+tied_head: bool = True  # the output head shares the weights of the token embedding
+logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_cap; 0: no limit
+zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
+recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
 # optimizer
-max_iters: int = 600000  # steps in the run
-optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon is for the blocks' matrices only
-learning_rate: float = 6e-4  # the highest one, reached after the warm-up
+max_iters: int = 600000  # training steps
+optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the blocks' matrices only
+learning_rate: float = 6e-4  # peak learning rate, reached after the warmup
 weight_decay: float = 0.1  # on matrices and embeddings only
-beta1: float = 0.9  # AdamW's memory of the mean gradient
-beta2: float = 0.95  # AdamW's memory of the squared gradient
-muon_lr_ratio: float = 1.0  # learning rate of Muon's matrices, as a multiple of learning_rate
-muon_momentum: float = 0.95  # Muon's memory of the mean gradient
-muon_iterations: int = 5  # of Newton-Schulz, which makes Muon's updates orthogonal
-grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-max_bad_steps: int = 3  # consecutive non-finite steps, none of them applied, until on_nonfinite
-on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: to the last checkpoint
+beta1: float = 0.9  # AdamW: decay rate of the mean gradient
+beta2: float = 0.95  # AdamW: decay rate of the mean squared gradient
+muon_lr_ratio: float = 1.0  # Muon: learning rate as a multiple of learning_rate
+muon_momentum: float = 0.95  # Muon: decay rate of the mean gradient
+muon_iterations: int = 5  # Muon: Newton-Schulz iterations, which orthogonalize the update
+grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
+max_bad_steps: int = 3  # consecutive non-finite steps, all left out, before on_nonfinite applies
+on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: return to the last checkpoint
 # learning rate schedule
-lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # wsd is warmup-stable-decay
-warmup_iters: int = 2000  # steps of linear warm-up
-cooldown_iters: int = 0  # wsd only: the last steps before lr_decay_iters, in which the rate falls
-lr_decay_iters: int | Literal['auto'] = 'auto'  # steps until min_lr is reached; auto: max_iters
-min_lr: float | Literal['auto'] = 'auto'  # the lowest one; auto: learning_rate / 10
+lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # wsd: warmup-stable-decay
+warmup_iters: int = 2000  # steps of linear warmup
+cooldown_iters: int = 0  # wsd only: steps of decay, the last ones before lr_decay_iters
+lr_decay_iters: int | Literal['auto'] = 'auto'  # step at which min_lr is reached; auto: max_iters
+min_lr: float | Literal['auto'] = 'auto'  # final learning rate; auto: learning_rate / 10
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of products, not weights
-compile: bool | Literal['auto'] = 'auto'  # torch.compile
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float32 is TF32 on a GPU
+compile: bool | Literal['auto'] = 'auto'  # use torch.compile
 
 
 def get_lr(step: int) -> float:
-    """Returns the learning rate of a step: linear warm-up, then constant, or a fall to min_lr.
+    """Returns the learning rate of a step: linear warmup, then constant or decaying to min_lr.
 
-    The fall ends at lr_decay_iters and follows a cosine (Loshchilov and Hutter 2017) or a line; wsd
-    is constant first and falls over the cooldown only (Hu et al. 2024).
+    The decay ends at lr_decay_iters and follows a cosine (Loshchilov and Hutter 2017) or a line.
+    With wsd, the rate stays constant and decays during the cooldown only (Hu et al. 2024).
     """
+    assert lr_decay_iters != 'auto' and min_lr != 'auto'  # settle_schedule has replaced them
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)  # never 0: the first step moves too
     if lr_schedule == 'constant':
@@ -132,13 +133,13 @@ def get_lr(step: int) -> float:
 
 @torch.no_grad()
 def evaluate(model, batches, precision, ranks, stop) -> float:
-    """Returns the mean loss, in nats per token, over batches (x, y) of all ranks, without dropout.
+    """Returns the mean loss over the batches (x, y) of all ranks, in nats per token.
 
-    If the run is asked to stop meanwhile, the remaining batches are left out: look at `stop` before
-    using the result.
+    Dropout is off. If a stop is requested, the remaining batches are skipped, so check `stop`
+    before you use the result.
     """
     model.eval()
-    total = torch.zeros(2, device=next(model.parameters()).device)  # there, so that no batch waits
+    total = torch.zeros(2, device=next(model.parameters()).device)  # no device sync per batch
     for x, y in batches:
         if stop.number and total[1]:
             break
@@ -155,12 +156,12 @@ def evaluate(model, batches, precision, ranks, stop) -> float:
 
 
 def accumulate_gradients(t, micro_batches, step: int) -> torch.Tensor:
-    """Adds up the gradients of a step's micro batches; returns the mean of their losses.
+    """Accumulates the gradients of a step's micro batches and returns the mean of their losses.
 
-    t: the Training below. micro_batches: t.micro_steps pairs (x, y) of token ids, each
+    t: a Training (defined below). micro_batches: t.micro_steps pairs (x, y) of token ids, each
     (batch_size, block_size). step: seeds dropout.
     """
-    mean_loss = 0.0
+    mean_loss = torch.zeros((), device=t.device)
     for micro_step, (x, y) in enumerate(micro_batches):
         seed_everything(t.seed, step, t.ranks.rank, micro_step)
         last = micro_step == t.micro_steps - 1
@@ -174,15 +175,15 @@ def accumulate_gradients(t, micro_batches, step: int) -> torch.Tensor:
 
 
 def train_step(t, micro_batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of training: gradients of every micro batch, clipped, applied if they are finite.
+    """Performs one training step: computes the gradients, clips them, and applies them if finite.
 
-    Returns the mean loss over all micro steps and ranks and the norm of the gradients before
-    clipping, both as tensors, so that nothing waits for the device.
+    Returns the mean loss over all micro steps and ranks, and the gradient norm before clipping.
+    Both are tensors, so no step waits for the device.
     """
     mean_loss = accumulate_gradients(t, micro_batches, step)
     t.scaler.unscale_(t.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.grad_clip or math.inf)
-    # The norm is the same on all ranks, or else something is wrong with one: then no rank may step.
+    # The norm is the same on all ranks. If it is not finite on one of them, no rank may step.
     mean_loss, grad_norm = t.ranks.sum(torch.stack((mean_loss, grad_norm))) / t.ranks.world_size
     t.optimizer.step(t.bad_steps.usable(mean_loss, grad_norm))
     t.scaler.update()
@@ -192,114 +193,98 @@ def train_step(t, micro_batches, step: int) -> tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class Training:
-    """What a training step needs. bench.py and debug_training.py set up theirs here too."""
+    """What a training step needs. bench.py and debug_training.py use it too."""
 
-    raw_model: GPT  # what is evaluated and saved
-    model: torch.nn.Module  # what is trained: raw_model, perhaps compiled and distributed
+    raw_model: GPT  # evaluated and saved
+    model: torch.nn.Module  # trained: raw_model, or its compiled or distributed version
     optimizer: Optimizer
-    scaler: torch.amp.GradScaler  # scales the loss in float16, so that small gradients are not 0
+    scaler: torch.amp.GradScaler  # scales the loss in float16, so small gradients do not become 0
     batches: BatchLoader
-    bad_steps: BadSteps  # keeps steps that are not finite from the weights
+    bad_steps: BadSteps  # keeps non-finite steps out of the weights
     precision: AbstractContextManager  # of forward passes: autocast, or nothing
     ranks: Ranks
     device: str
-    micro_steps: int  # of this rank
+    micro_steps: int  # per step, on this rank
     grad_clip: float
     seed: int
     dtype: str = 'float32'  # of matrix products
 
     @classmethod
     def set_up(cls, config, data, start=None, ranks=Ranks()) -> 'Training':
-        """Sets up a fresh model, or that of `start`. Raises UserError for a model that cannot be.
+        """Sets up a new model, or the one in `start`. Raises UserError if the model is impossible.
 
         config: the values of this file's keys, with the device and dtype to use.
         """
         device, float16 = config['device'], config['dtype'] == 'float16'
-        keep_freed_memory(device)
+        prepare_device(device)
         model = new_model(config, data, start).to(device).train()
-        micro_steps = config['gradient_accumulation_steps'] // ranks.world_size
-        batches = BatchLoader(
-            data.train,
-            config['block_size'],
-            config['batch_size'],
-            config['seed'],
-            'train',
-            micro_steps,
-            ranks.rank,
-            ranks.world_size,
-            device,
-            data.vocab_size,
-        )
-        limit = None if config['on_nonfinite'] == 'skip' else config['max_bad_steps']
+        max_bad_steps = None if config['on_nonfinite'] == 'skip' else config['max_bad_steps']
         return cls(
-            model,
-            model,
-            Optimizer.pick(config, model, has_bfloat16(device)),
-            torch.amp.GradScaler(torch.device(device).type, enabled=float16),
-            batches,
-            BadSteps(limit, device, float16),
-            autocast(config['dtype'], device),
-            ranks,
-            device,
-            micro_steps,
-            config['grad_clip'],
-            config['seed'],
-            config['dtype'],
+            raw_model=model,
+            model=model,
+            optimizer=Optimizer.pick(config, model, has_bfloat16(device)),
+            scaler=torch.amp.GradScaler(torch.device(device).type, enabled=float16),
+            batches=BatchLoader.from_config(config, data, ranks, device),
+            bad_steps=BadSteps(max_bad_steps, device, float16),
+            precision=autocast(config['dtype'], device),
+            ranks=ranks,
+            device=device,
+            micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
+            grad_clip=config['grad_clip'],
+            seed=config['seed'],
+            dtype=config['dtype'],
         )
 
     @property
     def flops_per_token(self) -> float:
-        """Of a forward and a backward pass, which takes twice the operations."""
+        """FLOPs of a forward and a backward pass, which takes twice as many."""
         return 3 * sum(self.raw_model.flops_per_token().values())
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks together."""
+        """Tokens in a step, over all ranks."""
         tokens = self.batches.batch_size * self.batches.block_size
         return tokens * self.micro_steps * self.ranks.world_size
 
     @property
     def peak_flops(self) -> float | None:
-        """The peak rate of all ranks together, in FLOP/s; None if it is not known."""
+        """Peak rate of all ranks together in FLOP/s, or None if unknown."""
         peak = peak_flops(self.device, self.dtype)
         return peak * self.ranks.world_size if peak else None
 
     def peak_seconds(self, steps: int) -> float | None:
-        """What so many steps would take at the peak rate."""
+        """Returns the time that `steps` steps would take at the peak rate, or None if unknown."""
         flops = self.flops_per_token * self.tokens_per_step * steps
         return flops / self.peak_flops if self.peak_flops else None
 
     def compile_and_distribute(self, compiled: bool, say):
-        """Wraps the model by torch.compile, if asked, and on several ranks by their own wrapper."""
+        """Compiles the model if requested, and distributes it if there are several ranks."""
         if compiled:
-            self.model = compile_model(self.model, self.batches.batch(0, 0), self.precision, say)
+            batch = self.batches.batch(0, 0)
+            self.model = compile_model(self.model, batch, self.precision, say)
         if self.ranks.world_size > 1:
-            self.model = distribute(
-                self.model,
-                self.ranks.local_rank,
-                self.device,
-                self.batches.batch(0, 0),
-                self.precision,
-            )
+            batch = self.batches.batch(0, 0)
+            rank = self.ranks.local_rank
+            self.model = distribute(self.model, rank, self.device, batch, self.precision)
 
 
 @dataclass
 class TrainState:
-    """All that a resumed run needs beside the weights, the optimizer and the config."""
+    """All that a resumed run needs besides the weights, the optimizer and the config."""
 
     step: int = 0  # steps done
-    passed_over: int = 0  # batches left out by rewinding: step s trains on those of s + passed_over
+    passed_over: int = 0  # batches skipped by rewinding: step s trains on those of s + passed_over
     bad_steps: int = 0  # number of consecutive non-finite steps up to this one
     evaluated: int = -1  # the last step that was evaluated
     best_val_loss: float | None = None
     scaler: dict | None = None  # the loss scale of float16
 
     def restore(self, t: Training, found: store.Checkpoint, tensors):
-        """Puts back what a checkpoint holds. Raises UserError if ranks have read different ones."""
+        """Restores a checkpoint. Raises UserError if the ranks have read different ones."""
         if len(set(steps := t.ranks.gather(found.step))) > 1:
             raise UserError(
-                f'the processes have read checkpoints of different steps, {steps} by '
-                f'rank: make sure that all can read {found.path.parent}'
+                f'the processes have read checkpoints of different steps, {steps} by rank: '
+                f'make sure that all of them can read {found.path.parent}'
             )
         t.raw_model.load_state_dict(tensors['model'])
         t.optimizer.load_named_state(t.raw_model, tensors['optimizer'])
@@ -313,27 +298,26 @@ class TrainState:
 
 
 def main(argv):
-    # The config: from here on the names at the top of this file have the values of this run.
+    # The config: from now on, the variables at the top of this file hold this run's values.
     values, origins = configurator.configure(__file__, argv, settle={'device': pick_device})
     globals().update(values)
     dtype_used, reason = pick_dtype(dtype, device)
     ranks = start_ranks(device)  # rank 0 of 1 without torchrun
     check_config(values, ranks.world_size)
     stop = StopSignal(announced=ranks.is_first)
-    book = Logbook(out_dir, ranks, stop)  # all that the run says and writes
+    book = Logbook(out_dir, ranks, stop)  # everything that the run prints and writes
     used = {'device': ranks.own_device(device), 'dtype': dtype_used, 'ranks': ranks.world_size}
     book.say_machine(**used, reason=reason)
 
-    # The start: fresh weights, another model's, or this run's newest checkpoint.
+    # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
     data = find_data(ranks, book)
     config = values | used | {'dataset': data.name}
     t = Training.set_up(config, data, start, ranks)
-    state, changes = TrainState(), {}
-    if start and start.resumed:
-        changes = resume(t, state, start, config, book)
-    del start  # it holds a copy of all weights
+    state = TrainState()
+    changes = resume(t, state, start, config, book)
+    del start  # free its copy of the weights
     compiled, reason = pick_compile(compile, t.device, t.peak_seconds(max_iters))
     book.say_model(t, compiled, reason)
     if not eval_only:
@@ -349,7 +333,7 @@ def main(argv):
         exit_code = finish(t, data, state, book, stop)
     except NotFinite as error:  # in steps, weights or the validation loss
         exit_code = book.end_nonfinite(state.step, error)
-    except Stopped as stopped:  # by a signal or the doctor; saved by then
+    except Stopped as stopped:  # by a signal or the doctor; already saved
         exit_code = book.end_stopped(state.step, stopped, argv)
     book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
     stop.ignore()
@@ -358,23 +342,23 @@ def main(argv):
 
 
 def loop(t, data, state, book, stop):
-    """Between two steps: look back, save, stop, evaluate, if due. Then one step, and its line."""
+    """Repeats: handle bad steps, save, stop and evaluate if due, then train one step and log it."""
     while True:
         t.optimizer.lr = get_lr(state.step)
         at_end = state.step >= max_iters
         evaluation_due = at_end or state.step % eval_interval == 0
         evaluation_due = evaluation_due and state.evaluated < state.step
-        stopping = t.ranks.largest(stop.number)  # a signal to any rank counts for all
+        stopping = t.ranks.largest(stop.number)  # a signal to one rank stops all
 
-        if evaluation_due or stopping or state.step % log_interval == 0:
-            if look_back(t, state, book):
-                continue  # from the last checkpoint
+        check_due = evaluation_due or stopping or state.step % log_interval == 0
+        if check_due and handle_bad_steps(t, state, book):
+            continue  # from the last checkpoint
         if evaluation_due or stopping:
             book.save(state)  # before the evaluation, which may take long
         if stopping:
             raise Stopped(stopping)
-        if evaluation_due and not check_up(t, data, state, book, stop):
-            continue  # cut short: the next turn saves and stops, and a resumed run makes up for it
+        if evaluation_due and not run_evaluation(t, data, state, book, stop):
+            continue  # interrupted: the next iteration stops; a resumed run evaluates again
         if at_end:
             return
 
@@ -393,10 +377,10 @@ def loop(t, data, state, book, stop):
 # -- what the loop calls ---------------------------------------------------------------------------
 
 
-def look_back(t, state, book) -> bool:
-    """Looks for non-finite steps, none of which was applied; returns whether it has gone back.
+def handle_bad_steps(t, state, book) -> bool:
+    """Reports new non-finite steps, none of which was applied; returns whether the run rewound.
 
-    Raises NotFinite if there were too many and the run may not go back to its last checkpoint.
+    Raises NotFinite if there were too many and the run may not return to its last checkpoint.
     """
     seen = t.bad_steps.look(state.step, t.scaler)
     state.bad_steps = seen.in_a_row
@@ -408,7 +392,7 @@ def look_back(t, state, book) -> bool:
     if on_nonfinite == 'stop' or not book.saved or book.rewinds == MAX_REWINDS:
         why = explain_nonfinite(t, seen.last - 1 + state.passed_over)
         raise NotFinite(f'{seen.sentence}; {why}')
-    book.warn(f'{seen.sentence}: going back to the last checkpoint, past the batches that led here')
+    book.warn(f'{seen.sentence}: returning to the last checkpoint and skipping these batches')
     data_step = seen.last + state.passed_over
     book.wait_for_checkpoint()
     state.restore(t, *store.load(out_dir, warn=book.warn))
@@ -419,8 +403,8 @@ def look_back(t, state, book) -> bool:
 
 
 def explain_nonfinite(t, data_step: int) -> str:
-    """Computes a step that was not finite again, and says where it went wrong on any rank."""
-    alone = replace(t, model=t.raw_model)  # without an exchange of gradients
+    """Repeats a non-finite step and returns a sentence about where it went wrong, on any rank."""
+    alone = replace(t, model=t.raw_model)  # no gradient exchange
     with watch_outputs(t.raw_model) as outputs:
         accumulate_gradients(alone, t.batches.micro_batches(data_step), data_step)
     found = t.ranks.gather((outputs, nonfinite_parameters(t.raw_model)))
@@ -428,23 +412,8 @@ def explain_nonfinite(t, data_step: int) -> str:
     return describe(*max(found, key=lambda names: len(names[1])))
 
 
-def split_loss(t, data, split: str, max_batches: int | None, stop) -> float:
-    """The loss on max_batches batches, spread evenly over a split, or on all of it."""
-    batches = eval_batches(
-        data.split(split),
-        block_size,
-        batch_size,
-        max_batches,
-        t.ranks.rank,
-        t.ranks.world_size,
-        t.device,
-        data.vocab_size,
-    )
-    return evaluate(t.raw_model, batches, t.precision, t.ranks, stop)
-
-
-def check_up(t, data, state, book, stop) -> bool:
-    """Evaluates both splits; returns False if a stop has cut it short."""
+def run_evaluation(t, data, state, book, stop) -> bool:
+    """Evaluates both splits and records the losses; returns False if interrupted by a stop."""
     started = time.perf_counter()
     train_loss = split_loss(t, data, 'train', eval_iters, stop)
     val_loss = split_loss(t, data, 'val', eval_iters, stop)
@@ -458,30 +427,39 @@ def check_up(t, data, state, book, stop) -> bool:
     return True
 
 
+def split_loss(t, data, split: str, max_batches: int | None, stop) -> float:
+    """Returns the loss on max_batches batches, spread evenly over a split, or on all of it."""
+    batches = t.batches.eval_batches(data.split(split), max_batches)
+    return evaluate(t.raw_model, batches, t.precision, t.ranks, stop)
+
+
 def finish(t, data, state, book, stop) -> int:
-    """Checks how the model generates, and evaluates the whole validation split; returns the exit code."""
+    """Checks generation and evaluates the whole validation split; returns the exit code."""
     book.check_generation(state.step)
-    if by_doctor := t.ranks.largest(stop.number) == FINDING:
+    stopped_by_doctor = t.ranks.largest(stop.number) == FINDING
+    if stopped_by_doctor:
         stop.number = 0  # nothing is left to stop
     loss = split_loss(t, data, 'val', None, stop)
     if number := t.ranks.largest(stop.number):
         raise Stopped(number, at_end=True)
     book.record_whole_validation(state.step, loss, data)
-    return EXIT_NONFINITE if not math.isfinite(loss) else EXIT_FINDING if by_doctor else 0
+    if not math.isfinite(loss):
+        return EXIT_NONFINITE
+    return EXIT_FINDING if stopped_by_doctor else 0
 
 
 # -- what main calls -------------------------------------------------------------------------------
 
 
 def find_start(values, origins, book):
-    """Returns the weights to start from, None for fresh ones, and values with their model's shape.
+    """Returns the weights to start from (None: new ones) and the values, fitted to their model.
 
     Raises UserError if init_from names nothing usable, or a key contradicts the weights.
     """
-    if book.restarted_by_torchrun():  # the command line was typed for the first start
+    if book.restarted_by_torchrun():  # the command line is still that of the first start
         values = values | {'init_from': 'resume'}
     if values['init_from'] == 'resume' and not eval_only:
-        book.lock_existing()  # before the checkpoint is read: another run might save one meanwhile
+        book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
     start = read_start(values['init_from'], out_dir, book.warn)
     if start:
         book.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
@@ -490,18 +468,20 @@ def find_start(values, origins, book):
 
 
 def find_data(ranks, book):
-    """Returns the dataset, prepared first if need be. Raises UserError if none is available."""
+    """Returns the dataset and prepares it if necessary. Raises UserError if none is available."""
     data = open_or_prepare(
         dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
     )
     if sample_tokens:
-        data.tokenizer.decode([0])  # if its files are missing, raise UserError now
+        data.tokenizer.decode([0])  # raises UserError now if its files are missing
     book.say_data(data, gradient_accumulation_steps * batch_size * block_size)
     return data
 
 
 def resume(t, state, start, config, book) -> dict:
-    """Restores the checkpoint of `start`; returns the keys changed since, with both values."""
+    """Restores the checkpoint of a resumed run; returns the changed keys and both their values."""
+    if not start or not start.resumed:
+        return {}
     state.restore(t, start.resumed, start.tensors)
     config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
     changes = start.changes(config)
@@ -509,7 +489,7 @@ def resume(t, state, start, config, book) -> dict:
         pairs = (f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items())
         book.say(f'changed since the checkpoint: {", ".join(pairs)}')
     if state.step >= max_iters and not eval_only:
-        book.say(f'all {max_iters} steps are done; to train on, raise --max_iters')
+        book.say(f'all {max_iters} steps are done; to continue training, raise --max_iters')
     return changes
 
 

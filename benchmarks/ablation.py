@@ -1,9 +1,9 @@
-"""Takes the ideas of config/fast_shakespeare_char.py back one at a time, and prints what each is worth in loss and in time.
+"""Removes the ideas of config/fast_shakespeare_char.py one at a time; prints loss and time.
 
     python benchmarks/ablation.py --text=data/shakespeare_char/input.txt
 
-Trains on the first 81 % of the text and validates on the 9 % after it; the last tenth, on which results are reported, stays
-unseen, so that choosing by this table is no tuning on it.
+It trains on the first 81 % of the text and validates on the next 9 %. The last tenth, on which
+results are reported, remains unseen, so choices based on this table are not tuned on it.
 """
 
 import statistics
@@ -21,11 +21,11 @@ from nib.errors import UserError, run_script
 from nib.report.history import read_run
 
 text: str = ''  # path of a text of a million characters
-seeds: int = 3  # runs of each
-steps: int = 160  # in a run
+seeds: int = 3  # runs of each variant
+steps: int = 160  # training steps per run
 result: str = ''  # file to write the table to; empty: standard output only
 
-IDEAS = {  # what is taken back -> the flags that do so
+IDEAS = {  # what is removed (what replaces it) -> flags
     'nothing': '',
     'Muon (AdamW, rate 0.003)': '--optimizer=adamw --learning_rate=0.003',
     'a short momentum': '--muon_momentum=0.95',
@@ -56,7 +56,7 @@ def main(argv):
         seen = Path(text).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text'
+            f'--text={text}: cannot be read as UTF-8 ({error}); expected the path of a text'
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -70,29 +70,28 @@ def main(argv):
         for seed in range(seeds):
             for idea, flags in IDEAS.items():
                 filled = flags.format(twice=2 * steps, half=steps // 2).split()
-                measured[idea].append(train(scratch, seed, filled))
-                print(
-                    f'seed {seed}, without {idea}: loss {measured[idea][-1][0]:.4f}, {measured[idea][-1][1]:.1f} s',
-                    flush=True,
-                )
+                loss, seconds = train(scratch, seed, filled)
+                measured[idea].append((loss, seconds))
+                print(f'seed {seed}, without {idea}: loss {loss:.4f}, {seconds:.1f} s', flush=True)
     lines = [
         f'{seeds} seeds; {measure.describe_machine()}; {steps} steps',
         '',
-        f'{"config/fast_shakespeare_char.py without":42}{"loss (lowest to highest)":>28}{"process, s":>12}',
+        (
+            f'{"config/fast_shakespeare_char.py without":42}{"loss (lowest to highest)":>28}'
+            f'{"process, s":>12}'
+        ),
     ]
     for idea, runs in measured.items():
-        losses, seconds = zip(*runs)
-        lines.append(
-            f'{idea:42}{f"{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})":>28}'
-            f'{statistics.median(seconds):12.1f}'
-        )
+        losses, times = zip(*runs)
+        spread = f'{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})'
+        lines.append(f'{idea:42}{spread:>28}{statistics.median(times):12.1f}')
     print('\n'.join(lines))
     if result:
         Path(result).write_text('\n'.join(lines) + '\n')
 
 
 def train(scratch: Path, seed: int, flags) -> tuple[float, float]:
-    """Validation loss over the whole split, and seconds of the process."""
+    """Returns the loss on the whole validation split, and the seconds of the process."""
     out_dir = scratch / 'run'
     started = time.perf_counter()
     run(

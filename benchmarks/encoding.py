@@ -1,11 +1,13 @@
-"""Makes bins of GPT-2's tokens with nanoGPT's data/openwebtext/prepare.py and with nibGPT's, in turns, on one core.
+"""Encodes a text with GPT-2's tokenizer by nanoGPT's and by nibGPT's script, in turns, on one core.
 
     git clone https://github.com/karpathy/nanoGPT && pip install datasets
     python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER
 
-Both get the same documents as a .jsonl file, and their bins must be equal byte for byte. nanoGPT's script is run as it is in
-the clone but for three things: it gets these documents; it starts no further processes, as eight would share the core; and it
-writes no more shards than there are documents to validate on, as it fails where they are fewer than its 1,024.
+The scripts are data/openwebtext/prepare.py of both. They get the same documents as a .jsonl file,
+and their bins must be equal, byte for byte. nanoGPT's script runs as it is in the clone, with three
+changes: It reads these documents. It starts no other processes, because eight of them would share
+the core. And it writes at most as many shards as there are documents to validate on, because it
+fails if there are fewer documents than its 1,024 shards.
 """
 
 import filecmp
@@ -30,18 +32,14 @@ from nib.text import documents
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 input: str = ''  # files and folders of text, separated by commas: .txt, .md, .jsonl, .parquet
 field: str = 'text'  # the field of .jsonl and .parquet rows that holds the text
-megabytes: float = 100.0  # of text to take of it, at most
-rounds: int = 3  # turns of each
-parts: bool = (
-    True  # whether to measure the peak memory on a tenth and three tenths of the text, too
-)
+megabytes: float = 100.0  # maximum size of the text to encode
+rounds: int = 3  # turns of each script
+parts: bool = True  # also measure the peak memory on a tenth and three tenths of the text
 result: str = ''  # file to write the table to; empty: standard output only
 
-PROCESSES, SHARDS = (
-    'num_proc = 8\n',
-    'total_batches = 1024\n',
-)  # what is changed in nanoGPT's script
-# Both print the seconds from loaded documents to bins; the vocabulary's loading is among them.
+# The lines that are changed in nanoGPT's script.
+PROCESSES, SHARDS = 'num_proc = 8\n', 'total_batches = 1024\n'
+# Both print the seconds from loaded documents to bins, which include loading the vocabulary.
 NANOGPT = f"""
 import sys, time
 import datasets
@@ -49,7 +47,8 @@ script, file, out_dir = sys.argv[1:]
 dataset = datasets.load_dataset('json', data_files=file)
 datasets.load_dataset = lambda *names, **options: dataset
 shards = max(1, min(1024, int(0.0005 * len(dataset['train']))))
-code = open(script).read().replace({PROCESSES!r}, 'num_proc = None\\n').replace({SHARDS!r}, f'total_batches = {{shards}}\\n')
+code = open(script).read().replace({PROCESSES!r}, 'num_proc = None\\n')
+code = code.replace({SHARDS!r}, f'total_batches = {{shards}}\\n')
 started = time.perf_counter()
 exec(compile(code, script, 'exec'), {{'__name__': '__main__', '__file__': out_dir + '/prepare.py'}})
 print('seconds', time.perf_counter() - started)
@@ -75,12 +74,9 @@ def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     theirs = Path(nanogpt) / 'data/openwebtext/prepare.py'
-    if (
-        not nanogpt
-        or not theirs.exists()
-        or not all(line in theirs.read_text() for line in (PROCESSES, SHARDS))
-    ):
-        raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT')
+    code = theirs.read_text() if nanogpt and theirs.exists() else ''
+    if PROCESSES not in code or SHARDS not in code:
+        raise UserError(f'--nanogpt={nanogpt}: expected the path of a clone of karpathy/nanoGPT')
     if not input:
         raise UserError(
             '--input=PATH is missing: name the files and folders that hold the text to encode'
@@ -89,7 +85,7 @@ def main(argv):
         raise UserError(f'rounds is {rounds}: it must be at least 1')
     if not hasattr(os, 'sched_setaffinity'):
         raise UserError('this needs Linux, where a process can be kept on one core')
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # and with it those that it starts
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # child processes inherit it
     contestants = {
         'nanoGPT': (NANOGPT, theirs),
         'nibGPT': (NIBGPT, ROOT / 'data/openwebtext/prepare.py'),
@@ -115,8 +111,8 @@ def main(argv):
                     raise UserError(f'the two {split} differ')
         lines = [
             (
-                f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; {n_documents:,} documents, '
-                f'{n_bytes / 1e6:.1f} MB of UTF-8'
+                f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; '
+                f'{n_documents:,} documents, {n_bytes / 1e6:.1f} MB of UTF-8'
             ),
             'train.bin and val.bin equal byte for byte',
             '',
@@ -124,10 +120,10 @@ def main(argv):
         ]
         for share in (0.1, 0.3) if parts else ():
             _, size = write_documents(scratch / 'part.jsonl', int(share * n_bytes))
-            peaks = [
-                f'{name} {take_turn(*contestant, scratch / "part.jsonl", size, scratch / name)["peak memory MB"]:.0f}'
-                for name, contestant in contestants.items()
-            ]
+            peaks = []
+            for name, contestant in contestants.items():
+                figures = take_turn(*contestant, scratch / 'part.jsonl', size, scratch / name)
+                peaks.append(f'{name} {figures["peak memory MB"]:.0f}')
             lines.append(f'peak memory MB on {size / 1e6:.0f} MB of text: {", ".join(peaks)}\n')
     table = '\n'.join(lines)
     print(table)
@@ -136,17 +132,18 @@ def main(argv):
 
 
 def write_documents(path: Path, most: int) -> tuple[int, int]:
-    """Writes the input's documents to a .jsonl file, up to this many bytes of UTF-8; returns how many, and their bytes."""
+    """Writes the input's documents to a .jsonl file, until it has `most` bytes of UTF-8.
+
+    Returns the number of documents and of bytes.
+    """
     files, _ = documents.find_files([os.path.expanduser(name) for name in input.split(',')])
     n_documents, n_bytes, document = 0, 0, []
     with open(path, 'w') as file:
         for text, ends in documents.read_documents(files, field):
             document.append(text)
             if ends:
-                n_documents, n_bytes = (
-                    n_documents + 1,
-                    n_bytes + sum(len(part.encode()) for part in document),
-                )
+                n_documents += 1
+                n_bytes += sum(len(part.encode()) for part in document)
                 file.write(json.dumps({'text': ''.join(document)}) + '\n')
                 document = []
             if n_bytes >= most:
@@ -157,13 +154,13 @@ def write_documents(path: Path, most: int) -> tuple[int, int]:
 def take_turn(
     program: str, script: Path, file: Path, n_bytes: int, out_dir: Path
 ) -> dict[str, float]:
-    """Runs a contestant's program in an empty folder. UserError with the output's end where it fails."""
+    """Runs a contestant's program in an empty folder; returns its figures.
+
+    Raises UserError with the end of its output if it fails.
+    """
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir()
-    environment = {
-        **os.environ,
-        'HF_HOME': str(out_dir / 'cache'),
-    }  # nothing is there from the last turn
+    environment = {**os.environ, 'HF_HOME': str(out_dir / 'cache')}  # an empty cache
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, '-c', program, str(script.resolve()), str(file), str(out_dir)],
@@ -192,20 +189,13 @@ def take_turn(
 
 
 def watch_memory(process: subprocess.Popen, peak: list[int]):
-    """Keeps in peak[0] the most memory, in kB, that is the process's own: without files that it has mapped."""
-    with suppress(OSError):  # it has ended
+    """Stores the peak of the process's anonymous memory, in kB, in peak[0]."""
+    with suppress(OSError):  # the process has ended
         while process.poll() is None:
             status = Path(f'/proc/{process.pid}/status').read_text()
-            peak[0] = max(
-                [
-                    peak[0],
-                    *(
-                        int(line.split()[1])
-                        for line in status.splitlines()
-                        if line.startswith('RssAnon')
-                    ),
-                ]
-            )
+            for line in status.splitlines():
+                if line.startswith('RssAnon'):
+                    peak[0] = max(peak[0], int(line.split()[1]))
             time.sleep(0.02)
 
 

@@ -1,4 +1,4 @@
-"""How speed and memory grow with a model's sizes: what bench.py --growth measures, its table and its picture."""
+"""Measures how speed and memory grow with a model's sizes: the work of bench.py --growth."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.measure import show
 from nib.errors import UserError
 
-# An axis, such as width -> its points from small to large; a point's first figure is its size on the axis.
+# Axis, such as 'width' -> its points from small to large. A point's first figure is its size.
 Growth = Mapping[str, Sequence[Mapping[str, float]]]
 STEP, SPEED, LIMIT, SHARE = 'ms/step', 'tokens/s', 'at matrix rate', '% of it'
 MEMORY, BEFORE = 'peak memory, MB', 'before model, MB'
@@ -19,20 +19,23 @@ def measure(
     slow: float,
     measure_point: Callable[[dict[str, int]], dict[str, float]],
 ) -> Growth:
-    """The points along each axis, from an eighth of its own size on, each twice as large as the one before.
+    """Measure along each axis, doubling the sizes, from an eighth of the config's own size.
 
-    axes: the sizes that change together on each, the first of which names a point. own: all sizes of the config that is on
-    every axis. slow: ms; a step that takes longer is the last of its axis. measure_point: figures of the config with these
-    sizes, or UserError where it has no room, which ends the axis too.
+    axes: the config keys that change together on each axis; the first one gives a point's size.
+    own: the config's own sizes, a point on every axis.
+    slow: milliseconds; an axis ends after a slower step.
+    measure_point: returns the figures of the config with these sizes, or raises UserError if it
+    does not fit into memory, which ends the axis too.
     """
-    growth, own_point = {}, measure_point({})
+    growth: dict[str, list] = {}
+    own_point = measure_point({})
     for axis, keys in axes.items():
         points = growth[axis] = []
         for power in range(-3, 12):
-            sizes = {key: own[key] * 2.0**power for key in keys}
-            if not all(size.is_integer() for size in sizes.values()):
+            scaled = {key: own[key] * 2.0**power for key in keys}
+            if not all(size.is_integer() for size in scaled.values()):
                 continue
-            sizes = {key: int(size) for key, size in sizes.items()}
+            sizes = {key: int(size) for key, size in scaled.items()}
             size = sizes[keys[0]]
             try:
                 point = own_point if power == 0 else measure_point(sizes)
@@ -49,7 +52,7 @@ def measure(
 
 
 def make_table(growth: Growth) -> str:
-    """A block of rows for each axis."""
+    """Format the figures as text, one block of rows per axis."""
     blocks = []
     for points in growth.values():
         rows = [points[0], *([show(figure) for figure in point.values()] for point in points)]
@@ -58,25 +61,26 @@ def make_table(growth: Growth) -> str:
 
 
 def check_picture(path: str):
-    """UserError where no picture can be drawn to this path, before minutes are spent on measuring."""
+    """Raise UserError if no plot can be saved to this path, before minutes of measuring."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            '--growth needs a package that is not here: pip install matplotlib'
+            '--growth needs a package that is not installed: pip install matplotlib'
         ) from error
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:] not in known or not Path(path).absolute().parent.is_dir():
+        suffixes = ', '.join(f'.{name}' for name in known)
         raise UserError(
-            f'--growth={path}: it is a file to draw to, in a folder that is there, whose name ends in '
-            + ', '.join(f'.{name}' for name in known)
+            f'--growth={path}: expected a file in an existing folder, with a name that ends in '
+            f'{suffixes}'
         )
 
 
 def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: Mapping[str, str]):
-    """A column of panels for each axis: speed, its share of the rate of a large matrix product, and memory.
+    """Plot a column of panels for each axis: speed, its share of the matrix rate, and memory.
 
-    own: where on each axis the config is that all of them go through; it gets a ring. labels: of the axes.
+    own: the config's own size on each axis, which is marked with a ring. labels: of the axes.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -86,32 +90,20 @@ def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: 
     rows = figure.subplots(3, len(growth), sharex='col', sharey='row')
     for column, (axis, points) in zip(rows.T, growth.items()):
         sizes = [point[axis] for point in points]
-        for panel, colour, limit, measured in zip(
-            column,
-            ('tab:blue', 'tab:red', 'tab:green'),
-            (LIMIT, None, BEFORE),
-            (SPEED, SHARE, MEMORY),
-        ):
+        own_point = points[sizes.index(own[axis])]
+        panels = (
+            (SPEED, 'tab:blue', LIMIT, 'FLOPs alone, at the rate\nof a large matrix product'),
+            (SHARE, 'tab:red', None, ''),
+            (MEMORY, 'tab:green', BEFORE, 'before the model is created'),
+        )
+        for panel, (measured, colour, limit, label) in zip(column, panels):
             if limit:
-                label = (
-                    'before the model is made'
-                    if limit == BEFORE
-                    else 'FLOPs alone, at the rate\nof a large matrix product'
-                )
-                panel.plot(
-                    sizes, [point[limit] for point in points], '--', color='0.45', label=label
-                )
-            panel.plot(
-                sizes, [point[measured] for point in points], 'o-', color=colour, markersize=4
-            )
-            panel.plot(
-                own[axis],
-                points[sizes.index(own[axis])][measured],
-                'o',
-                markersize=9,
-                color='black',
-                fillstyle='none',
-            )
+                limits = [point[limit] for point in points]
+                panel.plot(sizes, limits, '--', color='0.45', label=label)
+            figures = [point[measured] for point in points]
+            panel.plot(sizes, figures, 'o-', color=colour, markersize=4)
+            ring = {'markersize': 9, 'color': 'black', 'fillstyle': 'none'}
+            panel.plot(own[axis], own_point[measured], 'o', **ring)
             panel.grid(color='0.9')
         panel.set_xscale('log', base=2)
         panel.set_xticks(sizes[::-2])

@@ -1,8 +1,9 @@
-"""Measures what the size of a dataset costs: opening it, its batches, memory, and the time to a run's first step.
+"""Measures how the size of a dataset affects opening it, its batches, memory and start-up time.
 
     python benchmarks/loading.py
 
-One dataset has 2 MB, the other 20 GB, as a sparse file, which takes no room on the disk. All tokens are the same character.
+One dataset has 2 MB, the other 20 GB. The files are sparse and take no space on the disk. All
+tokens are the same character.
 """
 
 import json
@@ -22,9 +23,9 @@ from nib.machine.device import peak_memory
 from nib.tokens.batches import BatchLoader, eval_batches
 from nib.tokens.dataset import SPLITS, open_dataset
 
-rounds: int = 5  # times that each is measured, in turns and each in a process of its own
+rounds: int = 5  # measurements of each, in turns, each in a new process
 folder: str = ''  # where to write; empty: the system's folder for temporary files
-result: str = ''  # file to write the table to, too
+result: str = ''  # file that the table is also written to
 
 SIZES = {'2 MB': 2_000_000, '20 GB': 20_000_000_000}  # of train.bin, and of val.bin
 BLOCK_SIZE, BATCH_SIZE, N_BATCHES = 64, 12, 1000
@@ -62,8 +63,8 @@ def main(argv):
                 )
     table = (
         f'{rounds} rounds in turns; {measure.describe_machine()}\n'
-        f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training split\n\n'
-        + measure.make_table(turns)
+        f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training '
+        f'split\n\n' + measure.make_table(turns)
     )
     print(table, end='')
     if result:
@@ -71,7 +72,7 @@ def main(argv):
 
 
 def make_dataset(path: Path, n_bytes: int):
-    """nanoGPT's files of a text of n_bytes / 2 characters, all of them '!', and as long a one for validation."""
+    """Writes a dataset in nanoGPT's format: n_bytes / 2 characters '!' in both splits."""
     path.mkdir()
     for split in SPLITS:
         with open(path / f'{split}.bin', 'wb') as file:
@@ -89,7 +90,7 @@ def make_dataset(path: Path, n_bytes: int):
 
 
 def time_loading(path: Path) -> dict[str, float]:
-    """Opens a dataset, and makes batches of it."""
+    """Opens a dataset and makes batches of it; returns the times and the memory."""
     before, started = peak_memory('cpu'), time.perf_counter()
     data = open_dataset(path, BLOCK_SIZE)
     opened = time.perf_counter()
@@ -109,10 +110,11 @@ def time_loading(path: Path) -> dict[str, float]:
 
 
 def time_loading_alone(path: Path) -> dict[str, float]:
-    """time_loading in a process of its own, which has not seen the file yet."""
+    """Runs time_loading in a new process, which has not seen the file yet."""
     program = (
         f'import sys, json; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; '
-        f'from benchmarks import loading; print(json.dumps(loading.time_loading(Path(sys.argv[1]))))'
+        f'from benchmarks.loading import time_loading; '
+        f'print(json.dumps(time_loading(Path(sys.argv[1]))))'
     )
     return json.loads(
         subprocess.run(

@@ -1,5 +1,4 @@
-"""What the benchmarks share: a machine's description, a table of medians with their spread, clocks for the
-parts of a step and for the start of a run."""
+"""Shared by the benchmarks: description of the machine, table of medians, clocks."""
 
 import os
 import platform
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe_machine(device: str = 'cpu') -> str:
-    """Processor or GPU, cores, Python and torch, on one line."""
+    """Returns a line with processor or GPU, cores, and the versions of Python and torch."""
     name = platform.processor() or 'CPU'
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
@@ -29,11 +28,12 @@ def describe_machine(device: str = 'cpu') -> str:
             )
     if device.startswith('cuda'):
         name = f'{torch.cuda.get_device_name(device)}, {name}'
-    return f'{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}'
+    versions = f'Python {platform.python_version()}, torch {torch.__version__}'
+    return f'{name}, {os.cpu_count()} cores, {versions}'
 
 
 def matrix_rate(device: str, dtype: str, n: int = 2048) -> float:
-    """FLOP/s that a product of n x n matrices reaches on this machine, the best of five."""
+    """Returns the FLOP/s of a product of n x n matrices on this machine, the best of five."""
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     times = []
     for _ in range(6):
@@ -46,7 +46,7 @@ def matrix_rate(device: str, dtype: str, n: int = 2048) -> float:
 
 
 def copy_rate(device: str, n_bytes: int = 1 << 30) -> float:
-    """Bytes per second, read and written, of a large copy within the device's memory, the best of five."""
+    """Returns the bytes/s, read and written, of a copy in the device's memory, the best of five."""
     source, target = (torch.ones(n_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     times = []
     for _ in range(6):
@@ -59,10 +59,11 @@ def copy_rate(device: str, n_bytes: int = 1 << 30) -> float:
 
 
 def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Rows of 'median (lowest to highest)' for each of one or two contestants, whose rounds stand at the same index.
+    """Returns a table with rows of 'median (lowest to highest)' for one or two contestants.
 
-    measured: contestant -> its rounds, each quantity -> figure. The ratio is that of the second to the first, round by
-    round, as a machine's speed drifts; its median and spread.
+    measured: contestant -> its rounds, each a dict from quantity to figure. With two contestants,
+    the last column is the ratio of the second to the first. It is computed round by round, because
+    the speed of a machine drifts.
     """
     names = list(measured)
     lines = [
@@ -80,7 +81,7 @@ def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def show(figure: float) -> str:
-    """Four digits, or a whole number where it has more."""
+    """Returns the figure with four digits, or as an integer if it has more."""
     return f'{figure:,.0f}' if figure >= 1000 else f'{figure:.4g}'
 
 
@@ -90,10 +91,12 @@ def _spread(figures: Sequence[float]) -> str:
 
 
 class LapClock:
-    """Gives the time since it was last looked at to a part of the step."""
+    """Measures the parts of a step: lap() adds the time since the last lap to a part."""
 
-    def __init__(self, device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
 
     def lap(self, part: str):
         synchronize(self.device)
@@ -105,25 +108,25 @@ class LapClock:
         for batch in batches:
             self.lap('data')
             yield batch
-            self.lap('backward')  # what passed until the loop comes back, but for the forward pass
-        self.lap('data')  # of the batch that is prepared ahead
+            self.lap('backward')  # the time in the caller's loop, except for the forward pass
+        self.lap('data')  # the batch that is prepared ahead
 
 
 class TimedModel:
-    """A model that notes how long its forward pass takes."""
+    """A model whose forward pass is timed."""
 
     def __init__(self, model, clock):
         self.model, self.clock, self.parameters = model, clock, model.parameters
 
     def __call__(self, x, y):
-        self.clock.lap('data')  # dropout's seed
+        self.clock.lap('data')  # seeding for dropout
         loss = self.model(x, y)
         self.clock.lap('forward')
         return loss
 
 
 class TimedBadSteps:
-    """A guard.BadSteps that notes how long it takes."""
+    """A guard.BadSteps that is timed."""
 
     def __init__(self, bad_steps, clock):
         self.bad_steps, self.clock = bad_steps, clock
@@ -136,7 +139,7 @@ class TimedBadSteps:
 
 
 def timed_step(train_step, training, micro_batches, step: int, clock: LapClock):
-    """train.py's train_step, whose parts the clock times as they pass it; returns what it returns."""
+    """Runs train.py's train_step, times its parts, and returns its result."""
     timed = replace(
         training,
         model=TimedModel(training.model, clock),
@@ -148,7 +151,10 @@ def timed_step(train_step, training, micro_batches, step: int, clock: LapClock):
 
 
 def time_startup(flags: list[str]) -> float:
-    """Seconds from the command train.py to the end of its first step, with an evaluation of one batch before it."""
+    """Returns the seconds from the start of train.py to the end of its first step.
+
+    An evaluation of one batch comes before that step.
+    """
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, str(ROOT / 'train.py'), *flags, '--max_iters=1', '--eval_iters=1'],
@@ -161,13 +167,13 @@ def time_startup(flags: list[str]) -> float:
             output += line
             if line.startswith('step 1: loss'):
                 seconds = time.perf_counter() - started
-                run.kill()  # it would evaluate the whole validation split now
+                run.kill()  # before it evaluates the whole validation split
                 return seconds
     raise UserError(f'train.py did not reach its first step: {output[-300:]}')
 
 
 def time_import() -> float:
-    """Seconds until a process that does nothing else has imported torch."""
+    """Returns the seconds until a new process has imported torch."""
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, '-c', 'import torch; print(flush=True)'], stdout=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""nanoGPT to measure beside, in a process of its own."""
+"""nanoGPT in a process of its own, for comparison."""
 
 import json
 import subprocess
@@ -10,15 +10,15 @@ from nib.errors import UserError
 
 
 class NanoGPT:
-    """nanoGPT's model.py in a process of its own, which measures when it is told to.
+    """A process with nanoGPT's model.py that measures on request.
 
-    script: Python that runs in the clone with the job as JSON in sys.argv[1]. It prints {} when it is ready, then for each
-    line of standard input a JSON object of figures.
+    script: Python code that runs in the clone, with the job as JSON in sys.argv[1]. It prints {}
+    when it is ready, and then a JSON object of figures for each line of standard input.
     """
 
     def __init__(self, flag: str, clone: str, script: str, job: Mapping):
         if not clone or not (Path(clone) / 'model.py').exists():
-            raise UserError(f'--{flag}={clone}: it is the path of a clone of karpathy/nanoGPT')
+            raise UserError(f'--{flag}={clone}: expected the path of a clone of karpathy/nanoGPT')
         self._process = subprocess.Popen(
             [sys.executable, '-c', script, json.dumps(job)],
             cwd=clone,
@@ -29,7 +29,7 @@ class NanoGPT:
         self._answer()
 
     def round(self, what: str = 'go') -> dict[str, float]:
-        """The figures of one round of what was asked for."""
+        """Returns the figures of one round. what: the line that is sent to the script."""
         self._process.stdin.write(what + '\n')
         self._process.stdin.flush()
         return self._answer()
@@ -44,7 +44,7 @@ class NanoGPT:
             if line.startswith('{'):  # its code prints other lines too
                 return json.loads(line)
         raise UserError(
-            f'nanoGPT ended with exit code {self._process.wait()}; what it said stands above'
+            f'nanoGPT ended with exit code {self._process.wait()}; see its output above'
         )
 
 
@@ -58,18 +58,23 @@ B, T, micro_steps = job['batch_size'], job['block_size'], job['gradient_accumula
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 context = contextlib.nullcontext() if kind == 'cpu' else torch.amp.autocast(
     device_type=kind, dtype=getattr(torch, job['dtype']))
-raw_model = GPT(GPTConfig(**{k: job[k] for k in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}))
+keys = 'block_size vocab_size n_layer n_head n_embd dropout bias'.split()
+raw_model = GPT(GPTConfig(**{key: job[key] for key in keys}))
 raw_model.to(device)
 scaler = torch.amp.GradScaler(kind, enabled=job['dtype'] == 'float16')
-optimizer = raw_model.configure_optimizers(job['weight_decay'], job['learning_rate'], (job['beta1'], job['beta2']), kind)
+optimizer = raw_model.configure_optimizers(
+    job['weight_decay'], job['learning_rate'], (job['beta1'], job['beta2']), kind)
 model = torch.compile(raw_model) if job['compile'] else raw_model
 
 def batch():
     data = np.memmap(job['train_bin'], dtype=np.uint16, mode='r')
     starts = torch.randint(len(data) - T, (B,))
-    x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + T].astype(np.int64)) for i in starts]) for shift in (0, 1))
+    def windows(shift):
+        windows = (data[i + shift:i + shift + T].astype(np.int64) for i in starts)
+        return torch.stack([torch.from_numpy(window) for window in windows])
+    x, y = windows(0), windows(1)
     if kind == 'cuda':
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+        return tuple(ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))
     return x.to(device), y.to(device)
 
 def train(steps):
@@ -98,23 +103,28 @@ def seconds(work):
 def generate():
     raw_model.eval()
     with torch.no_grad(), context:
-        raw_model.generate(torch.tensor([job['prompt']], device=device), job['new_tokens'], temperature=0.8, top_k=200)
+        prompt = torch.tensor([job['prompt']], device=device)
+        raw_model.generate(prompt, job['new_tokens'], temperature=0.8, top_k=200)
     raw_model.train()
 
 def memory():
     if kind == 'cuda':
         return torch.cuda.max_memory_allocated() / 1e6
     if os.path.exists('/proc/self/status'):
-        return next(int(line.split()[1]) / 1e3 * 1.024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
+        with open('/proc/self/status') as file:
+            peak = next(line for line in file if line.startswith('VmHWM'))
+        return int(peak.split()[1]) / 1e3 * 1.024
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e6
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 train(3)
 used = memory()
 print('{}', flush=True)
 for line in sys.stdin:
     spent = seconds(lambda: train(job['steps'])) / job['steps']
-    figures = {'tokens/s': micro_steps * B * T / spent, 'ms/step': 1000 * spent, 'peak memory, MB': used}
+    figures = {'tokens/s': micro_steps * B * T / spent, 'ms/step': 1000 * spent}
+    figures['peak memory, MB'] = used
     if job['new_tokens']:
         figures['generated tokens/s'] = job['new_tokens'] / seconds(generate)
     print(json.dumps(figures), flush=True)

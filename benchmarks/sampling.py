@@ -1,10 +1,13 @@
-"""Measures generation beside nanoGPT's, in turns, and against the memory, out of which every weight comes for every token.
+"""Measures generation against nanoGPT's, in turns, and against the memory bandwidth.
 
-    git clone https://github.com/karpathy/nanoGPT && python benchmarks/sampling.py --nanogpt=nanoGPT
+    git clone https://github.com/karpathy/nanoGPT
+    python benchmarks/sampling.py --nanogpt=nanoGPT
 
-Both have random weights of the same shapes and choose tokens with temperature 0.8 and top_k 200; nanoGPT's weights are
-float32. nibGPT's time holds what it does but once, reading the prompt and packing the weights. nanoGPT reads everything
-again for each token, so that a few tokens show its speed.
+Both use random weights of the same shapes, temperature 0.8 and top_k 200. nanoGPT's weights are
+float32. The time of nibGPT includes what it does only once: reading the prompt and packing the
+weights. nanoGPT processes the whole text again for each token, so a few tokens show its speed.
+
+Every token needs all weights from memory, which limits the speed.
 """
 
 import sys
@@ -24,21 +27,21 @@ from nib.errors import UserError, run_script
 from nib.machine.device import pick_device, synchronize
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
-rounds: int = 4  # times that everything is measured
+rounds: int = 4  # rounds of measurements
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-compile: bool = False  # compile nibGPT's step from token to token
-result: str = ''  # file to write the table to, too
+compile: bool = False  # compile nibGPT's decoding step
+result: str = ''  # file that the table is also written to
 
 
 @dataclass(frozen=True)
 class Job:
-    """Tokens to write after a prompt."""
+    """A prompt length and the number of tokens to generate."""
 
-    shape: dict  # of the model: fields of GPTConfig, nanoGPT's too
+    shape: dict  # fields of GPTConfig, which nanoGPT's has too
     prompt_tokens: int
     new_tokens: int
-    nanogpt_tokens: int  # that nanoGPT writes instead
-    n_prompts: int = 1  # that nanoGPT continues together
+    nanogpt_tokens: int  # number of tokens for nanoGPT
+    n_prompts: int = 1  # prompts that nanoGPT continues together
     dtype: str = 'float32'  # of nanoGPT's matrix products; its weights stay float32
 
 
@@ -61,23 +64,16 @@ def main(argv):
     globals().update(values)
     if rounds < 1:
         raise UserError(f'rounds is {rounds}: it must be at least 1')
-    peer = NanoGPT(
-        'nanogpt',
-        nanogpt,
-        NANOGPT_SCRIPT,
-        {
-            'device': device,
-            'sampling': SAMPLING,
-            'jobs': {name: asdict(job) for name, job in JOBS.items()},
-        },
-    )
+    jobs = {name: asdict(job) for name, job in JOBS.items()}
+    peer_job = {'device': device, 'sampling': SAMPLING, 'jobs': jobs}
+    peer = NanoGPT('nanogpt', nanogpt, NANOGPT_SCRIPT, peer_job)
     models = {
         (name, dtype): GPT(GPTConfig(**job.shape)).to(device, getattr(torch, dtype))
         for name, job in JOBS.items()
         for dtype in DTYPES
     }
     for (name, _), model in models.items():
-        generate(model, JOBS[name])  # to warm up, and to compile
+        generate(model, JOBS[name])  # warms up, and compiles
     turns = {'nanoGPT': [], 'nibGPT': []}
     for turn in range(rounds):
         theirs, ours, shares = {}, {}, {}
@@ -89,9 +85,8 @@ def main(argv):
                 theirs[f'{name}, {dtype}'] = rate
                 ours[f'{name}, {dtype}'] = job.new_tokens / seconds[-1]
                 step = (seconds[-1] - seconds[0]) / (job.new_tokens - 1)
-                shares[f'{name}, {dtype}: %'] = (
-                    100 * sum(map(n_bytes, matrices(models[name, dtype]))) / step / memory_rate
-                )
+                read = sum(map(n_bytes, matrices(models[name, dtype])))
+                shares[f'{name}, {dtype}: %'] = 100 * read / step / memory_rate
         batches = {}
         for dtype in DTYPES:
             alone, together = (generate(models[name, dtype], job, n) for n in (1, N_PROMPTS))
@@ -105,10 +100,11 @@ def main(argv):
             file=sys.stderr,
             flush=True,
         )
+    compiled = ', compiled' if compile else ''
     table = (
-        f'{rounds} rounds in turns; {measure.describe_machine(device)}{", compiled" if compile else ""}\n'
-        f"tokens/s of one prompt; time of {N_PROMPTS} prompts and of 1, {name}; % of a plain read's rate at which a step reads "
-        f'the weights\n\n'
+        f'{rounds} rounds in turns; {measure.describe_machine(device)}{compiled}\n'
+        f'tokens/s of one prompt; time of {N_PROMPTS} prompts / time of 1, {name}; rate at which a '
+        f'step reads the weights, in % of a plain read\n\n'
         f'{measure.make_table(turns)}'
     )
     print(table, end='')
@@ -117,18 +113,18 @@ def main(argv):
 
 
 def generate(model: GPT, job: Job, n_prompts: int = 1) -> list[float]:
-    """Seconds from the start to each new token."""
+    """Returns the seconds from the start to each new token."""
     prompts = [[0] * job.prompt_tokens] * n_prompts
     synchronize(device)
     started, seconds = time.perf_counter(), []
     for tokens in model.generate(prompts, job.new_tokens, seed=1, compile=compile, **SAMPLING):
-        tokens.tolist()  # waits for the device, as whoever shows them must
+        tokens.tolist()  # waits for the device, like a program that prints them
         seconds.append(time.perf_counter() - started)
     return seconds
 
 
 def matrices(model: GPT) -> list[torch.Tensor]:
-    """The weights that each token is multiplied with."""
+    """Returns the weights that every token needs."""
     return [p for name, p in model.named_parameters() if p.dim() == 2 and 'wpe' not in name]
 
 
@@ -137,7 +133,7 @@ def n_bytes(tensor: torch.Tensor) -> int:
 
 
 def read_rate(model: GPT) -> float:
-    """Bytes a second that adding up the weights reaches, the best of five."""
+    """Returns the rate in bytes/s at which the weights can be summed, the best of five."""
     times = []
     for _ in range(5):
         started = time.perf_counter()
@@ -160,10 +156,12 @@ for wanted in jobs.values():
         models[shape] = GPT(GPTConfig(**wanted['shape'])).to(device).eval()
 
 def seconds(wanted, new_tokens):
-    prompt = torch.zeros(wanted['n_prompts'], wanted['prompt_tokens'], dtype=torch.long, device=device)
+    shape = wanted['n_prompts'], wanted['prompt_tokens']
+    prompt = torch.zeros(shape, dtype=torch.long, device=device)
     wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
-    is_float32 = wanted['dtype'] == 'float32'
-    context = contextlib.nullcontext() if is_float32 else torch.autocast(device.split(':')[0], getattr(torch, wanted['dtype']))
+    context = contextlib.nullcontext()
+    if wanted['dtype'] != 'float32':
+        context = torch.autocast(device.split(':')[0], getattr(torch, wanted['dtype']))
     wait()
     started = time.perf_counter()
     with torch.no_grad(), context:
@@ -176,7 +174,8 @@ for wanted in jobs.values():
 print('{}', flush=True)
 for line in sys.stdin:
     wanted = jobs[line.strip()]
-    print(json.dumps({'tokens/s': wanted['nanogpt_tokens'] / seconds(wanted, wanted['nanogpt_tokens'])}), flush=True)
+    n = wanted['nanogpt_tokens']
+    print(json.dumps({'tokens/s': n / seconds(wanted, n)}), flush=True)
 """
 
 

@@ -1,9 +1,10 @@
-"""Measures saving and loading a checkpoint, with and without digests, in turns, and how long training waits for a save.
+"""Measures saving and loading a checkpoint, with and without digests, in turns.
 
-    python benchmarks/saving.py                          a model of 124M parameters: 0.5 GB, and 1 GB of the optimizer
+    python benchmarks/saving.py                          124M parameters: 0.5 GB, optimizer 1 GB
     python benchmarks/saving.py --n_layer=2 --rounds=1   a quick look
 
-Every file is out of the machine's memory when it is loaded, as it is after a crash, unless the row says warm.
+It also measures how long training waits for a save. Files are removed from the page cache before
+they are loaded, as after a crash, except in the row 'warm'.
 """
 
 import hashlib
@@ -22,18 +23,18 @@ sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
 from model import GPT, GPTConfig
-from nib import optim
 from nib.checkpoint import store, tensorfile
 from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError, run_script
+from nib.optim import Optimizer
 
-rounds: int = 5  # turns of each
+rounds: int = 5  # rounds of measurements
 n_layer: int = 12  # blocks of the model
 n_head: int = 12  # attention heads in a block
 n_embd: int = 768  # width
 device: str = 'cpu'  # where the model is: 'cpu', 'cuda', 'mps'
 folder: str = ''  # where to write; empty: the system's folder for temporary files
-result: str = ''  # file to write the table to, too
+result: str = ''  # file that the table is also written to
 
 NO_DIGEST = SimpleNamespace(
     sha256=lambda: SimpleNamespace(update=lambda block: None, hexdigest=lambda: 'none')
@@ -48,16 +49,17 @@ def main(argv):
     model = GPT(
         GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)
     ).to(device)
-    optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = Optimizer(model)
+    optimizer.lr = 1e-3
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
+    optimizer.step(torch.tensor(True, device=device))
     turns = {'no digests': [], 'digests': []}
     with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
         out_dir = Path(scratch)
-        take_turn(model, optimizer, out_dir)  # unmeasured: the first write finds an empty disk
+        take_turn(model, optimizer, out_dir)  # not measured: the first write is different
         for turn in range(rounds):
-            # each is first in every other round
+            # Each one goes first in every other round.
             for name in list(turns)[:: 1 if turn % 2 else -1]:
                 tensorfile.hashlib = hashlib if name == 'digests' else NO_DIGEST
                 turns[name].append(take_turn(model, optimizer, out_dir))
@@ -69,8 +71,8 @@ def main(argv):
                 )
     table = (
         f'{rounds} rounds in turns; {measure.describe_machine(device)}\n'
-        f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes {hash_alone(model, optimizer):.2f} of '
-        f'one core\n\n' + measure.make_table(turns)
+        f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes '
+        f'{hash_alone(model, optimizer):.2f} on one core\n\n' + measure.make_table(turns)
     )
     print(table, end='')
     if result:
@@ -79,7 +81,7 @@ def main(argv):
 
 def take_turn(model, optimizer, out_dir: Path) -> dict[str, float]:
     writer = CheckpointWriter(out_dir, keep_last=1)
-    tensors = model.state_dict(), optim.named_state(optimizer, model)
+    tensors = model.state_dict(), optimizer.named_state(model)
     measured = {'training waits': seconds(lambda: writer.save(1, *tensors, {}))}
     measured['saving'] = measured['training waits'] + seconds(writer.wait)
     writer.close()
@@ -92,8 +94,8 @@ def take_turn(model, optimizer, out_dir: Path) -> dict[str, float]:
 
 
 def hash_alone(model, optimizer) -> float:
-    """Seconds for a checkpoint's digests where nothing else is done meanwhile."""
-    tensors = [*model.state_dict().values(), *optim.named_state(optimizer, model).values()]
+    """Returns the seconds for a checkpoint's digests if nothing else runs."""
+    tensors = [*model.state_dict().values(), *optimizer.named_state(model).values()]
     contents = [tensor.detach().cpu().numpy() for tensor in tensors]
     return seconds(lambda: [hashlib.sha256(content).digest() for content in contents])
 

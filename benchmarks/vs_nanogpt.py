@@ -1,11 +1,12 @@
-"""Trains the small character GPT with nanoGPT and with nibGPT, in turns, and prints time, tokens/s and loss of each.
+"""Trains the small character GPT with nanoGPT and nibGPT in turns; prints time, speed and loss.
 
     git clone https://github.com/karpathy/nanoGPT && python nanoGPT/data/shakespeare_char/prepare.py
     python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT
 
-All train on the text of nanoGPT's bins. nanoGPT and nibGPT take the settings that nanoGPT's README gives for a CPU: the same
-model, batch, steps and number of evaluations. fast is nibGPT with config/fast_shakespeare_char.py, a seed of its own in each
-turn. A turn is a whole process: start-up, training, evaluations, saving.
+All train on the text of nanoGPT's bins. nanoGPT and nibGPT use the settings that nanoGPT's README
+gives for a CPU: the same model, batch, steps and number of evaluations. 'fast' is nibGPT with
+config/fast_shakespeare_char.py, with a different seed in each turn. A turn is a whole process:
+start-up, training, evaluations and saving.
 """
 
 import re
@@ -24,12 +25,12 @@ from nib.errors import UserError, run_script
 from nib.report.history import read_run
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
-rounds: int = 3  # turns of each
+rounds: int = 3  # turns of each one
 max_iters: int = 2000  # steps in a turn; at least 250, for a quick look
 result: str = ''  # file to write the table to; empty: standard output only
 
 TOKENS_PER_STEP = 12 * 64
-# nanoGPT's own code reads nanoGPT's own checkpoint and evaluates it over the whole validation split.
+# nanoGPT's own code evaluates nanoGPT's checkpoint on the whole validation split.
 WHOLE_SPLIT = """
 import sys, numpy as np, torch
 from model import GPT, GPTConfig
@@ -37,7 +38,8 @@ saved = torch.load(sys.argv[1] + '/ckpt.pt', map_location='cpu', weights_only=Fa
 model = GPT(GPTConfig(**saved['model_args']))
 model.load_state_dict(saved['model'])
 model.eval()
-val = torch.from_numpy(np.fromfile('data/shakespeare_char/val.bin', dtype=np.uint16).astype(np.int64))
+val = np.fromfile('data/shakespeare_char/val.bin', dtype=np.uint16)
+val = torch.from_numpy(val.astype(np.int64))
 T = model.config.block_size
 n = (len(val) - 1) // T
 x, y = val[:n * T].view(n, T), val[1:n * T + 1].view(n, T)
@@ -54,14 +56,14 @@ def main(argv):
         (clone / name).exists() for name in ('train.py', 'data/shakespeare_char/meta.pkl')
     ):
         raise UserError(
-            f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT whose '
+            f'--nanogpt={nanogpt}: expected the path of a clone of karpathy/nanoGPT, in which '
             f'data/shakespeare_char/prepare.py has been run'
         )
     if rounds < 1:
         raise UserError(f'rounds is {rounds}: it must be at least 1')
     if max_iters < 250:
         raise UserError(
-            f'max_iters is {max_iters}: it must be at least 250, as nanoGPT saves nothing before'
+            f'max_iters is {max_iters}: it must be at least 250, when nanoGPT first saves'
         )
     text = clone / 'data/shakespeare_char/input.txt'
     contestants = {'nanoGPT': train_nanogpt, 'nibGPT': train_nibgpt, 'fast': train_fast}
@@ -86,7 +88,8 @@ def main(argv):
                     flush=True,
                 )
     table = (
-        f'{rounds} rounds in turns; {measure.describe_machine()}; {max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
+        f'{rounds} rounds in turns; {measure.describe_machine()}; '
+        f'{max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
         + measure.make_table({name: turns[name] for name in ('nanoGPT', 'nibGPT')})
         + '\n'
         + measure.make_table({name: turns[name] for name in ('nanoGPT', 'fast')})
@@ -120,7 +123,7 @@ def train_nanogpt(clone, data_dir, out_dir, seed):
         int(step): float(ms)
         for step, ms in re.findall(r'^iter (\d+): .*time ([\d.]+)ms', output, re.MULTILINE)
     }
-    # Windows of 50 steps, as nibGPT logs them; the first of 250 holds an evaluation.
+    # Windows of 50 steps, as nibGPT logs them. The first of every 250 steps includes an evaluation.
     milliseconds = [
         statistics.mean(times[step] for step in range(first, first + 50) if step % 250)
         for first in range(0, max_iters - 49, 50)
@@ -164,7 +167,10 @@ def train_config(data_dir, out_dir, *flags):
 
 
 def run(command, folder) -> tuple[float, str]:
-    """Seconds that the process took, and its output. UserError with the output's end where it failed."""
+    """Runs a command; returns its seconds and its output.
+
+    Raises UserError with the end of the output if it fails.
+    """
     started = time.perf_counter()
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,4 +1,4 @@
-# The loss of GPT-2 (124M parameters), as published, on OpenWebText's whole validation split.
+# Evaluates the published GPT-2 (124M parameters) on the whole validation split of OpenWebText.
 
 init_from = 'gpt2'
 dataset = 'openwebtext'

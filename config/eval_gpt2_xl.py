@@ -1,4 +1,4 @@
-# The loss of GPT-2 (1.5 billion parameters), as published, on OpenWebText's whole validation split.
+# Evaluates the published GPT-2 (1.5B parameters) on the whole validation split of OpenWebText.
 
 init_from = 'gpt2-xl'
 dataset = 'openwebtext'

@@ -1,15 +1,15 @@
-# GPT-2 (124M) from scratch on OpenWebText: nanoGPT's settings, which reached a validation loss of about 2.85 in four
-# days on eight A100s. torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# Make the data first (54 GB of text, 18 GB of bins): python data/openwebtext/prepare.py
+# Trains GPT-2 (124M) from scratch on OpenWebText with nanoGPT's settings, which reached a
+# validation loss of about 2.85 in four days on eight A100s.
+#   python data/openwebtext/prepare.py   (54 GB of text, 18 GB of bins)
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 
-batch_size = 12  # fits a GPU of 40 GB
+batch_size = 12  # fits a 40 GB GPU
 block_size = 1024
-gradient_accumulation_steps = (
-    5 * 8
-)  # 5 micro steps on each of 8 GPUs: 491,520 tokens a step, near GPT-3's half million
+# 5 micro steps on each of 8 GPUs: 491,520 tokens per step, close to GPT-3's half million
+gradient_accumulation_steps = 5 * 8
 
 max_iters = 600000  # 300 billion tokens
 eval_interval = 1000

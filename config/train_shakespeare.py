@@ -1,19 +1,20 @@
-# Tiny Shakespeare in GPT-2's tokens, from scratch: words from the first step on, but a small text for a large vocabulary.
+# Trains from scratch on tiny Shakespeare in GPT-2's tokens. The model writes words from the first
+# step, but the text is small for so large a vocabulary.
 
 out_dir = 'out-shakespeare'
 dataset = 'shakespeare'
-prepare_dataset = True  # one megabyte of text: fetched and prepared by the run itself
+prepare_dataset = True  # 1 MB of text, which the run downloads and prepares itself
 
-eval_interval = 50  # often: the model soon knows the text by heart
+eval_interval = 50  # often, because the model soon memorizes the text
 gradient_accumulation_steps = 1
 batch_size = 16
-dropout = 0.2  # 300,000 tokens are few
+dropout = 0.2  # 300,000 tokens are easy to overfit
 
-learning_rate = 1e-3  # small models bear more
-beta2 = 0.99  # a longer memory, as a step has few tokens
+learning_rate = 1e-3  # small models tolerate a higher rate
+beta2 = 0.99  # a longer memory, because a step has few tokens
 
 if device == 'cpu':
-    n_layer, n_head, n_embd = 4, 4, 128  # its embedding of 50,257 tokens is nine tenths of it
+    n_layer, n_head, n_embd = 4, 4, 128  # nine tenths of the parameters embed the 50,257 tokens
     block_size = 64
     max_iters = 500
     eval_iters = 20

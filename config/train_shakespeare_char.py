@@ -1,23 +1,21 @@
-# A character-level GPT on tiny Shakespeare: minutes on a GPU, under two minutes on two CPU cores.
+# Trains a character-level GPT on tiny Shakespeare: minutes on a GPU, under two on two CPU cores.
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-prepare_dataset = True  # one megabyte of text: fetched and prepared by the run itself
-fallback_dataset = (
-    'stdlib_char'  # without a network, the source of Python's own library is text enough
-)
+prepare_dataset = True  # 1 MB of text, which the run downloads and prepares itself
+fallback_dataset = 'stdlib_char'  # without a network: the source of Python's standard library
 
-eval_interval = 250  # often: this model overfits
+eval_interval = 250  # often, because this model overfits
 gradient_accumulation_steps = 1
 
-learning_rate = 1e-3  # small models bear more
-beta2 = 0.99  # a longer memory, as a step has few tokens
+learning_rate = 1e-3  # small models tolerate a higher rate
+beta2 = 0.99  # a longer memory, because a step has few tokens
 
 if device == 'cpu':  # a smaller model and fewer steps, for a result within two minutes
     n_layer, n_head, n_embd = 4, 4, 128
     block_size = 64
     batch_size = 12
-    dropout = 0.0  # too short a run to overfit
+    dropout = 0.0  # the run is too short to overfit
     max_iters = 2000
     eval_iters = 20
     log_interval = 50
@@ -25,6 +23,6 @@ else:
     n_layer, n_head, n_embd = 6, 6, 384
     block_size = 256
     batch_size = 64
-    dropout = 0.2  # 5000 steps read the text 80 times over
+    dropout = 0.2  # 5000 steps read the text 80 times
     max_iters = 5000
-warmup_iters = min(100, max_iters // 10)  # short, also in a short run
+warmup_iters = min(100, max_iters // 10)  # a tenth of a short run

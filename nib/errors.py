@@ -1,6 +1,7 @@
-"""How a script ends: the user's mistakes as one line, and the exit codes."""
+"""How a script ends: errors of the user as one line, and the exit codes."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -11,31 +12,35 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_NONFINITE = 3  # the loss or the gradients became NaN or infinite
-EXIT_FINDING = 4  # the doctor found what stop_on stops at
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
-PATIENCE = 5.0  # seconds that another rank than the first waits before it tells an error
-FULL = 'out of memory|allocate memory|not enough memory|Storage size calculation overflowed'  # in torch's words
-LONGEST = 1500  # characters of the line that tells an error
-NO_ROOM = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-)  # of a write, which does not know its file's name
+EXIT_FINDING = 4  # a finding of the doctor that stop_on names
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report Ctrl-C
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report `yes | head`
+PATIENCE = 5.0  # seconds that ranks other than the first wait before they print an error
+# torch's messages about full memory
+FULL = 'out of memory|allocate memory|not enough memory|Storage size calculation overflowed'
+MAX_LINE = 1500  # characters of an error line
+# Errors of a write, which does not know its file's name.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """A mistake of the user's; its message is the one line to show: found, expected, where, what to type."""
+    """An error of the user.
+
+    The message is the line to show: what was found, what was expected, where, and what to type.
+    """
 
 
 class NotFinite(Exception):
-    """A run has to end because its loss, gradients or weights are not finite; the message says where."""
+    """The run must end because its loss, gradients or weights are not finite.
+
+    The message says where.
+    """
 
 
 class Stopped(Exception):
-    """A run ends early, by a signal or by the doctor.
+    """The run ends early, because of a signal or the doctor.
 
-    number: the signal's, or FINDING of nib/machine/signals.py. at_end: all steps were done.
+    number: the signal, or FINDING of nib/machine/signals.py. at_end: whether all steps were done.
     """
 
     def __init__(self, number: int, at_end: bool = False):
@@ -44,74 +49,83 @@ class Stopped(Exception):
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Call main with the command line's arguments and exit with what it returns."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a path may hold bytes, and a text letters, that the terminal cannot show
-        stream.reconfigure(errors='backslashreplace')
+    """Calls main with the command-line arguments and exits with its return value."""
+    # Paths and texts may contain bytes or characters that the terminal cannot show.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     sys.exit(call(main, sys.argv[1:]))
 
 
 def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
-    """What main returns, or the exit code of what ended it, which one line on standard error has told by then."""
+    """Calls main(argv) and returns its return value, or the exit code of the error that ended it.
+
+    Prints errors that the user can fix as one line on standard error. Other exceptions are bugs and
+    pass through.
+    """
     try:
         try:
             return main(argv)
         finally:
-            sys.stdout.flush()  # here and not at interpreter exit, where a closed pipe could not be caught
+            sys.stdout.flush()  # at interpreter exit, a closed pipe could not be caught
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
+        # If the pipe was standard output, this print fails too. Otherwise the error is a bug.
         try:
-            print(
-                flush=True
-            )  # fails again if the pipe was stdout; another pipe's failure is a bug to show
+            print(flush=True)
         except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # so that the last flush at exit is quiet
+            # Redirect the last flush at exit, which would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_BROKEN_PIPE
         raise
     except Exception as error:
-        if not (sentence := _sentence(error)):
-            raise  # a bug, which keeps its traceback
+        sentence = _explain(error)
+        if not sentence:
+            raise  # a bug, shown with its traceback
         return _fail(sentence)
 
 
-def _sentence(error: Exception) -> str | None:
-    """What a person can mend of an error that no place foresaw; None where it is a bug."""
-    said = ' '.join(str(error).split())
-    # torch has an exception of its own for a full GPU, and a plain RuntimeError for full memory.
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(FULL, said):
+def _explain(error: Exception) -> str | None:
+    """Returns a sentence about an unexpected error that the user can fix; None if it is a bug."""
+    message = ' '.join(str(error).split())
+    # torch raises its own exception if a GPU is full, but a plain RuntimeError if memory is full.
+    out_of_memory = isinstance(error, RuntimeError) and re.search(FULL, message)
+    if isinstance(error, MemoryError) or out_of_memory:
         return (
-            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or take a smaller model '
-            f'(in sample.py, fewer --num_samples); it said: {said[:200]}'
+            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or '
+            'use a smaller model (in sample.py: fewer --num_samples); the message was: '
+            f'{message[:200]}'
         )
     if isinstance(error, OverflowError):
-        return f'a number is too large for this machine, take a smaller one; it said: {said[:200]}'
+        return (
+            'a number is too large for this machine, use a smaller one; the message was: '
+            f'{message[:200]}'
+        )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
-        return f'{error.filename or "writing"}: {error.strerror}; name another path, or mend what stands in the way of this one'
-    if (
-        isinstance(error, UnicodeEncodeError)
-        or isinstance(error, ValueError)
-        and 'embedded null' in said
-    ):
-        return f"a path holds a character that no file's name can have, such as NUL: name another; it said: {said[:200]}"
+        return f'{error.filename or "writing"}: {error.strerror}; fix this, or choose another path'
+    null_in_path = isinstance(error, ValueError) and 'embedded null' in message
+    if isinstance(error, UnicodeEncodeError) or null_in_path:
+        return (
+            'a path contains a character that file names cannot contain, such as NUL: choose '
+            f'another path; the message was: {message[:200]}'
+        )
     return None
 
 
 def _fail(sentence: str) -> int:
-    # Processes of one run mostly fail alike. The others leave it to the first to say so: torchrun ends them as soon as it
-    # has ended, long before they would speak; an error that is theirs alone is said after a while.
+    """Prints an error as one line on standard error and returns the exit code."""
+    # The processes of a run usually fail alike, and the first one prints the error. When it has
+    # ended, torchrun ends the others while they wait here. If only another process has failed, it
+    # prints its error after the wait.
     if os.environ.get('LOCAL_RANK', '0') != '0':
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(PATIENCE)
     line = ' '.join(sentence.splitlines())
-    if len(line) > LONGEST:  # a value of thousands of characters; what to type stands at the end
-        line = f'{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}'
+    if len(line) > MAX_LINE:  # a very long value; the end of the line says what to type
+        line = f'{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}'
     print('error:', line, file=sys.stderr)
     return EXIT_USER_ERROR

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file to write to, which takes path's place once it is complete and on the disk.
+    """Opens a binary file that replaces `path` once it is complete and on the disk.
 
-    On any error the file that was at path stays as it was, and nothing else is left behind.
+    On any error, the existing file at `path` stays unchanged, and nothing else is left behind.
     """
     path = Path(path)
     temporary = path.with_name(_temporary_name(path.name, os.getpid()))
@@ -29,7 +29,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def clear_temporaries(folder: str | os.PathLike, *names: str):
-    """Removes what atomic_write left of these files where another process was killed in the midst of it."""
+    """Removes temporary files of these names that processes left when they were killed."""
     for name in names:
         for path in Path(folder).glob(_temporary_name(name, '*')):
             if path.name != _temporary_name(name, os.getpid()):
@@ -41,8 +41,8 @@ def _temporary_name(name: str, process: int | str) -> str:
 
 
 def sync_folder(folder: str | os.PathLike):
-    """Makes renames in a folder survive a power cut."""
-    if os.name == 'nt':  # Windows cannot open a folder, and has no need to
+    """Makes renames in a folder survive a power failure."""
+    if os.name == 'nt':  # Windows cannot open a folder, and does not need to
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -52,13 +52,13 @@ def sync_folder(folder: str | os.PathLike):
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as a person would type it: from the working directory, where it is inside of it."""
+    """Returns a path as a person would type it: relative, if it is in the working directory."""
     relative = os.path.relpath(path)
     return os.fspath(path) if relative.startswith('..') else relative
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, or an empty one if the file is missing, damaged or holds something else."""
+    """Returns the object in a JSON file, or an empty one if the file holds no valid object."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

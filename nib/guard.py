@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: kept from the weights, counted, and looked into."""
+"""Steps whose loss or gradients are not finite: keeps them out of the weights and explains them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 
 ENDLESS = 1 << 62
-MAX_REWINDS = 3  # from the same checkpoint; batch after batch that fails is no accident
+MAX_REWINDS = 3  # from the same checkpoint; if batch after batch fails, it is no accident
 
 
 class BadSteps:
-    """Counts the steps in a row that were not finite, on the device, so that no step waits for it.
+    """Counts consecutive non-finite steps on the device, so no step waits for it.
 
-    From the `limit`-th on, no step is usable any more: however late somebody looks, the weights are those before it.
-    limit None: there is no such end. float16: gradients that overflow beside a finite loss are the loss scale's business,
-    and not counted.
+    After `limit` of them, no further step is usable. However late someone looks at the count, the
+    weights are those from before these steps. limit None: no limit. float16: non-finite gradients
+    with a finite loss are handled by the loss scale, and not counted.
     """
 
     def __init__(self, limit: int | None, device: str, float16: bool = False):
@@ -23,15 +23,17 @@ class BadSteps:
         self.reset()
 
     def reset(self, in_a_row: int = 0):
-        """Begins to count again. in_a_row: what a resumed run had counted."""
-        self._counts = torch.tensor(
-            [in_a_row, 0, 0], device=self.device
-        )  # in a row; in all; steps since the last one
+        """Restarts counting. in_a_row: the number that a resumed run had counted."""
+        # Consecutive bad steps; all bad steps; steps since the last bad one.
+        self._counts = torch.tensor([in_a_row, 0, 0], device=self.device)
         self._reported = 0
         self._steps = 0  # since the last look
 
     def usable(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Whether a step's gradients may change the weights, as a tensor: its loss and their norm are finite."""
+        """Returns a boolean tensor: whether a step's gradients may be applied to the weights.
+
+        They may be if loss and gradient norm are finite, and the limit is not reached.
+        """
         self._steps += 1
         finite = loss.isfinite() & grad_norm.isfinite()
         bad = ~(loss.isfinite() if self.float16 else finite)
@@ -47,50 +49,43 @@ class BadSteps:
         return finite & open_
 
     def look(self, step: int, scaler: torch.amp.GradScaler) -> 'Seen':
-        """What has come up since the last look, after `step` steps. Waits for the device."""
+        """Returns what has happened since the last look. Waits for the device.
+
+        step: number of steps done.
+        """
         in_a_row, in_all, since = self._counts.tolist()
         new, self._reported = in_all - self._reported, in_all
         steps, self._steps = self._steps, 0
+        last, ending = step - since, in_a_row >= self.limit
         if scaler.is_enabled() and scaler.get_scale() < 1 and self.limit < ENDLESS:
-            return Seen(
-                in_a_row,
-                steps,
-                new,
-                step,
-                True,
-                f'step {step}: gradients not finite at a loss scale below 1',
+            last, ending = step, True
+            sentence = f'step {step}: gradients not finite at a loss scale below 1'
+        elif ending:
+            sentence = f'step {last}: loss or gradients not finite, {in_a_row} steps in a row'
+        elif new > 1:
+            sentence = (
+                f'step {last}: loss or gradients not finite ({new} such steps since the last check)'
             )
-        ending = in_a_row >= self.limit
-        count = (
-            f', {in_a_row} steps in a row'
-            if ending
-            else f' ({new} such steps since the last look)'
-            if new > 1
-            else ''
-        )
-        return Seen(
-            in_a_row,
-            steps,
-            new,
-            step - since,
-            ending,
-            f'step {step - since}: loss or gradients not finite{count}',
-        )
+        else:
+            sentence = f'step {last}: loss or gradients not finite'
+        return Seen(in_a_row, steps, new, last, ending, sentence)
 
 
 @dataclass(frozen=True)
 class Seen:
-    in_a_row: int  # bad steps, up to the last step
-    steps: int  # since the last look
-    new: int  # bad ones of them
-    last: int  # the number of the last bad step; the first step is 1
-    ending: bool  # it cannot go on like this
+    """The non-finite ('bad') steps since the last look."""
+
+    in_a_row: int  # consecutive bad steps, up to the last step
+    steps: int  # all steps since the last look
+    new: int  # bad steps since the last look
+    last: int  # number of the last bad step; the first step is 1
+    ending: bool  # whether the run cannot continue like this
     sentence: str
 
 
 @contextmanager
 def watch_outputs(model: torch.nn.Module) -> Iterator[list[str]]:
-    """Collects the names of the modules whose output is not finite, in the order in which they run."""
+    """Collects the names of modules whose output is not finite, in the order of execution."""
     names = []
 
     def watch(name):
@@ -111,17 +106,24 @@ def watch_outputs(model: torch.nn.Module) -> Iterator[list[str]]:
 
 
 def describe(outputs: list[str], parameters: list[str]) -> str:
-    """Where the values stop being finite, in a line."""
-    first = [f'the first module whose output is not finite is {outputs[0]}'] if outputs else []
-    more = f' and {len(parameters) - 3} more' if len(parameters) > 3 else ''
-    return '; '.join(
-        first
-        + [f'parameters affected: {", ".join(parameters[:3]) or "none when computed again"}{more}']
-    )
+    """Returns a line about where values stop being finite.
+
+    outputs: from watch_outputs. parameters: from nonfinite_parameters.
+    """
+    affected = ', '.join(parameters[:3]) or 'none when the step is repeated'
+    if len(parameters) > 3:
+        affected += f' and {len(parameters) - 3} more'
+    line = f'parameters affected: {affected}'
+    if outputs:
+        line = f'the first module whose output is not finite is {outputs[0]}; {line}'
+    return line
 
 
 def nonfinite_parameters(model: torch.nn.Module) -> list[str]:
-    """Parameters that are not finite or whose gradients are not, from the output back, as the backward pass meets them."""
+    """Returns the names of parameters that are not finite, or whose gradients are not.
+
+    They are ordered from the output to the input, as the backward pass reaches them.
+    """
     return [
         name
         for name, parameter in reversed(list(model.named_parameters()))

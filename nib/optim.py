@@ -4,24 +4,24 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-# Newton-Schulz's quintic of Jordan et al. 2024 (Muon): steep at 0, so that a few iterations suffice; singular values end
-# within 0.7 to 1.2, not at 1.
+# Coefficients of the Newton-Schulz iteration in Muon (Jordan et al. 2024). The polynomial is steep
+# at 0, so a few iterations suffice, but singular values end between 0.7 and 1.2, not at 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2), all parameters updated by one fused kernel."""
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2). One fused kernel updates all parameters."""
 
     def __init__(
         self, params: Sequence[torch.nn.Parameter], betas: tuple[float, float], weight_decay: float
     ):
-        self.params, self.betas, self.weight_decay = list(params), betas, weight_decay
+        self.params: list[torch.Tensor] = list(params)
+        self.betas, self.weight_decay = betas, weight_decay
         self.lr_ratio = 1.0
-        self.exp_avg = [torch.zeros_like(p) for p in self.params]  # memory of the gradient
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]  # and of its square
-        self.n_steps = torch.zeros(
-            (), device=self.params[0].device
-        )  # on the device, as steps may be left out there
+        self.exp_avg = [torch.zeros_like(p) for p in self.params]  # mean gradient
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]  # mean squared gradient
+        # Counted on the device, which decides whether a step is applied.
+        self.n_steps = torch.zeros((), device=self.params[0].device)
 
     def step(self, lr: float, usable: torch.Tensor):
         self.n_steps += usable
@@ -43,7 +43,7 @@ class AdamW:
         )
 
     def state(self):
-        """(parameter, its state by name) for each parameter; the tensors are those that step() changes."""
+        """Returns (parameter, its state by name) per parameter; step() updates these tensors."""
         names = ('exp_avg', 'exp_avg_sq', 'step')
         return [
             (p, dict(zip(names, (exp_avg, exp_avg_sq, self.n_steps))))
@@ -52,12 +52,15 @@ class AdamW:
 
 
 class Muon:
-    """Muon (Jordan et al. 2024): every matrix moves along its momentum, made orthogonal, so that it moves as far in rare
-    directions as in frequent ones. Scaled to the size of AdamW's updates (Liu et al. 2025, section 2.2), so that learning
-    rate and weight decay mean the same in both.
+    """Muon (Jordan et al. 2024): the update of a matrix is its orthogonalized momentum.
 
-    The matrices have one shape, or that shape transposed, and are made orthogonal in one batch: of a small model's matrices
-    each alone would be too little work for a matrix product. dtype: of these products.
+    The update is thus equally large in rare and in frequent directions. It is scaled to the size of
+    AdamW's updates (Liu et al. 2025, section 2.2), so learning rate and weight decay mean the same
+    in both.
+
+    params: matrices that all have the same shape, or its transpose. They are orthogonalized in one
+    batch, because the products of a small model's single matrices would not keep a device busy.
+    lr_ratio: factor of the learning rate. dtype: of the matrix products.
     """
 
     def __init__(
@@ -69,19 +72,18 @@ class Muon:
         weight_decay: float,
         dtype: torch.dtype,
     ):
-        self.params, self.lr_ratio, self.weight_decay = list(params), lr_ratio, weight_decay
+        self.params: list[torch.Tensor] = list(params)
+        self.lr_ratio, self.weight_decay = lr_ratio, weight_decay
         self.beta, self.iterations, self.dtype = momentum, iterations, dtype
-        self.momentum = torch.stack(
-            [wide(torch.zeros_like(p)) for p in self.params]
-        )  # (N, rows, columns)
+        zeros = [wide(torch.zeros_like(p)) for p in self.params]
+        self.momentum = torch.stack(zeros)  # (N, rows, columns)
 
     def step(self, lr: float, usable: torch.Tensor):
         gradients = torch.stack([wide(p.grad) for p in self.params])
         gradients = torch.where(usable, gradients, 0.0)
         self.momentum.lerp_(gradients, (1.0 - self.beta) * usable)
-        update = orthogonalize(
-            gradients.lerp(self.momentum, self.beta), self.iterations, self.dtype
-        )  # Nesterov's
+        nesterov = gradients.lerp(self.momentum, self.beta)
+        update = orthogonalize(nesterov, self.iterations, self.dtype)
         update = update.float() * (-0.2 * update.shape[2] ** 0.5 * lr * usable)
         torch._foreach_mul_(self.params, 1.0 - lr * self.weight_decay * usable)
         torch._foreach_add_(
@@ -89,7 +91,7 @@ class Muon:
         )
 
     def state(self):
-        """As AdamW's."""
+        """Returns (parameter, its state by name) for each parameter, like AdamW's."""
         return [
             (p, {'momentum': m if is_wide(p) else m.t()})
             for p, m in zip(self.params, self.momentum)
@@ -101,14 +103,15 @@ def is_wide(matrix: torch.Tensor) -> bool:
 
 
 def wide(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, transposed where it has more rows than columns."""
+    """Returns the matrix, transposed if it has more rows than columns."""
     return matrix if is_wide(matrix) else matrix.t()
 
 
 def orthogonalize(x: torch.Tensor, iterations: int, dtype: torch.dtype) -> torch.Tensor:
-    """Near the matrices (N, rows <= columns) that have the singular vectors of x and singular values of 1.
+    """Returns approximately orthogonal matrices: the singular vectors of x, singular values near 1.
 
-    Every iteration takes each singular value s to a s + b s^3 + c s^5, in products of matrices alone (Jordan et al. 2024).
+    x: (N, rows, columns), rows <= columns. Each iteration maps every singular value s to
+    a s + b s^3 + c s^5, by matrix products only (Jordan et al. 2024).
     """
     a, b, c = QUINTIC
     x = x.to(dtype)
@@ -120,12 +123,16 @@ def orthogonalize(x: torch.Tensor, iterations: int, dtype: torch.dtype) -> torch
 
 
 class Optimizer:
-    """Updates a model's parameters from their gradients, each by its own method.
+    """Updates a model's parameters from their gradients.
 
-    method 'adamw': all by AdamW. 'muon': the blocks' matrices by Muon, with lr_ratio times the learning rate; embeddings,
-    output head and vectors by AdamW. Weight decay is for matrices and embeddings: it pulls a weight towards 0, while a
-    gain's neutral value is 1 and a bias is no source of overfitting. Not torch.optim's class: that imports the compiler, a
-    second's work, and its Muon takes one matrix after the other.
+    method: 'adamw' uses AdamW for all parameters. 'muon' uses Muon for the matrices of the blocks,
+    with lr_ratio times the learning rate, and AdamW for embeddings, output head and vectors.
+
+    Weight decay applies to matrices and embeddings. It pulls weights towards 0, but the neutral
+    value of a gain is 1, and biases do not cause overfitting.
+
+    torch.optim is not used: importing it takes a second because it imports the compiler, and its
+    Muon processes one matrix at a time.
     """
 
     def __init__(
@@ -145,7 +152,7 @@ class Optimizer:
                 shapes.setdefault(wide(p).shape, []).append(p)
             else:
                 (matrices if p.dim() >= 2 else others).append(p)
-        self.parts = [
+        self.parts: list[Muon | AdamW] = [
             Muon(params, lr_ratio, momentum, iterations, weight_decay, dtype)
             for params in shapes.values()
         ]
@@ -158,27 +165,34 @@ class Optimizer:
 
     @classmethod
     def pick(cls, values: Mapping, model: torch.nn.Module, has_bfloat16: bool) -> 'Optimizer':
-        """The optimizer that train.py's config asks for; the products of Muon are bfloat16's where the device has it."""
+        """Returns the optimizer of train.py's config.
+
+        has_bfloat16: whether the device supports bfloat16, which Muon then uses for its products.
+        """
         return cls(
             model,
-            values['optimizer'],
-            (values['beta1'], values['beta2']),
-            values['weight_decay'],
-            values['muon_lr_ratio'],
-            values['muon_momentum'],
-            values['muon_iterations'],
-            torch.bfloat16 if has_bfloat16 else torch.float32,
+            method=values['optimizer'],
+            betas=(values['beta1'], values['beta2']),
+            weight_decay=values['weight_decay'],
+            lr_ratio=values['muon_lr_ratio'],
+            momentum=values['muon_momentum'],
+            iterations=values['muon_iterations'],
+            dtype=torch.bfloat16 if has_bfloat16 else torch.float32,
         )
 
     @property
     def param_groups(self) -> list[dict]:
-        """The parameters, as GradScaler looks for them."""
+        """The parameters, in the form that GradScaler expects."""
         return [{'params': part.params} for part in self.parts]
 
     @torch.no_grad()
     def step(self, usable: torch.Tensor):
-        """One step at the learning rate `lr`; where usable is False the device itself leaves it out, and nobody waits to ask."""
-        if usable.device.type == 'mps' and not usable:  # its fused kernel does not read found_inf
+        """Performs one step with the learning rate `self.lr`.
+
+        usable: a boolean tensor on the device. If it is false, nothing changes; the device decides
+        this itself, so the step does not wait for it.
+        """
+        if usable.device.type == 'mps' and not usable:  # its fused kernel ignores found_inf
             return
         for part in self.parts:
             part.step(self.lr * part.lr_ratio, usable)
@@ -189,7 +203,7 @@ class Optimizer:
                 p.grad = None
 
     def named_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The state as 'parameter name/state name' -> tensor, independent of the order of parameters."""
+        """Returns the state as a dict from 'parameter name/state name' to tensor."""
         states = {p: state for part in self.parts for p, state in part.state()}
         return {
             f'{name}/{key}': tensor
@@ -199,7 +213,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_named_state(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
-        """Puts back what named_state() gave. KeyError for a name that the model does not have."""
+        """Restores the result of named_state(). Raises KeyError for an unknown name."""
         own = self.named_state(model)
         for name, tensor in tensors.items():
             own[name].copy_(tensor)

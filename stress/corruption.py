@@ -1,4 +1,4 @@
-"""Damages checkpoints at random; checks that none is loaded, and that the newest good one is, with a warning.
+"""Damages checkpoints at random and checks that the newest good one is loaded, with a warning.
 
 python stress/corruption.py                 10,000 damages
 python stress/corruption.py --damages=200   a quick look
@@ -110,7 +110,7 @@ def restore(out_dir: Path, content: dict[Path, bytes]):
         path.write_bytes(was)
 
 
-# -- kinds of damage, each done to a file ------------------------------------------------------------------------------
+# -- kinds of damage, each done to a file ----------------------------------------------------------
 
 
 def flip_bit(path: Path, draw: random.Random):
@@ -196,7 +196,7 @@ def damage_and_load(
     content: dict[Path, bytes],
     draw: random.Random,
 ) -> tuple[str, str]:
-    """Damages one to three checkpoints from the newest on and loads 'latest'; returns the outcome and what was said.
+    """Damages the newest one to three checkpoints, loads 'latest'; returns (outcome, message).
 
     whole, content: what tensors and files were before.
     """

@@ -1,10 +1,11 @@
-"""Stops saves at every operation and kills runs at random moments; checks that no more than the unsaved steps is lost.
+"""Interrupts saves at every disk operation, kills runs, and checks that only unsaved work is lost.
 
-    python stress/crash.py              1,000 kills, half of them of train.py, after a stop at every operation
-    python stress/crash.py --kills=50   a quick look
+    python stress/crash.py              every operation, then 1,000 kills, half of them of train.py
+    python stress/crash.py --kills=50   a quick check
 
-A stop is a process that ends before an operation on the disk, in the midst of a write; a power cut is a stop that also
-takes the content of every file that was not synced; an error is the operation refused with an I/O error.
+A stop ends the process before a disk operation, or in the middle of a write. A power cut is a stop
+that also discards the content of every file that was not synced. An error makes the operation fail
+with an I/O error.
 """
 
 import builtins
@@ -34,7 +35,7 @@ from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError, run_script
 from nib.tokens.write import write_char_dataset
 
-kills: int = 1000  # SIGKILLs at random moments; half of them hit train.py, half a process that does nothing but save
+kills: int = 1000  # SIGKILLs at random moments: half hit train.py, half a process that only saves
 seed: int = 0  # of the moments
 folder: str = ''  # where to write the runs; empty: the system's folder for temporary files
 result: str = ''  # file to write the table to, too
@@ -90,7 +91,10 @@ def main(argv):
                 f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
                 *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
                 f'{"runs that ended, after kills and resumes":46}{"":>12}{training["ended"]:>12,}',
-                f'{"of these, with other weights than uninterrupted":46}{"":>11}{training["differ"]:>12,}',
+                (
+                    f'{"of these, with other weights than uninterrupted":46}{"":>11}'
+                    f'{training["differ"]:>12,}'
+                ),
                 '',
                 f'violations: {len(troubles)}',
                 *troubles[:20],
@@ -105,7 +109,7 @@ def main(argv):
 
 
 def fork(function: Callable[[], None], output: Path | None = None) -> int:
-    """Runs function in a copy of this process, which exits 0, or 1 after an exception; returns its id."""
+    """Runs function in a fork, which exits with 0, or 1 after an exception; returns its id."""
     if process := os.fork():
         return process
     try:
@@ -126,7 +130,7 @@ def exit_code(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-# -- a stop at every operation ---------------------------------------------------------------------------------------
+# -- a stop at every operation ---------------------------------------------------------------------
 
 
 def tensors_of(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -145,7 +149,7 @@ def save(
     start: int | None = None,
     keep_last: int = 1,
 ):
-    """Saves a step, evaluated where best is given; the run goes on from `start`, or the step before."""
+    """Saves a step, with an evaluation if best is given, in a run that starts at `start`."""
     writer = CheckpointWriter(out_dir, keep_last, start=step - 1 if start is None else start)
     writer.save(step, **tensors_of(value), state={'train': {}})
     if best is not None:
@@ -169,7 +173,7 @@ def replace(out_dir: Path):
     save(out_dir, 30, 7.0, start=0)
 
 
-# What is there before, what is then stopped, and the newest (step, value) that may be found afterwards.
+# Preparation, interrupted action, and the (step, value) that may be the newest one afterwards.
 SCENARIOS = {
     'a first save': (
         lambda out_dir: None,
@@ -202,7 +206,7 @@ WAYS = ('stop', 'power cut', 'error')
 
 
 def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: list[str]) -> int:
-    """Plays the scenario once for each of its operations, which is cut in that way; returns how many there were."""
+    """Runs the scenario once per operation, interrupting that operation; returns their number."""
     prepare, act, allowed = SCENARIOS[scenario]
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / 'before').mkdir(parents=True)
@@ -224,7 +228,7 @@ def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: li
 
 
 def play(act, out_dir: Path, operation: int, way: str):
-    """Acts, and exits 50 where it was stopped at the operation, 51 or 52 where an error there was told or passed over."""
+    """Acts; exits with 50 if stopped there, 51 or 52 if an error was reported or ignored."""
     reached = intercept(operation, way)
     try:
         act(out_dir)
@@ -237,7 +241,7 @@ def play(act, out_dir: Path, operation: int, way: str):
 
 
 def intercept(operation: int, way: str) -> Callable[[], bool]:
-    """Cuts this process's operation of that number among all that change the disk; returns whether it was reached."""
+    """Interrupts the operation with this number among those on the disk; returns [reached]."""
     count, unsynced, really_open = [0], {}, builtins.open
 
     def before(in_part: Callable[[], None] = lambda: None):
@@ -291,7 +295,7 @@ def intercept(operation: int, way: str) -> Callable[[], bool]:
 
 
 def check_folder(out_dir: Path, allowed: set) -> list[str]:
-    """What is wrong with a run's folder after a cut: its checkpoints, the newest one, and whether a run can go on from it."""
+    """Returns what is wrong with a folder after an interruption: can the run be resumed from it?"""
     troubles, warnings = [], []
     newest = None
     for step in sorted(store.steps_after(out_dir, 0)):
@@ -331,7 +335,7 @@ def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[st
     return values.pop()
 
 
-# -- kills at random moments -----------------------------------------------------------------------------------------
+# -- kills at random moments -----------------------------------------------------------------------
 
 COUNTED = (
     'kills',
@@ -344,7 +348,7 @@ COUNTED = (
 def kill_saving(
     kills: int, draw: random.Random, out_dir: Path, troubles: list[str]
 ) -> dict[str, int]:
-    """Kills a process that does nothing but save, again and again, each going on from what the one before left."""
+    """Repeatedly kills a process that only saves; each one continues from the previous state."""
     out_dir.mkdir()
     counts = dict.fromkeys(COUNTED, 0)
     while counts['kills'] < kills:
@@ -387,7 +391,7 @@ def save_for_ever(out_dir: Path, step: int, told: int):
 def kill_training(
     kills: int, draw: random.Random, scratch: Path, troubles: list[str]
 ) -> dict[str, int]:
-    """Kills train.py again and again, resuming it each time until it ends; then its weights are the uninterrupted run's."""
+    """Kills and resumes train.py until it ends, then compares it with an uninterrupted run."""
     scratch.mkdir()
     text = ' '.join(
         random.Random(0).choices(

@@ -3,9 +3,10 @@
     python stress/fuzz.py
     python stress/fuzz.py --case=1234        one case again, with all that it says
 
-A case ends well with exit code 0; 2 and one line that begins with 'error: '; or 3, as what is not finite ends a run. It ends
-badly with a traceback, any other code, or after a minute. Each is a process of its own, forked from this one, which has
-imported torch once; it may take 2 GiB of memory, so that what is too large really is.
+A case passes if it exits with 0, with 2 and one line that begins with 'error: ', or with 3, which
+means non-finite values. It fails with a traceback, any other code, or after a minute. Each case is
+a fork of this process, which has imported torch once, with 2 GiB of memory to test excessive
+sizes.
 """
 
 import json
@@ -105,7 +106,7 @@ BASE = {
 }
 TYPES = {script: configurator.read_block(str(ROOT / script)).types for script in BASE}
 TYPES['report.py'].pop('watch')  # which serves until Ctrl-C
-# Keys whose larger values are a longer run, which is what was asked for; they get values that are small or refused.
+# Keys whose larger values only make a run longer; they get values that are small or invalid.
 WORK = {
     'max_iters',
     'eval_iters',
@@ -305,7 +306,7 @@ def main(argv):
 
 
 def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
-    """Kind, exit code and what was bad about it, of every case; as many at a time as there are cores."""
+    """Runs the cases on all cores; returns kind, exit code and trouble of each."""
     running, ended = {}, []
     for number in [*numbers, None]:
         while running and (number is None or len(running) >= (os.cpu_count() or 1)):
@@ -364,7 +365,10 @@ def make_table(ended, seconds: float) -> str:
     counts = {kind: Counter(code for other, code, _ in ended if other == kind) for kind in kinds}
     codes = sorted({code for _, code, _ in ended})
     lines = [
-        f'{len(ended):,} cases, seed {seed}, in {seconds / 60:.1f} minutes; {measure.describe_machine()}',
+        (
+            f'{len(ended):,} cases, seed {seed}, in {seconds / 60:.1f} minutes; '
+            f'{measure.describe_machine()}'
+        ),
         '',
         f'{"exit code":40}' + ''.join(f'{code:>8}' for code in codes) + f'{"bad":>8}',
     ]
@@ -378,11 +382,11 @@ def make_table(ended, seconds: float) -> str:
     return '\n'.join(lines) + '\n'
 
 
-# -- one case ----------------------------------------------------------------------------------------------------------
+# -- one case --------------------------------------------------------------------------------------
 
 
 def fork(work: Callable[[Path], None], folder: Path, said: Path) -> int:
-    """A process that does work(folder) there, what it says into a file, and ends as run_script does; its id."""
+    """Forks a process that runs work(folder) like run_script, with its output in a file."""
     sys.stdout.flush()
     process = os.fork()
     if process:
@@ -708,11 +712,11 @@ def change_bytes(draw, path: Path):
     )
 
 
-# -- the files to damage -----------------------------------------------------------------------------------------------
+# -- the files to damage ---------------------------------------------------------------------------
 
 
 def make_ground(folder: Path):
-    """Datasets, a run with two checkpoints, published weights, texts, and bins in the making, in this folder."""
+    """Creates datasets, a run with two checkpoints, GPT-2 weights, texts and incomplete bins."""
     text = 'The cat sees a dog, and then it sleeps.\n' * 50
     dataset.LARGE = 100
     write_char_dataset('data/tiny', text, {})

@@ -1,9 +1,9 @@
-"""Plants every fault of config/lab/ in several models, and runs healthy trainings beside them: what does the doctor name, and when?
+"""Trains models with the faults of config/lab/ and healthy ones: what does the doctor find, when?
 
     python stress/planted_faults.py --text=data/shakespeare_char/input.txt
 
-Two texts, of characters: the given one, and the source of Python's own library. docs/doctor.md has the result, and says on which of
-these runs the thresholds of nib/doctor/rules.py were set.
+The runs use two texts of characters: the given one and the source of Python's standard library.
+docs/doctor.md has the results, and says on which runs the thresholds of the rules were set.
 """
 
 import json
@@ -67,10 +67,12 @@ CONFIGS = {  # the project's own, those too large for this made smaller
     'fast_shakespeare_char.py': '',
     'modern_shakespeare_char.py': '',
     'train_text.py': '--max_iters=600 --lr_decay_iters=600',
-    'train_gpt2.py': '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --gradient_accumulation_steps=8 --eval_interval=100 --eval_iters=8 '
+    'train_gpt2.py': '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 '
+    '--gradient_accumulation_steps=8 --eval_interval=100 --eval_iters=8 '
     '--max_iters=200 --lr_decay_iters=200 --warmup_iters=20',
-    'fast_gpt2.py': '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 --gradient_accumulation_steps=4 --eval_interval=100 '
-    '--eval_iters=8 --max_iters=200 --lr_decay_iters=200 --warmup_iters=10 --cooldown_iters=100',
+    'fast_gpt2.py': '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 '
+    '--gradient_accumulation_steps=4 --eval_interval=100 --eval_iters=8 --max_iters=200 '
+    '--lr_decay_iters=200 --warmup_iters=10 --cooldown_iters=100',
 }
 
 
@@ -80,7 +82,8 @@ def main(argv):
     planted = faults.split(',') if faults else list(TROUBLES)
     if unknown := set(planted) - set(TROUBLES):
         raise UserError(
-            f'--faults: {", ".join(sorted(unknown))}: no such fault; there are {", ".join(TROUBLES)}'
+            f'--faults: {", ".join(sorted(unknown))}: no such fault; '
+            f'choose from {", ".join(TROUBLES)}'
         )
     if seeds < 1 or processes < 1:
         raise UserError(f'seeds {seeds}, processes {processes}: they must be at least 1')
@@ -118,7 +121,8 @@ def main(argv):
             for run in pool.imap(run_job, jobs, chunksize=1):
                 runs.append(run)
                 print(
-                    f'{len(runs)} of {len(jobs)}: {run["fault"]}, {run["model"]}, {run["dataset"]}, seed {run["seed"]}: '
+                    f'{len(runs)} of {len(jobs)}: {run["fault"]}, {run["model"]}, '
+                    f'{run["dataset"]}, seed {run["seed"]}: '
                     f'{run["findings"] or "nothing found"}',
                     file=sys.stderr,
                     flush=True,
@@ -127,7 +131,10 @@ def main(argv):
         filter(
             None,
             (
-                f'{measure.describe_machine()}; each fault in {len(MODELS)} models ({", ".join(MODELS)}), {seeds} seeds, 2 texts',
+                (
+                    f'{measure.describe_machine()}; each fault in {len(MODELS)} models '
+                    f'({", ".join(MODELS)}), {seeds} seeds, 2 texts'
+                ),
                 table_of_faults(runs),
                 table_of_healthy([run for run in runs if run['fault'] == 'healthy']),
             ),
@@ -215,7 +222,8 @@ def table_of_faults(runs) -> str:
             for name in sorted(set(others), key=others.count, reverse=True)[:4]
         )
         rows.append(
-            f'{fault:25}{len(mine):5}{len(at):7}{in_time:9}{statistics.median(at) if at else float("nan"):8.0%}'
+            f'{fault:25}{len(mine):5}{len(at):7}{in_time:9}'
+            f'{statistics.median(at) if at else float("nan"):8.0%}'
             f'{max(at, default=float("nan")):8.0%}  {also}'
         )
         n_all, named_all, in_time_all = (
@@ -229,9 +237,15 @@ def table_of_faults(runs) -> str:
     return '\n'.join(
         [
             f'named at: share of the run, median and latest; in time: by 20 % ({late})',
-            f'{"fault":25}{"runs":>5}{"named":>7}{"in time":>9}{"median":>8}{"latest":>8}  also named, in how many of the runs',
+            (
+                f'{"fault":25}{"runs":>5}{"named":>7}{"in time":>9}{"median":>8}{"latest":>8}'
+                '  also named, in how many of the runs'
+            ),
             *rows,
-            f'{"all":25}{n_all:5}{named_all:7}{in_time_all:9}   named in time: {in_time_all / n_all:.1%}',
+            (
+                f'{"all":25}{n_all:5}{named_all:7}{in_time_all:9}'
+                f'   named in time: {in_time_all / n_all:.1%}'
+            ),
         ]
     )
 

@@ -1,4 +1,4 @@
-"""What several test files use: a small dataset, and the scripts run as a user runs them."""
+"""Shared by the tests: a small dataset, and the scripts as a user runs them."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from nib import errors
 from nib.tokens.write import write_char_dataset
 
 pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
-torch.set_num_threads(1)  # the tests' models are too small to share out
+torch.set_num_threads(1)  # the models of the tests are too small for more
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model and a run that take a second, exact enough to compare with formulas.
@@ -44,7 +44,7 @@ SMALL_RUN = [
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-    """A folder of datasets with one, 'tiny': sentences of a few words, 20,000 characters."""
+    """A folder with one dataset, 'tiny': sentences of a few words, 20,000 characters."""
     folder = tmp_path_factory.mktemp('data')
     draw = random.Random(0)
     words = 'the a cat dog bird sees hears chases small big red and then it sleeps'.split()
@@ -56,7 +56,7 @@ def data_dir(tmp_path_factory):
 
 
 def run_script(*command, folder=ROOT, **options):
-    """Runs `python command...` from the project's folder; returns the finished process with its output as text."""
+    """Runs `python command...` in the project's folder; returns the finished process."""
     environment = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
@@ -75,7 +75,7 @@ def run_script(*command, folder=ROOT, **options):
 
 
 def train(data_dir, out_dir, *flags, launcher=(), **options):
-    """Trains the small model; fails the test where the run does not end well, unless check=False."""
+    """Trains the small model; fails the test if the run fails, unless check=False."""
     check = options.pop('check', True)
     done = run_script(
         *launcher,
@@ -105,8 +105,11 @@ class Ended:
 
 @pytest.fixture
 def run_main(monkeypatch, capfd):
-    """run_main(script, *argv): calls the main of a script, or of its module, in this process, as its command line would, which
-    takes no seconds to import torch; returns how it ended. What a script changes in its process is put back."""
+    """run_main(script, *argv) calls the main of a script or module in this process.
+
+    This saves the seconds that importing torch takes. Returns how it ended. Changes that a script
+    makes to its process are undone.
+    """
     monkeypatch.setenv('WANDB_MODE', 'offline')
     caught = (
         signal.SIGINT,
@@ -144,7 +147,7 @@ def run_main(monkeypatch, capfd):
 
 @pytest.fixture
 def train_here(data_dir, run_main):
-    """train_here(out_dir, *flags) trains the small model in this process, with what a test has changed in the module train."""
+    """train_here(out_dir, *flags) trains the small model in this process."""
     import train as training
 
     return lambda out_dir, *flags: run_main(

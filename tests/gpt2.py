@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer for tests: the real one where its files are at hand, and a small one that needs none."""
+"""GPT-2's tokenizer for tests: the real one if its files exist, and a small one without files."""
 
 import pytest
 import tiktoken
@@ -35,8 +35,10 @@ def real_gpt2():
 
 @pytest.fixture
 def small_gpt2(monkeypatch):
-    """Puts a vocabulary of all bytes and a few merges in the place of GPT-2's: the same code and the same rules of where
-    to cut a text, but in this process only."""
+    """Replaces GPT-2's vocabulary, in this process, by all bytes and a few merges.
+
+    The code and the rules for splitting a text are the same.
+    """
     ranks = {bytes([byte]): byte for byte in range(256)} | {
         merge: 256 + rank for rank, merge in enumerate(MERGES)
     }

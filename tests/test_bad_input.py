@@ -1,7 +1,8 @@
-"""Bad input: one line that says what is wrong, where, and how to mend it; exit code 2; nothing written over.
+"""Bad input: one line that says what is wrong, where, and how to fix it; exit code 2.
 
-Scripts are called in this process by run_main, and a few as a shell calls them. Each row of a table is one mistake: what
-is done to a folder with a dataset and a finished run, the command line, and words that the line must hold.
+No file is overwritten. Most scripts are called in this process by run_main, a few by a shell. Each
+row of a table is one mistake: the damage to a folder with a dataset and a finished run, the command
+line, and words that the line must contain.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ ANEW = 'prepare.py --input=PATH --name=tiny'  # how the dataset is made again
 
 @pytest.fixture(scope='module')
 def made(data_dir, tmp_path_factory):
-    """data/tiny, a run on it, and a Hugging Face GPT-2 of 32 positions with a dataset of its tokens."""
+    """data/tiny, a run on it, and a Hugging Face GPT-2 with 32 positions and its own dataset."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp('made')
@@ -82,7 +83,7 @@ def try_to_train(run_main, place, *flags):
     )
 
 
-# -- the data ----------------------------------------------------------------------------------------------------------
+# -- the data --------------------------------------------------------------------------------------
 
 
 def bin_of(place, split='train') -> Path:
@@ -161,11 +162,11 @@ DATA = {
     ),
     'train shorter than a block': (
         lambda place: write_ids(place, 'train', [1] * 16),
-        ['train.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size='],
+        ['train.bin has 16 tokens', 'block_size + 1 = 17', '--block_size='],
     ),
     'val shorter than a block': (
         lambda place: write_ids(place, 'val', [1] * 16),
-        ['val.bin holds 16 tokens', 'block_size + 1 = 17', '--block_size='],
+        ['val.bin has 16 tokens', 'block_size + 1 = 17', '--block_size='],
     ),
     'id too large in train': (
         replace_id('train', 1234, 500),
@@ -177,13 +178,13 @@ DATA = {
     ),
     'uint32 under a meta of uint16': (
         widen,
-        ['train.bin holds uint32 ids', 'meta.json says uint16', ANEW],
+        ['train.bin contains uint32 ids', 'meta.json says uint16', ANEW],
     ),
     'uint16 under a meta of uint32': (
         lambda place: change_meta(place, dtype='uint32'),
         ['train.bin holds uint16 ids', 'meta.json says uint32', ANEW],
     ),
-    'uint32 without a meta': (widen_both, ['train.bin holds uint32 ids', 'no meta.json', ANEW]),
+    'uint32 without a meta': (widen_both, ['train.bin seems to contain uint32 ids', 'without a meta.json', ANEW]),
     'missing meta': (without_meta, ['data/tiny has neither meta.json nor meta.pkl', ANEW]),
     'empty meta': (meta_text(''), ['meta.json is not JSON', ANEW]),
     'half a meta': (meta_text('{"format": 1, "dty'), ['meta.json is not JSON', ANEW]),
@@ -260,7 +261,7 @@ DATA = {
     ),
     'cut bin': (
         lambda place: bin_of(place).write_bytes(bytes(100)),
-        ['train.bin holds 50 tokens', 'meta.json says 18,', ANEW],
+        ['train.bin has 50 tokens', 'meta.json says 18,', ANEW],
     ),
     'changed bin': (
         lambda place: bin_of(place, 'val').write_bytes(bytes(bin_of(place, 'val').stat().st_size)),
@@ -336,7 +337,7 @@ def test_bins_that_changed_since_the_checkpoint_are_told(run_main, place):
     assert contents(place) == before
 
 
-# -- the config --------------------------------------------------------------------------------------------------------
+# -- the config ------------------------------------------------------------------------------------
 
 FLAGS = {
     'unknown key': (
@@ -480,7 +481,7 @@ def test_a_second_run_in_the_place_of_the_first_is_told(run_main, place):
     before = contents(place)
     assert_refused(
         try_to_train(run_main, place, '--no-overwrite'),
-        ['run holds a run already', '--init_from=resume', '--overwrite'],
+        ['run already contains a run', '--init_from=resume', '--overwrite'],
     )
     assert contents(place) == before
 
@@ -500,9 +501,7 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
 
 def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
     flags = [f'--out_dir={place / "new"}', '--init_from=resume']
-    assert_refused(
-        try_to_train(run_main, place, *flags), ['new: there is no such folder', 'train first']
-    )
+    assert_refused(try_to_train(run_main, place, *flags), ['new: no such folder', 'train first'])
     assert not (place / 'new').exists()
 
 
@@ -518,7 +517,7 @@ def test_a_precision_that_the_gpu_lacks_is_told(run_main, place, monkeypatch):
 
 @pytest.mark.slow
 def test_accumulation_that_ranks_cannot_share_is_told_once(place):
-    """By the first of two processes, as both fail alike; torchrun's own words about that come after it."""
+    """By the first of two processes, because both fail alike; torchrun's own messages follow."""
     before = contents(place)
     done = train(
         place / 'data',
@@ -567,7 +566,7 @@ def test_the_exit_code_that_a_shell_sees_is_2(place):
         assert_refused(done, [])
 
 
-# -- weights to start from ---------------------------------------------------------------------------------------------
+# -- weights to start from -------------------------------------------------------------------------
 
 
 def change_config(place, **changes):
@@ -594,32 +593,32 @@ WEIGHTS = {
     'no weights': (
         lambda place: (place / 'gpt2/model.safetensors').unlink(),
         [],
-        ['gpt2', 'model.safetensors', 'fetch'],
+        ['gpt2', 'model.safetensors', 'download'],
     ),
     'cut weights': (
         lambda place: cut(place / 'gpt2/model.safetensors', 5000),
         [],
-        ['gpt2', 'SafetensorError', 'fetch'],
+        ['gpt2', 'SafetensorError', 'download'],
     ),
     'weights of another config': (
         lambda place: change_config(place, n_embd=10),
         [],
-        ['gpt2', 'size mismatch', 'fetch'],
+        ['gpt2', 'size mismatch', 'download'],
     ),
     'fewer layers than its config says': (
         lambda place: change_config(place, n_layer=2),
         [],
-        ['gpt2', 'Missing key', 'fetch'],
+        ['gpt2', 'Missing key', 'download'],
     ),
     'a size that is no number': (
         lambda place: change_config(place, n_layer='2'),
         [],
-        ['gpt2', 'no whole numbers', 'fetch'],
+        ['gpt2', 'not all integers', 'download'],
     ),
     'a broken config': (
         lambda place: (place / 'gpt2/config.json').write_text('{' * 9),
         [],
-        ['gpt2', 'JSONDecodeError', 'fetch'],
+        ['gpt2', 'JSONDecodeError', 'download'],
     ),
 }
 
@@ -643,7 +642,7 @@ def test_weights_that_will_not_do_are_told(run_main, place, damage, flags, words
     assert contents(place) == before
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------
 
 PROMPTS = {
     'longer than the context': (
@@ -683,7 +682,7 @@ PROMPTS = {
     'what is no checkpoint': (['--which=newest'], ["'newest'", "'best' or a step number"]),
     'a step that was not kept': (['--which=15'], ['no checkpoint of step 15', 'it has: 10']),
     'a step of many digits': (['--which=' + '9' * 5000], ["'best' or a step number"]),
-    'no run': (['--out_dir={place}/none'], ['none: there is no such folder', 'train first']),
+    'no run': (['--out_dir={place}/none'], ['none: no such folder', 'train first']),
 }
 
 
@@ -699,7 +698,7 @@ def test_a_bad_prompt_is_told(run_main, place, flags, words):
     assert contents(place) == before
 
 
-# -- a benchmark -------------------------------------------------------------------------------------------------------
+# -- a benchmark -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -726,7 +725,7 @@ def test_a_bad_benchmark_is_told(run_main, place, flags, words):
     assert_refused(run_main('bench.py', *small, f'--data_dir={place / "data"}', *flags), words)
 
 
-# -- texts to prepare --------------------------------------------------------------------------------------------------
+# -- texts to prepare ------------------------------------------------------------------------------
 
 TEXTS = {
     'nothing named': ('text', None, [], ['--input=PATH is missing']),
@@ -734,10 +733,10 @@ TEXTS = {
         'text',
         None,
         ['--input={place}/none'],
-        ['none: there is no such file', '--input=PATH'],
+        ['none: no such file or folder', '--input=PATH'],
     ),
     'an empty text': ('text', ('a.txt', b''), [], ['hold no text', '--input=PATH']),
-    'two characters': ('text', ('a.txt', b'ab'), [], ['2 characters', 'take a longer one']),
+    'two characters': ('text', ('a.txt', b'ab'), [], ['2 characters', 'use a longer text']),
     'a text that is not UTF-8': (
         'text',
         ('a.txt', b'caf\xe9 ' * 99),
@@ -755,19 +754,19 @@ TEXTS = {
         'text',
         ('a.jsonl', b'{"body": "a"}'),
         [],
-        ['a.jsonl:1', "'body' instead", '--field=NAME'],
+        ['a.jsonl:1', "fields: 'body'", '--field=NAME'],
     ),
     'a field that is no text': (
         'text',
         ('a.jsonl', b'{"text": 1}'),
         [],
-        ['a.jsonl:1', 'of type int', '--field=NAME'],
+        ['a.jsonl:1', 'has type int', '--field=NAME'],
     ),
     'what is no parquet': (
         'text',
         ('a.parquet', b'PAR1 no'),
         [],
-        ['a.parquet is not a .parquet', 'write it anew'],
+        ['a.parquet is not a valid .parquet file', 'recreate it'],
     ),
     'a name for no folder': (
         'text',
@@ -821,7 +820,7 @@ TEXTS = {
         'shakespeare_char',
         ('a.txt', b'abc'),
         [],
-        ['3 characters', 'take a longer one'],
+        ['3 characters', 'use a longer text'],
     ),
 }
 
@@ -843,19 +842,19 @@ def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(
 @pytest.mark.parametrize(
     'page, digest, reason',
     [
-        ('truncated', SHA256, 'cut off before the end of its 129,000 bytes'),
+        ('truncated', SHA256, 'connection lost before all 129,000 bytes arrived'),
         ('stalled', SHA256, 'timed out'),
         ('silent', SHA256, 'timed out'),
         ('drip', SHA256, 'too slow'),
-        ('html', SHA256, 'another file than expected (wrong SHA-256)'),
-        ('good', '0' * 64, 'another file than expected (wrong SHA-256)'),
+        ('html', SHA256, 'not the expected file (wrong SHA-256)'),
+        ('good', '0' * 64, 'not the expected file (wrong SHA-256)'),
         ('missing', SHA256, 'HTTP 404'),
     ],
 )
 def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     run_main, place, address, monkeypatch, page, digest, reason
 ):
-    """Tiny Shakespeare's addresses are those of a server that misbehaves, and its patience is short."""
+    """Tiny Shakespeare's URLs lead to a server that misbehaves, with a short timeout."""
     monkeypatch.setattr(shakespeare, 'URLS', (f'{address}/{page}',))
     monkeypatch.setattr(shakespeare, 'SHA256', digest)
     monkeypatch.setattr(shakespeare, 'SIZE', len(CONTENT))
@@ -871,7 +870,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     ended = run_main(script, f'--out_dir={place / "data/tiny"}')
     assert_refused(
         ended,
-        ['could not download', 'tiny/input.txt', reason, 'input.txt, or type', '--input=PATH'],
+        ['could not download', 'tiny/input.txt', reason, 'input.txt, or run', '--input=PATH'],
     )
     assert contents(place) == before
 

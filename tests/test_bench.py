@@ -29,7 +29,8 @@ sys.path.append({root!r})
 
 class GPT(own.GPT):
     def configure_optimizers(self, weight_decay, learning_rate, betas, kind):
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(
+            self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
     def forward(self, idx, targets=None):
         return None, super().forward(idx, targets)
@@ -68,7 +69,7 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
     figures = rows(done.stdout)
     assert figures['tokens/s'] == pytest.approx(128 / figures['ms/step'] * 1000, rel=0.01)
     assert figures['generated tokens/s'] > 0 and figures['peak memory, MB'] > 50
-    # Each imports torch, in a process of its own: the second may be the luckier one, but not by half.
+    # Both include the import of torch in a new process. The second may be faster, but not by half.
     assert 0.3 < figures['import torch, s'] < 2 * figures['command to first step, s']
     assert 0 < figures['% data, checks, loop, logging'] < 100 and figures['ms loop and logging'] > 0
     assert figures['ms that a checkpoint blocks'] > 0 and figures['ms evaluation, a batch'] > 0
@@ -76,7 +77,7 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
 
 
 def test_the_parts_of_a_step_are_the_whole_step(data_dir):
-    """No time is lost between the parts, and each part has some."""
+    """No time is lost between the parts, and every part takes some."""
     values, _ = configurator.configure(
         str(ROOT / 'bench.py'), [*SMALL, '--dtype=float32', '--no-compile'], base='train.py'
     )
@@ -168,7 +169,7 @@ def test_generation_beside_nanogpt_is_measured_in_turns(tmp_path, run_main, monk
     for clone in ('', tmp_path / 'nothing'):
         done = run_main(sampling, f'--nanogpt={clone}', '--device=cpu')
         assert done.returncode == 2 and done.stderr.startswith(
-            f'error: --nanogpt={clone}: it is the path of a clone'
+            f'error: --nanogpt={clone}: expected the path of a clone'
         )
 
 
@@ -177,7 +178,7 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
     values = bench_script.read_config(
         [*SMALL, '--no-compile', f'--data_dir={data_dir}', '--dataset=tiny']
     )
-    room = bytearray(600_000_000)  # which is not the point's
+    room = bytearray(600_000_000)  # memory that does not belong to the point
     point = bench_script.in_fresh_process(bench_script.measure_point, bench_script.as_flags(values))
     assert point['tokens/s'] == pytest.approx(128 / point['ms/step'] * 1000)
     model = GPT(GPTConfig.pick(values, open_dataset(data_dir / 'tiny', 16).vocab_size))
@@ -194,8 +195,8 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
 def test_growth_doubles_each_size_until_a_step_is_slow_or_memory_full(
     data_dir, tmp_path, monkeypatch, run_main
 ):
-    """With figures that are made up from the size: a step takes a second from twice the own width on, and the machine has room
-    for less than 32 layers."""
+    """With made-up figures: a step takes a second from twice the config's width on, and the machine
+    has memory for less than 32 layers."""
     from matplotlib import image
 
     asked = []

@@ -1,7 +1,7 @@
-"""Nothing that is loaded can run code: every file that the toolkit reads, and every flag, is made to try.
+"""Nothing that is loaded can run code: the tests put code into every file and every flag.
 
-The canaries are pickles and Python that would make a folder named 'canary'. A run that refuses a file, or takes it for the
-text that it is, is equally good here; what must not happen is the folder.
+The canaries are pickles and Python code that would create a folder named 'canary'. A run may refuse
+such a file or treat it as text, but the folder must not appear.
 """
 
 import ast
@@ -202,7 +202,7 @@ def test_a_state_whose_digest_is_right_runs_nothing(run_main, place):
 
 @pytest.mark.slow
 def test_published_weights_run_nothing(run_main, place):
-    """A pytorch_model.bin, which is a pickle, is not even looked at: not instead of model.safetensors, nor beside it."""
+    """A pytorch_model.bin, which is a pickle, is not read, with or without model.safetensors."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = place / 'published'
@@ -407,8 +407,8 @@ def called(tree) -> set[str]:
 
 
 def test_the_code_has_no_other_way_to_run_what_it_loads():
-    """exec, for the user's own config files, and the unpickler that refuses all names, are in one place each; no archive is
-    unpacked, so that no path in one can lead elsewhere; no shell is started."""
+    """exec, for the user's config files, and the restricted unpickler are in one place each; no
+    archive is unpacked, so no path in one can lead elsewhere; no shell is started."""
     ways = {
         'eval',
         'exec',

@@ -1,4 +1,4 @@
-"""What the config promises: one schema, files and flags on top of it, and one line for every mistake."""
+"""The config: one schema, files and flags that override it, and one line for every mistake."""
 
 import os
 import re
@@ -50,13 +50,14 @@ later: int = 1
 '''
 
 DEFAULTS = {
-    'max_iters': 10, 'lr_decay_iters': 10, 'learning_rate': 0.1, 'start': 'x', 'init': None, 'seed': 1,
-    'verbose': False, 'compile': 'auto', 'dtype': 'float32', 'device': 'auto', 'top_p': None,
+    'max_iters': 10, 'lr_decay_iters': 10, 'learning_rate': 0.1, 'start': 'x', 'init': None,
+    'seed': 1, 'verbose': False, 'compile': 'auto', 'dtype': 'float32', 'device': 'auto',
+    'top_p': None,
 }  # fmt: skip
 TYPES = {
-    'max_iters': (int,), 'lr_decay_iters': (int,), 'learning_rate': (float,), 'start': (str,), 'init': (str, None),
-    'seed': (int, None), 'verbose': (bool,), 'compile': (bool, 'auto'), 'dtype': ('float32', 'bfloat16', 16),
-    'device': (str,), 'top_p': (float, None),
+    'max_iters': (int,), 'lr_decay_iters': (int,), 'learning_rate': (float,), 'start': (str,),
+    'init': (str, None), 'seed': (int, None), 'verbose': (bool,), 'compile': (bool, 'auto'),
+    'dtype': ('float32', 'bfloat16', 16), 'device': (str,), 'top_p': (float, None),
 }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Writes config files into a folder of their own, which becomes the current one."""
+    """Writes config files into a new folder, which becomes the current one."""
     monkeypatch.chdir(tmp_path)
 
     def write(text, name='x.py'):
@@ -171,8 +172,9 @@ def test_none_round_trips(key):
     [
         ('--start=123', '123'), ('--start=[1]', '[1]'), ('--start=', ''), ('--start="a"', '"a"'),
         ('--start=a=b', 'a=b'),
-        ('--start=None', 'None'), ('--start=True', 'True'), ("--init='a'", "'a'"), ('--init=1', '1'),
-        ('--learning_rate=1', 1.0), ('--learning-rate=1e3', 1000.0), ('--learning_rate=-inf', float('-inf')),
+        ('--start=None', 'None'), ('--start=True', 'True'), ("--init='a'", "'a'"),
+        ('--init=1', '1'), ('--learning_rate=1', 1.0), ('--learning-rate=1e3', 1000.0),
+        ('--learning_rate=-inf', float('-inf')),
         ('--max_iters=1e3', 1000), ('--max_iters=1000.0', 1000), ('--max-iters=-5', -5),
     ],
 )  # fmt: skip
@@ -227,7 +229,7 @@ def test_last_of_a_repeated_flag_wins():
         ('--zzz', ['--zzz: no such key (--help']),
         ('--', ['no such key']),
         ('--max_iters', ['--max_iters', 'no value']),
-        ('--no-max_iters', ['max_iters is no switch']),
+        ('--no-max_iters', ['max_iters is not a switch']),
         ('--no-verbose=1', ['no such key', '--verbose']),
         ('max_iters=3', ['did you mean --max_iters=3?']),
         ('-max_iters=3', ['did you mean --max_iters=3?']),
@@ -339,7 +341,7 @@ seed = max_iters
         ('assert False', 'x.py:1: AssertionError'),
         ('import sys\nsys.exit(0)', 'x.py:2: SystemExit: 0'),
         ('def _f():\n    global seed\n    seed = 1', 'x.py:2: found a global statement'),
-        (b'seed = 1\n# \xff', 'x.py: found bytes that are no UTF-8'),
+        (b'seed = 1\n# \xff', 'x.py: found bytes that are not UTF-8'),
         (b'seed = 1\0', 'x.py'),
         ('(' * 5000, 'x.py'),
     ],
@@ -375,7 +377,7 @@ def test_what_is_no_python_file_is_not_executed(config, tmp_path):
     assert complaint(str(tmp_path / 'a.py')).startswith(f'{tmp_path / "a.py"}: cannot be read')
     (tmp_path / 'notes.txt').write_text('raise SystemExit')
     for path in (tmp_path, tmp_path / 'notes.txt'):
-        assert complaint(str(path)).startswith(f'{path} is no config file, whose name ends in .py')
+        assert complaint(str(path)).startswith(f'{path}: not a config file, because its name')
     prepare = {'input': (str,)}, tmp_path / 'notes.txt'
     sample = {'out_dir': (str,)}, tmp_path
     for (types, path), key in ((prepare, 'input'), (sample, 'out_dir')):
@@ -575,11 +577,11 @@ def test_a_mistake_is_one_line_and_exit_2(run, argv, line):
     [
         pytest.param(
             'no room',
-            ['No space left', 'name another path'],
+            ['No space left', 'choose another path'],
             marks=pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has it'),
         ),
-        ('no file', ['nowhere/at all', 'No such file', 'name another path']),
-        ('large', ['a number is too large', 'take a smaller one']),
+        ('no file', ['nowhere/at all', 'No such file', 'choose another path']),
+        ('large', ['a number is too large', 'use a smaller one']),
         ('full', ['the memory is full', '--batch_size', 'a smaller model']),
     ],
 )

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: they never reach the weights, on any rank, and the run ends as it should."""
+"""Steps whose loss or gradients are not finite: no rank applies them, and the run ends properly."""
 
 import math
 import re
@@ -20,7 +20,7 @@ EVERY_STEP = ['--eval_interval=1', '--keep_last=100', '--dropout=0.1']
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Makes the loss or the gradients of some steps' batches not finite; returns the list of the steps computed."""
+    """Makes the loss or gradients of some steps infinite; returns the list of computed steps."""
     original, computed = training.accumulate_gradients, []
 
     def poison(steps, what):
@@ -81,7 +81,7 @@ def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(
 def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_them(
     train_here, poison, tmp_path, log_interval
 ):
-    """However late the run looks: good steps that follow change nothing any more."""
+    """However late the run looks at the count, later good steps change nothing."""
     poison({2, 3, 12, 13, 14}, 'gradient')
     done = train_here(tmp_path / 'run', f'--log_interval={log_interval}')
     assert done.returncode == 3
@@ -131,8 +131,8 @@ def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path
         done.returncode == 0
         and step == 9
         and said.startswith(
-            'warning: 3 of 9 steps had a loss or gradients that were not finite, and were left out: the first by step 5, the last was '
-            'step 9'
+            'warning: 3 of 9 steps had a loss or gradients that were not finite, and were left '
+            'out: the first by step 5, the last was step 9'
         )
     )
     assert 'stop, which says where it begins' in said
@@ -188,7 +188,7 @@ def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here,
     computed = poison({12, 13, 14}, 'loss')
     flags = ['--on_nonfinite=rewind', '--dropout=0.1']
     done = train_here(tmp_path / 'run', *flags)
-    assert done.returncode == 0 and 'going back to the last checkpoint' in done.stderr
+    assert done.returncode == 0 and 'returning to the last checkpoint' in done.stderr
     assert computed == [*range(15), *range(15, 25)]
     found, tensors = store.load(tmp_path / 'run')
     assert found.step == 20 and found.state['train']['passed_over'] == 5
@@ -205,13 +205,13 @@ def test_a_rewind_that_does_not_help_ends(train_here, poison, tmp_path):
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
     assert (
         done.returncode == 3
-        and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+        and done.stderr.count('returning to the last checkpoint') == guard.MAX_REWINDS
     )
     assert computed[:15] == [*range(15)] and len(computed) < 15 + 3 * (guard.MAX_REWINDS + 1)
     assert store.load(tmp_path / 'run')[0].step == 10
     poison(range(3, 1000), 'gradient')
     done = train_here(tmp_path / 'new', '--on_nonfinite=rewind')
-    assert done.returncode == 3 and 'no checkpoint was there yet' in done.stderr
+    assert done.returncode == 3 and 'there is no checkpoint yet' in done.stderr
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_rewinds_are_counted_also_where_a_checkpoint_comes_between_bad_steps(
     done = train_here(tmp_path / 'run', '--on_nonfinite=rewind', '--eval_interval=1')
     assert (
         done.returncode == 3
-        and done.stderr.count('going back to the last checkpoint') == guard.MAX_REWINDS
+        and done.stderr.count('returning to the last checkpoint') == guard.MAX_REWINDS
     )
 
 
@@ -243,12 +243,14 @@ def poisoned(t, micro_batches, step):
         return loss
     if WHAT == 'loss':
         return loss * math.nan
-    next(t.model.parameters()).grad[0, 0] = math.inf  # after the ranks have exchanged their gradients
+    # The ranks have exchanged their gradients already.
+    next(t.model.parameters()).grad[0, 0] = math.inf
     return loss
 train.accumulate_gradients = poisoned
 code = train.main(sys.argv[1:])
 weights = b''.join(p.detach().numpy().tobytes() for p in kept[-1].parameters())
-print(f'rank {os.environ["RANK"]}: exit {code}, finite {all(p.isfinite().all() for p in kept[-1].parameters())}, '
+finite = all(p.isfinite().all() for p in kept[-1].parameters())
+print(f'rank {os.environ["RANK"]}: exit {code}, finite {finite}, '
       f'{hashlib.sha256(weights).hexdigest()}', flush=True)
 """
 

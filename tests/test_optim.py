@@ -1,4 +1,4 @@
-"""AdamW, Muon and clipping against figures worked by hand and against torch's own."""
+"""AdamW, Muon and clipping, compared with hand-computed numbers and with torch."""
 
 import math
 from dataclasses import replace
@@ -95,7 +95,7 @@ def train_a_little(model, optimizers, steps, seed=0):
 
 
 def test_muon_makes_a_matrix_orthogonal():
-    """Every singular value ends near 1, from the largest to one a thousand times smaller; the singular vectors stay."""
+    """Singular values end near 1, even one a thousand times smaller; singular vectors stay."""
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(size, 16, dtype=torch.float64)).Q for size in (16, 40))
     for spread in (1.0, 10.0, 1000.0):
@@ -107,7 +107,7 @@ def test_muon_makes_a_matrix_orthogonal():
 
 
 def test_a_singular_value_follows_the_quintic():
-    """Three iterations on 1 x 1 matrices, whose norm is their value: 1 -> 3.4445 - 4.7750 + 2.0315 = 0.701 -> ..."""
+    """Three iterations on 1 x 1 matrices: 1 -> 3.4445 - 4.7750 + 2.0315 = 0.701 -> ..."""
     s = 1.0
     for _ in range(3):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
@@ -120,8 +120,10 @@ def test_a_singular_value_follows_the_quintic():
 )
 @pytest.mark.parametrize('iterations', [5, 3])
 def test_muon_follows_torchs_own(iterations):
-    """Which takes one matrix after the other, in bfloat16: 8 steps with decay and Nesterov's momentum, square, wide and tall
-    matrices in one batch."""
+    """torch processes one matrix at a time, in bfloat16.
+
+    8 steps with decay and Nesterov's momentum; square, wide and tall matrices in one batch.
+    """
     torch.manual_seed(0)
     ours, theirs = GPT(CONFIG), GPT(CONFIG)
     theirs.load_state_dict(ours.state_dict())
@@ -167,7 +169,7 @@ def test_muon_follows_torchs_own(iterations):
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
-    """Which each does as if it were alone."""
+    """Each optimizer does its part as if it were alone."""
     torch.manual_seed(0)
     mixed, plain = GPT(UNTIED), GPT(UNTIED)
     plain.load_state_dict(mixed.state_dict())
@@ -184,7 +186,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 
 @pytest.mark.parametrize('method', ['adamw', 'muon'])
 def test_a_step_that_is_not_usable_changes_nothing(method):
-    """Not even with gradients that are not numbers, and not the steps after it."""
+    """Even if gradients are NaN; and the next steps are not affected either."""
     torch.manual_seed(0)
     model, untouched = GPT(CONFIG), GPT(CONFIG)
     untouched.load_state_dict(model.state_dict())

@@ -50,7 +50,7 @@ def requirements(lines) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def test_requirements_and_pyproject_ask_for_the_same():
-    """The same packages and lower bounds; requirements*.txt may pin a version that pyproject.toml allows."""
+    """Same packages and lower bounds; requirements*.txt may pin a version that the bound allows."""
     project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
     for key, file in (('dependencies', 'requirements.txt'), ('dev', 'requirements-dev.txt')):
         asked = requirements(

@@ -1,4 +1,4 @@
-"""A run as one page: its charts hold the records, whatever the records are, and nothing in them gets out of the text."""
+"""A run as one page: its charts show the records, whatever they are, and all text is escaped."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ FINDING = {
 
 
 class Page(HTMLParser):
-    """A page as a browser reads it: its elements, which must be closed in order, its text and its charts' values."""
+    """A page as a browser reads it: properly nested elements, text, and the charts' values."""
 
     def __init__(self, source):
         super().__init__()
@@ -149,7 +149,7 @@ def full_records(steps=40):
     return lines
 
 
-# -- what the page shows ---------------------------------------------------------------------------------------------
+# -- what the page shows ---------------------------------------------------------------------------
 
 
 def test_every_chart_holds_its_records(tmp_path):
@@ -173,7 +173,7 @@ def test_every_chart_holds_its_records(tmp_path):
         'learning_rate': {'learning rate': recorded('learning_rate')},
         'gradient_norm': {
             'gradient norm': recorded('grad_norm'),
-            'clipped since the point before': clipped,
+            'clipped since the previous point': clipped,
         },
         'update_ratios': {group: recorded(f'update_ratio/{group}') for group in groups},
         'throughput': {'tokens/s': recorded('tokens_per_second')},
@@ -181,11 +181,11 @@ def test_every_chart_holds_its_records(tmp_path):
         'memory': {'memory': recorded('peak_memory', 1e-6)},
         'noise_scale': {'noise scale': recorded('noise_scale')},
         'units': {
-            'dead units, of the layer that has most': recorded('dead_units', 100),
-            'attention entropy, of the largest possible': recorded('attention_entropy', 100),
+            'dead units, in the worst layer': recorded('dead_units', 100),
+            'attention entropy, relative to its maximum': recorded('attention_entropy', 100),
         },
         'attention_logit': {'largest logit': recorded('attention_logit')},
-        'activations': {'largest of the layers': recorded('activation_std')},
+        'activations': {'largest of all layers': recorded('activation_std')},
     }
     assert set(page.charts) == set(expected)
     for chart, series in expected.items():
@@ -193,7 +193,7 @@ def test_every_chart_holds_its_records(tmp_path):
 
 
 def test_points_are_drawn_where_their_values_are(tmp_path):
-    """From the left at step 0 to the right at the last one; heights in proportion to the values, from 0 at the bottom."""
+    """From step 0 at the left to the last at the right; heights proportional to the values."""
     speeds = {0: 50.0, 10: 100.0, 30: 25.0, 40: 75.0}
     page = page_of(
         write_run(
@@ -284,7 +284,10 @@ def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
 
 
 def test_findings_of_older_runs_are_sentences(tmp_path):
-    said = 'warning: the ratio is 0.02. Likely causes, the likeliest first: beta2. Change: beta2 = 0.99'
+    said = (
+        'warning: the ratio is 0.02. Likely causes, the likeliest first: beta2. '
+        'Change: beta2 = 0.99'
+    )
     folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/lr_too_high': said}])
     (found,) = history.read_run(folder).findings()
     assert (found.name, found.step, found.severity, found.evidence) == (
@@ -411,11 +414,14 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
     }
 
 
-# -- whatever the records are ----------------------------------------------------------------------------------------
+# -- whatever the records are ----------------------------------------------------------------------
 
 
 def test_nothing_in_the_files_gets_out_of_the_text(tmp_path):
-    evil = '</script></pre><script>alert("x")</script><img src=https://example.com/x onerror=alert(1)>\x00\x1b[31m\ud800'
+    evil = (
+        '</script></pre><script>alert("x")</script>'
+        '<img src=https://example.com/x onerror=alert(1)>\x00\x1b[31m\ud800'
+    )
     lines = [
         {
             'step': 1,
@@ -502,7 +508,7 @@ def test_an_empty_run_has_a_page(tmp_path):
         write_run(tmp_path / 'only-config', [], {'max_iters': 10}),
     ):
         page = page_of(folder)
-        assert page.charts == {} and 'No figures are recorded yet' in page.shown
+        assert page.charts == {} and 'Nothing has been recorded yet' in page.shown
     (tmp_path / 'only-config' / 'metrics.jsonl').unlink()
     assert 'of 10' in page_of(tmp_path / 'only-config').shown
     (tmp_path / 'no-lines' / 'config.json').write_text('[1]')
@@ -577,7 +583,7 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes():
     assert smooth.steps[0] == 0 and smooth.steps[-1] == 399_990 and smooth.look == 'dashed'
 
 
-# -- the parts of a chart --------------------------------------------------------------------------------------------
+# -- the parts of a chart --------------------------------------------------------------------------
 
 
 @given(st.floats(-1e290, 1e290), st.floats(0, 1e290), st.booleans())
@@ -727,7 +733,7 @@ def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band)
     assert chart.band == band
 
 
-# -- the script ------------------------------------------------------------------------------------------------------
+# -- the script ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -797,9 +803,9 @@ def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, mon
     'flags, said',
     [
         (['--out_dir=nowhere'], 'no such folder'),
-        (['--out_dir=config'], 'no run is there'),
+        (['--out_dir=config'], 'not a run'),
         (['--out_dir=,'], 'out_dir is empty'),
-        (['--out_dir={run}', '--page=x.txt'], 'ends in .html'),
+        (['--out_dir={run}', '--page=x.txt'], 'must end in .html'),
         (['--out_dir={run}', '--page=no/where/x.html'], 'no/where'),
         (['--out_dir={run},nowhere'], 'nowhere'),
         (['--out_dir={run}', '--watch', '--port=99999'], 'from 0 to 65535'),
@@ -814,7 +820,7 @@ def test_bad_input_is_one_line(tmp_path, run_main, flags, said):
 
 
 def test_starting_needs_neither_torch_nor_matplotlib():
-    """The page is there at once, and train.py, which imports the same, is not slowed by what draws PNGs."""
+    """The page appears quickly, and train.py, which imports the same modules, starts quickly."""
     done = run_script(
         '-c', 'import report, sys; sys.exit(bool({"torch", "matplotlib"} & set(sys.modules)))'
     )
@@ -851,7 +857,7 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
         taken = run_main(
             'report.py', f'--out_dir={run}', '--watch', f'--port={address.split(":")[2].strip("/")}'
         )
-        assert taken.returncode == 2 and 'name another' in taken.stderr
+        assert taken.returncode == 2 and 'use another port' in taken.stderr
         shutil.move(run, tmp_path / 'away')
         with pytest.raises(urllib.error.HTTPError, match='503'):
             get()
@@ -867,7 +873,7 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
     assert sorted(path.name for path in run.iterdir()) == ['metrics.jsonl']  # it writes nothing
 
 
-# -- train.py --------------------------------------------------------------------------------------------------------
+# -- train.py --------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_its_report_at_the_end(tmp_path, train_here):

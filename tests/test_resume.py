@@ -1,4 +1,4 @@
-"""A run that is cut and resumed is the run that was not cut: weights, optimizer, losses and tokens, by SHA-256."""
+"""A resumed run equals an uninterrupted one: weights, optimizer, losses and tokens, by SHA-256."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from conftest import ROOT, records, run_script
 import train as training
 
 STEPS = 24
-# Dropout, accumulation and a schedule; the last --max_iters and --lr_decay_iters win over SMALL_RUN's.
+# Dropout, accumulation and a schedule. These flags win over those of SMALL_RUN.
 RUN = [
     '--dropout=0.1',
     '--n_layer=1',
@@ -26,7 +26,7 @@ CURVE = ('loss/step', 'grad_norm', 'learning_rate', 'loss/train', 'loss/val', 'l
 
 
 def digests(out_dir) -> dict[str, str]:
-    """SHA-256 of all that a run leaves which does not tell the time: its last checkpoint's files and its curves."""
+    """Returns SHA-256 digests of the last checkpoint's files and the curves, without times."""
     folder = out_dir / f'step-{STEPS:08d}'
     files = {
         name: (folder / name).read_bytes()
@@ -41,9 +41,9 @@ def digests(out_dir) -> dict[str, str]:
 
 
 def watch(cut_at=(), cut_rank=0):
-    """Lets training take the digest of every micro batch, and signals this process in the steps of cut_at, one a run.
+    """Makes training record the digest of every micro batch, and stops it at the steps of cut_at.
 
-    Returns the digests by step, and a function that undoes it.
+    Each run gets one signal. Returns the digests by step, and a function that undoes the change.
     """
     original, tokens, cuts = training.train_step, {}, list(cut_at)
 
@@ -68,7 +68,7 @@ def watch(cut_at=(), cut_rank=0):
 
 @pytest.fixture
 def run_cut(train_here):
-    """Runs with cuts after the given steps, each time resumed; returns the digests of what is left."""
+    """Trains with a cut after each given step, and resumes; returns the digests of the result."""
 
     def run_cut(out_dir, cuts, *flags):
         tokens, undo = watch(cuts)
@@ -118,12 +118,14 @@ import train as training
 from conftest import SMALL_RUN
 from nib.machine.ranks import Ranks
 ranks, close = training.start_ranks('cpu'), Ranks.close
-training.start_ranks, Ranks.close = lambda device: ranks, lambda ranks: None  # torch joins processes once
+# torch can join processes only once.
+training.start_ranks, Ranks.close = lambda device: ranks, lambda ranks: None
 cuts, flags = json.loads(sys.argv[1]), sys.argv[2:]
 for out_dir, steps in cuts.items():
     tokens, undo = test_resume.watch(steps, cut_rank=1)
     for number in range(len(steps) + 1):
-        code = training.main([*SMALL_RUN, *flags, f'--out_dir={{out_dir}}'] + ['--init_from=resume'] * (number > 0))
+        resume = ['--init_from=resume'] * (number > 0)
+        code = training.main([*SMALL_RUN, *flags, f'--out_dir={{out_dir}}', *resume])
         assert code == (143 if number < len(steps) else 0), (out_dir, code)
     undo()
     with open(f'{{out_dir}}/tokens-{{os.environ["RANK"]}}.json', 'w') as file:
@@ -134,7 +136,7 @@ del ranks  # its groups' threads end here, not while Python itself ends
 
 
 def run_on_ranks(n, data_dir, folder, cuts, *flags):
-    """Runs each of the cuts, {name: steps}, on n processes; a cut signals rank 1 alone."""
+    """Runs each of the cuts, {name: steps}, on n processes; only rank 1 gets the signals."""
     script = folder / 'on_ranks.py'
     script.write_text(ON_RANKS)
     done = run_script(
@@ -170,7 +172,7 @@ def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(
 
 @pytest.mark.slow
 def test_a_run_on_four_ranks_cut_and_resumed_equals_the_uninterrupted_one(data_dir, tmp_path):
-    """Where the order in which gradients are summed would show."""
+    """Here a different order of summing the gradients would show."""
     run_on_ranks(
         4, data_dir, tmp_path, {'whole': [], 'cut': [10, 17]}, '--gradient_accumulation_steps=4'
     )
@@ -179,7 +181,7 @@ def test_a_run_on_four_ranks_cut_and_resumed_equals_the_uninterrupted_one(data_d
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_same_tokens_and_loss_on_other_ranks(data_dir, tmp_path, train_here):
-    """The micro steps of one process are shared out over two, and back."""
+    """The micro steps of one process are distributed over two, and back."""
     flags = ['--dropout=0', '--learning_rate=1e-3', '--min_lr=1e-4']  # dropout draws by rank
     tokens, undo = watch([12])
     assert train_here(tmp_path / 'one', *RUN, *flags).returncode == 143

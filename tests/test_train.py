@@ -1,4 +1,4 @@
-"""The training loop: run as a user runs it, and its one step against arithmetic."""
+"""The training loop, run as a user runs it; its single step, compared with arithmetic."""
 
 import json
 import math
@@ -99,17 +99,15 @@ def test_the_last_line_is_the_loss_over_the_whole_validation_split(whole_run, da
     n = (len(val) - 1) // 16
     with torch.no_grad():
         loss = model(val[: n * 16].view(n, 16), val[1 : n * 16 + 1].view(n, 16)).item()
-    # a character is a byte here
-    assert (
-        f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) over the whole'
-        in done.stdout
-    )
+    # Every character is one byte here.
+    line = f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) over the'
+    assert f'{line} whole' in done.stdout
     only = train(data_dir, out_dir, '--dropout=0.1', '--init_from=resume', '--eval_only')
     assert f'step 20: val loss {loss:.4f}' in only.stdout
 
 
 def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(whole_run, data_dir, tmp_path):
-    """The same learning rates, batches and dropout: every weight and moment, bit for bit, and the same curve."""
+    """All weights and moments are equal, bit for bit, and so is the curve."""
     train(data_dir, tmp_path / 'run', '--dropout=0.1', '--max_iters=10')
     resumed = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume')
     assert 'resuming from' in resumed.stdout
@@ -179,7 +177,7 @@ def test_sigterm_is_heard_too(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
-    """The same batches shared out over two processes: losses agree to rounding, evaluation too; rank 0 alone writes."""
+    """The same batches on two processes: losses agree up to rounding; only rank 0 writes."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     done = train(data_dir, tmp_path / 'two', launcher=torchrun)
     train(data_dir, tmp_path / 'one')
@@ -196,7 +194,7 @@ def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_what_its_config_says(data_dir, tmp_path):
-    """Three steps of the script against plain PyTorch: seeds, batches, dropout, accumulation, schedule, clipping, AdamW."""
+    """Three steps of the script, compared with plain PyTorch, from the seeds to AdamW."""
     train(
         data_dir,
         tmp_path / 'run',
@@ -294,7 +292,7 @@ def test_gradients_are_exchanged_on_the_last_micro_step_only():
 
 @pytest.mark.slow
 def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
-    """Two ranks' loss of the first step is the mean of two losses with the seeds of rank 0 and of rank 1."""
+    """The first loss of two ranks is the mean of two losses with the seeds of rank 0 and rank 1."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     train(data_dir, tmp_path / 'run', '--dropout=0.5', '--max_iters=1', launcher=torchrun)
     data = open_dataset(data_dir / 'tiny', 16)
@@ -314,7 +312,7 @@ def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path):
-    """The weights are saved by then; --eval_only likewise ends at once."""
+    """The weights are already saved; --eval_only ends at once, too."""
     flags = [
         f'--data_dir={data_dir}',
         f'--out_dir={tmp_path / "run"}',
@@ -548,7 +546,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(data_dir, 
 
 @pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path):
-    """No step is logged after the first, so that the run has not noticed by itself."""
+    """No step is logged after the first, so the run has not noticed by itself."""
     run = subprocess.Popen(
         [
             sys.executable,
@@ -578,7 +576,7 @@ def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path)
 
 
 def wandb_history(out_dir) -> list[dict]:
-    """What wandb's own files of all offline runs in out_dir hold: LevelDB's log format, protocol buffers in it."""
+    """Reads wandb's files of offline runs in out_dir: protocol buffers in LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
     rows = []
@@ -674,7 +672,7 @@ def test_a_second_run_does_not_write_over_the_first(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
-    """The config's dataset cannot be fetched through a proxy that refuses; the fallback is prepared and recorded."""
+    """A proxy refuses to download the dataset; the fallback is used and recorded."""
     copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
     shutil.copytree(
         ROOT,
@@ -737,7 +735,7 @@ def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
         '--max_iters=2',
         env={'CXX': str(broken), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')},
     )
-    assert 'compile failed, going on without it' in done.stdout
+    assert 'compile failed, continuing without it' in done.stdout
 
 
 @pytest.mark.slow
@@ -761,7 +759,7 @@ def test_importing_a_script_does_nothing():
 
 @pytest.fixture(scope='module')
 def published_gpt2(data_dir, tmp_path_factory):
-    """A folder as Hugging Face publishes GPT-2, and their model of it: random weights, the test dataset's vocabulary."""
+    """A folder in the format of Hugging Face's GPT-2, and their model; the weights are random."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -775,7 +773,7 @@ def published_gpt2(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def gpt2_data(tmp_path_factory):
-    """A folder of datasets with 'tiny' as nanoGPT makes them: bins of GPT-2's tokens, and nothing beside."""
+    """A folder with a dataset 'tiny' in nanoGPT's format: only bins, of GPT-2's tokens."""
     folder = tmp_path_factory.mktemp('gpt2_data') / 'tiny'
     folder.mkdir()
     ids = (
@@ -860,7 +858,7 @@ def test_a_run_starts_from_the_weights_of_another_run(whole_run, data_dir, tmp_p
 
 @pytest.mark.slow
 def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, run_main):
-    """Two steps of each, at reduced size; those that start from published weights start from small ones."""
+    """Two steps of each, at reduced size; small weights replace the published ones."""
     configs = sorted((ROOT / 'config').rglob('*.py'))
     assert {
         'fast_shakespeare_char',
@@ -899,11 +897,11 @@ def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, r
             assert store.load(tmp_path / config.stem)[0].step == 2
 
 
-def test_a_run_keeps_freed_memory_and_an_evaluations_seconds_hold_the_check_up(
+def test_a_run_prepares_its_device_and_an_evaluations_seconds_include_the_check_up(
     train_here, tmp_path, monkeypatch
 ):
     devices, evaluate = [], vitals.Vitals.evaluate
-    monkeypatch.setattr(training, 'keep_freed_memory', devices.append)
+    monkeypatch.setattr(training, 'prepare_device', devices.append)
     monkeypatch.setattr(vitals.Vitals, 'evaluate', lambda *args: time.sleep(0.3) or evaluate(*args))
     assert train_here(tmp_path, '--max_iters=1', '--eval_interval=1').returncode == 0
     assert devices == ['cpu']

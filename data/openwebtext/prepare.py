@@ -1,7 +1,8 @@
-"""OpenWebText by GPT-2's tokens: 8 million pages that people on Reddit recommended, 9 billion tokens.
+"""OpenWebText in GPT-2's tokens: 8 million web pages shared on Reddit, 9 billion tokens.
 
-Fetches it from Hugging Face (pip install datasets; 54 GB in its cache, HF_HOME says where), or takes --input=FOLDER. The
-split and the order are nanoGPT's. A run that was stopped goes on where it was.
+Downloads it from Hugging Face (pip install datasets; 54 GB in its cache, set HF_HOME to move it),
+or reads --input=FOLDER. The split and the order are the same as nanoGPT's. A run that was stopped
+continues where it left off.
 """
 
 import logging
@@ -20,12 +21,14 @@ from nib.text import documents
 from nib.text.tokenizer import Gpt2Tokenizer
 from nib.tokens.write import write_dataset
 
-input: str = ''  # .jsonl and .parquet files, or a folder of them, whose rows are documents; empty: OpenWebText itself
-field: str = 'text'  # the field of these rows that holds the text
-out_dir: str = ''  # where the bins go; empty: beside this file
+input: str = (
+    ''  # .jsonl or .parquet files, or a folder of them, one document per row; empty: download
+)
+field: str = 'text'  # the field of a row that contains its text
+out_dir: str = ''  # output folder; empty: beside this file
 
 NAME = 'Skylion007/openwebtext'
-EXPECTED = {'train': 9_035_582_198, 'val': 4_434_897}  # tokens, as nanoGPT has published them
+EXPECTED = {'train': 9_035_582_198, 'val': 4_434_897}  # tokens, as published by nanoGPT
 VAL_FRACTION, SEED = 0.0005, 2357
 
 
@@ -33,24 +36,23 @@ def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     folder = Path(out_dir) if out_dir else Path(__file__).resolve().parent
-    Gpt2Tokenizer().encode('')  # without its files, say so before fetching 54 GB
+    Gpt2Tokenizer().encode('')  # fails before 54 GB are downloaded if its files are missing
     texts = load(folder)
     if len(texts) < 2:
         raise UserError(
-            f'{input} holds {len(texts)} documents: it takes two to have one of them to validate on'
+            f'{input} contains {len(texts)} documents, but the split into training and validation '
+            f'needs at least two'
         )
     n_val = math.ceil(VAL_FRACTION * len(texts))
-    order = np.random.default_rng(SEED).permutation(
-        len(texts)
-    )  # as Hugging Face's train_test_split has it
+    # The order of Hugging Face's train_test_split, which nanoGPT uses.
+    order = np.random.default_rng(SEED).permutation(len(texts))
     splits = {'train': order[n_val:], 'val': order[:n_val]}
 
     def read_pieces(start):
         for split, rows in splits.items():
             for first in range(start, len(rows), 1000):
-                yield from (
-                    (split, text or '', True) for text in texts.read(rows[first : first + 1000])
-                )
+                for text in texts.read(rows[first : first + 1000]):
+                    yield split, text or '', True
             start = max(0, start - len(rows))
 
     source = {
@@ -61,33 +63,32 @@ def main(argv):
     meta = write_dataset(folder, read_pieces, Gpt2Tokenizer(), source, texts.n_bytes)
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
-        f'{shown(folder)}: documents {len(texts):,}, vocabulary {meta["vocab_size"]:,}, {tokens["train"]:,} training and '
-        f'{tokens["val"]:,} validation tokens'
+        f'{shown(folder)}: {len(texts):,} documents, vocabulary {meta["vocab_size"]:,}, '
+        f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
     )
     if not input and tokens != EXPECTED:
         print(
-            f'note: nanoGPT has published {EXPECTED["train"]:,} and {EXPECTED["val"]:,} tokens; {NAME} has changed since',
+            f'note: nanoGPT published {EXPECTED["train"]:,} and {EXPECTED["val"]:,} tokens; '
+            f'{NAME} has changed since',
             file=sys.stderr,
         )
 
 
 def load(folder: Path):
-    """All documents, as something that is read in any order: it has a length, n_bytes, a fingerprint and read(rows)."""
+    """Returns the documents for random access, with len(), n_bytes, fingerprint and read(rows)."""
     if not input:
         return HubTexts()
     files, _ = documents.find_files(input.split(','))
-    files = [
-        file for ending in ('.jsonl', '.parquet') for file in files if file.suffix.lower() == ending
-    ]
-    if not files:
-        raise UserError(f'{input} holds no .jsonl or .parquet file')
-    return documents.StoredTexts(
-        folder, (text for text, _ in documents.read_documents(files, field, with_empty=True))
-    )
+    jsonl = [file for file in files if file.suffix.lower() == '.jsonl']
+    parquet = [file for file in files if file.suffix.lower() == '.parquet']
+    if not jsonl + parquet:
+        raise UserError(f'{input} contains no .jsonl or .parquet file')
+    rows = documents.read_documents(jsonl + parquet, field, with_empty=True)
+    return documents.StoredTexts(folder, (text for text, _ in rows))
 
 
 class HubTexts:
-    """OpenWebText in Hugging Face's cache on this disk, fetched where it is not there."""
+    """OpenWebText from Hugging Face's cache on this disk, downloaded first if it is missing."""
 
     def __init__(self):
         try:
@@ -96,27 +97,23 @@ class HubTexts:
             raise UserError(
                 'this dataset needs a package that is not installed: pip install datasets'
             ) from error
-        logging.getLogger('huggingface_hub').setLevel(
-            logging.ERROR
-        )  # it tells of every one of five attempts
+        logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it warns about each retry
         if not sys.stderr.isatty():
             datasets.utils.disable_progress_bars()
         print(f'loading {NAME} from Hugging Face')
         try:
-            self.rows = datasets.load_dataset(
-                NAME, split='train', num_proc=os.cpu_count()
-            ).select_columns('text')
-        except Exception as error:  # what can go wrong between here and the Hub is of many types
-            while error.__cause__:
-                error = error.__cause__
+            rows = datasets.load_dataset(NAME, split='train', num_proc=os.cpu_count())
+            self.rows = rows.select_columns('text')
+        except Exception as error:  # network, disk and data set errors have many types
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
             raise UserError(
-                f'{NAME} could not be loaded ({type(error).__name__}: {error}); fetch it where there is a network, '
-                f'or name a folder of .jsonl or .parquet files: --input=FOLDER'
-            ) from error
-        self.n_bytes, self.fingerprint = (
-            self.rows.data.nbytes,
-            self.rows._fingerprint,
-        )  # of the files that it was made of
+                f'{NAME} could not be loaded ({type(cause).__name__}: {cause}); download it on a '
+                f'machine with a network, or use --input=FOLDER to name .jsonl or .parquet files'
+            ) from cause
+        self.n_bytes = self.rows.data.nbytes
+        self.fingerprint = self.rows._fingerprint  # of the files that it was built from
 
     def __len__(self):
         return len(self.rows)

@@ -1,6 +1,7 @@
-"""Tiny Shakespeare by GPT-2's tokens: 40,000 lines of his plays, 301,966 tokens to train on.
+"""Tiny Shakespeare in GPT-2's tokens: 40,000 lines of his plays, 301,966 training tokens.
 
-Takes --input=PATH, or else input.txt beside this file, in out_dir or in data/shakespeare_char, or else downloads it into out_dir.
+Reads --input=PATH, or else input.txt beside this file, in out_dir or in data/shakespeare_char.
+Without any of these it downloads the text into out_dir.
 """
 
 import sys
@@ -13,7 +14,7 @@ from nib.text.tokenizer import Gpt2Tokenizer
 from nib.tokens import shakespeare
 
 input: str = ''  # path of the text; empty: input.txt in one of these folders, else download
-out_dir: str = ''  # where the bins go; empty: beside this file
+out_dir: str = ''  # output folder; empty: beside this file
 
 
 def main(argv):

@@ -1,4 +1,4 @@
-"""The source of the running Python's own standard library, by characters: about 11 MB of text that needs no network."""
+"""The source of Python's standard library in characters: about 11 MB of text without a download."""
 
 import hashlib
 import platform
@@ -12,16 +12,9 @@ from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.tokens.write import write_char_dataset
 
-out_dir: str = ''  # where the bins go; empty: beside this file
+out_dir: str = ''  # output folder; empty: beside this file
 
-LEFT_OUT = {
-    'test',
-    'tests',
-    'idle_test',
-    'site-packages',
-    'dist-packages',
-    '__pycache__',
-}  # folders
+SKIPPED = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 
 
 def main(argv):
@@ -32,33 +25,30 @@ def main(argv):
     sources = read_sources(library)
     if not sources:
         raise UserError(
-            f'{library} holds no Python source: run a Python that has its library as .py files'
+            f'{library} contains no Python source: use a Python whose library is .py files'
         )
     text = ''.join(sources)
-    meta = write_char_dataset(
-        folder,
-        text,
-        {
-            'text': "source of Python's standard library",
-            'python': platform.python_version(),
-            'files': len(sources),
-            'sha256': hashlib.sha256(text.encode()).hexdigest(),
-        },
-    )
+    source = {
+        'text': "source of Python's standard library",
+        'python': platform.python_version(),
+        'files': len(sources),
+        'sha256': hashlib.sha256(text.encode()).hexdigest(),
+    }
+    meta = write_char_dataset(folder, text, source)
+    tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
-        f'{shown(folder)}: {len(text):,} characters of {len(sources)} files of Python {platform.python_version()}, '
-        f'vocabulary {meta["vocab_size"]}, {meta["splits"]["train"]["tokens"]:,} training and '
-        f'{meta["splits"]["val"]["tokens"]:,} validation tokens'
+        f'{shown(folder)}: {len(text):,} characters of {len(sources)} files of Python '
+        f'{platform.python_version()}, vocabulary {meta["vocab_size"]}, '
+        f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
     )
 
 
 def read_sources(library: Path) -> list[str]:
-    """The text of every ASCII .py file that is no test, in the order of their paths, each ending in a newline."""
+    """Returns all ASCII .py files except tests, sorted by path. Each text ends with a newline."""
     texts = []
-    for path in sorted(
-        library.rglob('*.py'), key=lambda path: path.relative_to(library).as_posix()
-    ):
-        if path.is_file() and LEFT_OUT.isdisjoint(path.relative_to(library).parts):
+    paths = library.rglob('*.py')
+    for path in sorted(paths, key=lambda path: path.relative_to(library).as_posix()):
+        if path.is_file() and SKIPPED.isdisjoint(path.relative_to(library).parts):
             content = path.read_bytes()
             if content and content.isascii():
                 text = content.decode('ascii').replace('\r\n', '\n').replace('\r', '\n')

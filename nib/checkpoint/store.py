@@ -1,10 +1,11 @@
-"""Checkpoints that are written whole or not at all, and read only when their digests hold.
+"""Checkpoints: written completely or not at all, and read only if their digests match.
 
     out_dir/step-00000250/  model.safetensors  optimizer.safetensors  state.json
     out_dir/latest  out_dir/best     each holds the name of a step directory
 
-A checkpoint is written under a temporary name, synced, renamed, and only then named by `latest` or `best`. So a directory
-with a step's name is a whole checkpoint, whenever the machine stopped; deleting one begins with renaming it, too.
+A checkpoint is written under a temporary name, synced and renamed. Only then does `latest` or
+`best` name it. A directory with a step's name is therefore a complete checkpoint, whenever the
+machine stopped. Deleting a checkpoint begins with renaming it, too.
 """
 
 import hashlib
@@ -24,20 +25,20 @@ from nib.errors import UserError
 from nib.files import atomic_write, clear_temporaries, sync_folder
 
 FORMAT = 1
-_TEMPORARY = '.tmp-'  # of directories that are being written or deleted
-_ASIDE = '.old-'  # of checkpoints of a run that is being replaced
-_REPLACED = '.tmp-replaced-'  # of a step's directory while another takes its place
+_TEMPORARY = '.tmp-'  # prefix of directories that are being written or deleted
+_ASIDE = '.old-'  # prefix of checkpoints of a run that is being replaced
+_REPLACED = '.tmp-replaced-'  # prefix of a step's directory while another one takes its place
 _TRAIN_FIRST = 'train first: python train.py CONFIG --out_dir='
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
 
 
 class Damaged(Exception):
-    """A checkpoint whose files are not what was saved; the message says which and how."""
+    """A checkpoint's files are not what was saved; the message says which file and how."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose state.json has passed its digest. Tensors are read, and checked, when asked for."""
+    """A checkpoint on disk whose state.json is intact. Tensors are read and checked on demand."""
 
     path: Path
     state: dict
@@ -47,17 +48,20 @@ class Checkpoint:
         return self.state['step']
 
     def check_dataset(self, dataset, fingerprint: str):
-        """UserError where this checkpoint is of a dataset with another fingerprint."""
-        if self.state['dataset_fingerprint'] != fingerprint:
+        """Raises UserError if this checkpoint was trained on a dataset with another fingerprint."""
+        name, own = self.state['dataset'], self.state['dataset_fingerprint']
+        if own != fingerprint:
             raise UserError(
-                f'{self.path} was trained on {self.state["dataset"]} with the fingerprint '
-                f'{self.state["dataset_fingerprint"][:16]}, but {dataset} has {fingerprint[:16]}: resume with the same '
-                f'bins (--dataset={self.state["dataset"]}), or start a new run, in another --out_dir or with '
-                f'--overwrite in place of --init_from=resume'
+                f'{self.path} was trained on {name} with the fingerprint {own[:16]}, but {dataset} '
+                f'has {fingerprint[:16]}: resume with the same bins (--dataset={name}), or start a '
+                f'new run in another --out_dir, or with --overwrite instead of --init_from=resume'
             )
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of 'model' or 'optimizer', on the CPU. Damaged where the file is not the one saved."""
+        """Returns the tensors of 'model' or 'optimizer', on the CPU.
+
+        Raises Damaged if the file is not the one that was saved.
+        """
         path = self.path / f'{name}.safetensors'
         try:
             return tensorfile.read(path, self.state['files'][path.name])
@@ -68,25 +72,24 @@ class Checkpoint:
 
 
 def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
-    """Writes the checkpoint of `step` and lets `latest` point to it. UserError where that fails; those before stay whole.
+    """Writes the checkpoint of `step` and points `latest` to it.
 
-    model, optimizer: name -> tensor on the CPU. state: anything that JSON holds.
+    model, optimizer: name -> tensor on the CPU. state: values that JSON can express. Raises
+    UserError if writing fails; earlier checkpoints stay intact.
     """
     try:
         return _save(out_dir, step, model, optimizer, state)
     except OSError as error:
         raise UserError(
-            f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); those before '
-            f'it are whole: make room, then go on with --init_from=resume'
+            f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); '
+            f'earlier ones are intact: free some space, then resume with --init_from=resume'
         ) from error
 
 
 def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     final = Path(out_dir) / _name(step)
-    temporary, replaced = (
-        final.with_name(_TEMPORARY + final.name),
-        final.with_name(_REPLACED + final.name),
-    )
+    temporary = final.with_name(_TEMPORARY + final.name)
+    replaced = final.with_name(_REPLACED + final.name)
     final.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(final.parent)
     try:
@@ -97,9 +100,7 @@ def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path
         }
         _write_state(temporary, {'format': FORMAT, 'step': step, **state, 'files': digests})
         if final.exists():  # the same step saved again, after resuming from an earlier one
-            os.rename(
-                final, replaced
-            )  # under this name it still counts, until the next line is done
+            os.rename(final, replaced)  # it still counts under this name until the next rename
         os.rename(temporary, final)
         sync_folder(final.parent)
     except BaseException:
@@ -112,32 +113,40 @@ def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path
 
 
 def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
-    """Writes what was learnt about the checkpoint of `step` since it was saved into its state.json, and names it `best`.
-    UserError where that cannot be written; the checkpoint stays what it was."""
+    """Updates state.json of the checkpoint of `step` after its evaluation.
+
+    train_state: the new state['train']. best: whether to point `best` to this checkpoint. Raises
+    UserError if the file cannot be written; the checkpoint is then unchanged.
+    """
     folder = Path(out_dir) / _name(step)
     try:
         state = {**_read_state(folder), 'train': train_state}
-        if best:  # first: cut here, the state says that this step is not evaluated yet, and a resumed run makes up for it
+        # `best` first: after a crash between the two, the state still says that this step is not
+        # evaluated, so a resumed run evaluates it again.
+        if best:
             point(out_dir, 'best', folder)
         _write_state(folder, state)
     except (OSError, Damaged) as error:
         raise UserError(
-            f'the evaluation of step {step} could not be recorded in {folder} ({error}): make room, then go on '
-            f'with --init_from=resume'
+            f'the evaluation of step {step} could not be recorded in {folder} ({error}): free some '
+            f'space, then resume with --init_from=resume'
         ) from error
 
 
 def point(out_dir, name: str, step_folder: Path):
-    """Lets `name` ('latest', 'best') stand for this step directory, atomically."""
+    """Atomically points `name` ('latest' or 'best') to a step directory."""
     with atomic_write(Path(out_dir) / name) as file:
         file.write(step_folder.name.encode() + b'\n')
 
 
 def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[int] = frozenset()):
-    """Deletes the checkpoints up to `step`, which is whole, but itself, the newest `keep_last`, those of every `keep_every`
-    steps, and what `latest` and `best` name. Leaves what is newer than `step` alone.
+    """Deletes old checkpoints, up to `step`, which must be complete.
 
-    damaged: steps known to be unusable, which are none of those to keep. UserError where something cannot be deleted.
+    Keeps `step` itself, the newest `keep_last`, those whose step is a multiple of `keep_every`, and
+    what `latest` and `best` name. Newer checkpoints than `step` are not touched.
+
+    damaged: steps known to be unusable, which do not count among those to keep. Raises UserError if
+    a checkpoint cannot be deleted.
     """
     out_dir = Path(out_dir)
     folders = {
@@ -161,18 +170,21 @@ def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[
 
 
 def steps_after(out_dir, step: int) -> set[int]:
-    """The steps after `step` that there are directories of."""
+    """Returns the steps after `step` that have a directory."""
     return {newer for newer in map(_step_of, _step_folders(Path(out_dir))) if newer > step}
 
 
 def exists(out_dir) -> bool:
-    """Whether out_dir holds any checkpoint."""
+    """Returns whether out_dir contains a checkpoint."""
     return bool(_step_folders(Path(out_dir)))
 
 
 def set_aside(out_dir):
-    """Takes the checkpoints of a run that is being replaced out of the way. They are there, as `.old-step-N`, until
-    delete_set_aside(): a new run may end before it has saved anything. UserError where that cannot be."""
+    """Renames the checkpoints of a run that is being replaced to `.old-step-N`.
+
+    They are kept until delete_set_aside(), because a new run may end before it has saved anything.
+    Raises UserError if they cannot be renamed.
+    """
     try:
         for name in ('latest', 'best'):
             (Path(out_dir) / name).unlink(missing_ok=True)
@@ -198,66 +210,58 @@ def load(
     warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     check: Callable[[Checkpoint, dict], None] = lambda checkpoint, tensors: None,
 ) -> tuple[Checkpoint, dict]:
-    """Reads a checkpoint; returns it and its tensors as {'model': {...}, 'optimizer': {...}}, as `read` asks.
+    """Reads a checkpoint; returns it and its tensors as {'model': {...}, 'optimizer': {...}}.
 
-    which: 'latest', 'best' or a step number. check: raises Damaged where a checkpoint that holds what was saved cannot be
-    used all the same. A damaged one is passed over for the newest good one, with a warning, unless a step was asked for by
-    number. UserError when none is left. Only reads, so that it may look into a run that goes on.
+    which: 'latest', 'best' or a step number. read: names of the tensor files to read. check: raises
+    Damaged if an intact checkpoint cannot be used for another reason.
+
+    If the checkpoint is damaged, the newest intact one is used instead, with a warning, unless
+    `which` is a step number. Raises UserError if there is none. This function only reads, so it can
+    be used while the run is active.
     """
     out_dir = Path(out_dir)
     if not out_dir.is_dir():
-        raise UserError(f'out_dir {out_dir}: there is no such folder; {_TRAIN_FIRST}{out_dir}')
+        raise UserError(f'out_dir {out_dir}: no such folder; {_TRAIN_FIRST}{out_dir}')
     damages = []
     for folder in _candidates(out_dir, which, warn):
         try:
             checkpoint = Checkpoint(folder, _read_state(folder))
             tensors = {name: checkpoint.tensors(name) for name in read}
             check(checkpoint, tensors)
-        except Damaged as damage:
-            if (
-                not folder.exists()
-            ):  # the run has replaced or deleted it meanwhile, so there are others now
+        except Damaged as error:
+            if not folder.exists():  # the active run has just replaced or deleted it
                 return load(out_dir, which, read, warn, check)
-            damages.append(str(damage))
+            damages.append(str(error))
             continue
         for damage in damages:
-            warn(
-                f'warning: passing over a damaged checkpoint: {damage}; using step {checkpoint.step}'
-            )
+            warn(f'warning: skipping a damaged checkpoint: {damage}; using step {checkpoint.step}')
         return checkpoint, tensors
     if aside := sorted(out_dir.glob(f'{_ASIDE}*')):
         damages.append(
-            f'one of the run that was replaced is still in {aside[-1]}: rename it to '
-            f'{aside[-1].name.removeprefix(_ASIDE)} to have it back'
+            f'a checkpoint of the run that was replaced is still in {aside[-1]}: to use it, rename '
+            f'it to {aside[-1].name.removeprefix(_ASIDE)}'
         )
-    raise UserError(
-        f'{out_dir} holds no checkpoint that can be used'
-        + (': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}')
-    )
+    reasons = ': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}'
+    raise UserError(f'{out_dir} contains no usable checkpoint{reasons}')
 
 
 def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[Path]:
-    """The directories that may be what is asked for, the likeliest first. UserError where that is none's name."""
+    """Returns the directories to try, in order. Raises UserError if `which` is invalid."""
     folders = _step_folders(out_dir)
-    if (
-        which == 'latest'
-    ):  # the newest, not what `latest` names: a crash may have come between the two
-        return folders
+    if which == 'latest':
+        return folders  # not what `latest` names: a crash may have left it behind the newest
     if which == 'best':
         best = _named(out_dir, 'best')
         if best is None and folders:
-            warn(f'{out_dir} has no best checkpoint yet: taking the newest')
-        return sorted(
-            folders, key=lambda folder: _step_of(folder) != best
-        )  # stable: the best, then newest first
+            warn(f'{out_dir} has no best checkpoint yet: using the newest')
+        # A stable sort: the best one, then newest first.
+        return sorted(folders, key=lambda folder: _step_of(folder) != best)
     if not (which.isascii() and which.isdecimal() and len(which) < 20):
-        raise UserError(f"checkpoint {which!r}: it is 'latest', 'best' or a step number")
+        raise UserError(f"checkpoint {which!r}: it must be 'latest', 'best' or a step number")
     if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
         return wanted
-    raise UserError(
-        f'{out_dir} holds no checkpoint of step {which}; it has: '
-        + (', '.join(str(_step_of(folder)) for folder in folders) or 'none')
-    )
+    existing = ', '.join(str(_step_of(folder)) for folder in folders) or 'none'
+    raise UserError(f'{out_dir} contains no checkpoint of step {which}; it has: {existing}')
 
 
 def _read_state(folder: Path) -> dict:
@@ -270,14 +274,13 @@ def _read_state(folder: Path) -> dict:
         raise Damaged(f'{path}: {error.strerror}') from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: not a checkpoint's state") from error
-    if digest != _digest(state) or content != _encode(
-        state
-    ):  # JSON can say the same in other bytes
+    # The bytes are compared too, because JSON can express the same values in different bytes.
+    if digest != _digest(state) or content != _encode(state):
         raise Damaged(f'{path}: its content is not what was saved (SHA-256 differs)')
     if state['format'] != FORMAT:
         raise Damaged(f'{path}: format {state["format"]}, this version reads {FORMAT}')
     if state['step'] != _step_of(folder):
-        raise Damaged(f'{path}: it is of step {state["step"]}')
+        raise Damaged(f'{path}: it belongs to step {state["step"]}')
     return state
 
 
@@ -303,7 +306,10 @@ def _step_of(folder: Path) -> int:
 
 
 def _step_folders(out_dir: Path) -> list[Path]:
-    """Step directories, newest first. One that was being replaced stands for its step where a crash left no other."""
+    """Returns the step directories, newest first.
+
+    A directory that was being replaced counts if a crash left no other one of its step.
+    """
     if not out_dir.is_dir():
         return []
     names = {path.name for path in out_dir.iterdir()}
@@ -317,7 +323,7 @@ def _step_folders(out_dir: Path) -> list[Path]:
 
 
 def _named(out_dir: Path, name: str) -> int | None:
-    """The step that `latest` or `best` names."""
+    """Returns the step that `latest` or `best` names."""
     try:
         match = _STEP_FOLDER.fullmatch((out_dir / name).read_text().strip())
     except (OSError, UnicodeDecodeError):
@@ -326,15 +332,15 @@ def _named(out_dir: Path, name: str) -> int | None:
 
 
 def _delete(folder: Path):
-    """Deletes a step directory. Renamed first, a half-deleted one is never taken for a checkpoint."""
+    """Deletes a step directory, after renaming it: half-deleted, it must not look complete."""
     doomed = folder.with_name(f'{_TEMPORARY}deleted-{folder.name}')
-    shutil.rmtree(doomed, ignore_errors=True)  # what a crash may have left
+    shutil.rmtree(doomed, ignore_errors=True)  # may be left from a crash
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clear_leftovers(out_dir: Path):
-    """Removes what a crash in the midst of writing or deleting left; where one came in the midst of replacing, undoes it."""
+    """Removes what a crash left during a write or deletion; undoes an interrupted replacement."""
     for folder in _step_folders(out_dir):
         if folder.name.startswith(_REPLACED):
             os.rename(folder, out_dir / _name(_step_of(folder)))

@@ -1,8 +1,8 @@
-"""Safetensors files, written and read block by block, with their SHA-256 computed meanwhile.
+"""Reads and writes safetensors files block by block, and computes their SHA-256 at the same time.
 
-The format: 8 bytes with the length of a header, the header as JSON (name -> dtype, shape, offsets), then the tensors' bytes.
-The safetensors package reads and writes the same files, but holds Python's lock for as long, so that training would stand
-still, and makes a copy of all tensors.
+The format: 8 bytes with the length of the header, the header as JSON (name -> dtype, shape,
+offsets), then the tensors' bytes. The safetensors package reads and writes the same files, but it
+holds Python's global lock meanwhile, which would stop training, and it copies all tensors.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-BLOCK = 1 << 24  # bytes given to the disk and to SHA-256 at a time
+BLOCK = 1 << 24  # bytes that are written and hashed at a time
 DTYPES = {
     'F64': torch.float64,
     'F32': torch.float32,
@@ -33,11 +33,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Altered(Exception):
-    """A file whose content is not what was written."""
+    """A file's content is not what was written."""
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Writes tensors, which are on the CPU, to a new file and to the disk; returns the file's SHA-256."""
+    """Writes CPU tensors to a new file and syncs it to the disk; returns its SHA-256."""
     with _hashing() as (digest, update), open(path, 'wb') as file:
         for block in _blocks(tensors):
             update(block)
@@ -48,19 +48,22 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def read(path: Path, expected: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file. Altered where the SHA-256 of the very bytes that they were made of is not the expected one."""
+    """Returns the tensors of a file. Raises Altered if its SHA-256 is not the expected one.
+
+    The digest is that of the bytes in memory from which the tensors are made.
+    """
     with _hashing() as (digest, update):
         with open(path, 'rb', buffering=0) as file:
             content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
-            view = memoryview(content.numpy())
+            view = content.numpy().data
             start = 0
             while start < len(view) and (length := file.readinto(view[start : start + BLOCK])):
                 update(view[start : start + length])
                 start += length
         tensors, trouble = {}, None
-        try:  # while the hash is catching up
+        try:  # while the hash is being computed
             tensors = _parse(content[:start])
-        except Exception as error:  # whatever damage makes of it, or too little memory
+        except Exception as error:  # damage can cause any error; or the memory is full
             trouble = error
     if digest.hexdigest() != expected:
         raise Altered(f'{path}: its content is not what was saved (SHA-256 differs)')
@@ -70,8 +73,8 @@ def read(path: Path, expected: str) -> dict[str, torch.Tensor]:
 
 
 def _blocks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
-    """The bytes of the file; those of the tensors without a copy."""
-    # the widest first, so that each begins at a multiple of its width
+    """Yields the bytes of the file, without copying the tensors."""
+    # Widest dtype first, so each tensor begins at a multiple of its element size.
     tensors = {
         name: tensors[name].detach().contiguous()
         for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
@@ -88,33 +91,33 @@ def _blocks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
     encoded += b' ' * (-len(encoded) % 8)
     yield memoryview(len(encoded).to_bytes(8, 'little') + encoded)
     for tensor in tensors.values():
-        content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(content), BLOCK):
             yield content[start : start + BLOCK]
 
 
 def _parse(content: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors in a file's bytes; copies, as a tensor in the midst of the file would lie askew in memory."""
+    """Returns copies of the tensors in a file's bytes, where they would not be aligned."""
     data = 8 + int.from_bytes(content[:8].numpy().tobytes(), 'little')
     header = json.loads(content[8:data].numpy().tobytes())
     tensors = {}
     for name, entry in header.items():
-        if name != '__metadata__':  # the format's place for notes
+        if name != '__metadata__':  # the format's field for notes
             start, end = entry['data_offsets']
-            tensors[name] = (
-                content[data + start : data + end]
-                .clone()
-                .view(DTYPES[entry['dtype']])
-                .reshape(entry['shape'])
-            )
+            own = content[data + start : data + end].clone()
+            tensors[name] = own.view(DTYPES[entry['dtype']]).reshape(entry['shape'])
     return tensors
 
 
 @contextmanager
 def _hashing():
-    """A SHA-256 and the function that gives it bytes. A thread of its own computes it, which is done when the block ends."""
+    """Yields a SHA-256 object and a function that feeds it bytes in a thread of its own.
+
+    The digest is complete when the with block has ended.
+    """
     digest, blocks = hashlib.sha256(), queue.SimpleQueue()
-    # not an executor: those take no more work when the program is ending, and a last save may still be under way then
+    # Not an executor: at the end of the program, while the last save may still be in progress,
+    # executors accept no more work.
     thread = threading.Thread(
         target=lambda: [digest.update(block) for block in iter(blocks.get, None)]
     )

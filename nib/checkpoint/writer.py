@@ -1,4 +1,4 @@
-"""Checkpoints written in the background, while training goes on."""
+"""Writes checkpoints in the background, while training continues."""
 
 import atexit
 import sys
@@ -11,19 +11,24 @@ from nib.checkpoint import store
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints one after the other, in the order asked for, and deletes those that need not be kept.
+    """Writes a run's checkpoints one after the other, in order, and deletes old ones.
 
-    The caller waits while the tensors are copied to the CPU, and before that for a checkpoint still being written. An error
-    comes out of the next call, whichever it is, and nothing more is written until it has. The program does not end before
-    all is written: Python waits for an executor's threads.
+    The caller waits while the tensors are copied to the CPU, and before that, while an earlier
+    checkpoint is still being written. An error is raised by the next call of any method, and
+    nothing more is written until then. Python waits for the threads of an executor, so the program
+    does not end before everything is written.
     """
 
     def __init__(self, out_dir, keep_last: int, keep_every: int = 0, start: int = 0):
-        """start: the step that the run goes on from. What is newer was passed over as damaged, and is none of those kept."""
+        """Prepares to write to out_dir.
+
+        start: the step that the run continues from. Newer checkpoints were skipped because they are
+        damaged; they do not count as checkpoints to keep.
+        """
         self.out_dir, self.keep_last, self.keep_every = out_dir, keep_last, keep_every
         self._damaged = store.steps_after(out_dir, start)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix='checkpoint')
-        self._last: Future | None = None  # what was asked for last
+        self._last: Future | None = None  # the last submitted work
         atexit.register(self._report)
 
     def save(
@@ -33,26 +38,29 @@ class CheckpointWriter:
         optimizer: Mapping[str, torch.Tensor],
         state: dict,
     ):
-        """Begins to write the checkpoint of `step`. The tensors may change afterwards; state may not."""
-        self.wait()  # so that there is one copy at a time
-        copies = [
-            {name: tensor.detach().to('cpu', copy=True) for name, tensor in tensors.items()}
-            for tensors in (model, optimizer)
-        ]
-        self._submit(lambda: self._save(step, *copies, state))
+        """Starts writing the checkpoint of `step`.
+
+        The tensors may change after this call; state may not.
+        """
+        self.wait()  # there is only one copy at a time
+        model_copy, optimizer_copy = copy_to_cpu(model), copy_to_cpu(optimizer)
+        self._submit(lambda: self._save(step, model_copy, optimizer_copy, state))
 
     def record_evaluation(self, step: int, train_state: dict, best: bool):
-        """Writes what an evaluation told into the checkpoint of `step`: the last one saved, or the one resumed from."""
+        """Adds the result of an evaluation to the checkpoint of `step`.
+
+        It is the last one saved, or the one that was resumed. best: whether it is the best so far.
+        """
         self._submit(lambda: self._record_evaluation(step, train_state, best))
 
     def wait(self):
-        """Returns when all that was asked for is on the disk. UserError where it cannot be."""
+        """Waits until everything is on the disk. Raises UserError if that is impossible."""
         last, self._last = self._last, None
         if last:
             last.result()
 
     def close(self):
-        """wait(), and the end of this writer."""
+        """Waits like wait(), and shuts the writer down."""
         try:
             self.wait()
         finally:
@@ -79,12 +87,16 @@ class CheckpointWriter:
 
         def run():
             if previous:
-                previous.result()  # done by now; where it failed, this fails with the same error
+                previous.result()  # it is done; if it failed, this raises its error
             work()
 
         self._last = self._thread.submit(run)
 
     def _report(self):
-        """An error that nobody has asked for, as the program ended for another reason."""
+        """Prints an error that no call has raised yet, because the program is ending."""
         if self._last and (error := self._last.exception()):
             print(f'error: {error}', file=sys.stderr)
+
+
+def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to('cpu', copy=True) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The device under a run: which one, its precision and memory, its peak rate, random seeds."""
+"""The device of a run: choice, precision, memory, peak rate and random seeds."""
 
 import ctypes
 import hashlib
@@ -10,8 +10,10 @@ import torch
 
 from nib.errors import UserError
 
-# Dense matrix rates in FLOP/s by the vendors' data sheets (without sparsity): (part of the device's name, dtype) -> rate.
+# Dense matrix rates (without sparsity) in FLOP/s, from the vendors' data sheets.
+# Key: words of the device's name, and the dtype.
 PEAK_FLOPS = {
+    ('B200', 'bfloat16'): 2250e12,
     ('H200', 'bfloat16'): 989e12,
     ('H200', 'float16'): 989e12,
     ('H100 PCIe', 'bfloat16'): 756e12,
@@ -22,6 +24,10 @@ PEAK_FLOPS = {
     ('A100', 'float16'): 312e12,
     ('A10G', 'bfloat16'): 70e12,
     ('A10G', 'float16'): 70e12,
+    ('A40', 'bfloat16'): 149.7e12,
+    ('RTX A6000', 'bfloat16'): 154.8e12,
+    ('RTX 6000 Ada', 'bfloat16'): 364.25e12,
+    ('L40', 'bfloat16'): 181.05e12,
     ('L40S', 'bfloat16'): 362e12,
     ('L40S', 'float16'): 362e12,
     ('L4', 'bfloat16'): 121e12,
@@ -36,50 +42,48 @@ PEAK_FLOPS = {
 
 
 def pick_device(device: str) -> str:
-    """'auto' becomes 'cuda', 'mps' or 'cpu', whichever is there first. UserError for a device that is not there."""
+    """Returns the device to use; 'auto' becomes 'cuda', 'mps' or 'cpu', the first one available.
+
+    Raises UserError if this machine does not have the device.
+    """
     if device == 'auto':
-        return (
-            'cuda'
-            if torch.cuda.is_available()
-            else 'mps'
-            if torch.backends.mps.is_available()
-            else 'cpu'
-        )
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
-        device = (
-            kind if kind in ('cpu', 'mps') else device
-        )  # there is one of them: 'cpu:0' is 'cpu'
     except RuntimeError as error:
         raise UserError(
             f"--device={device}: no such device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
         ) from error
-    present = {
+    available = {
         'cpu': 1,
         'cuda': torch.cuda.device_count(),
         'mps': int(torch.backends.mps.is_available()),
     }.get(kind, 0)
-    if index >= present:
+    if index >= available:
         raise UserError(
-            f'--device={device}: this machine has {present or "no"} {kind} device{"s" * (present != 1)} '
-            f'that torch {torch.__version__} can use; try --device=auto'
+            f'--device={device}: this machine has {available or "no"} {kind} '
+            f'device{"s" * (available != 1)} that torch {torch.__version__} can use; '
+            f'try --device=auto'
         )
-    return device
+    return kind if kind in ('cpu', 'mps') else device  # there is only one: 'cpu:0' is 'cpu'
 
 
 def describe_device(device: str) -> str:
-    """The device's name for a person, and why a CPU is what is used."""
+    """Returns the device's name for a log line, with the reason if it is a CPU."""
     if device.startswith('cuda'):
         return f'{device} ({torch.cuda.get_device_name(device)})'
     if device != 'cpu':
         return device
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     threads = torch.get_num_threads()
-    return f'cpu ({threads} thread{"s" * (threads > 1)}; {"as asked" if has_gpu else "torch finds no GPU here"})'
+    reason = 'as asked' if has_gpu else 'torch finds no GPU here'
+    return f'cpu ({threads} thread{"s" * (threads > 1)}; {reason})'
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies matrices of bfloat16 faster than of float32."""
+    """Returns whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.startswith('cuda'):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == 'cpu' and (
@@ -88,56 +92,58 @@ def has_bfloat16(device: str) -> bool:
 
 
 def pick_dtype(dtype: str, device: str) -> tuple[str, str]:
-    """The precision of matrix products and why: ('bfloat16', 'this GPU has it'). UserError where a GPU lacks it."""
-    kind = 'GPU' if device.startswith('cuda') else 'CPU' if device == 'cpu' else 'device'
+    """Returns the dtype of matrix products and the reason: ('bfloat16', 'this GPU has it').
+
+    Raises UserError if the user requests bfloat16 on a GPU that does not support it.
+    """
+    kind = {'cuda': 'GPU', 'cpu': 'CPU'}.get(torch.device(device).type, 'device')
     if dtype == 'auto':
         if has_bfloat16(device):
             return 'bfloat16', f'this {kind} has it'
         return ('float16' if kind == 'GPU' else 'float32'), f'this {kind} has no bfloat16'
     if dtype == 'bfloat16' and kind == 'GPU' and not has_bfloat16(device):
         raise UserError(
-            f'--dtype=bfloat16: {describe_device(device)} has no bfloat16; use --dtype=float16 or auto'
+            f'--dtype=bfloat16: {describe_device(device)} has no bfloat16; '
+            f'use --dtype=float16 or auto'
         )
     return dtype, 'as asked'
 
 
 def autocast(dtype: str, device: str):
-    """The context to run forward passes in: autocast, or nothing in float32."""
+    """Returns the context for forward passes: autocast, or a null context for float32."""
     if dtype == 'float32':
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
-    """The device's dense matrix rate in FLOP/s, or None where the table does not know it."""
+    """Returns the device's dense matrix rate in FLOP/s, or None if it is not in the table."""
     if not device.startswith('cuda'):
         return None
     return look_up_peak(torch.cuda.get_device_name(device), dtype)
 
 
 def look_up_peak(name: str, dtype: str) -> float | None:
-    """The table's rate for a device of this name; variants of its devices are other devices."""
+    """Returns the rate of the device with this name; variants such as 'Ti' are not in the table."""
     words = set(re.split(r'[\s-]+', name))
     if words & {'NVL', 'Ti', 'SUPER', 'Laptop', 'Mobile', 'D', 'Max', 'Q', 'MIG'}:
         return None
-    return next(
-        (
-            rate
-            for (part, of_dtype), rate in PEAK_FLOPS.items()
-            if words >= set(part.split()) and of_dtype == dtype
-        ),
-        None,
-    )
+    for (key, key_dtype), rate in PEAK_FLOPS.items():
+        if words >= set(key.split()) and dtype == key_dtype:
+            return rate
+    return None
 
 
 def peak_memory(device: str) -> int | None:
-    """The most bytes used so far: of a GPU by this process, else of the machine's memory; None where nobody tells."""
+    """Returns the peak memory use in bytes, or None if unknown.
+
+    On a GPU, this is the memory that this process has allocated there, otherwise the process's
+    main memory.
+    """
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated(device)
-    with (
-        suppress(OSError),
-        open('/proc/self/status') as file,
-    ):  # Linux, whose rusage begins with the parent process's peak
+    # Linux. getrusage would include the peak of the parent process there.
+    with suppress(OSError), open('/proc/self/status') as file:
         for line in file:
             if line.startswith('VmHWM'):
                 return 1024 * int(line.split()[1])
@@ -146,21 +152,32 @@ def peak_memory(device: str) -> int | None:
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else 1024 * peak  # macOS counts bytes, others KiB
+    return peak if sys.platform == 'darwin' else 1024 * peak  # bytes on macOS, KiB elsewhere
 
 
-def keep_freed_memory(device: str):
-    """Keeps the memory of freed tensors on a CPU for the next ones of this thread, the main one. glibc gives large blocks back to
-    the system, and gets them again page by page, each filled with zeros, in every step."""
-    libc = ctypes.CDLL(None) if device == 'cpu' and sys.platform == 'linux' else None
+def prepare_device(device: str):
+    """Configures torch and the C library for fast training on the device."""
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high')  # TF32 tensor cores for float32 products
+    if device == 'cpu':
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Makes glibc keep the memory of freed tensors for the next ones. Affects the main thread.
+
+    By default, glibc returns large blocks to the system. It then gets them back in every step, page
+    by page, each filled with zeros.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):  # musl has none
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)  # large blocks from the heap, as small ones
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+        libc.mallopt(M_MMAP_MAX, 0)  # allocate large blocks on the heap, like small ones
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
 
 
 def synchronize(device: str):
-    """Waits until the device has done all that it was given; a CPU always has."""
+    """Waits until the device has finished all submitted work; a CPU always has."""
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
     elif device == 'mps':
@@ -168,11 +185,14 @@ def synchronize(device: str):
 
 
 def seed_everything(*counters: int):
-    """Seeds torch on the devices in use with a hash of the counters, so that (0, 1) and (1, 0) share nothing."""
+    """Seeds torch on the devices in use with a hash of the counters.
+
+    Because of the hash, similar counters such as (0, 1) and (1, 0) give unrelated seeds.
+    """
     seed = int.from_bytes(
         hashlib.blake2b(repr(counters).encode(), digest_size=8).digest(), 'little'
     )
-    # What torch.manual_seed does, less the devices that are not in use: it takes ten times as long as this.
+    # Like torch.manual_seed, which takes ten times as long because it also seeds unused devices.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)

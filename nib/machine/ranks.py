@@ -1,9 +1,10 @@
-"""The processes of a run that torchrun starts, and the words between them."""
+"""The processes of a run that torchrun starts, and their communication."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,23 +14,26 @@ from nib.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. One process is rank 0 of 1, and every method then does the plain thing."""
+    """This process and the other processes of the run.
+
+    A single process is rank 0 of 1, and its methods need no communication.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    control: object = None  # a gloo group for words between processes, which never wait for a GPU
+    control: dist.ProcessGroup | None = None  # a gloo group for messages that wait for no GPU
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def own_device(self, device: str) -> str:
-        """The device of this rank: each has a GPU of its own."""
+        """Returns the device of this rank: each one uses its own GPU."""
         return f'cuda:{self.local_rank}' if device == 'cuda' else device
 
     def largest(self, flag: int) -> int:
-        """The largest flag of all ranks."""
+        """Returns the largest flag of all ranks."""
         if self.world_size == 1:
             return flag
         tensor = torch.tensor(flag)
@@ -37,23 +41,26 @@ class Ranks:
         return int(tensor)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, of a tensor on the run's device."""
+        """Returns the sum over all ranks of a tensor on the run's device."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value) -> list:
-        """Every rank's value, in their order."""
+        """Returns the values of all ranks, in the order of the ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_first(self, function: Callable):
-        """function() is run by rank 0 alone; all ranks get its result, or end where it raised UserError."""
+    def on_first(self, function: Callable[[], Any]):
+        """Calls function() on rank 0 only and returns its result on all ranks.
+
+        If it raises UserError, all ranks raise it.
+        """
         if self.world_size == 1:
             return function()
-        answer = [None, None]
+        answer: list[Any] = [None, None]  # result, message of the error
         if self.is_first:
             try:
                 answer[0] = function()
@@ -70,7 +77,11 @@ class Ranks:
 
 
 def start_ranks(device: str) -> Ranks:
-    """Joins the processes that torchrun started (gloo on a CPU, NCCL on GPUs); without torchrun, this one alone."""
+    """Joins the processes that torchrun started; without torchrun, this process is the only one.
+
+    They communicate through gloo on CPUs and NCCL on GPUs. Raises UserError if there are not enough
+    GPUs.
+    """
     if 'RANK' not in os.environ:
         return Ranks()
     rank, local_rank, world_size = (
@@ -80,25 +91,26 @@ def start_ranks(device: str) -> Ranks:
         return Ranks()
     if device.startswith('cuda:'):
         raise UserError(
-            f'--device={device}: each of the {world_size} processes takes a GPU of its own; use --device=cuda'
+            f'--device={device}: each of the {world_size} processes needs its own GPU; '
+            f'use --device=cuda'
         )
     if device == 'cuda':
-        if local_rank >= torch.cuda.device_count():
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
             raise UserError(
-                f'{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: '
-                f'--nproc_per_node={torch.cuda.device_count()}'
+                f'{local_rank + 1} processes on this machine, but {n_gpus} GPUs: '
+                f'use --nproc_per_node={n_gpus}'
             )
         torch.cuda.set_device(local_rank)
-    # torchrun may keep one store over its restarts, in which the addresses of the processes that died still stand.
+    # torchrun may keep its store over restarts, with the addresses of processes that have died.
     store, *_ = next(dist.rendezvous('env://'))
-    store = dist.PrefixStore(f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
-    dist.init_process_group(
-        'nccl' if device == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size
-    )
-    patience = timedelta(
-        days=7
-    )  # while rank 0 prepares a dataset; a process that has died is noticed at once
-    return Ranks(rank, local_rank, world_size, dist.new_group(backend='gloo', timeout=patience))
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    store = dist.PrefixStore(f'restart {restarts}', store)
+    backend = 'nccl' if device == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    # Long enough for rank 0 to prepare a dataset. The death of a process is noticed at once.
+    control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+    return Ranks(rank, local_rank, world_size, control)
 
 
 def distribute(
@@ -108,10 +120,11 @@ def distribute(
     batch: tuple[torch.Tensor, torch.Tensor],
     context,
 ) -> torch.nn.Module:
-    """The model as DistributedDataParallel, whose backward pass averages the gradients over all ranks.
+    """Returns the model as DistributedDataParallel, which averages the gradients over all ranks.
 
-    It settles the order in which it sums them only after the first pass. So two passes go before, or the first step of a
-    resumed run would round otherwise than the same step of a run that was not stopped.
+    DistributedDataParallel fixes the order of its sums only after the first pass, so two passes are
+    run here. Otherwise the first step of a resumed run would round differently from the same step
+    of an uninterrupted run.
     """
     distributed = torch.nn.parallel.DistributedDataParallel(
         model, [local_rank] if device.startswith('cuda') else None

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the words about it."""
+"""Signals that ask a run to stop, and the messages about them."""
 
 import os
 import shlex
@@ -6,63 +6,64 @@ import signal
 import time
 from collections.abc import Sequence
 
-FINDING = 1 << 10  # in the place of a signal's number: the doctor stops the run
+FINDING = 1 << 10  # in place of a signal's number: the doctor stops the run
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """What to type to go on with a run of train.py that was started with these arguments."""
-    launcher, world, local = (
-        'python',
-        os.environ.get('WORLD_SIZE', '1'),
-        os.environ.get('LOCAL_WORLD_SIZE', '1'),
-    )
-    if world != '1':
-        launcher = (
-            f'torchrun --standalone --nproc_per_node={local}'
-            if world == local
-            else 'torchrun (as before)'
-        )
-    # The later flag wins.
-    extra = ['--no-overwrite'] * any(item.startswith('--overwrite') for item in argv) + [
-        '--init_from=resume'
-    ]
-    return f'{launcher} train.py {shlex.join([item for item in argv if item not in extra] + extra)}'
+    """Returns the command that resumes a run of train.py that was started with these arguments."""
+    world = os.environ.get('WORLD_SIZE', '1')
+    local = os.environ.get('LOCAL_WORLD_SIZE', '1')
+    if world == '1':
+        launcher = 'python'
+    elif world == local:
+        launcher = f'torchrun --standalone --nproc_per_node={local}'
+    else:
+        launcher = 'torchrun (as before)'
+    extra = ['--init_from=resume']
+    if any(item.startswith('--overwrite') for item in argv):
+        extra.insert(0, '--no-overwrite')  # the last flag wins
+    flags = [item for item in argv if item not in extra] + extra
+    return f'{launcher} train.py {shlex.join(flags)}'
 
 
 def describe_stop(stop: int, step: int, saved: bool, argv: Sequence[str]) -> str:
-    """What has stopped a run after a step, and how it goes on. stop: StopSignal.number."""
+    """Returns a line about what stopped a run and how to resume it. stop: StopSignal.number."""
     by = 'the doctor' if stop == FINDING else f'signal {stop}'
-    more = (
-        f'which is saved; to go on: {resume_command(argv)}'
-        if saved
-        else 'nothing is saved yet'
-        if stop == FINDING
-        else 'nothing is saved yet: start again with the same command'
-    )
+    if saved:
+        more = f'which is saved; to resume: {resume_command(argv)}'
+    elif stop == FINDING:
+        more = 'nothing is saved yet'
+    else:
+        more = 'nothing is saved yet: start again with the same command'
     return f'stopped by {by} after step {step}, {more}'
 
 
 class StopSignal:
-    """Remembers that the user or the system asked the run to stop, so that it can finish its step and save.
+    """Remembers a request to stop, so that the run can finish its step and save.
 
-    A second signal after a second's grace ends the process at once: torchrun sends every Ctrl-C twice.
+    A second signal ends the process at once. Signals within the first second do not count, because
+    torchrun sends every Ctrl-C twice.
     """
 
     def __init__(self, announced: bool):
-        self.number = 0  # of the signal received, or FINDING; 0 is none
-        self._since = 0.0  # when the first signal came; 0 is never
+        self.number = 0  # the signal received, or FINDING; 0: none
+        self._since = 0.0  # time of the first signal; 0: none yet
         self._announced = announced
 
     def listen(self):
         self._handle(self._receive)
 
     def ignore(self):
-        """All is done: torchrun's SIGTERM to the ranks that end a moment later must not change their exit code."""
+        """Ignores signals from now on.
+
+        When a rank has ended, torchrun sends SIGTERM to the others, which must not change their
+        exit code.
+        """
         self._handle(signal.SIG_IGN)
 
     @staticmethod
     def _handle(handler):
-        # Ctrl-C; a machine that goes down; what clusters announce a preemption with, and Windows lacks.
+        # Ctrl-C; a shutdown; a preemption on a cluster (Windows does not have this one).
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
             if number := getattr(signal, name, None):
                 signal.signal(number, handler)
@@ -72,8 +73,6 @@ class StopSignal:
             os._exit(128 + number)
         if not self._since:
             self.number, self._since = number, time.monotonic()
-            if self._announced:  # by a plain write: print could meet itself here
-                os.write(
-                    2,
-                    f'\nsignal {number}: stopping after this step (once more: at once, without saving)\n'.encode(),
-                )
+            if self._announced:
+                line = f'signal {number}: stopping after this step (again: at once, without saving)'
+                os.write(2, f'\n{line}\n'.encode())  # print is not safe in a signal handler

@@ -1,4 +1,4 @@
-"""Runs as one page that needs nothing else: verdict and findings, curves, samples, config. And as PNGs, one for each chart."""
+"""Shows runs as one self-contained page: verdict, findings, curves, samples and config."""
 
 import json
 import re
@@ -13,16 +13,17 @@ from nib.report.charts import DARK, LIGHT, SEVERITY_COLOURS, Flag, time_axis, to
 from nib.report.history import Run, charts_of, memory_unit, read_runs
 from nib.report.pngs import save_png
 
-SAMPLES = 6  # shown of a run
+SAMPLES = 6  # at most, for each run
 
 
-# -- the page --------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 
 
 def write_report(folders: Sequence, defaults: Mapping, page, png: bool = False) -> int:
-    """Writes the page, and where png is, each chart as a PNG into a folder of its name; returns the number of PNGs.
+    """Write the page and, with png, each chart as a PNG into a folder named like the page.
 
-    defaults: of train.py's keys. ImportError where matplotlib is missing; the page is written then.
+    defaults: the default values of train.py's keys.
+    Returns the number of PNGs. Raises ImportError, after writing the page, without matplotlib.
     """
     runs, page = read_runs(folders), Path(page)
     with atomic_write(page) as file:
@@ -36,7 +37,7 @@ def write_report(folders: Sequence, defaults: Mapping, page, png: bool = False) 
 
 
 def write_after_run(out_dir, defaults: Mapping, say: Callable, warn: Callable):
-    """What train.py does at its end. A run does not fail because its report does: that is one warning."""
+    """Write the report at the end of a run. If that fails, it is only a warning."""
     page = Path(out_dir) / 'report.html'
     try:
         write_report([out_dir], defaults, page)
@@ -46,19 +47,20 @@ def write_after_run(out_dir, defaults: Mapping, say: Callable, warn: Callable):
 
 
 def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -> str:
-    """The whole page. All text in it that comes from files is escaped."""
+    """Return the whole page as HTML, with all text from files escaped."""
     charts, flags, here = charts_of(runs), flags_of(runs), Path(__file__)
     time = time_axis(charts)
     title = ', '.join(run.name for run in runs)
-    light, dark = (
-        ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(colours))
-        for colours in (LIGHT, DARK)
-    )
+    figures = ''.join(to_html(chart, time, flags) for chart in charts)
+    light = ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(LIGHT))
+    dark = ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(DARK))
     severities = ';'.join(f'--{severity}:{colour}' for severity, colour in SEVERITY_COLOURS.items())
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
-img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
+style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'">\
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <title>{text(title)}: nibGPT report</title>
 <style>:root{{{light};{severities}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}
 {(here.with_name('page.css')).read_text(encoding='utf-8')}</style></head>
@@ -66,8 +68,8 @@ img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark
 <header><h1>{text(title)}</h1><p class="quiet" id="live"></p></header>
 {''.join(summary(run, index, len(runs)) for index, run in enumerate(runs))}
 {findings_section(runs)}
-<section><h2>Curves</h2><div class="charts">{''.join(to_html(chart, time, flags) for chart in charts)}</div>
-{'' if charts else '<p class="quiet">No figures are recorded yet.</p>'}</section>
+<section><h2>Curves</h2><div class="charts">{figures}</div>
+{'' if charts else '<p class="quiet">Nothing has been recorded yet.</p>'}</section>
 {''.join(samples_section(runs, run) for run in runs)}
 {config_section(runs, defaults)}
 </main><script>{(here.with_name('page.js')).read_text(encoding='utf-8')}</script></body></html>
@@ -75,44 +77,37 @@ img-src data:; connect-src 'self'"><meta name="color-scheme" content="light dark
 
 
 def text(content) -> str:
-    """Escaped for HTML; control characters, which HTML cannot hold, as a sign in their place."""
+    """Escapes content for HTML and replaces control characters, which HTML does not allow."""
     return escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', str(content)))
 
 
 def numbered_findings(runs) -> list[tuple[int, Run, Finding]]:
-    """All findings as the page lists them: the gravest first, by step among those as grave."""
+    """Returns all findings, numbered, in the page's order: the most severe first, then by step."""
     found = [(run, one) for run in runs for one in run.findings()]
     found.sort(key=lambda pair: (SEVERITIES.index(pair[1].severity), pair[1].step))
     return [(number, run, one) for number, (run, one) in enumerate(found, 1)]
 
 
 def flags_of(runs) -> list[Flag]:
-    """All findings in the order of their steps."""
-    flags = [
-        Flag(
-            one.step, number, one.severity, f'{run.name}: {one.name}' if len(runs) > 1 else one.name
-        )
-        for number, run, one in numbered_findings(runs)
-    ]
+    """Returns all findings as flags on the time axis, sorted by step."""
+    flags = []
+    for number, run, one in numbered_findings(runs):
+        name = f'{run.name}: {one.name}' if len(runs) > 1 else one.name
+        flags.append(Flag(one.step, number, one.severity, name))
     return sorted(flags, key=lambda flag: flag.step)
 
 
 def summary(run: Run, index: int, count: int) -> str:
-    """The verdict and a run's figures."""
+    """Returns a run's section: its verdict and its most important figures."""
     found, planned = run.findings(), run.config.get('max_iters')
     judged, verdict = next(reversed(run.texts.get('verdict', {}).items()), (0, ''))
-    worst = min(
-        (one.severity for one in found),
-        key=SEVERITIES.index,
-        default='healthy' if verdict.startswith('healthy') else 'unknown',
-    )
-    if not verdict:
-        verdict = (
-            f'{len(found)} finding{"s" * (len(found) > 1)} so far'
-            if found
-            else 'no verdict is recorded'
-        )
-    elif judged < run.step:  # the run has been resumed since
+    worst = 'healthy' if verdict.startswith('healthy') else 'unknown'
+    worst = min((one.severity for one in found), key=SEVERITIES.index, default=worst)
+    if not verdict and found:
+        verdict = f'{len(found)} finding{"s" * (len(found) > 1)} so far'
+    elif not verdict:
+        verdict = 'no verdict recorded'
+    elif judged < run.step:  # the run has been resumed since then
         verdict = f'at step {judged:,}: {verdict}'
     going = f' of {planned:,}' if type(planned) is int and run.step < planned else ''
     facts = [('steps', f'{run.step:,}', going.strip())]
@@ -123,7 +118,7 @@ def summary(run: Run, index: int, count: int) -> str:
     if whole := run.values('loss/val_whole'):
         facts.append(('whole validation split', f'{whole[-1]:.4f}', 'nats per token, at the end'))
     if speed := run.values('tokens_per_second'):
-        facts.append(('tokens/s', f'{statistics.median(speed):,.0f}', 'the median'))
+        facts.append(('tokens/s', f'{statistics.median(speed):,.0f}', 'median'))
     if memory := run.values('peak_memory'):
         factor, unit = memory_unit([run])
         facts.append(('peak memory', f'{factor * max(memory):,.4g} {unit}', ''))
@@ -131,19 +126,18 @@ def summary(run: Run, index: int, count: int) -> str:
         f'<li><span>{name}</span><b>{value}</b><small>{detail}</small></li>'
         for name, value, detail in facts
     )
-    unread = (
-        (
-            f'<p class="quiet">{run.unread:,} line{"s" * (run.unread > 1)} of {text(run.folder / "metrics.jsonl")} could not '
-            'be read.</p>'
-        )
-        if run.unread
-        else ''
-    )
-    key = f'<svg class="key" viewBox="0 0 24 10"><path class="c{index % len(LIGHT)}" d="M0 5H24"/></svg>'
-    heading = f'<h2>{key}{text(run.name)}</h2>' if count > 1 else ''
+    unread = heading = ''
+    if run.unread:
+        lines = f'{run.unread:,} line{"s" * (run.unread > 1)}'
+        log = text(run.folder / 'metrics.jsonl')
+        unread = f'<p class="quiet">{lines} of {log} could not be read.</p>'
+    if count > 1:
+        line = f'<path class="c{index % len(LIGHT)}" d="M0 5H24"/>'
+        key = f'<svg class="key" viewBox="0 0 24 10">{line}</svg>'
+        heading = f'<h2>{key}{text(run.name)}</h2>'
     return (
-        f'<section>{heading}<p class="verdict {worst}">{text(verdict)}</p><ul class="tiles">{tiles}</ul>'
-        f'{unread}</section>'
+        f'<section>{heading}<p class="verdict {worst}">{text(verdict)}</p>'
+        f'<ul class="tiles">{tiles}</ul>{unread}</section>'
     )
 
 
@@ -159,89 +153,88 @@ def findings_section(runs) -> str:
         changes = f'<p>Change: {changes}</p>' if changes else ''
         where = f'{text(run.name)}, ' if len(runs) > 1 else ''
         items.append(
-            f'<li class="finding {one.severity}" id="finding-{number}"><h3><span class="badge {one.severity}">'
-            f'{number}</span>{text(one.name)} <small>{one.severity}, {where}step {one.step:,}</small></h3>'
+            f'<li class="finding {one.severity}" id="finding-{number}">'
+            f'<h3><span class="badge {one.severity}">{number}</span>{text(one.name)} '
+            f'<small>{one.severity}, {where}step {one.step:,}</small></h3>'
             f'<p>{text(one.evidence)}</p>{causes}{changes}</li>'
         )
-    return (
-        f'<section><h2>Findings</h2><ul class="findings">{"".join(items)}</ul></section>'
-        if items
-        else ''
-    )
+    if not items:
+        return ''
+    return f'<section><h2>Findings</h2><ul class="findings">{"".join(items)}</ul></section>'
 
 
 def samples_section(runs, run: Run) -> str:
-    """Samples of a few evaluations, the first and the last among them."""
+    """Returns samples of a few evaluations, including the first and the last."""
     found = list(run.texts.get('sample', {}).items())
     count = min(SAMPLES, len(found))
     chosen = [found[round(index * (len(found) - 1) / max(1, count - 1))] for index in range(count)]
     items = ''.join(
         f'<li><h3>step {step:,}</h3><pre>{text(sample)}</pre></li>' for step, sample in chosen
     )
-    return (
-        f'<section><h2>Samples{f": {text(run.name)}" if len(runs) > 1 else ""}</h2><ul class="samples">{items}</ul></section>'
-        if items
-        else ''
-    )
+    if not items:
+        return ''
+    name = f': {text(run.name)}' if len(runs) > 1 else ''
+    return f'<section><h2>Samples{name}</h2><ul class="samples">{items}</ul></section>'
 
 
 def config_section(runs, defaults: Mapping) -> str:
-    """The keys that differ from their defaults, or between the runs; and all others, folded up."""
+    """Returns the keys that differ from defaults or between runs, and the others collapsed."""
     if not any(run.config for run in runs):
-        return '<section><h2>Config</h2><p class="quiet">config.json is missing or damaged.</p></section>'
+        missing = '<p class="quiet">config.json is missing or damaged.</p>'
+        return f'<section><h2>Config</h2>{missing}</section>'
 
     def differs(run, key):
-        chosen = not (
-            defaults.get(key) == 'auto'
-            and str(run.origins.get(key, 'default')).startswith('default')
-        )
-        return key in run.config and key in defaults and run.config[key] != defaults[key] and chosen
+        # A value that 'auto' stands for was not chosen by anybody.
+        by_default = str(run.origins.get(key, 'default')).startswith('default')
+        if defaults.get(key) == 'auto' and by_default:
+            return False
+        return key in run.config and key in defaults and run.config[key] != defaults[key]
 
     def row(key):
         cells = ''.join(f'<td>{show_value(run.config, key)}</td>' for run in runs)
-        values = [json.dumps(run.config.get(key)) for run in runs]
-        origin = (
-            f'<td class="quiet">{text(runs[0].origins.get(key, ""))}</td>' if len(runs) == 1 else ''
-        )
+        apart = ' class=apart' if varies(key) else ''
+        origin = ''
+        if len(runs) == 1:
+            origin = f'<td class="quiet">{text(runs[0].origins.get(key, ""))}</td>'
         return (
-            f'<tr{" class=apart" if len(set(values)) > 1 else ""}><th>{text(key)}</th>{cells}'
+            f'<tr{apart}><th>{text(key)}</th>{cells}'
             f'<td class="quiet">{show_value(defaults, key)}</td>{origin}</tr>'
         )
 
+    def varies(key):
+        return len({json.dumps(run.config.get(key)) for run in runs}) > 1
+
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    changed = [
-        key
-        for key in keys
-        if any(differs(run, key) for run in runs)
-        or len({json.dumps(run.config.get(key)) for run in runs}) > 1
-    ]
-    head = (
-        f'<tr><th>key</th>{"".join(f"<th>{text(run.name)}</th>" for run in runs) if len(runs) > 1 else "<th>value</th>"}'
-        f'<th>default</th>{"<th>set by</th>" if len(runs) == 1 else ""}</tr>'
-    )
+    changed = [key for key in keys if varies(key) or any(differs(run, key) for run in runs)]
+    if len(runs) == 1:
+        head = '<tr><th>key</th><th>value</th><th>default</th><th>set by</th></tr>'
+    else:
+        names = ''.join(f'<th>{text(run.name)}</th>' for run in runs)
+        head = f'<tr><th>key</th>{names}<th>default</th></tr>'
+    rows = ''.join(row(key) for key in changed)
     rest = ''.join(row(key) for key in keys if key not in changed)
     resumed = ''.join(
         f'<p>{text(line)}</p>' for run in runs for line in describe_changes(run, len(runs) > 1)
     )
     return (
-        f'<section><h2>Config</h2>{resumed}<div class="wide"><table>{head}{"".join(map(row, changed))}</table></div>'
-        f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys, as they are by default</summary>'
-        f'<div class="wide"><table>{head}{rest}</table></div></details></section>'
+        f'<section><h2>Config</h2>{resumed}<div class="wide"><table>{head}{rows}</table></div>'
+        f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys with their default '
+        f'values</summary><div class="wide"><table>{head}{rest}</table></div></details></section>'
     )
 
 
 def describe_changes(run: Run, named: bool) -> list[str]:
-    """What was changed each time that the run was resumed, a line each."""
+    """Returns a line for each time the run was resumed with a changed config."""
+    lines, name = [], f'{run.name} ' if named else ''
     try:
-        return [
-            f'{f"{run.name} " if named else ""}resumed at step {one["step"]:,} with '
-            + ', '.join(
+        for one in run.changes:
+            changes = ', '.join(
                 f'{key} {before!r} -> {after!r}' for key, (before, after) in one['changes'].items()
             )
-            for one in run.changes
-        ]
+            lines.append(f'{name}resumed at step {one["step"]:,} with {changes}')
     except (KeyError, TypeError, ValueError, AttributeError):
         return []  # config.json is damaged
+    return lines
 
 
 def show_value(values: Mapping, key) -> str:

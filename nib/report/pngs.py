@@ -1,4 +1,4 @@
-"""Charts as PNGs, drawn by matplotlib, which is imported only there."""
+"""Saves charts as PNGs. Only this module needs matplotlib, and imports it when it draws."""
 
 import math
 from collections.abc import Sequence
@@ -21,12 +21,15 @@ from nib.report.charts import (
 GOOD, QUIET = '#00704f', LIGHT[NEUTRAL]
 HEIGHT = 4.5  # inches
 COLUMNS = 3  # of the legend
-NAMED = 24  # findings, so that the legend is no longer than the chart is high
+NAMED = 24  # findings at most in the legend, which should not be taller than the chart
 
 
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
-    """Draws what nib.report.charts.to_html draws. ImportError where matplotlib is missing."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a screen
+    """Save a chart as a PNG that looks like the one of nib.report.charts.to_html.
+
+    Raises ImportError if matplotlib is missing.
+    """
+    from matplotlib.figure import Figure  # pyplot would keep figures and look for a display
     from matplotlib.lines import Line2D
 
     axis, series = chart.axis(), [drawn for one in chart.series for drawn in one.drawn()]
@@ -37,21 +40,16 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     if chart.level:
         axes.axhline(chart.level[0], color=QUIET, lw=1, ls=(0, (4, 3)))
     for one in series:
-        # A logarithmic axis has no 0: such a value is at its border, as on the page.
+        # A logarithmic axis has no 0: such a value is drawn at its end, as on the page.
         values = [
             math.nan if value is None else min(max(value, axis.low), axis.high)
             for value in one.values
         ]
         axes.plot(one.steps, values, clip_on=False, zorder=3, **style(one))
-        if gaps := [step for step, value in zip(one.steps, one.values) if value is None]:
-            axes.plot(
-                gaps,
-                [axis.high] * len(gaps),
-                'x',
-                color=SEVERITY_COLOURS['critical'],
-                ms=6,
-                clip_on=False,
-            )
+        gaps = [step for step, value in zip(one.steps, one.values) if value is None]
+        if gaps:
+            red = SEVERITY_COLOURS['critical']
+            axes.plot(gaps, [axis.high] * len(gaps), 'x', color=red, ms=6, clip_on=False)
     for mark in chart.marks:
         axes.plot([mark.step], [mark.value], clip_on=False, zorder=4, **ring(mark.colour))
     rows = badge_rows([time.share(flag.step) for flag in flags])
@@ -93,16 +91,14 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
     keys = [(proxy(key), key.label) for key in legend(chart, series)]
-    keys += [
-        (badge(flag), f'{flag.number} {flag.name}')
-        for flag in sorted(flags, key=lambda flag: flag.number)[:NAMED]
-    ]
-    keys += [(Line2D([], [], ls=''), f'and {len(flags) - NAMED} more')] * (len(flags) > NAMED)
+    for flag in sorted(flags, key=lambda flag: flag.number)[:NAMED]:
+        keys.append((badge(flag), f'{flag.number} {flag.name}'))
+    if len(flags) > NAMED:
+        keys.append((Line2D([], [], ls=''), f'and {len(flags) - NAMED} more'))
     if keys:
         figure.set_figheight(HEIGHT + 0.2 * ((len(keys) - 1) // COLUMNS))
-        by_rows = [
-            key for column in range(COLUMNS) for key in keys[column::COLUMNS]
-        ]  # matplotlib fills column by column
+        # matplotlib fills a legend column by column; this order makes it read row by row.
+        by_rows = [key for column in range(COLUMNS) for key in keys[column::COLUMNS]]
         figure.legend(
             *zip(*by_rows), loc='outside lower left', frameon=False, fontsize=9, ncols=COLUMNS
         )
@@ -110,14 +106,13 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
 
 
 def style(series: Series) -> dict:
-    """As matplotlib's words for a line."""
-    dashes = tuple(
-        float(part) / 2 for part in DASHES[series.look].split()
-    )  # counted in widths of the line
+    """Returns matplotlib's arguments for a line."""
+    dashes = tuple(float(part) / 2 for part in DASHES[series.look].split())  # in line widths
+    solid = '' if series.look == 'dots' else '-'
     dotted = series.dotted or series.look == 'dots' or len(series.steps) == 1
     return {
         'color': LIGHT[series.colour % len(LIGHT)],
-        'ls': '' if series.look == 'dots' else (0, dashes) if dashes else '-',
+        'ls': (0, dashes) if dashes else solid,
         'lw': 0.9 if series.pale else 1.8,
         'alpha': 0.5 if series.pale else 1,
         'marker': 'o' if dotted else '',
@@ -137,26 +132,25 @@ def ring(colour: int) -> dict:
 
 
 def badge(flag: Flag):
-    """What stands for a finding in matplotlib's legend."""
+    """Returns matplotlib's legend handle for a finding."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=SEVERITY_COLOURS[flag.severity], marker='s', ms=7, ls='')
 
 
 def proxy(key: Key):
-    """What stands for it in matplotlib's legend."""
+    """Returns matplotlib's legend handle for an entry."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     if key.shown == 'band':
         return Patch(color=GOOD, alpha=0.12, lw=0)
-    return Line2D(
-        [],
-        [],
-        **{
-            'series': lambda: style(key.series),
-            'ring': lambda: ring(key.series.colour),
-            'level': lambda: {'color': QUIET, 'lw': 1, 'ls': (0, (4, 3))},
-            'gap': lambda: {'color': SEVERITY_COLOURS['critical'], 'marker': 'x', 'ls': ''},
-        }[key.shown](),
-    )
+    if key.shown == 'series':
+        look = style(key.series)
+    elif key.shown == 'ring':
+        look = ring(key.series.colour)
+    elif key.shown == 'level':
+        look = {'color': QUIET, 'lw': 1, 'ls': (0, (4, 3))}
+    else:  # 'gap'
+        look = {'color': SEVERITY_COLOURS['critical'], 'marker': 'x', 'ls': ''}
+    return Line2D([], [], **look)

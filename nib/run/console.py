@@ -1,11 +1,14 @@
-"""What a run says: lines on the console, and on a terminal a progress bar."""
+"""The console output of a run: lines, and a progress bar if there is a terminal."""
 
 import os
 import sys
 
 
 class Console:
-    """Lines on standard output, and on a terminal a progress bar below them. Silent on ranks other than 0."""
+    """Prints lines on standard output and, on a terminal, a progress bar below them.
+
+    shown: False makes it silent, for ranks other than 0.
+    """
 
     def __init__(self, shown: bool):
         self.shown = shown
@@ -13,13 +16,16 @@ class Console:
         self.bar = None
 
     def advance(self, step: int, total: int):
-        """Moves the bar, which begins with the first call, when the first step, always the slowest, is done."""
+        """Moves the bar to `step`.
+
+        The first call creates it, so the slow first step does not distort the rate.
+        """
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             if step >= total:
-                self.bar.refresh()  # it shows what it has come to, before it goes
+                self.bar.refresh()  # show the final state before it disappears
         elif self.has_terminal:
-            from tqdm import tqdm  # imported only where there is a terminal to draw on
+            from tqdm import tqdm  # imported only if there is a terminal
 
             self.bar = tqdm(
                 total=total,
@@ -31,29 +37,28 @@ class Console:
             )
 
     def say(self, line: str):
+        """Prints a line on standard output."""
         if self.bar is not None:
             self.bar.write(line)
         elif self.shown:
             print(line, flush=True)
 
     def warn(self, line: str):
-        """A line on standard error."""
+        """Prints a line on standard error."""
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         elif self.shown:
             print(line, file=sys.stderr, flush=True)
 
     def progress(self, step: int, parts: dict[str, str]):
-        """The state of a logged step: its first two parts, for which there is room, on the bar, or all as a line."""
+        """Shows a logged step as a line, or its first two parts on the progress bar."""
         if self.bar is not None:
-            self.bar.set_postfix_str(
-                ', '.join(f'{name} {value}' for name, value in list(parts.items())[:2]),
-                refresh=False,
-            )
+            first = list(parts.items())[:2]
+            text = ', '.join(f'{name} {value}' for name, value in first)
+            self.bar.set_postfix_str(text, refresh=False)
         else:
-            self.say(
-                f'step {step}: ' + ', '.join(f'{name} {value}' for name, value in parts.items())
-            )
+            text = ', '.join(f'{name} {value}' for name, value in parts.items())
+            self.say(f'step {step}: {text}')
 
     def close(self):
         if self.bar is not None:
@@ -62,7 +67,7 @@ class Console:
 
 
 def _width(stream) -> int:
-    """Columns of the terminal; 0 where there is none, or it does not tell."""
+    """Returns the columns of the terminal, or 0 if there is none or its size is unknown."""
     try:
         return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A run's folder: whether a run may write to it, who holds it, and the config.json in it."""
+"""A run's folder: its lock and its config.json."""
 
 import json
 import os
@@ -12,14 +12,15 @@ from nib.files import atomic_write, read_json
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one out_dir are not noticed there
+except ImportError:  # Windows, where two runs in the same out_dir go unnoticed
     fcntl = None
 
 
 class RunLock:
-    """The right to write to out_dir, from take() until release() or the process's end.
+    """A lock on out_dir, held from take() until release() or the end of the process.
 
-    The file says who has it, and stays; without the system's lock on it, it means nothing: a dead run's is stale.
+    The lock file names its holder and remains afterwards. Only the system's lock on the file
+    counts, so the file of a dead run does no harm.
     """
 
     def __init__(self, out_dir):
@@ -27,20 +28,24 @@ class RunLock:
         self.file = None
 
     def take(self, new_run: bool):
-        """Makes the folder where it is missing. UserError where it cannot be written, another process is at it (its host and
-        pid are named), or a new run meets an old one; nothing has been written then."""
+        """Takes the lock, and creates the folder if it is missing.
+
+        new_run: whether the folder must not contain a run yet. Raises UserError if it does, if
+        another process has the lock, or if the folder cannot be written. Existing files are then
+        left unchanged.
+        """
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.out_dir / '.lock', 'a+')
+            self.file = open(self.out_dir / '.lock', 'a+')  # noqa: SIM115, closed by release()
             if not _lock(self.file):
                 raise UserError(
-                    f'{self.out_dir} belongs to a run that is still going ({self._holder()}): stop that one, or '
-                    f'choose another --out_dir'
+                    f'{self.out_dir} belongs to a run that is still active ({self._holder()}): '
+                    f'stop that run, or choose another --out_dir'
                 )
             if new_run and store.exists(self.out_dir):
                 raise UserError(
-                    f'{self.out_dir} holds a run already: go on with it (--init_from=resume), choose another '
-                    f'--out_dir, or replace it (--overwrite)'
+                    f'{self.out_dir} already contains a run: resume it (--init_from=resume), '
+                    f'choose another --out_dir, or replace it (--overwrite)'
                 )
             self.file.truncate(0)
             self.file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid()}) + '\n')
@@ -48,7 +53,8 @@ class RunLock:
             store.clear_leftovers(self.out_dir)
         except OSError as error:
             raise UserError(
-                f'out_dir {self.out_dir} cannot be written: {error.strerror}; choose another --out_dir'
+                f'out_dir {self.out_dir} cannot be written: {error.strerror}; '
+                f'choose another --out_dir'
             ) from error
 
     def release(self):
@@ -62,7 +68,7 @@ class RunLock:
             holder = json.loads(self.file.read())
             return f'host {holder["host"]}, pid {holder["pid"]}'
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return 'it has not said which'
+            return 'unknown process'
 
 
 def _lock(file) -> bool:
@@ -71,43 +77,44 @@ def _lock(file) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a network file system without locks
+    except OSError:  # a network file system that does not support locks
         pass
     return True
 
 
 def write_config(out_dir, config: Mapping, origins: Mapping, step: int, changes: Mapping):
-    """Writes config.json: the values that the run uses, where each came from, and what changed at which resume.
+    """Writes config.json.
 
-    changes: key -> [value before, value now], of a run resumed at `step`.
+    config: the values that the run uses. origins: where each value comes from. changes: key ->
+    [value before, value now], for a run resumed at `step`; they are appended to earlier changes.
     """
-    history = read_json(Path(out_dir) / 'config.json').get('changes', []) if step else []
-    history = [
-        *(history if isinstance(history, list) else []),
-        *([{'step': step, 'changes': changes}] if changes else []),
-    ]
-    with atomic_write(Path(out_dir) / 'config.json') as file:
-        file.write(
-            json.dumps(
-                {'config': config, 'origins': origins, 'changes': history, 'launch': _launch()},
-                indent=1,
-            ).encode()
-        )
+    path = Path(out_dir) / 'config.json'
+    earlier = read_json(path).get('changes', []) if step else []
+    history = earlier if isinstance(earlier, list) else []
+    if changes:
+        history = [*history, {'step': step, 'changes': changes}]
+    content = {'config': config, 'origins': origins, 'changes': history, 'launch': _launch()}
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def restarted_by_torchrun(out_dir) -> bool:
-    """Whether torchrun (--max-restarts) has started this very run anew, and there is a checkpoint to go on from.
+    """Returns whether torchrun (--max-restarts) has restarted this run after a checkpoint.
 
-    Ask rank 0 alone: only its torchrun is known to be the one that has started the run.
+    Call it on rank 0 only, because config.json records the torchrun of rank 0.
     """
     return (
-        int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+        int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
         and read_json(Path(out_dir) / 'config.json').get('launch') == _launch()
         and store.exists(out_dir)
     )
 
 
 def _launch() -> str | None:
-    """The torchrun that has started this process: the same in all its restarts, and no other's; None without torchrun."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        return f'{os.environ["TORCHELASTIC_RUN_ID"]} {socket.gethostname()} {os.getppid()}'
+    """Identifies the torchrun that started this process, the same in all its restarts.
+
+    Returns None without torchrun.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return None
+    return f'{os.environ["TORCHELASTIC_RUN_ID"]} {socket.gethostname()} {os.getppid()}'

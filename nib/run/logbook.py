@@ -1,4 +1,4 @@
-"""What a run says and writes: console, lock, metrics, checkpoints, findings, report."""
+"""Everything that a run prints and writes: console, metrics, checkpoints, findings, report."""
 
 import platform
 import shlex
@@ -23,71 +23,66 @@ from nib.report.page import write_after_run
 from nib.run.console import Console
 from nib.run.folder import RunLock, restarted_by_torchrun, write_config
 from nib.run.metrics import Metrics
-from nib.tokens.batches import eval_batches
 from nib.tokens.dataset import TokenDataset
 
-STOPS_AT = {
-    'never': (),
-    'critical': ('critical',),
-    'warning': ('critical', 'warning'),
-}  # stop_on -> severities
+# stop_on -> severities of findings that stop the run
+STOPS_AT = {'never': (), 'critical': ('critical',), 'warning': ('critical', 'warning')}
 
 
 class Logbook:
-    """The records of one run. Every rank calls the same methods; only rank 0 says and writes.
+    """The output of one run. All ranks call the same methods; only rank 0 prints and writes.
 
-    open() comes before the first step. Then note() after every step, log() where a line is due,
-    save(), record_evaluation() and see_bad_steps() as they come, and close() at the end.
+    Call open() before the first step, note() after every step, log() if a log line is due, save(),
+    record_evaluation() and see_bad_steps() as they occur, and close() at the end.
     """
 
     def __init__(self, out_dir: str, ranks: Ranks, stop: StopSignal):
         self.out_dir, self.ranks, self.stop = out_dir, ranks, stop
         self.console = Console(shown=ranks.is_first)
         self.say, self.warn = self.console.say, self.console.warn
-        self.saved = 0  # the last step that a checkpoint holds; none is made of step 0
+        self.saved = 0  # step of the last checkpoint; step 0 is never saved
         self.rewinds = 0  # since the last checkpoint
-        self.metrics: Metrics | None = None  # from open() on, and on rank 0 only
+        self.metrics: Metrics | None = None  # set by open(), on rank 0 only
         self._lock = RunLock(out_dir)
-        self._clock = self._clock_step = (
-            0  # the time since when, and the step after which, speed is measured
-        )
+        # Speed is measured from this time and step on.
+        self._clock, self._clock_step = 0.0, 0
 
     # -- before the first step --------------------------------------------------------------------
 
     def say_machine(self, device: str, dtype: str, ranks: int, reason: str):
-        """A line about what the run computes with. reason: for the dtype."""
+        """Prints a line about the machine. reason: why this dtype was chosen."""
         self.say(f'device {describe_device(device)}, ranks {ranks}, dtype {dtype} ({reason})')
 
     def say_data(self, data: TokenDataset, tokens_per_step: int):
+        """Prints a line about the dataset."""
         self.say(
-            f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
-            f'vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens'
+            f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation '
+            f'tokens, vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens'
         )
 
     def say_model(self, training, compiled: bool, reason: str):
-        """A line about the model. reason: for compiling it or not."""
-        model = training.raw_model
+        """Prints a line about the model. reason: why it is compiled or not."""
+        n_params = training.raw_model.num_params()
+        without_positions = training.raw_model.num_params(positions=False)
         self.say(
-            f'model: {model.num_params() / 1e6:.2f}M parameters ({model.num_params(positions=False) / 1e6:.2f}M without '
+            f'model: {n_params / 1e6:.2f}M parameters ({without_positions / 1e6:.2f}M without '
             f'positions), {training.flops_per_token / 1e6:.1f} MFLOP per token and step, '
             f'compile {"on" if compiled else "off"} ({reason})'
         )
 
     def restarted_by_torchrun(self) -> bool:
-        """Whether torchrun has restarted this very run, and a checkpoint exists to resume from."""
+        """Returns whether torchrun has restarted this run, and it has a checkpoint."""
         return self.ranks.on_first(lambda: restarted_by_torchrun(self.out_dir))
 
     def lock_existing(self):
-        """Takes the right to write to the folder of a run, if it holds one.
-
-        Raises UserError if another process has it.
-        """
+        """Locks out_dir if it contains a run. Raises UserError if another process has the lock."""
         self.ranks.on_first(lambda: store.exists(self.out_dir) and self._lock.take(new_run=False))
 
     def lock_new(self, overwrite: bool):
-        """Takes the right to write to the folder.
+        """Locks out_dir for a new run.
 
-        Raises UserError if another process has it, or it holds a run that may not be overwritten.
+        Raises UserError if another process has the lock, or if out_dir contains a run and overwrite
+        is False.
         """
         self.ranks.on_first(lambda: self._lock.take(new_run=not overwrite))
 
@@ -100,10 +95,10 @@ class Logbook:
         changes: Mapping,
         step: int,
     ):
-        """Begins to record a run that goes on from `step`; empties a new run's folder.
+        """Starts recording a run that continues from `step`; clears the folder if the run is new.
 
-        training: train.py's Training. config: as the run uses it. changes: of the config since the
-        checkpoint.
+        training: train.py's Training. config: the values that the run uses. origins: where they
+        come from. changes: changes of the config since the checkpoint.
         """
         self.training, self.data, self.config, self.saved = training, data, config, step
         self.ranks.on_first(lambda: self._open(origins, changes, step))
@@ -115,22 +110,20 @@ class Logbook:
             self.out_dir,
             step,
             config,
-            config['tensorboard'],
-            config['wandb_project'] if config['wandb_log'] else '',
-            config['wandb_run_name'],
+            tensorboard=config['tensorboard'],
+            wandb_project=config['wandb_project'] if config['wandb_log'] else '',
+            wandb_run_name=config['wandb_run_name'],
         )
-        if (
-            not step
-        ):  # only now, as this run can start; those set aside are deleted when it has saved
+        # Only now is it certain that this run can start. After its first save, these are deleted.
+        if not step:
             store.set_aside(self.out_dir)
         write_config(self.out_dir, config, origins, step, changes)
         self.writer = CheckpointWriter(
             self.out_dir, config['keep_last'], config['keep_every'], step
         )
-        # Without DistributedDataParallel, as only this rank looks at the model.
-        self.vitals = vitals.Vitals(
-            getattr(t.model, 'module', t.model), t.optimizer, t.scaler, t.batches, t.precision
-        )
+        # Without DistributedDataParallel, because only this rank inspects the model.
+        local_model = getattr(t.model, 'module', t.model)
+        self.vitals = vitals.Vitals(local_model, t.optimizer, t.scaler, t.batches, t.precision)
         signs = vitals.examine_data(self.data.train, self.data.val, self.data.vocab_size)
         self.doctor = Doctor(
             config,
@@ -143,23 +136,26 @@ class Logbook:
         self._tell(self.doctor.see_data())
 
     def start_clock(self, step: int):
-        """Speed is measured from here on."""
+        """Measures speed from now on."""
         self._clock, self._clock_step = time.perf_counter(), step
 
     # -- steps ------------------------------------------------------------------------------------
 
     def watch(self, micro_batches: Iterator) -> Iterator:
-        """The same micro batches, of a step that log() follows; the doctor looks at the first."""
+        """Returns the same micro batches and lets the doctor see the first one.
+
+        Call it before a step that log() follows.
+        """
         return self.vitals.begin(micro_batches) if self.metrics else micro_batches
 
     def note(self, step: int, mean_loss: torch.Tensor, grad_norm: torch.Tensor):
-        """Keeps loss and gradient norm of a step on the device; nothing waits for them."""
+        """Keeps a step's loss and gradient norm on the device, without waiting for them."""
         if self.metrics:
             self.vitals.note(mean_loss, grad_norm)
             self.console.advance(step, self.config['max_iters'])
 
     def log(self, step: int, mean_loss: torch.Tensor, grad_norm: torch.Tensor):
-        """A line about the last step and the speed since the last line. Waits for the device."""
+        """Logs the last step and the speed since the last line. Waits for the device."""
         if not self.metrics:
             return
         loss, norm, lr = float(mean_loss), float(grad_norm), self.training.optimizer.lr
@@ -195,16 +191,16 @@ class Logbook:
         )
 
     def see_bad_steps(self, step: int, seen: guard.Seen):
-        """Shows the doctor what the guard has seen of steps that were not finite."""
+        """Tells the doctor about non-finite steps."""
         if self.metrics:
             self._tell(self.doctor.see_bad_steps(step, seen))
 
     # -- checkpoints and evaluations --------------------------------------------------------------
 
     def save(self, state):
-        """Saves a checkpoint in the background, unless the last one is of this step.
+        """Saves a checkpoint in the background, unless this step is already saved.
 
-        Raises NotFinite, on all ranks, if any weight is not finite. state: train.py's TrainState.
+        state: train.py's TrainState. Raises NotFinite on all ranks if any weight is not finite.
         """
         if self.saved == state.step:
             return
@@ -215,7 +211,9 @@ class Logbook:
         if self.ranks.largest(len(broken)):
             raise NotFinite(f'step {state.step}: weights not finite; {guard.describe([], broken)}')
         self.ranks.on_first(lambda: self._save(state))
-        self.saved, self.rewinds = state.step, self.rewinds if state.bad_steps else 0
+        self.saved = state.step
+        if not state.bad_steps:
+            self.rewinds = 0
 
     def _save(self, state):
         t, data = self.training, self.data
@@ -236,11 +234,12 @@ class Logbook:
         )
 
     def wait_for_checkpoint(self):
-        """Returns, on all ranks, when the last checkpoint is on the disk."""
-        self.ranks.on_first(lambda: self.writer.wait())
+        """Waits, on all ranks, until the last checkpoint is on the disk."""
+        # A lambda, because only rank 0 has a writer.
+        self.ranks.on_first(lambda: self.writer.wait())  # noqa: PLW0108
 
     def rewind(self, step: int):
-        """Forgets what came after `step`, that of the checkpoint from which the run goes on."""
+        """Drops what was recorded after `step`, the checkpoint that the run returns to."""
         self.saved, self.rewinds = step, self.rewinds + 1
         if self.metrics:
             self.metrics.rewind(step)
@@ -250,20 +249,21 @@ class Logbook:
     def record_evaluation(
         self, state, train_loss: float, val_loss: float, best: bool, started: float
     ):
-        """Records an evaluation that began at `started`. best: whether no loss was lower before."""
+        """Records an evaluation.
+
+        best: whether val_loss is the lowest so far. started: time.perf_counter() at the beginning.
+        """
         if self.metrics:
             self._record_evaluation(state.step, train_loss, val_loss, best, started)
         if self.saved:
             self.ranks.on_first(
                 lambda: self.writer.record_evaluation(state.step, asdict(state), best)
             )
-        self._clock += time.perf_counter() - started  # not the training's time
+        self._clock += time.perf_counter() - started  # does not count as training time
 
     def _record_evaluation(self, step, train_loss, val_loss, best, started):
-        config, data, t = self.config, self.data, self.training
-        val_batch = next(
-            eval_batches(data.val, config['block_size'], config['batch_size'], 1, device=t.device)
-        )
+        config, data = self.config, self.data
+        val_batch = next(self.training.batches.eval_batches(data.val, max_batches=1))
         number = step // config['eval_interval'] if step < config['max_iters'] else 0
         signs = self.vitals.evaluate(step, number, train_loss, val_loss, val_batch)
         seconds = time.perf_counter() - started
@@ -286,7 +286,7 @@ class Logbook:
         )
 
     def _write_sample(self) -> str:
-        """What the model writes after the first tokens of the validation split, from one seed."""
+        """Prints and returns a sample: the model continues the start of the validation split."""
         prompt = self.data.val[: min(8, self.config['block_size'])].tolist()
         tokens = self.training.raw_model.generate(
             [prompt],
@@ -302,19 +302,15 @@ class Logbook:
     # -- the end ----------------------------------------------------------------------------------
 
     def check_generation(self, step: int):
-        """Lets the doctor compare generation, with its cache, to whole forward passes of the trained model."""
+        """Lets the doctor compare generation, which uses caches, with full forward passes."""
         if self.metrics:
+            t = self.training
             prompt = self.data.val[: self.config['block_size']].tolist()
-            self._tell(
-                self.doctor.see_generation(
-                    step,
-                    check_generation(
-                        self.training.raw_model, prompt, precision=self.training.precision
-                    ),
-                )
-            )
+            result = check_generation(t.raw_model, prompt, precision=t.precision)
+            self._tell(self.doctor.see_generation(step, result))
 
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
+        """Records the loss on the whole validation split."""
         self.say(
             f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split'
         )
@@ -324,19 +320,17 @@ class Logbook:
             )
 
     def end_nonfinite(self, step: int, error: NotFinite) -> int:
-        """Says that the run ends because its numbers are not finite; returns the exit code."""
+        """Reports that the run ends because of a non-finite value; returns the exit code."""
         if self.metrics:
             self._tell(self.doctor.see_nonfinite(step, str(error)))
-        kept = (
-            f'the checkpoint of step {self.saved} in {self.out_dir} is good'
-            if self.saved
-            else 'no checkpoint was there yet'
-        )
+        kept = 'there is no checkpoint yet'
+        if self.saved:
+            kept = f'the checkpoint of step {self.saved} in {self.out_dir} is good'
         self.warn(f'The run ends. Nothing is saved; {kept}.')
         return EXIT_NONFINITE
 
     def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
-        """Says, once the checkpoint is on disk, what has stopped the run; returns the exit code."""
+        """Waits for the checkpoint and reports what stopped the run; returns the exit code."""
         if stopped.at_end:
             self.say(f'stopped by signal {stopped.number} in the last evaluation')
         else:
@@ -345,9 +339,9 @@ class Logbook:
         return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
 
     def close(self, step: int, exit_code: int, defaults: Mapping):
-        """Waits for the last checkpoint, gives the doctor's verdict, writes the report.
+        """Waits for the last checkpoint, prints the doctor's verdict and writes the report.
 
-        defaults: of train.py's keys.
+        defaults: the default values of train.py's keys.
         """
         self.ranks.on_first(lambda: self._close(step, exit_code, defaults))
 
@@ -355,7 +349,7 @@ class Logbook:
         if not self.metrics:
             return
         self.writer.close()
-        if exit_code < 128:  # not stopped halfway
+        if exit_code < 128:  # not stopped by a signal
             verdict = self.doctor.verdict(step)
             self.say(f'verdict of the doctor: {verdict}')
             self.metrics.log(step, {'verdict': verdict})
@@ -368,7 +362,7 @@ class Logbook:
         self._lock.release()
 
     def _tell(self, findings: list[Finding]):
-        """Shows and records what the doctor has found, and stops the run if the config says so."""
+        """Prints and records findings of the doctor, and stops the run if stop_on says so."""
         for finding in findings:
             self.warn(f'step {finding.step}: {finding.name}, {finding}')
             self.metrics.log_finding(finding)

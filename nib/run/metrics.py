@@ -6,19 +6,21 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from nib.doctor.troubles import Finding
 from nib.errors import UserError
 from nib.files import atomic_write
 
-LATEST_STEP = 1 << 53  # a larger one is no step
-WANDB_SECONDS = 20.0  # to reach its server
+LATEST_STEP = 1 << 53  # larger numbers are not steps
+WANDB_SECONDS = 20.0  # timeout for its server
 
 
 class Metrics:
-    """One record a logged step, under the same names in metrics.jsonl, TensorBoard and wandb.
+    """Writes records under the same names to metrics.jsonl, TensorBoard and wandb.
 
-    Use it on rank 0 only. Continuing from a step drops the records that an interrupted run wrote after it.
+    Use it on rank 0 only. A run that resumes from `step` drops the later records of an interrupted
+    run. An empty wandb_project means no wandb.
     """
 
     def __init__(
@@ -30,49 +32,46 @@ class Metrics:
         wandb_project: str = '',
         wandb_run_name: str = '',
     ):
-        writer = (
-            _summary_writer() if tensorboard else None
-        )  # made last: it writes at once, and wandb may refuse
-        self.wandb = (
-            _wandb(out_dir, step, config, wandb_project, wandb_run_name) if wandb_project else None
-        )
-        self.writer = (
-            writer(str(Path(out_dir) / 'tensorboard'), purge_step=step + 1 if step else 0)
-            if writer
-            else None
-        )
-        self.path, self.file = Path(out_dir) / 'metrics.jsonl', None
+        # wandb may refuse to start, so the TensorBoard writer, which writes at once, comes last.
+        writer = _summary_writer() if tensorboard else None
+        self.wandb = self.writer = None
+        if wandb_project:
+            self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name)
+        if writer:
+            folder = str(Path(out_dir) / 'tensorboard')
+            self.writer = writer(folder, purge_step=step + 1 if step else 0)
+        self.path = Path(out_dir) / 'metrics.jsonl'
+        self.file: TextIO | None = None
         self.rewind(step)
 
     def rewind(self, step: int):
         """Drops the records of metrics.jsonl after `step`; TensorBoard and wandb keep theirs."""
         if self.file:
             self.file.close()
-        # Those of the run before it was resumed.
-        self.records = (
-            [record for record in read_records(self.path)[0] if record['step'] <= step]
-            if step
-            else []
-        )
+        # Records of this run from before it was resumed.
+        records = read_records(self.path)[0] if step else []
+        self.records = [record for record in records if record['step'] <= step]
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
-        self.file = open(self.path, 'a', encoding='utf-8')
+        self.file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
 
     def log(self, step: int, values: Mapping[str, float | str | None]):
-        """Records the values of a step, numbers and texts; a None is left out, and a number that is not finite becomes null in
-        metrics.jsonl, as JSON has no word for it."""
-        values = {name: value for name, value in values.items() if value is not None}
+        """Records the values of a step, numbers or texts; None is left out.
+
+        Numbers that are not finite become null in metrics.jsonl, because JSON cannot express them.
+        """
+        present = {name: value for name, value in values.items() if value is not None}
         self._write(
             step,
             {
                 name: value if isinstance(value, str) or math.isfinite(value) else None
-                for name, value in values.items()
+                for name, value in present.items()
             },
         )
-        self._show(step, values)
+        self._show(step, present)
 
     def log_finding(self, finding: Finding):
-        """Records what the doctor has found: an object in metrics.jsonl, a text elsewhere."""
+        """Records a finding of the doctor: an object in metrics.jsonl, a text elsewhere."""
         self._write(finding.step, {f'finding/{finding.name}': finding.record()})
         self._show(finding.step, {f'finding/{finding.name}': str(finding)})
 
@@ -81,12 +80,13 @@ class Metrics:
         self.file.flush()
 
     def _show(self, step: int, values: Mapping):
-        """Tells TensorBoard and wandb."""
+        """Sends values to TensorBoard and wandb."""
         if self.writer is not None:
             for name, value in values.items():
-                (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(
-                    name, value, step
-                )
+                if isinstance(value, str):
+                    self.writer.add_text(name, value, step)
+                else:
+                    self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -99,8 +99,10 @@ class Metrics:
 
 
 def read_records(path: Path) -> tuple[list[dict], int]:
-    """The records of metrics.jsonl, and how many of its lines hold none. The last line does not count: a crash may have cut
-    it, or its run is still writing it."""
+    """Returns the records of metrics.jsonl and the number of unreadable lines.
+
+    An unreadable last line is not counted: the run may still be writing it, or a crash cut it off.
+    """
     records, unread = [], 0
     lines = path.read_bytes().decode(errors='replace').split('\n') if path.exists() else []
     for index, line in enumerate(lines):
@@ -122,7 +124,7 @@ def _summary_writer():
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
-            '--tensorboard needs a package that is not here: pip install tensorboard'
+            '--tensorboard needs a package that is not installed: pip install tensorboard'
         ) from error
     return SummaryWriter
 
@@ -132,9 +134,9 @@ def _wandb(out_dir, step: int, config: dict, project: str, name: str):
         import wandb
     except ImportError as error:
         raise UserError(
-            '--wandb_log needs a package that is not here: pip install wandb'
+            '--wandb_log needs a package that is not installed: pip install wandb'
         ) from error
-    # The id is kept, so that a resumed run continues its curves.
+    # The id is kept in a file, so a resumed run continues its curves.
     id_file = Path(out_dir) / 'wandb_id'
     kept = id_file.read_text(errors='replace').strip() if step and id_file.exists() else ''
     run_id = kept if re.fullmatch(r'[\w-]{1,64}', kept) else secrets.token_hex(4)
@@ -149,12 +151,10 @@ def _wandb(out_dir, step: int, config: dict, project: str, name: str):
             settings=wandb.Settings(init_timeout=WANDB_SECONDS),
         )
     except (wandb.errors.Error, UnicodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[
-            0
-        ]  # what follows are hints for programmers
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # hints for developers follow
         raise UserError(
-            f'wandb cannot start ({reason}); without an account or network, set the environment variable '
-            f'WANDB_MODE=offline'
+            f'wandb cannot start ({reason}); without an account or network, set the environment '
+            f'variable WANDB_MODE=offline'
         ) from error
     id_file.write_text(run_id + '\n')
     return run

@@ -1,8 +1,9 @@
-"""GPT-2's byte pair encoding of much text: tiktoken encodes each distinct word once, and a table knows it from then on.
+"""Fast GPT-2 byte pair encoding: tiktoken encodes each distinct word once, a table does the rest.
 
-GPT-2 cuts a text into words and encodes each for itself (Radford et al. 2019, section 2.2), so a word has the same tokens
-wherever it stands. Few words make up most of any text: what is left to do is to cut and to look up, and numpy does either for
-thousands of words at a time. The tokens are those that tiktoken gives for the whole text, whatever the text is.
+GPT-2 splits a text into words and encodes each word independently (Radford et al. 2019, section
+2.2), so a word always has the same tokens. A few words make up most of any text. What remains is to
+split and to look up, and numpy does both for thousands of words at a time. The result is always
+identical to tiktoken's encoding of the whole text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,29 +11,34 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tiktoken
 
-# Bytes that UTF-8 never has stand between texts, as words of no token, and of the end-of-text token.
+# Bytes that never occur in UTF-8 separate the texts. Each is a word of its own: _CUT has no tokens,
+# _END has the end-of-text token.
 _CUT, _END = b'\xfe', b'\xff'
-# What the character that a byte belongs to is to GPT-2's pattern. cut_words relies on this order.
+# How GPT-2's pattern classifies the character a byte belongs to. cut_words relies on this order.
 _SEPARATOR, _WHITE, _LETTER, _NUMBER, _OTHER, _UNSEEN = range(6)
 
-_TOGETHER = 1 << 18  # bytes of text that are cut at once: few enough for a processor's cache
-_WORDS = 1 << 15  # words that are looked up at once
-_PADDING = 16  # bytes after the last word, as words are read sixteen bytes at a time
+_TOGETHER = 1 << 18  # bytes of text split at once: small enough for the processor's cache
+_WORDS = 1 << 15  # words looked up at once
+_PADDING = 16  # bytes after the last word, because words are read 16 bytes at a time
 
-# A word's entry in the table: its key, and its tokens, which are the pool's `count` ones from `first` on. The key is the word
-# itself, its bytes and how many, so that no two words have the same.
+# A table entry: the word's key, and where its tokens are: pool[first : first + count]. The key
+# holds the word's bytes and its length, so different words never share a key.
 _ENTRY = np.dtype([('low', '<u8'), ('high', '<u8'), ('first', '<i8'), ('count', '<i8')])
-_LONGEST = 15  # bytes of a word that fits into a key
-# By a word's length: the mask of its first eight bytes, that of the other seven, and the length in the last byte.
+_LONGEST = 15  # bytes of the longest word that fits into a key
+# Indexed by word length: masks for the first eight bytes and the other seven, and the length itself
+# in the last byte.
 _LOW = np.array([(1 << 8 * min(size, 8)) - 1 for size in range(_LONGEST + 2)], '<u8')
 _HIGH = np.array([(1 << 8 * min(max(size - 8, 0), 7)) - 1 for size in range(_LONGEST + 2)], '<u8')
 _LENGTH = np.array([size << 56 for size in range(_LONGEST + 2)], '<u8')
-_BITS = 20  # the table has 2 ** _BITS places, and begins anew when half of them are taken
-_BYTES = 1 << 23  # or when its words have this many
+_BITS = 20  # the table has 2 ** _BITS slots and is cleared when half of them are in use
+_BYTES = 1 << 23  # it is also cleared when its words add up to this many bytes
 
 
 class WordTable:
-    """Encodes texts, and knows their words from then on. Its memory is bounded: when the table is full, it begins anew."""
+    """Encodes texts and remembers the tokens of their words.
+
+    Memory is bounded: a full table is cleared.
+    """
 
     def __init__(self, encoding: tiktoken.Encoding, end_of_text: int):
         self.encoding, self.end_of_text = encoding, end_of_text
@@ -40,17 +46,22 @@ class WordTable:
         self._clear()
 
     def _clear(self):
-        # Entries of words that are too long for a key stand behind the places; a dict says where.
+        # Words too long for a key have their entries after the hash table's slots; long_words maps
+        # each of them to its entry.
         self.places = 1 << _BITS
-        self.entries, self.long_words = np.zeros(self.places * 3 // 2 + _WORDS, _ENTRY), {}
+        self.entries = np.zeros(self.places * 3 // 2 + _WORDS, _ENTRY)
+        self.long_words = {}
         self.pool, self.n_ids = np.empty(_BYTES, np.uint16), 0
         self.n_words = self.n_bytes = 0
 
     def encode(self, texts: Iterable[tuple[bytes, bool]]) -> np.ndarray:
-        """Token ids, uint16, of texts in UTF-8, each with whether the end-of-text token follows it."""
-        return np.concatenate(
-            [np.empty(0, np.uint16), *(ids for data in _join(texts) for ids in self._encode(data))]
-        )
+        """Encode texts, one after the other.
+
+        texts: pairs of UTF-8 bytes and whether the end-of-text token follows them.
+        Returns token ids, uint16.
+        """
+        parts = [ids for data in _join(texts) for ids in self._encode(data)]
+        return np.concatenate([np.empty(0, np.uint16), *parts])
 
     def _encode(self, data: bytes) -> Iterator[np.ndarray]:
         kinds, *wide = self.kinds.of_bytes(data)
@@ -62,62 +73,61 @@ class WordTable:
     def _look_up(
         self, data: bytes, kinds: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> np.ndarray:
-        """Token ids of the words of data that start and end there."""
+        """Returns the token ids of the words data[start:end], one word for each start and end."""
         if self.n_words >= self.places // 2 or self.n_bytes >= _BYTES:
             self._clear()
-        eight = np.ndarray(
-            len(data) - 7, '<u8', data, strides=(1,)
-        )  # the eight bytes from every byte on
+        # Overlapping: element i holds the eight bytes from byte i on.
+        eight = np.ndarray(len(data) - 7, '<u8', data, strides=(1,))
         size = np.minimum(ends - starts, _LONGEST + 1)
         low = eight[starts] & _LOW.take(size)
         high = eight[starts + 8] & _HIGH.take(size) | _LENGTH.take(size)
-        # Where to search first: the upper bits of products with odd numbers, which depend on all bits of the key.
+        # Multiplicative hashing: the upper bits of the products depend on every bit of the key.
         mixed = low * np.uint64(0x9E3779B97F4A7C15) + high * np.uint64(0xC2B2AE3D27D4EB4F)
         places = (mixed >> np.uint64(64 - _BITS)).astype(np.int64)
         entries = self.entries.take(places)
         rest = np.flatnonzero((entries['low'] != low) | (entries['high'] != high))
         if len(rest):
-            places = self._find(
-                data, kinds, starts[rest], ends[rest], low[rest], high[rest], places[rest]
-            )
+            places = places[rest]
+            self._find(data, kinds, starts[rest], ends[rest], low[rest], high[rest], places)
             entries[rest] = self.entries.take(places)
         count = entries['count']
         index = np.repeat(entries['first'] - np.cumsum(count) + count, count)
         index += np.arange(len(index))
         return self.pool.take(index)
 
-    def _find(self, data, kinds, starts, ends, low, high, places) -> np.ndarray:
-        """Places of the words that are not where their search begins; those that are nowhere are added."""
-        known, new = self.entries, [np.empty(0, np.int64)]
+    def _find(self, data, kinds, starts, ends, low, high, places):
+        """Moves places, in place, from the words' first slots to their entries; adds new words."""
+        known = self.entries
+        added = [np.empty(0, np.int64)]
         left = np.flatnonzero(ends - starts <= _LONGEST)
-        while len(left):  # linear probing: all that are left go one place further
+        while len(left):  # linear probing: every word that is left moves on by one slot
             here = places[left]
             free = left[known['high'][here] == 0]
-            # Of those that meet at a free place the one that is written last takes it.
+            # If several words want the same free slot, the one written last gets it.
             known['first'][places[free]] = free
             takers = free[known['first'][places[free]] == free]
             known['low'][places[takers]], known['high'][places[takers]] = low[takers], high[takers]
-            new.append(takers)
+            added.append(takers)
             left = left[(known['low'][here] != low[left]) | (known['high'][here] != high[left])]
             places[left] = (places[left] + 1) % self.places
         long = np.flatnonzero(ends - starts > _LONGEST)
         words = [data[start:end] for start, end in zip(starts[long].tolist(), ends[long].tolist())]
-        for number, word in zip(long, words):
+        for number, word in zip(long.tolist(), words):
             if word not in self.long_words:
                 self.long_words[word] = self.places + len(self.long_words)
-                new.append(number[None])
+                added.append(np.array([number]))
         places[long] = [self.long_words[word] for word in words]
-        new = np.concatenate(new)
+        new = np.concatenate(added)
         if len(new):
             self._add(data, kinds, starts[new], ends[new], places[new])
-        return places
 
     def _add(self, data, kinds, starts, ends, places):
-        """Encodes new words."""
+        """Encodes new words and fills in their entries."""
         self.n_words += len(places)
         self.n_bytes += int((ends - starts).sum())
         last = kinds[ends - 1]
-        # Most go together, as a call takes longer than a word, and with something between them that no word of theirs holds.
+        # One call encodes many words, because a call costs more than a word. A mark separates them:
+        # a character that cannot be part of such a word.
         for these, mark in (((last == _LETTER) | (last == _OTHER), b'1'), (last == _NUMBER, b'a')):
             words = [
                 data[start:end] for start, end in zip(starts[these].tolist(), ends[these].tolist())
@@ -127,21 +137,22 @@ class WordTable:
             firsts = np.append(0, stops + 1)[:-1]
             self.entries['first'][places[these]] = self._store(ids) + firsts
             self.entries['count'][places[these]] = stops - firsts
-        these = last <= _WHITE
-        for start, end, place in zip(
-            starts[these].tolist(), ends[these].tolist(), places[these].tolist()
-        ):
-            word = data[start:end]
-            ids = (
-                [] if word == _CUT else [self.end_of_text] if word == _END else self._tiktoken(word)
-            )
-            self.entries['first'][place], self.entries['count'][place] = self._store(ids), len(ids)
+        for number in np.flatnonzero(last <= _WHITE).tolist():
+            word = data[starts[number] : ends[number]]
+            if word == _CUT:
+                ids = []
+            elif word == _END:
+                ids = [self.end_of_text]
+            else:
+                ids = self._tiktoken(word)
+            self.entries['first'][places[number]] = self._store(ids)
+            self.entries['count'][places[number]] = len(ids)
 
     def _tiktoken(self, text: bytes) -> np.ndarray:
         return self.encoding.encode_to_numpy(text.decode(), disallowed_special=())
 
     def _store(self, ids) -> int:
-        """Puts ids into the pool; returns where the first one is."""
+        """Appends ids to the pool; returns the index of the first one."""
         first, self.n_ids = self.n_ids, self.n_ids + len(ids)
         if self.n_ids > len(self.pool):
             self.pool = np.concatenate([self.pool, np.empty(self.n_ids, np.uint16)])
@@ -150,7 +161,7 @@ class WordTable:
 
 
 def _join(texts: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
-    """Texts with separators between them, _TOGETHER bytes or more at a time."""
+    """Joins the texts with separators between them; yields at least _TOGETHER bytes at a time."""
     parts, size = [_CUT], 0
     for text, ends in texts:
         parts += [text, _END if ends else _CUT]
@@ -163,45 +174,45 @@ def _join(texts: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
 
 
 class CharacterKinds:
-    """What characters are to GPT-2's pattern: letters, numbers, white space or others.
+    """How GPT-2's pattern classifies characters: letters, numbers, white space or others.
 
-    tiktoken's regular expressions are asked, as their Unicode may be of another year than Python's: in a vocabulary whose only
-    merges are of a, 1 or ! with any byte, such a merge shows that a character is in one word with that sign.
+    tiktoken's regular expressions decide, as their version of Unicode may differ from Python's.
+    They are probed with a vocabulary that merges only `a`, `1` or `!` with any one byte: a merge
+    shows that the pattern keeps the character in one word with that sign.
     """
 
     def __init__(self, encoding: tiktoken.Encoding):
         every_byte = [bytes([byte]) for byte in range(256)]
         tokens = every_byte + [sign + byte for sign in (b'a', b'1', b'!') for byte in every_byte]
-        self.asked = tiktoken.Encoding(
+        self.probe = tiktoken.Encoding(
             'kinds',
             pat_str=encoding._pat_str,
             special_tokens={},
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         )
         self.of_point = np.full(0x110000, _UNSEEN, np.uint8)
-        self._ask(range(128))
+        self._classify(range(128))
         self.of_byte = self.of_point[:128].tobytes() + bytes([_UNSEEN] * 126 + [_SEPARATOR] * 2)
 
-    def _ask(self, points: Iterable[int]):
+    def _classify(self, points: Iterable[int]):
         for point in points:
-            self.of_point[point] = next(
-                (
-                    kind
-                    for sign, kind in (('a', _LETTER), ('1', _NUMBER), ('!', _OTHER))
-                    if self.asked.encode_ordinary(sign + chr(point))[0] > 255
-                ),
-                _WHITE,
-            )
+            self.of_point[point] = _WHITE
+            for sign, kind in (('a', _LETTER), ('1', _NUMBER), ('!', _OTHER)):
+                if self.probe.encode_ordinary(sign + chr(point))[0] > 255:
+                    self.of_point[point] = kind
+                    break
 
     def of_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The kind of every byte's character, uint8; where white-space characters of several bytes have their first byte, and
-        where their last."""
+        """Classify every byte by the character it belongs to.
+
+        Returns the kinds, uint8 (len(data),), and the offsets of the first and of the last byte of
+        every white-space character that has several bytes.
+        """
         kinds = np.frombuffer(bytearray(data.translate(self.of_byte)), np.uint8)
-        beyond = np.flatnonzero(kinds == _UNSEEN)  # all bytes of all characters that are not ASCII
-        points = np.frombuffer(
-            np.frombuffer(data, np.uint8)[beyond].tobytes().decode().encode('utf-32-le'), '<u4'
-        )
-        self._ask(np.unique(points[self.of_point[points] == _UNSEEN]).tolist())
+        beyond = np.flatnonzero(kinds == _UNSEEN)  # all bytes of all non-ASCII characters
+        characters = np.frombuffer(data, np.uint8)[beyond].tobytes().decode()
+        points = np.frombuffer(characters.encode('utf-32-le'), '<u4')
+        self._classify(np.unique(points[self.of_point[points] == _UNSEEN]).tolist())
         of_point = self.of_point[points]
         size = 2 + (points >= 0x800) + (points >= 0x10000)  # in UTF-8
         kinds[beyond] = np.repeat(of_point, size)
@@ -213,23 +224,25 @@ class CharacterKinds:
 def cut_words(
     data: np.ndarray, kinds: np.ndarray, wide_first: np.ndarray, wide_last: np.ndarray
 ) -> np.ndarray:
-    r"""Which bytes begin a word, by GPT-2's pattern:
+    r"""Find the bytes that begin a word according to GPT-2's pattern.
 
-        '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+    The pattern is '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
-    data: UTF-8 with a separator before it and _PADDING of them behind it, uint8. The others: see CharacterKinds.of_bytes.
+    data: uint8, UTF-8 with one separator before it and _PADDING separators after it.
+    kinds, wide_first, wide_last: from CharacterKinds.of_bytes.
+    Returns bool (len(data),).
     """
     starts = np.ones(len(data), bool)
-    # ` ?\p{L}+` and its like, `\s+`: a word is of one kind. But it takes in the space before it, and begins there.
+    # ` ?\p{L}+` and the like, and `\s+`: a word has one kind, but begins with the space before it.
     starts[1:] = (kinds[1:] != kinds[:-1]) & (data[:-1] != ord(' '))
     starts |= kinds == _SEPARATOR
-    # `\s+(?!\S)`: the last of several white-space characters before another word does not belong to those before it.
+    # `\s+(?!\S)`: the last of several white-space characters before a word begins a new word.
     white = kinds == _WHITE
     starts[1:-1] |= white[:-2] & white[1:-1] & (kinds[2:] > _WHITE)
-    # Where it has several bytes, the line above has found the last of them.
+    # If that character has several bytes, its last byte is now marked: mark its first byte instead.
     starts[wide_first] |= starts[wide_last]
     starts[wide_last] = False
-    # `'(?:[sdmt]|ll|ve|re)`: before all else, where a word would begin with the quote.
+    # `'(?:[sdmt]|ll|ve|re)` has priority wherever a word would begin with the quote.
     quotes = np.flatnonzero(data == ord("'"))
     quotes = quotes[starts[quotes]]
     second, third = data[quotes + 1], data[quotes + 2]

@@ -1,7 +1,7 @@
-"""Texts to make a dataset of: found in a person's files, read piece by piece, shared out over training and validation.
+"""The documents of a dataset: finds files, reads them and splits them into training and validation.
 
-A piece is (text, ends): a part of a document, and whether the document ends with it. Documents are read as streams of
-pieces, so that neither a large file nor many documents need much memory.
+A piece is (text, ends): part of a document, and whether the document ends with it. Documents are
+streamed as pieces, so that neither a large file nor many documents need much memory.
 """
 
 import codecs
@@ -19,28 +19,30 @@ from pathlib import Path
 from nib.errors import UserError
 from nib.text.tokenizer import without_surrogates
 
-PIECE = 1 << 16  # characters, and bytes of a file that are read at once
+PIECE = 1 << 16  # characters in a piece, and bytes of a file read at once
 VAL_FRACTION = 0.1
-_ROWS = 1000  # of a .parquet file that are read at once
-# GPT-2's pre-tokenizer puts a boundary between anything and white space that follows it, and no piece before such a place
-# depends on what comes after it: text cut there gives the same tokens as the whole.
+_ROWS = 1000  # rows of a .parquet file read at once
+# GPT-2's pre-tokenizer always begins a new word at white space that follows other text, and no word
+# before that place depends on what comes after it. Text cut there gives the same tokens.
 _BOUNDARY = re.compile(r'(?<=\S)[ \n]')
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What reading all documents once tells."""
+    """The result of reading all documents once."""
 
-    lengths: array  # characters of each document
+    lengths: array  # characters in each document
     n_bytes: int  # of UTF-8
-    sha256: str  # of the documents, and of where one ends and the next begins
-    characters: str  # the distinct ones, in order; '' where nobody asked for them
+    sha256: str  # of the documents and the boundaries between them
+    characters: str  # the distinct characters, sorted; '' if not requested
 
 
 def find_files(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], int]:
-    """The files to read of these files and folders, in order, and how many others the folders hold.
+    """Find the files to read.
 
-    Folders are searched to the bottom, hidden files and folders left out. UserError where there is nothing to read.
+    inputs: files and folders. Folders are searched recursively, without hidden files and folders.
+    Returns the files in order, and the number of other files in the folders.
+    Raises UserError if an input is missing or cannot be read, or if there is nothing to read.
     """
     files, ignored = [], 0
     for path in map(Path, inputs):
@@ -48,22 +50,25 @@ def find_files(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], int]:
             for folder, names, here in os.walk(path):
                 names[:] = sorted(name for name in names if not name.startswith('.'))
                 shown = [Path(folder, name) for name in sorted(here) if not name.startswith('.')]
-                shown = [file for file in shown if file.is_file()]  # no link that leads nowhere
+                shown = [file for file in shown if file.is_file()]  # excludes broken links
                 files += [file for file in shown if file.suffix.lower() in READERS]
                 ignored += sum(file.suffix.lower() not in READERS for file in shown)
         elif not path.exists():
             raise UserError(
-                f'{path}: there is no such file or folder; --input=PATH takes files and folders, separated by commas'
+                f'{path}: no such file or folder; --input=PATH takes files and folders, '
+                f'separated by commas'
             )
         elif path.suffix.lower() not in READERS:
             raise UserError(
-                f'{path} is of a type that cannot be read, only {", ".join(READERS)}; give text the ending .txt'
+                f'{path}: unsupported file type (supported: {", ".join(READERS)}); '
+                f'rename a text file to .txt'
             )
         else:
             files.append(path)
     if not files:
         raise UserError(
-            f'{", ".join(map(str, inputs))}: found no {", ".join(READERS)} file there ({ignored} of other types)'
+            f'{", ".join(map(str, inputs))}: found no {", ".join(READERS)} file there '
+            f'({ignored} of other types)'
         )
     return list(dict.fromkeys(files)), ignored
 
@@ -71,48 +76,44 @@ def find_files(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], int]:
 def read_documents(
     files: Iterable[Path], field: str = 'text', with_empty: bool = False
 ) -> Iterator[tuple[str, bool]]:
-    """Pieces of the documents in these files: a .txt or .md file is one, and so is every row of the others, whose text
-    is in `field`. Empty documents are left out, but for rows where with_empty asks for them. UserError names the file, and
-    the row, that cannot be read."""
+    """Yield the pieces of all documents in these files.
+
+    A .txt or .md file is one document; in other files every row is one, whose text is in `field`.
+    Empty documents are skipped; with_empty keeps empty rows.
+    Raises UserError, which names the file and the row, if something cannot be read.
+    """
     for file in files:
         try:
-            yield from (
-                piece
-                for piece in READERS[file.suffix.lower()](file, field)
-                if piece[0] or with_empty
-            )
+            for piece in READERS[file.suffix.lower()](file, field):
+                if piece[0] or with_empty:
+                    yield piece
         except OSError as error:
             raise UserError(f'{file} cannot be read: {error.strerror or error}') from error
 
 
 def cut(chunks: Iterable[str]) -> Iterator[str]:
-    """The text that the chunks make up, in pieces of PIECE characters and on to the next place where it may be cut."""
+    """Recut chunks of a text into pieces that tokenize independently.
+
+    A piece has PIECE characters, and more up to the next place where the text may be cut.
+    """
     rest, searched = '', PIECE
     for chunk in chunks:
         rest += chunk
         while boundary := _BOUNDARY.search(rest, searched):
             yield rest[: boundary.start()]
             rest, searched = rest[boundary.start() :], PIECE
-        searched = max(
-            searched, len(rest)
-        )  # of a text without white space nothing is searched twice
+        searched = max(searched, len(rest))  # text without white space is not searched again
     if rest:
         yield rest
 
 
 def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool) -> Survey:
-    """Counts documents in one pass. UserError where there are none."""
-    lengths, length, n_bytes, digest, characters, begins = (
-        array('q'),
-        0,
-        0,
-        hashlib.sha256(),
-        set(),
-        False,
-    )
+    """Count documents, characters and bytes in one pass. Raises UserError if there are none."""
+    lengths, length, n_bytes = array('q'), 0, 0
+    digest, characters, begins = hashlib.sha256(), set(), False
     for text, ends in pieces:
         content = text.encode()
-        digest.update(b'\xff' * begins + content)  # a byte that UTF-8 never has
+        digest.update(b'\xff' * begins + content)  # a byte that never occurs in UTF-8
         n_bytes += len(content)
         if with_characters:
             characters.update(text)
@@ -121,13 +122,16 @@ def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool) -> Survey:
             lengths.append(length)
             length = 0
     if not lengths:
-        raise UserError('the files hold no text: each is empty; name others as --input=PATH')
+        raise UserError('all files are empty; use --input=PATH to name other files')
     return Survey(lengths, n_bytes, digest.hexdigest(), ''.join(sorted(characters)))
 
 
 def choose_val(lengths: Sequence[int]) -> set[int]:
-    """Which of several documents to validate on: in a shuffled order those that fit into VAL_FRACTION of the characters,
-    at least one. Always the same for the same lengths."""
+    """Choose the documents of the validation split.
+
+    Takes documents in a shuffled order while they fit into VAL_FRACTION of all characters, and at
+    least one. The choice depends only on the lengths. Returns the documents' indices.
+    """
     order = list(range(len(lengths)))
     random.Random(0).shuffle(order)
     room, val = VAL_FRACTION * sum(lengths), set()
@@ -141,7 +145,7 @@ def choose_val(lengths: Sequence[int]) -> set[int]:
 def split_documents(
     pieces: Iterable[tuple[str, bool]], val: set[int]
 ) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, ends) of every piece, by its document's number."""
+    """Yield (split, text, ends) for every piece. val: indices of the validation documents."""
     document = 0
     for text, ends in pieces:
         yield ('val' if document in val else 'train'), text, ends
@@ -149,13 +153,17 @@ def split_documents(
 
 
 def split_text(texts: Iterable[str], length: int) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, False) of the pieces of one text of `length` characters: the first part to train on, the rest to
-    validate on, cut where nanoGPT cuts it. No end of text follows it. UserError where it is too short."""
+    """Split one text into a training part and a validation part, where nanoGPT splits it.
+
+    texts: the pieces of the text. length: its characters.
+    Yields (split, text, False): no end-of-text token follows.
+    Raises UserError if the text is too short.
+    """
     cut_at = int(length * (1 - VAL_FRACTION))
     if cut_at < 2 or length - cut_at < 2:
         raise UserError(
-            f'the text has {length} characters: too few to split into training and '
-            f'validation; take a longer one'
+            f'the text has {length} characters, too few for training and validation; '
+            f'use a longer text'
         )
     return _split_at(texts, cut_at)
 
@@ -171,17 +179,22 @@ def _split_at(texts: Iterable[str], cut_at: int) -> Iterator[tuple[str, str, boo
 
 
 class StoredTexts:
-    """Texts that were read once, in a temporary file, from where they are read in any order. Only where each of them ends is
-    in memory, 8 bytes a text. The file has no name, so that nothing is left of it however the process ends."""
+    """Random access to texts that are stored in a temporary file.
+
+    Memory holds only the offset of each text (8 bytes). The file has no name on disk, so nothing
+    is left behind however the process ends.
+    """
 
     def __init__(self, folder: Path, texts: Iterable[str]):
-        """folder: on whose disk the texts find room; it need not be there yet. UserError where they do not."""
-        there = next(
-            path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
-        )
+        """Store the texts on the disk of `folder`, which need not exist yet.
+
+        Raises UserError if they cannot be written.
+        """
+        parents = (folder.absolute(), *folder.absolute().parents)
+        existing = next(path for path in parents if path.is_dir())
         self._ends, digest = array('q', [0]), hashlib.sha256()
         try:
-            self._file = tempfile.TemporaryFile(dir=there)
+            self._file = tempfile.TemporaryFile(dir=existing)  # noqa: SIM115 (read() needs it)
             for text in texts:
                 content = text.encode()
                 self._file.write(content)
@@ -190,8 +203,8 @@ class StoredTexts:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f'{there} cannot be written ({error.strerror}): it takes room for the whole text; name '
-                f'another folder as --out_dir=PATH'
+                f'{existing} cannot be written ({error.strerror}): the whole text has to fit; '
+                f'use --out_dir=PATH to name another folder'
             ) from error
         self.n_bytes, self.fingerprint = self._ends[-1], digest.hexdigest()
 
@@ -199,7 +212,7 @@ class StoredTexts:
         return len(self._ends) - 1
 
     def read(self, rows: Iterable[int]) -> list[str]:
-        """The texts of these numbers."""
+        """Returns the texts with these indices."""
         texts = []
         for row in rows:
             self._file.seek(self._ends[row])
@@ -207,7 +220,7 @@ class StoredTexts:
         return texts
 
 
-# -- one reader for each type of file ----------------------------------------------------------------------------------
+# -- one reader for each type of file --------------------------------------------------------------
 
 
 def _read_text(file: Path, field: str) -> Iterator[tuple[str, bool]]:
@@ -220,12 +233,12 @@ def _read_text(file: Path, field: str) -> Iterator[tuple[str, bool]]:
 
 
 def _decoded(file: Path) -> Iterator[str]:
-    """A UTF-8 file in chunks, without the mark that some editors put at its beginning."""
+    """Yields a UTF-8 file in chunks, without a byte order mark."""
     decoder, offset = codecs.getincrementaldecoder('utf-8-sig')(), 0
     with open(file, 'rb') as stream:
         while True:
             content = stream.read(PIECE)
-            kept = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
+            kept = len(decoder.getstate()[0])  # bytes of a character split between two chunks
             try:
                 yield decoder.decode(content, final=not content)
             except UnicodeDecodeError as error:
@@ -244,7 +257,7 @@ def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, bool]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
                 raise UserError(
-                    f'{file}:{number}: found no JSON ({error}); every line is an object with a text'
+                    f'{file}:{number}: not valid JSON ({error}); every line must be a JSON object'
                 ) from error
             row = row if isinstance(row, dict) else {}
             if field not in row:
@@ -256,7 +269,9 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f'{file}: to read .parquet files, pip install pyarrow') from error
+        raise UserError(
+            f'{file}: reading .parquet files requires pyarrow: pip install pyarrow'
+        ) from error
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             if field not in table.schema_arrow.names:
@@ -266,13 +281,8 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
                     yield _document(value, field, file), True
     except UserError:
         raise
-    except (
-        pyarrow.ArrowException,
-        ValueError,
-    ) as error:  # a text that is not UTF-8 is a ValueError
-        raise UserError(
-            f'{file} is not a .parquet file that can be read ({error}); write it anew'
-        ) from error
+    except (pyarrow.ArrowException, ValueError) as error:  # invalid UTF-8 is a ValueError
+        raise UserError(f'{file} is not a valid .parquet file ({error}); recreate it') from error
 
 
 READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parquet': _read_parquet}
@@ -281,15 +291,16 @@ READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parqu
 def _document(value, field: str, where) -> str:
     if not isinstance(value, str | None):
         raise UserError(
-            f'{where}: {field!r} is no text but of type {type(value).__name__}; name another as --field=NAME'
+            f'{where}: field {field!r} has type {type(value).__name__}, not text; '
+            f'use --field=NAME to name another field'
         )
     return without_surrogates(value or '')
 
 
 def _missing(where, field: str, names: Iterable[str]) -> UserError:
+    found = ', '.join(map(repr, names)) or 'none'
     return UserError(
-        f'{where}: found no field {field!r} ({", ".join(map(repr, names)) or "nothing"} instead); name the one '
-        f'that holds the text: --field=NAME'
+        f'{where}: no field {field!r} (fields: {found}); use --field=NAME to name the text field'
     )
 
 

@@ -1,10 +1,10 @@
-"""Fetching a file whose digest is known, from whichever of several addresses gives it."""
+"""Downloads a file with a known digest from the first of several addresses that serves it."""
 
 import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout  # the builtin only from Python 3.11 on
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin since Python 3.11
 from threading import Thread
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ from nib.files import atomic_write
 
 
 class _Refused(Exception):
-    """Why an address did not give the file."""
+    """Why an address did not serve the file."""
 
 
 def download(
@@ -24,17 +24,19 @@ def download(
     timeout: tuple[float, float] = (5, 15),
     overall_seconds: float = 120.0,
 ):
-    """Writes to path, whole or not at all, the first answer that has this SHA-256.
+    """Download a file, trying the addresses in order. It is written completely or not at all.
 
-    timeout: seconds to connect, and between two pieces of the answer; overall_seconds: for all of one answer.
-    UserError says of every address why it did not give the file.
+    sha256: the digest that the file must have; any other content is rejected.
+    timeout: seconds to connect, and to wait for the next bytes of a response.
+    overall_seconds: limit for one whole response.
+    Raises UserError, with the reason for each address, if none of them serves the file.
     """
     reasons = []
     for url in urls:
         try:
             content = _fetch(url, max_bytes, timeout, overall_seconds)
             if hashlib.sha256(content).hexdigest() != sha256:
-                raise _Refused('another file than expected (wrong SHA-256)')
+                raise _Refused('not the expected file (wrong SHA-256)')
         except _Refused as refused:
             reasons.append(f'{urlsplit(url).netloc}: {refused}')
             continue
@@ -45,8 +47,10 @@ def download(
 
 
 def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_seconds: float) -> bytes:
-    """The answer, from a thread that is left behind when the time is up: every byte that arrives renews requests' own
-    timeout, so that a slow drip could hold up a plain call for days."""
+    """Reads the response in a thread, which is abandoned after overall_seconds.
+
+    Every byte that arrives restarts requests' own timeout, so a plain call could take days.
+    """
     answer = Future()
 
     def work():
@@ -59,20 +63,19 @@ def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_secon
     try:
         return answer.result(overall_seconds)
     except FutureTimeout:
-        raise _Refused(f'too slow, given up after {overall_seconds:g} s') from None
+        raise _Refused(f'too slow, gave up after {overall_seconds:g} s') from None
 
 
 def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: float) -> bytes:
-    import requests  # here and below: only a run that downloads pays for the import
+    import requests  # slow to import, and most runs download nothing
     from tqdm import tqdm
     from urllib3.exceptions import ReadTimeoutError
 
     content, expected = bytearray(), 0
     try:
-        # Not compressed, so that Content-Length counts the bytes that are written.
-        with requests.get(
-            url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'}
-        ) as response:
+        # Uncompressed, so that Content-Length is the size of the file.
+        headers = {'Accept-Encoding': 'identity'}
+        with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
             if response.status_code != 200:
                 raise _Refused(f'HTTP {response.status_code}')
             expected = int(response.headers.get('Content-Length', 0))
@@ -87,19 +90,16 @@ def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: floa
                     content += piece
                     bar.update(len(piece))
                     if len(content) > max_bytes:
-                        raise _Refused(
-                            f'another file than expected (more than {max_bytes:,} bytes)'
-                        )
+                        raise _Refused(f'not the expected file (more than {max_bytes:,} bytes)')
                     if time.monotonic() > deadline:
                         raise _Refused('too slow')
     except requests.Timeout as error:
         raise _Refused('timed out') from error
     except requests.exceptions.ChunkedEncodingError as error:
-        raise _Refused(
-            'cut off' + (f' before the end of its {expected:,} bytes' if expected else '')
-        ) from error
+        size = f' before all {expected:,} bytes arrived' if expected else ''
+        raise _Refused(f'connection lost{size}') from error
     except requests.ConnectionError as error:
-        # requests reports silence in the middle of an answer as a ConnectionError around urllib3's timeout.
+        # requests wraps urllib3's timeout in a ConnectionError if a response stalls midway.
         stalled = any(isinstance(cause, ReadTimeoutError) for cause in error.args)
         raise _Refused('timed out' if stalled else 'no connection') from error
     except (requests.RequestException, OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""Text to token ids and back; every tokenizer is saved as JSON and travels with the checkpoint.
+"""Tokenizers: text to token ids and back. Every checkpoint contains its tokenizer as JSON.
 
-All have vocab_size, end_of_text (the id that follows each of several documents, or None), encode, encode_texts (of several
-texts, one after the other), decode, decode_bytes (for text that is shown token by token, as a character's bytes may be shared
-out over tokens) and to_json.
+All tokenizers have vocab_size, end_of_text (the id that follows each document, or None), encode,
+encode_texts (several texts, one after the other), decode, decode_bytes (for output token by token,
+as the bytes of one character may belong to several tokens) and to_json.
 """
 
 import functools
@@ -18,8 +18,8 @@ import numpy as np
 from nib.errors import UserError
 from nib.text.download import download
 
-END_OF_TEXT = '<|endoftext|>'  # how the end-of-text token is shown, and typed in a prompt
-# What tiktoken reads GPT-2's vocabulary from: name -> SHA-256.
+END_OF_TEXT = '<|endoftext|>'  # the end-of-text token in decoded text and in prompts
+# The files of GPT-2's vocabulary as tiktoken reads them: name -> SHA-256.
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 GPT2_FILES = {
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
@@ -29,9 +29,9 @@ GPT2_FILES = {
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """One token for each character of the text that it was made from, numbered in the order of their code points.
+    """One token for each distinct character of a text, numbered by code point.
 
-    has_end_of_text: one more token, numbered last.
+    has_end_of_text: adds an end-of-text token with the last id.
     """
 
     characters: str
@@ -50,7 +50,10 @@ class CharTokenizer:
         return len(self.characters) if self.has_end_of_text else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (len(text),), uint32. UserError names the characters that the vocabulary lacks."""
+        """Returns token ids, uint32 (len(text),).
+
+        Raises UserError, which names the characters, if some are not in the vocabulary.
+        """
         known, wanted = _code_points(self.characters), _code_points(text)
         ids = np.searchsorted(known, wanted).astype(np.uint32)
         missing = ids >= len(known)
@@ -59,17 +62,18 @@ class CharTokenizer:
             first = int(missing.argmax())
             distinct = ', '.join(repr(chr(point)) for point in np.unique(wanted[missing])[:5])
             raise UserError(
-                f'the text holds characters that are not among the {len(self.characters)} of the vocabulary: '
-                f'{distinct} (the first at offset {first}); leave them out, or train on a text that has them'
+                f'the text contains characters that are not in the vocabulary of '
+                f'{len(self.characters)} characters: {distinct} (the first at offset {first}); '
+                f'remove them, or train on a text that contains them'
             )
         return ids
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Token ids, uint32. With each text comes whether the end-of-text token follows it."""
+        """Returns token ids, uint32. texts: pairs of a text and whether end_of_text follows it."""
         return _one_by_one(self, texts)
 
     def decode(self, ids) -> str:
-        """The text of token ids. UserError for an id that is not in the vocabulary."""
+        """Returns the text of token ids. Raises UserError if an id is not in the vocabulary."""
         ids = _checked(ids, self.vocab_size)
         characters = _code_points(self.characters)
         return END_OF_TEXT.join(
@@ -81,33 +85,37 @@ class CharTokenizer:
         return self.decode(ids).encode('utf-8', 'surrogatepass')
 
     def to_json(self) -> dict:
-        # Low surrogates first: right after a high one, JSON's reader would take the two for one character.
+        # Low surrogates first: after a high one, a JSON parser would join the two into a character.
         ordered = sorted(
             self.characters,
             key=lambda character: (not '\udc00' <= character <= '\udfff', character),
         )
-        return {'kind': 'char', 'characters': ''.join(ordered)} | (
-            {'has_end_of_text': True} if self.has_end_of_text else {}
-        )
+        described: dict = {'kind': 'char', 'characters': ''.join(ordered)}
+        if self.has_end_of_text:
+            described['has_end_of_text'] = True
+        return described
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """One token for each byte of the text's UTF-8, numbered by its value, and 256 for the end of a text."""
+    """One token for each byte of UTF-8, numbered by its value; 256 is the end-of-text token."""
 
     vocab_size = 257
     end_of_text = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, uint32, as many as the text has bytes."""
+        """Returns token ids, uint32, one for each byte of the text."""
         return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint32)
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Token ids, uint32. With each text comes whether the end-of-text token follows it."""
+        """Returns token ids, uint32. texts: pairs of a text and whether end_of_text follows it."""
         return _one_by_one(self, texts)
 
     def decode(self, ids) -> str:
-        """The text of token ids; bytes that are no UTF-8 as U+FFFD. UserError for an id that is not in the vocabulary."""
+        """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
+
+        Raises UserError if an id is not in the vocabulary.
+        """
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def decode_bytes(self, ids) -> bytes:
@@ -122,26 +130,29 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte pair encoding (Radford et al. 2019), as tiktoken computes it; nib/text/bpe.py makes it fast.
+    """GPT-2's byte pair encoding (Radford et al. 2019): tiktoken's, made faster by nib/text/bpe.py.
 
-    Its vocabulary is two files that are fetched when it first encodes or decodes; UserError then where they cannot be.
+    The vocabulary's two files are downloaded on first use. Methods raise UserError if that fails.
     """
 
     vocab_size = 50257
     end_of_text = 50256
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, uint32. END_OF_TEXT in the text is read as the characters that it is."""
+        """Returns token ids, uint32. END_OF_TEXT in the text is encoded as ordinary characters."""
         return self.encode_texts([(text, False)]).astype(np.uint32)
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Token ids, uint16. With each text comes whether the end-of-text token follows it."""
+        """Returns token ids, uint16. texts: pairs of a text and whether end_of_text follows it."""
         return _word_table(load_gpt2(), self.end_of_text).encode(
             (_utf8(text), ends) for text, ends in texts
         )
 
     def decode(self, ids) -> str:
-        """The text of token ids; bytes that are no UTF-8 as U+FFFD. UserError for an id that is not in the vocabulary."""
+        """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
+
+        Raises UserError if an id is not in the vocabulary.
+        """
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def decode_bytes(self, ids) -> bytes:
@@ -155,7 +166,7 @@ Tokenizer = CharTokenizer | ByteTokenizer | Gpt2Tokenizer
 
 
 def tokenizer_from_json(data: dict) -> Tokenizer:
-    """The tokenizer that to_json() described. UserError where that is no tokenizer."""
+    """Create the tokenizer that to_json() described. Raises UserError if data is not valid."""
     match data:
         case {'kind': 'char', 'characters': str(characters)}:
             tokenizer = CharTokenizer.train(characters, data.get('has_end_of_text') is True)
@@ -167,16 +178,17 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
             return Gpt2Tokenizer()
         case {'kind': kind} if kind != 'char':
             raise UserError(
-                f"tokenizer of kind {kind!r}: this version knows 'char', 'byte' and 'gpt2'"
+                f"unknown tokenizer kind {kind!r}: this version knows 'char', 'byte' and 'gpt2'"
             )
-    raise UserError(
-        'the tokenizer is broken: a char tokenizer has its distinct characters in order'
-    )
+    raise UserError('invalid tokenizer: a char tokenizer lists distinct characters in order')
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
-    """Token ids of a text that a person typed: END_OF_TEXT stands for that token where the tokenizer has one. UserError,
-    which begins with the flag, where the tokenizer cannot write the text."""
+    """Encode a text that a person typed.
+
+    END_OF_TEXT in it stands for the end-of-text token if the tokenizer has one.
+    Raises UserError, which begins with `flag`, if the tokenizer cannot encode the text.
+    """
     first, *others = [text] if tokenizer.end_of_text is None else text.split(END_OF_TEXT)
     try:
         ids = tokenizer.encode(first).tolist()
@@ -188,7 +200,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
 
 
 def without_surrogates(text: str) -> str:
-    """Pairs of surrogates as the character that they stand for, lone ones, which UTF-8 cannot hold, as U+FFFD."""
+    """Replace surrogate pairs by their character, and lone surrogates by U+FFFD."""
     try:
         text.encode()
         return text
@@ -212,24 +224,25 @@ def _one_by_one(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> np.n
 
 @functools.lru_cache(maxsize=1)
 def _word_table(encoding, end_of_text: int):
-    from nib.text.bpe import WordTable  # here: it needs tiktoken
+    from nib.text.bpe import WordTable  # imports tiktoken, which most runs do not need
 
     return WordTable(encoding, end_of_text)
 
 
 @functools.cache
 def load_gpt2():
-    """tiktoken's GPT-2 encoding. UserError where its two files are not at hand and cannot be fetched.
+    """Load tiktoken's GPT-2 encoding, downloading its two files if they are missing.
 
-    They are fetched here: tiktoken's own download has no timeout and would hang where a network swallows packets.
+    tiktoken's own download has no timeout and would hang on a network that drops packets.
+    Raises UserError if the files are missing and cannot be downloaded.
     """
-    import tiktoken  # here: most runs never encode with it
+    import tiktoken  # most runs do not need it
 
-    folder = Path(
+    folder = Path(  # where tiktoken looks, in its order
         os.environ.get('TIKTOKEN_CACHE_DIR')
         or os.environ.get('DATA_GYM_CACHE_DIR')
         or Path(tempfile.gettempdir(), 'data-gym-cache')
-    )  # where tiktoken looks, in its order
+    )
     names = {file: hashlib.sha1((GPT2_URL + file).encode()).hexdigest() for file in GPT2_FILES}
     try:
         for file, digest in GPT2_FILES.items():
@@ -240,27 +253,26 @@ def load_gpt2():
     except (UserError, OSError) as error:
         wanted = ' and '.join(f'{GPT2_URL}{file} as {name}' for file, name in names.items())
         raise UserError(
-            f"GPT-2's vocabulary is missing ({error}); fetch it elsewhere into a folder, {wanted}, and set "
-            f'the environment variable TIKTOKEN_CACHE_DIR to that folder'
+            f"GPT-2's vocabulary is missing ({error}); on a machine with a network, download "
+            f'{wanted} into a folder, and set the environment variable TIKTOKEN_CACHE_DIR to it'
         ) from error
-    os.environ['TIKTOKEN_CACHE_DIR'] = str(
-        folder
-    )  # set to '', it would make tiktoken download again
+    os.environ['TIKTOKEN_CACHE_DIR'] = str(folder)  # if it were '', tiktoken would download again
     return tiktoken.get_encoding('gpt2')
 
 
 def _checked(ids, vocab_size: int) -> np.ndarray:
-    """ids as int64. UserError where one is not in the vocabulary."""
+    """Returns ids as int64. Raises UserError if one is not in the vocabulary."""
     ids = np.asarray(ids, dtype=np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise UserError(
-            f'token ids from {ids.min()} to {ids.max()}: the vocabulary has 0 to {vocab_size - 1}'
+            f'token ids range from {ids.min()} to {ids.max()}, but the vocabulary '
+            f'has ids 0 to {vocab_size - 1}'
         )
     return ids
 
 
 def _texts(ids: np.ndarray, end_of_text: int) -> list[np.ndarray]:
-    """The runs of ids before, between and after those that end a text."""
+    """Splits ids at the end-of-text tokens."""
     ends = np.flatnonzero(ids == end_of_text)
     return [ids[start:end] for start, end in zip([0, *(ends + 1)], [*ends, len(ids)])]
 

@@ -1,30 +1,32 @@
-"""Batches as a pure function of (seed, split, step, micro step, rank): no state to save, and the same on 1 or 8 ranks.
+"""Batches as a pure function of (seed, split, step, micro_step, rank).
 
-Training reads every window of block_size tokens once an epoch, in an order that is computed, not stored: a Feistel
-network (Luby and Rackoff 1988) is a permutation whose every value costs the same, however long the text is.
+There is no state to save, and the data of a step is the same for 1 and 8 ranks. Training reads
+every window of block_size tokens once per epoch. Their order is computed, not stored: a Feistel
+network (Luby and Rackoff 1988) is a permutation, and the cost of a value does not grow with the
+text.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from nib.tokens.dataset import check_ids
+from nib.machine.ranks import Ranks
+from nib.tokens.dataset import TokenDataset, check_ids
 
 _ROUNDS = 6
-_TOGETHER = 1024  # sequences whose places are computed at once: numpy takes hardly longer for them than for a batch's
+_TOGETHER = 1024  # sequences placed at once: numpy needs little more time than for one batch
 
 
 def permute(positions: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n) puts the positions, uint64. key: uint64 (6,), one a round.
+    """Apply a pseudo-random permutation of range(n) to positions.
 
-    Values that fall outside range(n) go through the network again until they fall inside (Black and Rogaway 2002,
-    "Ciphers with Arbitrary Finite Domains", cycle walking).
+    key: uint64 (6,), one word per round. Returns uint64, in the shape of positions.
+    Values outside range(n) go through the network again until they are inside (cycle walking: Black
+    and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
-    half = np.uint64(
-        max(1, ((n - 1).bit_length() + 1) // 2)
-    )  # bits in each half of the network's words
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits in each half of a word
     mask = np.uint64((1 << int(half)) - 1)
     values = np.array(positions, dtype=np.uint64)
     outside = np.ones(values.shape, dtype=bool)
@@ -39,7 +41,7 @@ def permute(positions: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """Every bit of the result depends on every bit of the word (splitmix64's finaliser: Steele et al. 2014)."""
+    """Makes every bit of a word depend on all of its bits (splitmix64: Steele et al. 2014)."""
     words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return words ^ words >> np.uint64(31)
@@ -48,8 +50,9 @@ def _mix(words: np.ndarray) -> np.ndarray:
 class BatchLoader:
     """Training batches from a memmap of token ids.
 
-    tokens: ids, one dimension, more than block_size. micro_steps: of each rank in a step. The sequences of a step are
-    numbered through over its micro steps and ranks, so their union does not depend on how many ranks share them out.
+    tokens: ids (n,), with n > block_size. micro_steps: per rank and step. The sequences of a step
+    are numbered across its micro steps and ranks, so a step trains on the same sequences for any
+    number of ranks.
     """
 
     def __init__(
@@ -69,68 +72,91 @@ class BatchLoader:
         self.seed, self.split, self.micro_steps = seed, split, micro_steps
         self.rank, self.world_size = rank, world_size
         self.device, self.vocab_size = device, vocab_size
-        # One window fewer than there is room for: the epochs' offsets move within that room.
+        # One window fewer than would fit leaves room for an offset that differs between epochs.
         self.n_windows = max(1, (len(tokens) - block_size) // block_size)
         self._ahead = {}  # (step, micro step) -> the batch prepared for it
-        self._batches_together = max(1, min(_TOGETHER, self.n_windows) // (batch_size * world_size))
-        self._together, self._starts = (
-            -1,
-            None,
-        )  # which of these groups of batches was asked for last, and its windows
+        # Offsets are computed for a group of batches at a time; the last group is kept.
+        self._group_size = max(1, min(_TOGETHER, self.n_windows) // (batch_size * world_size))
+        self._group = -1
+        self._starts = np.empty((0, batch_size), dtype=np.int64)
+
+    @classmethod
+    def from_config(cls, config: Mapping, data: TokenDataset, ranks: Ranks, device: str):
+        """Returns a loader of a dataset's training split with train.py's config."""
+        return cls(
+            data.train,
+            block_size=config['block_size'],
+            batch_size=config['batch_size'],
+            seed=config['seed'],
+            split='train',
+            micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=device,
+            vocab_size=data.vocab_size,
+        )
 
     def starts(self, step: int, micro_step: int) -> np.ndarray:
-        """Offsets (batch_size,) of a batch's windows in the tokens."""
-        together, row = divmod(step * self.micro_steps + micro_step, self._batches_together)
-        if together != self._together:
-            self._together, self._starts = (
-                together,
-                self._compute_starts(together * self._batches_together),
-            )
+        """Returns the offsets, int64 (batch_size,), of a batch's windows in the tokens."""
+        group, row = divmod(step * self.micro_steps + micro_step, self._group_size)
+        if group != self._group:
+            self._starts = self._compute_starts(group * self._group_size)
+            self._group = group
         return self._starts[row]
 
     def _compute_starts(self, batch: int) -> np.ndarray:
-        """The same of this rank's batches from this one on, as many as are computed together: (batches, batch_size)."""
+        """Offsets (_group_size, batch_size) of this rank's batches from `batch` on."""
         first = (batch * self.world_size + self.rank) * self.batch_size
-        later = np.arange(self._batches_together, dtype=np.uint64)[:, None] * np.uint64(
-            self.world_size * self.batch_size
-        )
-        numbers = np.uint64(first) + later + np.arange(self.batch_size, dtype=np.uint64)
+        stride = np.uint64(self.world_size * self.batch_size)
+        rows = np.arange(self._group_size, dtype=np.uint64)[:, None] * stride
+        numbers = np.uint64(first) + rows + np.arange(self.batch_size, dtype=np.uint64)
         epochs, positions = numbers // self.n_windows, numbers % self.n_windows
         starts = np.empty(numbers.shape, dtype=np.int64)
         for epoch in range(int(epochs[0, 0]), int(epochs[-1, -1]) + 1):
             key = self._key(epoch)
             room = min(self.block_size, len(self.tokens) - self.n_windows * self.block_size)
-            rows = epochs == epoch
-            windows = permute(positions[rows], self.n_windows, key[1:]).astype(np.int64)
-            starts[rows] = int(key[0]) % room + windows * self.block_size
+            inside = epochs == epoch
+            windows = permute(positions[inside], self.n_windows, key[1:]).astype(np.int64)
+            starts[inside] = int(key[0]) % room + windows * self.block_size
         return starts
 
     def _key(self, epoch: int) -> np.ndarray:
-        """Words (1 + rounds,) that fix an epoch's offset and order."""
+        """Returns uint64 (1 + _ROUNDS,): the key of an epoch's offset and those of its order."""
         digest = hashlib.blake2b(
             repr((self.seed, self.split, epoch)).encode(), digest_size=8 * (1 + _ROUNDS)
         ).digest()
         return np.frombuffer(digest, dtype='<u8')
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and y, int64 (batch_size, block_size) on the device; y is x one token later."""
-        return cut_windows(
-            self.tokens,
-            self.starts(step, micro_step),
-            self.block_size,
-            self.device,
-            self.vocab_size,
-        )
+        """Return x and y, int64 (batch_size, block_size) on the device; y is x shifted by one."""
+        starts = self.starts(step, micro_step)
+        return cut_windows(self.tokens, starts, self.block_size, self.device, self.vocab_size)
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of a step in order. When the caller comes back for the next, it is prepared while a GPU still
-        works on the one before, also over the end of the step; a CPU has no such gap to fill."""
+        """Yield the batches of a step in order.
+
+        The next batch, even of the next step, is prepared when the caller asks to continue, while
+        a GPU is still working on the previous one. A CPU gains nothing from this.
+        """
         for micro_step in range(self.micro_steps):
             yield self._ahead.pop((step, micro_step), None) or self.batch(step, micro_step)
             following = (
                 (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
             )
             self._ahead = {following: self.batch(*following)}
+
+    def eval_batches(self, tokens: np.ndarray, max_batches: int | None = None):
+        """Returns this rank's share of an evaluation on `tokens`: eval_batches below."""
+        return eval_batches(
+            tokens,
+            self.block_size,
+            self.batch_size,
+            max_batches,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            vocab_size=self.vocab_size,
+        )
 
 
 def eval_batches(
@@ -143,10 +169,10 @@ def eval_batches(
     device: str = 'cpu',
     vocab_size: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's share of an evaluation: x and y (up to batch_size, block_size) from fixed windows.
+    """Yield this rank's evaluation batches: x and y, int64 (<= batch_size, block_size).
 
-    Without max_batches, every window of the split; its last, incomplete one is left out. With it, windows spread
-    evenly over the split. All ranks together take every window once.
+    The windows are fixed: all of the split without its incomplete last one or, with max_batches,
+    windows spread evenly over it. Together the ranks read every window once.
     """
     starts = eval_starts(len(tokens), block_size, max_batches and max_batches * batch_size)
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
@@ -155,8 +181,10 @@ def eval_batches(
         )
 
 
-def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) -> Sequence[int]:
-    """Offsets of windows that do not overlap: all of them, or max_windows spread evenly."""
+def eval_starts(
+    n_tokens: int, block_size: int, max_windows: int | None = None
+) -> Sequence[int] | np.ndarray:
+    """Returns offsets of windows that do not overlap: all of them, or max_windows spread evenly."""
     n = (n_tokens - 1) // block_size
     if not max_windows or max_windows >= n:
         return range(0, n * block_size, block_size)
@@ -164,14 +192,16 @@ def eval_starts(n_tokens: int, block_size: int, max_windows: int | None = None) 
 
 
 def cut_windows(tokens, starts, block_size, device, vocab_size=None):
-    """x and y (len(starts), block_size) of the windows at starts. UserError for an id >= vocab_size."""
-    windows = np.asarray(tokens)[
-        starts[:, None] + np.arange(block_size + 1)
-    ]  # (B, T + 1); a memmap itself is slower
+    """Returns x and y, int64 (len(starts), block_size), for the windows at starts.
+
+    Raises UserError if an id is not below vocab_size.
+    """
+    # Indexing a memmap itself is slower than indexing an array of it.
+    windows = np.asarray(tokens)[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
     if vocab_size is not None and windows.max() >= vocab_size:
         row = int((windows >= vocab_size).any(axis=1).argmax())
         check_ids(windows[row], vocab_size, getattr(tokens, 'filename', 'tokens'), int(starts[row]))
     x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in (windows[:, :-1], windows[:, 1:]))
-    if str(device).startswith('cuda'):  # from pinned memory, so that nobody waits for the copy
+    if str(device).startswith('cuda'):  # pinned memory makes the copy asynchronous
         return tuple(ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))
     return x.to(device), y.to(device)

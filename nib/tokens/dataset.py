@@ -1,13 +1,14 @@
-"""Datasets on disk: train.bin and val.bin of raw token ids, meta.json that says what they are.
+"""Datasets on disk: token ids in train.bin and val.bin, described by meta.json.
 
-The bins are nanoGPT's format: little-endian ids, uint16, or uint32 for vocabularies above 65,536. Bins that nanoGPT made,
-with its meta.pkl or without, are read as they are.
+The bins have nanoGPT's format: little-endian uint16 ids, or uint32 for vocabularies above 65,536.
+Bins made by nanoGPT, with or without its meta.pkl, are read as they are.
 """
 
 import hashlib
 import json
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +20,18 @@ from nib.tokens import nanogpt_bins
 from nib.tokens.encode import SPLITS
 
 FORMAT = 1
-# A bin is read through when it is opened, but a larger one in places only: a run on 20 GB begins as soon as one on 20 MB.
+# Opening a dataset reads whole bins up to this size, and only samples of larger ones, so that a run
+# on 20 GB starts as quickly as one on 20 MB.
 LARGE = 1 << 26  # bytes
-_SAMPLES, _SAMPLE = (
-    128,
-    1 << 13,
-)  # places, spread evenly from the first token to the last, and tokens in each
-_CHUNK = 1 << 20  # tokens
+_SAMPLES = 128  # spread evenly from the first token to the last
+_SAMPLE = 1 << 13  # tokens in a sample
+_CHUNK = 1 << 20  # tokens read at once
 _PREPARE_SCRIPTS = Path(__file__).resolve().parents[2] / 'data'
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """A checked dataset. train and val are memmaps of token ids, one dimension each."""
+    """A checked dataset. train and val are memmaps of token ids (n,)."""
 
     name: str
     folder: Path
@@ -40,25 +40,24 @@ class TokenDataset:
     vocab_size: int
     tokenizer: Tokenizer
     meta: dict
-    fingerprint: (
-        str  # SHA-256 over both bins' digests, of large ones of samples, and the vocabulary's size
-    )
+    fingerprint: str  # SHA-256 of both bins' digests and the vocabulary size
 
     def split(self, name: str) -> np.ndarray:
         return {'train': self.train, 'val': self.val}[name]
 
     def bits_per_byte(self, loss: float, split: str = 'val') -> float | None:
-        """A loss in nats per token as bits per byte of UTF-8 text, which does not depend on the tokenizer; None where
-        nobody has counted the bytes."""
+        """Convert a loss in nats per token to bits per byte of UTF-8 text.
+
+        Bits per byte do not depend on the tokenizer. Returns None if the bytes were not counted.
+        """
         counts = self.meta['splits'][split]
         return loss / math.log(2) * counts['tokens'] / counts['bytes'] if counts['bytes'] else None
 
     def describe_loss(self, loss: float) -> str:
-        """A validation loss for a person."""
+        """Formats a validation loss for people."""
         bits = self.bits_per_byte(loss)
-        return f'{loss:.4f} nats per token' + (
-            '' if bits is None else f' ({bits:.4f} bits per byte)'
-        )
+        described = f'{loss:.4f} nats per token'
+        return described if bits is None else f'{described} ({bits:.4f} bits per byte)'
 
 
 def is_prepared(folder) -> bool:
@@ -66,7 +65,11 @@ def is_prepared(folder) -> bool:
 
 
 def open_dataset(folder, block_size: int) -> TokenDataset:
-    """Opens and checks a dataset. UserError names the file that is missing or wrong, and how to make it anew."""
+    """Open and check a dataset.
+
+    Raises UserError if a file is missing or invalid, which says how to recreate it, or if a split
+    has no block_size + 1 tokens.
+    """
     folder = Path(folder)
     try:
         for split in SPLITS:
@@ -76,54 +79,49 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
             meta, tokenizer = _read_meta(folder / 'meta.json')
         else:
             meta, tokenizer = {'dtype': 'uint16', 'splits': {}}, nanogpt_bins.read_tokenizer(folder)
-        bins = {
-            split: _map_bin(folder / f'{split}.bin', meta['dtype'], meta['splits'].get(split))
-            for split in SPLITS
-        }
+        bins, found = {}, {}
+        for split in SPLITS:
+            recorded = meta['splits'].get(split)
+            bins[split] = _map_bin(folder / f'{split}.bin', np.dtype(meta['dtype']), recorded)
         if not meta['splits']:
             _check_undescribed(folder, bins, tokenizer)
-        found = {
-            split: _check_bin(
-                folder / f'{split}.bin', bins[split], tokenizer, meta['splits'].get(split)
-            )
-            for split in SPLITS
-        }
+        for split in SPLITS:
+            recorded = meta['splits'].get(split)
+            found[split] = _check_bin(folder / f'{split}.bin', bins[split], tokenizer, recorded)
     except UserError as error:
         raise UserError(f'{error}; {_remedy(folder.resolve().name)}') from error
     for split in SPLITS:
         if len(bins[split]) < block_size + 1:
+            smaller = f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else ''
             raise UserError(
-                f'{folder / split}.bin holds {len(bins[split]):,} tokens, fewer than block_size + 1 = '
-                f'{block_size + 1:,}: take a longer text'
-                + (f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else '')
+                f'{folder / split}.bin has {len(bins[split]):,} tokens, fewer than block_size + 1 '
+                f'= {block_size + 1:,}: use a longer text{smaller}'
             )
-    digests = '\n'.join(
-        [found[split].get('sha256') or found[split]['sampled_sha256'] for split in SPLITS]
-        + [str(tokenizer.vocab_size)]
-    )
+    digests = [found[split].get('sha256') or found[split]['sampled_sha256'] for split in SPLITS]
+    identity = '\n'.join([*digests, str(tokenizer.vocab_size)])
     return TokenDataset(
-        folder.name,
-        folder,
-        bins['train'],
-        bins['val'],
-        tokenizer.vocab_size,
-        tokenizer,
-        {**meta, 'splits': meta['splits'] or found},
-        hashlib.sha256(digests.encode()).hexdigest(),
+        name=folder.name,
+        folder=folder,
+        train=bins['train'],
+        val=bins['val'],
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        meta={**meta, 'splits': meta['splits'] or found},
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     )
 
 
-def sampled_digest(path: Path, dtype: str, tokenizer: Tokenizer) -> str | None:
-    """The sampled_sha256 that meta.json keeps of a bin that is too large to be read through; None of a smaller one."""
+def sampled_digest(path: Path, dtype: np.dtype, tokenizer: Tokenizer) -> str | None:
+    """Returns the sampled_sha256 that meta.json records for a LARGE bin; None for a smaller bin."""
     if path.stat().st_size <= LARGE:
         return None
-    return _read(path, _map_bin(path, dtype, None), tokenizer)['sampled_sha256']
+    return _read(path, _map_bin(path, dtype, recorded=None), tokenizer)['sampled_sha256']
 
 
 def _remedy(name: str) -> str:
     if (_PREPARE_SCRIPTS / name / 'prepare.py').exists():
-        return f'make it anew: python data/{name}/prepare.py'
-    return f'make it anew: python data/text/prepare.py --input=PATH --name={name}'
+        return f'recreate it: python data/{name}/prepare.py'
+    return f'recreate it: python data/text/prepare.py --input=PATH --name={name}'
 
 
 def _read_meta(path: Path) -> tuple[dict, Tokenizer]:
@@ -148,90 +146,91 @@ def _read_meta(path: Path) -> tuple[dict, Tokenizer]:
                 raise UserError(f'{path}: {error}') from error
             if tokenizer.vocab_size != size:
                 raise UserError(
-                    f'{path}: vocab_size {size}, but its tokenizer has {tokenizer.vocab_size}'
+                    f'{path}: vocab_size is {size}, but its tokenizer has {tokenizer.vocab_size}'
                 )
             return meta, tokenizer
     raise UserError(f'{path} does not describe a dataset of format {FORMAT}')
 
 
-def _map_bin(path: Path, dtype: str, said: dict | None) -> np.ndarray:
-    size, dtype = path.stat().st_size, np.dtype(dtype).newbyteorder('<')
-    if said:
+def _map_bin(path: Path, dtype: np.dtype, recorded: dict | None) -> np.ndarray:
+    """Maps a bin's ids (n,). recorded: what meta.json says about it, if there is one."""
+    size = path.stat().st_size
+    if recorded:
         for other in ('uint16', 'uint32'):
-            if other != dtype.name and size == said['tokens'] * np.dtype(other).itemsize > 0:
+            if other != dtype.name and size == recorded['tokens'] * np.dtype(other).itemsize > 0:
                 raise UserError(
-                    f'{path} holds {other} ids, but meta.json says {dtype.name}: it has {size:,} bytes for '
-                    f'{said["tokens"]:,} tokens'
+                    f'{path} contains {other} ids, but meta.json says {dtype.name}: it has '
+                    f'{size:,} bytes for {recorded["tokens"]:,} tokens'
                 )
     if size == 0 or size % dtype.itemsize:
         raise UserError(
-            f'{path} has {size} bytes: it must be a whole number of {dtype.itemsize}-byte ids, at least one'
+            f'{path} has {size} bytes, expected a positive multiple of {dtype.itemsize}, '
+            f'the size of an id'
         )
-    tokens = np.memmap(path, dtype=dtype, mode='r')
-    if tokens.nbytes > LARGE and hasattr(
-        mmap, 'MADV_RANDOM'
-    ):  # or the system may read megabytes around each window
-        tokens._mmap.madvise(mmap.MADV_RANDOM)
+    tokens = np.memmap(path, dtype=dtype.newbyteorder('<'), mode='r')
+    if tokens.nbytes > LARGE and hasattr(mmap, 'MADV_RANDOM'):
+        # Without this the system may read megabytes around each window.
+        tokens._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # not in the stubs
     return tokens
 
 
 def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], tokenizer: Tokenizer):
-    """UserError for bins without a meta.json that are surely not what such bins are taken for: uint16 ids of nanoGPT's."""
+    """Raises UserError if bins without a meta.json cannot be nanoGPT's, which have uint16 ids."""
     begins = {split: tokens[:_CHUNK] for split, tokens in bins.items()}
     for split, ids in begins.items():
         if len(ids) >= 16 and ids[::2].any() and not ids[1::2].any():
             raise UserError(
-                f'{folder / split}.bin holds uint32 ids, as every second uint16 in it is 0; there is no meta.json '
-                f'beside it, and without one ids are read as uint16'
+                f'{folder / split}.bin seems to contain uint32 ids, as every second uint16 is 0; '
+                f'without a meta.json, ids are read as uint16'
             )
     largest = max(int(ids.max()) for ids in begins.values())
     if isinstance(tokenizer, Gpt2Tokenizer) and largest < 256:
         raise UserError(
-            f"{folder} has neither meta.json nor meta.pkl, so its ids would be GPT-2's tokens; but the largest "
-            f'is {largest}, as of characters or bytes'
+            f"{folder} has neither meta.json nor meta.pkl, so its ids should be GPT-2's tokens, "
+            f'but the largest is {largest}: they look like characters or bytes'
         )
 
 
-def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, said: dict | None) -> dict:
-    """What _read finds, once all of it is as meta.json says."""
-    if said and len(tokens) != said['tokens']:
+def _check_bin(path: Path, tokens: np.ndarray, tokenizer: Tokenizer, recorded: dict | None) -> dict:
+    """Returns what _read finds. Raises UserError if that is not what meta.json records."""
+    if recorded and len(tokens) != recorded['tokens']:
         raise UserError(
-            f'{path} holds {len(tokens):,} tokens, but meta.json says {said["tokens"]:,}'
+            f'{path} has {len(tokens):,} tokens, but meta.json says {recorded["tokens"]:,}'
         )
     found = _read(path, tokens, tokenizer)
-    if said and any(
-        found[key] != said.get(key, found[key])
-        for key in ('sha256', 'sampled_sha256')
-        if key in found
-    ):
-        raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
-    if said and found['bytes'] not in (None, said['bytes']):
+    if not recorded:
+        return found
+    for key in ('sha256', 'sampled_sha256'):
+        if key in found and found[key] != recorded.get(key, found[key]):
+            raise UserError(f'{path} is not the file that meta.json describes (SHA-256 differs)')
+    if found['bytes'] not in (None, recorded['bytes']):
         raise UserError(
-            f'{path} holds {found["bytes"]:,} bytes of text, but meta.json says {said["bytes"]:,}'
+            f'{path} has {found["bytes"]:,} bytes of text, but meta.json says {recorded["bytes"]:,}'
         )
     return found
 
 
 def _read(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
-    """The bin's number of tokens, bytes of text and sha256; of a large one sampled_sha256 instead, and nobody has counted
-    the bytes. UserError for an id that the vocabulary lacks; one between the samples is met by the batch that holds it."""
+    """Returns a bin's number of tokens, bytes of text and sha256.
+
+    A LARGE bin is only sampled: it has sampled_sha256 instead, and its bytes are None.
+    Raises UserError for an id that is not in the vocabulary. An invalid id between the samples is
+    found by the batch that contains it.
+    """
     large, sizes = tokens.nbytes > LARGE, None
-    if (
-        isinstance(tokenizer, CharTokenizer) and not large
-    ):  # of GPT-2's tokens, bytes would take the vocabulary's files
-        sizes = [
-            len(character.encode('utf-8', 'surrogatepass')) for character in tokenizer.characters
-        ]
-        sizes = np.array(sizes + [0] * tokenizer.has_end_of_text, np.uint8)
+    # Counting the bytes of GPT-2's tokens would require the vocabulary's files.
+    if isinstance(tokenizer, CharTokenizer) and not large:
+        utf8 = [character.encode('utf-8', 'surrogatepass') for character in tokenizer.characters]
+        sizes = np.array([*map(len, utf8)] + [0] * tokenizer.has_end_of_text, np.uint8)
     length = min(_SAMPLE if large else _CHUNK, len(tokens))
-    starts = range(0, len(tokens), length)
+    starts: Sequence[int] = range(0, len(tokens), length)
     if large:
         starts = [(len(tokens) - length) * number // (_SAMPLES - 1) for number in range(_SAMPLES)]
     digest, n_bytes = hashlib.sha256(str(len(tokens)).encode() if large else b''), 0
     for start in starts:
         chunk = tokens[start : start + length]
         check_ids(chunk, tokenizer.vocab_size, path, start)
-        digest.update(chunk)
+        digest.update(chunk.data)
         n_bytes += 0 if sizes is None else int(sizes[chunk].sum())
     return {
         'tokens': len(tokens),
@@ -241,10 +240,11 @@ def _read(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path, offset: int):
-    """UserError with the first id that the vocabulary lacks and its place. offset: of ids' first one in the file."""
+    """Raise UserError if an id is not in the vocabulary. offset: of the first id in the file."""
     if ids.size and ids.max() >= vocab_size:
         at = int((ids >= vocab_size).argmax())
         raise UserError(
-            f'{path}: token id {ids.flat[at]} at offset {offset + at}, but the vocabulary has {vocab_size} '
-            f'(ids 0 to {vocab_size - 1}): the bins were made for another one'
+            f'{path}: token id {ids.flat[at]} at offset {offset + at}, but the vocabulary has '
+            f'{vocab_size} tokens (ids 0 to {vocab_size - 1}): '
+            f'the bins were made with another vocabulary'
         )

@@ -1,4 +1,4 @@
-"""Encoding on all cores: pieces of text in, token ids out, in the same order and with few of either in memory."""
+"""Encodes pieces of text on all cores, in order, with only a few of them in memory."""
 
 import multiprocessing
 import os
@@ -17,28 +17,30 @@ from nib.errors import UserError
 from nib.text.tokenizer import Tokenizer
 
 SPLITS = ('train', 'val')
-BATCH = 1 << 20  # characters that go to a process together
-SERIAL_BATCHES = (
-    4  # batches that are done before other processes are started, which takes longer than they do
-)
+BATCH = 1 << 20  # characters sent to a process at once
+SERIAL_BATCHES = 4  # encoded by this process first: starting others takes longer than that
 
 Piece = tuple[str, str, bool]  # split, text, whether a document ends with it
 
 
 @dataclass
 class Encoded:
-    """What a batch of pieces became."""
+    """The result of encoding a batch of pieces."""
 
     pieces: int = 0
-    ids: dict[str, bytes] = field(default_factory=dict)  # of each split, as they go into its bin
-    n_bytes: dict[str, int] = field(default_factory=dict)  # of UTF-8 text, likewise
+    ids: dict[str, bytes] = field(default_factory=dict)  # split -> bytes to append to its bin
+    n_bytes: dict[str, int] = field(default_factory=dict)  # split -> bytes of UTF-8 text
 
 
 def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[Encoded]:
-    """Encodes pieces in their order; the end-of-text token follows every document."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    )
+    """Encode pieces in order; the end-of-text token follows every document.
+
+    Raises UserError if a process that encodes is killed.
+    """
+    if hasattr(os, 'sched_getaffinity'):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     batches = batched(pieces)
     for batch in islice(batches, SERIAL_BATCHES if cores > 1 else None):
         yield encode_batch(batch, tokenizer, dtype)
@@ -48,7 +50,7 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -
 
 
 def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces together, until they have BATCH characters: sending them one by one would cost more than encoding them."""
+    """Group pieces until they have BATCH characters: sending one costs more than encoding it."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -75,9 +77,9 @@ def encode_batch(batch: list[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> E
 def _in_processes(
     batches: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: np.dtype, cores: int
 ) -> Iterator[Encoded]:
-    # Spawned, as forking a process that has threads (torch's, tqdm's) may hang.
+    # Forking a process that has threads (torch's, tqdm's) may hang, so processes are spawned.
     pool = ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'), _start_process)
-    waiting = deque()  # the pool's own map would read all batches at once
+    waiting = deque()  # pool.map would read all batches at once
     try:
         for batch in batches:
             waiting.append(pool.submit(encode_batch, batch, tokenizer, dtype))
@@ -87,19 +89,19 @@ def _in_processes(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            'a process that encodes text was killed, perhaps as the memory ran out; what is done is kept, the '
-            'same command goes on from there'
+            'a process that encodes text was killed, perhaps because memory ran out; '
+            'to continue from here, repeat the command'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_process():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent():
-    """A parent that is killed cannot end its processes, and they would wait for work for ever."""
+    """Exits with the parent process; workers of a killed parent would otherwise wait forever."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Finding the dataset that a run asks for, and making it where it is missing."""
+"""Finds the dataset of a run and prepares it if it is missing."""
 
 import os
 import runpy
@@ -8,7 +8,7 @@ from pathlib import Path
 from nib.errors import UserError
 from nib.tokens.dataset import SPLITS, TokenDataset, is_prepared, open_dataset
 
-SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py makes a dataset
+SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
 def open_or_prepare(
@@ -20,39 +20,35 @@ def open_or_prepare(
     ranks,
     say: Callable[[str], None],
 ) -> TokenDataset:
-    """The checked dataset `name`, made first where it is missing and may be; where that fails, `fallback` likewise.
+    """Open the dataset `name`, or `fallback` if `name` is missing and cannot be prepared.
 
-    data_dir: folder of the datasets; empty: where the prepare scripts are. ranks: the Ranks of the run, of which the
-    first makes it while the others wait.
-    UserError where there is no dataset to train on.
+    data_dir: folder of the datasets; empty: the folder of the prepare scripts.
+    may_prepare: whether a missing dataset is prepared by its script.
+    ranks: the Ranks of the run. The first rank prepares the dataset, the others wait.
+    say: prints a line.
+    Raises UserError if no dataset is available.
     """
-    folder = (
-        Path(data_dir) if data_dir else Path(os.path.relpath(SCRIPTS))
-    )  # as a person would type it
+    # relpath: messages show the folder as a person would type it.
+    folder = Path(data_dir) if data_dir else Path(os.path.relpath(SCRIPTS))
 
     def prepare(name: str) -> str:
         if is_prepared(folder / name):
             return name
-        missing = next(
-            path
-            for path in (folder / name / f'{split}.bin' for split in SPLITS)
-            if not path.exists()
-        )
+        bins = [folder / name / f'{split}.bin' for split in SPLITS]
+        missing = next(path for path in bins if not path.exists())
         script = SCRIPTS / name / 'prepare.py'
-        if (
-            Path(name).name != name or not script.exists()
-        ):  # a path leads to scripts that are not this project's
-            known = ', '.join(
-                sorted({path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'})
-            )
+        # A name that is a path could run a script that is not part of this project.
+        if Path(name).name != name or not script.exists():
+            scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
             raise UserError(
-                f'{missing} is missing: python data/text/prepare.py --input=PATH --name={name} makes '
-                f'it of your own text; datasets with a script of their own: {known}'
+                f'{missing} is missing: for your own text, prepare it with python '
+                f'data/text/prepare.py --input=PATH --name={name}; datasets that have a script: '
+                + ', '.join(sorted(scripts))
             )
         if not may_prepare:
+            into = f' --out_dir={folder / name}' if data_dir else ''
             raise UserError(
-                f'{missing} is missing: make it with python data/{name}/prepare.py'
-                + (f' --out_dir={folder / name}' if data_dir else '')
+                f'{missing} is missing: prepare it with python data/{name}/prepare.py{into}'
             )
         say(f'preparing {name}')
         runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])
@@ -64,11 +60,11 @@ def open_or_prepare(
         except UserError as error:
             if not fallback:
                 raise UserError(
-                    f'{error}; or train on another text: --dataset=NAME, --fallback_dataset=NAME'
+                    f'{error}; or use another text: --dataset=NAME, --fallback_dataset=NAME'
                 ) from error
             say(
-                f'*** TRAINING ON {fallback} INSTEAD OF {name}, WHICH COULD NOT BE PREPARED: {error}; then repeat the command '
-                f'with --overwrite ***'
+                f'*** TRAINING ON {fallback} INSTEAD OF {name}, WHICH COULD NOT BE PREPARED: '
+                f'{error}; then repeat the command with --overwrite ***'
             )
             return prepare(fallback)
 

@@ -1,4 +1,4 @@
-"""What nanoGPT's prepare.py says of its bins: meta.pkl for characters, nothing for GPT-2's tokens."""
+"""Finds the tokenizer of bins made by nanoGPT: in meta.pkl for characters, else GPT-2's."""
 
 import pickle
 from pathlib import Path
@@ -8,14 +8,14 @@ from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads numbers, texts and containers of them; whatever would call something of a module is refused."""
+    """Reads numbers, strings and containers of them. Refuses to import anything."""
 
     def find_class(self, module, name):
-        raise UserError(f'it asks for {module}.{name}, which could run code and was refused')
+        raise UserError(f'refused to import {module}.{name}, which could run code')
 
 
 def read_tokenizer(folder: Path) -> CharTokenizer | Gpt2Tokenizer:
-    """The tokenizer of bins without a meta.json. UserError for a meta.pkl that is not of nanoGPT's kind."""
+    """Return the tokenizer of bins without a meta.json. Raises UserError if meta.pkl is invalid."""
     path = folder / 'meta.pkl'
     if not path.exists():
         return Gpt2Tokenizer()
@@ -24,23 +24,19 @@ def read_tokenizer(folder: Path) -> CharTokenizer | Gpt2Tokenizer:
             meta = _Unpickler(file).load()
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    except Exception as error:  # damaged, a pickle can raise almost anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error})') from error
     match meta:
         case {'vocab_size': int(size), 'itos': dict(itos), 'stoi': dict(stoi)} if (
             size == len(itos) == len(stoi)
         ):
             characters = list(itos.values())
-            ordered = all(
-                isinstance(c, str) and len(c) == 1 for c in characters
-            ) and characters == sorted(set(characters))
-            if (
-                ordered
-                and list(itos) == list(range(size))
-                and stoi == {c: number for number, c in itos.items()}
-            ):
+            single = all(isinstance(c, str) and len(c) == 1 for c in characters)
+            numbered = list(itos) == list(range(size))
+            inverse = {character: number for number, character in itos.items()}
+            if single and characters == sorted(set(characters)) and numbered and stoi == inverse:
                 return CharTokenizer(''.join(characters))
     raise UserError(
-        f'{path} is not of the kind that nanoGPT writes: vocab_size, itos and stoi, which number characters in '
-        f'the order of their code points'
+        f'{path} is not a meta.pkl of nanoGPT: expected vocab_size, itos and stoi, with characters '
+        f'numbered in the order of their code points'
     )

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, which two datasets are made of: found on this machine or downloaded."""
+"""Finds or downloads tiny Shakespeare, the text of two datasets."""
 
 import hashlib
 import sys
@@ -22,11 +22,13 @@ SIZE = 1_115_394  # bytes
 
 
 def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str], Tokenizer]):
-    """Makes the dataset of the script data/NAME/prepare.py and says what it holds.
+    """Prepare the dataset of a script data/NAME/prepare.py and print what it contains.
 
-    given: path of the text; empty: input.txt beside the script, in out_dir or beside the other script, else it is
-    downloaded into out_dir. out_dir: where the bins go; empty: beside the script. A text that is not tiny Shakespeare is
-    taken, with a note.
+    given: path of the text. If empty, it is input.txt beside the script, in out_dir or beside the
+    other Shakespeare script, else it is downloaded into out_dir. Any other text is accepted, with a
+    note.
+    out_dir: folder of the bins; empty: beside the script.
+    Raises UserError if the text is missing, empty or not UTF-8, or if the bins cannot be written.
     """
     here = Path(script).resolve().parent
     folder = Path(out_dir) if out_dir else here
@@ -37,27 +39,29 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
     path = Path(given) if given else next(filter(Path.exists, places), None) or _fetch(folder, here)
     text, digest = _read(path)
     if not text:
-        raise UserError(f'{path} is empty; --input=PATH takes the path of a text file')
+        raise UserError(f'{path} is empty; use --input=PATH to name a text file')
     meta = write_text(folder, text, make_tokenizer(text), {'file': path.name, 'sha256': digest})
     if digest != SHA256:
         print(
-            f'note: {path} is not tiny Shakespeare as published (SHA-256 {digest}); taken all the same',
+            f'note: {path} is not the published tiny Shakespeare (SHA-256 {digest}); '
+            f'using it anyway',
             file=sys.stderr,
         )
+    tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
         f'{shown(folder)}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
-        f'{meta["splits"]["train"]["tokens"]:,} training and {meta["splits"]["val"]["tokens"]:,} validation tokens'
+        f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
     )
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """The text of a file and its SHA-256. UserError where it is missing or not UTF-8."""
+    """Returns a file's text and SHA-256. Raises UserError if it is missing or not UTF-8."""
     try:
         content = path.read_bytes()
         return content.decode('utf-8'), hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise UserError(
-            f'{path}: {error.strerror}; --input=PATH takes the path of a text file'
+            f'{path}: {error.strerror}; use --input=PATH to name a text file'
         ) from error
     except UnicodeDecodeError as error:
         raise not_utf8(path, error.start) from error
@@ -70,11 +74,12 @@ def _fetch(folder: Path, here: Path) -> Path:
         download(URLS, path, SHA256, max_bytes=SIZE)
     except UserError as error:
         raise UserError(
-            f'{error}; fetch {URLS[0]} elsewhere and put it at {here / "input.txt"}, or type '
-            f'python data/{here.name}/prepare.py --input=PATH'
+            f'{error}; download {URLS[0]} on another machine and save it as {here / "input.txt"}, '
+            f'or run python data/{here.name}/prepare.py --input=PATH'
         ) from error
     except OSError as error:
         raise UserError(
-            f'{path} cannot be written ({error.strerror}); name another folder as --out_dir=PATH'
+            f'{path} cannot be written ({error.strerror}); '
+            f'use --out_dir=PATH to name another folder'
         ) from error
     return path

@@ -1,4 +1,4 @@
-"""Bins in the making: appended to batch by batch, gone on with after a kill, put in place when all is there."""
+"""Writes bins batch by batch under temporary names, resumably, and renames them when complete."""
 
 import hashlib
 import json
@@ -11,61 +11,59 @@ from nib.errors import UserError
 from nib.files import atomic_write, sync_folder
 from nib.tokens.encode import SPLITS, Encoded
 
-JOURNAL_SECONDS = 5.0  # between two notes of how far the writing is
+JOURNAL_SECONDS = 5.0  # between two writes of the journal
 _CHUNK = 1 << 24  # bytes
 
 
 class UnfinishedBins:
-    """Bins that are being written under temporary names, and a journal beside them from which a stopped run goes on.
+    """Incomplete bins, and a journal from which a stopped run continues.
 
-    key: what decides the bins' content; a journal with another one is of no use, and writing starts anew.
+    key: everything that determines the bins' content, as JSON. A journal with another key is
+    discarded, and writing starts from the beginning.
+    itemsize: bytes of a token id.
     """
 
     def __init__(self, folder: Path, key: dict, itemsize: int):
         self.folder, self.itemsize = folder, itemsize
         self.paths = {split: folder / f'.{split}.bin.unfinished' for split in SPLITS}
         self.journal = folder / '.journal.json'
-        nothing = {
+        nothing: dict = {
             'key': key,
             'pieces': 0,
             'tokens': dict.fromkeys(SPLITS, 0),
             'bytes': dict.fromkeys(SPLITS, 0),
         }
+        self.files, self.digests = {}, {}
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             self.done = self._read_journal(key) or nothing
             if self.done is nothing:
-                self.journal.unlink(
-                    missing_ok=True
-                )  # first: it would be wrong about what is written from now on
-            self.files = {
-                split: open(path, 'r+b' if path.exists() else 'w+b')
-                for split, path in self.paths.items()
-            }
-            self.digests = {
-                split: self._rewind(file, self.done['tokens'][split])
-                for split, file in self.files.items()
-            }
+                # Before anything is written: the old journal does not describe the new bins.
+                self.journal.unlink(missing_ok=True)
+            for split, path in self.paths.items():
+                file = open(path, 'r+b' if path.exists() else 'w+b')  # noqa: SIM115 (stays open)
+                self.files[split] = file
+            for split, file in self.files.items():
+                self.digests[split] = self._rewind(file, self.done['tokens'][split])
         self.saved = time.monotonic()
 
     def _read_journal(self, key: dict) -> dict | None:
+        """Returns the journal, or None if it is missing, damaged, or does not fit key and bins."""
         try:
             done = json.loads(self.journal.read_bytes())
-            whole = all(
-                path.stat().st_size >= done['tokens'][split] * self.itemsize
-                for split, path in self.paths.items()
-            )
-            counts = [
-                done['pieces'],
-                *(done[what][split] for what in ('tokens', 'bytes') for split in SPLITS),
-            ]
-            whole = whole and all(type(count) is int and count >= 0 for count in counts)
-            return done if done['key'] == json.loads(json.dumps(key)) and whole else None
+            for split, path in self.paths.items():
+                if path.stat().st_size < done['tokens'][split] * self.itemsize:
+                    return None
+            counts = [done['pieces']]
+            counts += [done[what][split] for what in ('tokens', 'bytes') for split in SPLITS]
+            if not all(type(count) is int and count >= 0 for count in counts):
+                return None
+            return done if done['key'] == json.loads(json.dumps(key)) else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _rewind(self, file, tokens: int):
-        """Puts a file back to what the journal says; returns the hash of that."""
+        """Truncates a file to its tokens in the journal; returns the hash of what remains."""
         file.truncate(tokens * self.itemsize)
         digest = hashlib.sha256()
         while content := file.read(_CHUNK):
@@ -73,7 +71,7 @@ class UnfinishedBins:
         return digest
 
     def add(self, encoded: Encoded):
-        """Appends what a batch became, and every few seconds notes in the journal that it is there."""
+        """Append an encoded batch, and update the journal every few seconds."""
         tokens, n_bytes = dict(self.done['tokens']), dict(self.done['bytes'])
         with self._writing():
             for split, ids in encoded.ids.items():
@@ -81,7 +79,7 @@ class UnfinishedBins:
                 self.digests[split].update(ids)
                 tokens[split] += len(ids) // self.itemsize
                 n_bytes[split] += encoded.n_bytes[split]
-            # All at once, so that Ctrl-C finds the numbers before this batch or those after it.
+            # One assignment, so that Ctrl-C leaves the counts from before or after this batch.
             self.done = {
                 **self.done,
                 'pieces': self.done['pieces'] + encoded.pieces,
@@ -92,27 +90,27 @@ class UnfinishedBins:
                 self.save()
 
     def save(self):
+        """Sync the bins to disk, then write the journal."""
         for file in self.files.values():
             file.flush()
-            os.fsync(file.fileno())  # before the journal that tells of it
+            os.fsync(file.fileno())
         with atomic_write(self.journal) as file:
             file.write(json.dumps(self.done).encode())
         self.saved = time.monotonic()
 
     def finish(self, meta: dict):
-        """Puts the files in place. A crash in between leaves no two bins, so nothing that could pass for a dataset."""
+        """Write meta.json and rename the bins.
+
+        A crash in between leaves at most one bin, which cannot be mistaken for a dataset.
+        """
         with self._writing():
             self.save()
             for file in self.files.values():
                 file.close()
-            for name in (
-                'train.bin',
-                'val.bin',
-                'meta.pkl',
-            ):  # the last is nanoGPT's, and wrong about the new bins
+            for name in ('train.bin', 'val.bin', 'meta.pkl'):  # nanoGPT's meta.pkl: old bins only
                 (self.folder / name).unlink(missing_ok=True)
-            with atomic_write(self.folder / 'meta.json') as file:
-                file.write(json.dumps(meta, indent=1).encode())
+            with atomic_write(self.folder / 'meta.json') as described:
+                described.write(json.dumps(meta, indent=1).encode())
             for split, path in self.paths.items():
                 os.replace(path, self.folder / f'{split}.bin')
             sync_folder(self.folder)
@@ -122,12 +120,10 @@ class UnfinishedBins:
         return self
 
     def __exit__(self, kind, error, trace):
-        """What is there is kept for the next run, also on Ctrl-C; files without content are not."""
-        if all(
-            file.closed for file in self.files.values()
-        ):  # by finish(), to which the next run comes at once
+        """Keeps what was written for the next run, even after Ctrl-C; removes empty files."""
+        if all(file.closed for file in self.files.values()):  # finish() has been called
             return
-        with suppress(OSError):  # the error that is on its way says more
+        with suppress(OSError):  # the exception that led here says more
             if self.done['pieces']:
                 self.save()
         for split, file in self.files.items():
@@ -142,6 +138,6 @@ class UnfinishedBins:
             yield
         except OSError as error:
             raise UserError(
-                f'{self.folder} cannot be written ({error.strerror}): mend that and type the same command, which '
-                f'goes on from there, or name another folder as --out_dir=PATH'
+                f'{self.folder} cannot be written ({error.strerror}): fix that and repeat the '
+                f'command to continue, or use --out_dir=PATH to name another folder'
             ) from error

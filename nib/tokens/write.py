@@ -1,4 +1,4 @@
-"""Makes datasets: text to token bins and a meta.json, which nib/tokens/dataset.py reads."""
+"""Writes datasets: encodes text into bins and a meta.json, which nib/tokens/dataset.py reads."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,20 +14,20 @@ from nib.tokens.unfinished import UnfinishedBins
 
 
 def write_char_dataset(folder, text: str, source: dict) -> dict:
-    """Makes a character dataset of one text, split by position; returns its meta. UserError for a text too short.
+    """Write a character dataset of one text, split by position.
 
-    source: where the text came from, recorded in meta.json.
+    source: where the text comes from, recorded in meta.json.
+    Returns the content of meta.json. Raises UserError if the text is too short.
     """
     return write_text(folder, text, CharTokenizer.train(text), source)
 
 
 def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
-    """Makes a dataset of one text that is in memory, split by position; returns its meta."""
+    """Write a dataset of one text in memory, split by position; see write_char_dataset."""
 
     def read_pieces(start):
-        chunks = (
-            text[first : first + documents.PIECE] for first in range(0, len(text), documents.PIECE)
-        )
+        size = documents.PIECE
+        chunks = (text[first : first + size] for first in range(0, len(text), size))
         return islice(documents.split_text(documents.cut(chunks), len(text)), start, None)
 
     return write_dataset(folder, read_pieces, tokenizer, source)
@@ -40,16 +40,19 @@ def write_dataset(
     source: dict,
     n_bytes: int | None = None,
 ) -> dict:
-    """Encodes pieces of text on all cores and writes the bins and meta.json; returns what meta.json holds.
+    """Encode pieces of text on all cores and write the bins and meta.json.
 
-    read_pieces(n): the pieces from the n-th on. source: where the text came from, recorded in meta.json; it must differ
-    where the text does, as a run with the same source and tokenizer as one that was stopped goes on with what that one
-    wrote. n_bytes: of all the text, for the progress bar. What was in the folder stays until all is written.
+    read_pieces(n): yields the pieces from index n on.
+    source: where the text comes from, recorded in meta.json. It must differ for different texts: a
+    run continues the bins of a stopped run with the same source and tokenizer.
+    n_bytes: of the whole text, for the progress bar.
+    An existing dataset in the folder stays until the new one is complete.
+    Returns the content of meta.json. Raises UserError if the folder cannot be written.
     """
-    from tqdm import tqdm  # here: only a run that writes a dataset pays for the import
+    from tqdm import tqdm  # only needed to write a dataset
 
     folder = Path(folder)
-    tokenizer.encode('')  # one that cannot be loaded says so now
+    tokenizer.encode('')  # fails now, not later, if the tokenizer cannot be loaded
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
     key = {
         'format': FORMAT,
@@ -80,7 +83,7 @@ def write_dataset(
         }
         unfinished.save()
         for split, path in unfinished.paths.items():
-            if digest := sampled_digest(path, dtype.name, tokenizer):
+            if digest := sampled_digest(path, dtype, tokenizer):
                 splits[split] |= {'sampled_sha256': digest}
         meta = {
             'format': FORMAT,

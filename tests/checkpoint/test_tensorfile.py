@@ -1,4 +1,4 @@
-"""Safetensors files: the same as the safetensors package's, and hashed on the way."""
+"""Safetensors files: the same as those of the safetensors package, and hashed meanwhile."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: training does not wait, no error is lost, and retention keeps what is good."""
+"""Background writing: training does not wait, no error is lost, and good checkpoints are kept."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from nib.errors import UserError
 
 
 def save(writer, step, value=None, best=None):
-    """Saves tensors that tell the value, and an evaluation where best is given."""
+    """Saves tensors that contain the value, and an evaluation if best is given."""
     tensors = {'w': torch.full((4, 3), float(step if value is None else value))}
     writer.save(step, tensors, {'w/exp_avg': tensors['w']}, {})
     if best is not None:
@@ -37,7 +37,7 @@ def damage(out_dir, step):
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """Nothing reaches the disk before this event is set."""
+    """An event: nothing reaches the disk before it is set."""
     ready, fsync = threading.Event(), os.fsync
     monkeypatch.setattr(os, 'fsync', lambda descriptor: ready.wait(30) and fsync(descriptor))
     yield ready
@@ -46,7 +46,7 @@ def slow_disk(monkeypatch):
 
 @pytest.fixture
 def broken_disk(monkeypatch):
-    """A list: while something is in it, nothing reaches the disk for an I/O error."""
+    """A list: while it is not empty, every write fails with an I/O error."""
     broken, fsync = [], os.fsync
 
     def fsync_or_fail(descriptor):
@@ -94,7 +94,7 @@ def test_an_error_comes_out_of_the_next_call_and_only_there(tmp_path, broken_dis
 
 
 def test_an_evaluation_of_a_checkpoint_that_fails_is_not_recorded(tmp_path, broken_disk, slow_disk):
-    """Asked for while the save is still under way."""
+    """The evaluation is recorded while the save is still in progress."""
     writer = CheckpointWriter(tmp_path, keep_last=1)
     broken_disk.append(True)
     save(writer, 10, best=True)
@@ -139,7 +139,7 @@ def test_retention_keeps_the_newest_the_best_and_every_so_many_steps(tmp_path):
 
 @pytest.mark.parametrize('keep_last', [1, 2])
 def test_damaged_checkpoints_never_take_the_place_of_good_ones(tmp_path, keep_last):
-    """A run goes on from step 10, as those after it are damaged; at every moment its newest save is there to be loaded."""
+    """A run resumes from step 10, because later ones are damaged; its newest save always exists."""
     writer = CheckpointWriter(tmp_path, keep_last=9)
     for step in (10, 20, 25, 30):
         save(writer, step)

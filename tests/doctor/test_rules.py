@@ -772,7 +772,7 @@ def test_a_critical_finding_ends_the_run_which_can_go_on(train_here, tmp_path, m
     done = train_here(tmp_path / 'run', '--stop_on=critical')
     assert (
         done.returncode == 4
-        and 'stopped by the doctor after step 1, which is saved; to go on: ' in done.stdout
+        and 'stopped by the doctor after step 1, which is saved; to resume: ' in done.stdout
     )
     assert done.stderr.count('step 1: targets_not_shifted, critical: ') == 1
     assert findings(tmp_path / 'run')[0] == (1, 'targets_not_shifted')

@@ -1,4 +1,4 @@
-"""The choice of device, precision and compile, the ranks' few words, seeds and signals."""
+"""The choice of device, precision and compilation, communication of ranks, seeds and signals."""
 
 import os
 import platform
@@ -13,13 +13,20 @@ from conftest import ROOT
 
 from nib.errors import UserError
 from nib.machine.compiling import pick_compile
-from nib.machine.device import autocast, peak_flops, pick_device, pick_dtype, seed_everything
+from nib.machine.device import (
+    autocast,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    prepare_device,
+    seed_everything,
+)
 from nib.machine.ranks import start_ranks
 from nib.machine.signals import FINDING, StopSignal, resume_command
 
 
 def machine(monkeypatch, cuda=0, bfloat16=True, mps=False, name='NVIDIA H100 80GB HBM3'):
-    """What torch says on a machine with these devices."""
+    """Makes torch report a machine with these devices."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: cuda)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bfloat16)
@@ -76,6 +83,16 @@ def test_precision_sets_the_type_of_matrix_products():
             assert (a @ a).dtype == getattr(torch, dtype)
 
 
+def test_float32_products_use_tf32_on_a_gpu_and_only_there(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', chosen.append)
+    monkeypatch.setattr('nib.machine.device.keep_freed_memory', lambda: chosen.append('memory'))
+    for device, expected in (('cuda:1', ['high']), ('cpu', ['memory']), ('mps', [])):
+        prepare_device(device)
+        assert chosen == expected
+        chosen.clear()
+
+
 def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
     machine(monkeypatch, cuda=1)
     assert peak_flops('cuda', 'bfloat16') == 989e12
@@ -89,7 +106,13 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
         ('NVIDIA A10G', 70e12),
         ('NVIDIA GeForce RTX 3090', 71e12),
         ('Some GPU of 2031', None),
-        ('NVIDIA L40', None),
+        ('NVIDIA L40', 181.05e12),
+        ('NVIDIA A40', 149.7e12),
+        ('NVIDIA RTX A6000', 154.8e12),
+        ('NVIDIA RTX 6000 Ada Generation', 364.25e12),
+        ('Quadro RTX 6000', None),
+        ('NVIDIA B200', 2250e12),
+        ('NVIDIA GB200', None),
         ('NVIDIA H100 NVL', None),
         ('NVIDIA T400', None),
         ('NVIDIA RTX A1000 Laptop GPU', None),
@@ -105,7 +128,7 @@ def test_compile_is_for_gpus_unless_asked_for_and_needs_a_compiler(monkeypatch):
     assert pick_compile('auto', 'cuda', peak_seconds=3600.0) == (True, 'faster on a GPU')
     assert pick_compile('auto', 'cuda', peak_seconds=5.0) == (
         False,
-        'the run is too short to win back the time that it takes',
+        'the run is too short for compilation to pay off',
     )
     assert pick_compile(True, 'cuda', peak_seconds=5.0) == (True, 'as asked')
     assert pick_compile('auto', 'cpu')[0] is False
@@ -133,10 +156,10 @@ def test_seeds_depend_on_every_counter_and_its_place():
     reason='is about glibc',
 )
 def test_freed_memory_is_kept_for_the_next_tensors():
-    """In blocks of 36 MB, whose pages glibc would otherwise get from the system each time."""
+    """Blocks of 36 MB, whose pages glibc would otherwise get from the system each time."""
     program = (
-        'import resource, sys, torch; from nib.machine.device import keep_freed_memory\n'
-        'if sys.argv[1:]: keep_freed_memory(sys.argv[1])\n'
+        'import resource, sys, torch; from nib.machine.device import prepare_device\n'
+        'if sys.argv[1:]: prepare_device(sys.argv[1])\n'
         'for turn in range(40):\n'  # the first leave gaps that are a little too small
         '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
         '    torch.ones(9 << 20)\n'
@@ -152,7 +175,7 @@ def test_freed_memory_is_kept_for_the_next_tensors():
                 check=True,
             ).stdout
         )
-        for device in ([], ['cuda'], ['cpu'])
+        for device in ([], ['mps'], ['cpu'])
     ]
     assert 10 * faults[2] < min(faults[:2])
 

@@ -1,4 +1,4 @@
-"""The values of a config that are refused, and those that 'auto' stands for."""
+"""Config values that are refused, and the values that 'auto' stands for."""
 
 from types import SimpleNamespace
 

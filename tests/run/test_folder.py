@@ -1,4 +1,4 @@
-"""One run, one out_dir; the end of a run from outside: signals to one of its processes, and torchrun's restarts."""
+"""One run per out_dir; signals to one process of a run; torchrun's restarts."""
 
 import json
 import os
@@ -25,8 +25,15 @@ TIMED = (
 )  # what the same run measures differently
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 ENDLESS = ['--max_iters=1000000', '--lr_decay_iters=1000000', '--eval_interval=1000000']
-# A process that takes the lock, says so, and holds it until it is killed.
-HOLDER = 'import sys, time; from nib.run.folder import RunLock; lock = RunLock(sys.argv[1]); lock.take(True); print(1, flush=True); time.sleep(60)'
+# A program that takes the lock, prints a line, and holds the lock until it is killed.
+HOLDER = """
+import sys, time
+from nib.run.folder import RunLock
+lock = RunLock(sys.argv[1])
+lock.take(True)
+print(1, flush=True)
+time.sleep(60)
+"""
 
 linux = pytest.mark.skipif(
     not sys.platform.startswith('linux'), reason='looks at processes in /proc'
@@ -35,7 +42,7 @@ linux = pytest.mark.skipif(
 
 @contextmanager
 def started(*command, env=None):
-    """A process that is not there any more afterwards, nor are its children."""
+    """Starts a process, and kills it and its children at the end."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -165,7 +172,7 @@ sys.exit(train.main([*sys.argv[1:], '--init_from=resume']))
 @linux
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_without_harm(data_dir, tmp_path):
-    """Here while the checkpoint that the first one asked for is being written."""
+    """The second signal comes while the checkpoint of the first one is being written."""
     with started(
         '-c',
         SLOW_DISK,
@@ -189,7 +196,8 @@ sys.path.insert(0, {root!r})
 import train
 original = train.train_step
 def dies(*arguments):
-    if (arguments[2], arguments[0].ranks.rank) == (13, {rank}) and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    is_first_start = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+    if is_first_start and (arguments[2], arguments[0].ranks.rank) == (13, {rank}):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 train.train_step = dies
@@ -214,7 +222,7 @@ def undisturbed(data_dir, tmp_path_factory):
 def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
     data_dir, tmp_path, undisturbed, rank
 ):
-    """The same curves and weights as if nothing had happened. An old run is in the folder, which must not come back."""
+    """Curves and weights are as if nothing had happened; an old run in the folder stays deleted."""
     (tmp_path / 'dies.py').write_text(DIES_ONCE.format(root=str(ROOT), rank=rank))
     train(data_dir, tmp_path / 'run', '--seed=3', '--max_iters=2', '--eval_interval=2')
     launcher = [*TORCHRUN, '--max-restarts=1', tmp_path / 'dies.py']
@@ -245,7 +253,7 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
 
 @pytest.mark.slow
 def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_path):
-    """Without --standalone all launches have one name."""
+    """Without --standalone, all launches have the same name."""
     launcher = [item for item in TORCHRUN if item != '--standalone']
     train(data_dir, tmp_path / 'run', '--max_iters=2', launcher=launcher)
     before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
@@ -258,7 +266,7 @@ def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_p
     )
     assert (
         done.returncode != 0
-        and 'holds a run already' in done.stderr
+        and 'already contains a run' in done.stderr
         and 'resuming' not in done.stdout
     )
     assert {

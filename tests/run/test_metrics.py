@@ -1,4 +1,4 @@
-"""What a run tells the world: lines, the bar on a terminal, the records."""
+"""The output of a run: lines, the progress bar on a terminal, the records."""
 
 import json
 import math

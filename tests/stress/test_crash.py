@@ -1,4 +1,4 @@
-"""A run survives whatever stops it: a kill at any moment, a full disk, one that cannot be written."""
+"""A run survives whatever stops it: a kill at any moment, a full disk, a read-only disk."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ from nib.checkpoint import store
 
 @pytest.mark.slow
 def test_no_stop_and_no_kill_loses_more_than_what_was_not_saved_yet(tmp_path):
-    """Every operation of a save, of an evaluation and of retention cut in three ways, then 50 kills at random moments, half
-    of them of train.py, whose weights are at last the uninterrupted run's."""
+    """Interrupts every operation of a save, an evaluation and retention in three ways, then kills
+    processes at 50 random moments, half of them train.py, which must end with the same weights."""
     memory = (
         '/dev/shm' if os.path.isdir('/dev/shm') else tmp_path
     )  # as a disk takes its time over each sync

@@ -27,7 +27,7 @@ def test_300_random_cases_end_without_a_traceback(tmp_path):
 
 @pytest.mark.slow
 def test_what_ends_badly_is_seen(tmp_path):
-    """A traceback, two lines of errors, a killed process, a long time: each of a script that does so."""
+    """A traceback, two error lines, a kill, a timeout: each from a script that does it."""
     done = run_script(
         '-c',
         """
@@ -46,8 +46,9 @@ def fail(error):
 def fill():
     return bytearray(1 << 40)
 
-ends = {'well': lambda: None, 'refused': lambda: fail(UserError('no')), 'full': fill, 'traceback': lambda: fail(KeyError()),
-        'not one line': two_lines, 'another exit code': lambda: os.kill(os.getpid(), signal.SIGKILL),
+ends = {'well': lambda: None, 'refused': lambda: fail(UserError('no')), 'full': fill,
+        'traceback': lambda: fail(KeyError()), 'not one line': two_lines,
+        'another exit code': lambda: os.kill(os.getpid(), signal.SIGKILL),
         'too long': lambda: time.sleep(9)}
 fuzz.SECONDS = 1
 for name, end in ends.items():

@@ -1,4 +1,4 @@
-"""The encoder that looks words up: the ids that tiktoken gives for the whole text, for any text, in memory that has a bound."""
+"""The word table: for any text tiktoken's ids for the whole text, in little memory."""
 
 import random
 import sysconfig
@@ -13,7 +13,7 @@ from nib.text import bpe, tokenizer
 from nib.text.tokenizer import Gpt2Tokenizer
 
 END = 50256
-# What the pattern's rules and the table's sizes turn on, and characters of every kind and number of bytes.
+# Edge cases of the pattern and the table's sizes, and characters of every kind and UTF-8 length.
 PARTS = [
     "'",
     "''",
@@ -114,7 +114,7 @@ MORE = settings(SAME_FIXTURE, max_examples=400)
 
 
 def same_as_tiktoken(texts):
-    """Fails where a text's ids are not those of tiktoken, or not in their place among others'. texts: with whether each ends."""
+    """Fails if the ids of texts, each with whether it ends, differ from tiktoken's."""
     expected = [
         id
         for text, ends in texts
@@ -167,7 +167,7 @@ def made_up_words(count, longest):
 
 @pytest.fixture
 def small_table(monkeypatch):
-    """A table of 64 places, in which words meet all the time and which is soon full, looked up for 16 words at once."""
+    """A table of 64 slots, with many collisions and soon full, for 16 words at a time."""
     monkeypatch.setattr(bpe, '_BITS', 6)
     monkeypatch.setattr(bpe, '_WORDS', 16)
     monkeypatch.setattr(bpe, '_TOGETHER', 100)

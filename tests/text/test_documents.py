@@ -1,4 +1,4 @@
-"""Documents: every text that is there is read, in order and in little memory; what cannot be read is named."""
+"""Documents: all text is read, in order and in little memory; errors name what cannot be read."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from nib.text.tokenizer import Gpt2Tokenizer
 
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 SPACES = ' \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000'
-# Texts in which pieces can go wrong: white space of every kind, contractions, numbers, letters of several alphabets.
+# Texts that are hard to cut: all kinds of white space, contractions, numbers, several alphabets.
 TANGLED = st.lists(
     st.sampled_from(
         [*SPACES, '  ', '\n\n', 'the', 'bee', "'s", "'ll", '12', '€', '🙂', '!', 'ж', '\u0301']
@@ -39,7 +39,7 @@ def read(*files, field='text') -> list[str]:
     return texts
 
 
-# -- finding -----------------------------------------------------------------------------------------------------------
+# -- finding ---------------------------------------------------------------------------------------
 
 
 def test_folders_are_searched_to_the_bottom_and_hidden_files_left_out(tmp_path):
@@ -91,7 +91,7 @@ def test_nothing_to_read_is_named(tmp_path, name, said):
     assert name in str(error.value)
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_files_are_documents_and_so_are_rows(tmp_path):
@@ -125,19 +125,19 @@ def test_another_field_can_hold_the_text(tmp_path):
     [
         ('a.txt', b'caf\xe9 ' * 50, r'a.txt is not UTF-8 text \(byte 3\).*iconv'),
         ('a.md', b'x' * 10 + b'\xe2\x82', r'a.md is not UTF-8 text \(byte 10\)'),
-        ('a.jsonl', b'{"text": "one"}\n{"text": \n', 'a.jsonl:2: found no JSON'),
-        ('a.jsonl', b'{"text": "\xff"}', 'a.jsonl:1: found no JSON'),
-        ('a.jsonl', b'[' * 100_000, 'a.jsonl:1: found no JSON'),
+        ('a.jsonl', b'{"text": "one"}\n{"text": \n', 'a.jsonl:2: not valid JSON'),
+        ('a.jsonl', b'{"text": "\xff"}', 'a.jsonl:1: not valid JSON'),
+        ('a.jsonl', b'[' * 100_000, 'a.jsonl:1: not valid JSON'),
         (
             'a.jsonl',
             b'{"body": "one", "n": 1}',
-            "a.jsonl:1: found no field 'text' \\('body', 'n' instead\\).*--field",
+            "a.jsonl:1: no field 'text' \\(fields: 'body', 'n'\\).*--field",
         ),
-        ('a.jsonl', b'"text"', "a.jsonl:1: found no field 'text'"),
-        ('a.jsonl', b'{"text": 3}', "a.jsonl:1: 'text' is no text but of type int"),
-        ('a.parquet', b'PAR1', 'a.parquet is not a .parquet file'),
-        ('a.parquet', {'body': ['one']}, "a.parquet: found no field 'text' \\('body' instead\\)"),
-        ('a.parquet', {'text': [3]}, "a.parquet: 'text' is no text but of type int"),
+        ('a.jsonl', b'"text"', "a.jsonl:1: no field 'text'"),
+        ('a.jsonl', b'{"text": 3}', "a.jsonl:1: field 'text' has type int, not text"),
+        ('a.parquet', b'PAR1', 'a.parquet is not a valid .parquet file'),
+        ('a.parquet', {'body': ['one']}, "a.parquet: no field 'text' \\(fields: 'body'\\)"),
+        ('a.parquet', {'text': [3]}, "a.parquet: field 'text' has type int, not text"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, said):
@@ -190,7 +190,7 @@ def test_a_large_file_is_read_in_little_memory(tmp_path, ending):
     assert length > 35_000_000 and peak < 12 * documents.PIECE
 
 
-# -- cutting -----------------------------------------------------------------------------------------------------------
+# -- cutting ---------------------------------------------------------------------------------------
 
 
 def pieces_of(text, monkeypatch, piece, chunk) -> list[str]:
@@ -238,14 +238,14 @@ def test_pieces_are_as_long_as_they_should_be(monkeypatch):
     ]  # where it may not be cut, it is not
 
 
-# -- counting and splitting --------------------------------------------------------------------------------------------
+# -- counting and splitting ------------------------------------------------------------------------
 
 
 def test_a_survey_counts_documents_not_pieces():
     found = documents.survey([('ab', False), ('é', True), ('cab', True)], with_characters=True)
     assert list(found.lengths) == [3, 3] and found.n_bytes == 7 and found.characters == 'abcé'
     assert documents.survey([('ab', True)], with_characters=False).characters == ''
-    with pytest.raises(UserError, match='no text'):
+    with pytest.raises(UserError, match='all files are empty'):
         documents.survey([], with_characters=True)
 
 

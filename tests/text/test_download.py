@@ -1,4 +1,4 @@
-"""Downloads from a server that misbehaves: the right file or none, in bounded time, and a reason for each address."""
+"""Downloads from a misbehaving server: the right file or none, in bounded time, with reasons."""
 
 import time
 
@@ -26,12 +26,12 @@ def test_a_good_answer_is_written_alone(address, tmp_path, page, capfd):
     'page, reason',
     [
         ('missing', 'HTTP 404'),
-        ('html', 'another file'),
-        ('truncated', 'cut off .* 129,000 bytes'),
+        ('html', 'not the expected file'),
+        ('truncated', 'connection lost .* 129,000 bytes'),
         ('stalled', 'timed out'),
         ('silent', 'timed out'),
         ('drip', 'too slow'),
-        ('endless', 'another file .*129,000 bytes'),
+        ('endless', 'not the expected file .*129,000 bytes'),
     ],
 )
 def test_a_bad_answer_leaves_nothing_and_is_explained(address, tmp_path, page, reason):
@@ -58,7 +58,8 @@ def test_the_next_address_is_tried(address, tmp_path):
 def test_every_address_is_named_with_its_reason(address, tmp_path):
     with pytest.raises(
         UserError,
-        match=r'input\.txt: 127.*HTTP 404; 127.*another file.*; 127\.0\.0\.1:1: no connection',
+        match=r'input\.txt: 127.*HTTP 404; 127.*not the expected file.*; '
+        r'127\.0\.0\.1:1: no connection',
     ):
         fetch(
             [f'{address}/missing', f'{address}/html', 'http://127.0.0.1:1/'], tmp_path / 'input.txt'

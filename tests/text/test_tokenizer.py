@@ -228,6 +228,7 @@ def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_wh
 def test_a_tokenizer_needs_tiktoken_only_once_it_encodes():
     done = run_script(
         '-c',
-        'import sys; from nib.text.tokenizer import *; Gpt2Tokenizer(); sys.exit("tiktoken" in sys.modules)',
+        'import sys; from nib.text.tokenizer import *; Gpt2Tokenizer(); '
+        'sys.exit("tiktoken" in sys.modules)',
     )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Batches: every window once an epoch, the same for any number of ranks and in any order of asking."""
+"""Batches: every window once per epoch, the same for any number of ranks and order of requests."""
 
 from itertools import chain
 
@@ -58,7 +58,7 @@ def test_a_permuted_value_does_not_depend_on_the_others_asked_for(n, key, data):
 
 
 def test_a_permutation_is_no_pattern():
-    """Of random orders, neighbours follow each other about once, and the mean distance moved is a third of n."""
+    """As in a random order, about one pair of neighbours remains, and the mean move is n / 3."""
     n, draw = 10_000, np.random.default_rng(0)
     for _ in range(5):
         order = permute(
@@ -70,7 +70,7 @@ def test_a_permutation_is_no_pattern():
 
 @pytest.mark.parametrize('n_tokens', [24 * 16, 24 * 16 + 5, 24 * 16 + 15])
 def test_an_epoch_takes_every_window_once_in_an_order_and_at_an_offset_of_its_own(n_tokens):
-    """Batches straddle the epochs, as 4 does not divide 23; the starts are counted from the batches themselves."""
+    """Batches straddle the epochs, as 4 does not divide 23; the starts come from the batches."""
     loader = make_loader(n_tokens, micro_steps=1)
     assert loader.n_windows == WINDOWS
     seen = [start for step in range(WINDOWS) for start in starts(loader, step)]
@@ -85,7 +85,7 @@ def test_an_epoch_takes_every_window_once_in_an_order_and_at_an_offset_of_its_ow
 
 
 def test_offsets_reach_the_last_token_and_never_past_it():
-    """With one window and no room to move it, and with 5 tokens of room: every offset that fits, and no other."""
+    """One window, with no room to move or with room for 5 offsets: all offsets occur."""
     for n_tokens, offsets in ((17, {0}), (16 + 5, {0, 1, 2, 3, 4})):
         loader = make_loader(n_tokens, batch_size=1, micro_steps=1)
         assert {start for step in range(100) for start in starts(loader, step)} == offsets
@@ -150,7 +150,7 @@ def test_a_batch_depends_on_its_step_alone():
 
 
 def test_the_order_of_a_seed_stays_what_it_is():
-    """Golden: a resumed run depends on it. Change it only with the checkpoint format, as old runs cannot go on then."""
+    """Golden: resumed runs depend on it. Change it only together with the checkpoint format."""
     assert [starts(make_loader(), 0), starts(make_loader(), 100, 2)] == GOLDEN
 
 

@@ -1,4 +1,4 @@
-"""Datasets on disk: what is written is read back, and a damaged one is refused before the first step."""
+"""Datasets: what is written is read back; damaged ones are refused before the first step."""
 
 import hashlib
 import json
@@ -179,7 +179,7 @@ def test_a_dataset_lacking_a_bin_is_not_prepared(folder, name):
 
 def test_a_split_shorter_than_a_block_is_refused(folder):
     replace_bin(folder, 'val', [1] * BLOCK_SIZE)
-    with pytest.raises(UserError, match='val.bin holds 16 tokens.*--block_size'):
+    with pytest.raises(UserError, match='val.bin has 16 tokens.*--block_size'):
         dataset.open_dataset(folder, BLOCK_SIZE)
     replace_bin(folder, 'val', [1] * (BLOCK_SIZE + 1))
     assert len(dataset.open_dataset(folder, BLOCK_SIZE).val) == BLOCK_SIZE + 1
@@ -264,7 +264,7 @@ def test_a_large_dataset_opens_as_it_was_written_and_has_one_fingerprint_whoever
     sys.platform != 'linux', reason='other systems write out the zeros of a sparse file'
 )
 def test_20_gb_cost_what_2_mb_cost(tmp_path):
-    """Opening, and a thousand batches, each size in a process of its own. The pages that these look at are 49 MB."""
+    """Opens each size in its own process and reads 1,000 batches, which touch 49 MB of pages."""
     for name, n_bytes in loading.SIZES.items():
         loading.make_dataset(tmp_path / name, n_bytes)
     assert len(dataset.open_dataset(tmp_path / '20 GB', BLOCK_SIZE).train) == 10_000_000_000
@@ -281,7 +281,7 @@ def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
         dataset.open_dataset(tmp_path / 'notes', BLOCK_SIZE)
 
 
-# -- bins that nanoGPT made --------------------------------------------------------------------------------------------
+# -- bins that nanoGPT made ------------------------------------------------------------------------
 
 CHARACTERS = sorted(set(TEXT + 'é€'))
 META = {

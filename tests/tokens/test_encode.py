@@ -1,4 +1,4 @@
-"""Encoding on all cores: the same ids in the same order as one by one, few texts in memory, no process left behind."""
+"""Encoding on all cores: same ids and order as serially, few texts in memory, no process left."""
 
 import os
 import signal
@@ -133,7 +133,8 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line():
 def test_processes_end_with_the_one_that_started_them():
     """Also where that is killed, and cannot tell them."""
     program = (
-        'import itertools, sys, time; import numpy as np; from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
+        'import itertools, sys, time; import numpy as np\n'
+        'from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
         'pieces = (("train", "x" * BATCH, False) for _ in itertools.count())\n'
         'for n, _ in enumerate(encode_all(pieces, ByteTokenizer(), np.dtype("<u2"))):\n'
         '    if n == SERIAL_BATCHES: print("started", flush=True); time.sleep(600)\n'

@@ -51,7 +51,8 @@ def test_a_text_of_one_s_own_becomes_a_dataset_and_is_told_from_shakespeare(give
     cut = int(len(TEXT) * 0.9)
     for number in (len(TEXT), len(set(TEXT)), cut, len(TEXT) - cut):
         assert f'{number:,} ' in done.stdout or f'{number:,},' in done.stdout
-    assert len(done.stderr.splitlines()) == 1 and 'not tiny Shakespeare' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert 'not the published tiny Shakespeare' in done.stderr
     meta = json.loads((tmp_path / 'romeo/meta.json').read_text())
     assert meta['source'] == {
         'file': 'romeo.txt',
@@ -185,7 +186,7 @@ def test_a_python_without_its_sources_is_named(tmp_path, monkeypatch):
         runpy.run_path(str(STDLIB))['main']([f'--out_dir={tmp_path / "out"}'])
 
 
-# -- a person's own text -----------------------------------------------------------------------------------------------
+# -- a person's own text ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -228,8 +229,8 @@ def test_a_folder_of_notes_becomes_a_dataset(
     ):
         assert words in said.out
     assert said.err.splitlines() == [
-        'note: 1 file left out, of other types than .txt, .md, .jsonl, .parquet',
-        'note: this is little text to learn from: 100,000 characters are a beginning',
+        'note: skipped 1 file of other types than .txt, .md, .jsonl, .parquet',
+        'note: this is very little text to learn from; use at least 100,000 characters',
     ]
     assert said.out.splitlines()[-1] == (
         f'to train on it: python train.py config/train_text.py --dataset=mine --data_dir={tmp_path}'
@@ -239,7 +240,7 @@ def test_a_folder_of_notes_becomes_a_dataset(
 def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
     done = run_script(WRITTEN, '--input=romeo.txt', '--out_dir=romeo', folder=tmp_path)
     assert done.returncode == 0 and done.stderr.splitlines() == [
-        'note: this is little text to learn from: 100,000 characters are a beginning'
+        'note: this is very little text to learn from; use at least 100,000 characters'
     ]
     data = open_dataset(tmp_path / 'romeo', 16)
     assert text_of(tmp_path / 'romeo') == TEXT and data.vocab_size == len(set(TEXT))
@@ -268,7 +269,7 @@ def test_a_split_far_from_a_tenth_is_told(tmp_path, capsys):
     for name, length in (('a', 3000), ('b', 2000)):
         (tmp_path / f'{name}.txt').write_text('word ' * length)
     runpy.run_path(str(WRITTEN))['main']([f'--input={tmp_path}', f'--out_dir={tmp_path / "mine"}'])
-    assert 'note: 40% of the text' in capsys.readouterr().err
+    assert 'has 40% of the text' in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -320,7 +321,7 @@ def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes
         (['--input={notes}', '--name=a/b'], '--name=a_b'),
         (['--input={notes}', '--name=..'], '--name=notes'),
         (['--input={notes}', '--tokenizer=words'], 'words'),
-        (['--input={notes}/empty.txt'], 'no text'),
+        (['--input={notes}/empty.txt'], 'all files are empty'),
         (['--input={notes}/ab.txt'], '2 characters'),
         (['--input={notes}/bad.jsonl'], 'bad.jsonl:1'),
     ],
@@ -331,7 +332,7 @@ def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flag
     done = run_script(
         'data/text/prepare.py', *[flag.format(notes=notes) for flag in flags], folder=checkout
     )
-    errors = [line for line in done.stderr.splitlines() if not line.startswith('note: left out')]
+    errors = [line for line in done.stderr.splitlines() if not line.startswith('note: skipped')]
     assert (
         done.returncode == 2
         and len(errors) == 1
@@ -341,7 +342,7 @@ def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flag
     assert not list(checkout.glob('data/**/*.bin'))
 
 
-# -- OpenWebText, on documents that are here ---------------------------------------------------------------------------
+# -- OpenWebText, on documents that are here -------------------------------------------------------
 
 
 @pytest.fixture
@@ -375,7 +376,7 @@ def test_openwebtext_is_split_and_ordered_as_nanogpt_does(small_gpt2, pages, tmp
     for ids, part in ((data.val, parts['test']), (data.train, parts['train'])):
         assert data.tokenizer.decode(ids).split('<|endoftext|>') == [*part['text'], '']
     assert data.meta['source']['documents'] == {'train': 51, 'val': 1}
-    assert 'documents 52' in capsys.readouterr().out
+    assert '52 documents' in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / 'owt').iterdir()) == [
         'meta.json',
         'train.bin',
@@ -445,10 +446,10 @@ def test_openwebtext_without_its_package_says_what_to_install(
 @pytest.mark.parametrize(
     'name, content, said',
     [
-        ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl:2: found no JSON'),
-        ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: found no field 'text'"),
+        ('broken.jsonl', '{"text": "one"}\n{"text": \n', 'broken.jsonl:2: not valid JSON'),
+        ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: no field 'text'"),
         ('one.jsonl', '{"text": "one"}\n', 'two'),
-        ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*no text'),
+        ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*not text'),
         ('notes.txt', 'one', 'no .jsonl or .parquet'),
     ],
 )
@@ -465,7 +466,8 @@ def test_openwebtext_without_a_network_is_one_line(tmp_path):
     program = (
         'import runpy, sys; from nib import errors; from nib.text import tokenizer\n'
         'tokenizer.Gpt2Tokenizer.encode = lambda self, text: None\n'
-        f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"](["--out_dir={tmp_path / "owt"}"]))'
+        f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"]'
+        f'(["--out_dir={tmp_path / "owt"}"]))'
     )
     done = run_script('-c', program, env={'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'})
     assert (

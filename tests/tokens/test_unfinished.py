@@ -1,4 +1,4 @@
-"""Bins in the making: a run that was stopped anywhere goes on to what it would have been, and none passes for whole."""
+"""Incomplete bins: a stopped run continues to the same result, and is never taken for complete."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from nib.tokens.write import write_dataset
 
 SOURCE = {'text': 'made up'}
 COUNT = 40
-# A run on the same pieces that notes its progress after each, and that, with the reader 'waiting', waits at the 25th.
+# A run on the same pieces that saves after each one. The reader 'waiting' stops at the 25th piece.
 PROGRAM = """
 import sys, time
 from nib.errors import run_script
@@ -132,7 +132,7 @@ def test_what_another_run_left_is_not_gone_on_with(whole, stopped, tmp_path, cha
 
 
 def test_what_two_other_runs_left_is_not_mixed_up(whole, stopped, tmp_path):
-    """The second one writes over what the journal of the first tells of, and is killed before it has one of its own."""
+    """The second run overwrites the first one's bins and is killed before it has a journal."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     second = program('waiting', {})
     second[-1] = second[-1].replace(
@@ -166,7 +166,7 @@ class Crash(BaseException):
 def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_nothing(
     whole, tmp_path, monkeypatch, at
 ):
-    """At each of the steps in turn: none is mistaken for bins of nanoGPT's, which have no meta.json."""
+    """At each step in turn: none is mistaken for nanoGPT's bins, which have no meta.json."""
     write(tmp_path, lambda start: read_pieces(start, 20))
     (tmp_path / 'meta.pkl').write_bytes(b'of other bins')
     old, steps = open_dataset(tmp_path, 16).fingerprint, 0
