@@ -261,7 +261,7 @@ def test_growth_doubles_each_size_until_a_step_is_slow_or_memory_full(
     'name, words',
     [
         ('growth.docx', '.png'),
-        ('nowhere/growth.png', 'a folder that is there'),
+        ('nowhere/growth.png', 'an existing folder'),
         ('growth.png', 'pip install matplotlib'),
     ],
 )
