@@ -11,9 +11,9 @@ Letters of shapes:
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -254,7 +254,9 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * x
 
 
-ACTIVATIONS = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
+ACTIVATIONS: dict[
+    str, Callable[[], nn.Module]
+] = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
     'gelu': lambda: nn.GELU(approximate='tanh'),
     'relu2': SquaredReLU,
     'swiglu': SwiGLU,
@@ -295,6 +297,10 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The whole model. Parameter names are GPT-2's."""
+
+    transformer: Any  # an nn.ModuleDict, whose entries torch types as Tensor | Module
+    lm_head: nn.Linear
+    rotary: Rotary
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -337,15 +343,16 @@ class GPT(nn.Module):
             raise ValueError(
                 f'{idx.shape[1]} positions are more than block_size {self.config.block_size}'
             )
-        x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
+        x = self.hidden_states(idx, torch.arange(idx.shape[1], device=idx.device))
         if targets is None:
-            return self._logits(x)
+            return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C) and (N)
         if uses_head_kernel(x, self.config.vocab_size):
-            return head_cross_entropy(x, self._head_weight, targets, self.config.logit_cap)
-        return F.cross_entropy(self._logits(x).float(), targets, ignore_index=IGNORED)
+            return head_cross_entropy(x, self.head_weight, targets, self.config.logit_cap)
+        return F.cross_entropy(self.logits(x).float(), targets, ignore_index=IGNORED)
 
-    def _hidden(self, idx, positions):
+    def hidden_states(self, idx, positions):
+        """The residual stream (B, T, C) after the last norm, of idx (B, T) at positions (T)."""
         x = self.transformer.wte(idx)  # (B, T, C)
         rotary = None
         if self.config.position == 'learned':
@@ -359,11 +366,13 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     @property
-    def _head_weight(self):
+    def head_weight(self):
+        """The weight of the output head (V, C), which may be the token embedding."""
         head = self.transformer.wte if self.config.tied_head else self.lm_head
         return head.weight  # (V, C)
 
-    def _logits(self, x):
+    def logits(self, x):
+        """The logits (..., V) of hidden states x (..., C)."""
         if self.config.tied_head:
             logits = F.linear(x, self.transformer.wte.weight)  # (B, T, V)
         else:
@@ -405,7 +414,7 @@ class GPT(nn.Module):
                 last = getattr(block, name).c_proj
                 layers[f'h.{i}.{name}'] = 2 * (first.weight.numel() + last.weight.numel())
             layers[f'h.{i}.attn'] += attention
-        layers['head'] = 2 * self._head_weight.numel()
+        layers['head'] = 2 * self.head_weight.numel()
         return layers
 
     # -- generation -------------------------------------------------------------------------------

@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --out=rehearsal --rehearse     the same on a CPU, at toy sizes
 
 Needs a CUDA GPU, torch, numpy and pytest, and no network. It measures transformers too, if
-installed. The text is Python's own library, or --text=FILE; with tiny Shakespeare the character stage trains to
-nanoGPT's published loss. A stage is a process with a time limit; it writes OUT/STAGE.txt and
-OUT/results.json as it goes, its output to OUT/STAGE.log. A stage that is done is not run again.
+installed. The text is Python's own library, or --text=FILE. With tiny Shakespeare, the character
+stage trains to nanoGPT's published loss. A stage is a process with a time limit. It writes
+OUT/STAGE.txt and OUT/results.json as it goes, and its output to OUT/STAGE.log. A stage that is done
+is not run again.
 """
 
 import contextlib

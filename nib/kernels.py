@@ -73,7 +73,7 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
 
 def attend_block(q, k, v, dropout):
     """Attention of the last queries q (N, Q, D) of a context of S positions, k and v (N, S, D)."""
-    Q, S, D = q.shape[1], *k.shape[1:]
+    Q, (S, D) = q.shape[1], k.shape[1:]
     mask = torch.full((Q, S), -math.inf, dtype=q.dtype).triu(S - Q + 1)
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
     return F.dropout(scores.softmax(dim=-1), dropout) @ v

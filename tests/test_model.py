@@ -138,7 +138,7 @@ def test_with_zero_init_every_block_begins_as_the_identity():
     ids = torch.randint(SMALL.vocab_size, (2, 8))
     embedded = model.transformer.wte(ids) + model.transformer.wpe.weight[:8]
     torch.testing.assert_close(
-        model._hidden(ids, torch.arange(8)), model.transformer.ln_f(embedded)
+        model.hidden_states(ids, torch.arange(8)), model.transformer.ln_f(embedded)
     )
     assert {
         name.split('.')[-2] for name, p in model.named_parameters() if p.dim() == 2 and not p.any()
