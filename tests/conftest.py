@@ -42,6 +42,14 @@ SMALL_RUN = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Switches off TF32 after each test: training on a GPU enables it for the whole process."""
+    yield
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision('highest')
+
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """A folder with one dataset, 'tiny': sentences of a few words, 20,000 characters."""

@@ -380,7 +380,7 @@ FLAGS = {
         ['--warmup_iters=50'],
         ['warmup_iters 50 is more than lr_decay_iters 20', '--warmup_iters=1'],
     ),
-    'no cool-down': (['--lr_schedule=wsd'], ['cooldown_iters 0', '--cooldown_iters=4']),
+    'no cool-down': (['--lr_schedule=wsd'], ['cooldown_iters is 0', '--cooldown_iters=4']),
     'empty batch': (['--batch_size=0'], ['batch_size is 0', 'at least 1']),
     'a batch without end': (
         ['--batch_size=1' + '0' * 3000],
@@ -431,10 +431,10 @@ FILES = {
         ["config.py:2: dropout: found 'none'", 'expected float'],
     ),
     'an error of its own': ('\n\nseed = 1 // 0', ['config.py:3: ZeroDivisionError']),
-    'a path with a NUL': ("out_dir = 'a\\0b'", ['NUL', 'name another']),
+    'a path with a NUL': ("out_dir = 'a\\0b'", ['NUL', 'choose another']),
     'a path with half a character': (
         "out_dir = 'a\\ud800b'",
-        ["no file's name can have", 'name another'],
+        ['that file names cannot contain', 'choose another'],
     ),
 }
 

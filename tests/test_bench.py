@@ -20,12 +20,12 @@ STAND_IN = """
 import importlib.util
 import sys
 import torch
+sys.path.append({root!r})
 spec = importlib.util.spec_from_file_location('own_model', {root!r} + '/model.py')
 own = importlib.util.module_from_spec(spec)
 sys.modules['own_model'] = own
 spec.loader.exec_module(own)
-globals().update(vars(own))  # nib.generation finds its layers here, as this file is called model
-sys.path.append({root!r})
+globals().update(vars(own))  # nib.generation imports the layers from this file, named model
 
 class GPT(own.GPT):
     def configure_optimizers(self, weight_decay, learning_rate, betas, kind):
@@ -261,7 +261,7 @@ def test_growth_doubles_each_size_until_a_step_is_slow_or_memory_full(
     'name, words',
     [
         ('growth.docx', '.png'),
-        ('nowhere/growth.png', 'a folder that is there'),
+        ('nowhere/growth.png', 'an existing folder'),
         ('growth.png', 'pip install matplotlib'),
     ],
 )
