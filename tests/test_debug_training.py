@@ -348,7 +348,7 @@ def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_trai
     printed = re.findall(r'^step +(\d+) +loss +([\d.]+)$', done.stdout, re.MULTILINE)
     assert [int(step) for step, _ in printed] == [0, 4, 8, 12, 16, 20]
     assert [float(loss) for _, loss in printed] == pytest.approx(losses[::4], abs=2e-3)
-    goal = health.MEMORISED * inspection.unigram_entropy(y)
+    goal = health.MEMORIZED * inspection.unigram_entropy(y)
     assert float(re.search(r'healthy: +at most ([\d.]+)', done.stdout)[1]) == pytest.approx(
         goal, abs=1e-4
     )
@@ -607,7 +607,7 @@ def test_a_loop_that_cannot_learn_is_seen(make_training):
 def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
     findings = examined(make_training('--learning_rate=2e-3'), steps=20)[1]
     assert 'It falls, so the loop works' in findings
-    goal = health.MEMORISED * 3.0
+    goal = health.MEMORIZED * 3.0
     for losses, works in (
         ((4.0, 3.1, 2.7), True),
         ((4.0, 3.1, 2.9), False),
@@ -616,9 +616,9 @@ def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
     ):
         # falling, stuck at the entropy of 3, rising again, hardly moving
         assert (
-            'the loop works' in health.judge_memorising(dict(enumerate(losses)), goal)[0].remedy
+            'the loop works' in health.judge_memorizing(dict(enumerate(losses)), goal)[0].remedy
         ) == works
-    assert health.judge_memorising({0: 4.0, 10: 2.0}, goal) == []
+    assert health.judge_memorizing({0: 4.0, 10: 2.0}, goal) == []
 
 
 def test_numbers_that_are_not_finite_are_seen(make_training):
@@ -665,7 +665,7 @@ def test_marks_are_where_the_ranges_end():
     def row(ratio, name='h.0.mlp.c_fc.weight', shape=(4, 4), norm=1.0):
         return health.ParameterStats(name, shape, 0.02, 0.0, 0.1, 0.1, norm, ratio)
 
-    limits = health.update_limits(0.9, first=False, learnt=True)
+    limits = health.update_limits(0.9, first=False, trained=True)
     assert limits == pytest.approx((0.001 / health.SLACK, 0.01 * health.SLACK))
     for ratio, mark in (
         (0.001, ''),
@@ -689,9 +689,9 @@ def test_marks_are_where_the_ranges_end():
     assert health.mark_parameter(row(None), limits) == ''
     assert health.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
     assert (
-        health.update_limits(0.9, first=True, learnt=True)[0] == 0.0
+        health.update_limits(0.9, first=True, trained=True)[0] == 0.0
     )  # fine-tuning may take small steps
-    first = health.update_limits(0.9, first=True, learnt=False)
+    first = health.update_limits(0.9, first=True, trained=False)
     assert first == pytest.approx([math.sqrt(19) * limit for limit in limits])
     muon = health.update_limits(0.9, False, True, method='muon')
     assert muon == pytest.approx(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from nib.doctor import health, inspection
 from nib.doctor.health import OutOfRange
 
-MEMORISED_TOKENS = 1024  # as many can be learnt by heart in 50 steps
+MEMORIZED_TOKENS = 1024  # as many can be learnt by heart in 50 steps
 ATTENDED = 4  # sequences whose attention is measured
 ALL_LAYERS = 6  # so many are shown without --full
 WIDTH = 118
@@ -46,7 +46,7 @@ def examine(training, full: bool, overfit_steps: int) -> Iterator[str]:
     yield '\n3. THE LOSS AT THE START\n'
     findings += yield from report_start(training, loss)
     yield '\n4. LEARNING THE BATCH BY HEART\n'
-    findings += yield from report_memorising(training, overfit_steps)
+    findings += yield from report_memorizing(training, overfit_steps)
     yield '\n5. WHAT IS OUT OF RANGE\n'
     for finding in findings:
         yield note(f'{finding.what}. {finding.remedy}.', '<- ')
@@ -343,9 +343,9 @@ def report_start(training, loss: float) -> Report:
     return health.judge_start(loss, vocab_size, tolerance) if fresh or is_text else []
 
 
-def report_memorising(training, steps: int) -> Report:
+def report_memorizing(training, steps: int) -> Report:
     x, y = (
-        part[: max(1, MEMORISED_TOKENS // part.shape[1]), :MEMORISED_TOKENS].contiguous()
+        part[: max(1, MEMORIZED_TOKENS // part.shape[1]), :MEMORIZED_TOKENS].contiguous()
         for part in training.batch()
     )
     entropy, losses, rate, warmup = (
@@ -377,7 +377,7 @@ def report_memorising(training, steps: int) -> Report:
                 losses[step] = loss
                 yield f'step {step:5}    loss {loss:8.4f}'
     training.model.train()
-    goal = health.MEMORISED * min(entropy, losses[0])
+    goal = health.MEMORIZED * min(entropy, losses[0])
     yield f'healthy:      at most {goal:.4f}\n'
     yield note(
         f'A loss of {loss:.3g} is a probability of exp(-{loss:.3g}) = {math.exp(-loss):.3g} for the right token; at the '
@@ -386,4 +386,4 @@ def report_memorising(training, steps: int) -> Report:
         f'loss, takes learning what follows what. A loop that cannot learn one batch by heart will not learn a text; that '
         f'it can says nothing about new text.'
     )
-    return health.judge_memorising(losses, goal)
+    return health.judge_memorizing(losses, goal)
