@@ -1,4 +1,4 @@
-"""debug_training.py: its figures against torch by hand, its verdicts against faults made on purpose, and what it leaves alone."""
+"""debug_training.py: its values equal those of torch, and it detects faults made on purpose."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def debug(data_dir, run_main):
 
 @pytest.fixture
 def make_training(data_dir):
-    """make_training(*flags): the script's Microscope on the small model, to look at and to break."""
+    """make_training(*flags): a Microscope on the small model, to examine and to break."""
 
     def make(*flags):
         argv = [*SMALL, f'--data_dir={data_dir}', *flags]
@@ -85,11 +85,11 @@ def table(text) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-# -- figures against torch ---------------------------------------------------------------------------------------------
+# -- figures against torch -------------------------------------------------------------------------
 
 
 def step_by_hand(model, x, y, optimizer, grad_clip) -> tuple[dict, float, dict]:
-    """Gradients (copies), their norm, and ||update|| / ||weight|| of a step, with nothing of the project's but the model."""
+    """Returns copies of the gradients, their norm, and ||update|| / ||weight|| of a step."""
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -172,7 +172,7 @@ def test_the_table_has_the_figures_of_a_step_made_by_hand(debug, make_training, 
 def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
     data_dir, train_here, debug, tmp_path
 ):
-    """The ratio is that of torch's AdamW with the m and v of the checkpoint, on the batch that training would read next."""
+    """As with torch's AdamW, the m and v of the checkpoint, and the next batch of the run."""
     flags = ['--max_iters=10', '--gradient_accumulation_steps=2', '--learning_rate=3e-3']
     train_here(tmp_path / 'run', *flags)
     files = {
@@ -330,7 +330,7 @@ def test_an_activation_that_the_inspection_does_not_know_is_measured_by_its_outp
 
 
 def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
-    """Without dropout, with a warm-up of a tenth of the steps, and from the weights before the other parts of the report."""
+    """Without dropout, with a warm-up of a tenth of the steps, and from the initial weights."""
     done = debug('--dropout=0.5', '--overfit_steps=20', '--grad_clip=0.7')
     training = make_training('--grad_clip=0.7')
     model = new_model(training.values, training.data, None)
@@ -389,7 +389,7 @@ def test_closed_units_let_hardly_any_gradient_through():
     assert inspection.dead_share('swiglu', hidden) == 0.5  # of the two gates
 
 
-# -- ranges ------------------------------------------------------------------------------------------------------------
+# -- ranges ----------------------------------------------------------------------------------------
 
 
 def test_adamws_first_step_is_as_much_larger_as_it_is_said():
@@ -479,7 +479,7 @@ def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug,
         assert ', healthy: below 0' in done.stdout
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 
 def test_weights_that_are_too_large_are_seen(make_training):
@@ -517,7 +517,8 @@ def test_a_dead_relu_layer_is_seen(make_training):
 def test_a_learning_rate_that_is_too_high_is_seen(make_training):
     text, findings = examined(make_training('--learning_rate=10'))
     assert re.search(
-        r'update too large in 10 parameters: [\d.e+]+ in h\.\d\.\w+\.c_proj.weight\. Lower learning_rate',
+        r'update too large in 10 parameters: [\d.e+]+ in h\.\d\.\w+\.c_proj.weight\. '
+        r'Lower learning_rate',
         findings,
     )
     assert 'is not memorized' in findings
@@ -533,7 +534,7 @@ def test_a_learning_rate_that_is_too_high_is_seen(make_training):
 
 
 def test_muons_matrices_have_limits_of_their_own(make_training):
-    """Their updates are 0.2 * learning_rate * muon_lr_ratio in root mean square, but for what Newton-Schulz leaves open."""
+    """Their updates have a root mean square of about 0.2 * learning_rate * muon_lr_ratio."""
     for ratio in (1.0, 100.0):
         text, findings = examined(
             make_training('--optimizer=muon', f'--muon_lr_ratio={ratio}'), steps=1
@@ -638,7 +639,7 @@ def test_numbers_that_are_not_finite_are_seen(make_training):
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_training, name):
-    """As blocks do that begin as the identity. What comes out of nowhere else is marked all the same."""
+    """As in blocks that start as the identity."""
     keys = ARCHITECTURES[name] | {'n_head': 4, 'learning_rate': 2e-3}
     training = make_training(*(f'--{key}={value}' for key, value in keys.items()))
     first, second = training.model.transformer.h
@@ -726,7 +727,7 @@ def test_marks_are_where_the_ranges_end():
     )
 
 
-# -- one step with real numbers ----------------------------------------------------------------------------------------
+# -- one step with real numbers --------------------------------------------------------------------
 
 
 @given(
@@ -869,7 +870,10 @@ def test_the_walk_through_is_adamws_whatever_the_optimizer(train_here, debug, tm
         assert done.returncode == 0, done.stderr
         return done.stdout.split('5. ADAMW\n')[1]
 
-    sentence = "\nIn this run, Muon updates the blocks' matrices and AdamW the rest. Here, AdamW updates all of them.\n"
+    sentence = (
+        "\nIn this run, Muon updates the blocks' matrices and AdamW the rest. "
+        'Here, AdamW updates all of them.\n'
+    )
     assert last_section('--optimizer=muon') == sentence + last_section(
         '--optimizer=adamw'
     ).removeprefix('\n')
@@ -893,7 +897,7 @@ def test_gradients_that_are_short_enough_are_not_clipped(debug, grad_clip):
     )
 
 
-# -- how much is looked at, and what of it is shown --------------------------------------------------------------------
+# -- how much is looked at, and what of it is shown ------------------------------------------------
 
 
 def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
@@ -988,7 +992,7 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
         assert (halves[name] - parameter.grad).norm() < 0.05 * parameter.grad.norm(), name
 
 
-# -- every way to start ------------------------------------------------------------------------------------------------
+# -- every way to start ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

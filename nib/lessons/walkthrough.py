@@ -261,8 +261,8 @@ def explain_accumulation(
         f'With the division, the sum is the gradient of the whole batch, except for rounding. It '
         f'is shorter than most of its parts, which partly cancel. Without it, the sum is {n} times '
         f'too long, and a step of SGD would go {n} times too far. AdamW would hardly change, '
-        f'because it divides by the size of the gradient, but every norm that is logged or clipped would be '
-        f'wrong.'
+        f'because it divides by the size of the gradient, but every norm that is logged or clipped '
+        f'would be wrong.'
     )
 
 
@@ -369,8 +369,8 @@ def explain_adamw(
         f'm is a moving average of the gradients, and v of their squares. Both start at 0, so they '
         f'are too small at first. The division by 1 - beta^t, called bias correction, compensates '
         f'for that. At t = 1, it gives m_hat = g and sqrt(v_hat) = |g|, so the size of the update '
-        f'is the learning rate {lr:g}, whatever the gradient. Later, if gradients disagree, m_hat is '
-        f'small compared with sqrt(v_hat), and so is the update.'
+        f'is the learning rate {lr:g}, whatever the gradient. Later, if gradients disagree, m_hat '
+        f'is small compared with sqrt(v_hat), and so is the update.'
     )
 
 
