@@ -56,7 +56,7 @@ def read_blocks(path: Path, kind: str = '') -> list[Block]:
 
 
 def close(want: str, got: str) -> bool:
-    """Returns whether two texts are equal, except for white space and the last digits of decimals."""
+    """Returns whether two texts are equal up to white space and the last digits of decimals."""
     want, got = ' '.join(want.split()), ' '.join(got.split())
     if NUMBER.sub('#', want) != NUMBER.sub('#', got):
         return False
