@@ -10,21 +10,24 @@ Letters of shapes:
     Q queries, S keys, if attention is not of a whole sequence to itself
 """
 
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -1  # a target that counts nothing towards the loss; also what generate() yields for a row that has ended
-LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
-LOSS_CHUNK_GPU = 1 << 28  # and elsewhere, where small matrix products are slow: 1 GiB
-QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
+from nib.kernels import (
+    IGNORED,
+    attend_in_blocks,
+    head_cross_entropy,
+    is_causal_attention,
+    share_heads,
+    uses_head_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -230,68 +233,10 @@ def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, m
     return F.dropout(scores.softmax(dim=-1), dropout).type_as(v) @ v
 
 
-def share_heads(part, n_head: int):
-    """Keys or values (B, K, T, D), repeated for the n_head / K query heads that share each."""
-    return part.repeat_interleave(n_head // part.shape[1], dim=1)
-
-
 @torch.compiler.assume_constant_result
 def kernels_fit() -> bool:
     """Whether the fused kernels, which know only causal attention, compute attention_scores()."""
     return is_causal_attention(attention_scores)
-
-
-@functools.cache
-@torch.no_grad()
-def is_causal_attention(scores) -> bool:
-    """Whether `scores`, a function like attention_scores(), gives the weights of the causal kernel.
-
-    Compared on positions near and far, so that a window of any size shows.
-    """
-    positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
-    generator = torch.Generator('cpu').manual_seed(0)
-    q, k = (
-        torch.randn(
-            2, 1, 4, len(positions), 16, generator=generator, dtype=torch.float64, device='cpu'
-        )
-        * 2
-    )
-    identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
-    with torch.autocast('cpu', enabled=False):
-        kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
-        try:
-            weights = scores(q, k, positions, positions).softmax(dim=-1)
-        except (RuntimeError, IndexError):  # it is made for other shapes or positions than these
-            return False
-    return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
-
-
-def attend_in_blocks(q, k, v, dropout: float = 0.0):
-    """Causal attention in bfloat16 on a CPU, at the speed of other matrix products.
-
-    Computes what scaled_dot_product_attention does. A block of queries never looks at the keys
-    after its last one. The backward pass computes the weights of a block again instead of keeping
-    them, if there is more than one block.
-    """
-    B, H, T, D = q.shape
-    k, v = share_heads(k, H), share_heads(v, H)
-    q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
-    if T <= QUERY_BLOCK:
-        return attend_block(q, k, v, dropout).view(B, H, T, D)
-    ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
-    blocks = [
-        checkpoint(attend_block, block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
-        for block, end in zip(q.split(QUERY_BLOCK, dim=1), ends, strict=True)
-    ]
-    return torch.cat(blocks, dim=1).view(B, H, T, D)
-
-
-def attend_block(q, k, v, dropout):
-    """Attention of the last queries q (N, Q, D) of a context of S positions, k and v (N, S, D)."""
-    Q, S, D = q.shape[1], *k.shape[1:]
-    mask = torch.full((Q, S), -math.inf, dtype=q.dtype).triu(S - Q + 1)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
 class SquaredReLU(nn.Module):
@@ -309,7 +254,9 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * x
 
 
-ACTIVATIONS = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
+ACTIVATIONS: dict[
+    str, Callable[[], nn.Module]
+] = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
     'gelu': lambda: nn.GELU(approximate='tanh'),
     'relu2': SquaredReLU,
     'swiglu': SwiGLU,
@@ -350,6 +297,10 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The whole model. Parameter names are GPT-2's."""
+
+    transformer: Any  # an nn.ModuleDict, whose entries torch types as Tensor | Module
+    lm_head: nn.Linear
+    rotary: Rotary
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -392,27 +343,16 @@ class GPT(nn.Module):
             raise ValueError(
                 f'{idx.shape[1]} positions are more than block_size {self.config.block_size}'
             )
-        x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
+        x = self.hidden_states(idx, torch.arange(idx.shape[1], device=idx.device))
         if targets is None:
-            return self._logits(x)
-        return self._loss(x.flatten(0, 1), targets.flatten())
+            return self.logits(x)
+        x, targets = x.flatten(0, 1), targets.flatten()  # (N, C) and (N)
+        if uses_head_kernel(x, self.config.vocab_size):
+            return head_cross_entropy(x, self.head_weight, targets, self.config.logit_cap)
+        return F.cross_entropy(self.logits(x).float(), targets, ignore_index=IGNORED)
 
-    def _loss(self, x, targets):
-        """The mean cross-entropy of hidden states x (N, C) and targets (N)."""
-        weight, cap, V = self._head_weight, self.config.logit_cap, self.config.vocab_size
-        chunk = LOSS_CHUNK if x.device.type == 'cpu' else LOSS_CHUNK_GPU
-        # torch.compile fuses the cross-entropy on a GPU, which is faster than the loss in chunks.
-        is_fused = x.is_cuda and torch.compiler.is_compiling()
-        if len(targets) * V > chunk and not is_fused:
-            return ChunkedLoss.apply(x, weight, targets, cap, torch.is_grad_enabled(), chunk)
-        if not x.is_cuda:
-            return F.cross_entropy(self._logits(x).float(), targets, ignore_index=IGNORED)
-        logits = soft_cap(F.linear(x, pad_rows(weight)), cap).float()  # (N, V and padding)
-        is_padding = torch.arange(logits.shape[1], device=x.device) >= V
-        logits = logits.masked_fill(is_padding, -math.inf)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED)
-
-    def _hidden(self, idx, positions):
+    def hidden_states(self, idx, positions):
+        """The residual stream (B, T, C) after the last norm, of idx (B, T) at positions (T)."""
         x = self.transformer.wte(idx)  # (B, T, C)
         rotary = None
         if self.config.position == 'learned':
@@ -422,18 +362,17 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         recompute = self.config.recompute and torch.is_grad_enabled()
         for block in self.transformer.h:
-            if recompute:
-                x = checkpoint(block, x, rotary, use_reentrant=False)
-            else:
-                x = block(x, rotary)
+            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary)
         return self.transformer.ln_f(x)
 
     @property
-    def _head_weight(self):
+    def head_weight(self):
+        """The weight of the output head (V, C), which may be the token embedding."""
         head = self.transformer.wte if self.config.tied_head else self.lm_head
         return head.weight  # (V, C)
 
-    def _logits(self, x):
+    def logits(self, x):
+        """The logits (..., V) of hidden states x (..., C)."""
         if self.config.tied_head:
             logits = F.linear(x, self.transformer.wte.weight)  # (B, T, V)
         else:
@@ -475,7 +414,7 @@ class GPT(nn.Module):
                 last = getattr(block, name).c_proj
                 layers[f'h.{i}.{name}'] = 2 * (first.weight.numel() + last.weight.numel())
             layers[f'h.{i}.attn'] += attention
-        layers['head'] = 2 * self._head_weight.numel()
+        layers['head'] = 2 * self.head_weight.numel()
         return layers
 
     # -- generation -------------------------------------------------------------------------------
@@ -493,7 +432,7 @@ class GPT(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Continues every prompt, yielding tokens as they are made.
 
-        prompts: B sequences of at least one token id; of one longer than block_size, its end is used.
+        prompts: B sequences of at least one token id; only the last block_size of each are used.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: samples from the k most likely tokens only.
         top_p: samples from the smallest set of tokens that holds this much probability (Holtzman et
@@ -518,81 +457,3 @@ class GPT(nn.Module):
 def soft_cap(logits, cap):
     """Logits bent smoothly into (-cap, cap), for cap > 0 (Gemma Team 2024, section 2)."""
     return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def pad_rows(weight):
-    """The head's matrix (V, C) on a GPU, with rows of zeros up to a multiple of 64.
-
-    With GPT-2's 50,257 rows its product runs at 96 TFLOP/s on an H100, with 50,304 at 706. The
-    logits of the added rows must not count.
-    """
-    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """The mean cross-entropy of the head's logits, which are never there all at once.
-
-    The logits of a large vocabulary are most of a small model's memory. A chunk of them gives its part of the loss and,
-    as d loss / d logits = softmax(logits) - one_hot(target), its part of the gradients at once, and makes room for the next
-    in the same memory: to get new pages from the system would take longer than to fill them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x, weight, targets, cap, with_gradients, chunk_size
-    ):  # x (N, C), weight (V, C), targets (N)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        head, V = pad_rows(weight.to(dtype)), len(weight)
-        rows = min(len(x), max(1, chunk_size // len(head)))
-        logits = head.new_empty(rows, len(head))
-        log_probs = (
-            logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-        )
-        losses = torch.empty(len(x), device=x.device)
-        # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
-        grad_x, grad_weight = (
-            (torch.zeros_like(t, dtype=torch.float32) for t in (x, head))
-            if with_gradients
-            else (None, None)
-        )
-        for first in range(0, len(x), rows):
-            chunk, target = (
-                x[first : first + rows].to(dtype, copy=True),
-                targets[first : first + rows, None],
-            )
-            logits, log_probs = logits[: len(chunk)], log_probs[: len(chunk)]
-            counted = target != IGNORED
-            target = target.clamp(min=0)
-            torch.mm(chunk, head.t(), out=logits)
-            log_probs.copy_(logits)
-            if cap:
-                bent = log_probs.div_(cap).tanh_().clone()  # soft_cap
-                log_probs.mul_(cap)
-            log_probs[:, V:] = -math.inf
-            torch.log_softmax(log_probs, dim=-1, out=log_probs)
-            losses[first : first + rows] = (log_probs.gather(1, target) * -counted.float())[:, 0]
-            if with_gradients:
-                grad = log_probs.exp_().scatter_add_(
-                    1, target, -torch.ones_like(target, dtype=torch.float32)
-                )
-                if cap:
-                    grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
-                logits.copy_(grad)
-                grad_x[first : first + rows] = (logits @ head) * counted
-                chunk *= counted
-                for total, columns in zip(
-                    grad_weight.split(4096), logits.split(4096, dim=1)
-                ):  # little by little: no large copy
-                    total += columns.t() @ chunk
-        n_counted = (targets != IGNORED).sum()
-        ctx.save_for_backward(grad_x, grad_weight[:V] if with_gradients else None, n_counted)
-        ctx.dtypes = x.dtype, weight.dtype
-        return losses.sum() / n_counted
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight, n_counted = ctx.saved_tensors
-        scale = grad_loss / n_counted
-        grad_x = grad_x.mul_(scale).to(ctx.dtypes[0])
-        return grad_x, grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None, None

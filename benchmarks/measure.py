@@ -32,9 +32,8 @@ def describe_machine(device: str = 'cpu') -> str:
     return f'{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}'
 
 
-def matrix_rate(device: str, dtype: str) -> float:
-    """FLOP/s that a large matrix product reaches on this machine, the best of five."""
-    n = 2048
+def matrix_rate(device: str, dtype: str, n: int = 2048) -> float:
+    """FLOP/s that a product of n x n matrices reaches on this machine, the best of five."""
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     times = []
     for _ in range(6):
@@ -44,6 +43,19 @@ def matrix_rate(device: str, dtype: str) -> float:
         synchronize(device)
         times.append(time.perf_counter() - started)
     return 2 * n**3 / min(times[1:])
+
+
+def copy_rate(device: str, n_bytes: int = 1 << 30) -> float:
+    """Bytes per second, read and written, of a large copy within the device's memory, the best of five."""
+    source, target = (torch.ones(n_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    times = []
+    for _ in range(6):
+        synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * n_bytes / min(times[1:])
 
 
 def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

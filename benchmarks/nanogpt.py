@@ -34,6 +34,11 @@ class NanoGPT:
         self._process.stdin.flush()
         return self._answer()
 
+    def close(self):
+        """Ends the process, and waits for its end, so that its memory is free."""
+        self._process.stdin.close()
+        self._process.wait()
+
     def _answer(self) -> dict[str, float]:
         for line in self._process.stdout:
             if line.startswith('{'):  # its code prints other lines too

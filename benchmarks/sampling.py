@@ -38,6 +38,8 @@ class Job:
     prompt_tokens: int
     new_tokens: int
     nanogpt_tokens: int  # that nanoGPT writes instead
+    n_prompts: int = 1  # that nanoGPT continues together
+    dtype: str = 'float32'  # of nanoGPT's matrix products; its weights stay float32
 
 
 GPT2 = dict(
@@ -147,9 +149,10 @@ def read_rate(model: GPT) -> float:
 
 
 NANOGPT_SCRIPT = """
-import json, sys, time, torch
+import contextlib, json, sys, time, torch
 from model import GPT, GPTConfig
 job = json.loads(sys.argv[1])
+torch.backends.cuda.matmul.allow_tf32 = True
 device, jobs, models = job['device'], job['jobs'], {}
 for wanted in jobs.values():
     shape = str(wanted['shape'])
@@ -157,11 +160,13 @@ for wanted in jobs.values():
         models[shape] = GPT(GPTConfig(**wanted['shape'])).to(device).eval()
 
 def seconds(wanted, new_tokens):
-    prompt = torch.zeros(1, wanted['prompt_tokens'], dtype=torch.long, device=device)
+    prompt = torch.zeros(wanted['n_prompts'], wanted['prompt_tokens'], dtype=torch.long, device=device)
     wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
+    is_float32 = wanted['dtype'] == 'float32'
+    context = contextlib.nullcontext() if is_float32 else torch.autocast(device.split(':')[0], getattr(torch, wanted['dtype']))
     wait()
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), context:
         models[str(wanted['shape'])].generate(prompt, new_tokens, **job['sampling'])
     wait()
     return time.perf_counter() - started

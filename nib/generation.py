@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -188,7 +189,7 @@ class Window:
 
 def next_logits(model: GPT, idx, positions):
     """Logits (B, V) of the token after the last of idx (B, T)."""
-    return model._logits(model._hidden(idx, positions)[:, -1])
+    return model.logits(model.hidden_states(idx, positions)[:, -1])
 
 
 class StepGraph:
@@ -229,6 +230,8 @@ class KVCache:
     On a CPU they are float32, in which one query attends several times as fast as in bfloat16.
     """
 
+    this_pass: Pass  # set by Window before each forward pass
+
     def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
         on_cpu = weight.device.type == 'cpu'
         dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else weight.dtype
@@ -265,6 +268,7 @@ class BagCache:
     # Numbers in a layer's keys and values; with fewer, the two calls cost more than they save.
     SMALLEST = 1 << 20
     BLOCK = 64
+    this_pass: Pass  # set by Window before each forward pass
 
     def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
         blocks = n_rows, config.kv_heads, math.ceil(n_slots / self.BLOCK)
@@ -338,11 +342,12 @@ def for_generation(module: nn.Module, packed: bool):
         return PackedLinear(module.weight, module.bias)
     if isinstance(module, nn.Dropout):
         return nn.Identity()
-    twin = copy.copy(module)
+    twin: Any = copy.copy(module)
     twin.training = False
     twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
     if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear):
-        if isinstance(module.activation, nn.GELU) and module.activation.approximate == 'tanh':
+        is_gelu = isinstance(module.activation, nn.GELU) and module.activation.approximate == 'tanh'
+        if is_gelu:  # the packed product computes it
             twin.c_fc.then, twin.activation = ('gelu', [], 'tanh'), nn.Identity()
     if isinstance(module, GPT) and module.config.tied_head and packed:
         head = module.transformer.wte.weight

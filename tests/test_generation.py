@@ -1,4 +1,4 @@
-"""Generation against whole forward passes without a cache, and sampling against arithmetic by hand."""
+"""Generation against whole forward passes without a cache; sampling against sums by hand."""
 
 import itertools
 import math
@@ -16,10 +16,11 @@ from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from nib import generation
 from nib.doctor import inspection
 from nib.generation import check_generation, sample_tokens
+from nib.kernels import is_causal_attention
 
 
 def greedy_without_cache(model, prompt, n):
-    """The documented behaviour, spelled out: a full window drops its oldest half before it takes a new token."""
+    """The documented behaviour: a full window drops its oldest half before the next token."""
     size = model.config.block_size
     window, made = list(prompt)[-size:], []
     for _ in range(n):
@@ -56,7 +57,10 @@ def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
     n=st.integers(1, 40),
 )
 def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
-    """Any prompts of unequal lengths, within block_size and far past it, each as if it were alone; with both caches of a CPU."""
+    """Prompts of unequal lengths, within block_size and far past it, each as if it were alone.
+
+    Both caches of a CPU are tried.
+    """
     model = make_model(config)
     expected = [greedy_without_cache(model, p, n) for p in prompts]
     assert generate(model, prompts, n, temperature=0.0) == expected
@@ -128,7 +132,7 @@ def test_generation_is_on_the_models_device_whatever_the_default_one_is(bags, mo
 
 
 def cached_and_uncached_logits(monkeypatch, model, prompt, n):
-    """The logits that generation takes its tokens from, and those of the whole text read at once; (n, V) each."""
+    """The logits (n, V) of generation, and those of one forward pass over the whole text."""
     cached = []
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -160,7 +164,7 @@ def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monke
 
 
 def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_near(monkeypatch):
-    """The shape of GPT-2 (124M), whose matrices are packed on a CPU that can, with the cache that a long context has."""
+    """The shape of GPT-2 (124M): packed matrices, if the CPU can, and the cache of a long context."""
     monkeypatch.setattr(generation, 'KVCache', None)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()
@@ -395,7 +399,7 @@ def test_generation_follows_a_changed_definition_of_attention(
 
 
 def test_training_and_the_inspection_follow_a_window(define_attention):
-    """A token has no influence beyond the window of each of the layers, and attention is over 4 places at most."""
+    """A token has no influence beyond the windows of the layers; attention is over 4 places."""
     define_attention(window_of_4)
     model, embedded = make_model(replace(SMALL, n_layer=2)), []
     hook = model.transformer.wte.register_forward_hook(
@@ -463,7 +467,7 @@ def test_no_fused_kernel_is_used_for_changed_scores(changed):
             key_positions.unsqueeze(-2),
         )
 
-    assert not model_file.is_causal_attention(scores)
+    assert not is_causal_attention(scores)
 
 
 def test_the_fused_kernels_are_used_for_the_same_scores_written_otherwise():
@@ -471,7 +475,7 @@ def test_the_fused_kernels_are_used_for_the_same_scores_written_otherwise():
         visible = query_positions.unsqueeze(-1) >= key_positions.unsqueeze(-2)
         return torch.where(visible, (q / q.shape[-1] ** 0.5) @ k.mT, -math.inf)
 
-    assert model_file.is_causal_attention(scores) and model_file.kernels_fit()
+    assert is_causal_attention(scores) and model_file.kernels_fit()
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)

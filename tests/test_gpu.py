@@ -1,4 +1,4 @@
-"""What only a GPU can show. Every test here is skipped on a machine without one; benchmarks/gpu.py runs them."""
+"""What only a GPU can show; skipped on machines without one. benchmarks/gpu.py runs these tests."""
 
 import contextlib
 
@@ -8,11 +8,13 @@ import torch
 from conftest import records, train
 from test_resume import CURVE
 
+import configurator
+import train as training
 from model import GPT, GPTConfig
-from nib import guard, optim
+from nib import kernels, optim
 from nib.machine.device import autocast
-from nib.machine.ranks import Ranks, distribute
-from nib.tokens.batches import BatchLoader
+from nib.machine.ranks import distribute
+from nib.tokens.dataset import open_dataset
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,18 +114,6 @@ def test_cached_sampling_equals_full_passes_on_a_gpu(config, dtype):
     assert (logits.max(dim=1).values - chosen).max() <= near * logits.abs().max()
 
 
-def test_a_model_that_waits_for_the_gpu_generates_without_a_cuda_graph(monkeypatch):
-    model = make_model(SMALL).eval()
-    expected = greedy(model, [[1, 2, 3]], 20)
-
-    class Waiting(torch.nn.Module):
-        def forward(self, x):
-            return x if x.sum().item() else x
-
-    model.transformer.drop = Waiting()
-    assert greedy(model, [[1, 2, 3]], 20) == expected
-
-
 @CONFIGS
 def test_compiled_steps_write_the_same_tokens(config):
     model = make_model(config).eval()
@@ -154,7 +144,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_on_a_gpu(data_dir, tmp_path,
         for run in ('whole', 'cut')
     )
     cut.pop((20, 'loss/val_whole'))  # of the run that ended there
-    assert cut == whole and len(whole) > 50
+    assert cut.keys() == whole.keys() and len(whole) > 50
+    if compile == 'compile':  # its sums vary in their order from run to run
+        assert list(cut.values()) == pytest.approx(list(whole.values()), rel=0.02)
+        return
+    assert cut == whole
     for file in ('model.safetensors', 'optimizer.safetensors'):
         assert (tmp_path / 'cut/step-00000050' / file).read_bytes() == (
             tmp_path / 'whole/step-00000050' / file
@@ -163,38 +157,33 @@ def test_a_resumed_run_equals_the_uninterrupted_one_on_a_gpu(data_dir, tmp_path,
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype):
-    import train as training
-
-    model = make_model(MODERN).train()
-    optimizer = optim.Optimizer(model, optimizer, dtype=torch.bfloat16)
-    optimizer.lr = 1e-3
-    scaler = torch.amp.GradScaler('cuda', enabled=dtype == 'float16')
-    ids = np.random.default_rng(0).integers(1000, size=100_000, dtype=np.uint16)
-    batches = BatchLoader(ids, 64, 8, 0, 'train', 2, device='cuda', vocab_size=1000)
-    bad_steps = guard.BadSteps(3, 'cuda', dtype == 'float16')
-
-    def step(number):
-        return training.train_step(
-            model,
-            optimizer,
-            scaler,
-            batches.micro_batches(number),
-            2,
-            autocast(dtype, 'cuda'),
-            1.0,
-            (0, number, 0),
-            Ranks(),
-            bad_steps,
-        )
-
-    for number in range(3):  # kernels are loaded and memory is set up
-        step(number)
+def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype, data_dir):
+    config = configurator.read_block(training.__file__).defaults | {
+        'device': 'cuda',
+        'dtype': dtype,
+        'optimizer': optimizer,
+        'n_layer': 2,
+        'n_head': 4,
+        'n_kv_head': 2,
+        'n_embd': 128,
+        'block_size': 64,
+        'batch_size': 8,
+        'gradient_accumulation_steps': 2,
+        'position': 'rotary',
+        'norm': 'rms',
+        'qk_norm': True,
+        'mlp': 'swiglu',
+        'tied_head': False,
+    }
+    t = training.Training.set_up(config, open_dataset(data_dir / 'tiny', 64))
+    t.optimizer.lr = 1e-3
+    for step in range(3):  # kernels are loaded and memory is set up
+        training.train_step(t, t.batches.micro_batches(step), step)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for number in range(3, 6):
-            loss, _ = step(number)
+        for step in range(3, 6):
+            loss, _ = training.train_step(t, t.batches.micro_batches(step), step)
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert loss.isfinite()
@@ -238,9 +227,10 @@ def test_nccl_with_one_rank_gives_the_same_gradients(tmp_path):
     'vocab_size, tied, cap', [(997, True, 0.0), (1000, False, 5.0), (5000, True, 0.0)]
 )
 def test_the_padded_vocabulary_never_shows(vocab_size, tied, cap, monkeypatch):
-    """Loss and gradients on a GPU, where the head is padded: in chunks, at once and compiled, against plain float64 on a CPU."""
-    import model as model_file
+    """Loss and gradients with the padded head of a GPU equal plain float64 on a CPU.
 
+    The loss is computed at once, in chunks and compiled.
+    """
     config = GPTConfig(
         vocab_size=vocab_size,
         block_size=32,
@@ -260,7 +250,7 @@ def test_the_padded_vocabulary_never_shows(vocab_size, tied, cap, monkeypatch):
         model = GPT(config).cuda()
         model.load_state_dict(plain.state_dict())
         monkeypatch.setattr(
-            model_file, 'LOSS_CHUNK_GPU', 50 * vocab_size if how == 'in chunks' else 1 << 28
+            kernels, 'LOSS_CHUNK_GPU', 50 * vocab_size if how == 'in chunks' else 1 << 28
         )
         loss = (torch.compile(model) if how == 'compiled' else model)(idx, targets)
         loss.backward()
@@ -269,3 +259,16 @@ def test_the_padded_vocabulary_never_shows(vocab_size, tied, cap, monkeypatch):
             assert ours.grad.shape == theirs.grad.shape
             assert (ours.grad.cpu() - theirs.grad).norm() <= 2e-3 * theirs.grad.norm()
         assert model(idx).shape[-1] == vocab_size
+
+
+def test_a_model_that_waits_for_the_gpu_generates_without_a_cuda_graph(monkeypatch):
+    model = make_model(SMALL).eval()
+    expected = greedy(model, [[1, 2, 3]], 20)
+
+    class Waiting(torch.nn.Module):
+        def forward(self, x):
+            assert x.sum().item() < float('inf')  # waits for the GPU
+            return x
+
+    model.transformer.drop = Waiting()
+    assert greedy(model, [[1, 2, 3]], 20) == expected

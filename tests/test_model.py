@@ -8,8 +8,9 @@ import torch
 from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 from torch.nn import functional as F
 
-import model as model_file
-from model import GPT, GPTConfig, attend_in_blocks
+from model import GPT, GPTConfig
+from nib import kernels
+from nib.kernels import attend_in_blocks
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -40,7 +41,7 @@ def test_logits_equal_transformers_gpt2(bias):
 
 @pytest.mark.parametrize('tied, n_kv_head', [(True, 2), (False, 0)])
 def test_logits_equal_transformers_qwen3(tied, n_kv_head):
-    """Rotary positions, RMSNorm, SwiGLU, query-key norm and shared key and value heads are what transformers calls Qwen3."""
+    """All modern choices together are what transformers calls Qwen3."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = make_model(
@@ -137,7 +138,7 @@ def test_with_zero_init_every_block_begins_as_the_identity():
     ids = torch.randint(SMALL.vocab_size, (2, 8))
     embedded = model.transformer.wte(ids) + model.transformer.wpe.weight[:8]
     torch.testing.assert_close(
-        model._hidden(ids, torch.arange(8)), model.transformer.ln_f(embedded)
+        model.hidden_states(ids, torch.arange(8)), model.transformer.ln_f(embedded)
     )
     assert {
         name.split('.')[-2] for name, p in model.named_parameters() if p.dim() == 2 and not p.any()
@@ -146,7 +147,7 @@ def test_with_zero_init_every_block_begins_as_the_identity():
 
 @pytest.mark.parametrize('T, heads, kv_heads', [(1, 2, 2), (40, 6, 3), (256, 2, 1), (600, 4, 4)])
 def test_attention_in_blocks_is_attention(T, heads, kv_heads):
-    """In float64 to rounding, values and gradients; in bfloat16 as near to it as a few roundings."""
+    """Values and gradients: to rounding in float64, to a few roundings in bfloat16."""
     torch.manual_seed(0)
     q, k, v, g = (
         torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads)
@@ -169,7 +170,7 @@ def test_attention_in_blocks_is_attention(T, heads, kv_heads):
 
 
 def test_bfloat16_on_a_cpu_attends_in_blocks_and_drops_out(monkeypatch):
-    """The loss and gradients of a whole model follow float32's; dropout sets some probabilities to 0 in training only."""
+    """Loss and gradients follow float32's; dropout zeroes some weights in training only."""
     torch.manual_seed(0)
     model, ids = GPT(MODERN), torch.randint(MODERN.vocab_size, (4, 17))
     calls = []
@@ -248,7 +249,7 @@ def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
         expected = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
         with monkeypatch.context() as patch:
-            patch.setattr(model_file, 'LOSS_CHUNK', 7 * 997)
+            patch.setattr(kernels, 'LOSS_CHUNK', 7 * 997)
             chunked = model(ids, targets)
             (3 * chunked).backward()
             with torch.no_grad():
@@ -261,7 +262,7 @@ def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
 def test_the_loss_in_chunks_of_bfloat16_follows_float32s(monkeypatch):
     config, ids = GPTConfig(**{**vars(SMALL), 'vocab_size': 997}), torch.randint(997, (3, 17))
     model, found = make_model(config, scale=0.05), []
-    monkeypatch.setattr(model_file, 'LOSS_CHUNK', 7 * 997)
+    monkeypatch.setattr(kernels, 'LOSS_CHUNK', 7 * 997)
     for enabled in (False, True):
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
             loss = model(ids[:, :-1], ids[:, 1:])
@@ -277,7 +278,7 @@ def test_the_loss_in_chunks_of_bfloat16_follows_float32s(monkeypatch):
 
 @pytest.mark.slow
 def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
-    monkeypatch.setattr(model_file, 'LOSS_CHUNK', 30 * 97)
+    monkeypatch.setattr(kernels, 'LOSS_CHUNK', 30 * 97)
     x, weight, targets = (
         torch.randn(40, 8),
         torch.randn(97, 8, requires_grad=True),
@@ -285,7 +286,7 @@ def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
     )
 
     def loss(x, weight):
-        return model_file.ChunkedLoss.apply(x, weight, targets, 0.0, True, model_file.LOSS_CHUNK)
+        return kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, kernels.LOSS_CHUNK)
 
     found = []
     for run in (loss, torch.compile(loss)):
@@ -330,7 +331,7 @@ def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
     ids = torch.randint(50_000, (4, 512))  # 102 million logits
     with Largest() as largest:
         model(ids, ids).backward()
-    assert 50_000 * 300 < largest.seen <= model_file.LOSS_CHUNK
+    assert 50_000 * 300 < largest.seen <= kernels.LOSS_CHUNK
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)

@@ -1,0 +1,183 @@
+"""Faster ways to compute what model.py defines: attention on a CPU, and the loss.
+
+To read model.py you need not read this file. Letters of shapes are those of model.py, and N is a
+number of tokens, B x T.
+"""
+
+import functools
+import math
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -1  # a target that the loss leaves out; what generate() yields for rows that have ended
+QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
+LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
+LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
+COLUMNS = 4096  # of the head's gradient that are added at a time, to avoid a large temporary
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+def share_heads(part, n_head: int):
+    """Keys or values (B, K, T, D), repeated for the n_head / K query heads that share each."""
+    return part.repeat_interleave(n_head // part.shape[1], dim=1)
+
+
+@functools.cache
+@torch.no_grad()
+def is_causal_attention(scores) -> bool:
+    """Whether `scores`, a function like attention_scores(), gives the weights of the causal kernel.
+
+    Compared on positions near and far, so that a window of any size shows.
+    """
+    positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
+    generator = torch.Generator('cpu').manual_seed(0)
+    q, k = (
+        torch.randn(
+            2, 1, 4, len(positions), 16, generator=generator, dtype=torch.float64, device='cpu'
+        )
+        * 2
+    )
+    identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
+    with torch.autocast('cpu', enabled=False):
+        kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
+        try:
+            weights = scores(q, k, positions, positions).softmax(dim=-1)
+        except (RuntimeError, IndexError):  # it is made for other shapes or positions than these
+            return False
+    return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
+
+
+def attend_in_blocks(q, k, v, dropout: float = 0.0):
+    """Causal attention in bfloat16 on a CPU, at the speed of other matrix products.
+
+    Computes what scaled_dot_product_attention does. A block of queries never looks at the keys
+    after its last one. The backward pass computes the weights of a block again instead of keeping
+    them, if there is more than one block.
+    """
+    B, H, T, D = q.shape
+    k, v = share_heads(k, H), share_heads(v, H)
+    q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
+    if T <= QUERY_BLOCK:
+        return attend_block(q, k, v, dropout).view(B, H, T, D)
+    ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
+    blocks = [
+        checkpoint(attend_block, block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
+        for block, end in zip(q.split(QUERY_BLOCK, dim=1), ends, strict=True)
+    ]
+    return torch.cat(blocks, dim=1).view(B, H, T, D)
+
+
+def attend_block(q, k, v, dropout):
+    """Attention of the last queries q (N, Q, D) of a context of S positions, k and v (N, S, D)."""
+    Q, (S, D) = q.shape[1], k.shape[1:]
+    mask = torch.full((Q, S), -math.inf, dtype=q.dtype).triu(S - Q + 1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+# -- the loss -------------------------------------------------------------------------------------
+
+
+def uses_head_kernel(x, vocab_size: int) -> bool:
+    """Whether head_cross_entropy() is better than F.cross_entropy of all logits at once.
+
+    It is on a GPU, and on a CPU if the logits of hidden states x (N, C) need much memory.
+    """
+    return x.is_cuda or len(x) * vocab_size > LOSS_CHUNK
+
+
+def head_cross_entropy(x, weight, targets, cap: float):
+    """Computes the mean cross-entropy of the logits x @ weight.T.
+
+    x (N, C): hidden states. weight (V, C): of the output head. targets (N): token ids, or IGNORED.
+    cap: GPTConfig.logit_cap. Returns a float32 scalar.
+    """
+    V, chunk = len(weight), LOSS_CHUNK_GPU if x.is_cuda else LOSS_CHUNK
+    # torch.compile fuses the plain loss on a GPU, which is faster than the loss in chunks.
+    is_fused = x.is_cuda and torch.compiler.is_compiling()
+    if len(x) * V > chunk and not is_fused:
+        return ChunkedLoss.apply(x, weight, targets, cap, torch.is_grad_enabled(), chunk)
+    logits = F.linear(x, pad_rows(weight)).float()  # (N, V and padding)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)  # model.soft_cap
+    is_padding = torch.arange(logits.shape[1], device=x.device) >= V
+    logits = logits.masked_fill(is_padding, -math.inf)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED)
+
+
+def pad_rows(weight):
+    """Adds rows of zeros to the head's weight (V, C) on a GPU, up to a multiple of 64.
+
+    An H100 multiplies GPT-2's 50,257 rows at 96 TFLOP/s and 50,304 at 706. The logits of the added
+    rows must not count.
+    """
+    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The loss of head_cross_entropy(), without holding all logits at once.
+
+    The logits of a large vocabulary are most of a small model's memory. Each chunk of them
+    contributes to the loss and, as d loss / d logits = softmax(logits) - one_hot(target), to the
+    gradients. The next chunk reuses its buffer: on a CPU, getting new pages from the system takes
+    longer than filling them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, with_gradients, chunk_size):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        head, V = pad_rows(weight.to(dtype)), len(weight)
+        rows = min(len(x), max(1, chunk_size // len(head)))
+        logits = head.new_empty(rows, len(head))
+        log_probs = logits
+        if dtype != torch.float32:
+            log_probs = torch.empty_like(logits, dtype=torch.float32)
+        losses = torch.empty(len(x), device=x.device)
+        # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
+        grad_x = grad_weight = None
+        if with_gradients:
+            grad_x = torch.zeros_like(x, dtype=torch.float32)
+            grad_weight = torch.zeros_like(head, dtype=torch.float32)
+
+        for first in range(0, len(x), rows):
+            part = slice(first, first + rows)
+            chunk, target = x[part].to(dtype, copy=True), targets[part, None]
+            logits, log_probs = logits[: len(chunk)], log_probs[: len(chunk)]
+            counted = target != IGNORED
+            target = target.clamp(min=0)
+            torch.mm(chunk, head.t(), out=logits)
+            log_probs.copy_(logits)
+            if cap:
+                bent = log_probs.div_(cap).tanh_().clone()  # model.soft_cap
+                log_probs.mul_(cap)
+            log_probs[:, V:] = -math.inf
+            torch.log_softmax(log_probs, dim=-1, out=log_probs)
+            losses[part] = (log_probs.gather(1, target) * -counted.float())[:, 0]
+            if not with_gradients:
+                continue
+            minus_one_hot = -torch.ones_like(target, dtype=torch.float32)
+            grad = log_probs.exp_().scatter_add_(1, target, minus_one_hot)
+            if cap:
+                grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
+            logits.copy_(grad)
+            grad_x[part] = (logits @ head) * counted
+            chunk *= counted
+            for total, columns in zip(grad_weight.split(COLUMNS), logits.split(COLUMNS, dim=1)):
+                total.add_(columns.t() @ chunk)
+
+        n_counted = (targets != IGNORED).sum()
+        ctx.save_for_backward(grad_x, grad_weight[:V] if with_gradients else None, n_counted)
+        ctx.dtypes = x.dtype, weight.dtype
+        return losses.sum() / n_counted
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight, n_counted = ctx.saved_tensors
+        scale = grad_loss / n_counted
+        grad_x = grad_x.mul_(scale).to(ctx.dtypes[0])
+        return grad_x, grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None, None
