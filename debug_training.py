@@ -1,12 +1,15 @@
-"""Puts one batch under the microscope: gradients and updates parameter by parameter, activations layer by layer.
+"""Examines one batch: gradients and updates by parameter, activations by layer.
 
     python debug_training.py config/train_shakespeare_char.py
-    python debug_training.py config/train_shakespeare_char.py --init_from=resume    the run in out_dir, at its next step
-    python debug_training.py config/train_shakespeare_char.py --explain             one step with real numbers
-    python debug_training.py config/train_gpt2.py --dataset=                        no dataset: random tokens
+    python debug_training.py config/train_shakespeare_char.py --init_from=resume
+        examines the run in out_dir, at its next step
+    python debug_training.py config/train_shakespeare_char.py --explain
+        explains one step with real numbers
+    python debug_training.py config/train_gpt2.py --dataset=
+        uses random tokens instead of a dataset
 
-Takes every key of train.py, but evaluates, compiles and saves nothing. The steps are train.py's own; none of them lasts, and
-nothing is written to out_dir.
+Accepts every key of train.py, but does not evaluate, compile or save. The steps are those of
+train.py. Each one is undone, and nothing is written to out_dir.
 """
 
 import sys
@@ -30,16 +33,14 @@ from nib.tokens.dataset import TokenDataset
 from nib.tokens.find import open_or_prepare
 
 # what to show
-explain: bool = False  # instead of the tables, walk through one step with real numbers
-full: bool = False  # every layer of a deep model, instead of the first, the middle, the last and what is marked
+explain: bool = False  # explain one step with real numbers, instead of printing tables
+full: bool = False  # show every layer of a deep model, not only three and what is marked
 # how much of the batch
-batch_tokens: int = (
-    0  # tokens to look at; 0: batch_size * block_size, on a CPU what it computes in seconds
-)
-overfit_steps: int = 50  # steps to learn the batch by heart in
-vocab_size: int = 65  # of the random tokens that --dataset= asks for
+batch_tokens: int = 0  # tokens in the batch; 0: all, or on a CPU, what it can process in seconds
+overfit_steps: int = 50  # steps in which to memorize the batch
+vocab_size: int = 65  # of random tokens (--dataset=)
 
-QUICK = 2e11  # floating-point operations of a step that a CPU does in seconds
+QUICK = 2e11  # floating-point operations of a step that takes a CPU seconds
 
 
 def main(argv):
@@ -56,8 +57,8 @@ def main(argv):
             )
     if values['dataset'] and origins['vocab_size'] != 'default':
         raise UserError(
-            f'vocab_size ({origins["vocab_size"]}) is that of random tokens, but dataset {values["dataset"]} has its '
-            f'own: leave it out, or take random tokens with --dataset='
+            f'vocab_size ({origins["vocab_size"]}) is for random tokens, but the dataset '
+            f'{values["dataset"]} has its own: omit it, or use random tokens with --dataset='
         )
     start = read_start(values['init_from'], values['out_dir'], warn)
     if start:
@@ -67,20 +68,19 @@ def main(argv):
     else:
         data, start = random_tokens(values, start)
     training = Microscope(values, data, start)
-    lesson = (
-        walkthrough.walk_through(training)
-        if explain
-        else examination.examine(training, full, overfit_steps)
-    )
+    if explain:
+        lesson = walkthrough.walk_through(training)
+    else:
+        lesson = examination.examine(training, full, overfit_steps)
     for line in lesson:
-        print(line, flush=True)  # at once: the next one may take a while
+        print(line, flush=True)  # now, because the next one may take a while
 
 
 def warn(line: str):
     print(line, file=sys.stderr, flush=True)
 
 
-# -- what is looked at -----------------------------------------------------------------------------------------------
+# -- what is examined ------------------------------------------------------------------------------
 
 
 def open_dataset(values) -> TokenDataset:
@@ -95,13 +95,16 @@ def open_dataset(values) -> TokenDataset:
             warn,
         )
     except UserError as error:
-        raise UserError(f'{error}; or take random tokens: --dataset=') from error
+        raise UserError(f'{error}; or use random tokens: --dataset=') from error
 
 
 def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
-    """Tokens that a fresh model, or the weights' own vocabulary, can read; and the weights, for which no dataset is wrong."""
+    """Returns a dataset of random tokens, and the weights without the run that they come from.
+
+    start: the weights, whose vocabulary is used; None for a new model.
+    """
     size = start.model.vocab_size if start else values['vocab_size']
-    n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # windows for a few steps
+    n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # enough for a few steps
     seed_everything(values['seed'], 'random tokens')
     tokens = torch.randint(size, (n,)).numpy()
     tokenizer = tokenizer_from_json(start.tokenizer) if start else None
@@ -110,62 +113,58 @@ def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
 
 
 class Microscope:
-    """A run's training, one step at a time and each undone, as its next step would have it."""
+    """The training of a run at its next step, for single steps that are undone.
+
+    data_step is the number of the batch. batch() is a part of it, of (n_sequences, n_positions).
+    """
 
     def __init__(self, values, data, start):
-        least = (
-            2 if values['explain'] else 1
-        )  # sequences: there is nothing to accumulate in a single one
-        self.values = values | {
-            'batch_size': max(values['batch_size'], least),
-            'on_nonfinite': 'skip',
-        }
+        least = 2 if values['explain'] else 1  # sequences; accumulation needs two
+        batch_size = max(values['batch_size'], least)
+        self.values = values | {'batch_size': batch_size, 'on_nonfinite': 'skip'}
         self.data, self.start = data, start
         self.has_text = can_decode(data.tokenizer)
-        self.shown = 24 if self.has_text else 8  # tokens of a text that are shown
+        self.shown = 24 if self.has_text else 8  # tokens to show
         self.training = train.Training.set_up(self.values, data, start)
-        self.model, self.device, self.precision = (
-            self.training.model,
-            values['device'],
-            self.training.precision,
-        )
-        saved = (
-            start.resumed.state['train']
-            if start and start.resumed
-            else {'step': 0, 'passed_over': 0}
-        )
-        self.data_step = saved['step'] + saved['passed_over']
-        self.batch_size = self.values['batch_size']
+        self.model, self.precision = self.training.model, self.training.precision
+        self.device, self.data_step = values['device'], 0
+        if start and start.resumed:
+            saved = start.resumed.state['train']
+            self.data_step = saved['step'] + saved['passed_over']
+        self.batch_size = batch_size
         self.n_sequences, self.n_positions = self.fit_batch(values['batch_tokens'], least)
 
     def fit_batch(self, limit: int, least: int) -> tuple[int, int]:
-        """Sequences and positions of the batch that are looked at."""
-        if not limit and (
-            self.values['explain'] or self.device == 'cpu'
-        ):  # parts of --explain are in float64, on the CPU
-            limit = QUICK / (3 * sum(self.model.flops_per_token().values()))
-        if not limit:
-            return self.batch_size, self.values['block_size']
-        sequences = min(self.batch_size, max(least, int(limit / self.values['block_size'])))
-        return sequences, min(
-            self.values['block_size'],
-            max(1 if self.values['batch_tokens'] else 64, int(limit / sequences)),
-        )
+        """Returns the numbers of sequences and positions to examine.
+
+        limit: tokens; 0 for as many as possible. least: sequences.
+        """
+        block_size = self.values['block_size']
+        shortest = 1 if limit else 64
+        on_cpu = self.device == 'cpu' or self.values['explain']  # which uses float64 on the CPU
+        if not limit and on_cpu:
+            limit = int(QUICK / self.training.flops_per_token)
+        elif not limit:
+            return self.batch_size, block_size
+        sequences = min(self.batch_size, max(least, limit // block_size))
+        return sequences, min(block_size, max(shortest, limit // sequences))
 
     def batch(self, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and y (n_sequences, n_positions) of the number-th step from here."""
-        return tuple(
-            part[: self.n_sequences, : self.n_positions].contiguous()
-            for part in self.training.batches.batch(self.data_step + number, 0)
-        )
+        """Returns x and y (n_sequences, n_positions) of the step `number` steps from here."""
+        x, y = self.training.batches.batch(self.data_step + number, 0)
+        part = slice(self.n_sequences), slice(self.n_positions)
+        return x[part].contiguous(), y[part].contiguous()
 
     @property
     def has_memory(self) -> bool:
-        """Whether the optimizer goes on with what it has seen before."""
+        """Whether the optimizer continues with the state of a checkpoint."""
         return bool(self.start and 'optimizer' in self.start.tensors)
 
     def new_optimizer(self, method: str = '') -> Optimizer:
-        """The run's optimizer at its full learning rate; or one of another method, which begins without a memory."""
+        """Returns the optimizer of the run at its full learning rate.
+
+        method: use this optimizer instead, without state if it is not the one of the run.
+        """
         method = method or self.values['optimizer']
         optimizer = Optimizer.pick(
             self.values | {'optimizer': method}, self.model, has_bfloat16(self.device)
@@ -176,64 +175,58 @@ class Microscope:
         return optimizer
 
     def accumulate(self, micro_batches) -> torch.Tensor:
-        """Leaves the gradients of a step in the parameters, not clipped; returns the loss."""
+        """Computes the gradients of a step, without clipping; returns the loss."""
         scaler = self.training.scaler
         while True:
-            loss = train.accumulate_gradients(
-                replace(self.training, micro_steps=len(micro_batches)),
-                micro_batches,
-                self.data_step,
-            )
+            training = replace(self.training, micro_steps=len(micro_batches))
+            loss = train.accumulate_gradients(training, micro_batches, self.data_step)
             if not scaler.is_enabled():
                 return loss
-            scale, gradients = (
-                scaler.get_scale(),
-                [p.grad for p in self.model.parameters() if p.grad is not None],
-            )
+            scale = scaler.get_scale()
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             for gradient in gradients:
                 gradient.div_(scale)
             if scale <= 1 or all(gradient.isfinite().all() for gradient in gradients):
                 return loss
-            scaler.update(scale / 2)  # as training finds the scale: by steps that it leaves out
+            scaler.update(scale / 2)  # as training does when it skips a step
             self.model.zero_grad(set_to_none=True)
 
     def step(self, optimizer, micro_batches) -> tuple[float, float]:
-        """One train_step; returns loss and gradient norm."""
+        """Runs train_step once; returns the loss and the norm of the gradients."""
         training = replace(self.training, optimizer=optimizer, micro_steps=len(micro_batches))
         loss, norm = train.train_step(training, micro_batches, self.data_step)
         return float(loss), float(norm)
 
     @contextmanager
     def undone(self):
-        """Steps inside do not last; gives the weights as they were, name -> tensor."""
-        before = {
-            name: parameter.detach().clone() for name, parameter in self.model.named_parameters()
-        }
+        """Undoes the steps inside; yields the weights before them, name -> tensor."""
+        parameters = dict(self.model.named_parameters())
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
             yield before
         finally:
             with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
+                for name, parameter in parameters.items():
                     parameter.copy_(before[name])
             self.model.zero_grad(set_to_none=True)
 
     def describe(self) -> str:
+        name = self.start.name if self.start else 'a new model'
+        millions = self.model.num_params() / 1e6
         return (
-            f'{self.data.name}, {self.start.name if self.start else "a fresh model"}, '
-            f'{self.model.num_params() / 1e6:.2f}M parameters, {self.values["dtype"]} on {self.device}'
+            f'{self.data.name}, {name}, {millions:.2f}M parameters, {self.values["dtype"]} on '
+            f'{self.device}'
         )
 
     def show_tokens(self, ids) -> str:
-        """Token ids as a person reads them: their text, or themselves where there is none."""
-        return (
-            repr(self.data.tokenizer.decode(ids.tolist()))
-            if self.has_text
-            else ' '.join(map(str, ids.tolist()))
-        )
+        """Returns the text of token ids, or the ids if there is no tokenizer."""
+        if self.has_text:
+            return repr(self.data.tokenizer.decode(ids.tolist()))
+        return ' '.join(map(str, ids.tolist()))
 
 
 def can_decode(tokenizer) -> bool:
-    """Not that of random tokens, which there is none of, nor GPT-2's where its vocabulary is not here."""
+    """Returns False for None (random tokens), and if the vocabulary of GPT-2 is not available."""
     try:
         return tokenizer is not None and bool(tokenizer.decode([0]))
     except UserError:

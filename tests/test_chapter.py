@@ -1,5 +1,7 @@
-"""docs/training_loop.md: every number in it is computed here, every line of code that it quotes stands in its file, and the
-Chinese chapter says the same."""
+"""docs/training_loop.md: its numbers are computed here, and the code that it quotes is in its file.
+
+The Chinese chapter has the same code and numbers.
+"""
 
 import doctest
 import math
@@ -54,7 +56,7 @@ def read_blocks(path: Path, kind: str = '') -> list[Block]:
 
 
 def close(want: str, got: str) -> bool:
-    """Whether two texts are the same but for the last digits of numbers with a point; white space does not count."""
+    """Returns whether two texts are equal up to white space and the last digits of decimals."""
     want, got = ' '.join(want.split()), ' '.join(got.split())
     if NUMBER.sub('#', want) != NUMBER.sub('#', got):
         return False
@@ -143,18 +145,17 @@ def test_a_wrong_digit_is_noticed():
     ids=lambda block: f'line {block.line}',
 )
 def test_quoted_lines_stand_in_their_file(block):
-    lines = (ROOT / block.kind.removeprefix('python ')).read_text().splitlines()
+    source = (ROOT / block.kind.removeprefix('python ')).read_text()
+    lines = [line.partition('  # ')[0] for line in source.splitlines()]  # quotes omit comments
     place = 0
     for quoted in block.body.splitlines():
         if quoted.strip() != '...':
-            assert quoted in lines[place:], (
-                f'{block.kind}: {quoted.strip()!r} is not there, or not in this place'
-            )
+            assert quoted in lines[place:], f'{block.kind}: {quoted.strip()!r} is missing, or moved'
             place = lines.index(quoted, place) + 1
 
 
 def read_sums() -> list[tuple[str, str]]:
-    """What stands on both sides of the prose's equals signs, where the left side is numbers to be computed."""
+    """Returns both sides of equations in the prose whose left side can be computed."""
     prose = ' '.join(' '.join(text for _, text in sections(ENGLISH)).replace(',', '').split())
     sums = re.findall(r'((?:[(]?\d[\d./]*|[*/+-]{1,2}) (?:[\d./*+() -]*))= (-?\d[\d./]*\d)', prose)
     return [(left, right) for left, right in sums if set(left) & set('*/+-')]
@@ -183,7 +184,7 @@ ELSEWHERE = {
 
 
 def test_numbers_in_the_prose_come_from_somewhere():
-    """Those that are no mere counts stand, perhaps with more digits, in a block, or on a side of a sum."""
+    """Numbers of three digits or more also occur, perhaps rounded, in a block or an equation."""
     shown = [
         number.replace(',', '')
         for block in read_blocks(ENGLISH)
@@ -202,7 +203,7 @@ def test_numbers_in_the_prose_come_from_somewhere():
                 ), (heading, number)
 
 
-# -- commands ----------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 
 def commands(block: Block) -> list[tuple[str, list[str]]]:
@@ -284,7 +285,7 @@ def test_tables_of_characters_lose_what_is_shown():
     )
 
 
-# -- the table of troubles ---------------------------------------------------------------------------------------------
+# -- the table of troubles -------------------------------------------------------------------------
 
 
 def trouble_rows(path: Path) -> list[list[str]]:
@@ -313,7 +314,7 @@ def test_what_to_change_is_what_the_doctor_says():
 
 
 def test_what_the_doctor_sees_is_recorded_by_that_name(folder, run_main):
-    """The names in code in the table's second column are names in metrics.jsonl or keys of the config."""
+    """Code in the second column of the table is a name in metrics.jsonl or a key of the config."""
     sources = ' '.join(
         (ROOT / file).read_text() for file in ('nib/run/logbook.py', 'nib/doctor/vitals.py')
     )
@@ -367,7 +368,7 @@ def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
     assert len(keys) > 15
 
 
-# -- the chapter in Chinese --------------------------------------------------------------------------------------------
+# -- the chapter in Chinese ------------------------------------------------------------------------
 
 
 def sections(path: Path) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""debug_training.py: its figures against torch by hand, its verdicts against faults made on purpose, and what it leaves alone."""
+"""debug_training.py: its values equal those of torch, and it detects faults made on purpose."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def debug(data_dir, run_main):
 
 @pytest.fixture
 def make_training(data_dir):
-    """make_training(*flags): the script's Microscope on the small model, to look at and to break."""
+    """make_training(*flags): a Microscope on the small model, to examine and to break."""
 
     def make(*flags):
         argv = [*SMALL, f'--data_dir={data_dir}', *flags]
@@ -85,11 +85,11 @@ def table(text) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-# -- figures against torch ---------------------------------------------------------------------------------------------
+# -- figures against torch -------------------------------------------------------------------------
 
 
 def step_by_hand(model, x, y, optimizer, grad_clip) -> tuple[dict, float, dict]:
-    """Gradients (copies), their norm, and ||update|| / ||weight|| of a step, with nothing of the project's but the model."""
+    """Returns copies of the gradients, their norm, and ||update|| / ||weight|| of a step."""
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -172,7 +172,7 @@ def test_the_table_has_the_figures_of_a_step_made_by_hand(debug, make_training, 
 def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
     data_dir, train_here, debug, tmp_path
 ):
-    """The ratio is that of torch's AdamW with the m and v of the checkpoint, on the batch that training would read next."""
+    """As with torch's AdamW, the m and v of the checkpoint, and the next batch of the run."""
     flags = ['--max_iters=10', '--gradient_accumulation_steps=2', '--learning_rate=3e-3']
     train_here(tmp_path / 'run', *flags)
     files = {
@@ -202,9 +202,9 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
     assert_rows_agree(
         done.stdout, model, *step_by_hand(model, x, y, optimizer, values['grad_clip'])
     )
-    assert 'which step 10 of the run begins with' in done.stdout and 't = 11' in explained.stdout
-    assert 'marked is what is below 0.0002 or above 0.05.' in ' '.join(done.stdout.split())
-    apart = re.search(r'^apart .*v and w +(.*)$', explained.stdout, re.MULTILINE)[1].split()
+    assert 'from the first micro batch of step 10' in done.stdout and 't = 11' in explained.stdout
+    assert 'values below 0.0002 or above 0.05 are marked.' in ' '.join(done.stdout.split())
+    apart = re.search(r'^difference .*v and w +(.*)$', explained.stdout, re.MULTILINE)[1].split()
     assert len(apart) == 3 and all(float(figure) < 1e-6 for figure in apart)
 
 
@@ -330,7 +330,7 @@ def test_an_activation_that_the_inspection_does_not_know_is_measured_by_its_outp
 
 
 def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
-    """Without dropout, with a warm-up of a tenth of the steps, and from the weights before the other parts of the report."""
+    """Without dropout, with a warm-up of a tenth of the steps, and from the initial weights."""
     done = debug('--dropout=0.5', '--overfit_steps=20', '--grad_clip=0.7')
     training = make_training('--grad_clip=0.7')
     model = new_model(training.values, training.data, None)
@@ -348,7 +348,7 @@ def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_trai
     printed = re.findall(r'^step +(\d+) +loss +([\d.]+)$', done.stdout, re.MULTILINE)
     assert [int(step) for step, _ in printed] == [0, 4, 8, 12, 16, 20]
     assert [float(loss) for _, loss in printed] == pytest.approx(losses[::4], abs=2e-3)
-    goal = health.MEMORISED * inspection.unigram_entropy(y)
+    goal = health.MEMORIZED * inspection.unigram_entropy(y)
     assert float(re.search(r'healthy: +at most ([\d.]+)', done.stdout)[1]) == pytest.approx(
         goal, abs=1e-4
     )
@@ -389,7 +389,7 @@ def test_closed_units_let_hardly_any_gradient_through():
     assert inspection.dead_share('swiglu', hidden) == 0.5  # of the two gates
 
 
-# -- ranges ------------------------------------------------------------------------------------------------------------
+# -- ranges ----------------------------------------------------------------------------------------
 
 
 def test_adamws_first_step_is_as_much_larger_as_it_is_said():
@@ -453,7 +453,7 @@ def test_nothing_is_marked_in_a_healthy_model(config, data_dir, run_main):
     )
     assert done.returncode == 0 and done.stderr == '', done.stderr
     assert (
-        done.stdout.endswith('Nothing: all figures are in their healthy ranges.\n')
+        done.stdout.endswith('Nothing: all values are in their healthy ranges.\n')
         and '<-' not in done.stdout
     )
     losses = [
@@ -479,7 +479,7 @@ def test_nothing_is_marked_in_a_healthy_run(method, data_dir, train_here, debug,
         assert ', healthy: below 0' in done.stdout
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 
 def test_weights_that_are_too_large_are_seen(make_training):
@@ -517,13 +517,16 @@ def test_a_dead_relu_layer_is_seen(make_training):
 def test_a_learning_rate_that_is_too_high_is_seen(make_training):
     text, findings = examined(make_training('--learning_rate=10'))
     assert re.search(
-        r'update too large in 10 parameters: [\d.e+]+ in h\.\d\.\w+\.c_proj.weight\. Lower learning_rate',
+        r'update too large in 10 parameters: [\d.e+]+ in h\.\d\.\w+\.c_proj.weight\. '
+        r'Lower learning_rate',
         findings,
     )
-    assert 'not learnt by heart' in findings
+    assert 'is not memorized' in findings
     for name, row in table(text).items():  # biases and gains have no range
         assert ('too large' in ' '.join(row)) == ('x' in row[0]), name
-    suggested = float(re.search(r'for instance to ([\d.e+-]+?)\.? ', findings)[1])
+    suggested = float(
+        re.search(r'Lower learning_rate from 10 to about ([\d.e+-]+?)\.? ', findings)[1]
+    )
     assert (
         'update too large'
         not in examined(make_training(f'--learning_rate={suggested * 0.9}'), steps=1)[1]
@@ -531,12 +534,12 @@ def test_a_learning_rate_that_is_too_high_is_seen(make_training):
 
 
 def test_muons_matrices_have_limits_of_their_own(make_training):
-    """Their updates are 0.2 * learning_rate * muon_lr_ratio in root mean square, but for what Newton-Schulz leaves open."""
+    """Their updates have a root mean square of about 0.2 * learning_rate * muon_lr_ratio."""
     for ratio in (1.0, 100.0):
         text, findings = examined(
             make_training('--optimizer=muon', f'--muon_lr_ratio={ratio}'), steps=1
         )
-        assert f'muon_lr_ratio = {0.2 * 3e-3 * ratio:.2g}, as far' in ' '.join(text.split())
+        assert f'muon_lr_ratio = {0.2 * 3e-3 * ratio:.2g}, equally far' in ' '.join(text.split())
         for name, row in table(text).items():
             by_muon = name.startswith('h.') and 'x' in row[0]
             assert ('too large' in ' '.join(row)) == (by_muon and ratio == 100.0), (name, row)
@@ -554,10 +557,10 @@ def test_a_learning_rate_of_nothing_is_seen(make_training):
         'update too small in 10 parameters' in findings
         and 'Raise learning_rate, which is 0' in findings
     )
-    assert 'not learnt by heart' in findings and 'learning_rate far too low' in findings
+    assert 'is not memorized' in findings and 'learning_rate that is far too low' in findings
     findings = examined(make_training('--learning_rate=1e-7'))[1]
     suggested = float(
-        re.search(r'Raise learning_rate 1e-07, for instance to ([\d.e+-]+?)\.? ', findings)[1]
+        re.search(r'Raise learning_rate from 1e-07 to about ([\d.e+-]+?)\.? ', findings)[1]
     )
     assert 'update too' not in examined(make_training(f'--learning_rate={suggested}'), steps=1)[1]
 
@@ -568,7 +571,7 @@ def test_targets_that_were_not_shifted_are_seen(make_training):
     training.batch = lambda number=0: (x, x)
     findings = examined(training)[1]
     assert (
-        'of the targets are the next token of the input. Targets must be the inputs moved by one'
+        'of the targets are the next token of the input. Targets must be the inputs shifted by one'
         in findings
     )
     assert 'below ln(vocab_size)' in findings  # a tied head guesses its own input
@@ -581,8 +584,8 @@ def test_a_loop_that_cannot_learn_is_seen(make_training):
     training.new_optimizer = lambda: optimizer
     findings = examined(training)[1]
     assert (
-        'See whether the optimizer is given this parameter' in findings
-        and 'not learnt by heart' in findings
+        'Check whether the optimizer has this parameter' in findings
+        and 'is not memorized' in findings
     )
     training = make_training()
     batches = iter(range(10_000))
@@ -601,13 +604,13 @@ def test_a_loop_that_cannot_learn_is_seen(make_training):
         )
 
     training.step = shuffled_step
-    assert 'not learnt by heart' in examined(training)[1]
+    assert 'is not memorized' in examined(training)[1]
 
 
 def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
     findings = examined(make_training('--learning_rate=2e-3'), steps=20)[1]
-    assert 'It falls, so the loop works' in findings
-    goal = health.MEMORISED * 3.0
+    assert 'The loss falls, so the loop works' in findings
+    goal = health.MEMORIZED * 3.0
     for losses, works in (
         ((4.0, 3.1, 2.7), True),
         ((4.0, 3.1, 2.9), False),
@@ -616,9 +619,9 @@ def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
     ):
         # falling, stuck at the entropy of 3, rising again, hardly moving
         assert (
-            'the loop works' in health.judge_memorising(dict(enumerate(losses)), goal)[0].remedy
+            'the loop works' in health.judge_memorizing(dict(enumerate(losses)), goal)[0].remedy
         ) == works
-    assert health.judge_memorising({0: 4.0, 10: 2.0}, goal) == []
+    assert health.judge_memorizing({0: 4.0, 10: 2.0}, goal) == []
 
 
 def test_numbers_that_are_not_finite_are_seen(make_training):
@@ -636,7 +639,7 @@ def test_numbers_that_are_not_finite_are_seen(make_training):
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_training, name):
-    """As blocks do that begin as the identity. What comes out of nowhere else is marked all the same."""
+    """As in blocks that start as the identity."""
     keys = ARCHITECTURES[name] | {'n_head': 4, 'learning_rate': 2e-3}
     training = make_training(*(f'--{key}={value}' for key, value in keys.items()))
     first, second = training.model.transformer.h
@@ -647,7 +650,7 @@ def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_tr
     assert 'Nothing: all' in findings and '<-' not in text, findings
     rows = table(text)
     assert rows['h.1.mlp.c_proj.weight'][1] == '0.0000' and rows['h.1.mlp.c_proj.weight'][-1] == '-'
-    assert float(rows['h.1.mlp.c_proj.weight'][5]) > 0 and 'Where a c_proj is all 0' in text
+    assert float(rows['h.1.mlp.c_proj.weight'][5]) > 0 and 'If a c_proj is all 0' in text
     without = {row for row, cells in rows.items() if float(cells[5]) == 0.0}
     assert without == {
         row
@@ -665,7 +668,7 @@ def test_marks_are_where_the_ranges_end():
     def row(ratio, name='h.0.mlp.c_fc.weight', shape=(4, 4), norm=1.0):
         return health.ParameterStats(name, shape, 0.02, 0.0, 0.1, 0.1, norm, ratio)
 
-    limits = health.update_limits(0.9, first=False, learnt=True)
+    limits = health.update_limits(0.9, first=False, trained=True)
     assert limits == pytest.approx((0.001 / health.SLACK, 0.01 * health.SLACK))
     for ratio, mark in (
         (0.001, ''),
@@ -689,9 +692,9 @@ def test_marks_are_where_the_ranges_end():
     assert health.mark_parameter(row(None), limits) == ''
     assert health.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
     assert (
-        health.update_limits(0.9, first=True, learnt=True)[0] == 0.0
+        health.update_limits(0.9, first=True, trained=True)[0] == 0.0
     )  # fine-tuning may take small steps
-    first = health.update_limits(0.9, first=True, learnt=False)
+    first = health.update_limits(0.9, first=True, trained=False)
     assert first == pytest.approx([math.sqrt(19) * limit for limit in limits])
     muon = health.update_limits(0.9, False, True, method='muon')
     assert muon == pytest.approx(
@@ -724,7 +727,7 @@ def test_marks_are_where_the_ranges_end():
     )
 
 
-# -- one step with real numbers ----------------------------------------------------------------------------------------
+# -- one step with real numbers --------------------------------------------------------------------
 
 
 @given(
@@ -858,7 +861,7 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
         assert figures(label) == pytest.approx(wanted, abs=1e-6), label
     assert figures('m             0.9 m + 0.1 g')[-3:] == pytest.approx(m, abs=1e-6)
     assert figures('v             0.95 v + 0.05 g^2')[-3:] == pytest.approx(v, abs=1e-6)
-    assert all(figure < 1e-6 for figure in figures('apart         the most of m, v and w'))
+    assert all(figure < 1e-6 for figure in figures('difference    the largest of m, v and w'))
 
 
 def test_the_walk_through_is_adamws_whatever_the_optimizer(train_here, debug, tmp_path):
@@ -867,7 +870,10 @@ def test_the_walk_through_is_adamws_whatever_the_optimizer(train_here, debug, tm
         assert done.returncode == 0, done.stderr
         return done.stdout.split('5. ADAMW\n')[1]
 
-    sentence = "\nIn this run Muon moves the blocks' matrices, and AdamW the rest. Here AdamW moves all of them.\n"
+    sentence = (
+        "\nIn this run, Muon updates the blocks' matrices and AdamW the rest. "
+        'Here, AdamW updates all of them.\n'
+    )
     assert last_section('--optimizer=muon') == sentence + last_section(
         '--optimizer=adamw'
     ).removeprefix('\n')
@@ -891,7 +897,7 @@ def test_gradients_that_are_short_enough_are_not_clipped(debug, grad_clip):
     )
 
 
-# -- how much is looked at, and what of it is shown --------------------------------------------------------------------
+# -- how much is looked at, and what of it is shown ------------------------------------------------
 
 
 def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
@@ -946,11 +952,11 @@ def test_tables_of_deep_models_stay_readable(run_main):
         row.split('.')[1] for row in table(short) if row.startswith('h.')
     } == {'0', '24', '47'}
     assert (
-        '540 rows of the layers between are left out, 90 of them marked like those above: --full shows all'
+        '540 rows of other layers are omitted, 90 of them marked like those above: --full shows all'
         in short
     )
     full = run_main(SCRIPT, *flags, '--full').stdout
-    assert len(table(full)) == 4 + 48 * 12 and 'left out' not in full
+    assert len(table(full)) == 4 + 48 * 12 and 'omitted' not in full
     shown, line = examination.shown_rows(
         [f'h.{i}.{part}' for i in range(9) for part in 'ab'] + ['ln_f'],
         {'h.2.a': 'x', 'h.3.a': 'x', 'h.3.b': 'y', 'h.5.b': 'x'},
@@ -986,7 +992,7 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
         assert (halves[name] - parameter.grad).norm() < 0.05 * parameter.grad.norm(), name
 
 
-# -- every way to start ------------------------------------------------------------------------------------------------
+# -- every way to start ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -1007,7 +1013,7 @@ def test_every_config_file_runs(config, run_main, tmp_path, monkeypatch):
     for flags in (['--overfit_steps=2'], ['--explain']):
         done = run_main(SCRIPT, ROOT / 'config' / config, *small, *flags)
         assert done.returncode == 0 and done.stderr == '', done.stderr
-        assert 'Random tokens hold nothing to be learnt' in done.stdout
+        assert 'Random tokens contain nothing to learn' in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1028,7 +1034,7 @@ def test_published_weights_and_runs_meet_random_tokens(train_here, debug, tmp_pa
     architecture = ['--n_layer=1', '--n_embd=16', '--bias=True', '--block_size=32', '--dataset=']
     done = debug(f'--init_from={tmp_path / "gpt2"}', *architecture, '--overfit_steps=1')
     assert done.returncode == 0, done.stderr
-    assert f'ln {300}, a guess' in done.stdout and 'healthy: below' not in done.stdout
+    assert 'ln 300, a uniform guess' in done.stdout and 'healthy: below' not in done.stdout
     train_here(tmp_path / 'run', '--max_iters=2')
     for start in (tmp_path / 'run', 'resume'):
         done = debug(
@@ -1046,8 +1052,8 @@ def test_mistakes_are_one_line(debug, tmp_path):
         (['--overfit_steps=0'], 'overfit_steps is 0: it must be at least 1'),
         (['--batch_tokens=-1'], 'batch_tokens is -1'),
         (['--vocab_size=1', '--dataset='], 'vocab_size is 1: it must be at least 2'),
-        (['--vocab_size=100'], 'take random tokens with --dataset='),
-        (['--dataset=nowhere'], 'or take random tokens: --dataset='),
+        (['--vocab_size=100'], 'use random tokens with --dataset='),
+        (['--dataset=nowhere'], 'or use random tokens: --dataset='),
         (['--n_head=3'], 'n_embd 32 is not divisible by n_head 3'),
         (['--init_from=nowhere'], 'neither'),
         (['--init_from=resume', f'--out_dir={tmp_path}'], 'train first'),

@@ -1,4 +1,4 @@
-# A clip a hundredth as long as the gradients are.
+# grad_clip at about a hundredth of the usual gradient norm.
 
 include('healthy.py')
 out_dir = 'out-lab-all-clipped'

@@ -1,4 +1,4 @@
-# Eight tokens a step: each gradient is nearly all noise.
+# Eight tokens per step: each gradient is nearly all noise.
 
 include('healthy.py')
 out_dir = 'out-lab-batch-too-small'

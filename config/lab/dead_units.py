@@ -1,4 +1,4 @@
-# Biases that close every unit of the first block's MLP from the start.
+# Initial biases that close every hidden unit of the first block's MLP.
 import torch
 
 import model

@@ -1,4 +1,4 @@
-# A validation text in another alphabet than the training text.
+# A validation text in a different alphabet from the training text.
 from dataclasses import replace
 
 from nib.tokens import find

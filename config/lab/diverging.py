@@ -1,4 +1,5 @@
-# learning_rate typed as 5.0 for 5e-4, and a warm-up as long as the run: the rate rises all the time, and the loss with it.
+# A learning rate of 5.0 instead of 5e-4, with a warm-up as long as the run: the rate keeps rising,
+# and so does the loss.
 
 include('healthy.py')
 out_dir = 'out-lab-diverging'

@@ -1,4 +1,4 @@
-# A model whose norms were left out, trained without clipping.
+# A model without norms, trained without clipping.
 import torch
 
 import model
@@ -13,7 +13,7 @@ _reset = model.GPT.reset_parameters
 
 
 def _reset_large(self):
-    """Weights that make every layer's output half as large again as its input."""
+    """Makes the output of every layer 1.5 times as large as its input."""
     _reset(self)
     for name, parameter in self.named_parameters():
         if parameter.dim() > 1 and '.h.' in name:

@@ -1,4 +1,5 @@
-# float16 and a loss that is summed over the tokens, not averaged: the gradients overflow, and the loss scale falls and falls.
+# float16 with a loss that is summed over the tokens, not averaged: the gradients overflow, and the
+# loss scale keeps falling.
 import torch
 
 import model
@@ -13,7 +14,7 @@ _cross_entropy = torch.nn.functional.cross_entropy
 
 
 class _Functional:
-    """torch.nn.functional, but for the loss."""
+    """torch.nn.functional with another loss."""
 
     cross_entropy = staticmethod(
         lambda *args, **options: _cross_entropy(*args, **options, reduction='sum')

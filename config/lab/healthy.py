@@ -1,5 +1,5 @@
-# The run that every other config of this folder breaks in one place. Nothing is wrong with it: the doctor should say so.
-# It takes a few seconds on a laptop.
+# The run that every other config in this folder breaks in one place. Nothing is wrong with it, and
+# the doctor should say so. It takes a few seconds on a laptop.
 
 include('../train_shakespeare_char.py')
 out_dir = 'out-lab-healthy'

@@ -1,4 +1,5 @@
-# A learning rate that is bearable, but not in the first step: AdamW's is several times larger than later ones.
+# A learning rate that is fine later, but not in the first step, which AdamW makes several times
+# larger than later ones.
 
 include('healthy.py')
 out_dir = 'out-lab-no-warmup'

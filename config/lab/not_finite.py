@@ -1,4 +1,4 @@
-# A learning rate of 3e4, typed for 3e-4.
+# A learning rate of 3e4 instead of 3e-4.
 
 include('healthy.py')
 out_dir = 'out-lab-not-finite'

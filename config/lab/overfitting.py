@@ -1,4 +1,4 @@
-# Four thousand tokens to learn from: they are learnt by heart.
+# Only four thousand training tokens, which the model memorizes.
 from dataclasses import replace
 
 from nib.tokens import find

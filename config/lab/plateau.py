@@ -1,4 +1,5 @@
-# The schedule is over after an eighth of the run: from there on the learning rate is 0 and nothing changes.
+# The schedule ends after an eighth of the run. From there on, the learning rate is 0 and nothing
+# changes.
 
 include('healthy.py')
 out_dir = 'out-lab-plateau'

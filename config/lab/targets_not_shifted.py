@@ -1,4 +1,4 @@
-# A loader that forgets to move the targets by one: the model is asked to repeat what it reads.
+# A loader that forgets to shift the targets by one: the model learns to repeat its input.
 from nib.tokens import batches
 
 include('healthy.py')

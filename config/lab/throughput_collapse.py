@@ -1,4 +1,4 @@
-# A loader that waits, as for a disk that others use, from a tenth of the run on.
+# A loader that becomes slow after a tenth of the run, as if other processes used the disk.
 import time
 
 from nib.tokens.batches import BatchLoader

@@ -1,4 +1,5 @@
-# A vocabulary of 4,096 tokens for a text that uses a few dozen, as when a text is encoded with one tokenizer and trained with another.
+# A vocabulary of 4,096 tokens for a text that uses a few dozen of them, as if the model were made
+# for another tokenizer.
 from dataclasses import replace
 
 from nib.tokens import find

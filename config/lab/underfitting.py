@@ -1,4 +1,4 @@
-# A model of a few thousand parameters, which has soon learnt what it can.
+# A model of a few thousand parameters, which soon stops improving.
 
 include('healthy.py')
 out_dir = 'out-lab-underfitting'

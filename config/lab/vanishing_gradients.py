@@ -1,4 +1,4 @@
-# Blocks without norms and without residual connections: the gradient shrinks in each on its way down.
+# Blocks without norms and residual connections: the gradient shrinks in each on its way back.
 import torch
 
 import model

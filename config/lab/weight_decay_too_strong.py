@@ -1,4 +1,4 @@
-# A weight decay of 20 for 0.1: weights shrink faster than they learn.
+# A weight decay of 20 instead of 0.1: weights shrink faster than they learn.
 
 include('healthy.py')
 out_dir = 'out-lab-weight-decay-too-strong'

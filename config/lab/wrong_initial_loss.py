@@ -1,4 +1,4 @@
-# Weights that begin ten times too large: the fresh model is sure, and wrong.
+# Initial weights that are ten times too large: the new model is confident, and wrong.
 import torch
 
 import model

@@ -1,6 +1,6 @@
-"""The healthy ranges of what one batch shows of a model, and what to do about a figure outside of its own.
+"""Healthy ranges of what one batch shows of a model, and what to do about a value out of range.
 
-The ranges are rules of thumb, wide enough to leave every default of this project alone.
+The ranges are rules of thumb. They are wide enough that no default of this project is marked.
 """
 
 import math
@@ -8,25 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 GRAD_NORM = (0.1, 10.0)  # of all parameters together, in a model that has begun to learn
-UPDATE_RATIO = (0.001, 0.01)  # per step, in a run that is well under way
-MUON_RATIO = (
-    0.001,
-    0.05,
-)  # of Muon's matrices, whose updates go no farther in one direction than in another
-UPDATE_RANGES = {
-    'adamw': UPDATE_RATIO,
-    'muon': MUON_RATIO,
-}  # of train.py's optimizers; of another nothing is known
-APART = 4.0  # an embedding's or the head's may be so many times larger: its rows are of one token each, and move apart
-SLACK = 5.0  # an update ratio is marked when it is so many times out: a few times is no fault
-DEAD = 0.1  # share of an MLP's units
-ENTROPY = 0.05  # of attention, as a share of the largest possible
-MEMORISED = 2 / 3  # of the loss that is possible without looking at the inputs
+UPDATE_RATIO = (0.001, 0.01)  # per step, after the start of a run
+MUON_RATIO = (0.001, 0.05)  # higher, because Muon's updates are equally large in all directions
+# By the name of the optimizer in train.py. For other optimizers, no range is known.
+UPDATE_RANGES = {'adamw': UPDATE_RATIO, 'muon': MUON_RATIO}
+APART = 4.0  # factor for embeddings and head, whose rows belong to one token each
+SLACK = 5.0  # an update ratio is marked if it is this many times out of its range
+DEAD = 0.1  # share of an MLP's hidden units
+ENTROPY = 0.05  # of attention, as a share of the maximum
+MEMORIZED = 2 / 3  # of the lowest loss that is possible without looking at the inputs
 
 
 @dataclass(frozen=True)
 class ParameterStats:
-    """One parameter. Its gradient is d loss / d weight, in nats per unit of weight."""
+    """Statistics of one parameter. Gradients are d loss / d weight, in nats per unit of weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,82 +30,92 @@ class ParameterStats:
     grad_std: float
     grad_max: float  # the largest absolute value
     grad_norm: float  # root of the sum of squares
-    update_ratio: float | None = (
-        None  # ||w after - w before|| / ||w before||; None before a step, and where all weights were 0
-    )
-    behind_zeros: bool = (
-        False  # its block passes it on through a matrix of zeros alone, which no gradient passes
-    )
+    # ||w after - w before|| / ||w before||; None before a step, and if all weights were 0
+    update_ratio: float | None = None
+    # Whether its branch of a block ends in a matrix of zeros, which no gradient passes.
+    behind_zeros: bool = False
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """The residual stream behind the embedding, a block or the last norm; what only blocks have is None elsewhere."""
+    """Statistics of the residual stream after the embedding, a block or the last norm.
+
+    The fields that can be None are those of a block.
+    """
 
     name: str
     mean: float
     std: float
-    attention_std: float | None = None  # of what attention adds to the stream
-    mlp_std: float | None = None  # of what the MLP adds to it
+    attention_std: float | None = None  # of the output of attention
+    mlp_std: float | None = None  # of the output of the MLP
     dead: float | None = None  # share of the MLP's hidden units that are closed for every token
-    entropy: float | None = (
-        None  # of the attention weights, in nats, mean over sequences, heads and positions
-    )
-    attention_logit: float | None = None  # the largest score before the softmax, in absolute value
+    entropy: float | None = None  # of attention weights, in nats, mean over sequences and heads
+    attention_logit: float | None = None  # the largest absolute score before the softmax
 
 
 @dataclass(frozen=True)
 class OutOfRange:
-    """Something out of its range: what, and what to change, a sentence."""
+    """A value out of its healthy range, and a sentence that says what to change."""
 
     what: str
     remedy: str
 
 
-# -- ranges ----------------------------------------------------------------------------------------------------------
+# -- ranges ----------------------------------------------------------------------------------------
 
 
 def largest_entropy(n_positions: int) -> float:
-    """The largest mean entropy of causal attention: position t, from 1, has t places to look at, so the mean of ln t."""
+    """Returns the largest possible mean entropy of causal attention, in nats.
+
+    Position t, counted from 1, can attend to t positions, so this is the mean of ln t.
+    """
     return math.lgamma(n_positions + 1) / n_positions
 
 
 def start_tolerance(n_embd: int, n_tokens: int) -> float:
-    """How far from ln(vocab_size) a fresh model's loss, the mean over n_tokens, may be, in nats.
+    """Returns how far the loss of a new model may be from ln(vocab_size), in nats.
 
-    Its logits, sums of n_embd products of a normalised activation and a weight of standard deviation 0.02, have the variance
-    s2 = 0.02^2 * n_embd. The mean of exp(logit) is exp(s2 / 2), so the loss is s2 / 2 above the ln(vocab_size) of equal
-    logits: twice that is allowed for, three standard errors of the targets' mean logit, and 0.1 for a tied head, whose first
-    guess is its own input.
+    n_tokens: number of tokens over which the loss is averaged.
+
+    A logit is a sum of n_embd products of a normalized activation and a weight with standard
+    deviation 0.02, so its variance is s2 = 0.02^2 * n_embd. The mean of exp(logit) is exp(s2 / 2),
+    so the loss is s2 / 2 above ln(vocab_size). The tolerance is twice that, plus three standard
+    errors of the targets' mean logit, plus 0.1 for a tied head, which predicts its own input first.
     """
     variance = 0.02**2 * n_embd
     return 0.1 + variance + 3 * math.sqrt(variance / n_tokens)
 
 
 def grad_norm_limits(n_layer: int, n_embd: int, fresh: bool) -> tuple[float, float]:
-    """The range of the norm of all gradients together. A fresh model's are longer, as all tokens pull it the same way, towards
-    the common ones: 0.1 to 0.6 of sqrt(n_layer * n_embd), measured on text from 128 wide and 4 layers to 1600 and 16."""
+    """Returns the healthy range of the norm of all gradients together.
+
+    The gradients of a new model are larger, because all tokens pull it in the same direction,
+    toward the frequent ones. Measured on text, from 4 layers of width 128 to 16 of width 1600, the
+    norm was 0.1 to 0.6 of sqrt(n_layer * n_embd).
+    """
     low, high = GRAD_NORM
     return low, max(high, math.sqrt(n_layer * n_embd)) if fresh else high
 
 
 def first_step_factor(beta1: float) -> float:
-    """How much larger AdamW's first step is than later ones.
+    """Returns how many times larger AdamW's first step is than later ones.
 
-    At the first, m / sqrt(v) is 1 or -1 for every weight. Over gradients that do not know each other, m has the variance
-    (1 - beta1) / (1 + beta1) of one gradient, the sum of (1 - beta1)^2 beta1^2k over k, and v is that of one.
+    In the first step, m / sqrt(v) is 1 or -1 for every weight. If gradients are independent, m
+    later has the variance (1 - beta1) / (1 + beta1) of one gradient, which is the sum of
+    (1 - beta1)^2 beta1^2k over k, and v is the variance of one gradient.
     """
     return math.sqrt((1 + beta1) / (1 - beta1))
 
 
 def update_limits(
-    beta1: float, first: bool, learnt: bool, name: str = '', method: str = 'adamw'
+    beta1: float, first: bool, trained: bool, name: str = '', method: str = 'adamw'
 ) -> tuple[float, float]:
-    """The update ratios, at the full learning rate, outside of which a matrix is marked.
+    """Returns the limits of a matrix's update ratio at the full learning rate.
 
-    first: the optimizer has no memory yet; only AdamW's step is larger then. learnt: the weights are not fresh; where a new
-    optimizer starts from such, its steps may be as small as one likes. name: the parameter's; an embedding's ratio may be
-    small, as a batch has few tokens. method: what moves it; of one that is not in UPDATE_RANGES every ratio is inside.
+    first: the optimizer has no state yet, which makes a step of AdamW larger. trained: the weights
+    are not new; the first steps from such weights may be arbitrarily small. name: of the parameter;
+    the ratio of an embedding may be small, because a batch contains few of its tokens. method: the
+    optimizer of the parameter; if it is not in UPDATE_RANGES, there are no limits.
     """
     if method not in UPDATE_RANGES:
         return 0.0, math.inf
@@ -118,16 +123,19 @@ def update_limits(
     low, high = UPDATE_RANGES[method]
     if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')):
         high *= APART
-    small = first and learnt or name.endswith(('wte.weight', 'wpe.weight'))
-    return (0.0 if small else low / SLACK * factor), high * SLACK * factor
+    may_be_small = first and trained or name.endswith(('wte.weight', 'wpe.weight'))
+    return (0.0 if may_be_small else low / SLACK * factor), high * SLACK * factor
 
 
-# -- marks, and what they mean ---------------------------------------------------------------------------------------
+# -- marks, and what they mean ---------------------------------------------------------------------
 
 
 def mark_parameter(row: ParameterStats, limits: tuple[float, float]) -> str:
-    """What is wrong with a parameter's gradient or update, or ''. Only matrices and embeddings have an update ratio with a
-    range: biases start at 0 and gains at 1, so theirs says nothing."""
+    """Returns what is wrong with a parameter's gradient or update, or ''.
+
+    Only matrices and embeddings have a healthy range for the update ratio. Biases start at 0 and
+    gains at 1, so theirs means nothing.
+    """
     if not math.isfinite(row.rms):
         return 'weights not finite'
     if not math.isfinite(row.grad_norm):
@@ -137,29 +145,24 @@ def mark_parameter(row: ParameterStats, limits: tuple[float, float]) -> str:
     if len(row.shape) < 2 or row.update_ratio is None:
         return ''
     low, high = limits
-    return (
-        'update too large'
-        if row.update_ratio > high
-        else 'update too small'
-        if row.update_ratio <= low
-        else ''
-    )
+    if row.update_ratio > high:
+        return 'update too large'
+    if row.update_ratio <= low:
+        return 'update too small'
+    return ''
 
 
 def mark_layer(row: LayerStats, n_positions: int) -> str:
-    """What is wrong with a layer's activations, or ''."""
-    if not all(map(math.isfinite, (row.mean, row.std))):
+    """Returns what is wrong with a layer's activations, or ''."""
+    if not (math.isfinite(row.mean) and math.isfinite(row.std)):
         return 'not finite'
     if row.std == 0.0:
         return 'nothing passes'
     marks = []
     if row.dead is not None and row.dead > DEAD:
         marks.append('dead units')
-    if (
-        row.entropy is not None
-        and n_positions > 1
-        and row.entropy < ENTROPY * largest_entropy(n_positions)
-    ):
+    least = ENTROPY * largest_entropy(n_positions)
+    if row.entropy is not None and n_positions > 1 and row.entropy < least:
         marks.append('attention collapsed')
     return ', '.join(marks)
 
@@ -167,8 +170,8 @@ def mark_layer(row: LayerStats, n_positions: int) -> str:
 def judge_parameters(
     rows: Iterable[ParameterStats], limits: Mapping[str, tuple[float, float]], learning_rate: float
 ) -> list[OutOfRange]:
-    """limits: name of the parameter -> its update_limits."""
-    marked = {}
+    """Returns one entry for each mark. limits: name of the parameter -> its update_limits."""
+    marked: dict[str, list[ParameterStats]] = {}
     for row in rows:
         if mark := mark_parameter(row, limits[row.name]):
             marked.setdefault(mark, []).append(row)
@@ -181,163 +184,164 @@ def _explain_mark(
     limits: Mapping[str, tuple[float, float]],
     learning_rate: float,
 ) -> OutOfRange:
+    if mark.startswith('update'):
+        return _explain_update(mark, rows, limits, learning_rate)
+    remedies = {
+        'weights not finite': 'Start again, or resume from an earlier checkpoint, with a lower '
+        'learning_rate',
+        'gradient not finite': 'Check where weights or activations stop being finite, and try '
+        'dtype float32',
+        'no gradient': 'Check whether the loss depends on these weights: no gradient passes dead '
+        'units, a matrix of zeros or a detached tensor',
+    }
+    if len(rows) > 1:
+        what = f'{mark}: {len(rows)} parameters, the first is {rows[0].name}'
+    else:
+        what = f'{mark}: {rows[0].name}'
+    return OutOfRange(what, remedies[mark])
+
+
+def _explain_update(
+    mark: str,
+    rows: list[ParameterStats],
+    limits: Mapping[str, tuple[float, float]],
+    learning_rate: float,
+) -> OutOfRange:
+    if mark == 'update too large':
+        worst = max(rows, key=lambda row: row.update_ratio / limits[row.name][1])
+    else:
+        worst = min(rows, key=lambda row: row.update_ratio)
     count = f'{len(rows)} parameter{"s" * (len(rows) > 1)}'
-    named = (
-        f'{mark}: {count}, the first is {rows[0].name}'
-        if len(rows) > 1
-        else f'{mark}: {rows[0].name}'
-    )
-    if mark == 'weights not finite':
-        return OutOfRange(
-            named, 'Start anew, or from an earlier checkpoint, with a lower learning_rate'
-        )
-    if mark == 'gradient not finite':
-        return OutOfRange(
-            named, 'See where weights or activations stop being finite, and try dtype float32'
-        )
-    if mark == 'no gradient':
-        return OutOfRange(
-            named,
-            'See whether the loss depends on them at all: behind dead units or a matrix of zeros, or detached, '
-            'nothing learns',
-        )
-    large = mark == 'update too large'
-    worst = (
-        max(rows, key=lambda row: row.update_ratio / limits[row.name][1])
-        if large
-        else min(rows, key=lambda row: row.update_ratio)
-    )
-    low, high = limits[worst.name]
     what = f'{mark} in {count}: {worst.update_ratio:.2g} in {worst.name}'
+    if worst.update_ratio == 0.0 and learning_rate == 0.0:
+        return OutOfRange(what, 'Raise learning_rate, which is 0')
     if worst.update_ratio == 0.0:
         return OutOfRange(
             what,
-            'Raise learning_rate, which is 0'
-            if learning_rate == 0.0
-            else 'See whether the optimizer is given this parameter: it has a gradient, and the step does not move it',
+            'Check whether the optimizer has this parameter: it has a gradient, but the step does '
+            'not change it',
         )
-    wanted = high if large else math.sqrt(low * high)
-    return OutOfRange(
-        what,
-        f'{"Lower" if large else "Raise"} learning_rate {learning_rate:g}, for instance to '
-        f'{learning_rate * wanted / worst.update_ratio:.0e}',
-    )
+    low, high = limits[worst.name]
+    if mark == 'update too large':
+        verb, wanted = 'Lower', high
+    else:
+        verb, wanted = 'Raise', math.sqrt(low * high)
+    suggested = learning_rate * wanted / worst.update_ratio
+    return OutOfRange(what, f'{verb} learning_rate from {learning_rate:g} to about {suggested:.0e}')
+
+
+LAYER_REMEDIES = {
+    'not finite': 'The numbers are too large for the dtype: try dtype float32, and look at the '
+    'previous layer',
+    'nothing passes': 'All activations are equal: look at the weights of this layer and of the '
+    'previous one',
+    'dead units': 'Lower learning_rate or raise warmup_iters, because large steps can close units '
+    'for good; or use mlp gelu',
+    'attention collapsed': 'Each position attends to a single one: set qk_norm, or lower '
+    'learning_rate',
+}
 
 
 def judge_layers(rows: Iterable[LayerStats], n_positions: int) -> list[OutOfRange]:
-    marks = [(row.name, mark_layer(row, n_positions)) for row in rows]
-    findings = []
-    for kind, remedy in (
-        (
-            'not finite',
-            'The numbers are too large for the dtype: try dtype float32, and look at the layer before',
-        ),
-        (
-            'nothing passes',
-            'All activations are the same number: look at the weights of this layer and the one before',
-        ),
-        (
-            'dead units',
-            'Lower learning_rate or raise warmup_iters: large steps can close units for good; or take mlp gelu',
-        ),
-        (
-            'attention collapsed',
-            'Each position looks at one place only: set qk_norm, or lower learning_rate',
-        ),
-    ):
-        if names := [name for name, mark in marks if kind in mark]:
-            findings.append(
-                OutOfRange(f'{kind} in {", ".join(names[:4])}{" ..." * (len(names) > 4)}', remedy)
-            )
-    return findings
+    marks = {row.name: mark_layer(row, n_positions) for row in rows}
+    found = []
+    for kind, remedy in LAYER_REMEDIES.items():
+        names = [name for name, mark in marks.items() if kind in mark]
+        if names:
+            more = ' ...' if len(names) > 4 else ''
+            found.append(OutOfRange(f'{kind} in {", ".join(names[:4])}{more}', remedy))
+    return found
 
 
 def judge_grad_norm(norm: float, limits: tuple[float, float]) -> list[OutOfRange]:
     low, high = limits
     if norm > high:
-        return [
-            OutOfRange(
-                f'gradient norm {norm:.3g}, above {high:.3g}',
-                'A batch of few tokens can have that; else find the rows whose gradient stands out, and see whether '
-                'their weights, or those before them, are too large. grad_clip 1 keeps such a batch from doing harm',
-            )
-        ]
-    if norm < low:
-        return [
-            OutOfRange(
-                f'gradient norm {norm:.3g}, below {low:.3g}',
-                'Little is learnt here: the model knows the batch already, or its activations are dead, or its logits '
-                'as good as certain',
-            )
-        ]
-    return (
-        []
-        if math.isfinite(norm)
-        else [OutOfRange(f'gradient norm {norm}', 'See where the activations stop being finite')]
-    )
+        what = f'gradient norm {norm:.3g}, above {high:.3g}'
+        remedy = (
+            'A batch of few tokens can have such a norm. Otherwise, find the rows whose gradient '
+            'stands out, and check whether their weights, or those before them, are too large. '
+            'grad_clip 1 keeps such a batch from doing harm'
+        )
+    elif norm < low:
+        what = f'gradient norm {norm:.3g}, below {low:.3g}'
+        remedy = (
+            'Little is learned here: the model already knows the batch, its activations are dead, '
+            'or its predictions are almost certain'
+        )
+    elif not math.isfinite(norm):
+        what = f'gradient norm {norm}'
+        remedy = 'Check where the activations stop being finite'
+    else:
+        return []
+    return [OutOfRange(what, remedy)]
 
 
 def judge_start(loss: float, vocab_size: int, tolerance: float | None) -> list[OutOfRange]:
-    """tolerance: of a fresh model; None for one that has learnt and must be better than a guess."""
+    """Compares the loss at the start, in nats, with that of a uniform guess.
+
+    tolerance: of a new model; None for a trained one, which must be better than a guess.
+    """
     guess = math.log(vocab_size)
-    if tolerance is None and not loss < guess:
-        return [
-            OutOfRange(
-                f'loss at the start {loss:.3f}, where a guess has {guess:.3f}',
-                'The model is worse than one that knows nothing: see that the text is of the kind it was trained on',
-            )
-        ]
-    if tolerance is None or abs(loss - guess) <= tolerance:
-        return []
-    if loss < guess:
-        return [
-            OutOfRange(
-                f'loss at the start {loss:.3f}, below ln(vocab_size) = {guess:.3f}',
-                'A fresh model cannot know that: see whether the target leaks into what it reads, or is its input, not '
-                'moved by one',
-            )
-        ]
-    return [
-        OutOfRange(
-            f'loss at the start {loss:.3f}, above ln(vocab_size) = {guess:.3f}',
-            'A fresh model should be undecided: see whether its weights are too large (weight rms), above all those of '
-            'the head',
+    if tolerance is None:
+        if loss < guess:
+            return []
+        what = f'loss at the start {loss:.3f}, while a uniform guess has {guess:.3f}'
+        remedy = (
+            'The model is worse than one that knows nothing: check that the text is of the kind '
+            'that it was trained on'
         )
-    ]
+    elif abs(loss - guess) <= tolerance:
+        return []
+    elif loss < guess:
+        what = f'loss at the start {loss:.3f}, below ln(vocab_size) = {guess:.3f}'
+        remedy = (
+            'A new model cannot know that: check whether the target leaks into the input, or is '
+            'the input, not shifted by one'
+        )
+    else:
+        what = f'loss at the start {loss:.3f}, above ln(vocab_size) = {guess:.3f}'
+        remedy = (
+            'The predictions of a new model should be nearly uniform: check whether its weights '
+            'are too large (weight rms), especially those of the head'
+        )
+    return [OutOfRange(what, remedy)]
 
 
 def judge_shift(share: float) -> list[OutOfRange]:
-    return (
-        []
-        if share == 1.0
-        else [
-            OutOfRange(
-                f'only {share:.1%} of the targets are the next token of the input',
-                'Targets must be the inputs moved by one: y[t] = x[t + 1]',
-            )
-        ]
-    )
-
-
-def judge_memorising(losses: Mapping[int, float], goal: float) -> list[OutOfRange]:
-    """losses: step -> loss before it on the one batch that all steps learn from, from step 0 on. goal: MEMORISED times what is
-    possible without looking at the inputs; a model that gets stuck there has not learnt from them."""
-    first, last = losses[0], losses[max(losses)]
-    if last <= goal:
+    """share: share of targets that are the next token of the input."""
+    if share == 1.0:
         return []
-    what = f'the batch is not learnt by heart: loss {first:.3f} -> {last:.3f} over {max(losses)} steps, the goal is {goal:.3f}'
-    if last == min(losses.values()) and last < min(0.8 * first, 0.95 * goal / MEMORISED):
-        return [
-            OutOfRange(
-                what,
-                'It falls, so the loop works, but it needs more steps (--overfit_steps) or another learning_rate, '
-                'a lower one where updates are too large, else a higher one',
-            )
-        ]
     return [
         OutOfRange(
-            what,
-            'One batch must be learnable: look for a learning_rate far too low or far too high, gradients that do '
-            'not reach the weights, or targets that have nothing to do with the inputs',
+            f'only {share:.1%} of the targets are the next token of the input',
+            'Targets must be the inputs shifted by one: y[t] = x[t + 1]',
         )
     ]
+
+
+def judge_memorizing(losses: Mapping[int, float], goal: float) -> list[OutOfRange]:
+    """Checks whether training on a single batch has memorized it.
+
+    losses: step -> loss before that step, from step 0 on. goal: MEMORIZED times the loss that is
+    possible without looking at the inputs. A model that is stuck above has not learned from them.
+    """
+    last_step = max(losses)
+    first, last = losses[0], losses[last_step]
+    if last <= goal:
+        return []
+    what = (
+        f'the batch is not memorized: loss {first:.3f} -> {last:.3f} over {last_step} steps, the '
+        f'goal is {goal:.3f}'
+    )
+    if last == min(losses.values()) and last < min(0.8 * first, 0.95 * goal / MEMORIZED):
+        remedy = (
+            'The loss falls, so the loop works, but it needs more steps (--overfit_steps) or '
+            'another learning_rate: a lower one if updates are too large, otherwise a higher one'
+        )
+    else:
+        remedy = (
+            'A single batch must be learnable: look for a learning_rate that is far too low or far '
+            'too high, gradients that do not reach the weights, or targets that are unrelated to '
+            'the inputs'
+        )
+    return [OutOfRange(what, remedy)]

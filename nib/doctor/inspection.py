@@ -1,9 +1,13 @@
-"""What one batch does in a model: the gradient and the update of every parameter, the activations and attention of every
-layer, as plain numbers. nib/doctor/health.py says which of them are healthy."""
+"""Measures what one batch does in a model: gradients, updates, activations and attention.
+
+nib/doctor/health.py says which of the values are healthy.
+"""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,121 +16,112 @@ import model as architecture
 from model import GPT, CausalSelfAttention
 from nib.doctor.health import LayerStats, ParameterStats
 
-# A unit is closed where its non-linearity lets hardly any gradient through: squared ReLU none at all, GELU and SwiGLU's gate
-# (SiLU) with a slope within 0.0125 of 0. Of another activation dead units are not counted.
+# A hidden unit is closed if its activation function passes hardly any gradient. Below these inputs,
+# squared ReLU passes none, and the slopes of GELU and of SwiGLU's gate (SiLU) are within 0.0125 of
+# 0. For other activation functions, a unit is closed if its output is 0.
 CLOSED_BELOW = {'relu2': 0.0, 'gelu': -3.0, 'swiglu': -6.0}
 
 
-# -- parameters ------------------------------------------------------------------------------------------------------
+# -- parameters ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def measure_parameters(model: nn.Module) -> list[ParameterStats]:
-    """Weights and gradients as they are now; a parameter that no gradient reached counts as one of zeros."""
-    blocked = behind_zeros(model)
+    """Returns the statistics of the current weights and gradients.
 
-    def measure(name, weight):
+    A gradient that is None counts as zeros.
+    """
+    blocked = behind_zeros(model)
+    rows = []
+    for name, weight in model.named_parameters():
         grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        norm = torch.linalg.vector_norm
         figures = (
-            norm(weight) / math.sqrt(weight.numel()),
+            torch.linalg.vector_norm(weight) / math.sqrt(weight.numel()),
             grad.mean(),
             grad.std(correction=0),
             grad.abs().max(),
-            norm(grad),
+            torch.linalg.vector_norm(grad),
         )
-        return ParameterStats(
-            name,
-            tuple(weight.shape),
-            *torch.stack(figures).tolist(),
-            behind_zeros=name.startswith(blocked),
+        rms, mean, std, largest, norm = torch.stack(figures).tolist()
+        shape, is_blocked = tuple(weight.shape), name.startswith(blocked)
+        rows.append(
+            ParameterStats(name, shape, rms, mean, std, largest, norm, behind_zeros=is_blocked)
         )
-
-    return [measure(name, weight) for name, weight in model.named_parameters()]
+    return rows
 
 
 def behind_zeros(model: nn.Module) -> tuple[str, ...]:
-    """How the names of parameters begin whose branch of a block ends in a projection that is 0, as it may be when fresh."""
-    blocked = []
+    """Returns name prefixes of the parameters that get no gradient through a c_proj of zeros.
+
+    With zero_init, the branches of a new model's blocks end in such a projection.
+    """
+    prefixes = []
     for name, weight in model.named_parameters():
         block, _, branch = name.removesuffix('.c_proj.weight').rpartition('.')
         norm = {'attn': 'ln_1', 'mlp': 'ln_2'}.get(branch)
         if norm and name.endswith('.c_proj.weight') and not weight.any():
-            blocked += [
-                f'{block}.{norm}.',
-                *(
-                    f'{block}.{branch}.{part}'
-                    for part in ('c_attn.', 'c_fc.', 'q_norm.', 'k_norm.')
-                ),
-            ]
-    return tuple(blocked)
+            prefixes.append(f'{block}.{norm}.')
+            for part in ('c_attn', 'c_fc', 'q_norm', 'k_norm'):
+                prefixes.append(f'{block}.{branch}.{part}.')
+    return tuple(prefixes)
 
 
 @torch.no_grad()
 def add_updates(
     stats: list[ParameterStats], model: nn.Module, before: Mapping[str, torch.Tensor]
 ) -> list[ParameterStats]:
-    """The same with the update ratio of what has happened to the weights since `before`, name -> tensor."""
+    """Returns the statistics with the update ratios since `before`, name -> tensor."""
+    weights = dict(model.named_parameters())
 
-    def ratio(name, weight):
+    def ratio(name):
         norm = float(before[name].norm())
-        return float((weight - before[name]).norm()) / norm if norm else None
+        return float((weights[name] - before[name]).norm()) / norm if norm else None
 
-    ratios = {name: ratio(name, weight) for name, weight in model.named_parameters()}
-    return [replace(row, update_ratio=ratios[row.name]) for row in stats]
+    return [replace(row, update_ratio=ratio(row.name)) for row in stats]
 
 
-# -- layers ----------------------------------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float, list[LayerStats]]:
-    """The loss in nats per token and the activations, without dropout. x, y (B, T). Attention is measured on the first
-    n_sequences: its weights, which a forward pass never holds at once, are T * T numbers in every head."""
-    figures = {}
+    """Returns the loss, in nats per token, and the statistics of the layers, without dropout.
 
-    def note(name, **values):
-        figures.setdefault(name, {}).update(values)
+    x, y: token ids (B, T). n_sequences: number of sequences on which attention is measured; its
+    weights, which a forward pass never holds at once, are T * T numbers in each head.
+    """
+    figures: dict[str, dict[str, float]] = defaultdict(dict)
 
     def watch_stream(name):
         def hook(module, args, output):
-            note(
-                name, mean=float(output.float().mean()), std=float(output.float().std(correction=0))
-            )
+            figures[name] |= {'mean': float(output.float().mean()), 'std': std_of(output)}
 
         return hook
 
     def watch_branch(name, key):
         def hook(module, args, output):
-            note(name, **{key: float(output.float().std(correction=0))})
+            figures[name][key] = std_of(output)
 
         return hook
 
     def watch_attention(name):
         def hook(module, args, output):
-            x, rotary = args[:2]
-            means, largest = [], 0.0
-            for row in x[:n_sequences]:
-                scores, _ = attention_scores(module, row[None], rotary)
-                means.append(entropy(scores.softmax(dim=-1)).mean())
-                largest = max(
-                    largest, float(scores.masked_fill(scores == -math.inf, 0.0).abs().max())
-                )
-            note(name, entropy=float(torch.stack(means).mean()), attention_logit=largest)
+            figures[name] |= measure_attention(module, args[0][:n_sequences], *args[1:2])
 
         return hook
 
     def watch_units(name, mlp):
-        if mlp.kind in CLOSED_BELOW:
-            return mlp.c_fc.register_forward_hook(
-                lambda module, args, output: note(name, dead=dead_share(mlp.kind, output))
-            )
-        # Of an activation that the table does not know, a closed unit is one whose output is 0.
-        return mlp.c_proj.register_forward_pre_hook(
-            lambda module, args: note(name, dead=share_always(args[0] == 0.0))
-        )
+        def hook_of_input(module, args, output):
+            figures[name]['dead'] = dead_share(mlp.kind, output)
 
-    parts = model.transformer
+        def hook_of_output(module, args):
+            figures[name]['dead'] = share_always(args[0] == 0.0)
+
+        if mlp.kind in CLOSED_BELOW:
+            return mlp.c_fc.register_forward_hook(hook_of_input)
+        return mlp.c_proj.register_forward_pre_hook(hook_of_output)
+
+    parts: Any = model.transformer
     hooks = [
         parts.drop.register_forward_hook(watch_stream('embedding')),
         parts.ln_f.register_forward_hook(watch_stream('ln_f')),
@@ -153,12 +148,22 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
     return loss, [LayerStats(name, **figures[name]) for name in order]
 
 
-def attention_scores(attention: CausalSelfAttention, x, rotary=None):
-    """The scores (B, H, T, T) whose softmax are the weights of the values, and the values (B, H, T, D), which groups of heads
-    may share. A key that the query may not look at has the score -inf.
+def measure_attention(attention: CausalSelfAttention, x, rotary=None) -> dict[str, float]:
+    """Returns two fields of LayerStats for the input (B, T, C) of an attention module."""
+    entropies, largest = [], 0.0
+    for sequence in x:  # one at a time, to save memory
+        scores, _ = attention_scores(attention, sequence[None], rotary)
+        entropies.append(entropy(scores.softmax(dim=-1)).mean())
+        visible = scores.masked_fill(scores == -math.inf, 0.0)
+        largest = max(largest, float(visible.abs().max()))
+    return {'entropy': float(torch.stack(entropies).mean()), 'attention_logit': largest}
 
-    What the module calls for attention keeps them to itself; so model.attention_scores() computes
-    them again, in float32 at least.
+
+def attention_scores(attention: CausalSelfAttention, x, rotary=None):
+    """Computes the attention scores (B, H, T, T) before the softmax, and the values (B, H, T, D).
+
+    A key that a query must not see has the score -inf. The fused kernels of the model do not return
+    the scores, so model.attention_scores() computes them again, in float32 or better.
     """
     q, k, v = attention.query_key_value(x, rotary)
     k, v = (architecture.share_heads(part, q.shape[1]) for part in (k, v))  # (B, H, T, D)
@@ -168,31 +173,44 @@ def attention_scores(attention: CausalSelfAttention, x, rotary=None):
         return architecture.attention_scores(q.to(dtype), k.to(dtype), positions, positions), v
 
 
+def std_of(x) -> float:
+    return float(x.float().std(correction=0))
+
+
 def entropy(weights):
-    """Entropy in nats of distributions along the last dimension: 0 is all on one place, ln n evenly over n."""
+    """Returns the entropy, in nats, of distributions along the last dimension.
+
+    It is 0 if all weight is on one place, and ln n if it is spread evenly over n.
+    """
     return torch.special.entr(weights).sum(dim=-1)
 
 
 def dead_share(mlp_kind: str, hidden) -> float:
-    """The share of units that CLOSED_BELOW calls closed for every token. hidden: c_fc's output (..., mlp_width), in SwiGLU
-    the gate's units before the others."""
+    """Returns the share of hidden units that are closed for every token.
+
+    mlp_kind: a key of CLOSED_BELOW. hidden: output of c_fc (..., mlp_width); for SwiGLU, the gates
+    come before the other units.
+    """
     gate = hidden.chunk(2, dim=-1)[0] if mlp_kind == 'swiglu' else hidden
     return share_always(gate <= CLOSED_BELOW[mlp_kind])
 
 
 def share_always(is_closed) -> float:
-    """The share of units for which is_closed (..., units) is true for every token."""
+    """Returns the share of units for which is_closed (..., units) is true for every token."""
     return float(is_closed.flatten(0, -2).all(dim=0).float().mean())
 
 
-# -- the batch -------------------------------------------------------------------------------------------------------
+# -- the batch -------------------------------------------------------------------------------------
 
 
 def shifted_share(x, y) -> float:
-    """The share of targets (B, T) that are the input's next token, of those whose next token is in sight; 1 for T = 1."""
+    """Returns the share of targets (B, T) that are the next token of the input (B, T).
+
+    The last targets are not counted, because their input is not in the batch. 1 if T is 1.
+    """
     return float((y[:, :-1] == x[:, 1:]).float().mean()) if x.shape[1] > 1 else 1.0
 
 
 def unigram_entropy(targets) -> float:
-    """The lowest mean loss, in nats, that is possible on these targets for one who does not look at the inputs."""
+    """Returns the lowest mean loss, in nats, that is possible without looking at the inputs."""
     return float(entropy(targets.flatten().cpu().bincount().double() / targets.numel()))

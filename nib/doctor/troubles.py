@@ -1,26 +1,44 @@
-"""The troubles that nib/doctor/rules.py can name: how grave each is, where it comes from, and which keys of the config to change."""
+"""The troubles that the doctor can report: their severity, likely causes, and what to change."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal['critical', 'warning', 'note']
-SEVERITIES = ('critical', 'warning', 'note')
-Advice = (
-    str | tuple[Callable[[Mapping], bool], str]
-)  # a text, or one for the configs of which the function is true
+SEVERITIES: tuple[Severity, ...] = ('critical', 'warning', 'note')
+# A text, or a condition on the config and the text to show if it holds.
+Advice = str | tuple[Callable[[Mapping], bool], str]
 
 
 @dataclass(frozen=True)
 class Trouble:
-    severity: Severity  # critical: what the run makes is worthless as it is; warning: it could be much better; note: worth knowing
-    causes: tuple[Advice, ...]  # the likeliest first
+    """A kind of trouble, and the advice for it.
+
+    Critical: the result of the run is not usable. Warning: the run could be much better. Note:
+    worth knowing.
+    """
+
+    severity: Severity
+    causes: tuple[Advice, ...]  # most likely first
     changes: tuple[Advice, ...]
+
+
+def select_advice(entries: tuple[Advice, ...], config: Mapping) -> tuple[str, ...]:
+    """Returns the texts that apply to a config of train.py."""
+    texts = []
+    for entry in entries:
+        if isinstance(entry, str):
+            texts.append(entry)
+        else:
+            applies, text = entry
+            if applies(config):
+                texts.append(text)
+    return tuple(texts)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the doctor has found at a step of a run."""
+    """A trouble that the doctor has found at a step of a run."""
 
     name: str  # of the trouble
     step: int
@@ -33,41 +51,45 @@ class Finding:
     def of(
         cls, name: str, step: int, evidence: str, config: Mapping, severity: Severity | None = None
     ) -> 'Finding':
-        """A trouble of TROUBLES with the advice for this config of train.py. severity: another than the trouble's own."""
-        causes, changes = (
-            tuple(
-                entry if isinstance(entry, str) else entry[1]
-                for entry in advice
-                if isinstance(entry, str) or entry[0](config)
-            )
-            for advice in (TROUBLES[name].causes, TROUBLES[name].changes)
-        )
-        return cls(name, step, severity or TROUBLES[name].severity, evidence, causes, changes)
+        """Creates a finding with the advice for a config of train.py.
 
-    @classmethod
-    def of_record(cls, name: str, step: int, recorded) -> 'Finding':
-        """What metrics.jsonl holds under 'finding/NAME': an object, or the sentence that older runs wrote. Whatever is damaged in
-        it is left out."""
-        if not isinstance(recorded, dict):
-            severity, colon, evidence = str(recorded).partition(': ')
-            recorded = (
-                {'severity': severity, 'evidence': evidence}
-                if severity in SEVERITIES
-                else {'evidence': str(recorded)}
-            )
-        usual = TROUBLES[name].severity if name in TROUBLES else 'note'
-        severity = recorded.get('severity')
-        lists = (recorded.get(key) for key in ('causes', 'changes'))
+        name: a key of TROUBLES. severity: overrides that of the trouble.
+        """
+        trouble = TROUBLES[name]
         return cls(
             name,
             step,
-            severity if severity in SEVERITIES else usual,
-            str(recorded.get('evidence', '')),
-            *(tuple(map(str, one)) if isinstance(one, list) else () for one in lists),
+            severity or trouble.severity,
+            evidence,
+            select_advice(trouble.causes, config),
+            select_advice(trouble.changes, config),
         )
 
+    @classmethod
+    def of_record(cls, name: str, step: int, recorded) -> 'Finding':
+        """Reads the value of 'finding/NAME' in metrics.jsonl. Skips fields that are damaged.
+
+        recorded: what record() returns, or a sentence, as older runs wrote it.
+        """
+        if not isinstance(recorded, dict):
+            severity, _, evidence = str(recorded).partition(': ')
+            if severity in SEVERITIES:
+                recorded = {'severity': severity, 'evidence': evidence}
+            else:
+                recorded = {'evidence': str(recorded)}
+        severity = recorded.get('severity')
+        if severity not in SEVERITIES:
+            severity = TROUBLES[name].severity if name in TROUBLES else 'note'
+
+        def texts(key) -> tuple[str, ...]:
+            entries = recorded.get(key)
+            return tuple(map(str, entries)) if isinstance(entries, list) else ()
+
+        evidence = str(recorded.get('evidence', ''))
+        return cls(name, step, severity, evidence, texts('causes'), texts('changes'))
+
     def record(self) -> dict:
-        """What metrics.jsonl holds of it, beside name and step."""
+        """Returns what metrics.jsonl stores beside the name and the step."""
         return {
             'severity': self.severity,
             'evidence': self.evidence,
@@ -77,20 +99,32 @@ class Finding:
 
     def __str__(self) -> str:
         return (
-            f'{self.severity}: {self.evidence}. Likely causes, most likely first: {"; ".join(self.causes)}. '
+            f'{self.severity}: {self.evidence}. '
+            f'Likely causes, most likely first: {"; ".join(self.causes)}. '
             f'Change: {"; ".join(self.changes)}'
         )
+
+
+# -- conditions on the config ----------------------------------------------------------------------
 
 
 def unclipped(config: Mapping) -> bool:
     return config['grad_clip'] == 0.0
 
 
-def float16(config: Mapping) -> bool:
+def clips_below_1(config: Mapping) -> bool:
+    return config['grad_clip'] < 1.0
+
+
+def clips_at_1_or_more(config: Mapping) -> bool:
+    return config['grad_clip'] >= 1.0
+
+
+def uses_float16(config: Mapping) -> bool:
     return config['dtype'] == 'float16'
 
 
-def skips(config: Mapping) -> bool:
+def skips_nonfinite(config: Mapping) -> bool:
     return config['on_nonfinite'] == 'skip'
 
 
@@ -98,40 +132,55 @@ def no_qk_norm(config: Mapping) -> bool:
     return not config['qk_norm']
 
 
-def over_early(config: Mapping) -> bool:
-    return (
-        config['lr_decay_iters'] < 0.8 * config['max_iters'] and config['lr_schedule'] != 'constant'
-    )
+def decays_early(config: Mapping) -> bool:
+    early = config['lr_decay_iters'] < 0.8 * config['max_iters']
+    return early and config['lr_schedule'] != 'constant'
 
 
-def guesses_its_input(config: Mapping) -> bool:
+def has_dropout(config: Mapping) -> bool:
+    return config['dropout'] > 0.0
+
+
+def no_dropout(config: Mapping) -> bool:
+    return config['dropout'] == 0.0
+
+
+def has_biases(config: Mapping) -> bool:
+    return config['bias']
+
+
+def uses_relu2(config: Mapping) -> bool:
+    return config['mlp'] == 'relu2'
+
+
+def predicts_its_input(config: Mapping) -> bool:
     return config['zero_init'] and config['tied_head']
 
 
-TROUBLES = {
+TROUBLES: dict[str, Trouble] = {
     'diverging': Trouble(
         'critical',
-        ('the learning rate is too high', (unclipped, 'no clipping'), 'a stretch of broken text'),
+        ('the learning rate is too high', (unclipped, 'no clipping'), 'a passage of broken text'),
         (
-            'lower learning_rate by 3 to 10',
+            'lower learning_rate by a factor of 3 to 10',
             (unclipped, 'grad_clip = 1'),
-            'go on from an earlier checkpoint',
+            'resume from an earlier checkpoint',
         ),
     ),
     'not_finite': Trouble(
         'critical',
         (
             'the learning rate is far too high',
-            (float16, 'an overflow in float16'),
+            (uses_float16, 'an overflow in float16'),
             (unclipped, 'no clipping'),
             'a division by zero or a logarithm of 0 in changed code',
         ),
         (
             'lower learning_rate',
             (unclipped, 'grad_clip = 1'),
-            (float16, 'dtype bfloat16 or float32'),
-            'on_nonfinite rewind, which gets past a single bad batch',
-            (skips, 'or stop, which says where it begins'),
+            (uses_float16, 'dtype bfloat16 or float32'),
+            'on_nonfinite rewind to get past a single bad batch',
+            (skips_nonfinite, 'or stop to see where it begins'),
         ),
     ),
     'lr_too_high': Trouble(
@@ -140,26 +189,26 @@ TROUBLES = {
             'the learning rate is too high for this model',
             (no_qk_norm, 'no query-key norm, which allows higher rates'),
         ),
-        ('lower learning_rate by 3 to 10', (no_qk_norm, 'or set qk_norm')),
+        ('lower learning_rate by a factor of 3 to 10', (no_qk_norm, 'or set qk_norm')),
     ),
     'lr_too_low': Trouble(
         'warning',
-        ('the learning rate is too low', 'weights that begin too large for it'),
+        ('the learning rate is too low', 'initial weights that are too large for it'),
         (
-            'raise learning_rate 10 times, and again, until the loss falls well',
-            'the update ratio is then 0.001 to 0.01',
+            'multiply learning_rate by 10, repeatedly, until the loss falls well',
+            'the update ratio should reach 0.001 to 0.01',
         ),
     ),
     'plateau': Trouble(
         'warning',
         (
-            (over_early, 'the schedule is over long before the run'),
+            (decays_early, 'the schedule ends long before the run'),
             'the learning rate is too high or too low to get further',
-            'the model has learnt what it can',
+            'the model has learned what it can',
             'targets that have nothing to do with the inputs',
         ),
         (
-            (over_early, 'lr_decay_iters = max_iters'),
+            (decays_early, 'lr_decay_iters = max_iters'),
             'another learning_rate',
             'a larger n_layer or n_embd',
         ),
@@ -167,55 +216,47 @@ TROUBLES = {
     'exploding_gradients': Trouble(
         'warning',
         (
-            'norms left out or weights that begin too large',
+            'missing norms or initial weights that are too large',
             'the learning rate is too high',
             'batches of broken text',
         ),
         (
-            "see with debug_training.py which layer's gradients and activations stand out, and mend that",
+            'run debug_training.py to find the layer whose gradients and activations stand out',
             'grad_clip = 1 keeps a single bad batch from doing harm',
         ),
     ),
     'vanishing_gradients': Trouble(
         'warning',
         (
-            'residual connections or norms left out',
-            'weights that begin far too small',
+            'missing residual connections or norms',
+            'initial weights that are far too small',
             'too many layers for a model without either',
         ),
         (
             'x = x + layer(norm(x)) in every block',
-            'see with debug_training.py where the gradients become small',
+            'run debug_training.py to see where the gradients become small',
         ),
     ),
     'all_clipped': Trouble(
         'warning',
         (
-            (lambda config: config['grad_clip'] < 1.0, 'grad_clip is far below the usual norm'),
-            'gradients that are too long: norms left out, weights that begin too large',
+            (clips_below_1, 'grad_clip is far below the usual norm'),
+            'gradients that are too large: missing norms or initial weights that are too large',
             'a loss that is summed instead of averaged',
         ),
         (
-            (lambda config: config['grad_clip'] < 1.0, 'grad_clip = 1'),
-            (
-                lambda config: config['grad_clip'] >= 1.0,
-                'see with debug_training.py which gradients are so long, and mend that',
-            ),
+            (clips_below_1, 'grad_clip = 1'),
+            (clips_at_1_or_more, 'run debug_training.py to see which gradients are too large'),
         ),
     ),
     'no_warmup': Trouble(
         'warning',
-        (
-            "AdamW's first steps are several times larger than later ones, and no warm-up makes them small",
-        ),
+        ("AdamW's first steps are several times larger than later ones, and there is no warm-up",),
         ('warmup_iters = 1 to 10 % of max_iters', 'or a lower learning_rate'),
     ),
     'overfitting': Trouble(
         'warning',
-        (
-            'the text is too short for this model and so many steps',
-            (lambda config: config['dropout'] == 0.0, 'no dropout'),
-        ),
+        ('the text is too short for this model and this many steps', (no_dropout, 'no dropout')),
         (
             'stop where the validation loss is best: OUT_DIR/best holds that step',
             'more text',
@@ -225,88 +266,77 @@ TROUBLES = {
     ),
     'underfitting': Trouble(
         'note',
-        (
-            'the model is too small for so many tokens',
-            (lambda config: config['dropout'] > 0.0, 'too much dropout'),
-        ),
-        (
-            'a larger n_layer and n_embd: about 20 tokens a parameter make the most of a given computation',
-        ),
+        ('the model is too small for this many tokens', (has_dropout, 'too much dropout')),
+        ('a larger n_layer and n_embd: about 20 tokens per parameter are compute-optimal',),
     ),
     'constant_batches': Trouble(
         'critical',
         ('the loader returns the same batch at every step', 'a text no longer than one batch'),
-        ('see that the step number reaches the loader', 'more text'),
+        ('check that the step number reaches the loader', 'more text'),
     ),
     'tiny_vocabulary': Trouble(
         'warning',
         (
-            'the text was encoded with another tokenizer than the model is made for',
+            'the text was encoded with a different tokenizer than the model expects',
             'a text that is much too short for its tokenizer',
         ),
-        ('make the dataset anew with a tokenizer that fits, as prepare.py --tokenizer=char',),
+        ('prepare the dataset with another tokenizer, such as prepare.py --tokenizer=char',),
     ),
     'different_texts': Trouble(
         'warning',
         (
-            'training and validation text are of different kinds',
-            'a text sorted by kind, and cut in two',
-            'one of them encoded with another tokenizer',
+            'the training and validation texts are of different kinds',
+            'a text that is sorted by kind and cut in two',
+            'one of them was encoded with a different tokenizer',
         ),
         ('take both splits from the same text, document by document, as prepare.py does',),
     ),
     'targets_not_shifted': Trouble(
         'critical',
         (
-            'the targets are not the inputs moved by one token',
-            'inputs and targets of different windows',
+            'the targets are not the inputs shifted by one token',
+            'inputs and targets come from different windows',
         ),
         ('y[t] = x[t + 1] in the loader',),
     ),
     'val_leaked': Trouble(
         'critical',
         (
-            'the validation text was left in the training text',
-            'a text that holds its documents more than once',
+            'the training text includes the validation text',
+            'the text contains documents more than once',
         ),
         (
-            'split first, then remove from the training text what the other holds',
-            'the validation loss of this run says nothing',
+            'split first, then remove the validation passages from the training text',
+            'the validation loss of this run is meaningless',
         ),
     ),
     'dead_units': Trouble(
         'warning',
         (
             'large steps have closed units for good',
-            (lambda config: config['bias'], 'biases that begin too far below 0'),
-            (
-                lambda config: config['mlp'] == 'relu2',
-                'squared ReLU, which gives no gradient below 0',
-            ),
+            (has_biases, 'initial biases too far below 0'),
+            (uses_relu2, 'squared ReLU, which gives no gradient below 0'),
         ),
         (
             'lower learning_rate or raise warmup_iters',
-            (
-                lambda config: config['bias'],
-                'let biases begin at 0, or leave them out: bias = False',
-            ),
-            (lambda config: config['mlp'] == 'relu2', 'mlp gelu or swiglu'),
+            (has_biases, 'initialize biases to 0, or omit them: bias = False'),
+            (uses_relu2, 'mlp gelu or swiglu'),
         ),
     ),
     'wrong_initial_loss': Trouble(
         'warning',
         (
-            'where it is too high: weights that begin too large, above all those of the head, or a loss that is summed instead of averaged',
-            'where it is too low: targets that leak into the inputs or are the inputs',
+            'if too high: initial weights that are too large, or a loss that is summed',
+            'if too low: targets that leak into the inputs, or equal them',
             (
-                guesses_its_input,
-                'a tied head behind blocks that begin as the identity: its first guess is the token that it was given',
+                predicts_its_input,
+                'a tied head after identity blocks: it first predicts its input token',
             ),
         ),
         (
-            'a standard deviation of 0.02 for the weights',
-            'look at the loss function and the targets',
-            (guesses_its_input, 'tied_head = False'),
+            'initialize weights with a standard deviation of 0.02',
+            'check the loss function and the targets',
+            (predicts_its_input, 'tied_head = False'),
         ),
     ),
     'throughput_collapse': Trouble(
@@ -314,14 +344,14 @@ TROUBLES = {
         (
             'another process uses this machine',
             'the disk cannot deliver the data',
-            'the device is too hot, and slower',
+            'the device is too hot and throttles',
         ),
-        ('look at the machine (top, nvidia-smi)', 'the training itself is not touched'),
+        ('check the machine (top, nvidia-smi)', 'the training itself is not affected'),
     ),
     'float16_underflow': Trouble(
         'warning',
         (
-            'gradients that overflow in float16, so that the loss scale falls until small ones become 0',
+            'gradients that overflow in float16: the loss scale falls until small ones become 0',
             'a loss that is summed instead of averaged',
             'activations that grow',
         ),
@@ -330,23 +360,23 @@ TROUBLES = {
     'weight_decay_too_strong': Trouble(
         'warning',
         ('weight_decay shrinks the weights faster than they learn',),
-        ('weight_decay = 0.1, or so that learning_rate * weight_decay * max_iters stays below 1',),
+        ('weight_decay = 0.1, or learning_rate * weight_decay * max_iters below 1',),
     ),
     'batch_too_small': Trouble(
         'warning',
-        ('a step has too few tokens: its gradient is nearly all noise',),
+        ('a step has too few tokens, so its gradient is nearly all noise',),
         ('raise batch_size or gradient_accumulation_steps', 'or lower learning_rate'),
     ),
     'generation_differs': Trouble(
         'warning',
         (
-            'attention was changed in another place than attention_scores(), so that the cache of keys and values does not know',
-            'a layer that looks at later tokens',
-            'a fault in nib/generation.py',
+            'attention was changed outside attention_scores(), which the cache follows',
+            'a layer that sees later tokens',
+            'a bug in nib/generation.py',
         ),
         (
-            'change attention in attention_scores() of model.py, which generation follows',
-            'the losses are right, samples are not',
+            'change attention in attention_scores() of model.py, which generation uses too',
+            'the losses are correct, samples are not',
         ),
     ),
 }

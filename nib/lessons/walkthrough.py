@@ -1,7 +1,7 @@
-"""One training step in real numbers, each made twice: by the formula, and by what training really calls.
+"""One training step with real numbers, each computed twice: by formula, and by the training code.
 
-What computes the numbers by hand comes first, then the lesson, in lines to read. `training` is debug_training.py's: the model,
-its batches, and single steps of it.
+The functions that compute by hand come first, then the lesson, as lines of text. `training` is the
+Microscope of debug_training.py: a model, its batches, and single steps.
 """
 
 import copy
@@ -15,17 +15,18 @@ from torch.nn import functional as F
 from model import GPT
 from nib.lessons.examination import describe_batch, note
 
-# The first of these that has a gradient: its largest entry is followed through the step. Fresh blocks may end in zeros, which
-# let no gradient through to the layers before.
+# The lesson follows the weight with the largest gradient in the first of these that has a gradient.
+# With zero_init, blocks end in zeros, which let no gradient through.
 PARAMETERS = (
     'transformer.h.0.mlp.c_fc.weight',
     'transformer.h.0.mlp.c_proj.weight',
     'transformer.wte.weight',
 )
-SMALL = 1e-5  # how far a weight is moved to see what the loss does: in float64 neither rounding nor curvature matters
+# The step of finite differences: in float64, neither rounding nor curvature matters.
+SMALL = 1e-5
 
 
-# -- by hand ---------------------------------------------------------------------------------------------------------
+# -- by hand ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class AdamWStep:
 
     before: float
     gradient: float
-    m: float  # mean of the gradients, the older the less
-    v: float  # mean of their squares
-    m_hat: float  # both as if they had not begun at 0
+    m: float  # moving average of the gradients
+    v: float  # moving average of their squares
+    m_hat: float  # both with bias correction
     v_hat: float
     decay: float
     update: float
@@ -57,7 +58,7 @@ def adamw_by_hand(
     eps: float,
     weight_decay: float,
 ) -> AdamWStep:
-    """Step t, from 1, in Python's floats. m, v: from the step before, 0 at first."""
+    """Computes step t, counted from 1, in Python floats. m, v: after step t - 1; 0 at the start."""
     m = betas[0] * m + (1 - betas[0]) * gradient
     v = betas[1] * v + (1 - betas[1]) * gradient**2
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
@@ -77,51 +78,50 @@ def adamw_by_hand(
 def finite_difference(
     loss: Callable[[], torch.Tensor], parameter: torch.Tensor, index: tuple[int, ...]
 ) -> tuple[float, float, float]:
-    """(loss(w + SMALL) - loss(w - SMALL)) / (2 SMALL) for the entry w of a parameter, and the two losses."""
-    weight, losses = parameter[index].clone(), []
-    for moved in (weight + SMALL, weight - SMALL):
-        parameter[index] = moved
-        losses.append(float(loss()))
+    """Returns (loss(w + h) - loss(w - h)) / 2h for one entry w of a parameter, and both losses."""
+    weight = parameter[index].clone()
+    parameter[index] = weight + SMALL
+    plus = float(loss())
+    parameter[index] = weight - SMALL
+    minus = float(loss())
     parameter[index] = weight
-    return (losses[0] - losses[1]) / (2 * SMALL), *losses
+    return (plus - minus) / (2 * SMALL), plus, minus
 
 
 def double_copy(model: GPT) -> GPT:
-    """The model in float64 on the CPU, without dropout."""
+    """Returns a copy of the model in float64 on the CPU, without dropout."""
     return copy.deepcopy(model).to('cpu').double().eval()
 
 
 def largest_gradient(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Where the gradient's largest entry stands."""
-    return tuple(
-        int(i) for i in torch.unravel_index(parameter.grad.abs().argmax(), parameter.shape)
-    )
+    """Returns the index of the largest entry of the gradient."""
+    index = torch.unravel_index(parameter.grad.abs().argmax(), parameter.shape)
+    return tuple(int(i) for i in index)
 
 
-# -- the lesson ------------------------------------------------------------------------------------------------------
+# -- the lesson ------------------------------------------------------------------------------------
 
 
 def walk_through(training) -> Iterator[str]:
-    """All of the lesson. Changes the model."""
+    """Yields the lesson. Changes the model."""
     model, clip = training.model.eval(), training.values['grad_clip']
     x, y = training.batch()
     yield f'One step with real numbers: {training.describe()}'
     yield '\nTHE BATCH\n'
     yield from describe_batch(training)
     if model.config.dropout:
-        yield 'Dropout is off here, so that each number can be had twice.'
+        yield 'Dropout is off here, so that every number can be computed twice.'
     training.accumulate([(x, y)])
-    name = next(
-        (name for name in PARAMETERS if model.get_parameter(name).grad.any()), PARAMETERS[-1]
-    )
+    with_gradient = [name for name in PARAMETERS if model.get_parameter(name).grad.any()]
+    name = with_gradient[0] if with_gradient else PARAMETERS[-1]
     index = largest_gradient(model.get_parameter(name))
     model.zero_grad(set_to_none=True)
     exact = double_copy(model)
     yield '\n1. FROM LOGITS TO THE LOSS\n'
     yield from explain_loss(exact, x.cpu(), y.cpu(), training.show_tokens, training.shown)
-    yield '\n2. A GRADIENT, BY AUTOGRAD AND BY DIFFERENCES\n'
+    yield '\n2. A GRADIENT, BY AUTOGRAD AND BY FINITE DIFFERENCES\n'
     yield from explain_gradient(exact, x.cpu(), y.cpu(), name, index)
-    del exact  # twice the size of the model
+    del exact  # it is twice as large as the model
     yield '\n3. MICRO BATCHES: WHY THE LOSS IS DIVIDED\n'
     size = len(x) // min(4, len(x))
     micro_batches = [
@@ -139,35 +139,44 @@ def walk_through(training) -> Iterator[str]:
 def explain_loss(
     model: GPT, x, y, show: Callable[[torch.Tensor], str], shown: int
 ) -> Iterator[str]:
-    """From the logits of the first sequence's last position to its loss. show: token ids as a person reads them;
-    shown: so many of the context."""
+    """Explains the loss of the last token of the first sequence, starting from its logits.
+
+    x, y: token ids (B, T). show: converts token ids to text. shown: tokens of context to show.
+    """
     with torch.no_grad():
         logits = model(x)  # (B, T, V)
     row, target = logits[0, -1], int(y[0, -1])
     total, probabilities = float(row.exp().sum()), row.softmax(dim=-1)
-    likeliest = row.topk(min(4, len(row))).indices.tolist()
+    most_likely = row.topk(min(4, len(row))).indices.tolist()
     yield note(
-        f'The model has read ... {show(x[0, -shown:])} and gives every token of its vocabulary a number, its logit. '
-        f'Softmax makes probabilities of them: exp(logit) / sum of exp(logit) over the vocabulary.'
+        f'The model has read ... {show(x[0, -shown:])} and gives every token of its vocabulary a '
+        f'number, its logit. Softmax converts logits to probabilities: exp(logit) / sum of '
+        f'exp(logit) over the vocabulary.'
     )
     yield f'\n{"token":>14}{"logit":>10}{"exp(logit)":>14}{"probability":>13}'
-    for token in likeliest + [target] * (target not in likeliest):
+    for token in most_likely + [target] * (target not in most_likely):
+        mark = '  <- the target, the actual next token' if token == target else ''
         yield (
-            f'{show(torch.tensor([token])):>14}{row[token]:10.4f}{row[token].exp():14.4f}{probabilities[token]:13.6f}'
-            + '  <- the target, what really comes next' * (token == target)
+            f'{show(torch.tensor([token])):>14}{row[token]:10.4f}{row[token].exp():14.4f}'
+            f'{probabilities[token]:13.6f}{mark}'
         )
     yield f'{f"all {len(row):,}":>14}{"":10}{total:14.4f}{1.0:13.6f}\n'
     p, own = float(probabilities[target]), float(row.logsumexp(dim=0) - row[target])
     mean = float(F.cross_entropy(logits.flatten(0, 1), y.flatten()))
     yield f'loss of this token    -log p = -ln {p:.6g} = {own:.6f} nats'
-    yield f'loss of the batch     {mean:.6f} nats, the mean of -log p over its {y.numel():,} tokens'
-    yield f'a guess among all     ln {len(row):,} = {math.log(len(row)):.6f} nats\n'
-    yield 'The loss is the surprise at what comes: 0 where it was held for certain, and more the less likely it was held.'
+    yield f'loss of the batch     {mean:.6f} nats, the mean of -log p over {y.numel():,} tokens'
+    yield f'a uniform guess       ln {len(row):,} = {math.log(len(row)):.6f} nats\n'
+    yield (
+        'The loss measures surprise: it is 0 if the model was certain of the token, and grows as '
+        'the probability falls.'
+    )
 
 
 def explain_gradient(model: GPT, x, y, name: str, index: tuple[int, ...]) -> Iterator[str]:
-    """The gradients of a token's logits by the formula, and of one weight by differences, beside autograd. model: in float64,
-    with no gradients yet."""
+    """Compares autograd with a formula for a token's logits, and with differences for one weight.
+
+    model: in float64, with no gradients yet.
+    """
 
     def loss():  # not model(x, y), whose loss is float32
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -176,42 +185,54 @@ def explain_gradient(model: GPT, x, y, name: str, index: tuple[int, ...]) -> Ite
         logits = model(x[:1])[0, -1]
     logits.requires_grad_()
     F.cross_entropy(logits[None], y[:1, -1]).backward()
-    formula, target = (
-        logits.detach().softmax(dim=-1) - F.one_hot(y[0, -1], len(logits)),
-        int(y[0, -1]),
+    formula = logits.detach().softmax(dim=-1) - F.one_hot(y[0, -1], len(logits))
+    target, other = int(y[0, -1]), int(formula.argmax())
+    yield (
+        'A gradient tells how the loss changes with a number: change of the loss = gradient * '
+        'small change of the number.\n'
     )
-    other = int(formula.argmax())
-    yield 'A gradient says how the loss changes with a number: change of the loss = gradient * small change of the number.\n'
-    yield f'{"the token above: its loss by the logit of":44}{"formula":>14}{"autograd":>14}'
-    yield f'{"the target, p - 1":44}{formula[target]:14.8f}{logits.grad[target]:14.8f}   below 0: raise it'
-    yield f'{"the likeliest other token, p":44}{formula[other]:14.8f}{logits.grad[other]:14.8f}   above 0: lower it\n'
+    yield f'{"the token above: gradient of the logit of":44}{"formula":>14}{"autograd":>14}'
+    yield (
+        f'{"the target, p - 1":44}{formula[target]:14.8f}{logits.grad[target]:14.8f}'
+        f'   below 0: raise it'
+    )
+    yield (
+        f'{"the most likely other token, p":44}{formula[other]:14.8f}{logits.grad[other]:14.8f}'
+        f'   above 0: lower it\n'
+    )
     loss().backward()
     parameter = model.get_parameter(name)
-    by_autograd, (by_difference, plus, minus) = (
-        float(parameter.grad[index]),
-        finite_difference(loss, parameter, index),
-    )
+    by_autograd = float(parameter.grad[index])
+    by_difference, plus, minus = finite_difference(loss, parameter, index)
     apart = abs(by_autograd - by_difference) / max(abs(by_autograd), 1e-300)
     yield note(
-        f'One weight w, {entry(name, index)} = {float(parameter[index].detach()):.6f}, the one with the largest gradient '
-        f'of its matrix: move it by h = {SMALL:g} both ways and look at the loss of the batch.'
+        f'One weight w, {entry(name, index)} = {float(parameter[index].detach()):.6f}, the one '
+        f'with the largest gradient of its matrix: move it by h = {SMALL:g} in both directions, '
+        f'and compute the loss of the batch.'
     )
     yield f'\nloss(w + h)                         {plus:.14f}'
     yield f'loss(w - h)                         {minus:.14f}'
     yield f'(loss(w + h) - loss(w - h)) / 2h    {by_difference:+.10e}   finite difference'
-    yield f'loss.backward()                     {by_autograd:+.10e}   autograd; a part of {apart:.0e} apart\n'
+    yield (
+        f'loss.backward()                     {by_autograd:+.10e}   autograd; relative difference '
+        f'{apart:.0e}\n'
+    )
     yield note(
-        f'Differences take two forward passes for each of {sum(p.numel() for p in model.parameters()):,} weights. '
-        f'Backward finds all gradients by the chain rule, in the time of about two. (These are float64: in float32 '
-        f'rounding would hide the difference of the losses.)'
+        f'Finite differences need two forward passes for each of '
+        f'{sum(p.numel() for p in model.parameters()):,} weights. The backward pass computes all '
+        f'gradients by the chain rule, in about the time of two forward passes. (The numbers are '
+        f'float64: in float32, rounding would hide the difference of the losses.)'
     )
 
 
 def explain_accumulation(
     training, micro_batches: Sequence, name: str, index: tuple[int, ...]
 ) -> Iterator[str]:
-    """Gradients of micro batches summed by train.py's accumulate_gradients, beside the whole batch's and beside the sum of
-    losses that nobody divided. Leaves no gradients."""
+    """Compares the gradients that train.py accumulates with two others.
+
+    These are the gradients of the whole batch, and of losses that are not divided. Leaves no
+    gradients.
+    """
     model, parameter, n = training.model, training.model.get_parameter(name), len(micro_batches)
 
     def row(label):
@@ -219,7 +240,10 @@ def explain_accumulation(
         model.zero_grad(set_to_none=True)
         return f'{label:36}{gradient:24.8f}{norm:24.4f}'
 
-    yield f'A batch that is too large for the memory comes in micro batches, {n} here, whose gradients backward() adds up.\n'
+    yield (
+        f'A batch that does not fit into memory is split into micro batches, {n} here, whose '
+        f'gradients backward() adds up.\n'
+    )
     yield f'{"":36}{"gradient of the weight":>24}{"norm of all gradients":>24}'
     for number, batch in enumerate(micro_batches, start=1):
         loss = model(*batch)
@@ -234,57 +258,59 @@ def explain_accumulation(
     yield row('the whole batch at once')
     yield undivided + '\n'
     yield note(
-        f"Divided, the sum is the whole batch's gradient but for rounding, and shorter than most of its parts, which "
-        f'partly cancel. Not divided it is {n} times too long: SGD would step {n} times too far. AdamW would hardly '
-        f'notice, as it divides by the size of the gradient; but every norm that is logged or clipped would be wrong.'
+        f'With the division, the sum is the gradient of the whole batch, except for rounding. It '
+        f'is shorter than most of its parts, which partly cancel. Without it, the sum is {n} times '
+        f'too long, and a step of SGD would go {n} times too far. AdamW would hardly change, '
+        f'because it divides by the size of the gradient, but every norm that is logged or clipped '
+        f'would be wrong.'
     )
 
 
 def explain_clipping(
     training, micro_batches: Sequence, grad_clip: float, name: str, index: tuple[int, ...]
 ) -> Iterator[str]:
-    """torch's clip_grad_norm_, which train_step calls, beside the formula. Leaves no gradients."""
+    """Compares clip_grad_norm_, which train_step calls, with the formula. Leaves no gradients."""
     model, parameter = training.model, training.model.get_parameter(name)
     training.accumulate(micro_batches)
     norm, before = total_norm(model), float(parameter.grad[index])
-    factor = min(
-        1.0, (grad_clip or math.inf) / (norm + 1e-6)
-    )  # 1e-6: as torch has it, against a division by 0
+    factor = min(1.0, (grad_clip or math.inf) / (norm + 1e-6))  # torch adds 1e-6 too
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     clipped, after = total_norm(model), float(parameter.grad[index])
     model.zero_grad(set_to_none=True)
-    allowed = f'{grad_clip:g} allows no larger one' if grad_clip else '0 allows any'
-    yield f'The norm is the root of the sum of all squared gradients; grad_clip = {allowed}.\n'
+    limit = f'limits it to {grad_clip:g}' if grad_clip else '0 does not limit it'
+    yield f'The norm is the root of the sum of all squared gradients; grad_clip {limit}.\n'
     yield f'{"":28}{"by hand":>16}{"torch":>16}'
     yield f'{"norm before":28}{norm:16.8f}'
-    yield f'{"factor, at most 1":28}{factor:16.8f}{clipped / norm if norm else 1.0:16.8f}   grad_clip / norm'
-    yield f'{"gradient of the weight":28}{before * factor:16.8f}{after:16.8f}   {before:.8f} before'
-    yield f'{"norm after":28}{norm * factor:16.8f}{clipped:16.8f}\n'
+    factor_of_torch = clipped / norm if norm else 1.0
+    yield f'{"factor, at most 1":28}{factor:16.8f}{factor_of_torch:16.8f}   grad_clip / norm'
     yield (
-        'All gradients become smaller by one factor, so their direction stays: no rare, wild batch can throw the weights far.'
-        if factor < 1
-        else 'The gradients are short enough: nothing is clipped in this step.'
+        f'{"gradient of the weight":28}{before * factor:16.8f}{after:16.8f}   {before:.8f} before'
     )
+    yield f'{"norm after":28}{norm * factor:16.8f}{clipped:16.8f}\n'
+    if factor < 1:
+        yield (
+            'All gradients are multiplied by the same factor, so their direction stays, and no '
+            'unusual batch can move the weights far.'
+        )
+    else:
+        yield 'The norm is small enough: nothing is clipped in this step.'
 
 
 def explain_adamw(
     training, steps: Sequence[Sequence], grad_clip: float, name: str, index: tuple[int, ...]
 ) -> Iterator[str]:
-    """Real training steps, each on its micro batches, with one weight followed by hand. Changes the model."""
-    model, parameter, optimizer = (
-        training.model,
-        training.model.get_parameter(name),
-        training.new_optimizer('adamw'),
-    )
+    """Follows one weight by hand through real training steps. Changes the model.
+
+    steps: the micro batches of each step.
+    """
+    model, parameter = training.model, training.model.get_parameter(name)
+    optimizer = training.new_optimizer('adamw')
     part, state = next(
         (part, state) for part in optimizer.parts for p, state in part.state() if p is parameter
     )
     lr, (beta1, beta2), eps, decay = optimizer.lr, part.betas, 1e-8, part.weight_decay
-    m, v, first = (
-        float(state['exp_avg'][index]),
-        float(state['exp_avg_sq'][index]),
-        int(state['step']) + 1,
-    )
+    m, v = float(state['exp_avg'][index]), float(state['exp_avg_sq'][index])
+    first = int(state['step']) + 1
     hand, torchs = [], []
     for t, micro_batches in enumerate(steps, start=first):
         training.accumulate(micro_batches)
@@ -293,14 +319,9 @@ def explain_adamw(
         model.zero_grad(set_to_none=True)
         hand.append(adamw_by_hand(weight, gradient, m, v, t, lr, (beta1, beta2), eps, decay))
         m, v = hand[-1].m, hand[-1].v
-        training.step(optimizer, micro_batches)  # which changes the state's tensors
-        torchs.append(
-            (
-                float(state['exp_avg'][index]),
-                float(state['exp_avg_sq'][index]),
-                float(parameter[index].detach()),
-            )
-        )
+        training.step(optimizer, micro_batches)  # changes the tensors of the state
+        tensors = (state['exp_avg'], state['exp_avg_sq'], parameter.detach())
+        torchs.append([float(tensor[index]) for tensor in tensors])
 
     def row(label, formula, cells):
         return f'{label:14}{formula:42}' + ''.join(f'{cell:>17}' for cell in cells)
@@ -310,15 +331,17 @@ def explain_adamw(
 
     if training.values['optimizer'] == 'muon':
         yield note(
-            "In this run Muon moves the blocks' matrices, and AdamW the rest. Here AdamW moves all of them."
+            "In this run, Muon updates the blocks' matrices and AdamW the rest. Here, AdamW "
+            'updates all of them.'
         )
     elif training.values['optimizer'] != 'adamw':
         yield note(
-            f'This run trains with {training.values["optimizer"]}. Here AdamW moves all weights instead.'
+            f'This run uses the optimizer {training.values["optimizer"]}. Here, AdamW updates all '
+            f'weights instead.'
         )
     yield (
-        f'The weight in {len(steps)} real steps on as many batches, with learning rate {lr:g}, beta1 {beta1:g}, beta2 '
-        f'{beta2:g} and weight decay {decay:g}.\n'
+        f'The weight in {len(steps)} real steps on different batches, with learning rate {lr:g}, '
+        f'beta1 {beta1:g}, beta2 {beta2:g} and weight decay {decay:g}.\n'
     )
     yield row('', '', [f't = {t}' for t in range(first, first + len(steps))])
     yield figures('w', 'the weight', 'before', '{:.8f}')
@@ -335,31 +358,26 @@ def explain_adamw(
         "after train_step, by torch's fused kernel",
         [f'{theirs[2]:.8f}' for theirs in torchs],
     )
+    apart = []
+    for step, theirs in zip(hand, torchs):
+        ours = (step.m, step.v, step.after)
+        apart.append(max(abs(a - b) for a, b in zip(ours, theirs)))
     yield row(
-        'apart',
-        'the most of m, v and w',
-        [
-            f'{max(abs(a - b) for a, b in zip((step.m, step.v, step.after), theirs)):.1e}'
-            for step, theirs in zip(hand, torchs)
-        ],
+        'difference', 'the largest of m, v and w', [f'{difference:.1e}' for difference in apart]
     )
     yield '\n' + note(
-        f'm is a running mean of the gradients, v of their squares. Both begin at 0, so at first they are too small, and the '
-        f'division by 1 - beta^t, bias correction, mends that. At t = 1 it makes m_hat = g and sqrt(v_hat) = |g|: whatever the '
-        f'gradient, the update is the learning rate {lr:g}. Later, where gradients disagree, m_hat is small beside sqrt(v_hat), '
-        f'and so is the update.'
+        f'm is a moving average of the gradients, and v of their squares. Both start at 0, so they '
+        f'are too small at first. The division by 1 - beta^t, called bias correction, compensates '
+        f'for that. At t = 1, it gives m_hat = g and sqrt(v_hat) = |g|, so the size of the update '
+        f'is the learning rate {lr:g}, whatever the gradient. Later, if gradients disagree, m_hat '
+        f'is small compared with sqrt(v_hat), and so is the update.'
     )
 
 
 def total_norm(model: GPT) -> float:
-    """The root of the sum of all squared gradients, added up in float64 on the CPU."""
-    return math.sqrt(
-        sum(
-            float(p.grad.cpu().double().square().sum())
-            for p in model.parameters()
-            if p.grad is not None
-        )
-    )
+    """Returns the root of the sum of all squared gradients, computed in float64 on the CPU."""
+    gradients = [p.grad.cpu().double() for p in model.parameters() if p.grad is not None]
+    return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
 
 
 def entry(name: str, index: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""What the doctor and the lessons say of an optimizer and an activation that somebody has added and they do not know."""
+"""The doctor and the lessons work with an optimizer and an activation that they do not know."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ FLAGS = [
 
 
 class Sign:
-    """Moves every weight by the learning rate, against its gradient's sign; remembers nothing."""
+    """Moves each weight by the learning rate, against the sign of its gradient; has no state."""
 
     def __init__(self, params):
         self.params, self.lr_ratio, self.betas, self.weight_decay = (

@@ -1,4 +1,4 @@
-"""The vital signs of a run against figures worked by hand, and what they must not do: wait for the device, change the training."""
+"""Vital signs equal values computed by hand; measuring neither waits nor changes the training."""
 
 import math
 import time
@@ -60,7 +60,7 @@ def step(model, optimizer, batches, signs, number, lr=1e-2):
     return gradients
 
 
-# -- weights and gradients -----------------------------------------------------------------------------------------------
+# -- weights and gradients -------------------------------------------------------------------------
 
 GROUPS = {'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.', 'embedding': 'transformer.w'}
 
@@ -155,7 +155,7 @@ def test_small_matrices_are_taken_whole():
     assert sample(matrix).tolist() == matrix.flatten().tolist()
 
 
-# -- every step ----------------------------------------------------------------------------------------------------------
+# -- every step ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('n', [1, 7, KEPT, KEPT + 5])
@@ -219,7 +219,7 @@ def test_only_the_reading_waits_and_it_waits_once():
     assert waiting.seen  # it would have been noticed
 
 
-# -- batches -------------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 def look_at(signs, *micro_batches):
@@ -251,7 +251,7 @@ def test_a_block_of_one_token_shows_nothing_of_the_shift():
     assert look_at(signs, (torch.tensor([[1], [2]]), torch.tensor([[2], [2]]))) == (None, 1.0, 0.5)
 
 
-# -- noise ---------------------------------------------------------------------------------------------------------------
+# -- noise -----------------------------------------------------------------------------------------
 
 
 class Linear(torch.nn.Module):
@@ -401,7 +401,7 @@ def test_activations_of_a_fresh_model_are_in_their_ranges(changes):
     }
 
 
-# -- data ----------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def texts(*tokens, dtype=np.uint16):
@@ -493,7 +493,7 @@ def test_a_text_of_any_length_is_examined_in_a_moment(tmp_path):
     assert time.process_time() - started < 3.0
 
 
-# -- the training --------------------------------------------------------------------------------------------------------
+# -- the training ----------------------------------------------------------------------------------
 
 LOOKS = ['--log_interval=1', '--eval_interval=4'], ['--log_interval=1000', '--eval_interval=1000']
 
