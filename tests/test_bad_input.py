@@ -184,7 +184,10 @@ DATA = {
         lambda place: change_meta(place, dtype='uint32'),
         ['train.bin holds uint16 ids', 'meta.json says uint32', ANEW],
     ),
-    'uint32 without a meta': (widen_both, ['train.bin seems to contain uint32 ids', 'without a meta.json', ANEW]),
+    'uint32 without a meta': (
+        widen_both,
+        ['train.bin seems to contain uint32 ids', 'without a meta.json', ANEW],
+    ),
     'missing meta': (without_meta, ['data/tiny has neither meta.json nor meta.pkl', ANEW]),
     'empty meta': (meta_text(''), ['meta.json is not JSON', ANEW]),
     'half a meta': (meta_text('{"format": 1, "dty'), ['meta.json is not JSON', ANEW]),
@@ -869,8 +872,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     before = contents(place)
     ended = run_main(script, f'--out_dir={place / "data/tiny"}')
     assert_refused(
-        ended,
-        ['could not download', 'tiny/input.txt', reason, 'input.txt, or run', '--input=PATH'],
+        ended, ['could not download', 'tiny/input.txt', reason, 'input.txt, or run', '--input=PATH']
     )
     assert contents(place) == before
 
