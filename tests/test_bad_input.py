@@ -154,7 +154,7 @@ def other_tokenizer(place):
 DATA = {
     'odd byte count': (
         append('train', b'\1'),
-        ['train.bin has', 'whole number of 2-byte ids', ANEW],
+        ['train.bin has', 'expected a positive multiple of 2', ANEW],
     ),
     'empty bin': (
         lambda place: bin_of(place, 'val').write_bytes(b''),
@@ -182,9 +182,12 @@ DATA = {
     ),
     'uint16 under a meta of uint32': (
         lambda place: change_meta(place, dtype='uint32'),
-        ['train.bin holds uint16 ids', 'meta.json says uint32', ANEW],
+        ['train.bin contains uint16 ids', 'meta.json says uint32', ANEW],
     ),
-    'uint32 without a meta': (widen_both, ['train.bin seems to contain uint32 ids', 'without a meta.json', ANEW]),
+    'uint32 without a meta': (
+        widen_both,
+        ['train.bin seems to contain uint32 ids', 'without a meta.json', ANEW],
+    ),
     'missing meta': (without_meta, ['data/tiny has neither meta.json nor meta.pkl', ANEW]),
     'empty meta': (meta_text(''), ['meta.json is not JSON', ANEW]),
     'half a meta': (meta_text('{"format": 1, "dty'), ['meta.json is not JSON', ANEW]),
@@ -220,11 +223,11 @@ DATA = {
     ),
     'lying token count': (
         lambda place: change_split(place, 'val', tokens=7),
-        ['val.bin holds', 'meta.json says 7', ANEW],
+        ['val.bin has', 'meta.json says 7', ANEW],
     ),
     'lying byte count': (
         lambda place: change_split(place, 'val', bytes=7),
-        ['val.bin holds', 'bytes of text', 'says 7', ANEW],
+        ['val.bin has', 'bytes of text', 'says 7', ANEW],
     ),
     'lying vocab_size': (
         lambda place: change_meta(place, vocab_size=99),
@@ -234,7 +237,7 @@ DATA = {
         lambda place: change_split(place, 'train', sha256='0' * 64),
         ['train.bin', 'SHA-256 differs', ANEW],
     ),
-    'lying tokenizer': (other_tokenizer, ['train.bin holds', 'bytes of text', ANEW]),
+    'lying tokenizer': (other_tokenizer, ['train.bin has', 'bytes of text', ANEW]),
     'tokenizer of another size': (
         lambda place: change_meta(place, tokenizer={'kind': 'byte'}),
         ['its tokenizer has 257', ANEW],
@@ -297,12 +300,12 @@ PICKLES = {
     'is cut': (pickled()[:-5], ['cannot be read']),
     'begins late': (pickled()[5:], ['cannot be read']),
     'is no pickle': (b'garbage', ['cannot be read']),
-    'is a list': (pickle.dumps([]), ['not of the kind that nanoGPT writes']),
-    'has no characters': (pickle.dumps({'vocab_size': 2}), ['not of the kind']),
-    'has another number of them': (pickled(vocab_size=3), ['not of the kind']),
-    'has a number without end of them': (pickled(vocab_size=10**15), ['not of the kind']),
-    'has lists of them': (pickled(itos={0: ['a'], 1: 'b'}), ['not of the kind']),
-    'has words': (pickled(itos={0: 'ab', 1: 'c'}), ['not of the kind']),
+    'is a list': (pickle.dumps([]), ['not a meta.pkl of nanoGPT']),
+    'has no characters': (pickle.dumps({'vocab_size': 2}), ['not a meta.pkl of nanoGPT']),
+    'has another number of them': (pickled(vocab_size=3), ['not a meta.pkl of nanoGPT']),
+    'has a number without end of them': (pickled(vocab_size=10**15), ['not a meta.pkl of nanoGPT']),
+    'has lists of them': (pickled(itos={0: ['a'], 1: 'b'}), ['not a meta.pkl of nanoGPT']),
+    'has words': (pickled(itos={0: 'ab', 1: 'c'}), ['not a meta.pkl of nanoGPT']),
     'has another order': (
         pickled(itos={0: 'b', 1: 'a'}, stoi={'b': 0, 'a': 1}),
         ['order of their code points'],
@@ -392,7 +395,7 @@ FLAGS = {
     ),
     'no such device': (['--device=cuda:99'], ['--device=cuda:99', 'try --device=auto']),
     'what is no device': (['--device=abacus'], ['--device=abacus', "'cpu', 'cuda'"]),
-    'a block longer than the text': (['--block_size=100000'], ['train.bin holds', '--block_size=']),
+    'a block longer than the text': (['--block_size=100000'], ['train.bin has', '--block_size=']),
     'a model larger than the memory': (
         ['--n_embd=2000000000', '--n_head=1'],
         ['the memory is full', 'a smaller model'],
@@ -714,7 +717,7 @@ def test_a_bad_prompt_is_told(run_main, place, flags, words):
         (['--new_tokens=-1'], ['new_tokens is -1', 'at least 0']),
         (['--n_embd=33'], ['n_embd 33', 'try n_embd 32']),
         (['--vs_nanogpt={place}'], ['place', 'clone of karpathy/nanoGPT']),
-        (['--block_size=1000000'], ['train.bin holds', '--block_size=']),
+        (['--block_size=1000000'], ['train.bin has', '--block_size=']),
     ],
 )
 def test_a_bad_benchmark_is_told(run_main, place, flags, words):
@@ -869,8 +872,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     before = contents(place)
     ended = run_main(script, f'--out_dir={place / "data/tiny"}')
     assert_refused(
-        ended,
-        ['could not download', 'tiny/input.txt', reason, 'input.txt, or run', '--input=PATH'],
+        ended, ['could not download', 'tiny/input.txt', reason, 'input.txt, or run', '--input=PATH']
     )
     assert contents(place) == before
 
