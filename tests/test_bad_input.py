@@ -248,7 +248,7 @@ DATA = {
     ),
     'broken tokenizer': (
         lambda place: change_meta(place, tokenizer={'kind': 'char', 'characters': 'ba'}),
-        ['is broken', ANEW],
+        ['invalid tokenizer', ANEW],
     ),
     'no train.bin': (
         lambda place: bin_of(place).unlink(),
