@@ -231,7 +231,7 @@ DATA = {
     ),
     'lying vocab_size': (
         lambda place: change_meta(place, vocab_size=99),
-        ['meta.json: vocab_size 99', ANEW],
+        ['meta.json: vocab_size is 99', ANEW],
     ),
     'lying digest': (
         lambda place: change_split(place, 'train', sha256='0' * 64),
@@ -673,7 +673,7 @@ PROMPTS = {
         ['--start=The caé'],
         ["'é' (the first at offset 6)", 'leave them out'],
     ),
-    'a stop text that cannot come': (['--stop=é'], ["'é'", 'leave them out']),
+    'a stop text that cannot come': (['--stop=é'], ["'é'", 'remove them']),
     'a negative temperature': (
         ['--temperature=-1'],
         ['temperature is -1', 'must be 0 (greedy) or a positive'],
@@ -738,7 +738,7 @@ TEXTS = {
         ['--input={place}/none'],
         ['none: no such file or folder', '--input=PATH'],
     ),
-    'an empty text': ('text', ('a.txt', b''), [], ['hold no text', '--input=PATH']),
+    'an empty text': ('text', ('a.txt', b''), [], ['all files are empty', '--input=PATH']),
     'two characters': ('text', ('a.txt', b'ab'), [], ['2 characters', 'use a longer text']),
     'a text that is not UTF-8': (
         'text',
@@ -751,7 +751,7 @@ TEXTS = {
         'text',
         ('a.jsonl', b'{"text": "a"}\n{'),
         [],
-        ['a.jsonl:2', 'every line is an object'],
+        ['a.jsonl:2', 'every line must be a JSON object'],
     ),
     'a row without the field': (
         'text',
