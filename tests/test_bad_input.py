@@ -671,7 +671,7 @@ PROMPTS = {
     'empty': (['--start='], ['the prompt is empty', 'at least one character']),
     'characters that the model lacks': (
         ['--start=The caé'],
-        ["'é' (the first at offset 6)", 'leave them out'],
+        ["'é' (the first at offset 6)", 'remove them'],
     ),
     'a stop text that cannot come': (['--stop=é'], ["'é'", 'remove them']),
     'a negative temperature': (
