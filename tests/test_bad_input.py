@@ -154,7 +154,7 @@ def other_tokenizer(place):
 DATA = {
     'odd byte count': (
         append('train', b'\1'),
-        ['train.bin has', 'whole number of 2-byte ids', ANEW],
+        ['train.bin has', 'expected a positive multiple of 2', ANEW],
     ),
     'empty bin': (
         lambda place: bin_of(place, 'val').write_bytes(b''),
@@ -182,7 +182,7 @@ DATA = {
     ),
     'uint16 under a meta of uint32': (
         lambda place: change_meta(place, dtype='uint32'),
-        ['train.bin holds uint16 ids', 'meta.json says uint32', ANEW],
+        ['train.bin contains uint16 ids', 'meta.json says uint32', ANEW],
     ),
     'uint32 without a meta': (
         widen_both,
@@ -223,21 +223,21 @@ DATA = {
     ),
     'lying token count': (
         lambda place: change_split(place, 'val', tokens=7),
-        ['val.bin holds', 'meta.json says 7', ANEW],
+        ['val.bin has', 'meta.json says 7', ANEW],
     ),
     'lying byte count': (
         lambda place: change_split(place, 'val', bytes=7),
-        ['val.bin holds', 'bytes of text', 'says 7', ANEW],
+        ['val.bin has', 'bytes of text', 'says 7', ANEW],
     ),
     'lying vocab_size': (
         lambda place: change_meta(place, vocab_size=99),
-        ['meta.json: vocab_size 99', ANEW],
+        ['meta.json: vocab_size is 99', ANEW],
     ),
     'lying digest': (
         lambda place: change_split(place, 'train', sha256='0' * 64),
         ['train.bin', 'SHA-256 differs', ANEW],
     ),
-    'lying tokenizer': (other_tokenizer, ['train.bin holds', 'bytes of text', ANEW]),
+    'lying tokenizer': (other_tokenizer, ['train.bin has', 'bytes of text', ANEW]),
     'tokenizer of another size': (
         lambda place: change_meta(place, tokenizer={'kind': 'byte'}),
         ['its tokenizer has 257', ANEW],
@@ -248,7 +248,7 @@ DATA = {
     ),
     'broken tokenizer': (
         lambda place: change_meta(place, tokenizer={'kind': 'char', 'characters': 'ba'}),
-        ['is broken', ANEW],
+        ['invalid tokenizer', ANEW],
     ),
     'no train.bin': (
         lambda place: bin_of(place).unlink(),
@@ -300,12 +300,12 @@ PICKLES = {
     'is cut': (pickled()[:-5], ['cannot be read']),
     'begins late': (pickled()[5:], ['cannot be read']),
     'is no pickle': (b'garbage', ['cannot be read']),
-    'is a list': (pickle.dumps([]), ['not of the kind that nanoGPT writes']),
-    'has no characters': (pickle.dumps({'vocab_size': 2}), ['not of the kind']),
-    'has another number of them': (pickled(vocab_size=3), ['not of the kind']),
-    'has a number without end of them': (pickled(vocab_size=10**15), ['not of the kind']),
-    'has lists of them': (pickled(itos={0: ['a'], 1: 'b'}), ['not of the kind']),
-    'has words': (pickled(itos={0: 'ab', 1: 'c'}), ['not of the kind']),
+    'is a list': (pickle.dumps([]), ['not a meta.pkl of nanoGPT']),
+    'has no characters': (pickle.dumps({'vocab_size': 2}), ['not a meta.pkl of nanoGPT']),
+    'has another number of them': (pickled(vocab_size=3), ['not a meta.pkl of nanoGPT']),
+    'has a number without end of them': (pickled(vocab_size=10**15), ['not a meta.pkl of nanoGPT']),
+    'has lists of them': (pickled(itos={0: ['a'], 1: 'b'}), ['not a meta.pkl of nanoGPT']),
+    'has words': (pickled(itos={0: 'ab', 1: 'c'}), ['not a meta.pkl of nanoGPT']),
     'has another order': (
         pickled(itos={0: 'b', 1: 'a'}, stoi={'b': 0, 'a': 1}),
         ['order of their code points'],
@@ -395,7 +395,7 @@ FLAGS = {
     ),
     'no such device': (['--device=cuda:99'], ['--device=cuda:99', 'try --device=auto']),
     'what is no device': (['--device=abacus'], ['--device=abacus', "'cpu', 'cuda'"]),
-    'a block longer than the text': (['--block_size=100000'], ['train.bin holds', '--block_size=']),
+    'a block longer than the text': (['--block_size=100000'], ['train.bin has', '--block_size=']),
     'a model larger than the memory': (
         ['--n_embd=2000000000', '--n_head=1'],
         ['the memory is full', 'a smaller model'],
@@ -671,9 +671,9 @@ PROMPTS = {
     'empty': (['--start='], ['the prompt is empty', 'at least one character']),
     'characters that the model lacks': (
         ['--start=The caé'],
-        ["'é' (the first at offset 6)", 'leave them out'],
+        ["'é' (the first at offset 6)", 'remove them'],
     ),
-    'a stop text that cannot come': (['--stop=é'], ["'é'", 'leave them out']),
+    'a stop text that cannot come': (['--stop=é'], ["'é'", 'remove them']),
     'a negative temperature': (
         ['--temperature=-1'],
         ['temperature is -1', 'must be 0 (greedy) or a positive'],
@@ -717,7 +717,7 @@ def test_a_bad_prompt_is_told(run_main, place, flags, words):
         (['--new_tokens=-1'], ['new_tokens is -1', 'at least 0']),
         (['--n_embd=33'], ['n_embd 33', 'try n_embd 32']),
         (['--vs_nanogpt={place}'], ['place', 'clone of karpathy/nanoGPT']),
-        (['--block_size=1000000'], ['train.bin holds', '--block_size=']),
+        (['--block_size=1000000'], ['train.bin has', '--block_size=']),
     ],
 )
 def test_a_bad_benchmark_is_told(run_main, place, flags, words):
@@ -738,7 +738,7 @@ TEXTS = {
         ['--input={place}/none'],
         ['none: no such file or folder', '--input=PATH'],
     ),
-    'an empty text': ('text', ('a.txt', b''), [], ['hold no text', '--input=PATH']),
+    'an empty text': ('text', ('a.txt', b''), [], ['all files are empty', '--input=PATH']),
     'two characters': ('text', ('a.txt', b'ab'), [], ['2 characters', 'use a longer text']),
     'a text that is not UTF-8': (
         'text',
@@ -751,7 +751,7 @@ TEXTS = {
         'text',
         ('a.jsonl', b'{"text": "a"}\n{'),
         [],
-        ['a.jsonl:2', 'every line is an object'],
+        ['a.jsonl:2', 'every line must be a JSON object'],
     ),
     'a row without the field': (
         'text',

@@ -1055,7 +1055,7 @@ def test_mistakes_are_one_line(debug, tmp_path):
         (['--vocab_size=100'], 'use random tokens with --dataset='),
         (['--dataset=nowhere'], 'or use random tokens: --dataset='),
         (['--n_head=3'], 'n_embd 32 is not divisible by n_head 3'),
-        (['--init_from=nowhere'], 'neither'),
+        (['--init_from=nowhere'], "expected 'scratch'"),
         (['--init_from=resume', f'--out_dir={tmp_path}'], 'train first'),
         (['--learning_rate=-1'], 'learning_rate is -1'),
         (['--explian'], 'did you mean --explain?'),

@@ -118,7 +118,11 @@ NEEDS_NETWORK = {
     'python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER': 'needs a clone of nanoGPT',
     'python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT --rounds=5': 'needs a clone of nanoGPT',
 }
-NEEDS_GPU = {}
+NEEDS_GPU = {
+    'python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt': (
+        'rehearsed on a CPU by test_gpu_benchmark.py'
+    )
+}
 LONG = {
     'python stress/planted_faults.py --text=data/shakespeare_char/input.txt': 'trains 438 models',
     'python stress/crash.py': 'kills 1,000 processes',

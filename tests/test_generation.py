@@ -164,7 +164,7 @@ def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monke
 
 
 def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_near(monkeypatch):
-    """The shape of GPT-2 (124M): packed matrices, if the CPU can, and the cache of a long context."""
+    """The shape of GPT-2 (124M): packed matrices, if the CPU has them, and a long context."""
     monkeypatch.setattr(generation, 'KVCache', None)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()

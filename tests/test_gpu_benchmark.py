@@ -1,4 +1,4 @@
-"""The program that measures on a GPU runs through on a CPU, so that it does not fail there for a silly reason."""
+"""The program that measures on a GPU runs on a CPU too, at toy sizes."""
 
 import json
 import sys

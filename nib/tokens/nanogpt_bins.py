@@ -31,11 +31,11 @@ def read_tokenizer(folder: Path) -> CharTokenizer | Gpt2Tokenizer:
             size == len(itos) == len(stoi)
         ):
             characters = list(itos.values())
-            single = all(isinstance(c, str) and len(c) == 1 for c in characters)
-            numbered = list(itos) == list(range(size))
-            inverse = {character: number for number, character in itos.items()}
-            if single and characters == sorted(set(characters)) and numbered and stoi == inverse:
-                return CharTokenizer(''.join(characters))
+            if all(isinstance(c, str) and len(c) == 1 for c in characters):
+                inverse = {character: number for number, character in itos.items()}
+                numbered = list(itos) == list(range(size)) and stoi == inverse
+                if numbered and characters == sorted(inverse):
+                    return CharTokenizer(''.join(characters))
     raise UserError(
         f'{path} is not a meta.pkl of nanoGPT: expected vocab_size, itos and stoi, with characters '
         f'numbered in the order of their code points'
