@@ -184,7 +184,7 @@ def synchronize(device: str):
         torch.mps.synchronize()
 
 
-def seed_everything(*counters: int):
+def seed_everything(*counters: int | str):
     """Seeds torch on the devices in use with a hash of the counters.
 
     Because of the hash, similar counters such as (0, 1) and (1, 0) give unrelated seeds.
