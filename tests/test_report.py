@@ -609,7 +609,7 @@ def test_ticks_are_round_and_on_the_axis(low, room, log):
         )
 
 
-@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+@given(st.integers(0, 1 << 50), st.integers(0, 1 << 50))
 def test_the_time_axis_has_whole_steps(first, more):
     axis = charts.time_axis(
         [Chart('a', 'A', '', (Series('a', (first, first + more), (1.0, 1.0)),))]

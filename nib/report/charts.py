@@ -173,11 +173,13 @@ class Axis:
         width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
         width = max(1.0, width) if whole else width
         first = math.ceil(self.low / width - 1e-9)
-        return [
+        ticks = [
             round(index * width, 12 - math.floor(math.log10(width)))
             for index in range(first, first + 3 * TICKS)
             if index * width <= self.high + 1e-9 * width
         ]
+        # Whole numbers are exact: one that rounding has put below the axis is not on it.
+        return [tick for tick in ticks if tick >= self.low] if whole else ticks
 
 
 @dataclass(frozen=True)
