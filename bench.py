@@ -33,7 +33,7 @@ from nib.errors import UserError, run_script
 from nib.machine.compiling import pick_compile
 from nib.machine.device import peak_flops, peak_memory, pick_device, pick_dtype, synchronize
 from nib.machine.ranks import Ranks
-from nib.run.checks import check_config
+from nib.run.checks import check_config, settle_schedule
 from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import SCRIPTS, open_or_prepare
 
@@ -88,6 +88,7 @@ def read_config(argv) -> dict:
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
     values['compile'], _ = pick_compile(values['compile'], values['device'])
     check_config(values, world_size=1)
+    values = settle_schedule(values)  # so that a run of a few steps keeps the config's schedule
     globals().update(values)
     return values
 

@@ -35,7 +35,7 @@ from nib.machine.device import (
 from nib.machine.ranks import Ranks, distribute, start_ranks
 from nib.machine.signals import FINDING, StopSignal
 from nib.optim import Optimizer
-from nib.run.checks import check_config, settle_schedule
+from nib.run.checks import check_config, check_schedule, settle_schedule
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
 from nib.tokens.find import open_or_prepare
@@ -321,7 +321,7 @@ def main(argv):
     compiled, reason = pick_compile(compile, t.device, t.peak_seconds(max_iters))
     book.say_model(t, compiled, reason)
     if not eval_only:
-        if not state.step:
+        if init_from != 'resume':
             book.lock_new(overwrite)
         t.compile_and_distribute(compiled, book.say)
         book.open(t, data, config, origins, changes, state.step)
@@ -464,7 +464,9 @@ def find_start(values, origins, book):
     if start:
         book.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
         values = start.adopt(values, origins)
-    return start, settle_schedule(values)
+    values = settle_schedule(values)
+    check_schedule(values)  # again, as a checkpoint may have brought its own
+    return start, values
 
 
 def find_data(ranks, book):

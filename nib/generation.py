@@ -420,6 +420,8 @@ def check_generation(
             tokens = steps[-1].argmax(dim=-1)
             texts = [[*text, token] for text, token in zip(texts, tokens.tolist(), strict=True)]
             window.append(tokens)
+    except torch.OutOfMemoryError:
+        return None  # the caches may need more memory than training has left
     except Exception as error:  # in code that somebody changed; it must not end a training run
         return f'generate() fails with {type(error).__name__}: {error}'
     was_training = model.training
@@ -433,6 +435,8 @@ def check_generation(
                 ]
             if said := describe_difference(torch.stack(steps), torch.stack(whole, dim=1), contexts):
                 return said
+    except torch.OutOfMemoryError:
+        return None
     finally:
         model.train(was_training)
     return None

@@ -294,3 +294,21 @@ def test_a_table_has_medians_spreads_and_the_ratios_of_rounds():
     assert lines['x'].split()[1:] == '2 (1 to 4) 2 (2 to 2,000) 2 (1 to 500)'.split()
     assert lines['y'].split() == ['y', '5']
     assert sys.version.split()[0] in measure.describe_machine()
+
+
+@pytest.mark.slow
+def test_a_config_with_a_warm_up_is_measured_with_its_start_up(data_dir):
+    """The runs of a few steps that bench.py starts keep the schedule of the config's long run."""
+    done = run_script(
+        'bench.py',
+        'config/train_shakespeare_char.py',
+        '--dataset=tiny',
+        f'--data_dir={data_dir}',
+        '--device=cpu',
+        '--n_layer=1',
+        '--rounds=1',
+        '--steps=2',
+        '--new_tokens=0',
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(done.stdout)['command to first step, s'] > 0

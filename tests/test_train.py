@@ -911,3 +911,11 @@ def test_a_run_prepares_its_device_and_an_evaluations_seconds_include_the_check_
         if 'seconds/evaluation' in record
     ]
     assert len(seconds) == 2 and min(seconds) >= 0.3
+
+
+def test_a_resumed_run_whose_old_rate_would_rise_is_refused(train_here, tmp_path):
+    """A run with a constant schedule, or from before the check, may have a min_lr above its rate."""
+    begun = train_here(tmp_path / 'run', '--lr_schedule=constant', '--min_lr=1', '--max_iters=10')
+    assert begun.returncode == 0, begun.stderr
+    ended = train_here(tmp_path / 'run', '--lr_schedule=cosine', '--init_from=resume')
+    assert ended.returncode == 2 and 'min_lr 1 is more than learning_rate 0.01' in ended.stderr

@@ -41,12 +41,11 @@ class Weights:
         if self.resumed:  # the checkpoint contains the state of its optimizer
             before = self.resumed.state['config']
             fixed['optimizer'] = before.get('optimizer', 'adamw')
-            # Older checkpoints have numbers for these keys, which had no 'auto'. They still hold if
-            # the key that 'auto' depends on has not changed.
+            # The schedule stays as it was, unless the user sets it or changes what it depends on.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
                 is_same = before.get(depends_on) == values[depends_on]
                 is_number = type(before.get(key)) in (int, float)
-                if values[key] == 'auto' and is_same and is_number:
+                if origins[key] == 'default' and is_same and is_number:
                     adopted[key] = before[key]
         for key, own in fixed.items():
             if key in ('vocab_size', 'dropout', 'recompute') or values[key] == own:

@@ -115,7 +115,7 @@ class Doctor:
         self.windows: list[LossWindow] = []
         self.lowest: LossWindow | None = None  # the one with the lowest loss, except the last
         self._unsummed: list[Line] = []  # lines that are not in a window yet
-        self.signs: StepSigns | None = None  # of the last logged step
+        self.vital_signs: StepSigns | None = None  # of the last logged step
         self.first_rms: dict[str, float] | None = None  # of the weights
         self.streak: dict[str, int] = {}  # rule -> how many times in a row its sign was present
         self.evaluations: list[EvaluationSigns] = []
@@ -129,19 +129,21 @@ class Doctor:
     def see_data(self) -> list[Finding]:
         return self._apply(self.DATA_RULES, 0)
 
-    def see_step(self, signs: StepSigns) -> list[Finding]:
-        self.signs = signs
-        finite = [loss for loss in signs.losses if math.isfinite(loss)]
+    def see_step(self, vital_signs: StepSigns) -> list[Finding]:
+        self.vital_signs = vital_signs
+        finite = [loss for loss in vital_signs.losses if math.isfinite(loss)]
         if finite:
             mean = statistics.fmean(finite)
             variance = statistics.fmean((loss - mean) ** 2 for loss in finite)
-            self._add_line(Line(signs.step, len(finite), mean, variance, signs.tokens_per_second))
-        self.first_rms = self.first_rms or signs.weight_rms
-        return self._apply(self.STEP_RULES, signs.step)
+            self._add_line(
+                Line(vital_signs.step, len(finite), mean, variance, vital_signs.tokens_per_second)
+            )
+        self.first_rms = self.first_rms or vital_signs.weight_rms
+        return self._apply(self.STEP_RULES, vital_signs.step)
 
-    def see_evaluation(self, signs: EvaluationSigns) -> list[Finding]:
-        self.evaluations.append(signs)
-        return self._apply(self.EVALUATION_RULES, signs.step)
+    def see_evaluation(self, vital_signs: EvaluationSigns) -> list[Finding]:
+        self.evaluations.append(vital_signs)
+        return self._apply(self.EVALUATION_RULES, vital_signs.step)
 
     def see_generation(self, step: int, difference: str | None) -> list[Finding]:
         """difference: result of nib.generation.check_generation() after the last step."""
@@ -183,7 +185,9 @@ class Doctor:
     def rewind(self, step: int):
         """Forgets what it has seen after `step`, from which the run continues."""
         self.findings = [finding for finding in self.findings if finding.step <= step]
-        self.evaluations = [signs for signs in self.evaluations if signs.step <= step]
+        self.evaluations = [
+            vital_signs for vital_signs in self.evaluations if vital_signs.step <= step
+        ]
         lines = self.lines
         self.lines, self.windows, self.lowest, self._unsummed = [], [], None, []
         for line in lines:
@@ -285,10 +289,10 @@ class Doctor:
     # -- rules for each logged step ----------------------------------------------------------------
 
     def targets_not_shifted(self) -> str | None:
-        if self.signs.shifted < 0.99:
+        if self.vital_signs.shifted < 0.99:
             return (
-                f'{self.signs.shifted:.0%} of the targets are the next token of the input, and '
-                f'{self.signs.copied:.0%} are the input itself'
+                f'{self.vital_signs.shifted:.0%} of the targets are the next token of the input, '
+                f'and {self.vital_signs.copied:.0%} are the input itself'
             )
         return None
 
@@ -296,21 +300,27 @@ class Doctor:
         # Batches of a few tokens, or of mostly one token, can be equal by chance. From 50 nats on,
         # they cannot.
         nats = self.config['batch_size'] * self.config['block_size'] * self.data.entropy
-        if self.signs.repeated == 1.0 and nats > 50.0:
-            return f'the batch of step {self.signs.step} equals that of the previous logged step'
+        if self.vital_signs.repeated == 1.0 and nats > 50.0:
+            return (
+                f'the batch of step {self.vital_signs.step} equals that of the previous logged step'
+            )
         return None
 
     def wrong_initial_loss(self) -> str | None:
-        if self.signs.step != 1 or self.trained or not math.isfinite(self.signs.losses[0]):
+        if (
+            self.vital_signs.step != 1
+            or self.trained
+            or not math.isfinite(self.vital_signs.losses[0])
+        ):
             return None
         # 0.15 is for texts that repeat tokens, such as Python's indentation, which the first
         # predictions of a tied head match.
         tolerance = health.start_tolerance(self.config['n_embd'], self.tokens_per_step) + 0.15
-        judged = health.judge_start(self.signs.losses[0], self.data.vocab_size, tolerance)
+        judged = health.judge_start(self.vital_signs.losses[0], self.data.vocab_size, tolerance)
         return judged[0].what if judged else None
 
     def no_warmup(self) -> str | None:
-        if self.signs.step != 1 or self.config['optimizer'] != 'adamw':
+        if self.vital_signs.step != 1 or self.config['optimizer'] != 'adamw':
             return None
         limits = health.update_limits(self.config['beta1'], first=True, trained=self.trained)
         ratio = self._largest_ratio()
@@ -323,15 +333,19 @@ class Doctor:
 
     def lr_too_high(self) -> str | None:
         ratio, limit = self._largest_ratio(), 2 * self._ratio_limits()[1]
-        if self._lasts('lr_too_high', self.signs.step > 1 and ratio > limit, 2):
+        if self._lasts('lr_too_high', self.vital_signs.step > 1 and ratio > limit, 2):
             return (
                 f'a step moves the weights by {ratio:.2g} of their size, repeatedly, while 0.001 '
-                f'to 0.01 is usual, at learning rate {self.signs.learning_rate:.2g}'
+                f'to 0.01 is usual, at learning rate {self.vital_signs.learning_rate:.2g}'
             )
         return None
 
     def lr_too_low(self) -> str | None:
-        step, lr, full = self.signs.step, self.signs.learning_rate, self.config['learning_rate']
+        step, lr, full = (
+            self.vital_signs.step,
+            self.vital_signs.learning_rate,
+            self.config['learning_rate'],
+        )
         if self.trained or not self.lines or step < 10 or not 0.0 < lr <= full:
             return None
         # A small ratio can also come from weights that large steps have made large, or from a
@@ -377,21 +391,21 @@ class Doctor:
         return None
 
     def plateau(self) -> str | None:
-        done = self.signs.step / self.config['max_iters']
-        if done > 0.8 or self.signs.step < self.config['warmup_iters']:
+        done = self.vital_signs.step / self.config['max_iters']
+        if done > 0.8 or self.vital_signs.step < self.config['warmup_iters']:
             return None
-        still = self.signs.step > 1 and self._largest_ratio() < 1e-7
+        still = self.vital_signs.step > 1 and self._largest_ratio() < 1e-7
         if self._lasts('plateau', still, 3):
             return (
-                f'the weights no longer move: the learning rate is {self.signs.learning_rate:.2g} '
-                f'after {done:.0%} of the run'
+                f'the weights no longer move: the learning rate is '
+                f'{self.vital_signs.learning_rate:.2g} after {done:.0%} of the run'
             )
         # A quarter of the run without progress, for certain: even with two standard errors, the
         # gain is below half a percent. Not between two windows, and not if the last window looks
         # like divergence.
         if done < 0.25 or self._unsummed or self.streak.get('diverging'):
             return None
-        begin = self.signs.step - 0.25 * self.config['max_iters']
+        begin = self.vital_signs.step - 0.25 * self.config['max_iters']
         windows = [window for window in self.windows if window.step > begin]
         if len(windows) < 8:
             return None
@@ -402,16 +416,16 @@ class Doctor:
         if loss_before - loss_now + 2 * math.hypot(error_before, error_now) < 0.005 * last:
             return (
                 f'the loss has not fallen since step {windows[0].step}: it is {last:.3f}, at '
-                f'learning rate {self.signs.learning_rate:.2g}'
+                f'learning rate {self.vital_signs.learning_rate:.2g}'
             )
         return None
 
     def exploding_gradients(self) -> str | None:
         _, high = health.grad_norm_limits(self.config['n_layer'], self.config['n_embd'], fresh=True)
-        norms = [math.inf if math.isnan(norm) else norm for norm in self.signs.grad_norms]
+        norms = [math.inf if math.isnan(norm) else norm for norm in self.vital_signs.grad_norms]
         largest = max(norms)
         large = self._lasts('exploding_gradients', not largest <= high, 2)
-        limited = self.config['grad_clip'] != 0.0 or self.signs.loss_scale is not None
+        limited = self.config['grad_clip'] != 0.0 or self.vital_signs.loss_scale is not None
         if not limited and (large or not math.isfinite(largest)):
             return (
                 f'the norm of the gradients is up to {largest:.3g}, while {high:.3g} is already '
@@ -420,8 +434,8 @@ class Doctor:
         return None
 
     def vanishing_gradients(self) -> str | None:
-        rms = self.signs.block_grad_rms
-        norms = [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
+        rms = self.vital_signs.block_grad_rms
+        norms = [norm for norm in self.vital_signs.grad_norms if math.isfinite(norm)]
         if not norms or not self.lines:
             return None  # no finite step so far
         none = rms[:1] == [0.0]
@@ -429,7 +443,7 @@ class Doctor:
         # A small gradient is no trouble if everything is learned.
         low = health.GRAD_NORM[0] / health.SLACK
         small = max(norms) < low and self.lines[-1].loss > 0.9 * self.data.entropy
-        present = self.signs.step > 1 and (none or tiny or small)
+        present = self.vital_signs.step > 1 and (none or tiny or small)
         if not self._lasts('vanishing_gradients', present, 2):
             return None
         if none:
@@ -446,11 +460,11 @@ class Doctor:
 
     def all_clipped(self) -> str | None:
         clip = self.config['grad_clip']
-        norms = [norm for norm in self.signs.grad_norms if math.isfinite(norm)]
+        norms = [norm for norm in self.vital_signs.grad_norms if math.isfinite(norm)]
         if not clip or not norms:
             return None
         settled = min(max(self.config['warmup_iters'], 20), 0.1 * self.config['max_iters'])
-        present = self.signs.step >= settled and min(norms) > 5 * clip
+        present = self.vital_signs.step >= settled and min(norms) > 5 * clip
         if self._lasts('all_clipped', present, 4):
             return (
                 f'every step is clipped: the norm of the gradients is '
@@ -460,7 +474,7 @@ class Doctor:
 
     def weight_decay_too_strong(self) -> str | None:
         shrunk = {
-            group: self.signs.weight_rms[group] / self.first_rms[group]
+            group: self.vital_signs.weight_rms[group] / self.first_rms[group]
             for group in LEARNING
             if self.first_rms.get(group)
         }
@@ -474,7 +488,7 @@ class Doctor:
         return None
 
     def float16_underflow(self) -> str | None:
-        scale = self.signs.loss_scale
+        scale = self.vital_signs.loss_scale
         if scale is not None and scale < 1024:  # it starts at 65536, and is halved at an overflow
             return f'the loss scale of float16 has fallen to {scale:g}'
         return None
@@ -513,7 +527,10 @@ class Doctor:
         return None
 
     def overfitting(self) -> str | None:
-        now, best = self.evaluations[-1], min(self.evaluations, key=lambda signs: signs.val_loss)
+        now, best = (
+            self.evaluations[-1],
+            min(self.evaluations, key=lambda vital_signs: vital_signs.val_loss),
+        )
         # The standard error of a mean over this many tokens, whose losses have a standard deviation
         # of about 1.5 nats. A rise is measured on the same tokens, which leaves little of it; the
         # gap is between different tokens.
@@ -536,7 +553,11 @@ class Doctor:
     def underfitting(self) -> str | None:
         now = self.evaluations[-1]
         tokens = self.config['max_iters'] * self.tokens_per_step
-        before = [signs for signs in self.evaluations[:-1] if signs.step >= 0.5 * now.step]
+        before = [
+            vital_signs
+            for vital_signs in self.evaluations[:-1]
+            if vital_signs.step >= 0.5 * now.step
+        ]
         if not before or tokens < 200 * self.n_params or self.trained:
             return None
         gap, gain = now.val_loss - now.train_loss, before[0].train_loss - now.train_loss
@@ -550,7 +571,11 @@ class Doctor:
         return None
 
     def batch_too_small(self) -> str | None:
-        known = [signs.noise_scale for signs in self.evaluations if signs.noise_scale is not None]
+        known = [
+            vital_signs.noise_scale
+            for vital_signs in self.evaluations
+            if vital_signs.noise_scale is not None
+        ]
         if len(known) < 2 or self._found('vanishing_gradients'):
             return None
         # Training takes 1 + noise scale times as many steps as without noise (McCandlish et al.
@@ -573,7 +598,7 @@ class Doctor:
     # -- used by several rules ---------------------------------------------------------------------
 
     def _largest_ratio(self) -> float:
-        return max(self.signs.update_ratio[group] for group in LEARNING)
+        return max(self.vital_signs.update_ratio[group] for group in LEARNING)
 
     def _ratio_limits(self) -> tuple[float, float]:
         return health.update_limits(

@@ -82,14 +82,14 @@ class EvaluationSigns:
         Returns None if the record is not of an evaluation, or has values that are not finite.
         """
         names = {'train_loss': 'loss/train', 'val_loss': 'loss/val'}
-        signs = {name: record.get(names.get(name, name)) for name in cls.__match_args__}
-        if 'noise_scale' in record and signs['noise_scale'] is None:
-            signs['noise_scale'] = math.inf  # which JSON cannot represent
-        for name, value in signs.items():
+        vital_signs = {name: record.get(names.get(name, name)) for name in cls.__match_args__}
+        if 'noise_scale' in record and vital_signs['noise_scale'] is None:
+            vital_signs['noise_scale'] = math.inf  # which JSON cannot represent
+        for name, value in vital_signs.items():
             may_be_none = name in ('noise_scale', 'dead_units')
             if name != 'step' and type(value) is not float and not (value is None and may_be_none):
                 return None
-        return cls(**signs)
+        return cls(**vital_signs)
 
     def metrics(self) -> dict[str, float]:
         """Returns what metrics.jsonl and other logs record beside the losses, by name."""
@@ -190,7 +190,7 @@ class Vitals:
 
     @torch.no_grad()
     def read(self, step: int, learning_rate: float, tokens_per_second: float) -> StepSigns:
-        """Returns the signs after a step that followed begin(). Waits for the device."""
+        """Returns the vital signs after a step that followed begin(). Waits for the device."""
         before, after = list(self._before.values()), list(self._sample_groups().values())
         norms = torch._foreach_norm([*before, *after, *torch._foreach_sub(after, before)])
         stored = [gradients for block in self._blocks.values() for gradients in block]

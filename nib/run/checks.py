@@ -57,7 +57,7 @@ def check_config(config: Mapping, world_size: int):
         for key in keys:
             if not least <= config[key] < below:
                 raise UserError(f'{key} is {config[key]}: it must be at least {least} and {limit}')
-    _check_schedule(config)
+    check_schedule(config)
     for key in ('out_dir', 'dataset') + ('wandb_project',) * config['wandb_log']:
         if not config[key]:
             raise UserError(f'{key} is empty: set it with --{key}=NAME')
@@ -70,7 +70,8 @@ def check_config(config: Mapping, world_size: int):
         )
 
 
-def _check_schedule(config: Mapping):
+def check_schedule(config: Mapping):
+    """Raises UserError if the learning rate schedule, without 'auto', is impossible."""
     if config['lr_schedule'] != 'constant' and config['min_lr'] > config['learning_rate']:
         raise UserError(
             f'min_lr {config["min_lr"]:g} is more than learning_rate '

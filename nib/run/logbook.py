@@ -44,6 +44,7 @@ class Logbook:
         self.rewinds = 0  # since the last checkpoint
         self.metrics: Metrics | None = None  # set by open(), on rank 0 only
         self._lock = RunLock(out_dir)
+        self._is_new = False  # whether this run replaces what out_dir contains
         # Speed is measured from this time and step on.
         self._clock, self._clock_step = 0.0, 0
 
@@ -84,6 +85,7 @@ class Logbook:
         Raises UserError if another process has the lock, or if out_dir contains a run and overwrite
         is False.
         """
+        self._is_new = True
         self.ranks.on_first(lambda: self._lock.take(new_run=not overwrite))
 
     def open(
@@ -115,7 +117,7 @@ class Logbook:
             wandb_run_name=config['wandb_run_name'],
         )
         # Only now is it certain that this run can start. After its first save, these are deleted.
-        if not step:
+        if self._is_new:
             store.set_aside(self.out_dir)
         write_config(self.out_dir, config, origins, step, changes)
         self.writer = CheckpointWriter(
@@ -124,10 +126,10 @@ class Logbook:
         # Without DistributedDataParallel, because only this rank inspects the model.
         local_model = getattr(t.model, 'module', t.model)
         self.vitals = vitals.Vitals(local_model, t.optimizer, t.scaler, t.batches, t.precision)
-        signs = vitals.examine_data(self.data.train, self.data.val, self.data.vocab_size)
+        vital_signs = vitals.examine_data(self.data.train, self.data.val, self.data.vocab_size)
         self.doctor = Doctor(
             config,
-            signs,
+            vital_signs,
             t.raw_model.num_params(),
             len(self.data.train),
             trained=config['init_from'] != 'scratch',
@@ -175,8 +177,8 @@ class Logbook:
                 'MFU': f'{mfu:.1%}' if mfu else 'unknown',
             },
         )
-        signs = self.vitals.read(step, lr, tokens_per_second)
-        self._tell(self.doctor.see_step(signs))
+        vital_signs = self.vitals.read(step, lr, tokens_per_second)
+        self._tell(self.doctor.see_step(vital_signs))
         self.metrics.log(
             step,
             {
@@ -187,7 +189,7 @@ class Logbook:
                 'tokens_per_second': tokens_per_second,
                 'peak_memory': peak_memory(self.training.device),
             }
-            | signs.metrics(self.config['grad_clip']),
+            | vital_signs.metrics(self.config['grad_clip']),
         )
 
     def see_bad_steps(self, step: int, seen: guard.Seen):
@@ -265,13 +267,13 @@ class Logbook:
         config, data = self.config, self.data
         val_batch = next(self.training.batches.eval_batches(data.val, max_batches=1))
         number = step // config['eval_interval'] if step < config['max_iters'] else 0
-        signs = self.vitals.evaluate(step, number, train_loss, val_loss, val_batch)
+        vital_signs = self.vitals.evaluate(step, number, train_loss, val_loss, val_batch)
         seconds = time.perf_counter() - started
         self.say(
             f'step {step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
             f'{", the best so far" if best and self.saved else ""}; {seconds:.1f} s'
         )
-        self._tell(self.doctor.see_evaluation(signs))
+        self._tell(self.doctor.see_evaluation(vital_signs))
         self.metrics.log(
             step,
             {
@@ -282,7 +284,7 @@ class Logbook:
                 'bits_per_byte/val': data.bits_per_byte(val_loss),
                 'sample': self._write_sample() if config['sample_tokens'] else None,
             }
-            | signs.metrics(),
+            | vital_signs.metrics(),
         )
 
     def _write_sample(self) -> str:

@@ -93,7 +93,7 @@ def show(
     first=0,
     last=300,
 ) -> list[Finding]:
-    """Returns the findings of a healthy run whose signs step() and evaluation() change."""
+    """Returns the findings of a healthy run whose vital signs step() and evaluation() change."""
     found = doctor.see_data()
     logged = first
     for s in range(first, last + 1):
@@ -306,7 +306,7 @@ def test_the_verdict_goes_by_severity():
     )
 
 
-ALWAYS = {  # name of the rule -> signs just inside of what is bearable, and just outside
+ALWAYS = {  # name of the rule -> vital signs just within its bounds, and just outside
     'targets_not_shifted': ('step', {'shifted': 0.995}, {'shifted': 0.985}),
     'lr_too_high': ('step', ratio(0.099), ratio(0.101)),  # twice five times 0.01
     'lr_too_low': ('step', ratio(2.1e-4), ratio(1.9e-4)),  # a fifth of 0.001
@@ -333,11 +333,13 @@ ALWAYS = {  # name of the rule -> signs just inside of what is bearable, and jus
 def test_where_a_trouble_begins(name):
     kind, *sides = ALWAYS[name]
     names = []
-    for signs in sides:
+    for vital_signs in sides:
         found = (
-            make_doctor(data=signs).see_data()
+            make_doctor(data=vital_signs).see_data()
             if kind == 'data'
-            else show(beginner(), **{kind: lambda s: signs if s > 1 or kind != 'step' else {}})
+            else show(
+                beginner(), **{kind: lambda s: vital_signs if s > 1 or kind != 'step' else {}}
+            )
         )
         names.append([finding.name for finding in found])
     assert names == [[], [name]]
@@ -349,9 +351,9 @@ def test_where_a_trouble_begins(name):
 )
 def test_what_passes_is_no_trouble(rule, there):
     """A sign must last so many lines in a row."""
-    signs = FIRING[rule]['step'](50)
+    vital_signs = FIRING[rule]['step'](50)
     for lines, names in ((there - 1, []), (there, [rule])):
-        found = show(beginner(), step=lambda s: signs if 100 < s <= 100 + 10 * lines else {})
+        found = show(beginner(), step=lambda s: vital_signs if 100 < s <= 100 + 10 * lines else {})
         assert [finding.name for finding in found] == names, lines
 
 
@@ -528,11 +530,15 @@ def recorded(evaluation=lambda s: {}, last=300) -> list[dict]:
     return [
         json.loads(
             json.dumps(
-                {'step': signs.step, 'loss/train': signs.train_loss, 'loss/val': signs.val_loss}
-                | signs.metrics()
+                {
+                    'step': vital_signs.step,
+                    'loss/train': vital_signs.train_loss,
+                    'loss/val': vital_signs.val_loss,
+                }
+                | vital_signs.metrics()
             )
         )
-        for signs in shown
+        for vital_signs in shown
     ]
 
 
@@ -640,9 +646,11 @@ configs = st.fixed_dictionaries(
 def test_no_signs_confuse_it(config, data, trained, shown):
     doctor = Doctor(CONFIG | config, data, 1000, 10_000, trained)
     found = doctor.see_data()
-    for signs in shown:
+    for vital_signs in shown:
         found += (
-            doctor.see_step(signs) if isinstance(signs, StepSigns) else doctor.see_evaluation(signs)
+            doctor.see_step(vital_signs)
+            if isinstance(vital_signs, StepSigns)
+            else doctor.see_evaluation(vital_signs)
         )
     names = [finding.name for finding in found]
     assert (

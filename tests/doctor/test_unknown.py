@@ -84,8 +84,8 @@ def test_a_run_is_watched(values):
         )
         vitals.note(mean_loss, grad_norm)
         found += doctor.see_step(vitals.read(step + 1, 0.05, 1000.0))
-    signs = vitals.evaluate(4, 0, 3.0, 3.0, t.batches.batch(0, 0))
-    found += doctor.see_evaluation(signs)
+    vital_signs = vitals.evaluate(4, 0, 3.0, 3.0, t.batches.batch(0, 0))
+    found += doctor.see_evaluation(vital_signs)
     assert not {finding.name for finding in found} & {
         'lr_too_high',
         'lr_too_low',
@@ -116,7 +116,7 @@ def test_an_unknown_activation_is_no_error(values):
     object.__setattr__(microscope.model.config, 'mlp', 'tanh')
     t = microscope.training
     assert 'GELU' not in '\n'.join(examination.examine(microscope, False, 3))
-    signs = Vitals(t.model, t.optimizer, t.scaler, t.batches, t.precision).evaluate(
+    vital_signs = Vitals(t.model, t.optimizer, t.scaler, t.batches, t.precision).evaluate(
         0, 0, 3.0, 3.0, t.batches.batch(0, 0)
     )
-    assert signs.dead_units == 0.0  # no unit is 0 for every token
+    assert vital_signs.dead_units == 0.0  # no unit is 0 for every token

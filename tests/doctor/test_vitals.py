@@ -47,16 +47,16 @@ def make(method='adamw', micro_steps=1, batch_size=4, **changes):
     return model, optimizer, batches, Vitals(model, optimizer, NO_SCALER, batches, nullcontext())
 
 
-def step(model, optimizer, batches, signs, number, lr=1e-2):
+def step(model, optimizer, batches, vital_signs, number, lr=1e-2):
     """A training step; returns the gradients."""
-    for x, y in signs.begin(batches.micro_batches(number)):
+    for x, y in vital_signs.begin(batches.micro_batches(number)):
         loss = model(x, y) / batches.micro_steps
         loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     optimizer.lr = lr
     optimizer.step(torch.tensor(True))
     optimizer.zero_grad()
-    signs.note(loss.detach(), torch.tensor(1.0))
+    vital_signs.note(loss.detach(), torch.tensor(1.0))
     return gradients
 
 
@@ -87,7 +87,7 @@ def matrices(model, part) -> np.ndarray:
     ids=str,
 )
 def test_ratio_rms_and_gradients_are_those_of_the_whole_matrices(method, changes):
-    model, optimizer, batches, signs = make(method, **changes)
+    model, optimizer, batches, vital_signs = make(method, **changes)
     groups = {
         group: part
         for group, part in GROUPS.items()
@@ -96,11 +96,11 @@ def test_ratio_rms_and_gradients_are_those_of_the_whole_matrices(method, changes
     memory = {name: 0.0 for name, p in model.named_parameters() if '.h.' in name and p.dim() > 1}
     for number in range(3):
         before = {group: matrices(model, part) for group, part in groups.items()}
-        gradients = step(model, optimizer, batches, signs, number)
+        gradients = step(model, optimizer, batches, vital_signs, number)
         for name in memory:
             g = gradients[name].double().numpy()
             memory[name] = 0.95 * memory[name] + 0.05 * (g if method == 'muon' else g**2)
-        read = signs.read(number + 1, 1e-2, 1.0)
+        read = vital_signs.read(number + 1, 1e-2, 1.0)
         after = {group: matrices(model, part) for group, part in groups.items()}
         norm = np.linalg.norm
         assert read.update_ratio == pytest.approx(
@@ -122,12 +122,12 @@ def test_ratio_rms_and_gradients_are_those_of_the_whole_matrices(method, changes
 
 
 def test_weights_of_zeros_have_no_ratio():
-    model, optimizer, batches, signs = make()
+    model, optimizer, batches, vital_signs = make()
     with torch.no_grad():
         for part in ('wte', 'wpe'):
             model.transformer[part].weight.zero_()
-    step(model, optimizer, batches, signs, 0)
-    assert math.isnan(signs.read(1, 1e-2, 1.0).update_ratio['embedding'])
+    step(model, optimizer, batches, vital_signs, 0)
+    assert math.isnan(vital_signs.read(1, 1e-2, 1.0).update_ratio['embedding'])
 
 
 @pytest.mark.parametrize('shape', [(300, 400), (4097, 1), (65, 1000), (50257, 8)])
@@ -160,22 +160,22 @@ def test_small_matrices_are_taken_whole():
 
 @pytest.mark.parametrize('n', [1, 7, KEPT, KEPT + 5])
 def test_losses_and_norms_of_every_step_arrive(n):
-    model, optimizer, batches, signs = make()
+    model, optimizer, batches, vital_signs = make()
     for first in (0, n):  # twice, as nothing of the first time may be left
-        list(signs.begin(batches.micro_batches(0)))
+        list(vital_signs.begin(batches.micro_batches(0)))
         for i in range(first, first + n):
-            signs.note(torch.tensor(float(i)), torch.tensor(-float(i)))
-        read = signs.read(first + n, 0.0, 1.0)
+            vital_signs.note(torch.tensor(float(i)), torch.tensor(-float(i)))
+        read = vital_signs.read(first + n, 0.0, 1.0)
         assert read.losses == [float(i) for i in range(first, first + n)][-KEPT:]
         assert read.grad_norms == [-loss for loss in read.losses]
 
 
 def test_metrics_name_what_was_clipped():
-    model, optimizer, batches, signs = make()
-    list(signs.begin(batches.micro_batches(0)))
+    model, optimizer, batches, vital_signs = make()
+    list(vital_signs.begin(batches.micro_batches(0)))
     for norm in (0.5, 2.0, 3.0, math.inf):
-        signs.note(torch.tensor(1.0), torch.tensor(norm))
-    read = signs.read(4, 0.0, 1.0)
+        vital_signs.note(torch.tensor(1.0), torch.tensor(norm))
+    read = vital_signs.read(4, 0.0, 1.0)
     assert (
         read.metrics(grad_clip=1.0)['clipped'] == 0.75
         and read.metrics(grad_clip=0.0)['clipped'] is None
@@ -207,12 +207,12 @@ class Waiting(TorchDispatchMode):
 
 
 def test_only_the_reading_waits_and_it_waits_once():
-    model, optimizer, batches, signs = make()
+    model, optimizer, batches, vital_signs = make()
     given = list(batches.micro_batches(0))
     with Waiting() as waiting:
-        list(signs.begin(iter(given)))
-        signs.note(torch.tensor(1.0), torch.tensor(1.0))
-        signs.read(1, 0.0, 1.0)  # by one tolist(), which is no operation
+        list(vital_signs.begin(iter(given)))
+        vital_signs.note(torch.tensor(1.0), torch.tensor(1.0))
+        vital_signs.read(1, 0.0, 1.0)  # by one tolist(), which is no operation
     assert waiting.seen == []
     with Waiting() as waiting:
         float(torch.tensor(1.0))
@@ -222,33 +222,37 @@ def test_only_the_reading_waits_and_it_waits_once():
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def look_at(signs, *micro_batches):
-    assert [id(batch) for batch in signs.begin(iter(micro_batches))] == [
+def look_at(vital_signs, *micro_batches):
+    assert [id(batch) for batch in vital_signs.begin(iter(micro_batches))] == [
         id(batch) for batch in micro_batches
     ]
-    signs.note(torch.tensor(1.0), torch.tensor(1.0))
-    read = signs.read(1, 0.0, 1.0)
+    vital_signs.note(torch.tensor(1.0), torch.tensor(1.0))
+    read = vital_signs.read(1, 0.0, 1.0)
     return read.repeated, read.shifted, read.copied
 
 
 def test_shares_of_known_batches():
-    signs = make()[3]
+    vital_signs = make()[3]
     x = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     next_token = torch.tensor([[2, 3, 4, 9], [6, 7, 8, 9]])
     other = torch.tensor([[1, 2, 3, 9], [9, 9, 9, 9]])
-    assert look_at(signs, (x, next_token), (other, other)) == (
+    assert look_at(vital_signs, (x, next_token), (other, other)) == (
         None,
         1.0,
         0.0,
     )  # the first micro batch is looked at
-    assert look_at(signs, (x, next_token)) == (1.0, 1.0, 0.0)
-    assert look_at(signs, (other, x)) == (3 / 8, 0.0, 3 / 8)
-    assert look_at(signs, (x, x)) == (3 / 8, 0.0, 1.0)
+    assert look_at(vital_signs, (x, next_token)) == (1.0, 1.0, 0.0)
+    assert look_at(vital_signs, (other, x)) == (3 / 8, 0.0, 3 / 8)
+    assert look_at(vital_signs, (x, x)) == (3 / 8, 0.0, 1.0)
 
 
 def test_a_block_of_one_token_shows_nothing_of_the_shift():
-    signs = make(block_size=1)[3]
-    assert look_at(signs, (torch.tensor([[1], [2]]), torch.tensor([[2], [2]]))) == (None, 1.0, 0.5)
+    vital_signs = make(block_size=1)[3]
+    assert look_at(vital_signs, (torch.tensor([[1], [2]]), torch.tensor([[2], [2]]))) == (
+        None,
+        1.0,
+        0.5,
+    )
 
 
 # -- noise -----------------------------------------------------------------------------------------
@@ -302,7 +306,7 @@ def test_noise_scale_at_its_ends():
 
 @pytest.mark.parametrize('micro_steps', [1, 3])
 def test_noise_of_the_model_is_that_of_its_batches_gradients(micro_steps):
-    model, optimizer, batches, signs = make(
+    model, optimizer, batches, vital_signs = make(
         micro_steps=micro_steps, batch_size=64
     )  # 512 tokens, so 16 batches
     val_batch = batches.batch(99, 0)
@@ -322,7 +326,7 @@ def test_noise_of_the_model_is_that_of_its_batches_gradients(micro_steps):
         )
     products = np.array(gradients) @ np.array(gradients).T
     signal = (products.sum() - products.trace()) / (16 * 15)
-    shown = signs.evaluate(1, 1, 2.0, 2.0, val_batch)
+    shown = vital_signs.evaluate(1, 1, 2.0, 2.0, val_batch)
     assert shown.noise_scale == pytest.approx(
         (products.trace() / 16 - signal) / signal / micro_steps, rel=1e-3
     )
@@ -330,9 +334,9 @@ def test_noise_of_the_model_is_that_of_its_batches_gradients(micro_steps):
 
 
 def test_noise_is_measured_with_the_first_second_fourth_and_eighth_evaluation():
-    model, optimizer, batches, signs = make(batch_size=512)
+    model, optimizer, batches, vital_signs = make(batch_size=512)
     measured = [
-        signs.evaluate(number, number, 2.0, 2.0, batches.batch(0, 0)).noise_scale is not None
+        vital_signs.evaluate(number, number, 2.0, 2.0, batches.batch(0, 0)).noise_scale is not None
         for number in range(10)
     ]
     assert [number for number, was in enumerate(measured) if was] == [
@@ -353,15 +357,16 @@ def test_an_evaluation_is_read_from_its_record():
         'attention_entropy': 0.5,
         'activation_std': 1.0,
     }
-    signs = EvaluationSigns(4, 2.0, 2.5, 0.0, 3.0, 0.5, 1.0, None)
+    vital_signs = EvaluationSigns(4, 2.0, 2.5, 0.0, 3.0, 0.5, 1.0, None)
     assert (
-        EvaluationSigns.of_record({**record, 'sample': 'text', 'bits_per_byte/val': 3.0}) == signs
+        EvaluationSigns.of_record({**record, 'sample': 'text', 'bits_per_byte/val': 3.0})
+        == vital_signs
     )
     assert EvaluationSigns.of_record({**record, 'noise_scale': 7.0}) == replace(
-        signs, noise_scale=7.0
+        vital_signs, noise_scale=7.0
     )
     assert EvaluationSigns.of_record({**record, 'noise_scale': None}) == replace(
-        signs, noise_scale=math.inf
+        vital_signs, noise_scale=math.inf
     )
     for damage in (
         {'loss/val': None},
@@ -375,18 +380,18 @@ def test_an_evaluation_is_read_from_its_record():
 
 
 def test_a_gradient_that_overflows_leaves_the_noise_unknown():
-    model, optimizer, batches, signs = make()
+    model, optimizer, batches, vital_signs = make()
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(math.inf)
-    assert signs.evaluate(1, 1, 2.0, 2.0, batches.batch(0, 0)).noise_scale is None
+    assert vital_signs.evaluate(1, 1, 2.0, 2.0, batches.batch(0, 0)).noise_scale is None
 
 
 @pytest.mark.parametrize(
     'changes', [{'block_size': 1}, {'n_layer': 1}, {'mlp': 'relu2', 'bias': True}], ids=str
 )
 def test_activations_of_a_fresh_model_are_in_their_ranges(changes):
-    model, optimizer, batches, signs = make(**changes)
-    shown = signs.evaluate(0, 0, 2.0, 2.0, batches.batch(0, 0))
+    model, optimizer, batches, vital_signs = make(**changes)
+    shown = vital_signs.evaluate(0, 0, 2.0, 2.0, batches.batch(0, 0))
     assert (
         0.0 <= shown.dead_units < 0.5
         and shown.attention_logit < 1.0
@@ -546,13 +551,13 @@ def test_signs_of_odd_runs_are_recorded(train_here, tmp_path, flags):
         3
     ]  # not in the last evaluation
     evaluated = [record for record in written if 'loss/val' in record]
-    for record, signs in zip(evaluated, map(EvaluationSigns.of_record, evaluated)):
-        assert (signs.step, signs.train_loss, signs.val_loss) == (
+    for record, vital_signs in zip(evaluated, map(EvaluationSigns.of_record, evaluated)):
+        assert (vital_signs.step, vital_signs.train_loss, vital_signs.val_loss) == (
             record['step'],
             record['loss/train'],
             record['loss/val'],
         )
-        assert signs.metrics().items() - {('noise_scale', None)} <= record.items()
+        assert vital_signs.metrics().items() - {('noise_scale', None)} <= record.items()
     assert [record for record in written if EvaluationSigns.of_record(record)] == evaluated and len(
         evaluated
     ) == 3

@@ -57,6 +57,7 @@ OLD = {
         ({'learning_rate': 2e-3}, ('auto', 600000)),
         ({'max_iters': 200}, (3e-5, 'auto')),
         ({'min_lr': 1e-5}, (1e-5, 600000)),
+        ({'min_lr': 'auto'}, ('auto', 600000)),
     ],
 )
 def test_a_resumed_run_keeps_the_schedule_of_before_unless_it_is_changed(now, schedule):
@@ -64,5 +65,6 @@ def test_a_resumed_run_keeps_the_schedule_of_before_unless_it_is_changed(now, sc
     model = GPTConfig(vocab_size=65)
     resumed = SimpleNamespace(state={'config': OLD})
     values = {**DEFAULTS, **vars(model), 'learning_rate': 1e-3, 'max_iters': 100, **now}
-    adopted = Weights('old', model, {}, {}, resumed).adopt(values, dict.fromkeys(values, 'default'))
+    origins = dict.fromkeys(values, 'default') | dict.fromkeys(now, 'a flag')
+    adopted = Weights('old', model, {}, {}, resumed).adopt(values, origins)
     assert (adopted['min_lr'], adopted['lr_decay_iters']) == schedule
