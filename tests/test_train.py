@@ -914,7 +914,7 @@ def test_a_run_prepares_its_device_and_an_evaluations_seconds_include_the_check_
 
 
 def test_a_resumed_run_whose_old_rate_would_rise_is_refused(train_here, tmp_path):
-    """A run with a constant schedule, or from before the check, may have a min_lr above its rate."""
+    """A run from before the check, or with a constant schedule, may have such a min_lr."""
     begun = train_here(tmp_path / 'run', '--lr_schedule=constant', '--min_lr=1', '--max_iters=10')
     assert begun.returncode == 0, begun.stderr
     ended = train_here(tmp_path / 'run', '--lr_schedule=cosine', '--init_from=resume')
