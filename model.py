@@ -1,13 +1,13 @@
 """A GPT in one file: the layers, the loss, parameter and FLOP counts.
 
 By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
-GPTConfig's choices make it anything between that and today's models; all of them together are Qwen3
-(Yang et al. 2025). How it generates text is in nib/generation.py.
+The options of GPTConfig turn it into anything between GPT-2 and today's models; all of them
+together give Qwen3 (Yang et al. 2025). How it generates text is in nib/generation.py.
 
-Letters of shapes:
+Letters in shapes:
     B sequences, T positions, V = vocab_size, C = n_embd
     H = n_head, K = key and value heads, D = C / H, the width of a head
-    Q queries, S keys, if attention is not of a whole sequence to itself
+    Q queries, S keys, unless a whole sequence attends to itself
 """
 
 import math
@@ -32,10 +32,10 @@ from nib.kernels import (
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT; the defaults are GPT-2's. ValueError names a field that cannot be."""
+    """The shape of a GPT; the defaults are GPT-2's. Raises ValueError if a field is invalid."""
 
     vocab_size: int = 50257
-    block_size: int = 1024  # the most positions that the model attends over
+    block_size: int = 1024  # maximum number of positions in the context
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0  # key and value heads; groups of query heads share them; 0 is n_head
@@ -43,18 +43,18 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and LayerNorms
     position: Literal['learned', 'rotary'] = 'learned'
-    rotary_base: float = 10000.0  # the larger, the slower the slowest pair of dimensions turns
+    rotary_base: float = 10000.0  # larger values slow the rotation of the slowest dimensions
     norm: Literal['layer', 'rms'] = 'layer'
-    qk_norm: bool = False  # normalise queries and keys, head by head
+    qk_norm: bool = False  # normalize queries and keys, head by head
     mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'
     tied_head: bool = True  # the output head is the token embedding itself
-    logit_cap: float = 0.0  # logits stay within plus and minus this; 0 is no cap
-    zero_init: bool = False  # residual projections begin at 0: every block begins as the identity
-    recompute: bool = False  # keep only the inputs of blocks; compute the rest again in backward
+    logit_cap: float = 0.0  # logits stay between minus and plus this value; 0: no cap
+    zero_init: bool = False  # residual projections start at 0: every block starts as the identity
+    recompute: bool = False  # keep only the inputs of blocks; recompute the rest in backward
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
-            # More layers would take hours to build; wider ones could not be counted.
+            # More layers would take hours to build; larger sizes would overflow the counts.
             value, below = getattr(self, name), 10_000 if name == 'n_layer' else 1 << 31
             if not 1 <= value < below:
                 raise ValueError(
@@ -107,21 +107,21 @@ class GPTConfig:
 
     @property
     def mlp_width(self) -> int:
-        """4C; or 2/3 of it in SwiGLU, which has three matrices, in whole multiples of 32."""
+        """4C. SwiGLU, which has three matrices, has 2/3 of that, rounded up to a multiple of 32."""
         if self.mlp == 'swiglu':
             return math.ceil(8 * self.n_embd / 3 / 32) * 32
         return 4 * self.n_embd
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
-    """LayerNorm (Ba et al. 2016), or RMSNorm, which keeps the mean (Zhang and Sennrich 2019)."""
+    """LayerNorm (Ba et al. 2016), or RMSNorm, which does not center (Zhang and Sennrich 2019)."""
     if config.norm == 'layer':
         return nn.LayerNorm(width, bias=config.bias)
     return RMSNorm(width, eps=1e-6)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with the gain in the precision of x, which its fast kernel needs."""
+    """torch's RMSNorm with the gain cast to the dtype of x, as its fast kernel requires."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
@@ -130,7 +130,7 @@ class RMSNorm(nn.RMSNorm):
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021): the score of a query and a key depends on their distance.
 
-    Dimensions i and i + D/2 of a query or key are one point, which is turned by the angle
+    Dimensions i and i + D/2 of a query or key form a point, which is rotated by the angle
     position * base^(-2i/D).
     """
 
@@ -148,14 +148,14 @@ class Rotary(nn.Module):
 
 
 def rotate(x, rotary):
-    """Turns x (B, H, T, D) by the angles whose cos and sin are `rotary`, in the precision of x."""
+    """Rotates x (B, H, T, D) by angles whose cos and sin are in `rotary`, in the dtype of x."""
     cos, sin = (part.type_as(x) for part in rotary)
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position takes a weighted mean of the values of the positions up to itself, in H heads.
+    """In each of H heads, every position takes a weighted mean of the values up to its own.
 
     With fewer key and value heads, groups of query heads share them (Ainslie et al. 2023). qk_norm
     bounds the scores (Dehghani et al. 2023, section 2.1).
@@ -189,7 +189,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q, k, v):
-        """The attention of a sequence to itself. When generating, a cache takes its place."""
+        """The attention of a sequence to itself. Generation replaces it with that of a cache."""
         return attend(q, k, v, self.dropout if self.training else 0.0)
 
 
@@ -199,10 +199,10 @@ def attention_scores(q, k, query_positions, key_positions):
 
     This is the definition of attention. To change it (a sliding window, ALiBi, another scale),
     change it here: training, generation and the doctor all follow. The fused kernels below are
-    used only while they compute the same.
+    used only as long as they compute the same.
 
-    Positions count from 0 at the start of a sequence; (Q) and (S), or (B, 1, Q) and (B, 1, S) if
-    they differ by row. Generation pads shorter rows with negative positions.
+    Positions count from 0 at the start of a sequence. Their shapes are (Q) and (S), or (B, 1, Q)
+    and (B, 1, S) if they differ between rows. Shorter rows are padded with negative positions.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # Vaswani et al. 2017, equation 1
     is_later = key_positions.unsqueeze(-2) > query_positions.unsqueeze(-1)  # (..., Q, S)
@@ -210,7 +210,11 @@ def attention_scores(q, k, query_positions, key_positions):
 
 
 def attend(q, k, v, dropout: float = 0.0):
-    """The attention (B, H, T, D) of a sequence to itself: q (B, H, T, D), k and v (B, K, T, D)."""
+    """The attention (B, H, T, D) of a sequence to itself: q (B, H, T, D), k and v (B, K, T, D).
+
+    To change attention, edit attention_scores(), not this function, which only picks a fast way to
+    compute it.
+    """
     if not kernels_fit():
         positions = torch.arange(q.shape[2], device=q.device)
         return attend_by_definition(q, k, v, positions, positions, dropout)
@@ -222,9 +226,9 @@ def attend(q, k, v, dropout: float = 0.0):
 
 
 def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, mask=None):
-    """Attention by attention_scores(), whatever it says; it holds all scores in memory.
+    """Attention exactly as attention_scores() defines it. Keeps all scores in memory.
 
-    q (B, H, Q, D), k and v (B, K, S, D). mask: True for keys that exist, broadcast to (B, H, Q, S).
+    q (B, H, Q, D), k and v (B, K, S, D). mask: True for keys that exist; broadcast to (B, H, Q, S).
     """
     k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
     scores = attention_scores(q, k, query_positions, key_positions)
@@ -235,7 +239,7 @@ def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, m
 
 @torch.compiler.assume_constant_result
 def kernels_fit() -> bool:
-    """Whether the fused kernels, which know only causal attention, compute attention_scores()."""
+    """Whether attention_scores() is causal attention, which is all the fused kernels compute."""
     return is_causal_attention(attention_scores)
 
 
@@ -281,7 +285,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP: each reads the normalised residual stream and adds to it (pre-norm)."""
+    """Attention, then MLP: each reads the normalized residual stream and adds to it (pre-norm)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -318,9 +322,9 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Sets normal(0, 0.02) weights and zero biases.
+        """Draws weights from normal(0, 0.02) and sets biases to zero.
 
-        The two projections of a layer into the residual stream are smaller by 1/sqrt(2 * n_layer),
+        The two projections of a layer into the residual stream are scaled by 1/sqrt(2 * n_layer),
         so that its variance does not grow with depth (GPT-2, section 2.3).
         """
         smaller = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
@@ -333,11 +337,11 @@ class GPT(nn.Module):
                 module.reset_parameters()
 
     def forward(self, idx, targets=None):
-        """The logits, or with targets the loss.
+        """Computes the logits, or the loss if targets are given.
 
-        idx, targets: token ids (B, T), T <= block_size; a target of -1 counts nothing.
+        idx, targets: token ids (B, T), T <= block_size; targets of -1 are ignored.
         Returns logits (B, T, V), or the mean cross-entropy in nats per token, a float32 scalar.
-        Raises ValueError when T is larger than block_size.
+        Raises ValueError if T is larger than block_size.
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
@@ -394,7 +398,7 @@ class GPT(nn.Module):
     # -- counts -----------------------------------------------------------------------------------
 
     def num_params(self, positions: bool = True) -> int:
-        """The number of parameters; without the position embeddings as nanoGPT counts them."""
+        """The number of parameters; positions=False leaves out wpe, as nanoGPT does."""
         total = sum(p.numel() for p in self.parameters())
         if positions or self.config.position != 'learned':
             return total
@@ -430,21 +434,21 @@ class GPT(nn.Module):
         stop: Sequence[Sequence[int]] = (),
         compile: bool = False,
     ) -> Iterator[torch.Tensor]:
-        """Continues every prompt, yielding tokens as they are made.
+        """Continues every prompt, yielding tokens as they are generated.
 
         prompts: B sequences of at least one token id; only the last block_size of each are used.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: samples from the k most likely tokens only.
-        top_p: samples from the smallest set of tokens that holds this much probability (Holtzman et
-            al. 2020).
+        top_p: samples from the smallest set of tokens whose probabilities add up to at least this
+            (Holtzman et al. 2020).
         seed: the same seed, prompts and device give the same tokens.
         stop: token sequences; a row ends after any of them, which is yielded too.
-        compile: compiles the step from token to token. On a GPU it is a CUDA graph either way.
+        compile: compiles the decoding step. On a GPU, the step is a CUDA graph either way.
 
         Yields a tensor (B,) for each new position, -1 in rows that have ended, until all rows have
-        ended or max_new_tokens are made. Raises ValueError for arguments that make no sense.
+        ended or max_new_tokens have been generated. Raises ValueError for invalid arguments.
 
-        A row that has filled its context drops the oldest half of it. The rest is read again from
+        A row whose context is full drops its oldest half. The rest is read again from
         position 0, as in training; this costs one pass every block_size / 2 tokens.
         """
         from nib.generation import generate

@@ -1,4 +1,4 @@
-"""Measures nibGPT on a GPU in stages, beside nanoGPT: every figure of docs/speed.md's page on GPUs.
+"""Measures nibGPT and nanoGPT on a GPU, in stages: all figures of docs/speed.md#gpus.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt
@@ -6,9 +6,9 @@
 
 Needs a CUDA GPU, torch, numpy and pytest, and no network. It measures transformers too, if
 installed. The text is Python's own library, or --text=FILE. With tiny Shakespeare, the character
-stage trains to nanoGPT's published loss. A stage is a process with a time limit. It writes
-OUT/STAGE.txt and OUT/results.json as it goes, and its output to OUT/STAGE.log. A stage that is done
-is not run again.
+stage trains to nanoGPT's published loss. Each stage is a process with a time limit. It writes
+OUT/STAGE.txt and OUT/results.json as it goes, and its output to OUT/STAGE.log. A finished stage is
+not run again.
 """
 
 import contextlib
@@ -48,10 +48,10 @@ from nib.tokens import shakespeare
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT; empty: nibGPT alone
 out: str = 'gpu-figures'  # folder of the results
 text: str = ''  # file to train on; empty: the source of Python's library
-stages: str = 'tests,gpt2,char,sampling,determinism,profile,recipes'  # those to run, in this order
-again: bool = False  # run stages that are done, too
+stages: str = 'tests,gpt2,char,sampling,determinism,profile,recipes'  # the stages to run, in order
+again: bool = False  # also run stages that are finished
 rehearse: bool = False  # on the CPU, at toy sizes
-seconds: int = 0  # for all stages together; 0: until each stage's own limit
+seconds: int = 0  # time limit of all stages together; 0: only the limits of each stage
 batches: str = '16,32'  # sequences per micro step in the gpt2 stage
 recipe_seconds: int = 60  # training time of each recipe
 
@@ -129,7 +129,7 @@ def configure(argv):
 
 
 def run_in_process(name: str, argv, limit: float) -> str:
-    """Runs a stage for at most `limit` seconds; returns what it has written, and how it ended."""
+    """Runs a stage for at most `limit` seconds; returns its figures and how it ended."""
     (Path(out) / f'{name}.txt').unlink(missing_ok=True)
     save(name, {})
     program = (
@@ -164,7 +164,7 @@ def run_in_process(name: str, argv, limit: float) -> str:
 
 
 def end_group(process):
-    """Ends a stage's process and all that it has started."""
+    """Ends a stage's process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -204,7 +204,7 @@ class Figures:
         """Notes the rate or text that work() returns, or why it failed."""
         try:
             self.note(name, work())
-        except Exception as error:  # the other figures of the stage are still wanted
+        except Exception as error:  # still measure the other figures of the stage
             self.note(name, f'failed: {gpu_kernels.describe(error)}')
 
 
@@ -246,7 +246,7 @@ def gpt2_config(**changes) -> dict:
 
 
 def random_tokens() -> Path:
-    """A dataset of GPT-2 tokens, of which some are frequent, as in a text."""
+    """A random dataset of GPT-2 tokens, some of them frequent, as in a real text."""
     folder = Path(out) / 'data' / 'random'
     if not (folder / 'val.bin').exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ def random_tokens() -> Path:
 
 
 def find_text() -> Path:
-    """--text, or a file of Python's library."""
+    """Returns the path of --text, or of a file made from Python's library."""
     path = Path(text or Path(out) / 'text.txt')
     if not path.exists():
         sources = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
@@ -461,7 +461,7 @@ def measure_char(figures, end):
 
 
 def copy_nanogpt(data: Path) -> Path:
-    """A copy of the clone whose data are the dataset's tokens."""
+    """Copies the clone, with the dataset's tokens as its data."""
     folder = Path(out) / 'nanogpt'
     shutil.rmtree(folder, ignore_errors=True)
     (folder / 'data' / 'shakespeare_char').mkdir(parents=True)
@@ -640,7 +640,7 @@ def check_determinism(figures, end):
 
 
 def profile(figures, end):
-    """Time of a step by kind of kernel, and how little it could be."""
+    """The time of a step by kind of kernel, and lower bounds for it."""
     config = gpt2_config(batch_size=16)
     training = gpu_kernels.make_training(config, config['folder'])
     gpu_kernels.time_steps(training, 0, 3)
@@ -670,7 +670,7 @@ def profile(figures, end):
 
 
 def compare_recipes(figures, end):
-    """fast_gpt2's recipe against train_gpt2's: the loss after as many seconds of training."""
+    """fast_gpt2's recipe against train_gpt2's: the loss after the same training time."""
     path, data = find_text(), Path(out) / 'data' / 'recipes'
     for tokenizer in (
         ('byte',) if rehearse else ('gpt2', 'byte')

@@ -1,6 +1,6 @@
-"""The parts of benchmarks/gpu.py that look into a training step.
+"""The parts of benchmarks/gpu.py that look inside a training step.
 
-They find which operations repeat bit for bit, and which kernels the time goes to. Each function
+They find which operations repeat bit for bit, and which kernels take the time. Each function
 runs in a process of its own.
 """
 
@@ -164,7 +164,7 @@ def gradients_of(t, config, initial) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def exclusive(path: str):
-    """Waits until no other process is in here."""
+    """Waits until no other process holds the lock."""
     import fcntl
 
     with open(path, 'w') as file:
@@ -182,7 +182,7 @@ def repeat_operations(job: Mapping) -> dict:
             results[name] = (
                 'equal' if all(equal) else f'differs in {equal.count(False)} of {REPEATS}'
             )
-        except Exception as error:  # a kernel that this machine lacks, or that cannot be compiled
+        except Exception as error:  # a kernel that is missing here or cannot be compiled
             results[name] = f'failed: {describe(error)}'
     return results
 
@@ -216,7 +216,7 @@ def operations(job: Mapping) -> dict[str, Callable[[], tuple]]:
     V = job['vocab_size']
     ids = (
         torch.rand(B, T, device=device) ** 4 * V
-    ).long()  # some tokens are frequent, as in a text
+    ).long()  # some tokens are frequent, as in a real text
     targets, weight = ids.flatten(), tensor(V, C)
 
     def plain_loss(x, weight):
@@ -247,7 +247,7 @@ def operations(job: Mapping) -> dict[str, Callable[[], tuple]]:
 
 
 def describe(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """The first line of the message of an exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f'{type(error).__name__}: {lines[0][:200] if lines else ""}'
 

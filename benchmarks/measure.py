@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: description of the machine, table of medians, clocks."""
+"""Shared by the benchmarks: a description of the machine, tables of medians, clocks."""
 
 import os
 import platform

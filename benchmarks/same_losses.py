@@ -1,4 +1,4 @@
-"""Check that a change of the code keeps every loss: train two revisions, compare bit for bit.
+"""Check that a change to the code keeps every loss: train two revisions, compare bit for bit.
 
     python benchmarks/same_losses.py --base=main             the working tree against branch main
     python benchmarks/same_losses.py --base=main --timing    tokens/s of both, measured in turns

@@ -25,7 +25,7 @@ from nib.errors import UserError, run_script
 from nib.report.history import read_run
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
-rounds: int = 3  # turns of each one
+rounds: int = 3  # turns of each contestant
 max_iters: int = 2000  # steps in a turn; at least 250, for a quick look
 result: str = ''  # file to write the table to; empty: standard output only
 

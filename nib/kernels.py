@@ -1,6 +1,6 @@
 """Faster ways to compute what model.py defines: attention on a CPU, and the loss.
 
-To read model.py you need not read this file. Letters of shapes are those of model.py, and N is a
+You can read model.py without this file. Letters in shapes are those of model.py, and N is the
 number of tokens, B x T.
 """
 
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that the loss leaves out; what generate() yields for rows that have ended
-QUERY_BLOCK = 256  # queries that attend together in attend_in_blocks
+QUERY_BLOCK = 256  # queries per block in attend_in_blocks
 LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
 LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
-COLUMNS = 4096  # of the head's gradient that are added at a time, to avoid a large temporary
+COLUMNS = 4096  # columns of the head's gradient added at a time, to avoid a large temporary
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def share_heads(part, n_head: int):
 def is_causal_attention(scores) -> bool:
     """Whether `scores`, a function like attention_scores(), gives the weights of the causal kernel.
 
-    Compared on positions near and far, so that a window of any size shows.
+    They are compared at positions near and far apart, which reveals a window of any size.
     """
     positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
     generator = torch.Generator('cpu').manual_seed(0)
@@ -46,17 +46,17 @@ def is_causal_attention(scores) -> bool:
         kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
         try:
             weights = scores(q, k, positions, positions).softmax(dim=-1)
-        except (RuntimeError, IndexError):  # it is made for other shapes or positions than these
+        except (RuntimeError, IndexError):  # it expects other shapes or positions
             return False
     return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):
-    """Causal attention in bfloat16 on a CPU, at the speed of other matrix products.
+    """Causal attention in bfloat16 on a CPU, as fast as other matrix products.
 
-    Computes what scaled_dot_product_attention does. A block of queries never looks at the keys
-    after its last one. The backward pass computes the weights of a block again instead of keeping
-    them, if there is more than one block.
+    Computes the same as scaled_dot_product_attention. A block of queries skips the keys after its
+    last position. If there is more than one block, the backward pass recomputes the weights of each
+    block instead of keeping them in memory.
     """
     B, H, T, D = q.shape
     k, v = share_heads(k, H), share_heads(v, H)
@@ -72,7 +72,7 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
 
 
 def attend_block(q, k, v, dropout):
-    """Attention of the last queries q (N, Q, D) of a context of S positions, k and v (N, S, D)."""
+    """Attention of the last Q positions of a context of S: q (N, Q, D), k and v (N, S, D)."""
     Q, (S, D) = q.shape[1], k.shape[1:]
     mask = torch.full((Q, S), -math.inf, dtype=q.dtype).triu(S - Q + 1)
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
@@ -83,9 +83,9 @@ def attend_block(q, k, v, dropout):
 
 
 def uses_head_kernel(x, vocab_size: int) -> bool:
-    """Whether head_cross_entropy() is better than F.cross_entropy of all logits at once.
+    """Whether head_cross_entropy() is better than F.cross_entropy on all logits at once.
 
-    It is on a GPU, and on a CPU if the logits of hidden states x (N, C) need much memory.
+    It is on a GPU, and on a CPU if the logits of hidden states x (N, C) need a lot of memory.
     """
     return x.is_cuda or len(x) * vocab_size > LOSS_CHUNK
 
@@ -93,7 +93,7 @@ def uses_head_kernel(x, vocab_size: int) -> bool:
 def head_cross_entropy(x, weight, targets, cap: float):
     """Computes the mean cross-entropy of the logits x @ weight.T.
 
-    x (N, C): hidden states. weight (V, C): of the output head. targets (N): token ids, or IGNORED.
+    x (N, C): hidden states. weight (V, C): the output head's. targets (N): token ids, or IGNORED.
     cap: GPTConfig.logit_cap. Returns a float32 scalar.
     """
     V, chunk = len(weight), LOSS_CHUNK_GPU if x.is_cuda else LOSS_CHUNK
@@ -121,7 +121,7 @@ def pad_rows(weight):
 class ChunkedLoss(torch.autograd.Function):
     """The loss of head_cross_entropy(), without holding all logits at once.
 
-    The logits of a large vocabulary are most of a small model's memory. Each chunk of them
+    The logits of a large vocabulary take most of a small model's memory. Each chunk of them
     contributes to the loss and, as d loss / d logits = softmax(logits) - one_hot(target), to the
     gradients. The next chunk reuses its buffer: on a CPU, getting new pages from the system takes
     longer than filling them.

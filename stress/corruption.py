@@ -20,12 +20,12 @@ from benchmarks import measure
 from nib.checkpoint import store, tensorfile
 from nib.errors import UserError, run_script
 
-damages: int = 10_000  # in turns of every kind
-seed: int = 0  # of what is damaged and where
-result: str = ''  # file to write the table to, too
+damages: int = 10_000  # number of damages, alternating between all kinds
+seed: int = 0  # determines what is damaged and where
+result: str = ''  # file that the table is also written to
 
 FILES = ('model.safetensors', 'optimizer.safetensors', 'state.json')
-STEPS = (30, 20, 10)  # of the checkpoints that are there, the newest first
+STEPS = (30, 20, 10)  # of the existing checkpoints, newest first
 
 
 def main(argv):
@@ -78,7 +78,7 @@ def main(argv):
 
 
 def make_run(out_dir: Path) -> dict[int, dict]:
-    """Three checkpoints of random tensors, the middle one the best; returns step -> tensors."""
+    """Saves three checkpoints of random tensors, the second as best; returns step -> tensors."""
     torch.manual_seed(0)
     whole = {}
     for step in reversed(STEPS):
@@ -110,7 +110,7 @@ def restore(out_dir: Path, content: dict[Path, bytes]):
         path.write_bytes(was)
 
 
-# -- kinds of damage, each done to a file ----------------------------------------------------------
+# -- kinds of damage, each to one file -------------------------------------------------------------
 
 
 def flip_bit(path: Path, draw: random.Random):
@@ -129,7 +129,7 @@ def extend(path: Path, draw: random.Random):
 
 
 def zero(path: Path, draw: random.Random):
-    """As a disk does that has lost a sector."""
+    """Zeroes up to 512 bytes, like a disk that has lost a sector."""
     content = bytearray(path.read_bytes())
     at = draw.randrange(len(content))
     content[at : at + 512] = bytes(len(content[at : at + 512]))
@@ -146,7 +146,7 @@ def take_from_another_step(path: Path, draw: random.Random):
 
 
 def exchange_files(path: Path, draw: random.Random):
-    """The model's and the optimizer's."""
+    """Swaps the contents of two files of a checkpoint."""
     other = path.with_name(draw.choice([name for name in FILES if name != path.name]))
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
@@ -154,7 +154,7 @@ def exchange_files(path: Path, draw: random.Random):
 
 
 def swap_tensors(path: Path, draw: random.Random):
-    """Two of the same shape, in a file that is whole otherwise."""
+    """Swaps two tensors of the same shape in an otherwise intact file."""
     path = path if path.suffix == '.safetensors' else path.with_name(FILES[0])
     tensors = safetensors.torch.load(path.read_bytes())
     first = draw.choice(sorted(tensors))
@@ -169,7 +169,7 @@ def swap_tensors(path: Path, draw: random.Random):
 
 
 def garble_names(path: Path, draw: random.Random):
-    """What `latest` and `best` hold; the checkpoints are whole."""
+    """Garbles the contents of `latest` and `best`; the checkpoints stay intact."""
     for name in ('latest', 'best'):
         (path.parent.parent / name).write_bytes(
             draw.choice([b'', b'step-00000099\n', draw.randbytes(16), b'../..\n'])
@@ -198,11 +198,11 @@ def damage_and_load(
 ) -> tuple[str, str]:
     """Damages the newest one to three checkpoints, loads 'latest'; returns (outcome, message).
 
-    whole, content: what tensors and files were before.
+    whole, content: the tensors and files before the damage.
     """
     for step in STEPS[: draw.choice((1, 1, 1, 2, 3))]:
         KINDS[kind](out_dir / f'step-{step:08d}' / draw.choice(FILES), draw)
-    # a file may have come back to its place by way of another checkpoint
+    # a file may have been restored by way of another checkpoint
     damaged = {
         path.parent.name
         for path, was in content.items()

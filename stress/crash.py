@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # optimizers import it: here once, not in every process that is killed
+import torch._dynamo  # optimizers import it; once here, not in every killed process
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,11 +36,11 @@ from nib.errors import UserError, run_script
 from nib.tokens.write import write_char_dataset
 
 kills: int = 1000  # SIGKILLs at random moments: half hit train.py, half a process that only saves
-seed: int = 0  # of the moments
+seed: int = 0  # determines the moments
 folder: str = ''  # where to write the runs; empty: the system's folder for temporary files
-result: str = ''  # file to write the table to, too
+result: str = ''  # file that the table is also written to
 
-SAVE_INTERVAL = 2  # steps, of the runs of train.py that are killed
+SAVE_INTERVAL = 2  # steps between saves in the killed runs of train.py
 RUN = [
     '--dataset=tiny',
     '--device=cpu',
@@ -134,7 +134,7 @@ def exit_code(process: int) -> int:
 
 
 def tensors_of(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    """A small checkpoint's tensors, all of which tell the value."""
+    """Tensors of a small checkpoint, all filled with the value."""
     return {
         'model': {'a': torch.full((40, 30), value), 'b': torch.full((7,), value)},
         'optimizer': {'a/exp_avg': torch.full((40, 30), value), 'a/step': torch.tensor(value)},
@@ -149,7 +149,7 @@ def save(
     start: int | None = None,
     keep_last: int = 1,
 ):
-    """Saves a step, with an evaluation if best is given, in a run that starts at `start`."""
+    """Saves a step of a run that starts at `start`, with an evaluation if best is given."""
     writer = CheckpointWriter(out_dir, keep_last, start=step - 1 if start is None else start)
     writer.save(step, **tensors_of(value), state={'train': {}})
     if best is not None:
@@ -173,7 +173,7 @@ def replace(out_dir: Path):
     save(out_dir, 30, 7.0, start=0)
 
 
-# Preparation, interrupted action, and the (step, value) that may be the newest one afterwards.
+# Preparation, interrupted action, and which (step, value) may be the newest afterwards.
 SCENARIOS = {
     'a first save': (
         lambda out_dir: None,
@@ -206,7 +206,7 @@ WAYS = ('stop', 'power cut', 'error')
 
 
 def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: list[str]) -> int:
-    """Runs the scenario once per operation, interrupting that operation; returns their number."""
+    """Runs the scenario once per operation and interrupts it there; returns their number."""
     prepare, act, allowed = SCENARIOS[scenario]
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / 'before').mkdir(parents=True)
@@ -228,7 +228,7 @@ def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: li
 
 
 def play(act, out_dir: Path, operation: int, way: str):
-    """Acts; exits with 50 if stopped there, 51 or 52 if an error was reported or ignored."""
+    """Calls act; exits with 50 if stopped, 51 or 52 if an error was reported or ignored."""
     reached = intercept(operation, way)
     try:
         act(out_dir)
@@ -241,7 +241,7 @@ def play(act, out_dir: Path, operation: int, way: str):
 
 
 def intercept(operation: int, way: str) -> Callable[[], bool]:
-    """Interrupts the operation with this number among those on the disk; returns [reached]."""
+    """Interrupts the disk operation with this number. Returns a function: was it reached?"""
     count, unsynced, really_open = [0], {}, builtins.open
 
     def before(in_part: Callable[[], None] = lambda: None):
@@ -411,7 +411,7 @@ def kill_training(
     counts = dict.fromkeys((*COUNTED, 'ended', 'differ'), 0)
     while counts['kills'] < kills or store.exists(out_dir):
         resume = ['--init_from=resume'] if store.exists(out_dir) else []
-        output.write_text('')  # a process that is killed at once has said nothing
+        output.write_text('')  # a process killed at once has no output
         process = fork(lambda: train.main([*flags, f'--out_dir={out_dir}', *resume]), output)
         time.sleep(draw.uniform(0, duration) if counts['kills'] < kills else 0)
         if counts['kills'] < kills:
@@ -437,7 +437,7 @@ def kill_training(
         )
         lost = (
             max(reached - 1, 0) // SAVE_INTERVAL - found // SAVE_INTERVAL
-        )  # the last one may not have begun
+        )  # the last save may not have begun
         counts['most saves lost of those begun'] = max(
             counts['most saves lost of those begun'], lost
         )
@@ -453,7 +453,7 @@ def has_leftovers(out_dir: Path) -> bool:
 
 
 def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> int:
-    """The newest step, 0 where there is none; all of them, `latest` and `best` can be loaded."""
+    """Returns the newest step, or 0. Checks that every step, `latest` and `best` can be loaded."""
     if not store.exists(out_dir):
         return 0
     warnings = []
@@ -469,7 +469,7 @@ def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> i
 
 
 def is_same(tensors: dict, others: dict) -> bool:
-    """Whether they are the same tensors, bit for bit."""
+    """Whether the tensors are the same, bit for bit."""
     return tensors.keys() == others.keys() and all(
         tensors[kind].keys() == others[kind].keys()
         and all(torch.equal(value, others[kind][name]) for name, value in tensors[kind].items())

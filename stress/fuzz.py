@@ -1,7 +1,7 @@
 """Runs the scripts on random command lines and damaged files, and counts how they end.
 
     python stress/fuzz.py
-    python stress/fuzz.py --case=1234        one case again, with all that it says
+    python stress/fuzz.py --case=1234        one case again, with its full output
 
 A case passes if it exits with 0, with 2 and one line that begins with 'error: ', or with 3, which
 means non-finite values. It fails with a traceback, any other code, or after a minute. Each case is
@@ -33,15 +33,15 @@ os.environ |= {
     'HF_HUB_OFFLINE': '1',
     'WANDB_MODE': 'disabled',
     'ARROW_DEFAULT_MEMORY_POOL': 'system',
-}  # the other one reserves what it may never use
-# A network that refuses at once.
+}  # the default pool reserves memory that may never be used
+# A proxy that refuses every connection at once.
 os.environ |= dict.fromkeys(
     ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9'
 )
 import safetensors.torch
 import tiktoken
 import torch
-import torch._dynamo  # optimizers import it, which takes a second: here once for all cases
+import torch._dynamo  # optimizers import it, which takes a second; here once for all
 
 import bench
 import configurator
@@ -55,12 +55,12 @@ from nib.text import tokenizer
 from nib.tokens import dataset, unfinished
 from nib.tokens.write import write_char_dataset
 
-cases: int = 10000  # to run
-seed: int = 1  # other seeds, other cases
+cases: int = 10000  # number of cases to run
+seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
 result: str = ''  # file to write the table to; empty: standard output only
 
-MEMORY, SECONDS = 2 << 30, 60  # that a case may take
+MEMORY, SECONDS = 2 << 30, 60  # limits for a case: bytes and seconds
 PREPARE = {
     name: f'data/{name}/prepare.py'
     for name in ('text', 'shakespeare_char', 'shakespeare', 'stdlib_char', 'openwebtext')
@@ -105,8 +105,8 @@ BASE = {
     PREPARE['openwebtext']: ['--input=texts'],
 }
 TYPES = {script: configurator.read_block(str(ROOT / script)).types for script in BASE}
-TYPES['report.py'].pop('watch')  # which serves until Ctrl-C
-# Keys whose larger values only make a run longer; they get values that are small or invalid.
+TYPES['report.py'].pop('watch')  # it serves until Ctrl-C
+# Larger values of these keys only make a run longer, so they get small or invalid values.
 WORK = {
     'max_iters',
     'eval_iters',
@@ -268,7 +268,7 @@ class Case:
     kind: str
     script: str
     argv: list[str]
-    damage: Callable[[], None]  # done in the case's own folder
+    damage: Callable[[], None]  # called in the case's own folder
 
 
 def main(argv):
@@ -280,7 +280,7 @@ def main(argv):
     MAINS.update(
         {script: runpy.run_path(str(ROOT / script))['main'] for script in PREPARE.values()}
     )
-    # A vocabulary of bytes in the place of GPT-2's, whose files may not be here.
+    # A vocabulary of bytes instead of GPT-2's, whose files may be missing.
     small = tiktoken.Encoding(
         'bytes',
         pat_str='.|\n',
@@ -306,7 +306,7 @@ def main(argv):
 
 
 def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
-    """Runs the cases on all cores; returns kind, exit code and trouble of each."""
+    """Runs the cases on all cores; returns the kind, exit code and trouble of each."""
     running, ended = {}, []
     for number in [*numbers, None]:
         while running and (number is None or len(running) >= (os.cpu_count() or 1)):
@@ -314,7 +314,7 @@ def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
             number_ended, made, folder = running.pop(process)
             os.killpg(process, signal.SIGKILL) if is_alive(
                 process
-            ) else None  # what it may have left running
+            ) else None  # its child processes may still run
             code, said = (
                 os.waitstatus_to_exitcode(status),
                 folder.with_suffix('.said').read_text(errors='replace'),
@@ -349,7 +349,7 @@ def is_alive(group: int) -> bool:
 
 
 def judge(code: int, said: str) -> str:
-    """What is bad about an end; '' for a good one."""
+    """Returns what is wrong with how a case ended, or ''."""
     errors = [line for line in said.splitlines() if line.startswith('error: ')]
     if 'Traceback (most recent call last)' in said:
         return 'traceback'
@@ -399,7 +399,7 @@ def fork(work: Callable[[Path], None], folder: Path, said: Path) -> int:
         os.environ |= {
             'HOME': str(folder),
             'PATH': '',
-        }  # without a PATH there is no compiler, which would take long
+        }  # no PATH, so no compiler, which would be slow
         os.environ.pop('CXX', None)
         for descriptor, path, flags in (
             (0, os.devnull, os.O_RDONLY),
@@ -469,7 +469,7 @@ def case_of_flags(draw) -> Case:
             str(ROOT / 'config/train_shakespeare_char.py'),
         ]
         flags.insert(draw.randint(0, len(flags)), draw.choice(files))
-    if script.startswith('data'):  # never into the project's own folder
+    if script.startswith('data'):  # never write into the project's own folder
         flags.append(
             '--out_dir='
             + draw.choice(['new', 'new', 'data/tiny', 'texts/a.txt', '/dev/null', 'é', 'x' * 300])
@@ -490,8 +490,8 @@ def random_flag(draw, types: dict) -> list[str]:
     if draw.random() < 0.1 and key not in WORK:
         value = ''.join(draw.choices('0123456789.-+eE_xjaé \'"[](){},:;\\', k=draw.randint(1, 12)))
     if key == 'data_dir' and value.strip('.\'"') == '':
-        value = 'nowhere'  # empty is the project's own folder
-    if draw.random() < 0.1:  # misspelt
+        value = 'nowhere'  # an empty value means the project's own folder
+    if draw.random() < 0.1:  # a misspelled key
         at = draw.randrange(len(key))
         key = key[:at] + draw.choice(['', 'x', '-', 'é', key[at] * 2]) + key[at + 1 :]
     forms = [
@@ -514,7 +514,7 @@ def case_of_dataset(draw) -> Case:
         ]
     )
     damage = random_damage(draw, [f'data/{name}/{file}' for file in files])
-    large = draw.choice([100, 1 << 26])  # bytes from which on a bin is not read through
+    large = draw.choice([100, 1 << 26])  # bins of this many bytes or more are not read completely
 
     def prepare():
         dataset.LARGE = large
@@ -659,7 +659,7 @@ def random_damage(draw, paths: list[str]) -> Callable[[], None]:
 
 
 def change_json(draw, data):
-    """The same with a value somewhere in it changed, or left out."""
+    """Returns the data with one value changed or left out."""
     if not isinstance(data, dict | list) or not data or draw.random() < 0.1:
         return draw.choice(JSON)
     key = draw.choice(list(data)) if isinstance(data, dict) else draw.randrange(len(data))

@@ -2,8 +2,8 @@
 
     python stress/planted_faults.py --text=data/shakespeare_char/input.txt
 
-The runs use two texts of characters: the given one and the source of Python's standard library.
-docs/doctor.md has the results, and says on which runs the thresholds of the rules were set.
+The runs use two texts at the character level: the given one and the source of Python's standard
+library. docs/doctor.md has the results, and says which runs the thresholds were set on.
 """
 
 import json
@@ -28,19 +28,19 @@ from nib.tokens.write import write_char_dataset
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each fault, model and text
-faults: str = ''  # of config/lab, separated by commas; empty: all
-healthy: bool = True  # also run those that nothing is wrong with
+faults: str = ''  # names in config/lab, separated by commas; empty: all
+healthy: bool = True  # also run healthy configs
 processes: int = 1  # runs at a time, each on one core
 result: str = ''  # file to write the tables to; empty: standard output only
 
-CHARACTERS = 1_100_000  # of each text
-MODELS = {  # the flags that make it of the lab's model
+CHARACTERS = 1_100_000  # taken from each text
+MODELS = {  # the flags that turn the lab's model into it
     'gpt2': '',
     'modern': '--position=rotary --norm=rms --qk_norm --mlp=swiglu --no-tied_head',
     'relu2': '--mlp=relu2 --bias --n_embd=96 --n_head=3',
 }
-OWN_SIZE = ('underfitting',)  # faults of the model's size
-# The share of the run after which a fault shows; others show from the start, or a tenth on.
+OWN_SIZE = ('underfitting',)  # faults that depend on the size of the model
+# The share of the run after which a fault shows; others show at the start or after a tenth.
 SHOWS = {'underfitting': 0.5, 'generation_differs': 1.0}
 HEALTHY = {  # config/lab/healthy.py with flags, each on both texts
     'gpt2': '',
@@ -62,7 +62,7 @@ HEALTHY = {  # config/lab/healthy.py with flags, each on both texts
     'no weight decay': '--weight_decay=0',
     'long': '--max_iters=1500 --lr_decay_iters=1500 --eval_interval=150',
 }
-CONFIGS = {  # the project's own, those too large for this made smaller
+CONFIGS = {  # the project's own, made smaller where they are too large for this
     'train_shakespeare_char.py': '',
     'fast_shakespeare_char.py': '',
     'modern_shakespeare_char.py': '',
@@ -87,7 +87,7 @@ def main(argv):
         )
     if seeds < 1 or processes < 1:
         raise UserError(f'seeds {seeds}, processes {processes}: they must be at least 1')
-    torch.set_num_threads(1)  # before any process is forked from this one
+    torch.set_num_threads(1)  # before this process forks
     with tempfile.TemporaryDirectory() as scratch:
         make_datasets(Path(scratch))
         jobs = [
@@ -115,7 +115,7 @@ def main(argv):
                 (scratch, 'healthy', f'config/{name}', name, 'text', 1, flags)
                 for name, flags in CONFIGS.items()
             ]
-        # A fresh process each, as a config of the lab breaks the code in its process.
+        # Each run gets a fresh process, because configs of the lab break the code in theirs.
         with multiprocessing.get_context('fork').Pool(processes, maxtasksperchild=1) as pool:
             runs = []
             for run in pool.imap(run_job, jobs, chunksize=1):

@@ -105,7 +105,8 @@ for command in commands:
             sys.exit(f'exit code {end.code}: {command}')
 exec(check)
 """
-# Greedy tokens of generate(), which keeps a cache, are those of full forward passes.
+# Greedy tokens of generate(), which keeps a cache, are those of full forward passes. There are
+# enough of them to fill the context, which then drops its oldest half, and to exceed WINDOW.
 CHECK_GENERATION = """
 import torch
 from model import GPT, GPTConfig
@@ -113,12 +114,15 @@ from nib.checkpoint.store import load
 found, tensors = load(OUT_DIR, 'latest', read=('model',))
 model = GPT(GPTConfig(**found.state['model'])).eval()
 model.load_state_dict(tensors['model'])
-tokens = [1, 2, 3]
+tokens, size, dropped = [1, 2, 3], model.config.block_size, 0
 with torch.no_grad():
-    for token in map(int, model.generate([tokens], 50, temperature=0.0)):
+    for token in map(int, model.generate([tokens], 80, temperature=0.0)):
         logits = model(torch.tensor([tokens]))[0, -1]
         assert logits[token] > logits.max() - 1e-4, (tokens, token, int(logits.argmax()))
+        if len(tokens) == size:
+            tokens, dropped = tokens[size // 2 :], dropped + 1
         tokens.append(token)
+assert dropped == 1, (dropped, size)
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run_script
 
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
-TOOLS = {'benchmarks', 'stress'}
+TOOLS = {'benchmarks', 'stress'}  # folders of scripts of their own
 PROJECT = SCRIPTS | TOOLS | {'model', 'configurator', 'nib', 'data', 'config', 'tests'}
 
 
@@ -59,6 +59,21 @@ def test_arrows_go_from_scripts_to_nib_to_the_model():
             {'benchmarks'} if script == 'bench' else set()
         )
         assert tops(imports_of(ROOT / f'{script}.py')) <= allowed, script
+
+
+def test_benchmarks_and_stress_import_only_what_users_run_and_its_library():
+    for tool in TOOLS:
+        paths = sorted((ROOT / tool).rglob('*.py'))
+        assert len(paths) > 3, tool
+        for path in paths:
+            allowed = SCRIPTS | TOOLS | {'nib', 'model', 'configurator'}
+            assert tops(imports_of(path)) <= allowed, path
+
+
+def test_report_and_sample_do_not_import_train():
+    """A report or a sample needs none of the training loop."""
+    for script in ('report', 'sample'):
+        assert 'train' not in tops(imports_of(ROOT / f'{script}.py')), script
 
 
 def test_the_model_imports_its_kernels_and_what_generate_hands_over_to():

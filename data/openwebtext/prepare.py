@@ -25,7 +25,7 @@ input: str = (
     ''  # .jsonl or .parquet files, or a folder of them, one document per row; empty: download
 )
 field: str = 'text'  # the field of a row that contains its text
-out_dir: str = ''  # output folder; empty: beside this file
+out_dir: str = ''  # output folder; empty: this file's folder
 
 NAME = 'Skylion007/openwebtext'
 EXPECTED = {'train': 9_035_582_198, 'val': 4_434_897}  # tokens, as published by nanoGPT

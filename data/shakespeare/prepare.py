@@ -1,6 +1,6 @@
 """Tiny Shakespeare in GPT-2's tokens: 40,000 lines of his plays, 301,966 training tokens.
 
-Reads --input=PATH, or else input.txt beside this file, in out_dir or in data/shakespeare_char.
+Reads --input=PATH, or else input.txt in this file's folder, in out_dir or in data/shakespeare_char.
 Without any of these it downloads the text into out_dir.
 """
 
@@ -14,7 +14,7 @@ from nib.text.tokenizer import Gpt2Tokenizer
 from nib.tokens import shakespeare
 
 input: str = ''  # path of the text; empty: input.txt in one of these folders, else download
-out_dir: str = ''  # output folder; empty: beside this file
+out_dir: str = ''  # output folder; empty: this file's folder
 
 
 def main(argv):

@@ -1,7 +1,7 @@
 """Tiny Shakespeare in characters: 40,000 lines of his plays, a vocabulary of 65.
 
-Reads --input=PATH, or else input.txt beside this file, in out_dir or in data/shakespeare. Without
-any of these it downloads the text into out_dir.
+Reads --input=PATH, or else input.txt in this file's folder, in out_dir or in data/shakespeare.
+Without any of these it downloads the text into out_dir.
 """
 
 import sys
@@ -14,7 +14,7 @@ from nib.text.tokenizer import CharTokenizer
 from nib.tokens import shakespeare
 
 input: str = ''  # path of the text; empty: input.txt in one of these folders, else download
-out_dir: str = ''  # output folder; empty: beside this file
+out_dir: str = ''  # output folder; empty: this file's folder
 
 
 def main(argv):

@@ -12,7 +12,7 @@ from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.tokens.write import write_char_dataset
 
-out_dir: str = ''  # output folder; empty: beside this file
+out_dir: str = ''  # output folder; empty: this file's folder
 
 SKIPPED = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 

@@ -16,7 +16,8 @@ COUNTS = (
     'gradient_accumulation_steps',
     'muon_iterations',
 )
-AMOUNTS = (
+AMOUNTS = (  # max_iters first: configs compute others from it
+    'max_iters',
     'learning_rate',
     'min_lr',
     'weight_decay',
@@ -24,7 +25,6 @@ AMOUNTS = (
     'warmup_iters',
     'cooldown_iters',
     'lr_decay_iters',
-    'max_iters',
     'sample_tokens',
     'keep_every',
     'muon_lr_ratio',
