@@ -21,9 +21,7 @@ from nib.text import documents
 from nib.text.tokenizer import Gpt2Tokenizer
 from nib.tokens.write import write_dataset
 
-input: str = (
-    ''  # .jsonl or .parquet files, or a folder of them, one document per row; empty: download
-)
+input: str = ''  # .jsonl or .parquet files or folders, a document per row; empty: download
 field: str = 'text'  # the field of a row that contains its text
 out_dir: str = ''  # output folder; empty: this file's folder
 
