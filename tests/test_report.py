@@ -839,9 +839,11 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
     )
     try:
         address = re.match(r'http://127\.0\.0\.1:\d+/', process.stdout.readline())[0]
+        # urlopen() would keep the proxy that another test had set when it was first called.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
         def get(path=''):
-            with urllib.request.urlopen(address + path, timeout=10) as answer:
+            with direct.open(address + path, timeout=10) as answer:
                 assert answer.headers['Content-Type'] == 'text/html; charset=utf-8'
                 return answer.read().decode()
 
