@@ -416,6 +416,7 @@ def test_training_and_the_inspection_follow_a_window(define_attention):
     assert all(row.entropy <= math.log(4) for row in rows if row.entropy is not None)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_follows_a_changed_definition_of_attention(define_attention):
     from nib.machine.compiling import pick_compile
 
