@@ -237,7 +237,6 @@ def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, m
     return F.dropout(scores.softmax(dim=-1), dropout).type_as(v) @ v
 
 
-@torch.compiler.assume_constant_result
 def kernels_fit() -> bool:
     """Whether attention_scores() is causal attention, which is all the fused kernels compute."""
     return is_causal_attention(attention_scores)

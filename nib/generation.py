@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import GPT, IGNORED, MLP, GPTConfig, attend, attend_by_definition, kernels_fit
+from nib.machine.compiling import compile_function
 
 # Differences that check_generation() attributes to rounding, in standard deviations of the logits.
 # The first is for float32, where a GPU may round factors to 11 bits; the other for 16-bit types.
@@ -127,7 +128,7 @@ class Window:
         self.model = for_generation(model, packed=not compile)
         for block, cache in zip(self.model.transformer.h, self.caches, strict=True):
             block.attn.attend = cache.attend
-        self.step = torch.compile(next_logits, fullgraph=True) if compile else next_logits
+        self.step = compile_function(next_logits, fullgraph=True) if compile else next_logits
         # A compiled step and a CUDA graph need the same shapes in every step.
         self.is_static = compile or weight.is_cuda
         self.starts = torch.zeros(len(prompts), 1, dtype=torch.long, device=weight.device)
