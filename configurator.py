@@ -5,7 +5,7 @@ The block of assignments at the top of a script is the schema, for example
 
     the defaults, then config files (python train.py config/a.py config/b.py), then --key=value
 
-Flags win wherever they appear on the command line, and config files already see their values. A
+A resumed run's own config stands between the defaults and the files. Flags win wherever they appear on the command line, and config files already see their values. A
 config file is the user's own Python code and is executed; the value of a flag is read as a literal
 and never executed. In a config file, include('other.py') runs another one as if its lines were
 there. Its path is relative to the first file.
@@ -20,6 +20,7 @@ import tokenize
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +31,7 @@ from nib.errors import UserError
 # `int | None` is (int, None), and `bool | Literal['auto']` is (bool, 'auto').
 Type = tuple
 Settle = Mapping[str, Callable]
+Recall = Callable[[Mapping, Mapping], tuple[Mapping, str]]
 NO_SETTLING: Settle = MappingProxyType({})
 PYTHON_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool}
 RESERVED = ('help', 'print_config', 'include')
@@ -48,12 +50,18 @@ class Block:
 
 
 def configure(
-    script: str, argv: Sequence[str], settle: Settle = NO_SETTLING, base: str | None = None
+    script: str,
+    argv: Sequence[str],
+    settle: Settle = NO_SETTLING,
+    base: str | None = None,
+    recall: Recall | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns a script's values and where each one comes from, for example 'command line'.
 
-    settle: see resolve. base: another script, whose keys are added to this script's keys. With
-    --help and --print_config, it prints and exits. Raises UserError for an invalid argument.
+    settle: see resolve. base: another script, whose keys are added to this script's keys. recall:
+    function of the values and origins; returns values that replace some of them, and their origin.
+    The origin of an 'auto' ends in '(auto)'. With --help and --print_config, it prints and exits.
+    Raises UserError for an invalid argument.
     """
     block = read_block(script)
     if base:
@@ -72,11 +80,17 @@ def configure(
     values, origins = resolve(
         block.defaults, block.types, [item for item in argv if item not in printing], settle
     )
+    if recall:
+        replace_values(values, origins, block.types, *recall(values, origins))
+        settle_keys(values, origins, settle, settle)
     if printing:
         print_columns(
             [(f'{key} = {value!r}', f'# {origins[key]}') for key, value in values.items()]
         )
         raise SystemExit(0)
+    for key, value in values.items():
+        if value == 'auto':
+            origins[key] += ' (auto)'
     return values, origins
 
 
@@ -100,6 +114,13 @@ def resolve(
         origins.update(places)
         settle_keys(values, origins, settle, [key for key in settle if key in places])
     return values, origins
+
+
+def replace_values(values, origins, types, replacements, origin):
+    """Replaces values, except by those that this version of the script does not accept."""
+    for key, value in replacements.items():
+        with suppress(KeyError, UserError):
+            values[key], origins[key] = fit(value, types[key], ''), origin
 
 
 def settle_keys(values, origins, settle, keys):

@@ -28,6 +28,7 @@ from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_every
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
 from nib.run.checks import check_config
+from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 from nib.tokens.find import open_or_prepare
@@ -45,7 +46,7 @@ QUICK = 2e11  # floating-point operations of a step that takes a CPU seconds
 
 def main(argv):
     values, origins = configurator.configure(
-        __file__, argv, settle={'device': pick_device}, base='train.py'
+        __file__, argv, settle={'device': pick_device}, base='train.py', recall=recall_config
     )
     globals().update(values)
     values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
@@ -64,7 +65,7 @@ def main(argv):
     if start:
         values = start.adopt(values, origins)
     if values['dataset']:
-        data = open_dataset(values)
+        data = open_dataset(values, start)
     else:
         data, start = random_tokens(values, start)
     training = Microscope(values, data, start)
@@ -83,7 +84,7 @@ def warn(line: str):
 # -- what is examined ------------------------------------------------------------------------------
 
 
-def open_dataset(values) -> TokenDataset:
+def open_dataset(values, start) -> TokenDataset:
     try:
         return open_or_prepare(
             values['dataset'],
@@ -93,6 +94,7 @@ def open_dataset(values) -> TokenDataset:
             values['block_size'],
             Ranks(),
             warn,
+            resumed=bool(start and start.resumed),
         )
     except UserError as error:
         raise UserError(f'{error}; or use random tokens: --dataset=') from error

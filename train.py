@@ -36,9 +36,10 @@ from nib.machine.ranks import Ranks, distribute, start_ranks
 from nib.machine.signals import FINDING, StopSignal
 from nib.optim import Optimizer
 from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
-from nib.tokens.find import open_or_prepare
+from nib.tokens.find import data_dir_of, open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -299,7 +300,9 @@ class TrainState:
 
 def main(argv):
     # The config: from now on, the variables at the top of this file hold this run's values.
-    values, origins = configurator.configure(__file__, argv, settle={'device': pick_device})
+    values, origins = configurator.configure(
+        __file__, argv, settle={'device': pick_device}, recall=recall_config
+    )
     globals().update(values)
     dtype_used, reason = pick_dtype(dtype, device)
     ranks = start_ranks(device)  # rank 0 of 1 without torchrun
@@ -312,8 +315,8 @@ def main(argv):
     # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
-    data = find_data(ranks, book)
-    config = values | used | {'dataset': data.name}
+    data = find_data(start, ranks, book)
+    config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
     state = TrainState()
     changes = resume(t, state, start, config, book)
@@ -462,18 +465,22 @@ def find_start(values, origins, book):
         book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
     start = read_start(values['init_from'], out_dir, book.warn)
     if start:
-        book.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
+        own = any(origin.startswith('checkpoint') for origin in origins.values())
+        book.say(
+            f'{"resuming" if start.resumed else "starting"} from {start.name}'
+            f'{" with the config of the run (--print_config shows it)" * own}'
+        )
         values = start.adopt(values, origins)
     values = settle_schedule(values)
     check_schedule(values)  # again, as a checkpoint may have brought its own
     return start, values
 
 
-def find_data(ranks, book):
-    """Returns the dataset and prepares it if necessary. Raises UserError if none is available."""
-    data = open_or_prepare(
-        dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
-    )
+def find_data(start, ranks, book):
+    """Returns the dataset; a new run prepares it if necessary. Raises UserError if it is missing."""
+    place = dataset, fallback_dataset, data_dir, prepare_dataset
+    resumed = bool(start and start.resumed)
+    data = open_or_prepare(*place, block_size, ranks, book.say, resumed)
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
     book.say_data(data, gradient_accumulation_steps * batch_size * block_size)

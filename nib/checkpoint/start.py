@@ -72,7 +72,8 @@ class Weights:
         return {
             key: [before[key], value]
             for key, value in config.items()
-            if before.get(key, value) != value and key not in ('init_from', 'overwrite', 'out_dir')
+            if before.get(key, value) != value
+            and key not in ('init_from', 'overwrite', 'out_dir', 'data_dir')
         }
 
     def check_dataset(self, data: TokenDataset):

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,14 @@ def steps_after(out_dir, step: int) -> set[int]:
 def exists(out_dir) -> bool:
     """Returns whether out_dir contains a checkpoint."""
     return bool(_step_folders(Path(out_dir)))
+
+
+def newest(out_dir) -> Checkpoint | None:
+    """Returns the newest checkpoint with an intact state.json, without reading its tensors."""
+    for folder in _step_folders(Path(out_dir)):
+        with suppress(Damaged):
+            return Checkpoint(folder, _read_state(folder))
+    return None
 
 
 def set_aside(out_dir):

@@ -16,6 +16,41 @@ except ImportError:  # Windows, where two runs in the same out_dir go unnoticed
     fcntl = None
 
 
+# What a command says about itself, and not about the run.
+OF_THE_COMMAND = ('out_dir', 'init_from', 'overwrite', 'eval_only')
+# Chosen for the machine or computed from other keys, unless they were set. Checkpoints of older
+# versions do not say which.
+OFTEN_AUTO = ('device', 'dtype', 'compile', 'lr_decay_iters', 'min_lr')
+
+
+def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
+    """Returns what a resumed run takes from its newest checkpoint, and the name of this origin.
+
+    These are the keys that neither the command line nor a config file sets. A value that was 'auto'
+    is not taken: it is chosen again. values, origins: those of configurator.configure.
+    """
+    saved = store.newest(values['out_dir']) if values['init_from'] == 'resume' else None
+    if not saved:
+        return {}, ''
+    before = saved.state['config']
+    chosen = saved.state.get('origins', dict.fromkeys(OFTEN_AUTO, '(auto)'))
+    taken = {
+        key: value
+        for key, value in before.items()
+        if key not in OF_THE_COMMAND
+        and origins.get(key, '').startswith('default')
+        and value != values[key]
+        and not chosen.get(key, '').endswith('(auto)')
+    }
+    if 'device' in taken and before.get('ranks', 1) > 1:
+        taken['device'] = taken['device'].partition(':')[0]  # it was that of rank 0
+    # A config file still names the dataset that the fallback has replaced, or leaves the name open.
+    fell_back = before['dataset'] == before.get('fallback_dataset')
+    if origins['dataset'] != 'command line' and (fell_back or not values['dataset']):
+        taken['dataset'] = before['dataset']
+    return taken, f'checkpoint of step {saved.step}'
+
+
 class RunLock:
     """A lock on out_dir, held from take() until release() or the end of the process.
 

@@ -102,11 +102,12 @@ class Logbook:
         training: train.py's Training. config: the values that the run uses. origins: where they
         come from. changes: changes of the config since the checkpoint.
         """
-        self.training, self.data, self.config, self.saved = training, data, config, step
-        self.ranks.on_first(lambda: self._open(origins, changes, step))
+        self.training, self.data, self.saved = training, data, step
+        self.config, self.origins = config, origins
+        self.ranks.on_first(lambda: self._open(changes, step))
         self.start_clock(step)
 
-    def _open(self, origins, changes, step):
+    def _open(self, changes, step):
         config, t = self.config, self.training
         self.metrics = Metrics(
             self.out_dir,
@@ -119,7 +120,7 @@ class Logbook:
         # Only now is it certain that this run can start. After its first save, these are deleted.
         if self._is_new:
             store.set_aside(self.out_dir)
-        write_config(self.out_dir, config, origins, step, changes)
+        write_config(self.out_dir, config, self.origins, step, changes)
         self.writer = CheckpointWriter(
             self.out_dir, config['keep_last'], config['keep_every'], step
         )
@@ -228,6 +229,7 @@ class Logbook:
                 'train': asdict(state),
                 'model': asdict(t.raw_model.config),
                 'config': self.config,
+                'origins': self.origins,
                 'dataset': data.name,
                 'dataset_fingerprint': data.fingerprint,
                 'tokenizer': data.tokenizer.to_json(),

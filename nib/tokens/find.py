@@ -11,6 +11,12 @@ from nib.tokens.dataset import SPLITS, TokenDataset, is_prepared, open_dataset
 SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
+def data_dir_of(data: TokenDataset) -> str:
+    """Returns the data_dir that finds a dataset again from any working directory."""
+    folder = os.path.abspath(data.folder.parent)
+    return '' if folder == str(SCRIPTS) else folder
+
+
 def open_or_prepare(
     name: str,
     fallback: str,
@@ -19,6 +25,7 @@ def open_or_prepare(
     block_size: int,
     ranks,
     say: Callable[[str], None],
+    resumed: bool = False,
 ) -> TokenDataset:
     """Open the dataset `name`, or `fallback` if `name` is missing and cannot be prepared.
 
@@ -26,6 +33,7 @@ def open_or_prepare(
     may_prepare: whether a missing dataset is prepared by its script.
     ranks: the Ranks of the run. The first rank prepares the dataset, the others wait.
     say: prints a line.
+    resumed: whether a run continues on its own dataset, which is then not prepared or replaced.
     Raises UserError if no dataset is available.
     """
     # relpath: messages show the folder as a person would type it.
@@ -37,6 +45,13 @@ def open_or_prepare(
         bins = [folder / name / f'{split}.bin' for split in SPLITS]
         missing = next(path for path in bins if not path.exists())
         script = SCRIPTS / name / 'prepare.py'
+        if resumed:
+            again = f', or prepare it again with python data/{name}/prepare.py'
+            raise UserError(
+                f'{missing} is missing, and a resumed run needs the dataset that it was trained '
+                f'on: name the folder that contains {name} with --data_dir=FOLDER'
+                f'{again * (script.exists() and not data_dir)}'
+            )
         # A name that is a path could run a script that is not part of this project.
         if Path(name).name != name or not script.exists():
             scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
@@ -58,6 +73,8 @@ def open_or_prepare(
         try:
             return prepare(name)
         except UserError as error:
+            if resumed:
+                raise
             if not fallback:
                 raise UserError(
                     f'{error}; or use another text: --dataset=NAME, --fallback_dataset=NAME'
