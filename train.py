@@ -87,7 +87,7 @@ logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_c
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
 recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
 # optimizer
-max_iters: int = 600000  # training steps
+max_iters: int = 600000  # training steps, not epochs
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the blocks' matrices only
 learning_rate: float = 6e-4  # peak learning rate, reached after the warmup
 weight_decay: float = 0.1  # on matrices and embeddings only
@@ -477,7 +477,7 @@ def find_start(values, origins, book):
 
 
 def find_data(start, ranks, book):
-    """Returns the dataset; a new run prepares it if necessary. Raises UserError if it is missing."""
+    """Returns the dataset; only a new run prepares it. Raises UserError if none is available."""
     place = dataset, fallback_dataset, data_dir, prepare_dataset
     resumed = bool(start and start.resumed)
     data = open_or_prepare(*place, block_size, ranks, book.say, resumed)

@@ -39,7 +39,7 @@ def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
         for key, value in before.items()
         if key not in OF_THE_COMMAND
         and origins.get(key, '').startswith('default')
-        and value != values[key]
+        and (value != values[key] or origins[key] != 'default')
         and not chosen.get(key, '').endswith('(auto)')
     }
     if 'device' in taken and before.get('ranks', 1) > 1:
