@@ -52,7 +52,7 @@ def main(argv):
             f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}'
         )
     prompt = read_prompt(start)
-    found, tensors = store.load(out_dir, which, read=('model',), check=check_shapes)
+    found, tensors = store.load(*store.locate(out_dir, which), read=('model',), check=check_shapes)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     config = GPTConfig(**found.state['model'])
     prompt_ids = encode_prompt(tokenizer, prompt, '--start')

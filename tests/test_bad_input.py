@@ -474,7 +474,7 @@ def test_an_out_dir_that_is_a_file_is_told(run_main, place):
     before = contents(place)
     for flags, words in (
         ([], ['taken cannot be written', 'choose another --out_dir']),
-        (['--init_from=resume'], ['taken', '--out_dir']),
+        (['--init_from=resume'], ['taken is a file']),
     ):
         assert_refused(try_to_train(run_main, place, f'--out_dir={place / "taken"}', *flags), words)
     assert contents(place) == before

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nib.checkpoint import store
+from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_hugging_face
 from nib.errors import UserError
 from nib.files import atomic_write, read_json
 
@@ -69,6 +70,8 @@ class RunLock:
         another process has the lock, or if the folder cannot be written. Existing files are then
         left unchanged.
         """
+        if is_checkpoint(Path(os.path.abspath(self.out_dir))) or is_hugging_face(self.out_dir):
+            raise UserError(f'{explain(self.out_dir)}; choose another --out_dir for a new run')
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out_dir / '.lock', 'a+')  # noqa: SIM115, closed by release()
