@@ -31,7 +31,7 @@ from nib.run.checks import check_config
 from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
-from nib.tokens.find import open_or_prepare
+from nib.tokens.find import check_trained_on, open_or_prepare
 
 # what to show
 explain: bool = False  # explain one step with real numbers, instead of printing tables
@@ -65,7 +65,7 @@ def main(argv):
     if start:
         values = start.adopt(values, origins)
     if values['dataset']:
-        data = open_dataset(values, start)
+        data = open_dataset(values)
     else:
         data, start = random_tokens(values, start)
     training = Microscope(values, data, start)
@@ -84,8 +84,10 @@ def warn(line: str):
 # -- what is examined ------------------------------------------------------------------------------
 
 
-def open_dataset(values, start) -> TokenDataset:
+def open_dataset(values) -> TokenDataset:
     try:
+        if values['init_from'] == 'resume':
+            check_trained_on(values['dataset'], values['data_dir'])
         return open_or_prepare(
             values['dataset'],
             values['fallback_dataset'],
@@ -94,7 +96,6 @@ def open_dataset(values, start) -> TokenDataset:
             values['block_size'],
             Ranks(),
             warn,
-            resumed=bool(start and start.resumed),
         )
     except UserError as error:
         raise UserError(f'{error}; or use random tokens: --dataset=') from error

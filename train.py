@@ -39,7 +39,7 @@ from nib.run.checks import check_config, check_schedule, settle_schedule
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
-from nib.tokens.find import data_dir_of, open_or_prepare
+from nib.tokens.find import check_trained_on, data_dir_of, open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -315,7 +315,7 @@ def main(argv):
     # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
-    data = find_data(start, ranks, book)
+    data = find_data(ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
     state = TrainState()
@@ -476,11 +476,13 @@ def find_start(values, origins, book):
     return start, values
 
 
-def find_data(start, ranks, book):
-    """Returns the dataset; only a new run prepares it. Raises UserError if none is available."""
-    place = dataset, fallback_dataset, data_dir, prepare_dataset
-    resumed = bool(start and start.resumed)
-    data = open_or_prepare(*place, block_size, ranks, book.say, resumed)
+def find_data(ranks, book):
+    """Returns the dataset; a new run prepares it if necessary. Raises UserError if none is found."""
+    if init_from == 'resume':
+        check_trained_on(dataset, data_dir)
+    data = open_or_prepare(
+        dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
+    )
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
     book.say_data(data, gradient_accumulation_steps * batch_size * block_size)

@@ -287,7 +287,7 @@ def test_a_run_without_its_data_says_so_and_prepares_nothing(
         for flags in ([], ['--prepare_dataset', '--fallback_dataset=stdlib_char']):
             done = resume(cut_run, *flags)
             assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-            assert f'{data_dir / "tiny/train.bin"} is missing' in done.stderr
+            assert f'{data_dir / "tiny"} has no train.bin' in done.stderr
             assert '--data_dir=FOLDER' in done.stderr and 'fallback' not in done.stderr
         assert resume(cut_run, f'--data_dir={moved}').returncode == 0
     finally:

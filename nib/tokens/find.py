@@ -17,6 +17,19 @@ def data_dir_of(data: TokenDataset) -> str:
     return '' if folder == str(SCRIPTS) else folder
 
 
+def check_trained_on(name: str, data_dir: str):
+    """Raises UserError if the dataset that a resumed run was trained on is missing."""
+    folder = Path(data_dir or os.path.relpath(SCRIPTS)) / name
+    if not is_prepared(folder):
+        again = ''
+        if not data_dir and (SCRIPTS / name / 'prepare.py').exists():
+            again = f', or prepare it again with python data/{name}/prepare.py'
+        raise UserError(
+            f'{folder} has no train.bin and val.bin, and a resumed run needs the dataset that it '
+            f'was trained on: name the folder that contains {name} with --data_dir=FOLDER{again}'
+        )
+
+
 def open_or_prepare(
     name: str,
     fallback: str,
@@ -25,7 +38,6 @@ def open_or_prepare(
     block_size: int,
     ranks,
     say: Callable[[str], None],
-    resumed: bool = False,
 ) -> TokenDataset:
     """Open the dataset `name`, or `fallback` if `name` is missing and cannot be prepared.
 
@@ -33,7 +45,6 @@ def open_or_prepare(
     may_prepare: whether a missing dataset is prepared by its script.
     ranks: the Ranks of the run. The first rank prepares the dataset, the others wait.
     say: prints a line.
-    resumed: whether a run continues on its own dataset, which is then not prepared or replaced.
     Raises UserError if no dataset is available.
     """
     # relpath: messages show the folder as a person would type it.
@@ -45,13 +56,6 @@ def open_or_prepare(
         bins = [folder / name / f'{split}.bin' for split in SPLITS]
         missing = next(path for path in bins if not path.exists())
         script = SCRIPTS / name / 'prepare.py'
-        if resumed:
-            again = f', or prepare it again with python data/{name}/prepare.py'
-            raise UserError(
-                f'{missing} is missing, and a resumed run needs the dataset that it was trained '
-                f'on: name the folder that contains {name} with --data_dir=FOLDER'
-                f'{again * (script.exists() and not data_dir)}'
-            )
         # A name that is a path could run a script that is not part of this project.
         if Path(name).name != name or not script.exists():
             scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
@@ -73,8 +77,6 @@ def open_or_prepare(
         try:
             return prepare(name)
         except UserError as error:
-            if resumed:
-                raise
             if not fallback:
                 raise UserError(
                     f'{error}; or use another text: --dataset=NAME, --fallback_dataset=NAME'
