@@ -35,10 +35,10 @@ from nib.tokens.find import check_trained_on, open_or_prepare
 
 # what to show
 explain: bool = False  # explain one step with real numbers, instead of printing tables
-full: bool = False  # show every layer of a deep model, not only three and what is marked
+full: bool = False  # show every layer of a deep model, not only three and those that are marked
 # how much of the batch
-batch_tokens: int = 0  # tokens in the batch; 0: all, or on a CPU, what it can process in seconds
-overfit_steps: int = 50  # steps in which to memorize the batch
+batch_tokens: int = 0  # tokens in the batch; 0: all, or what a CPU can process in seconds
+overfit_steps: int = 50  # training steps to memorize the batch
 vocab_size: int = 65  # of random tokens (--dataset=)
 
 QUICK = 2e11  # floating-point operations of a step that takes a CPU seconds

@@ -56,8 +56,8 @@ class Weights:
             elif key == 'block_size' and not self.resumed:
                 if values[key] > own:
                     raise UserError(
-                        f'{key} {values[key]} ({origins[key]}) is more than the {own} positions of '
-                        f'{self.name}: use at most --block_size={own}'
+                        f'{key} {values[key]} ({origins[key]}) is greater than the {own} positions '
+                        f'of {self.name}: use at most --block_size={own}'
                     )
             else:
                 raise UserError(

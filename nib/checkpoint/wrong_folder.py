@@ -44,9 +44,7 @@ def explain(path) -> str:
     if not path.is_dir() and run:  # a file or a step of the run
         return f'{path} is not the folder of a run; did you mean {_typed(run)}?'
     if path.is_file():
-        instead = (
-            f"; if it is nanoGPT's, start a run from it with --init_from={_typed(path.parent)}"
-        )
+        instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
         return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'
     train_first = f'train first: python train.py CONFIG --out_dir={_typed(path)}'
     runs = _runs_in(path)
