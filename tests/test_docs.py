@@ -52,6 +52,10 @@ SHORT_SAMPLE = ['--device=cpu', '--max_new_tokens=3']
 RUN = {
     'python train.py config/train_shakespeare_char.py': TINY_RUN,
     'python train.py config/train_shakespeare_char.py --init_from=resume': [*TINY, '--max_iters=3'],
+    'python train.py --init_from=resume --out_dir=out-shakespeare-char': [
+        '--data_dir=data',
+        '--max_iters=4',
+    ],
     'python train.py config/modern_shakespeare_char.py': [*TINY_RUN, '--n_kv_head=1'],
     'python train.py config/fast_shakespeare_char.py': [*TINY_RUN, '--cooldown_iters=1'],
     'python train.py config/train_text.py --dataset=notes': TINY_RUN,

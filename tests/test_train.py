@@ -100,7 +100,7 @@ def test_the_last_line_is_the_loss_over_the_whole_validation_split(whole_run, da
     with torch.no_grad():
         loss = model(val[: n * 16].view(n, 16), val[1 : n * 16 + 1].view(n, 16)).item()
     # Every character is one byte here.
-    line = f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) over the'
+    line = f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) on the'
     assert f'{line} whole' in done.stdout
     only = train(data_dir, out_dir, '--dropout=0.1', '--init_from=resume', '--eval_only')
     assert f'step 20: val loss {loss:.4f}' in only.stdout
