@@ -137,11 +137,11 @@ def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Wei
         return _from_checkpoint(found, tensors, resumed=False)
     if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         return read_gpt2(init_from)
-    found = f'; {explain(init_from)}' if Path(init_from).exists() else ''
+    instead = f'; {explain(init_from)}' if Path(init_from).exists() else ''
     raise UserError(
         f"init_from {init_from!r}: expected 'scratch', 'resume', "
         f'{", ".join(map(repr, GPT2_NAMES))}, or the folder of a run or of a Hugging Face GPT-2'
-        f'{found}'
+        f'{instead}'
     )
 
 
