@@ -59,7 +59,7 @@ RUN = {
     'python train.py config/modern_shakespeare_char.py': [*TINY_RUN, '--n_kv_head=1'],
     'python train.py config/fast_shakespeare_char.py': [*TINY_RUN, '--cooldown_iters=1'],
     'python train.py config/train_text.py --dataset=notes': TINY_RUN,
-    'python train.py config/lab/lr_too_high.py': TINY_RUN,
+    'python train.py config/lab/lr_too_high.py --stop_on=warning': [*TINY_RUN, '--stop_on=never'],
     'python train.py --help': [],
     'python train.py config/train_shakespeare_char.py --learning_rate=3e-4 --print_config': [],
     'python sample.py '
