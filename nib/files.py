@@ -2,10 +2,15 @@
 
 import json
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
@@ -55,6 +60,22 @@ def shown(path: str | os.PathLike) -> str:
     """Returns a path as a person would type it: relative, if it is in the working directory."""
     relative = os.path.relpath(path)
     return os.fspath(path) if relative.startswith('..') else relative
+
+
+def script_path(script: str) -> str:
+    """Returns the path of a script of this project for a command that the user can type here.
+
+    script: its path in the project. The running script has the path that the user has typed.
+    """
+    path, typed = ROOT / script, sys.argv[0]
+    return typed if os.path.exists(typed) and os.path.samefile(typed, path) else shown(path)
+
+
+def python() -> str:
+    """Returns how a command calls this Python: by its name, if the shell finds it so."""
+    path = sys.executable or 'python'
+    name = os.path.basename(path)
+    return name if shutil.which(name) == path else shlex.quote(path)
 
 
 def read_json(path: Path) -> dict:
