@@ -360,14 +360,14 @@ def loop(t, data, state, book, stop):
 
         line_due = (state.step + 1) % log_interval == 0 or state.step == 0
         data_step = state.step + state.passed_over
-        micro_batches = stop.cut(t.batches.micro_batches(data_step))
+        micro_batches = t.batches.micro_batches(data_step)
         if line_due:
             micro_batches = book.watch(micro_batches)  # for the doctor
         try:
-            mean_loss, grad_norm = train_step(t, micro_batches, data_step)
+            mean_loss, grad_norm = train_step(t, stop.cut(micro_batches), data_step)
         except StepCut:
             t.optimizer.zero_grad()
-            continue  # the next iteration stops; a resumed run does this step again
+            continue  # the next iteration saves and stops; a resumed run repeats this step
         state.step += 1
         book.note(state.step, mean_loss, grad_norm)
         if line_due:

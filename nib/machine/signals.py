@@ -14,6 +14,7 @@ from nib.files import python, script_path
 from nib.machine.ranks import Ranks
 
 FINDING = 1 << 10  # in place of a signal's number: the doctor stops the run
+BOOLS = ('true', 'false')  # values that may follow a switch
 HANGUP = getattr(signal, 'SIGHUP', None)  # the terminal is closed; Windows has no such signal
 # Ctrl-C; a shutdown; a preemption on a cluster.
 SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', None), HANGUP]
@@ -27,9 +28,8 @@ def resume_command(argv: Sequence[str], world_size: int) -> str:
         key, equals, _ = item.replace('-', '_').partition('=')
         if key not in ('__init_from', '__overwrite', '__no_overwrite'):
             flags.append(item)
-        elif not equals and items:  # the value may follow
-            if key == '__init_from' or items[0].lower() in ('true', 'false'):
-                items.pop(0)
+        elif not equals and (key == '__init_from' or items[:1] and items[0].lower() in BOOLS):
+            items.pop(0)  # its value
     if world_size == 1:
         launcher = python()
     elif os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):

@@ -337,7 +337,8 @@ class Logbook:
 
     def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
         """Waits for the checkpoint and reports what stopped the run; returns the exit code."""
-        self.wait_for_checkpoint()
+        if self.saved:
+            self.wait_for_checkpoint()
         if stopped.at_end:
             line = f'stopped by signal {stopped.number} in the last evaluation'
         else:

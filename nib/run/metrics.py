@@ -46,7 +46,6 @@ class Metrics:
             self.writer = writer(folder, purge_step=step + 1 if step else 0)
         self.path = Path(out_dir) / 'metrics.jsonl'
         self.file: FileIO | None = None
-        self._unwritten = b''  # records that metrics.jsonl has not taken yet
         self._warn = warn
         self.rewind(step)
 
@@ -60,6 +59,7 @@ class Metrics:
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
         self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
+        self._unwritten = b''  # records that the file has not taken yet
 
     def log(self, step: int, values: Mapping[str, float | str | None]):
         """Records the values of a step, numbers or texts; None is left out.
@@ -82,44 +82,44 @@ class Metrics:
         self._show(finding.step, {f'finding/{finding.name}': str(finding)})
 
     def _write(self, step: int, values: Mapping):
-        complete = not self._unwritten
+        is_first_attempt = not self._unwritten
         self._unwritten += (json.dumps({'step': step, **values}) + '\n').encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
         except OSError as error:
-            if complete:
-                self._warn(f'{self.path} cannot be written, trying again: {error.strerror}')
+            if is_first_attempt:
+                self._warn(f'{self.path} cannot be written: {error.strerror}; trying again')
 
     def _show(self, step: int, values: Mapping):
         """Sends values to TensorBoard and wandb."""
-        if self.writer is not None and not self._try('TensorBoard', self._show_in_tensorboard, step, values):
+        if self.writer is not None and not self._works('TensorBoard', self._draw, step, values):
             self.writer = None
-        if self.wandb is not None and not self._try('wandb', self.wandb.log, values, step):
+        if self.wandb is not None and not self._works('wandb', self.wandb.log, values, step):
             self.wandb = None
 
-    def _show_in_tensorboard(self, step: int, values: Mapping):
+    def _draw(self, step: int, values: Mapping):
         for name, value in values.items():
             if isinstance(value, str):
                 self.writer.add_text(name, value, step)
             else:
                 self.writer.add_scalar(name, value, step)
 
-    def _try(self, name: str, write: Callable, *arguments) -> bool:
-        """Calls write; returns whether it worked. Their errors have no common base class."""
+    def _works(self, name: str, call: Callable, *arguments) -> bool:
+        """Calls a service and returns whether it worked; its errors have no common base class."""
         try:
-            write(*arguments)
+            call(*arguments)
             return True
         except Exception as error:
-            self._warn(f'{name} is switched off: {type(error).__name__}: {error}')
+            self._warn(f'{name} does not work any more: {type(error).__name__}: {error}')
             return False
 
     def close(self):
         self.file.close()
         if self.writer is not None:
-            self._try('TensorBoard', self.writer.close)
+            self._works('TensorBoard', self.writer.close)
         if self.wandb is not None:
-            self._try('wandb', self.wandb.finish)
+            self._works('wandb', self.wandb.finish)
 
 
 def read_records(path: Path) -> tuple[list[dict], int]:

@@ -21,7 +21,7 @@ from nib.machine.device import (
     prepare_device,
     seed_everything,
 )
-from nib.machine.ranks import start_ranks
+from nib.machine.ranks import Ranks, start_ranks
 from nib.machine.signals import FINDING, StopSignal, resume_command
 
 
@@ -191,7 +191,7 @@ TWO = """
 import sys
 import torch
 from nib.errors import run_script, UserError
-from nib.machine.ranks import start_ranks
+from nib.machine.ranks import Ranks, start_ranks
 
 def main(argv):
     ranks = start_ranks('cpu')
@@ -236,9 +236,10 @@ def test_two_ranks_agree(tmp_path):
 
 SIGNALLED = """
 import sys, time
+from nib.machine.ranks import Ranks
 from nib.machine.signals import StopSignal
-stop = StopSignal(announced=True)
-stop.listen()
+stop = StopSignal(Ranks())
+stop.__enter__()
 print('ready', flush=True)
 while not stop.number:
     time.sleep(0.01)
@@ -248,12 +249,12 @@ time.sleep(60)
 
 
 def test_a_signal_after_a_finding_still_saves(capfd):
-    stop = StopSignal(announced=True)
+    stop = StopSignal(Ranks())
     stop.number = FINDING
     stop._receive(signal.SIGTERM, None)  # the first signal: it must not end the process
     assert (
         stop.number == signal.SIGTERM
-        and 'signal 15: stopping after this step' in capfd.readouterr().err
+        and 'signal 15: stopping and saving' in capfd.readouterr().err
     )
 
 
@@ -271,7 +272,7 @@ def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
         run.send_signal(signal.SIGTERM)
         assert run.stdout.readline() == 'heard 15\n'
         assert run.stderr.readline() == '\n' and run.stderr.readline().startswith(
-            'signal 15: stopping after this step'
+            'signal 15: stopping and saving'
         )
         run.send_signal(signal.SIGTERM)  # within the second's grace: torchrun's echo of the first
         with pytest.raises(subprocess.TimeoutExpired):
