@@ -59,6 +59,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by nib/startup.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_code = call(main, sys.argv[1:])
     if not hasattr(sys, 'ps1'):  # in a notebook, the process goes on
         for number in (signal.SIGINT, signal.SIGTERM):

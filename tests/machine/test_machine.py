@@ -253,8 +253,7 @@ def test_a_signal_after_a_finding_still_saves(capfd):
     stop.number = FINDING
     stop._receive(signal.SIGTERM, None)  # the first signal: it must not end the process
     assert (
-        stop.number == signal.SIGTERM
-        and 'signal 15: stopping and saving' in capfd.readouterr().err
+        stop.number == signal.SIGTERM and 'signal 15: stopping and saving' in capfd.readouterr().err
     )
 
 
