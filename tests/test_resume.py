@@ -111,10 +111,10 @@ def test_a_chain_of_five_resumes_equals_the_uninterrupted_run(run_cut, tmp_path,
 
 
 def test_a_step_that_is_cut_between_its_micro_steps_is_done_again(train_here, tmp_path, run_cut):
-    """The first step, one that is logged, one that is not, and the last one."""
+    """An early step, one that is logged, one that is not, and the last one."""
     flags = ['--gradient_accumulation_steps=4', '--log_interval=3']
     whole = run_cut(tmp_path / 'whole', [], *flags)
-    cuts = [[0, 3], [4, 1], [5, 2], [14, 3], [23, 1]]
+    cuts = [[1, 3], [4, 1], [5, 2], [14, 3], [23, 1]]
     assert run_cut(tmp_path / 'cut', cuts, *flags) == whole
     tokens, undo = watch([[7, 2]])
     assert train_here(tmp_path / 'once', *RUN, *flags).returncode == 143
@@ -180,7 +180,7 @@ def tokens_of(out_dir):
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(data_dir, tmp_path):
-    cuts = {'whole': [], 'chain': [1, 9, 10, 17, 23], 'inside': [[0, 1], [9, 2], [20, 3]]} | {
+    cuts = {'whole': [], 'chain': [1, 9, 10, 17, 23], 'inside': [[1, 1], [9, 2], [20, 3]]} | {
         f'cut-{step}': [step] for step in range(1, STEPS)
     }
     run_on_ranks(2, data_dir, tmp_path, cuts, '--gradient_accumulation_steps=8')
