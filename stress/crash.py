@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import termios
@@ -566,7 +567,7 @@ def open_console(console: str, screen: int) -> int:
         return os.open('/dev/full', os.O_WRONLY)
     if console == 'terminal':
         fcntl.ioctl(screen, termios.TIOCSCTTY, 0)
-        termios.tcsetwinsize(screen, (24, 80))
+        fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
         return screen
     reader, writer = os.pipe()
     if console == 'unread pipe':  # it is full after the first line
