@@ -5,9 +5,8 @@ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temper
 echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 """
 
-import nib.startup  # noqa: F401, first, so that Ctrl-C during imports is no traceback
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
-# isort: split
 import codecs
 import itertools
 import sys

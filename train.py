@@ -8,9 +8,8 @@ Read this file from top to bottom: the config, the learning rate, the evaluation
 what a step needs, main, the loop, and the functions that they call.
 """
 
-import nib.startup  # noqa: F401, first, so that Ctrl-C during imports is no traceback
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
-# isort: split
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
