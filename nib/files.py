@@ -62,20 +62,20 @@ def shown(path: str | os.PathLike) -> str:
     return os.fspath(path) if relative.startswith('..') else relative
 
 
-def script_path(script: str) -> str:
-    """Returns the path of a script of this project for a command that the user can type here.
+def command(script: str) -> str:
+    """Returns the start of a command that runs a script of this project in the working directory.
 
-    script: its path in the project. The running script has the path that the user has typed.
+    script: its path in the project.
     """
+    python = sys.executable or 'python'
+    name = os.path.basename(python)  # enough if the shell finds the same Python
+    return shlex.join([name if shutil.which(name) == python else python, script_path(script)])
+
+
+def script_path(script: str) -> str:
+    """Returns the path of a script of this project; of the running one, as the user typed it."""
     path, typed = ROOT / script, sys.argv[0]
     return typed if os.path.exists(typed) and os.path.samefile(typed, path) else shown(path)
-
-
-def python() -> str:
-    """Returns how a command calls this Python: by its name, if the shell finds it so."""
-    path = sys.executable or 'python'
-    name = os.path.basename(path)
-    return name if shutil.which(name) == path else shlex.quote(path)
 
 
 def read_json(path: Path) -> dict:

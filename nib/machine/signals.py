@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from nib.files import python, script_path
+from nib.files import command, script_path
 from nib.machine.ranks import Ranks
 
 FINDING = 1 << 10  # in place of a signal's number: the doctor stops the run
@@ -30,13 +30,12 @@ def resume_command(argv: Sequence[str], world_size: int) -> str:
             flags.append(item)
         elif not equals and (key == '__init_from' or items[:1] and items[0].lower() in BOOLS):
             items.pop(0)  # its value
-    if world_size == 1:
-        launcher = python()
-    elif os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
-        launcher = f'torchrun --standalone --nproc_per_node={world_size}'
-    else:
-        launcher = 'torchrun (as before)'
-    return f'{launcher} {shlex.join([script_path("train.py"), *flags, "--init_from=resume"])}'
+    start = command('train.py')
+    if world_size > 1:
+        is_local = os.environ.get('LOCAL_WORLD_SIZE') == str(world_size)
+        how = f'--standalone --nproc_per_node={world_size}' if is_local else '(as before)'
+        start = f'torchrun {how} {shlex.quote(script_path("train.py"))}'
+    return f'{start} {shlex.join([*flags, "--init_from=resume"])}'
 
 
 def describe_stop(

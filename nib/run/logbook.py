@@ -16,7 +16,7 @@ from nib.doctor import vitals
 from nib.doctor.rules import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
-from nib.files import python, script_path
+from nib.files import command
 from nib.generation import check_generation
 from nib.machine.device import describe_device, peak_memory
 from nib.machine.ranks import Ranks
@@ -372,8 +372,7 @@ class Logbook:
         if self.config['report']:
             write_after_run(self.out_dir, defaults, self.say, self.warn)
         if self.saved and not exit_code:
-            sample = shlex.join([script_path('sample.py'), f'--out_dir={self.out_dir}'])
-            self.say(f'samples: {python()} {sample}')
+            self.say(f'samples: {command("sample.py")} --out_dir={shlex.quote(self.out_dir)}')
         self.console.close()
         self._lock.release()
 
