@@ -58,7 +58,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     # Paths and texts may contain bytes or characters that the terminal cannot show.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')
+            with suppress(OSError, ValueError):  # it is broken or closed
+                stream.reconfigure(errors='backslashreplace')
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by nib/startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_code = call(main, sys.argv[1:])
