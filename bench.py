@@ -10,6 +10,8 @@ It accepts every key of train.py. --vs_nanogpt also measures nanoGPT's code, in 
 model and batch. --growth measures how speed and memory change with width, depth, context and batch.
 """
 
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+
 import json
 import math
 import os

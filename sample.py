@@ -5,6 +5,8 @@ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temper
 echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 """
 
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+
 import codecs
 import itertools
 import sys

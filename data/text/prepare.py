@@ -20,7 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
-from nib.files import shown
+from nib.files import command, script_path, shown
 from nib.text import documents
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
 from nib.tokens.write import write_dataset
@@ -97,7 +97,8 @@ def main(argv):
         )
     where = f' --data_dir={shlex.quote(str(folder.parent))}' if out_dir else ''
     dataset = shlex.quote(folder.name)
-    print(f'to train on it: python train.py config/train_text.py --dataset={dataset}{where}')
+    config = shlex.quote(script_path('config/train_text.py'))
+    print(f'to train on it: {command("train.py")} {config} --dataset={dataset}{where}')
 
 
 def choose_folder(path: Path) -> Path:

@@ -3,8 +3,9 @@
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import takewhile
 
 import torch
 
@@ -15,6 +16,7 @@ from nib.doctor import vitals
 from nib.doctor.rules import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
+from nib.files import command
 from nib.generation import check_generation
 from nib.machine.device import describe_device, peak_memory
 from nib.machine.ranks import Ranks
@@ -117,6 +119,7 @@ class Logbook:
             tensorboard=config['tensorboard'],
             wandb_project=config['wandb_project'] if config['wandb_log'] else '',
             wandb_run_name=config['wandb_run_name'],
+            warn=self.warn,
         )
         # Only now is it certain that this run can start. After its first save, these are deleted.
         if self._is_new:
@@ -300,6 +303,7 @@ class Logbook:
             top_k=200,
             seed=self.config['seed'],
         )
+        tokens = takewhile(lambda token: not self.stop.number, tokens)
         text = self.data.tokenizer.decode(prompt + [int(token) for token in tokens])
         self.say(f'--- sample\n{text}\n---')
         return text
@@ -329,17 +333,26 @@ class Logbook:
         kept = 'there is no checkpoint yet'
         if self.saved:
             kept = f'the checkpoint of step {self.saved} in {self.out_dir} is good'
-        self.warn(f'The run ends. Nothing is saved; {kept}.')
+        self._say_end(step, f'The run ends. Nothing is saved; {kept}.', self.warn)
         return EXIT_NONFINITE
 
     def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
         """Waits for the checkpoint and reports what stopped the run; returns the exit code."""
-        if stopped.at_end:
-            self.say(f'stopped by signal {stopped.number} in the last evaluation')
-        else:
+        if self.saved:
             self.wait_for_checkpoint()
-            self.say(describe_stop(stopped.number, step, self.saved > 0, argv))
+        if stopped.at_end:
+            line = f'stopped by signal {stopped.number} in the last evaluation'
+        else:
+            world_size = self.ranks.world_size
+            line = describe_stop(stopped.number, step, self.saved > 0, argv, world_size)
+        self._say_end(step, line, self.say)
         return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
+
+    def _say_end(self, step: int, line: str, say: Callable[[str], None]):
+        """Records how the run ends, and then prints it, as there may be no console any more."""
+        if self.metrics:
+            self.metrics.log(step, {'end': line})
+        say(line)
 
     def close(self, step: int, exit_code: int, defaults: Mapping):
         """Waits for the last checkpoint, prints the doctor's verdict and writes the report.
@@ -360,7 +373,7 @@ class Logbook:
         if self.config['report']:
             write_after_run(self.out_dir, defaults, self.say, self.warn)
         if self.saved and not exit_code:
-            self.say(f'samples: python sample.py --out_dir={shlex.quote(self.out_dir)}')
+            self.say(f'samples: {command("sample.py")} --out_dir={shlex.quote(self.out_dir)}')
         self.console.close()
         self._lock.release()
 
