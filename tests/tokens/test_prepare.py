@@ -229,6 +229,7 @@ def test_a_folder_of_notes_becomes_a_dataset(
     ):
         assert words in said.out
     assert said.err.splitlines() == [
+        'note: skipped 1 hidden file',
         'note: skipped 1 file of other types than .txt, .md, .jsonl, .parquet',
         'note: this is very little text to learn from; use at least 100,000 characters',
     ]
@@ -450,7 +451,7 @@ def test_openwebtext_without_its_package_says_what_to_install(
         ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: no field 'text'"),
         ('one.jsonl', '{"text": "one"}\n', 'two'),
         ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*not text'),
-        ('notes.txt', 'one', 'no .jsonl or .parquet'),
+        ('notes.txt', 'one', r'supported: .jsonl, .parquet\); use data/text/prepare.py'),
     ],
 )
 def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, content, said):
