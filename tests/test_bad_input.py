@@ -654,11 +654,11 @@ PROMPTS = {
     ),
     'a file that is not there': (
         ['--start=FILE:{place}/none.txt'],
-        ['none.txt', 'No such file', 'FILE: and the path'],
+        ['--start=FILE:', 'none.txt cannot be read', 'No such file'],
     ),
     'a file that is a folder': (
         ['--start=FILE:{place}'],
-        ['place', 'Is a directory', 'FILE: and the path'],
+        ['place', 'is a folder, not a file', 'save the text in a file'],
     ),
     'a file that is not UTF-8': (
         ['--start=FILE:{place}/latin.txt'],
@@ -674,6 +674,22 @@ PROMPTS = {
         ["'é' (the first at offset 6)", 'remove them'],
     ),
     'a stop text that cannot come': (['--stop=é'], ["'é'", 'remove them']),
+    'the end of documents in a model of one text': (
+        ['--stop=<|endoftext|>'],
+        ['--stop: the vocabulary of this model has no <|endoftext|>', 'leave <|endoftext|> out'],
+    ),
+    'a document that ends in a model of one text': (
+        ['--start=a<|endoftext|>'],
+        ['--start: the vocabulary of this model has no <|endoftext|>'],
+    ),
+    'a prompt in a pipe': (
+        ['--start=FILE:{place}/pipe.txt'],
+        ['pipe.txt is a pipe, not a file', 'save the text in a file'],
+    ),
+    'UTF-16 without a mark': (
+        ['--start=FILE:{place}/utf16.txt'],
+        ['utf16.txt is not UTF-8 text (byte 1) but UTF-16LE', 'iconv -f UTF-16LE -t UTF-8'],
+    ),
     'a negative temperature': (
         ['--temperature=-1'],
         ['temperature is -1', 'must be 0 (greedy) or a positive'],
@@ -693,6 +709,8 @@ PROMPTS = {
 def test_a_bad_prompt_is_told(run_main, place, flags, words):
     (place / 'latin.txt').write_bytes(b'caf\xe9')
     (place / 'empty.txt').write_bytes(b'')
+    (place / 'utf16.txt').write_bytes('The cat'.encode('utf-16-le'))
+    os.mkfifo(place / 'pipe.txt')
     before = contents(place)
     flags = [flag.replace('{place}', str(place)) for flag in flags]
     assert_refused(
@@ -805,7 +823,7 @@ TEXTS = {
         'shakespeare_char',
         None,
         ['--input={place}'],
-        ['Is a directory', '--input=PATH'],
+        ['is a folder, not a file', 'name that'],
     ),
     'shakespeare: not UTF-8': (
         'shakespeare_char',

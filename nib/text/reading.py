@@ -172,12 +172,12 @@ def _not_text(path, encoding: str, content: bytes, at: int, marked: bool = False
     why = f'is not {encoding} text (byte {at})'
     if marked:
         how = f'as it is damaged there, drop that: {_iconv(path, f"{encoding} -c")}'
+    elif 0 < text.count('\0') < len(text) / 4 and not n_bad and not is_binary:
+        why += ', because it contains NUL bytes'
+        how = f'remove them: {_command(_DELETE_NULS, path)}'
     elif source := _unmarked_encoding(content):
         why += f' but {source} without a byte-order mark'
         how = f'convert it: {_iconv(path, source)}'
-    elif '\0' in text and not n_bad and not is_binary:
-        why += ', because it contains NUL bytes'
-        how = f'remove them: {_command(_DELETE_NULS, path)}'
     elif '\0' in text or is_binary:
         why += ' but binary data'
         how = 'leave it out, or convert it to text with the program that wrote it'
