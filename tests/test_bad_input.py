@@ -799,7 +799,48 @@ TEXTS = {
         'text',
         ('a.txt', b'abcdef'),
         ['--tokenizer=words'],
-        ["'words'", "'char' | 'byte'"],
+        ['--tokenizer=words', "'char', 'byte', 'gpt2', or the folder of a dataset or a run"],
+    ),
+    'a character that no tokenizer needs to lack': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--replace_missing=?'],
+        ['--replace_missing=?', '--tokenizer=FOLDER'],
+    ),
+    'a replacement that is missing too': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--tokenizer={place}/run', '--replace_missing=?'],
+        ['--replace_missing=?', "such as --replace_missing=' '"],
+    ),
+    'characters that a run lacks': (
+        'text',
+        ('a.txt', 'the caf\u00e9 and the caf\u00e9!'.encode()),
+        ['--tokenizer={place}/run'],
+        [
+            'lacks 2 of the characters',
+            'occur 3 times',
+            "'\u00e9' (2), '!' (1)",
+            "--replace_missing=' '",
+        ],
+    ),
+    'an end of text that a dataset does not spell': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--tokenizer={place}/data/tiny', '--end_of_text=characters'],
+        ['--end_of_text=token', 'leave --end_of_text out'],
+    ),
+    'a folder without a tokenizer': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--tokenizer={place}/gpt2'],
+        ['gpt2: expected', 'the folder of a dataset or a run'],
+    ),
+    'several documents in one Shakespeare': (
+        'shakespeare_char',
+        ('a.txt', b'one<|endoftext|>two'),
+        [],
+        ['contains <|endoftext|>', 'data/text/prepare.py --input='],
     ),
     'an out_dir that is a file': (
         'text',
@@ -817,7 +858,7 @@ TEXTS = {
         'shakespeare_char',
         None,
         ['--input={place}/none'],
-        ['none: No such file', '--input=PATH'],
+        ['none: no such file', '--input=PATH'],
     ),
     'shakespeare: a folder': (
         'shakespeare_char',

@@ -92,7 +92,7 @@ def decode(
     for signature, ending in _SIGNATURES.items():
         if content.startswith(signature):
             raise UserError(f'{_name(path)} is a {ending} file, not text: {advice(path, ending)}')
-    offset, content = len(mark), content[len(mark) :]
+    offset = 0
     decoder = codecs.getincrementaldecoder(encoding)()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     found, last = set(), b''
@@ -107,6 +107,8 @@ def decode(
         if '\0' in text and not mark:
             at = offset - len(kept) + len(text[: text.index('\0')].encode())
             raise _not_text(path, encoding, last, at)
+        if offset == 0:
+            text = text.removeprefix('\ufeff')
         found |= {what for character, what in _NAMED.items() if character in text}
         yield lines.decode(text, final=not content)
         if not content:
