@@ -143,8 +143,9 @@ def read_twice(path: Path, text: str, prepare) -> tuple[str, str]:
 
 def format_table(ended: dict[str, Counter[str]], seconds: float) -> str:
     count = sum(counts.total() for counts in ended.values())
+    machine = measure.describe_machine()
     lines = [
-        f'{count:,} cases, seed {seed}, in {seconds / 60:.1f} minutes; {measure.describe_machine()}',
+        f'{count:,} cases, seed {seed}, in {seconds / 60:.1f} minutes; {machine}',
         '',
         f'{"":26}' + ''.join(f'{outcome:>15}' for outcome in OUTCOMES),
     ]
