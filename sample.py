@@ -160,7 +160,7 @@ def unescape(text: str, flag: str) -> str:
     r"""Returns a flag's text with \n, \t and \\ replaced by what they stand for in Python."""
     meanings = {r'\n': '\n', r'\t': '\t', r'\\': '\\'}
     if re.search(r'(?<!\\)\\[nt][a-z]', text):  # it could be \theta or a path
-        print(rf'note: {flag}: \n is a line break and \t a tab; \\ is a \ ', file=sys.stderr)
+        print(rf'note: {flag}: \n is a line break, \t a tab, and \\ a backslash', file=sys.stderr)
     return re.sub(r'\\[nt\\]', lambda match: meanings[match[0]], text)
 
 

@@ -682,10 +682,6 @@ PROMPTS = {
         ['--start=a<|endoftext|>'],
         ['--start: the vocabulary of this model has no <|endoftext|>'],
     ),
-    'a prompt in a pipe': (
-        ['--start=FILE:{place}/pipe.txt'],
-        ['pipe.txt is a pipe, not a file', 'save the text in a file'],
-    ),
     'UTF-16 without a mark': (
         ['--start=FILE:{place}/utf16.txt'],
         ['utf16.txt is not UTF-8 text (byte 1) but UTF-16LE', 'iconv -f UTF-16LE -t UTF-8'],
@@ -705,12 +701,21 @@ PROMPTS = {
 }
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='needs pipes')
+def test_a_pipe_is_told_instead_of_waited_for(run_main, place):
+    os.mkfifo(place / 'pipe.txt')
+    flags = [f'--out_dir={place / "run"}', f'--start=FILE:{place / "pipe.txt"}']
+    assert_refused(run_main('sample.py', '--device=cpu', *flags), ['is a pipe, not a file'])
+    for script in ('data/text/prepare.py', 'data/shakespeare_char/prepare.py'):
+        flags = [f'--input={place / "pipe.txt"}', f'--out_dir={place / "new"}']
+        assert_refused(run_main(script, *flags), ['is a pipe, not a file', 'save the text'])
+
+
 @pytest.mark.parametrize('flags, words', PROMPTS.values(), ids=PROMPTS)
 def test_a_bad_prompt_is_told(run_main, place, flags, words):
     (place / 'latin.txt').write_bytes(b'caf\xe9')
     (place / 'empty.txt').write_bytes(b'')
     (place / 'utf16.txt').write_bytes('The cat'.encode('utf-16-le'))
-    os.mkfifo(place / 'pipe.txt')
     before = contents(place)
     flags = [flag.replace('{place}', str(place)) for flag in flags]
     assert_refused(

@@ -71,8 +71,10 @@ RUN = {
         '--out_dir=data/more',
         '--replace_missing= ',
     ],
-    'python train.py config/train_text.py '
-    '--dataset=more --init_from=out-shakespeare-char': [*TINY_RUN, '--out_dir=out-more'],
+    'python train.py config/train_text.py --dataset=more --init_from=out-shakespeare-char': [
+        *TINY_RUN,
+        '--out_dir=out-more',
+    ],
     'python report.py --out_dir=out-shakespeare-char': ['--no-png'],
     'python report.py --out_dir=out-shakespeare-char,out-two': ['--no-png'],
     'python debug_training.py config/train_shakespeare_char.py': [*TINY, '--overfit_steps=2'],

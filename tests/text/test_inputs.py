@@ -8,6 +8,8 @@ import pytest
 from nib.errors import UserError
 from nib.text import inputs
 
+pytestmark = pytest.mark.skipif(os.name == 'nt', reason='needs links and pipes')
+
 
 def names_of(files, folder) -> list[str]:
     return [file.relative_to(folder).as_posix() for file in files]

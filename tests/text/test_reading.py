@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -127,6 +128,7 @@ def test_the_marks_are_those_of_the_encodings():
         assert MARK.encode(name) == mark and codecs.lookup(name)
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='needs /dev')
 @pytest.mark.parametrize('path', ['/dev/zero', '/dev/null', '/'])
 def test_what_could_be_read_forever_is_not_opened(path):
     with pytest.raises(UserError, match='is a (device|folder), not a file'):
