@@ -122,7 +122,11 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
 
     Raises UserError if it cannot be read, or if other flags contradict it.
     """
-    own = {'char': CharTokenizer(''), 'byte': ByteTokenizer(), 'gpt2': Gpt2Tokenizer()}
+    own: dict[str, Tokenizer] = {
+        'char': CharTokenizer(''),
+        'byte': ByteTokenizer(),
+        'gpt2': Gpt2Tokenizer(),
+    }
     chosen = own.get(tokenizer) or read_tokenizer(Path(os.path.expanduser(tokenizer)))
     chosen.encode('')  # fails before the text is read if its files are missing
     recorded = 'characters' if chosen.spells_end_of_text else 'token'
@@ -131,7 +135,7 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
             f'--end_of_text={end_of_text}: the tokenizer of {tokenizer} has --end_of_text='
             f'{recorded}; leave --end_of_text out, or use another tokenizer'
         )
-    characters = chosen.characters if isinstance(chosen, CharTokenizer) else ''
+    characters = characters_of(chosen)
     if replace_missing and (len(replace_missing) > 1 or replace_missing not in characters):
         raise UserError(
             f'--replace_missing={replace_missing}: expected one character of the vocabulary of '
@@ -143,6 +147,10 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
             )
         )
     return chosen
+
+
+def characters_of(encoder: Tokenizer) -> str:
+    return encoder.characters if isinstance(encoder, CharTokenizer) else ''
 
 
 def suggest(characters: str) -> str:
@@ -159,7 +167,7 @@ def survey(files: list[Path], encoder: Tokenizer, divide: bool) -> tuple[documen
     noted = Counter[str]()
     pieces = documents.read_documents(files, field, divide, noted)
     is_char = isinstance(encoder, CharTokenizer)
-    found = documents.survey(pieces, is_char, known=encoder.characters if is_char else '')
+    found = documents.survey(pieces, is_char, characters_of(encoder))
     n_marks = noted.pop(END_OF_TEXT, 0)
     for what in inputs.told(noted):
         note(what)
@@ -191,7 +199,7 @@ def fit_tokenizer(
             * (len(found.missing) > len(most))
         )
         if not replace_missing:
-            raise UserError(f'{lacks}; replace them: {suggest(encoder.characters)}')
+            raise UserError(f'{lacks}; replace them: {suggest(characters_of(encoder))}')
         note(f'{lacks}; each is replaced by {replace_missing!r}')
     return encoder
 

@@ -24,7 +24,8 @@ def find_files(
     Raises UserError if an input is missing or cannot be read, or if there is nothing to read.
     """
     found: dict[tuple[int, int] | str, Path] = {}  # identity -> the first path that leads to it
-    paths, skipped = [], Counter[str]()
+    paths: list[tuple[Path, tuple[int, int] | str]] = []
+    skipped = Counter[str]()
     for path in map(Path, inputs):
         state = _state(path)
         if state is None:
