@@ -84,12 +84,13 @@ class Weights:
         """
         if self.resumed:
             self.resumed.check_dataset(data.folder, data.fingerprint)
+        borrowed = self.name if self.tokenizer['kind'] == 'char' else self.tokenizer['kind']
         if data.vocab_size != self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
                 f'{self.name} needs tokens of another tokenizer ({self.tokenizer["kind"]}, '
                 f'vocabulary {self.model.vocab_size}) than those of dataset {data.name} '
-                f'(vocabulary {data.vocab_size}): choose a --dataset that was prepared with its '
-                f'tokenizer'
+                f'(vocabulary {data.vocab_size}): prepare your text with its tokenizer, python '
+                f'data/text/prepare.py --input=PATH --tokenizer={borrowed}'
             )
 
 
