@@ -31,7 +31,14 @@ from benchmarks import measure
 from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
 from nib.errors import UserError, run_script
 from nib.machine.compiling import pick_compile
-from nib.machine.device import peak_flops, peak_memory, pick_device, pick_dtype, synchronize
+from nib.machine.device import (
+    measure_flops,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    synchronize,
+)
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, settle_schedule
 from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
@@ -245,7 +252,7 @@ class Contestant:
         if self.peak:
             figures['MFU %'] = 100 * flops_per_second / self.peak
         else:
-            rate = measure.matrix_rate(self.device, self.values['dtype'])
+            rate = measure_flops(self.device, self.values['dtype'])
             figures["% of matrix products' rate"] = 100 * flops_per_second / rate
         if self.memory is not None:
             figures['peak memory, MB'] = self.memory / 1e6
@@ -429,7 +436,7 @@ def measure_point(argv) -> dict[str, float]:
         ours, times = Contestant(values, find_data(values, Path(scratch))), []
         while len(times) < 3 or sum(times) < 1:
             times.append(ours.time_steps(1))
-        rate = ours.peak or measure.matrix_rate(values['device'], values['dtype'])
+        rate = ours.peak or measure_flops(values['device'], values['dtype'])
     seconds = statistics.median(times)
     return {
         'M parameters': ours.raw_model.num_params() / 1e6,
