@@ -13,9 +13,9 @@ import torch
 
 from nib.errors import UserError
 
-# Dense rates of 16-bit matrix products (without sparsity, accumulated in float32) in FLOP/s, from the
-# vendors' data sheets. A name matches if it contains all words of the key; the first key counts.
-# GeForce cards accumulate in float32 at half of the rate that is advertised. Apple publishes none.
+# Rates of dense 16-bit matrix products, added up in float32, in FLOP/s, from the vendors' data
+# sheets. A name matches if it contains all words of the key; the first key counts. GeForce cards
+# add up in float32 at half of the advertised rate. Apple publishes no rates.
 PEAK_FLOPS = {
     'GB200': 2500e12,  # one of its two GPUs
     'B200': 2250e12,
