@@ -3,11 +3,13 @@
     python bench.py config/train_shakespeare_char.py
     python bench.py config/train_gpt2.py --batch_size=4 --gradient_accumulation_steps=1
     python bench.py config/train_shakespeare_char.py --growth=growth.png
+    python bench.py config/train_gpt2.py --plan
     git clone https://github.com/karpathy/nanoGPT
     python bench.py config/train_shakespeare_char.py --vs_nanogpt=nanoGPT
 
 It accepts every key of train.py. --vs_nanogpt also measures nanoGPT's code, in turns, with the same
 model and batch. --growth measures how speed and memory change with width, depth, context and batch.
+--plan measures nothing, and prints what the whole run would take.
 """
 
 import json
@@ -29,6 +31,7 @@ import train
 from benchmarks import growth as growing
 from benchmarks import measure
 from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
+from benchmarks.plan import describe_plan
 from nib.errors import UserError, run_script
 from nib.machine.compiling import pick_compile
 from nib.machine.device import (
@@ -52,6 +55,10 @@ new_tokens: int = 100  # tokens to generate per round; 0: no generation
 startup: bool = True  # also run train.py: time to the first step, and overhead of its loop
 vs_nanogpt: str = ''  # path of a clone of karpathy/nanoGPT to compare with
 growth: str = ''  # measure growth instead, and draw it to this file (.png, .svg, .pdf)
+plan: bool = False  # measure nothing; print memory, FLOPs, time and cost of the whole run
+devices: str = 'H100,A100,RTX 4090,RTX 3090'  # plan: names of GPUs, separated by commas
+mfu: float = 0.4  # plan: assumed share of a device's peak rate
+price_per_hour: float = 0.0  # plan: of one device, in your currency; 0: no costs are shown
 result: str = ''  # file that the table is also written to
 
 VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
@@ -79,7 +86,13 @@ def main(argv):
     for key, least in (('rounds', 1), ('steps', 1), ('prompt_tokens', 1), ('new_tokens', 0)):
         if values[key] < least:
             raise UserError(f'{key} is {values[key]}: it must be at least {least}')
-    table, draw = measure_growth(values) if growth else (measure_config(values), None)
+    draw = None
+    if plan:
+        table = describe_config_plan(values)
+    elif growth:
+        table, draw = measure_growth(values)
+    else:
+        table = measure_config(values)
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -130,6 +143,23 @@ def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) ->
         errors = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
         raise UserError(errors[-1].removeprefix('error: '))
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe_config_plan(values) -> str:
+    """Returns the plan of a run. A dataset that is not prepared has the vocabulary of GPT-2."""
+    for key in ('mfu', 'price_per_hour'):
+        if not 0 <= values[key] < math.inf or key == 'mfu' and not 0 < values[key] <= 1:
+            raise UserError(
+                f'{key} is {values[key]}: mfu is a share above 0, a price is not negative'
+            )
+    folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
+    vocab_size = VOCAB_SIZE
+    if is_prepared(folder):
+        vocab_size = open_dataset(folder, values['block_size']).vocab_size
+    else:
+        warn(f'{folder} is not prepared: assuming a vocabulary of {VOCAB_SIZE:,}')
+    names = [name.strip() for name in devices.split(',') if name.strip()]
+    return describe_plan(values, vocab_size, names, mfu, price_per_hour)
 
 
 # -- one config ------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
         return (size + 2 * FLOAT) * tokens * V + size * V * C * (dtype != 'float32')
     # A chunk of logits and of their softmax, the copied head, and the gradients of both inputs.
     rows = max(1, chunk // V)
-    return (size + FLOAT) * rows * V + size * V * C + FLOAT * (tokens * C + V * C)
+    copy = 0 if dtype == 'float32' else size * V * C
+    return (size + FLOAT) * rows * V + copy + FLOAT * (tokens * C + V * C)
 
 
 # -- the micro batch that fits ---------------------------------------------------------------------
