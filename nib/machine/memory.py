@@ -15,6 +15,7 @@ from nib.machine.device import synchronize
 
 FLOAT = 4  # bytes of a float32
 MUON_COPIES = 16  # bytes per number while Muon orthogonalizes a matrix
+HEAP_OVERLAP = 0.8  # share of the gradients that do not reuse the memory of activations on a CPU
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
 
 
@@ -27,8 +28,9 @@ class MemoryPlan:
     optimizer: float
     activations: float  # of a micro batch, with the 16-bit copies of the weights
     logits: float  # with what else the loss holds
+    work: float  # temporary tensors of a backward pass, and gaps that the allocator leaves
     update: float  # temporary tensors of the optimizer's step
-    accumulates: bool  # whether gradients exist during the forward pass
+    overlap: float  # share of the gradients that exist beside all activations
 
     @property
     def peak(self) -> float:
@@ -37,7 +39,7 @@ class MemoryPlan:
         The backward pass frees the activations of a layer when it adds its gradients. So the peak
         is at its beginning, or after its end.
         """
-        before = self.activations + self.logits + self.gradients * self.accumulates
+        before = self.activations + self.logits + self.work + self.gradients * self.overlap
         return self.weights + self.optimizer + max(before, self.gradients + self.update)
 
 
@@ -62,6 +64,7 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
     activations = tokens * activation_bytes(config, values['device'], values['dtype'])
     if values['dtype'] != 'float32':  # autocast keeps its copies until the backward pass
         activations += 2 * sum(s.numel() for name, s in sizes.items() if '.h.' in name)
+    on_cpu = values['device'] == 'cpu'
     return MemoryPlan(
         weights=FLOAT * n_params,
         # Several ranks also have the buckets in which they exchange gradients.
@@ -69,9 +72,23 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         optimizer=FLOAT * (2 * (n_params - n_muon) + n_muon),
         activations=activations,
         logits=loss_bytes(config, tokens, values['device'], values['dtype'], compiled),
+        work=tokens * work_bytes(config, values['dtype']) * on_cpu
+        + FLOAT * config.vocab_size * config.n_embd * on_cpu,  # the embedding's gradient
         update=MUON_COPIES * max(groups.values(), default=0),
-        accumulates=accumulates,
+        overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
     )
+
+
+def work_bytes(config: GPTConfig, dtype: str) -> float:
+    """Returns the bytes per token that training takes on a CPU beside what it keeps.
+
+    Fitted to measurements (benchmarks/planned_memory.py): casts and attention weights in bfloat16,
+    and the gaps that they leave on the heap.
+    """
+    if dtype == 'float32':
+        return 0.0
+    blocks = 8 * 2 * config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
+    return 75 * config.n_embd + blocks
 
 
 def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
