@@ -30,21 +30,21 @@ result: str = ''  # file that the table is also written to
 only: str = ''  # flags of train.py, separated by spaces; measure this config only
 
 MODERN = '--position=rotary --norm=rms --qk_norm --mlp=swiglu --no-tied_head'
+MUON = '--optimizer=muon'
+LARGE = '--n_embd=768 --n_head=12'
 MEDIUM = '--n_layer=6 --n_embd=384 --n_head=6'
+ACCUMULATED = '--gradient_accumulation_steps=2'
 CONFIGS = (
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16',
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32',
-    f'{MEDIUM} --block_size=512 --batch_size=8 --dtype=bfloat16 --gradient_accumulation_steps=2',
+    f'{MEDIUM} --block_size=512 --batch_size=8 --dtype=bfloat16 {ACCUMULATED}',
     f'{MEDIUM} --block_size=256 --batch_size=32 --dtype=bfloat16 --recompute',
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 --dropout=0.1',
-    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16 {MODERN} --optimizer=muon',
-    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 {MODERN} --optimizer=muon '
-    '--gradient_accumulation_steps=2',
-    '--n_layer=8 --n_embd=768 --n_head=12 --block_size=128 --batch_size=2 --dtype=bfloat16 '
-    f'{MODERN} --n_kv_head=4 --optimizer=muon',
-    '--n_layer=16 --n_embd=512 --n_head=8 --block_size=256 --batch_size=8 --dtype=bfloat16 '
-    '--mlp=relu2 --bias',
-    '--n_layer=12 --n_embd=768 --n_head=12 --block_size=1024 --batch_size=2 --dtype=bfloat16',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16 {MODERN} {MUON}',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 {MODERN} {MUON} {ACCUMULATED}',
+    f'{LARGE} --n_layer=8 --block_size=128 --batch_size=2 --dtype=bfloat16 {MODERN} {MUON}',
+    f'{LARGE} --n_layer=6 --block_size=256 --batch_size=8 --dtype=bfloat16 --mlp=relu2 --bias',
+    f'{LARGE} --n_layer=12 --block_size=1024 --batch_size=2 --dtype=bfloat16',
 )
 TINY = {'n_layer': 1, 'n_head': 1, 'n_kv_head': 0, 'n_embd': 32, 'block_size': 16, 'batch_size': 1}
 
