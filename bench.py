@@ -147,11 +147,10 @@ def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) ->
 
 def describe_config_plan(values) -> str:
     """Returns the plan of a run. A dataset that is not prepared has the vocabulary of GPT-2."""
-    for key in ('mfu', 'price_per_hour'):
-        if not 0 <= values[key] < math.inf or key == 'mfu' and not 0 < values[key] <= 1:
-            raise UserError(
-                f'{key} is {values[key]}: mfu is a share above 0, a price is not negative'
-            )
+    if not 0 < mfu <= 1:
+        raise UserError(f'mfu is {mfu}: it must be more than 0 and at most 1')
+    if not 0 <= price_per_hour < math.inf:
+        raise UserError(f'price_per_hour is {price_per_hour}: it must be at least 0 and finite')
     folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
     vocab_size = VOCAB_SIZE
     if is_prepared(folder):
