@@ -1,5 +1,6 @@
 """Memory of training: an estimate by part, the largest micro batch that fits, and full memory."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -49,8 +50,7 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
     values: train.py's config with the device, dtype and ranks to use. compiled: whether the model
     is compiled, which matters on a GPU.
     """
-    with torch.device('meta'):  # shapes only
-        sizes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    sizes = parameter_shapes(config)
     n_params = sum(shape.numel() for shape in sizes.values())
     muon = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
     n_muon = sum(s.numel() for s in muon) if values['optimizer'] == 'muon' else 0
@@ -72,23 +72,31 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         optimizer=FLOAT * (2 * (n_params - n_muon) + n_muon),
         activations=activations,
         logits=loss_bytes(config, tokens, values['device'], values['dtype'], compiled),
-        work=tokens * work_bytes(config, values['dtype']) * on_cpu
-        + FLOAT * config.vocab_size * config.n_embd * on_cpu,  # the embedding's gradient
+        work=work_bytes(config, tokens, values['dtype']) * on_cpu,
         update=MUON_COPIES * max(groups.values(), default=0),
         overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
     )
 
 
-def work_bytes(config: GPTConfig, dtype: str) -> float:
-    """Returns the bytes per token that training takes on a CPU beside what it keeps.
+@functools.cache
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Returns the shapes of a model's parameters by name, without making the model."""
+    with torch.device('meta'):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
 
-    Fitted to measurements (benchmarks/planned_memory.py): casts and attention weights in bfloat16,
-    and the gaps that they leave on the heap.
+
+def work_bytes(config: GPTConfig, tokens: int, dtype: str) -> float:
+    """Returns the bytes that training takes on a CPU beside what it keeps.
+
+    These are the gradient of the embedding and, in bfloat16, casts, attention weights, and the gaps
+    that they leave on the heap. The factors 75 and 8 were fitted to measurements of memory
+    (benchmarks/results/growth.txt and planned_memory.txt).
     """
+    embedding = FLOAT * config.vocab_size * config.n_embd
     if dtype == 'float32':
-        return 0.0
-    blocks = 8 * 2 * config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
-    return 75 * config.n_embd + blocks
+        return embedding
+    weights = 2 * config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
+    return embedding + tokens * (75 * config.n_embd + 8 * weights)
 
 
 def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
@@ -116,11 +124,10 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
         qkv += 2 * size * (C - KV)  # keys and values, repeated for the heads that share them
     else:
         qkv += size * (C + KV + C * on_cpu) * is_new
-    if on_cpu and (config.dropout or config.block_size <= QUERY_BLOCK):
+    if on_cpu and (not in_blocks or config.block_size <= QUERY_BLOCK):
         # The attention weights: one copy in blocks; with dropout three, as there is no kernel.
-        copies = 3 if config.dropout else 1 if in_blocks else 0
-        if not in_blocks or config.block_size <= QUERY_BLOCK:
-            qkv += copies * size * config.n_head * config.block_size
+        copies = 3 if config.dropout else int(in_blocks)
+        qkv += copies * size * config.n_head * config.block_size
     attention = norm + size * C + qkv + size * C
     hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
     mlp = norm + size * C + size * hidden
@@ -138,7 +145,7 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
     size = FLOAT if dtype == 'float32' else 2
     if compiled and device != 'cpu':
         return size * tokens * V  # the compiler fuses the rest
-    chunk = LOSS_CHUNK if device == 'cpu' else LOSS_CHUNK_GPU
+    chunk = LOSS_CHUNK_GPU if device.startswith('cuda') else LOSS_CHUNK
     if tokens * V <= chunk:
         # Logits, and in float32 their logarithmic softmax and its gradients.
         return (size + 2 * FLOAT) * tokens * V + size * V * C * (dtype != 'float32')
