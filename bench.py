@@ -102,9 +102,13 @@ def main(argv):
 
 def read_config(argv) -> dict:
     """Returns the values of all keys, and assigns them to this module's globals."""
-    values, _ = configurator.configure(
+    values, origins = configurator.configure(
         __file__, argv, settle={'device': pick_device}, base='train.py'
     )
+    if origins['batch_size'].endswith('(auto)'):
+        raise UserError(
+            '--batch_size=auto: use a number here; train.py prints the one that it takes'
+        )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
     values['compile'], _ = pick_compile(values['compile'], values['device'])
     check_config(values, world_size=1)

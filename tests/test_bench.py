@@ -348,6 +348,7 @@ def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
     [
         ('--devices=H1000', "'H1000' is not known"),
         ('--mfu=0', 'more than 0'),
+        ('--batch_size=auto', 'use a number here'),
         ('--price_per_hour=-1', 'at least 0'),
     ],
 )
