@@ -72,7 +72,7 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         optimizer=FLOAT * (2 * (n_params - n_muon) + n_muon),
         activations=activations,
         logits=loss_bytes(config, tokens, values['device'], values['dtype'], compiled),
-        work=work_bytes(config, tokens, values['dtype']) * on_cpu,
+        work=work_bytes(config, tokens, values['dtype'], accumulates) * on_cpu,
         update=MUON_COPIES * max(groups.values(), default=0),
         overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
     )
@@ -85,18 +85,19 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
-def work_bytes(config: GPTConfig, tokens: int, dtype: str) -> float:
+def work_bytes(config: GPTConfig, tokens: int, dtype: str, accumulates: bool) -> float:
     """Returns the bytes that training takes on a CPU beside what it keeps.
 
-    These are the gradient of the embedding and, in bfloat16, casts, attention weights, and the gaps
-    that they leave on the heap. The factors 75 and 8 were fitted to measurements of memory
+    These are new gradients of the embedding and attention weights, and in bfloat16 also casts, and
+    the gaps that they leave on the heap. The factors 75, 8 and 4 were fitted to measurements
     (benchmarks/results/growth.txt and planned_memory.txt).
     """
-    embedding = FLOAT * config.vocab_size * config.n_embd
+    work = FLOAT * config.vocab_size * config.n_embd * (2 if accumulates else 1)
     if dtype == 'float32':
-        return embedding
-    weights = 2 * config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
-    return embedding + tokens * (75 * config.n_embd + 8 * weights)
+        weights = config.n_head * config.block_size if config.dropout else 0
+        return work + tokens * 4 * FLOAT * weights
+    weights = config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
+    return work + tokens * (75 * config.n_embd + 8 * 2 * weights)
 
 
 def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
