@@ -17,6 +17,7 @@ from nib.machine.device import synchronize
 FLOAT = 4  # bytes of a float32
 MUON_COPIES = 16  # bytes per number while Muon orthogonalizes a matrix
 HEAP_OVERLAP = 0.8  # share of the gradients that do not reuse the memory of activations on a CPU
+GAPS = 0.4  # memory lost between accumulated gradients on a CPU's heap, as a share of activations
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
 
 
@@ -72,7 +73,11 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         optimizer=FLOAT * (2 * (n_params - n_muon) + n_muon),
         activations=activations,
         logits=loss_bytes(config, tokens, values['device'], values['dtype'], compiled),
-        work=work_bytes(config, tokens, values['dtype'], accumulates) * on_cpu,
+        work=on_cpu
+        * (
+            work_bytes(config, tokens, values['dtype'], accumulates)
+            + GAPS * accumulates * activations
+        ),
         update=MUON_COPIES * max(groups.values(), default=0),
         overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
     )
