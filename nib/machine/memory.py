@@ -66,6 +66,7 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
     if values['dtype'] != 'float32':  # autocast keeps its copies until the backward pass
         activations += 2 * sum(s.numel() for name, s in sizes.items() if '.h.' in name)
     on_cpu = values['device'] == 'cpu'
+    update = MUON_COPIES * max(groups.values(), default=0)
     return MemoryPlan(
         weights=FLOAT * n_params,
         # Several ranks also have the buckets in which they exchange gradients.
@@ -77,8 +78,9 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         * (
             work_bytes(config, tokens, values['dtype'], accumulates)
             + GAPS * accumulates * activations
+            + update  # too large for the gaps that activations leave
         ),
-        update=MUON_COPIES * max(groups.values(), default=0),
+        update=update,
         overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
     )
 
