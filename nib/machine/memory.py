@@ -175,7 +175,7 @@ def fit_batch_size(t, config: Mapping, say: Callable[[str], None]) -> dict[str, 
     """
     room = available_memory(t.device) / (t.ranks.world_size if t.device == 'cpu' else 1)
     for sizes in batch_sizes(config):
-        needed = needed_memory(t.raw_model.config, config | sizes)
+        needed = needed_memory(t.raw_model.config, {**config, **sizes})
         is_smallest = sizes['batch_size'] == 1
         # All ranks take the same size.
         if t.ranks.largest(needed > USABLE * room) and not is_smallest:
@@ -245,7 +245,7 @@ def explain_full_memory(error: Exception, t, config: Mapping):
         model = replace(t.raw_model.config, recompute=recompute)
         for sizes in batch_sizes(config):
             is_new = sizes['batch_size'] < config['batch_size'] or recompute > config['recompute']
-            if is_new and needed_memory(model, config | changes | sizes) <= USABLE * room:
+            if is_new and needed_memory(model, {**config, **changes, **sizes}) <= USABLE * room:
                 flags = ' '.join(f'--{key}={value}' for key, value in sizes.items())
                 tries.append(flags + ' --recompute' * (recompute > config['recompute']))
                 break
