@@ -34,10 +34,11 @@ from nib.machine.device import (
     prepare_device,
     seed_everything,
 )
+from nib.machine.memory import explain_full_memory, fit_batch_size
 from nib.machine.ranks import Ranks, distribute, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
 from nib.optim import Optimizer
-from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.checks import check_config, settle_schedule
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
@@ -69,7 +70,7 @@ dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and m
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
 fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
-batch_size: int = 12  # sequences per micro step on each process
+batch_size: int | Literal['auto'] = 12  # sequences per micro step and process; auto: all that fit
 block_size: int = 1024  # context length in tokens
 gradient_accumulation_steps: int = 40  # micro steps per step, summed over all processes
 # model
@@ -317,6 +318,10 @@ def main(argv):
     data = find_data(ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
+    if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
+        config |= fit_batch_size(t, config, book.say)  # the tokens per step stay
+        batches = BatchLoader.from_config(config, data, ranks, t.device)
+        t = replace(t, batches=batches, micro_steps=batches.micro_steps)
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
@@ -337,6 +342,9 @@ def main(argv):
             exit_code = book.end_nonfinite(state.step, error)
         except Stopped as stopped:  # by a signal or the doctor; already saved
             exit_code = book.end_stopped(state.step, stopped, argv)
+        except (MemoryError, RuntimeError) as error:
+            explain_full_memory(error, t, config)
+            raise
         book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
     ranks.close()
     return exit_code
@@ -476,8 +484,8 @@ def find_start(values, origins, book):
             f'{" with the config of the run (--print_config shows it)" * own}'
         )
         values = start.adopt(values, origins)
+    check_config(values, book.ranks.world_size)  # again, as a checkpoint may have brought its own
     values = settle_schedule(values)
-    check_schedule(values)  # again, as a checkpoint may have brought its own
     return start, values
 
 

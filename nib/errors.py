@@ -19,7 +19,25 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report `yes | head`
 PATIENCE = 5.0  # seconds that ranks other than the first wait before they print an error
 # torch's messages about full memory
-FULL = 'out of memory|allocate memory|not enough memory|Storage size calculation overflowed'
+FULL = (
+    'out of memory|allocate memory|not enough memory|ALLOC_FAILED|'
+    'Storage size calculation overflowed'
+)
+# Messages about a GPU's software -> what to do.
+GPU_TROUBLES = {
+    'no kernel image': (
+        'this torch was not built for this GPU: install a build whose CUDA version supports it '
+        '(pytorch.org/get-started), or use --device=cpu'
+    ),
+    'driver version is insufficient|driver on your system is too old': (
+        'the NVIDIA driver is older than this torch needs: update the driver, install a torch that '
+        'was built for an older CUDA version, or use --device=cpu'
+    ),
+    'NCCL|ProcessGroupNCCL': (
+        'the GPUs could not communicate: set NCCL_DEBUG=WARN to see why; NCCL_P2P_DISABLE=1 often '
+        'helps if GPUs have no direct connection; or use one GPU, without torchrun'
+    ),
+}
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -115,17 +133,25 @@ def try_to_write(stream: TextIO | None, text: str) -> bool:
         return False
 
 
+def is_full(error: BaseException) -> bool:
+    """Returns whether an error means that the memory, of the machine or a GPU, is full."""
+    # torch raises its own exception if a GPU is full, but a plain RuntimeError if memory is full.
+    out_of_memory = isinstance(error, RuntimeError) and re.search(FULL, str(error))
+    return isinstance(error, MemoryError) or bool(out_of_memory)
+
+
 def _explain(error: Exception) -> str | None:
     """Returns a sentence about an unexpected error that the user can fix; None if it is a bug."""
     message = ' '.join(str(error).split())
-    # torch raises its own exception if a GPU is full, but a plain RuntimeError if memory is full.
-    out_of_memory = isinstance(error, RuntimeError) and re.search(FULL, message)
-    if isinstance(error, MemoryError) or out_of_memory:
+    if is_full(error):
         return (
-            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or '
-            'use a smaller model (in sample.py: fewer --num_samples); the message was: '
-            f'{message[:200]}'
+            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, add '
+            '--recompute, or use a smaller model (in sample.py: fewer --num_samples); the message '
+            f'was: {message[:200]}'
         )
+    for pattern, remedy in GPU_TROUBLES.items():
+        if isinstance(error, RuntimeError) and re.search(pattern, message):
+            return f'{remedy}; the message was: {message[:200]}'
     if isinstance(error, OverflowError):
         return (
             'a number is too large for this machine, use a smaller one; the message was: '

@@ -28,7 +28,7 @@ DATASETS = Path(
 )  # where tiny Shakespeare's bins may be
 NUMBER = re.compile(r'(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?')
 MACHINE = re.compile(
-    r'tokens/s [\d,]+|ms/step [\d.]+|; [\d.]+ s$', re.MULTILINE
+    r'tokens/s [\d,]+|ms/step [\d.]+|MFU .*$|; [\d.]+ s$', re.MULTILINE
 )  # what depends on the machine
 
 needs_shakespeare = pytest.mark.skipif(

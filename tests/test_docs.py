@@ -101,6 +101,8 @@ ELSEWHERE = {
     '--out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
     'python bench.py '
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
+    'python bench.py config/train_gpt2.py --plan': 'test_bench.py',
+    'python benchmarks/planned_memory.py': 'test_bench.py, one config',
     'pytest -n auto': 'this is it',
     'pytest -n auto -m "not slow"': 'pytest',
     'pytest tests/text': 'pytest',
@@ -135,7 +137,8 @@ NEEDS_NETWORK = {
 NEEDS_GPU = {
     'python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt': (
         'rehearsed on a CPU by test_gpu_benchmark.py'
-    )
+    ),
+    'python train.py config/train_gpt2_24gb.py --batch_size=auto': 'trains GPT-2 for days',
 }
 LONG = {
     'python stress/planted_faults.py --text=data/shakespeare_char/input.txt': 'trains 438 models',

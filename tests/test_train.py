@@ -869,6 +869,7 @@ def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, r
         'train_shakespeare',
         'finetune_shakespeare',
         'train_gpt2',
+        'train_gpt2_24gb',
         'modern_shakespeare_char',
         'train_text',
         'eval_gpt2',

@@ -48,6 +48,9 @@ class Weights:
                 is_number = type(before.get(key)) in (int, float)
                 if origins[key] == 'default' and is_same and is_number:
                     adopted[key] = before[key]
+            if origins['batch_size'].endswith('(auto)'):  # chosen once
+                for key in ('batch_size', 'gradient_accumulation_steps'):
+                    adopted[key] = before[key]
         for key, own in fixed.items():
             if key in ('vocab_size', 'dropout', 'recompute') or values[key] == own:
                 continue

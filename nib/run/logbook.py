@@ -18,7 +18,7 @@ from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
 from nib.generation import check_generation
-from nib.machine.device import describe_device, peak_memory
+from nib.machine.device import describe_device, measure_flops, peak_memory
 from nib.machine.ranks import Ranks
 from nib.machine.signals import FINDING, StopSignal, describe_stop
 from nib.report.page import write_after_run
@@ -141,6 +141,10 @@ class Logbook:
         )
         self.doctor.recall(self.metrics.records)
         self._tell(self.doctor.see_data())
+        self.rate, self.rate_name = t.peak_flops, ''
+        if not self.rate:
+            self.rate = measure_flops(t.device, t.dtype) * t.ranks.world_size
+            self.rate_name = ' of the measured rate'
 
     def start_clock(self, step: int):
         """Measures speed from now on."""
@@ -170,7 +174,7 @@ class Logbook:
         self.start_clock(step)
         t = self.training
         tokens_per_second = t.tokens_per_step / seconds
-        mfu = t.flops_per_token * tokens_per_second / t.peak_flops if t.peak_flops else None
+        mfu = t.flops_per_token * tokens_per_second / self.rate
         self.console.progress(
             step,
             {
@@ -179,7 +183,7 @@ class Logbook:
                 'ms/step': f'{1000 * seconds:.1f}',
                 'grad norm': f'{norm:.2f}',
                 'lr': f'{lr:.2e}',
-                'MFU': f'{mfu:.1%}' if mfu else 'unknown',
+                'MFU': f'{mfu:.1%}{self.rate_name}',
             },
         )
         vital_signs = self.vitals.read(step, lr, tokens_per_second)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nib.files import command, script_path
 from nib.machine.compiling import pick_compile
 from nib.machine.device import (
     autocast,
+    measure_flops,
     peak_flops,
     pick_device,
     pick_dtype,
@@ -115,7 +117,18 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
         ('NVIDIA RTX 6000 Ada Generation', 364.25e12),
         ('Quadro RTX 6000', None),
         ('NVIDIA B200', 2250e12),
-        ('NVIDIA GB200', None),
+        ('NVIDIA GB200', 2500e12),
+        ('NVIDIA GH200 480GB', 989e12),
+        ('NVIDIA GeForce RTX 5090', 209.5e12),
+        ('NVIDIA GeForce RTX 5090 D', None),
+        ('NVIDIA GeForce RTX 5070', 61.7e12),
+        ('NVIDIA GeForce RTX 5070 Ti', 87.9e12),
+        ('NVIDIA GeForce RTX 5070 Ti Laptop GPU', None),
+        ('NVIDIA GeForce RTX 4080', 97.5e12),
+        ('NVIDIA GeForce RTX 4080 SUPER', None),
+        ('AMD Instinct MI300X', 1307.4e12),
+        ('AMD Instinct MI250X', None),
+        ('Tesla V100-SXM2-16GB', None),  # in bfloat16
         ('NVIDIA H100 NVL', None),
         ('NVIDIA T400', None),
         ('NVIDIA RTX A1000 Laptop GPU', None),
@@ -123,6 +136,24 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
     ):
         machine(monkeypatch, cuda=1, name=name)
         assert peak_flops('cuda:0', 'bfloat16') == rate, name
+    machine(monkeypatch, cuda=1, name='Tesla V100-SXM2-16GB')
+    assert peak_flops('cuda', 'float16') == 125e12
+
+
+def test_the_rate_of_a_device_is_measured_in_a_tenth_of_a_second():
+    """No faster than a product that is timed by hand, but for noise, and not by an order slower."""
+    measure_flops.cache_clear()
+    before, started = torch.get_rng_state(), time.perf_counter()
+    rate = measure_flops('cpu', 'float32')
+    assert 0.1 < time.perf_counter() - started < 2
+    matrix, times = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)), []
+    for _ in range(10):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    assert 0.2 < rate / (2 * 512**3 / min(times)) < 5
+    assert torch.equal(torch.get_rng_state(), before)  # losses do not depend on it
+    assert measure_flops('cpu', 'float32') == rate  # measured once
 
 
 def test_compile_is_for_gpus_unless_asked_for_and_needs_a_compiler(monkeypatch):
