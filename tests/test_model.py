@@ -53,7 +53,7 @@ def test_logits_equal_transformers_qwen3(tied, n_kv_head):
         Qwen3Config(
             vocab_size=61,
             hidden_size=32,
-            intermediate_size=model.config.mlp_width,
+            intermediate_size=model.config.mlp_units,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=n_kv_head or 4,
@@ -379,10 +379,13 @@ def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
         dict(n_kv_head=3),
         dict(n_kv_head=-1),
         dict(position='absolute'),
-        dict(mlp='relu'),
+        dict(mlp='tanh'),
         dict(norm='batch'),
         dict(n_embd=20, position='rotary'),
         dict(logit_cap=-1.0),
+        dict(head_dim=-1),
+        dict(mlp_width=-1),
+        dict(norm_eps=-1.0),
         dict(rotary_base=0.0, position='rotary'),
     ],
 )
