@@ -1,23 +1,19 @@
-"""The weights that a run starts from: its own checkpoint, another run's, or published GPT-2."""
+"""The weights that a run starts from: its own checkpoint, another run's, or an open model's."""
 
-import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.errors import UserError
+from nib.hub import huggingface, nanogpt
 from nib.machine.device import seed_everything
 from nib.tokens.dataset import TokenDataset
 
-GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-# Published GPT-2 stores these matrices as (inputs, outputs); nn.Linear has (outputs, inputs).
-TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # in openai-community/ on the hub
 
 
 @dataclass(frozen=True)
@@ -26,8 +22,9 @@ class Weights:
 
     name: str  # where they come from
     model: GPTConfig
-    tokenizer: dict
+    tokenizer: dict | None  # None: not known
     tensors: dict[str, dict[str, torch.Tensor]]  # 'model', and in a resumed run 'optimizer'
+    # The checkpoint that the run continues: its own, or nanoGPT's.
     resumed: store.Checkpoint | None = None
 
     def adopt(self, values: Mapping, origins: Mapping) -> dict:
@@ -37,10 +34,17 @@ class Weights:
         and recompute may differ, and in a new run, block_size may be smaller.
         """
         adopted = dict(values)
-        fixed = {field.name: getattr(self.model, field.name) for field in fields(GPTConfig)}
+        names = [field.name for field in fields(GPTConfig) if field.name in values]
+        fixed = {name: getattr(self.model, name) for name in names}
         if self.resumed:  # the checkpoint contains the state of its optimizer
             before = self.resumed.state['config']
             fixed['optimizer'] = before.get('optimizer', 'adamw')
+            if 'dataset_fingerprint' not in self.resumed.state:  # nanoGPT's: train as it did
+                adopted |= {
+                    key: value
+                    for key, value in before.items()
+                    if origins.get(key) == 'default'
+                }
             # The schedule stays as it was, unless the user sets it or changes what it depends on.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
                 is_same = before.get(depends_on) == values[depends_on]
@@ -80,15 +84,37 @@ class Weights:
 
         A resumed run needs the same dataset, and every model a dataset with its own tokenizer.
         """
-        if self.resumed:
+        if self.resumed and 'dataset_fingerprint' in self.resumed.state:  # nanoGPT's has none
             self.resumed.check_dataset(data.folder, data.fingerprint)
-        if data.vocab_size != self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
+        kind = self.known_tokenizer()['kind']
+        # Open models may have more embeddings than their tokenizer has tokens.
+        if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
-                f'{self.name} needs tokens of another tokenizer ({self.tokenizer["kind"]}, '
+                f'{self.name} needs tokens of another tokenizer ({kind}, '
                 f'vocabulary {self.model.vocab_size}) than those of dataset {data.name} '
                 f'(vocabulary {data.vocab_size}): choose a --dataset that was prepared with its '
                 f'tokenizer'
             )
+
+    def known_tokenizer(self) -> dict:
+        """Returns the tokenizer. Raises UserError if it is not known."""
+        if self.tokenizer is None:
+            raise UserError(
+                f'the tokenizer of {self.name} is not known: for a nanoGPT checkpoint, copy the '
+                f"meta.pkl of its dataset next to ckpt.pt; of other models, only GPT-2's tokenizer "
+                f'can be read'
+            )
+        return self.tokenizer
+
+    def crop_vocabulary(self, vocab_size: int) -> 'Weights':
+        """Returns the weights without the embeddings that pad the vocabulary."""
+        if vocab_size >= self.model.vocab_size:
+            return self
+        tensors = dict(self.tensors['model'])
+        for name in tensors.keys() & {'transformer.wte.weight', 'lm_head.weight'}:
+            tensors[name] = tensors[name][:vocab_size]
+        model = replace(self.model, vocab_size=vocab_size)
+        return replace(self, model=model, tensors={'model': tensors})
 
 
 def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT:
@@ -97,24 +123,19 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     Raises UserError if the shape is impossible, or if `start` does not fit the dataset.
     """
     try:
-        model_config = GPTConfig.pick(config, data.vocab_size)
+        if start is None:
+            model_config = GPTConfig.pick(config, data.vocab_size)
+        else:  # adopt() has given the config this model's other keys
+            trained = {key: config[key] for key in ('dropout', 'recompute')}
+            model_config = replace(start.model, **trained)
     except ValueError as error:
         raise UserError(str(error)) from error
     if start is None:
         seed_everything(config['seed'])
         return GPT(model_config)
     start.check_dataset(data)
-    model = GPT(replace(model_config, block_size=start.model.block_size))
-    try:
-        model.load_state_dict(start.tensors['model'])
-    except RuntimeError as error:  # published weights, which have no digest, may be damaged
-        if 'in loading state_dict' not in str(error):
-            raise
-        reason = str(error).splitlines()[1].strip()[:200]
-        raise UserError(
-            f'the weights of {start.name} do not match its config ({reason}); '
-            f'download both files again'
-        ) from error
+    model = GPT(model_config)
+    model.load_state_dict(start.tensors['model'])
     model.crop_block_size(config['block_size'])
     return model
 
@@ -129,16 +150,45 @@ def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Wei
     if init_from == 'resume':
         found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=True)
-    if store.exists(init_from):
-        found, tensors = store.load(
-            init_from, 'best', read=('model',), warn=warn, check=check_shapes
-        )
+    return read_weights(init_from, warn)
+
+
+def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
+    """Returns the weights of a run, of an open model, or of nanoGPT.
+
+    name: the folder of a run or a model, a ckpt.pt (whose training then continues) or its folder,
+    or a hub id. Raises UserError if they are missing or not usable.
+    """
+    path = Path(name)
+    if store.exists(name):
+        found, tensors = store.load(name, 'best', read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
-    if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
-        return read_gpt2(init_from)
+    if path.suffix == '.pt' and path.is_file():
+        return _from_nanogpt(path, resumed=True)
+    if (path / 'ckpt.pt').is_file():
+        return _from_nanogpt(path / 'ckpt.pt', resumed=False)
+    is_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in '..'
+    if (path / 'config.json').is_file() or not path.exists() and (name in GPT2_NAMES or is_hub_id):
+        repository = f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
+        model, model_tensors, tokenizer = huggingface.read(repository)
+        return Weights(name, model, tokenizer, {'model': model_tensors})
     raise UserError(
-        f"init_from {init_from!r}: expected 'scratch', 'resume', "
-        f'{", ".join(map(repr, GPT2_NAMES))}, or the folder of a run or of a Hugging Face GPT-2'
+        f"init_from {name!r}: expected 'scratch', 'resume', {', '.join(map(repr, GPT2_NAMES))}, "
+        f'the id of a model on the Hugging Face hub, or the folder of a run or of a model'
+    )
+
+
+def _from_nanogpt(path: Path, resumed: bool) -> Weights:
+    found = nanogpt.read(path)
+    train = {'step': found.step, 'passed_over': 0, 'best_val_loss': found.best_val_loss}
+    config = {'optimizer': 'adamw', 'init_from': str(path), **found.config}
+    state = {'step': found.step, 'train': train, 'config': config}
+    return Weights(
+        name=str(path),
+        model=found.model,
+        tokenizer=found.tokenizer,
+        tensors=found.tensors if resumed else {'model': found.tensors['model']},
+        resumed=store.Checkpoint(path, state) if resumed else None,
     )
 
 
@@ -183,63 +233,3 @@ def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Ten
 
 def _shape(shape: torch.Size | None) -> str:
     return 'no shape (missing)' if shape is None else f'shape {tuple(shape)}'
-
-
-def read_gpt2(name: str) -> Weights:
-    """Reads a GPT-2 in Hugging Face's format: config.json and model.safetensors.
-
-    name: a folder, or one of GPT2_NAMES, which is downloaded once. Raises UserError if the files
-    are missing or not valid.
-    """
-    config_file, weights_file = (_find(name, file) for file in ('config.json', 'model.safetensors'))
-    try:
-        config = json.loads(config_file.read_bytes())
-        tensors = safetensors.torch.load_file(weights_file)
-        sizes = {
-            key: config['n_positions' if key == 'block_size' else key]
-            for key in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')
-        }
-        if not all(type(size) is int for size in sizes.values()):
-            raise ValueError(f'its config has {sizes}, which are not all integers')
-        model = GPTConfig(**sizes)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UserError(
-            f'{config_file.parent} is not a Hugging Face GPT-2 ({type(error).__name__}: {error}): '
-            f'expected config.json and model.safetensors; download both again'
-        ) from error
-    renamed = {}
-    for key, tensor in tensors.items():
-        own_name = 'transformer.' + key.removeprefix('transformer.')
-        # Not the masks, and not the head, which is tied.
-        if not own_name.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):
-            is_transposed = own_name.endswith(TRANSPOSED)
-            renamed[own_name] = tensor.t().contiguous() if is_transposed else tensor
-    return Weights(name, model, {'kind': 'gpt2'}, {'model': renamed})
-
-
-def _find(name: str, file: str) -> Path:
-    if name not in GPT2_NAMES:
-        return Path(name) / file
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise UserError(
-            f'--init_from={name} needs a package that is not installed: pip install huggingface_hub'
-        ) from error
-    # It logs every attempt; the message below sums them up.
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
-    try:
-        return Path(hf_hub_download(f'openai-community/{name}', file))
-    except Exception as error:  # its errors have no common base class
-        raise UserError(
-            f'{name} could not be downloaded from the Hugging Face hub ({type(error).__name__}); '
-            f'download config.json and model.safetensors of openai-community/{name} elsewhere and '
-            f'name their folder: --init_from=FOLDER'
-        ) from error

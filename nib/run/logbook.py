@@ -102,7 +102,9 @@ class Logbook:
         training: train.py's Training. config: the values that the run uses. origins: where they
         come from. changes: changes of the config since the checkpoint.
         """
-        self.training, self.data, self.config, self.saved = training, data, config, step
+        self.training, self.data, self.config = training, data, config
+        # A run that continues nanoGPT's has no checkpoint of its own yet.
+        self.saved = 0 if self._is_new else step
         self.ranks.on_first(lambda: self._open(origins, changes, step))
         self.start_clock(step)
 
