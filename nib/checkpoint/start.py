@@ -1,5 +1,6 @@
 """The weights that a run starts from: its own checkpoint, another run's, or an open model's."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -41,9 +42,7 @@ class Weights:
             fixed['optimizer'] = before.get('optimizer', 'adamw')
             if 'dataset_fingerprint' not in self.resumed.state:  # nanoGPT's: train as it did
                 adopted |= {
-                    key: value
-                    for key, value in before.items()
-                    if origins.get(key) == 'default'
+                    key: value for key, value in before.items() if origins.get(key) == 'default'
                 }
             # The schedule stays as it was, unless the user sets it or changes what it depends on.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
@@ -86,6 +85,8 @@ class Weights:
         """
         if self.resumed and 'dataset_fingerprint' in self.resumed.state:  # nanoGPT's has none
             self.resumed.check_dataset(data.folder, data.fingerprint)
+        if data.tokenizer is None:  # random tokens, for debug_training.py
+            return
         kind = self.known_tokenizer()['kind']
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
@@ -95,6 +96,14 @@ class Weights:
                 f'(vocabulary {data.vocab_size}): choose a --dataset that was prepared with its '
                 f'tokenizer'
             )
+
+    def describe(self) -> str:
+        """Returns the name, and for a run the step and the dataset."""
+        if not self.resumed:
+            return self.name
+        state = self.resumed.state
+        dataset = state.get('dataset') or state['config'].get('dataset', 'an unknown dataset')
+        return f'{self.name}: step {state["step"]}, trained on {dataset}'
 
     def known_tokenizer(self) -> dict:
         """Returns the tokenizer. Raises UserError if it is not known."""
@@ -153,6 +162,24 @@ def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Wei
     return read_weights(init_from, warn)
 
 
+def read_model(
+    init_from: str,
+    out_dir: str,
+    which: str = 'best',
+    read: tuple[str, ...] = ('model',),
+    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Weights:
+    """Returns the weights of a run's checkpoint, or those that init_from names if it is not empty.
+
+    which: 'best', 'latest' or a step number. read: files of the checkpoint to read. Raises
+    UserError if they are missing or not usable.
+    """
+    if init_from:
+        return read_weights(init_from, warn)
+    found, tensors = store.load(out_dir, which, read=read, warn=warn, check=check_shapes)
+    return _from_checkpoint(found, tensors, resumed=True)
+
+
 def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
     """Returns the weights of a run, of an open model, or of nanoGPT.
 
@@ -169,7 +196,9 @@ def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
         return _from_nanogpt(path / 'ckpt.pt', resumed=False)
     is_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in '..'
     if (path / 'config.json').is_file() or not path.exists() and (name in GPT2_NAMES or is_hub_id):
-        repository = f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
+        repository = (
+            f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
+        )
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
     raise UserError(

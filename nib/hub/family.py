@@ -121,7 +121,10 @@ class Family:
         fields = {key: settled.get(n, getattr(config, n)) for key, (n, _) in self.keys.items()}
         fixed = {key: allowed[0] for key, allowed in self.fixed.items() if allowed[0] is not None}
         return {
-            'architectures': [self.architecture], 'model_type': self.model_type, **fields, **fixed
+            'architectures': [self.architecture],
+            'model_type': self.model_type,
+            **fields,
+            **fixed,
         }
 
     def pairs(self, config: GPTConfig, biases: frozenset[str]) -> Iterator['Pair']:
@@ -143,7 +146,11 @@ class Family:
             layer, _, kind = name.rpartition('.')
             inner = re.sub(r'transformer\.(h\.\d+\.)?', '', layer)
             in_theirs = kind != 'bias' or inner in biases
-            if f'{layer}.weight' not in ours or name not in ours and not (kind == 'bias' and in_theirs):
+            if (
+                f'{layer}.weight' not in ours
+                or name not in ours
+                and not (kind == 'bias' and in_theirs)
+            ):
                 continue
             shape = ours.get(name, ours[f'{layer}.weight'][:1])
             rows = [shape[0] // len(theirs)] * len(theirs)
@@ -168,14 +175,12 @@ class Family:
                 renamed[pair.ours] = pair.join([tensors.pop(n, None) for n in pair.theirs])
             else:
                 renamed[pair.ours] = torch.zeros(pair.shape)
-        if config.tied_head and 'lm_head.weight' in tensors:
-            if not torch.equal(
-                tensors.pop('lm_head.weight'), renamed['transformer.wte.weight']
-            ):
-                raise UserError(
-                    'lm_head.weight differs from the embedding, although config.json says '
-                    'tie_word_embeddings'
-                )
+        head = tensors.pop('lm_head.weight', None)  # a copy of the embedding
+        if head is not None and not torch.equal(head, renamed['transformer.wte.weight']):
+            raise UserError(
+                'the tensor lm_head.weight differs from the embedding, although config.json says '
+                'tie_word_embeddings'
+            )
         for name in tensors:
             if not self.ignored.search(name):
                 raise UserError(f'the tensor {name} is not part of {self.architecture}')

@@ -90,9 +90,7 @@ class Repository:
         if not isinstance(shards, dict) or not all(
             isinstance(file, str) and Path(file).name == file for file in shards.values()
         ):
-            raise UserError(
-                f'{INDEX} of {self.name} has no valid weight_map; download it again'
-            )
+            raise UserError(f'{INDEX} of {self.name} has no valid weight_map; download it again')
         tensors = {}
         for file in sorted(set(shards.values())):
             path = self.find(file)

@@ -58,8 +58,6 @@ def write(
     if reason := why_not(config):
         raise UserError(f'this model cannot be written for transformers: {reason}')
     destination = Path(folder)
-    if destination.exists():
-        raise UserError(f'{folder} already exists: choose another --dest')
     keys, theirs = (gpt2 if config.position == 'learned' else llama).write(config, tensors)
     ends = {'bos_token_id': tokenizer.end_of_text, 'eos_token_id': tokenizer.end_of_text}
     temporary = destination.with_name(f'.tmp-{destination.name}')

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from model import GPTConfig
 from nib.errors import UserError
 from nib.hub.family import REQUIRED, Family
 
-KEYS = {
+KEYS: dict[str, tuple[str, Any]] = {
     'vocab_size': ('vocab_size', REQUIRED),
     'max_position_embeddings': ('block_size', REQUIRED),
     'num_hidden_layers': ('n_layer', REQUIRED),
@@ -71,14 +72,14 @@ QWEN2 = replace(
     model_type='qwen2',
     architecture='Qwen2ForCausalLM',
     keys=KEYS,
-    needs=LLAMA.needs | {'bias': (False,), 'qkv_bias': (True,)},
+    needs={**LLAMA.needs, 'bias': (False,), 'qkv_bias': (True,)},
 )
 QWEN3 = replace(
     QWEN2,
     model_type='qwen3',
     architecture='Qwen3ForCausalLM',
     keys=KEYS | {'head_dim': ('head_dim', 128)},
-    needs=LLAMA.needs | {'qk_norm': (True,), 'bias': (False,)},
+    needs={**LLAMA.needs, 'qk_norm': (True,), 'bias': (False,)},
 )
 FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
 
@@ -89,7 +90,7 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
     Raises UserError, which names the key or the tensor, if model.py cannot express it.
     """
     family = FAMILIES[config['model_type']]
-    special = ROTARY
+    special: tuple[str, ...] = ROTARY
     if family is not LLAMA:
         special += WINDOW
         _check_window(config)
@@ -133,13 +134,13 @@ def _read_rotary(config: Mapping) -> tuple[float, tuple]:
     values = given[0] if given else {}
     if not isinstance(values, dict):
         raise UserError(f'config.json: {key} is {values!r}, expected an object')
-    kinds = {values[name] for name in ('rope_type', 'type') if name in values} or {'default'}
+    kinds = {str(values[name]) for name in ('rope_type', 'type') if name in values} or {'default'}
     known = {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
     if kinds == {'llama3'}:
         known |= set(LLAMA3)
     elif kinds != {'default'}:
         raise UserError(
-            f'config.json: {key} has the type {", ".join(sorted(map(str, kinds)))}, but only '
+            f'config.json: {key} has the type {", ".join(sorted(kinds))}, but only '
             f'default and llama3 are supported'
         )
     if unknown := values.keys() - known:
@@ -153,7 +154,9 @@ def _read_rotary(config: Mapping) -> tuple[float, tuple]:
     base = values.get('rope_theta', config.get('rope_theta')) or 10000.0
     numbers = [values.get(name) for name in LLAMA3] if kinds == {'llama3'} else []
     if not all(type(n) in (int, float) and n > 0 for n in [base, *numbers]):
-        raise UserError(f'config.json: {key} needs positive numbers: rope_theta, {", ".join(LLAMA3)}')
+        raise UserError(
+            f'config.json: {key} needs positive numbers: rope_theta, {", ".join(LLAMA3)}'
+        )
     if numbers and numbers[1] >= numbers[2]:
         raise UserError(f'config.json: {key} has low_freq_factor above high_freq_factor')
     return float(base), tuple(map(float, numbers))
@@ -168,8 +171,9 @@ def pick(config: GPTConfig) -> Family:
 
 def write(config: GPTConfig, tensors: Mapping[str, torch.Tensor]):
     """Returns config.json and the tensors of the family that pick() names, which must fit."""
-    family, biases = pick(config), ()
-    rotary = {'rope_type': 'default', 'rope_theta': config.rotary_base}
+    family = pick(config)
+    biases: tuple[str, ...] = ()
+    rotary: dict[str, Any] = {'rope_type': 'default', 'rope_theta': config.rotary_base}
     if config.rotary_scaling:
         rotary |= {'rope_type': 'llama3', **dict(zip(LLAMA3, config.rotary_scaling, strict=True))}
         rotary[LLAMA3[3]] = int(rotary[LLAMA3[3]])

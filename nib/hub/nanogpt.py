@@ -5,7 +5,7 @@ The names of the tensors are those of model.py. The model differs in one formula
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,13 @@ import torch
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.files import read_json
-from nib.text.tokenizer import tokenizer_from_json
+from nib.text.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    tokenizer_from_json,
+)
 from nib.tokens import nanogpt_bins
 
 SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')  # of model_args
@@ -152,57 +158,72 @@ def find_tokenizer(path: Path, dataset: str, vocab_size: int) -> dict | None:
     return {'kind': 'gpt2'} if vocab_size in GPT2_SIZES else None
 
 
-def write(
-    path: Path,
+def write_folder(
+    folder: Path,
     model: GPTConfig,
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    step: int,
-    best_val_loss: float | None,
+    tokenizer: Tokenizer,
+    state: Mapping,
     config: Mapping,
 ):
-    """Writes a ckpt.pt that nanoGPT's sample.py and train.py load.
+    """Writes ckpt.pt, which nanoGPT's sample.py and train.py load, and meta.pkl for characters.
 
-    tensors: 'model', and 'optimizer' if training should go on there. config: train.py's. The family
-    must fit: see why_not().
+    tensors: 'model', and 'optimizer' for training to go on there. state: that of the checkpoint.
+    config: train.py's. Raises UserError, which names the key of GPTConfig, if nanoGPT has no such
+    model.
     """
-    weights = dict(tensors['model'])
+    if reason := why_not(model):
+        raise UserError(f'this model cannot be written for nanoGPT: {reason}')
+    if isinstance(tokenizer, ByteTokenizer):
+        raise UserError("nanoGPT has no tokenizer of bytes, only characters and GPT-2's")
+    weights, moments = tensors['model'], tensors.get('optimizer', {})
+    if config['optimizer'] != 'adamw':
+        moments = {}
     names = _ordered(weights)
-    states = {}
-    for number, name in enumerate(names):
-        if tensors.get('optimizer'):
-            states[number] = {key: tensors['optimizer'][f'{name}/{key}'] for key in MOMENTS}
-    n_decayed = sum(weights[name].dim() >= 2 for name in names)
-    # AdamW's defaults; nanoGPT sets the learning rate before every step.
-    group = {
-        'lr': config['learning_rate'], 'betas': (config['beta1'], config['beta2']), 'eps': 1e-8,
-        'amsgrad': False, 'maximize': False, 'foreach': None, 'capturable': False,
-        'differentiable': False, 'fused': None, 'decoupled_weight_decay': True,
+    states = {
+        number: {key: moments[f'{name}/{key}'] for key in MOMENTS}
+        for number, name in enumerate(names)
+        if moments
     }
-    groups = [
-        {**group, 'weight_decay': decay, 'params': list(part)}
-        for decay, part in (
-            (config['weight_decay'], range(n_decayed)), (0.0, range(n_decayed, len(names)))
-        )
-    ]
-    arguments = {name: asdict(model)[name] for name in (*SIZES, 'dropout')}
-    torch.save(
-        {
-            'model': {**weights, 'lm_head.weight': weights['transformer.wte.weight']},
-            'optimizer': {'state': states, 'param_groups': groups},
-            'model_args': arguments,
-            'iter_num': step,
-            'best_val_loss': best_val_loss,
-            'config': {key: config[key] for key in CONFIG if key in config},
+    n_decayed = sum(weights[name].dim() >= 2 for name in names)
+    decays = (config['weight_decay'], range(n_decayed)), (0.0, range(n_decayed, len(names)))
+    # What torch.optim.AdamW expects; nanoGPT sets the learning rate before every step.
+    group = {'lr': config['learning_rate'], 'betas': (config['beta1'], config['beta2'])}
+    group |= {'eps': 1e-8, **dict.fromkeys(('amsgrad', 'maximize', 'capturable'), False)}
+    group |= {'foreach': None, 'fused': None, 'differentiable': False}
+    checkpoint = {
+        'model': {**weights, 'lm_head.weight': weights['transformer.wte.weight']},
+        'optimizer': {
+            'state': states,
+            'param_groups': [
+                {**group, 'weight_decay': decay, 'params': list(part)} for decay, part in decays
+            ],
         },
-        path,
-    )
+        'model_args': {name: getattr(model, name) for name in (*SIZES, 'dropout')},
+        'iter_num': state['step'],
+        'best_val_loss': state.get('train', {}).get('best_val_loss') or 1e9,
+        'config': {key: config[key] for key in CONFIG},
+    }
+    folder.mkdir(parents=True)
+    torch.save(checkpoint, folder / 'ckpt.pt')
+    if isinstance(tokenizer, CharTokenizer):
+        tokens = [*tokenizer.characters, END_OF_TEXT][: tokenizer.vocab_size]
+        numbers = dict(enumerate(tokens))
+        stoi = {token: number for number, token in numbers.items()}
+        meta = {'vocab_size': len(tokens), 'itos': numbers, 'stoi': stoi}
+        (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
 
 
 def why_not(config: GPTConfig) -> str | None:
     """Returns why nanoGPT cannot express a model; None if it can."""
     needs = {
-        'position': 'learned', 'norm': 'layer', 'qk_norm': False, 'tied_head': True,
-        'logit_cap': 0.0, 'mlp_units': 4 * config.n_embd, 'kv_heads': config.n_head,
+        'position': 'learned',
+        'norm': 'layer',
+        'qk_norm': False,
+        'tied_head': True,
+        'logit_cap': 0.0,
+        'mlp_units': 4 * config.n_embd,
+        'kv_heads': config.n_head,
     }
     for name, wanted in needs.items():
         if getattr(config, name) != wanted:

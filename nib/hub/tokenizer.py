@@ -112,7 +112,7 @@ def _read_gpt2() -> tuple[dict[str, int], list[tuple[str, str]]]:
         (folder / hashlib.sha1((GPT2_URL + file).encode()).hexdigest()).read_text(encoding='utf-8')
         for file in GPT2_FILES
     )
-    pairs = [tuple(line.split(' ')) for line in merges.splitlines()[1:] if line]
+    lines = [line.split(' ') for line in merges.splitlines()[1:] if line]
     tokens = json.loads(vocabulary)
     del tokens[END_OF_TEXT]
-    return tokens, pairs
+    return tokens, [(first, second) for first, second in lines]

@@ -16,6 +16,7 @@ from nib.doctor.rules import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.generation import check_generation
+from nib.hub import huggingface
 from nib.machine.device import describe_device, peak_memory
 from nib.machine.ranks import Ranks
 from nib.machine.signals import FINDING, StopSignal, describe_stop
@@ -70,6 +71,8 @@ class Logbook:
             f'positions), {training.flops_per_token / 1e6:.1f} MFLOP per token and step, '
             f'compile {"on" if compiled else "off"} ({reason})'
         )
+        if why := huggingface.why_not(training.raw_model.config):
+            self.say(f'convert.py cannot write this model for transformers: {why}')
 
     def restarted_by_torchrun(self) -> bool:
         """Returns whether torchrun has restarted this run, and it has a checkpoint."""
@@ -299,7 +302,9 @@ class Logbook:
             top_k=200,
             seed=self.config['seed'],
         )
-        text = self.data.tokenizer.decode(prompt + [int(token) for token in tokens])
+        ids = prompt + [int(token) for token in tokens]
+        # An open model may have more embeddings than its tokenizer has tokens.
+        text = self.data.tokenizer.decode([id for id in ids if id < self.data.vocab_size])
         self.say(f'--- sample\n{text}\n---')
         return text
 
@@ -316,7 +321,8 @@ class Logbook:
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
         """Records the loss on the whole validation split."""
         self.say(
-            f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split'
+            f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split, '
+            f'perplexity {torch.tensor(loss).exp():.5g}'
         )
         if self.metrics:
             self.metrics.log(
