@@ -134,6 +134,7 @@ class Family:
         """
         with torch.device('meta'):  # shapes only
             ours = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+        entries: list[tuple[str, tuple[str, ...]]]
         entries = [(name, (theirs,)) for name, theirs in self.outer.items()]
         for i in range(config.n_layer):
             block = self.block.format(i)
