@@ -102,8 +102,7 @@ def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -
         config = GPTConfig(**sizes, mlp='gelu_erf', tied_head=is_tied)
     except ValueError as error:
         raise UserError(f'{path}: {error}') from error
-    with torch.device('meta'):  # shapes only
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    expected = _shapes(config)
     for name in sorted(expected.keys() | weights.keys()):
         have = tuple(weights[name].shape) if name in weights else 'missing'
         wanted = tuple(expected[name]) if name in expected else 'no such tensor'
@@ -115,15 +114,26 @@ def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -
     return config
 
 
-def _ordered(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Returns the parameters in the order of nanoGPT's optimizer: first those with weight decay."""
-    return sorted(weights, key=lambda name: weights[name].dim() < 2)
+def _shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Returns name -> shape of all parameters, in the order of nanoGPT's module."""
+    with torch.device('meta'):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
 
 
-def _read_moments(path: Path, found: dict, weights) -> dict[str, torch.Tensor]:
+def _ordered(config: GPTConfig) -> tuple[list[str], int]:
+    """Returns the parameters in the order of nanoGPT's optimizer, and how many have weight decay.
+
+    Those with weight decay come first.
+    """
+    shapes = _shapes(config)
+    names = sorted(shapes, key=lambda name: len(shapes[name]) < 2)
+    return names, sum(len(shape) >= 2 for shape in shapes.values())
+
+
+def _read_moments(path: Path, found: dict, model: GPTConfig, weights) -> dict[str, torch.Tensor]:
     """Returns the state of AdamW by parameter name, as Optimizer.named_state() does."""
     states = (found.get('optimizer') or {}).get('state') or {}
-    names = _ordered(weights)
+    names, _ = _ordered(model)
     if states and set(states) != set(range(len(names))):
         raise UserError(
             f'{path}: the optimizer has {len(states)} parameters, but the model {len(names)}'
@@ -179,13 +189,12 @@ def write_folder(
     weights, moments = tensors['model'], tensors.get('optimizer', {})
     if config['optimizer'] != 'adamw':
         moments = {}
-    names = _ordered(weights)
+    names, n_decayed = _ordered(model)
     states = {
         number: {key: moments[f'{name}/{key}'] for key in MOMENTS}
         for number, name in enumerate(names)
         if moments
     }
-    n_decayed = sum(weights[name].dim() >= 2 for name in names)
     decays = (config['weight_decay'], range(n_decayed)), (0.0, range(n_decayed, len(names)))
     # What torch.optim.AdamW expects; nanoGPT sets the learning rate before every step.
     group = {'lr': config['learning_rate'], 'betas': (config['beta1'], config['beta2'])}
