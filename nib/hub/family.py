@@ -73,7 +73,10 @@ class Family:
         try:
             return GPTConfig(**values)
         except ValueError as error:
-            raise UserError(f'config.json: {error}') from error
+            reason = str(error)
+            for key, (name, _) in self.keys.items():
+                reason = re.sub(rf'\b{name}\b', key, reason)
+            raise UserError(f'config.json: {reason}') from error
 
     def check_keys(self, config: Mapping, special: tuple[str, ...]):
         """Raises UserError, which names the key, unless every key is honoured or changes nothing.

@@ -75,7 +75,7 @@ def read(path: Path) -> NanoCheckpoint:
     loss = found.get('best_val_loss')
     return NanoCheckpoint(
         model=model,
-        tensors={'model': weights, 'optimizer': _read_moments(path, found, weights)},
+        tensors={'model': weights, 'optimizer': _read_moments(path, found, model, weights)},
         step=int(found.get('iter_num', 0)),
         best_val_loss=None if loss is None else float(loss),
         config=config,
