@@ -83,9 +83,10 @@ class GPTConfig:
                 f'{self.n_kv_head}: try n_kv_head {shared}'
             )
         if self.position == 'rotary' and self.head_width % 2:
+            name = 'head_dim' if self.head_dim else 'n_embd / n_head'
             raise ValueError(
-                f'head_dim, by default n_embd / n_head, is {self.head_width}: rotary positions '
-                f'turn pairs of dimensions, so it must be even: try head_dim {self.head_width + 1}'
+                f'{name} is {self.head_width}: rotary positions turn pairs of dimensions, so it '
+                f'must be even: try head_dim {self.head_width + 1}'
             )
         if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
             raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')

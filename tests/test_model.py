@@ -382,6 +382,7 @@ def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
         dict(mlp='tanh'),
         dict(norm='batch'),
         dict(n_embd=20, position='rotary'),
+        dict(head_dim=5, position='rotary'),
         dict(logit_cap=-1.0),
         dict(head_dim=-1),
         dict(mlp_width=-1),

@@ -28,6 +28,10 @@ class Weights:
     # The checkpoint that the run continues: its own, or nanoGPT's.
     resumed: store.Checkpoint | None = None
 
+    @property
+    def continues_nanogpt(self) -> bool:
+        return bool(self.resumed) and 'source' in self.resumed.state
+
     def adopt(self, values: Mapping, origins: Mapping) -> dict:
         """Returns the config's values with this model's architecture.
 
@@ -40,7 +44,7 @@ class Weights:
         if self.resumed:  # the checkpoint contains the state of its optimizer
             before = self.resumed.state['config']
             fixed['optimizer'] = before.get('optimizer', 'adamw')
-            if 'dataset_fingerprint' not in self.resumed.state:  # nanoGPT's: train as it did
+            if self.continues_nanogpt:  # train as it did
                 adopted |= {
                     key: value for key, value in before.items() if origins.get(key) == 'default'
                 }
@@ -83,7 +87,7 @@ class Weights:
 
         A resumed run needs the same dataset, and every model a dataset with its own tokenizer.
         """
-        if self.resumed and 'dataset_fingerprint' in self.resumed.state:  # nanoGPT's has none
+        if self.resumed and not self.continues_nanogpt:  # which records no fingerprint
             self.resumed.check_dataset(data.folder, data.fingerprint)
         if data.tokenizer is None:  # random tokens, for debug_training.py
             return
@@ -211,7 +215,7 @@ def _from_nanogpt(path: Path, resumed: bool) -> Weights:
     found = nanogpt.read(path)
     train = {'step': found.step, 'passed_over': 0, 'best_val_loss': found.best_val_loss}
     config = {'optimizer': 'adamw', 'init_from': str(path), **found.config}
-    state = {'step': found.step, 'train': train, 'config': config}
+    state = {'step': found.step, 'train': train, 'config': config, 'source': 'nanoGPT'}
     return Weights(
         name=str(path),
         model=found.model,

@@ -33,7 +33,7 @@ class Repository:
             path = Path(self.name) / file
             return path if path.is_file() else None
         try:
-            from huggingface_hub import hf_hub_download
+            import huggingface_hub as hub
             from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         except ImportError as error:
             raise UserError(
@@ -43,7 +43,12 @@ class Repository:
         # It logs every attempt; the message below sums them up.
         logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
         try:
-            return Path(hf_hub_download(self.name, file))
+            cached = hub.try_to_load_from_cache(self.name, file)
+            if cached is not None:  # a path, or an object that says that there is no such file
+                return Path(cached) if isinstance(cached, str) else None
+            if file == 'config.json':  # the first one: the download would retry for half a minute
+                hub.get_hf_file_metadata(hub.hf_hub_url(self.name, file))
+            return Path(hub.hf_hub_download(self.name, file))
         except EntryNotFoundError as error:
             if not isinstance(error, LocalEntryNotFoundError):
                 return None
@@ -52,6 +57,7 @@ class Repository:
             reason = {
                 'GatedRepoError': 'access must be granted on its page; then: hf auth login',
                 'RepositoryNotFoundError': 'no such repository, or it is private: hf auth login',
+                'ConnectError': 'no connection',
             }.get(type(error).__name__, type(error).__name__)
         raise UserError(
             f'{file} of {self.name} could not be downloaded from the Hugging Face hub ({reason}); '

@@ -320,10 +320,10 @@ class Logbook:
 
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
         """Records the loss on the whole validation split."""
-        self.say(
-            f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split, '
-            f'perplexity {torch.tensor(loss).exp():.5g}'
-        )
+        evaluated = f'step {step}: val loss {data.describe_loss(loss)}'
+        if not self.metrics:  # --eval_only
+            evaluated += f', perplexity {torch.tensor(loss).exp():.5g}'
+        self.say(f'{evaluated} over the whole validation split')
         if self.metrics:
             self.metrics.log(
                 step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)}
