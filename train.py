@@ -43,7 +43,7 @@ from nib.tokens.find import open_or_prepare
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
 out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
-init_from: str = 'scratch'  # or 'resume', the out_dir of another run, 'gpt2' (-medium, -large, -xl)
+init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an open model, a ckpt.pt
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
 seed: int = 1337  # for weights, data order and dropout
