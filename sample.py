@@ -6,6 +6,8 @@ echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 python sample.py --init_from=gpt2 --start="The meaning of life is"
 """
 
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+
 import codecs
 import itertools
 import sys
@@ -38,7 +40,7 @@ stop: str = ''  # end a sample after this text; <|endoftext|> is that token
 temperature: float = 0.8  # below 1 safer, above 1 more varied; 0 always takes the most likely token
 top_k: int | None = 200  # only the k most likely tokens; None: all
 top_p: float | None = None  # only the most likely tokens with this total probability; None: all
-seed: int = 1337  # another seed gives other samples
+seed: int = 1337  # a different seed gives different samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights

@@ -8,6 +8,8 @@ Read this file from top to bottom: the config, the learning rate, the evaluation
 what a step needs, main, the loop, and the functions that they call.
 """
 
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -33,12 +35,13 @@ from nib.machine.device import (
     seed_everything,
 )
 from nib.machine.ranks import Ranks, distribute, start_ranks
-from nib.machine.signals import FINDING, StopSignal
+from nib.machine.signals import FINDING, StepCut, StopSignal
 from nib.optim import Optimizer
 from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
-from nib.tokens.find import open_or_prepare
+from nib.tokens.find import check_trained_on, data_dir_of, open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -58,17 +61,17 @@ stop_on: Literal['never', 'critical', 'warning'] = 'never'  # severity of findin
 sample_tokens: int = 0  # tokens of sample text to print at each evaluation; 0: none
 tensorboard: bool = False  # also log to OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
-wandb_project: str = 'nibgpt'  # name of the project there
-wandb_run_name: str = ''  # name of the run there; empty: chosen by wandb
+wandb_project: str = 'nibgpt'  # project on Weights & Biases
+wandb_run_name: str = ''  # name of the run; empty: chosen by wandb
 report: bool = True  # write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
 fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
-batch_size: int = 12  # sequences per micro step and process
+batch_size: int = 12  # sequences per micro step on each process
 block_size: int = 1024  # context length in tokens
-gradient_accumulation_steps: int = 40  # micro steps per step, over all processes together
+gradient_accumulation_steps: int = 40  # micro steps per step, summed over all processes
 # model
 n_layer: int = 12  # transformer blocks
 n_head: int = 12  # attention heads per block
@@ -76,7 +79,7 @@ n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query h
 head_dim: int = 0  # width of a head; 0: n_embd / n_head
 n_embd: int = 768  # embedding dimension
 dropout: float = 0.0  # dropout probability; 0.1 or more for small datasets
-bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; slightly better without
+bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; False is slightly better
 position: Literal['learned', 'rotary'] = 'learned'  # position encoding
 rotary_base: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
 norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
@@ -88,10 +91,10 @@ logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_c
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
 recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
 # optimizer
-max_iters: int = 600000  # training steps
+max_iters: int = 600000  # training steps, not epochs
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the blocks' matrices only
 learning_rate: float = 6e-4  # peak learning rate, reached after the warmup
-weight_decay: float = 0.1  # on matrices and embeddings only
+weight_decay: float = 0.1  # of matrices and embeddings only
 beta1: float = 0.9  # AdamW: decay rate of the mean gradient
 beta2: float = 0.95  # AdamW: decay rate of the mean squared gradient
 muon_lr_ratio: float = 1.0  # Muon: learning rate as a multiple of learning_rate
@@ -134,24 +137,21 @@ def get_lr(step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model, batches, precision, ranks, stop) -> float:
-    """Returns the mean loss over the batches (x, y) of all ranks, in nats per token.
+def evaluate(model, batches, precision, ranks) -> float:
+    """Returns the mean loss over the batches (x, y) of all ranks, in nats per token; NaN if none.
 
-    Dropout is off. If a stop is requested, the remaining batches are skipped, so check `stop`
-    before you use the result.
+    Dropout is off.
     """
     model.eval()
     total = torch.zeros(2, device=next(model.parameters()).device)  # no device sync per batch
     for x, y in batches:
-        if stop.number and total[1]:
-            break
         with precision:
             loss = model(x, y)
         total[0] += loss * y.numel()
         total[1] += y.numel()
     model.train()
     summed, tokens = ranks.sum(total).tolist()
-    return summed / tokens
+    return summed / tokens if tokens else math.nan
 
 
 # -- one training step -----------------------------------------------------------------------------
@@ -301,12 +301,14 @@ class TrainState:
 
 def main(argv):
     # The config: from now on, the variables at the top of this file hold this run's values.
-    values, origins = configurator.configure(__file__, argv, settle={'device': pick_device})
+    values, origins = configurator.configure(
+        __file__, argv, settle={'device': pick_device}, recall=recall_config
+    )
     globals().update(values)
     dtype_used, reason = pick_dtype(dtype, device)
     ranks = start_ranks(device)  # rank 0 of 1 without torchrun
     check_config(values, ranks.world_size)
-    stop = StopSignal(announced=ranks.is_first)
+    stop = StopSignal(ranks)
     book = Logbook(out_dir, ranks, stop)  # everything that the run prints and writes
     used = {'device': ranks.own_device(device), 'dtype': dtype_used, 'ranks': ranks.world_size}
     book.say_machine(**used, reason=reason)
@@ -315,7 +317,7 @@ def main(argv):
     start, values = find_start(values, origins, book)
     globals().update(values)
     data = find_data(ranks, book)
-    config = values | used | {'dataset': data.name}
+    config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
     state = TrainState()
     changes = resume(t, state, start, config, book)
@@ -328,17 +330,16 @@ def main(argv):
         t.compile_and_distribute(compiled, book.say)
         book.open(t, data, config, origins, changes, state.step)
 
-    stop.listen()
-    try:
-        if not eval_only:
-            loop(t, data, state, book, stop)
-        exit_code = finish(t, data, state, book, stop)
-    except NotFinite as error:  # in steps, weights or the validation loss
-        exit_code = book.end_nonfinite(state.step, error)
-    except Stopped as stopped:  # by a signal or the doctor; already saved
-        exit_code = book.end_stopped(state.step, stopped, argv)
-    book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
-    stop.ignore()
+    with stop:  # from here on, a signal is a request to stop, and the run saves first
+        try:
+            if not eval_only:
+                loop(t, data, state, book, stop)
+            exit_code = finish(t, data, state, book, stop)
+        except NotFinite as error:  # in steps, weights or the validation loss
+            exit_code = book.end_nonfinite(state.step, error)
+        except Stopped as stopped:  # by a signal or the doctor; already saved
+            exit_code = book.end_stopped(state.step, stopped, argv)
+        book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
     ranks.close()
     return exit_code
 
@@ -350,7 +351,7 @@ def loop(t, data, state, book, stop):
         at_end = state.step >= max_iters
         evaluation_due = at_end or state.step % eval_interval == 0
         evaluation_due = evaluation_due and state.evaluated < state.step
-        stopping = t.ranks.largest(stop.number)  # a signal to one rank stops all
+        stopping = stop.agreed()  # a signal to one rank stops all
 
         check_due = evaluation_due or stopping or state.step % log_interval == 0
         if check_due and handle_bad_steps(t, state, book):
@@ -369,7 +370,11 @@ def loop(t, data, state, book, stop):
         micro_batches = t.batches.micro_batches(data_step)
         if line_due:
             micro_batches = book.watch(micro_batches)  # for the doctor
-        mean_loss, grad_norm = train_step(t, micro_batches, data_step)
+        try:
+            mean_loss, grad_norm = train_step(t, stop.cut(micro_batches), data_step)
+        except StepCut:
+            t.optimizer.zero_grad()
+            continue  # the next iteration saves and stops; a resumed run repeats this step
         state.step += 1
         book.note(state.step, mean_loss, grad_norm)
         if line_due:
@@ -419,7 +424,7 @@ def run_evaluation(t, data, state, book, stop) -> bool:
     started = time.perf_counter()
     train_loss = split_loss(t, data, 'train', eval_iters, stop)
     val_loss = split_loss(t, data, 'val', eval_iters, stop)
-    if t.ranks.largest(stop.number):
+    if stop.agreed():
         return False
     if not math.isfinite(val_loss):
         raise NotFinite(f'step {state.step}: validation loss {val_loss}')
@@ -430,19 +435,22 @@ def run_evaluation(t, data, state, book, stop) -> bool:
 
 
 def split_loss(t, data, split: str, max_batches: int | None, stop) -> float:
-    """Returns the loss on max_batches batches, spread evenly over a split, or on all of it."""
-    batches = t.batches.eval_batches(data.split(split), max_batches)
-    return evaluate(t.raw_model, batches, t.precision, t.ranks, stop)
+    """Returns the loss on max_batches batches, spread evenly over a split, or on all of it.
+
+    If the run must stop, the remaining batches are skipped: check `stop` before using the result.
+    """
+    batches = stop.cut_short(t.batches.eval_batches(data.split(split), max_batches))
+    return evaluate(t.raw_model, batches, t.precision, t.ranks)
 
 
 def finish(t, data, state, book, stop) -> int:
     """Checks generation and evaluates the whole validation split; returns the exit code."""
     book.check_generation(state.step)
-    stopped_by_doctor = t.ranks.largest(stop.number) == FINDING
+    stopped_by_doctor = stop.agreed() == FINDING
     if stopped_by_doctor:
         stop.number = 0  # nothing is left to stop
     loss = split_loss(t, data, 'val', None, stop)
-    if number := t.ranks.largest(stop.number):
+    if number := stop.agreed():
         raise Stopped(number, at_end=True)
     book.record_whole_validation(state.step, loss, data)
     if not math.isfinite(loss):
@@ -464,7 +472,11 @@ def find_start(values, origins, book):
         book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
     start = read_start(values['init_from'], out_dir, book.warn)
     if start:
-        book.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
+        own = any(origin.startswith('checkpoint') for origin in origins.values())
+        book.say(
+            f'{"resuming" if start.resumed else "starting"} from {start.name}'
+            f'{" with the config of the run (--print_config shows it)" * own}'
+        )
         values = start.adopt(values, origins)
     values = settle_schedule(values)
     check_schedule(values)  # again, as a checkpoint may have brought its own
@@ -472,7 +484,9 @@ def find_start(values, origins, book):
 
 
 def find_data(ranks, book):
-    """Returns the dataset and prepares it if necessary. Raises UserError if none is available."""
+    """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
+    if init_from == 'resume':
+        check_trained_on(dataset, data_dir)
     data = open_or_prepare(
         dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
     )

@@ -6,9 +6,11 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import suppress
+from typing import NoReturn, TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_NONFINITE = 3  # the loss or the gradients became NaN or infinite
@@ -50,11 +52,21 @@ class Stopped(Exception):
 
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls main with the command-line arguments and exits with its return value."""
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed, as by 2>&-: no other file may get its number
+            setattr(sys, name, open(os.devnull, 'r+'))  # noqa: SIM115, open until the end
     # Paths and texts may contain bytes or characters that the terminal cannot show.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')
-    sys.exit(call(main, sys.argv[1:]))
+            with suppress(OSError, ValueError):  # it is broken or closed
+                stream.reconfigure(errors='backslashreplace')
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by nib/startup.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_code = call(main, sys.argv[1:])
+    if not hasattr(sys, 'ps1'):  # in a notebook, the process goes on
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it could only disturb the end
+    sys.exit(exit_code)
 
 
 def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
@@ -67,25 +79,40 @@ def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None
         try:
             return main(argv)
         finally:
-            sys.stdout.flush()  # at interpreter exit, a closed pipe could not be caught
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at interpreter exit, a closed pipe could not be caught
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # If the pipe was standard output, this print fails too. Otherwise the error is a bug.
-        try:
-            print(flush=True)
-        except BrokenPipeError:
-            # Redirect the last flush at exit, which would fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_BROKEN_PIPE
-        raise
+        if try_to_write(sys.stdout, '\n'):
+            raise
+        return EXIT_BROKEN_PIPE
     except Exception as error:
         sentence = _explain(error)
         if not sentence:
             raise  # a bug, shown with its traceback
         return _fail(sentence)
+
+
+def try_to_write(stream: TextIO | None, text: str) -> bool:
+    """Writes text at once; returns whether that was possible.
+
+    If it was not, because of a closed pipe or a full disk, for example, the stream goes to the null
+    device from then on. Otherwise Python would fail at exit, when it flushes the stream again.
+    """
+    try:
+        stream.write(text)  # type: ignore[union-attr]
+        stream.flush()  # type: ignore[union-attr]
+        return True
+    except (OSError, ValueError, AttributeError):  # ValueError: it is closed
+        with suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())  # type: ignore[union-attr]
+            os.close(null)
+        return False
 
 
 def _explain(error: Exception) -> str | None:
@@ -120,12 +147,14 @@ def _fail(sentence: str) -> int:
     # The processes of a run usually fail alike, and the first one prints the error. When it has
     # ended, torchrun ends the others while they wait here. If only another process has failed, it
     # prints its error after the wait.
-    if os.environ.get('LOCAL_RANK', '0') != '0':
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if os.environ.get('LOCAL_RANK', '0') != '0' and is_main_thread:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(PATIENCE)
     line = ' '.join(sentence.splitlines())
     if len(line) > MAX_LINE:  # a very long value; the end of the line says what to type
         line = f'{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}'
-    print('error:', line, file=sys.stderr)
+    try_to_write(sys.stdout, '')  # what is still to be written, such as on a full disk
+    try_to_write(sys.stderr, f'error: {line}\n')
     return EXIT_USER_ERROR

@@ -20,7 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
-from nib.files import shown
+from nib.files import command, script_path, shown
 from nib.text import documents
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
 from nib.tokens.write import write_dataset
@@ -80,12 +80,13 @@ def main(argv):
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
         print(
-            f'note: the validation split has {share:.0%} of the text, as documents are not divided',
+            f'note: the validation split has {share:.0%} of the text, as documents are not split',
             file=sys.stderr,
         )
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
-        f'{shown(folder)}: documents {len(found.lengths):,}, characters {sum(found.lengths):,}, '
+        f'{shown(folder)}: {len(found.lengths):,} document{"s" * several}, '
+        f'{sum(found.lengths):,} characters, '
         f'vocabulary {meta["vocab_size"]:,}, '
         f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
     )
@@ -96,7 +97,8 @@ def main(argv):
         )
     where = f' --data_dir={shlex.quote(str(folder.parent))}' if out_dir else ''
     dataset = shlex.quote(folder.name)
-    print(f'to train on it: python train.py config/train_text.py --dataset={dataset}{where}')
+    config = shlex.quote(script_path('config/train_text.py'))
+    print(f'to train on it: {command("train.py")} {config} --dataset={dataset}{where}')
 
 
 def choose_folder(path: Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
+from nib.checkpoint.wrong_folder import explain
 from nib.errors import UserError
 from nib.hub import huggingface, nanogpt
 from nib.machine.device import seed_everything
@@ -62,8 +63,8 @@ class Weights:
             elif key == 'block_size' and not self.resumed:
                 if values[key] > own:
                     raise UserError(
-                        f'{key} {values[key]} ({origins[key]}) is more than the {own} positions of '
-                        f'{self.name}: use at most --block_size={own}'
+                        f'{key} {values[key]} ({origins[key]}) is greater than the {own} positions '
+                        f'of {self.name}: use at most --block_size={own}'
                     )
             else:
                 raise UserError(
@@ -79,7 +80,8 @@ class Weights:
         return {
             key: [before[key], value]
             for key, value in config.items()
-            if before.get(key, value) != value and key not in ('init_from', 'overwrite', 'out_dir')
+            if before.get(key, value) != value
+            and key not in ('init_from', 'overwrite', 'out_dir', 'data_dir')
         }
 
     def check_dataset(self, data: TokenDataset):
@@ -180,7 +182,8 @@ def read_model(
     """
     if init_from:
         return read_weights(init_from, warn)
-    found, tensors = store.load(out_dir, which, read=read, warn=warn, check=check_shapes)
+    run, which = store.locate(out_dir, which)
+    found, tensors = store.load(run, which, read=read, warn=warn, check=check_shapes)
     return _from_checkpoint(found, tensors, resumed=True)
 
 
@@ -191,8 +194,9 @@ def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
     or a hub id. Raises UserError if they are missing or not usable.
     """
     path = Path(name)
-    if store.exists(name):
-        found, tensors = store.load(name, 'best', read=('model',), warn=warn, check=check_shapes)
+    run, which = store.locate(name, 'best')
+    if store.exists(run):
+        found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
     if path.suffix == '.pt' and path.is_file():
         return _from_nanogpt(path, resumed=True)
@@ -205,9 +209,10 @@ def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
         )
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
+    instead = f'; {explain(name)}' if path.exists() else ''
     raise UserError(
         f"init_from {name!r}: expected 'scratch', 'resume', {', '.join(map(repr, GPT2_NAMES))}, "
-        f'the id of a model on the Hugging Face hub, or the folder of a run or of a model'
+        f'the id of a model on the Hugging Face hub, or the folder of a run or of a model{instead}'
     )
 
 

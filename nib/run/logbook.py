@@ -3,8 +3,9 @@
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import takewhile
 
 import torch
 
@@ -15,6 +16,7 @@ from nib.doctor import vitals
 from nib.doctor.rules import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
+from nib.files import command
 from nib.generation import check_generation
 from nib.hub import huggingface
 from nib.machine.device import describe_device, peak_memory
@@ -53,13 +55,14 @@ class Logbook:
 
     def say_machine(self, device: str, dtype: str, ranks: int, reason: str):
         """Prints a line about the machine. reason: why this dtype was chosen."""
-        self.say(f'device {describe_device(device)}, ranks {ranks}, dtype {dtype} ({reason})')
+        processes = f'{ranks} process{"es" * (ranks > 1)}'
+        self.say(f'device {describe_device(device)}, {processes}, dtype {dtype} ({reason})')
 
     def say_data(self, data: TokenDataset, tokens_per_step: int):
         """Prints a line about the dataset."""
         self.say(
             f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation '
-            f'tokens, vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens'
+            f'tokens, vocabulary {data.vocab_size}; {tokens_per_step:,} tokens per step'
         )
 
     def say_model(self, training, compiled: bool, reason: str):
@@ -68,8 +71,8 @@ class Logbook:
         without_positions = training.raw_model.num_params(positions=False)
         self.say(
             f'model: {n_params / 1e6:.2f}M parameters ({without_positions / 1e6:.2f}M without '
-            f'positions), {training.flops_per_token / 1e6:.1f} MFLOP per token and step, '
-            f'compile {"on" if compiled else "off"} ({reason})'
+            f'position embeddings), {training.flops_per_token / 1e6:.1f} MFLOP per token (forward '
+            f'and backward), {"compiled" if compiled else "not compiled"} ({reason})'
         )
         if why := huggingface.why_not(training.raw_model.config):
             self.say(f'convert.py cannot write this model for transformers: {why}')
@@ -105,13 +108,14 @@ class Logbook:
         training: train.py's Training. config: the values that the run uses. origins: where they
         come from. changes: changes of the config since the checkpoint.
         """
-        self.training, self.data, self.config = training, data, config
+        self.training, self.data = training, data
+        self.config, self.origins = config, origins
         # A run that continues nanoGPT's has no checkpoint of its own yet.
         self.saved = 0 if self._is_new else step
-        self.ranks.on_first(lambda: self._open(origins, changes, step))
+        self.ranks.on_first(lambda: self._open(changes, step))
         self.start_clock(step)
 
-    def _open(self, origins, changes, step):
+    def _open(self, changes, step):
         config, t = self.config, self.training
         self.metrics = Metrics(
             self.out_dir,
@@ -120,11 +124,12 @@ class Logbook:
             tensorboard=config['tensorboard'],
             wandb_project=config['wandb_project'] if config['wandb_log'] else '',
             wandb_run_name=config['wandb_run_name'],
+            warn=self.warn,
         )
         # Only now is it certain that this run can start. After its first save, these are deleted.
         if self._is_new:
             store.set_aside(self.out_dir)
-        write_config(self.out_dir, config, origins, step, changes)
+        write_config(self.out_dir, config, self.origins, step, changes)
         self.writer = CheckpointWriter(
             self.out_dir, config['keep_last'], config['keep_every'], step
         )
@@ -233,6 +238,7 @@ class Logbook:
                 'train': asdict(state),
                 'model': asdict(t.raw_model.config),
                 'config': self.config,
+                'origins': self.origins,
                 'dataset': data.name,
                 'dataset_fingerprint': data.fingerprint,
                 'tokenizer': data.tokenizer.to_json(),
@@ -276,7 +282,7 @@ class Logbook:
         seconds = time.perf_counter() - started
         self.say(
             f'step {step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
-            f'{", the best so far" if best and self.saved else ""}; {seconds:.1f} s'
+            f'{", best so far" if best and self.saved else ""}; {seconds:.1f} s'
         )
         self._tell(self.doctor.see_evaluation(vital_signs))
         self.metrics.log(
@@ -302,6 +308,7 @@ class Logbook:
             top_k=200,
             seed=self.config['seed'],
         )
+        tokens = takewhile(lambda token: not self.stop.number, tokens)
         ids = prompt + [int(token) for token in tokens]
         # An open model may have more embeddings than its tokenizer has tokens.
         text = self.data.tokenizer.decode([id for id in ids if id < self.data.vocab_size])
@@ -323,7 +330,7 @@ class Logbook:
         evaluated = f'step {step}: val loss {data.describe_loss(loss)}'
         if not self.metrics:  # --eval_only
             evaluated += f', perplexity {torch.tensor(loss).exp():.5g}'
-        self.say(f'{evaluated} over the whole validation split')
+        self.say(f'{evaluated} on the whole validation split')
         if self.metrics:
             self.metrics.log(
                 step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)}
@@ -336,17 +343,26 @@ class Logbook:
         kept = 'there is no checkpoint yet'
         if self.saved:
             kept = f'the checkpoint of step {self.saved} in {self.out_dir} is good'
-        self.warn(f'The run ends. Nothing is saved; {kept}.')
+        self._say_end(step, f'The run ends. Nothing is saved; {kept}.', self.warn)
         return EXIT_NONFINITE
 
     def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
         """Waits for the checkpoint and reports what stopped the run; returns the exit code."""
-        if stopped.at_end:
-            self.say(f'stopped by signal {stopped.number} in the last evaluation')
-        else:
+        if self.saved:
             self.wait_for_checkpoint()
-            self.say(describe_stop(stopped.number, step, self.saved > 0, argv))
+        if stopped.at_end:
+            line = f'stopped by signal {stopped.number} in the last evaluation'
+        else:
+            world_size = self.ranks.world_size
+            line = describe_stop(stopped.number, step, self.saved > 0, argv, world_size)
+        self._say_end(step, line, self.say)
         return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
+
+    def _say_end(self, step: int, line: str, say: Callable[[str], None]):
+        """Records how the run ends, and then prints it, as there may be no console any more."""
+        if self.metrics:
+            self.metrics.log(step, {'end': line})
+        say(line)
 
     def close(self, step: int, exit_code: int, defaults: Mapping):
         """Waits for the last checkpoint, prints the doctor's verdict and writes the report.
@@ -367,7 +383,7 @@ class Logbook:
         if self.config['report']:
             write_after_run(self.out_dir, defaults, self.say, self.warn)
         if self.saved and not exit_code:
-            self.say(f'samples: python sample.py --out_dir={shlex.quote(self.out_dir)}')
+            self.say(f'samples: {command("sample.py")} --out_dir={shlex.quote(self.out_dir)}')
         self.console.close()
         self._lock.release()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import shown
+from nib.files import command, shown
 from nib.text.documents import not_utf8
 from nib.text.download import download
 from nib.text.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def _fetch(folder: Path, here: Path) -> Path:
     except UserError as error:
         raise UserError(
             f'{error}; download {URLS[0]} on another machine and save it as {here / "input.txt"}, '
-            f'or run python data/{here.name}/prepare.py --input=PATH'
+            f'or run {command(f"data/{here.name}/prepare.py")} --input=PATH'
         ) from error
     except OSError as error:
         raise UserError(

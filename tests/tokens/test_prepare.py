@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from nib.errors import UserError
+from nib.files import command
 from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
 from nib.tokens import encode, shakespeare, unfinished
 from nib.tokens.dataset import is_prepared, open_dataset
@@ -223,7 +224,7 @@ def test_a_folder_of_notes_becomes_a_dataset(
     said = capsys.readouterr()
     for words in (
         f'vocabulary {vocabulary:,}',
-        'documents 20',
+        '20 documents',
         f'{len(data.train):,} training',
         f'{len(data.val):,} validation',
     ):
@@ -233,7 +234,8 @@ def test_a_folder_of_notes_becomes_a_dataset(
         'note: this is very little text to learn from; use at least 100,000 characters',
     ]
     assert said.out.splitlines()[-1] == (
-        f'to train on it: python train.py config/train_text.py --dataset=mine --data_dir={tmp_path}'
+        f'to train on it: {command("train.py")} config/train_text.py --dataset=mine '
+        f'--data_dir={tmp_path}'
     )
 
 
@@ -289,10 +291,8 @@ def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes
     done = run_script('data/text/prepare.py', f'--input={notes}', folder=checkout)
     assert done.returncode == 0, done.stderr
     assert is_prepared(checkout / 'data/My_notes')
-    assert (
-        done.stdout.splitlines()[-1]
-        == 'to train on it: python train.py config/train_text.py --dataset=My_notes'
-    )
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith('to train on it: ') and last.endswith('train_text.py --dataset=My_notes')
     subprocess.run(['git', 'init', '--quiet'], cwd=checkout, check=True)
     (checkout / 'data/mine').mkdir()
     shutil.copy(WRITTEN, checkout / 'data/mine')
