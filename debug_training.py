@@ -112,7 +112,7 @@ def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
     n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # enough for a few steps
     seed_everything(values['seed'], 'random tokens')
     tokens = torch.randint(size, (n,)).numpy()
-    tokenizer = tokenizer_from_json(start.tokenizer) if start else None
+    tokenizer = tokenizer_from_json(start.tokenizer) if start and start.tokenizer else None
     data = TokenDataset('random tokens', Path(), tokens, tokens, size, tokenizer, {}, '')
     return data, start and replace(start, resumed=None)
 

@@ -47,7 +47,7 @@ from nib.tokens.find import check_trained_on, data_dir_of, open_or_prepare
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
 out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
-init_from: str = 'scratch'  # or 'resume', the out_dir of another run, 'gpt2' (-medium, -large, -xl)
+init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an open model, a ckpt.pt
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
 seed: int = 1337  # for weights, data order and dropout
@@ -77,6 +77,7 @@ gradient_accumulation_steps: int = 40  # micro steps per step, summed over all p
 n_layer: int = 12  # transformer blocks
 n_head: int = 12  # attention heads per block
 n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
+head_dim: int = 0  # width of a head; 0: n_embd / n_head
 n_embd: int = 768  # embedding dimension
 dropout: float = 0.0  # dropout probability; 0.1 or more for small datasets
 bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; False is slightly better
@@ -84,7 +85,8 @@ position: Literal['learned', 'rotary'] = 'learned'  # position encoding
 rotary_base: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
 norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
 qk_norm: bool = False  # normalize queries and keys; more stable at high learning rates
-mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # activation; relu2 is squared ReLU
+mlp: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'gelu'  # relu2 is squared ReLU
+mlp_width: int = 0  # hidden units of the MLP; 0: 4 * n_embd, and for swiglu two thirds of that
 tied_head: bool = True  # the output head shares the weights of the token embedding
 logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_cap; 0: no limit
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity

@@ -276,11 +276,11 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
             )
             h = h + attended
             added = block.mlp(block.ln_2(h))
-            hidden = block.mlp.c_fc(block.ln_2(h)).flatten(0, 1)[:, : config.mlp_width]
+            hidden = block.mlp.c_fc(block.ln_2(h)).flatten(0, 1)[:, : config.mlp_units]
             limit = {'gelu': -3.0, 'swiglu': -6.0, 'relu2': 0.0}[config.mlp]
             assert (
                 row.dead
-                == sum(bool((unit <= limit).all()) for unit in hidden.t()) / config.mlp_width
+                == sum(bool((unit <= limit).all()) for unit in hidden.t()) / config.mlp_units
             )
             h = h + added
             wanted = [
@@ -297,7 +297,7 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
 
 def entropy_by_hand(attention, x, rotary, config) -> float:
     """Head by head and position by position, in Python's floats."""
-    D = config.head_dim
+    D = config.head_width
     q, k, _ = attention.c_attn(x).split(
         [config.n_head * D, config.kv_heads * D, config.kv_heads * D], dim=2
     )
