@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,12 @@ from conftest import ROOT
 
 import configurator
 import train
+from nib.doctor import health
 from nib.doctor.troubles import TROUBLES
 
 ENGLISH, CHINESE = ROOT / 'docs/training_loop.md', ROOT / 'docs/training_loop.zh.md'
 RECORDED = ROOT / 'benchmarks/results/training_loop.txt'
+MEASURED = ROOT / 'benchmarks/results/chapter.txt'  # by benchmarks/chapter.py
 DATASETS = Path(
     os.environ.get('NIBGPT_DATA_DIR', ROOT / 'data')
 )  # where tiny Shakespeare's bins may be
@@ -139,19 +141,51 @@ def test_a_wrong_digit_is_noticed():
         run_examples([Block('pycon', '>>> 0.1 + 0.2\n0.5\n', 1)], {})
 
 
-@pytest.mark.parametrize(
-    'block',
-    [block for block in read_blocks(ENGLISH) if block.kind.startswith('python ')],
-    ids=lambda block: f'line {block.line}',
-)
-def test_quoted_lines_stand_in_their_file(block):
+def missing_quote(block: Block) -> tuple[str, int] | None:
+    """Returns the first line of a quote that its file lacks, and its place in the block."""
     source = (ROOT / block.kind.removeprefix('python ')).read_text()
     lines = [line.partition('  # ')[0] for line in source.splitlines()]  # quotes omit comments
     place = 0
-    for quoted in block.body.splitlines():
+    for number, quoted in enumerate(block.body.splitlines()):
         if quoted.strip() != '...':
-            assert quoted in lines[place:], f'{block.kind}: {quoted.strip()!r} is missing, or moved'
+            if quoted not in lines[place:]:
+                return quoted.strip(), number
             place = lines.index(quoted, place) + 1
+    return None
+
+
+QUOTES = [
+    pair
+    for pair in zip(read_blocks(ENGLISH), read_blocks(CHINESE))
+    if pair[0].kind.startswith('python ')
+]
+
+
+@pytest.mark.parametrize('quotes', QUOTES, ids=lambda pair: f'line {pair[0].line}')
+def test_quoted_lines_stand_in_their_file(quotes):
+    if missing := missing_quote(quotes[0]):
+        pytest.fail(where_to_look(quotes, *missing), pytrace=False)
+
+
+def where_to_look(quotes: tuple[Block, Block], quoted: str, number: int) -> str:
+    """Returns a line for the editor of a file: which paragraphs quote what is no longer there."""
+    places = ' and '.join(
+        f'docs/{path.name}:{block.line + 1 + number}'
+        for path, block in zip((ENGLISH, CHINESE), quotes)
+    )
+    source = quotes[0].kind.removeprefix('python ')
+    return f'{source} no longer has {quoted!r}: change the quote and its paragraph, {places}'
+
+
+def test_a_changed_line_names_its_paragraph_in_both_languages():
+    ours, theirs = QUOTES[0]
+    changed = replace(ours, body=ours.body.replace('get_lr', 'learning_rate_of'))
+    quoted, number = missing_quote(changed)
+    said = where_to_look((changed, theirs), quoted, number)
+    assert quoted == 't.optimizer.lr = learning_rate_of(state.step)' and '\n' not in said
+    for path, line in re.findall(r'docs/([\w.]+):(\d+)', said):
+        text = (ROOT / 'docs' / path).read_text(encoding='utf-8').splitlines()
+        assert text[int(line) - 1].strip() == 't.optimizer.lr = get_lr(state.step)'
 
 
 def read_sums() -> list[tuple[str, str]]:
@@ -178,7 +212,6 @@ ELSEWHERE = {
     '65,536': 'GradScaler',
     '1000': 'an example',
     '1,000': 'an exercise',
-    '1951': 'Shannon',
     '1.3': 'Shannon',
 }
 
@@ -194,6 +227,7 @@ def test_numbers_in_the_prose_come_from_somewhere():
         number for sides in read_sums() for side in sides for number in re.findall(NUMBER, side)
     ]
     for heading, prose in sections(ENGLISH):
+        prose = re.sub(r'\]\([^)]+\)|\b(?:19|20)\d\d\b', '', prose)  # links and years
         for number in NUMBER.findall(prose):
             digits = number.replace(',', '')
             decimals = len(digits.partition('.')[2])
@@ -252,6 +286,13 @@ def test_the_recorded_run_is_the_one_that_is_shown():
     for command, shown in commands(block):
         assert RECORDED.read_text().startswith(f'$ {command}\n') and len(shown) > 5
         assert_shown(shown, RECORDED.read_text())
+
+
+def test_the_tables_of_experiments_are_those_that_were_measured():
+    tables = read_blocks(ENGLISH, 'text recorded')
+    assert len(tables) == 2
+    for table in tables:
+        assert table.body in MEASURED.read_text(), table.line
 
 
 @needs_shakespeare
@@ -369,6 +410,20 @@ def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
     assert len(keys) > 15
 
 
+def test_healthy_ranges_are_those_of_the_doctor():
+    text = ENGLISH.read_text(encoding='utf-8')
+    rows = dict(re.findall(r'^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$', text, re.MULTILINE))
+    ranges = {
+        '`grad norm`, after the first steps': health.GRAD_NORM,
+        'update ratio of AdamW': health.UPDATE_RATIO,
+        'update ratio of Muon': health.MUON_RATIO,
+    }
+    for name, (low, high) in ranges.items():
+        assert re.match(rf'{low:g} to {high:g}\b', rows[name]), name
+    assert rows['dead units of an MLP'] == f'below {health.DEAD:.0%}'.replace('%', ' %')
+    assert rows['entropy of attention'].startswith(f'above {health.ENTROPY:.0%}'.replace('%', ' %'))
+
+
 # -- the chapter in Chinese ------------------------------------------------------------------------
 
 
@@ -386,9 +441,13 @@ def sections(path: Path) -> list[tuple[str, str]]:
     ]
 
 
+REMARK = re.compile(r' *(?<=  )# .*$|""".*"""', re.MULTILINE)  # comments and docstrings
+
+
 def test_the_chinese_chapter_has_the_same_code_numbers_and_headings():
     for ours, theirs in zip(read_blocks(ENGLISH), read_blocks(CHINESE), strict=True):
-        assert (theirs.kind, theirs.body) == (ours.kind, ours.body), theirs.line
+        assert theirs.kind == ours.kind, theirs.line
+        assert REMARK.sub('', theirs.body) == REMARK.sub('', ours.body), theirs.line
     english, chinese = sections(ENGLISH), sections(CHINESE)
     assert [heading for heading, _ in chinese] == [heading for heading, _ in english] and len(
         english
@@ -405,6 +464,15 @@ def test_the_chinese_chapter_has_the_same_code_numbers_and_headings():
             assert sorted(re.findall(pattern, theirs, re.MULTILINE)) == sorted(
                 re.findall(pattern, ours, re.MULTILINE)
             ), heading
+
+
+def test_the_chinese_code_has_chinese_comments():
+    remarks = [
+        found for block in read_blocks(CHINESE, 'pycon') for found in REMARK.findall(block.body)
+    ]
+    assert len(remarks) > 15
+    for remark in remarks:
+        assert re.search(r'[\u4e00-\u9fff]', remark) or '=' in remark, remark
 
 
 @pytest.mark.parametrize('path', [ENGLISH, CHINESE], ids=lambda path: path.name)
