@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/training_loop.md, and measures its experiments that take minutes.
+"""Draws the pictures of docs/training_loop.md and docs/model.md, and measures the experiments.
 
     python benchmarks/chapter.py
     python benchmarks/chapter.py --text=data/shakespeare_char/input.txt --result=chapter.txt
@@ -7,6 +7,8 @@ The first command draws the pictures only. They show real runs, and take a few s
 one also compares optimizers, and batches with micro batches.
 """
 
+import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,18 +46,18 @@ def main(argv):
         draw_descent()
         draw_landscapes()
         draw_loop()
+        draw_model()
         with tempfile.TemporaryDirectory() as folder:
-            draw_run(Path(folder))
+            tables = [measure.describe_machine(), draw_run(Path(folder))]
     except ImportError as error:
         raise UserError('matplotlib is not installed: pip install matplotlib') from error
     if text:
         with tempfile.TemporaryDirectory() as folder:
             run('data/text/prepare.py', f'--input={text}', f'--out_dir={folder}/shakespeare_char')
-            tables = [measure.describe_machine()]
             tables += [compare_optimizers(folder), compare_batches(folder)]
-        print('\n\n'.join(tables))
-        if result:
-            Path(result).write_text('\n\n'.join(tables) + '\n')
+    print('\n\n'.join(tables))
+    if result:
+        Path(result).write_text('\n\n'.join(tables) + '\n')
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -72,7 +74,11 @@ def new_figure(width: float, height: float, columns: int = 1):
 
 
 def save(figure, name: str):
-    figure.savefig(Path(pictures) / name, metadata={'Date': None})
+    svg = io.StringIO()
+    figure.savefig(svg, format='svg', metadata={'Date': None})
+    text = re.sub(r'(\d\.\d\d)\d+', r'\1', svg.getvalue())  # finer than any screen
+    text = re.sub(r' +$', '', text, flags=re.MULTILINE)
+    (Path(pictures) / name).write_text(text, encoding='utf-8')
 
 
 def draw_descent():
@@ -172,8 +178,39 @@ def draw_loop():
     save(figure, 'loop.svg')
 
 
-def draw_run(folder: Path):
-    """Draws a learning rate schedule, and the path of the weight that the chapter follows."""
+def draw_model():
+    """Draws the residual stream of a GPT, with one block."""
+    figure, (axes,) = new_figure(9, 3)
+    frame = {'boxstyle': 'round,pad=0.4', 'fc': '#eef4f9', 'ec': BLUE}
+    plus = {'boxstyle': 'circle,pad=0.2', 'fc': 'white', 'ec': GREY}
+    axes.annotate('', (8.6, 0), (0.2, 0), arrowprops={'arrowstyle': '->', 'lw': 2, 'color': GREY})
+    for x, code in ((0, 'wte'), (7.3, 'ln_f'), (8.4, 'head'), (9.3, 'logits')):
+        axes.text(x, 0, code, ha='center', va='center', family='monospace', bbox=frame)
+    axes.text(-0.95, 0, 'idx', ha='center', va='center', family='monospace')
+    axes.annotate('', (-0.35, 0), (-0.75, 0), arrowprops={'arrowstyle': '->'})
+    axes.annotate('', (9.0, 0), (8.8, 0), arrowprops={'arrowstyle': '->', 'lw': 2, 'color': GREY})
+    axes.text(1, 1, 'wpe', ha='center', va='center', family='monospace', bbox=frame)
+    axes.annotate('', (1, 0.15), (1, 0.8), arrowprops={'arrowstyle': '->'})
+    for x, norm, layer in ((2.2, 'ln_1', 'attn'), (4.7, 'ln_2', 'mlp')):
+        axes.plot([x, x, x + 1.6], [0, 1, 1], color='black', lw=1)
+        axes.annotate('', (x + 1.6, 0.15), (x + 1.6, 1), arrowprops={'arrowstyle': '->'})
+        for shift, code in ((0.25, norm), (1.15, layer)):
+            axes.text(x + shift, 1, code, ha='center', va='center', family='monospace', bbox=frame)
+        axes.text(x + 1.6, 0, '+', ha='center', va='center', bbox=plus)
+    axes.text(1, 0, '+', ha='center', va='center', bbox=plus)
+    axes.plot([1.7, 6.7, 6.7, 1.7, 1.7], [-0.5, -0.5, 1.5, 1.5, -0.5], color=RED, lw=1, ls='--')
+    axes.text(4.2, 1.62, 'Block, n_layer times', ha='center', color=RED, fontsize=9)
+    axes.text(4.2, -0.38, 'residual stream, B x T x C', ha='center', color=GREY, fontsize=9)
+    axes.set(xlim=(-1.2, 9.7), ylim=(-0.6, 1.9))
+    axes.axis('off')
+    save(figure, 'model.svg')
+
+
+def draw_run(folder: Path) -> str:
+    """Draws learning rate schedules, and the path of the weight that the chapter follows.
+
+    Returns a line with the weight at the start, after one step, and at the end.
+    """
     zen = subprocess.run([sys.executable, '-c', 'import this'], capture_output=True, text=True)
     write_char_dataset(folder / 'zen', zen.stdout, {'text': 'the Zen of Python'})
     weights, gradients = [], []
@@ -201,7 +238,6 @@ def draw_run(folder: Path):
     panels[1].plot(gradients, color=RED, lw=0.7)
     panels[1].set(title='its gradient, clipped', xlabel='step', ylabel='p.grad')
     save(figure, 'weight.svg')
-    print(f'the weight: {weights[0]:.6f}, {weights[1]:.6f}, ..., {weights[-1]:.6f}')
 
     figure, (axes,) = new_figure(7, 3)
     for schedule, colour in (('cosine', BLUE), ('linear', GREEN), ('wsd', RED)):
@@ -213,6 +249,7 @@ def draw_run(folder: Path):
     axes.text(train.warmup_iters + 3, 0.0003, 'warmup_iters', color=GREY, fontsize=9)
     axes.legend(frameon=False)
     save(figure, 'schedule.svg')
+    return f'the weight: {weights[0]:.6f}, {weights[1]:.6f}, ..., {weights[-1]:.6f}'
 
 
 # -- experiments -----------------------------------------------------------------------------------
