@@ -1,4 +1,5 @@
-"""docs/training_loop.md: its numbers are computed here, and the code that it quotes is in its file.
+"""docs/training_loop.md and docs/model.md: their numbers are computed here, and the code that they
+quote is in its file.
 
 The Chinese chapter has the same code and numbers.
 """
@@ -23,6 +24,7 @@ from nib.doctor import health
 from nib.doctor.troubles import TROUBLES
 
 ENGLISH, CHINESE = ROOT / 'docs/training_loop.md', ROOT / 'docs/training_loop.zh.md'
+MODEL = ROOT / 'docs/model.md'
 RECORDED = ROOT / 'benchmarks/results/training_loop.txt'
 MEASURED = ROOT / 'benchmarks/results/chapter.txt'  # by benchmarks/chapter.py
 DATASETS = Path(
@@ -81,12 +83,12 @@ class Checker(doctest.OutputChecker):
         return close(want, got)
 
 
-def run_examples(blocks: list[Block], names: dict):
+def run_examples(blocks: list[Block], names: dict, path: Path = ENGLISH):
     """The blocks' examples, one after the other in one session."""
     runner, failures = doctest.DocTestRunner(Checker(), verbose=False), []
     for block in blocks:
         examples = doctest.DocTestParser().get_doctest(
-            block.body, names, ENGLISH.name, str(ENGLISH), block.line
+            block.body, names, path.name, str(path), block.line
         )
         assert examples.examples, block
         examples.globs = names  # the parser takes a copy
@@ -118,6 +120,11 @@ def test_every_example_gives_what_it_shows(folder, run_main, config_of_train):
         run_command(command, run_main)
     with torch.random.fork_rng():
         run_examples(read_blocks(ENGLISH, 'pycon'), {'__name__': 'chapter'})
+
+
+def test_every_example_of_the_chapter_on_the_model_gives_what_it_shows():
+    with torch.random.fork_rng():
+        run_examples(read_blocks(MODEL, 'pycon'), {'__name__': 'chapter'}, MODEL)
 
 
 def test_a_wrong_digit_is_noticed():
@@ -154,49 +161,54 @@ def missing_quote(block: Block) -> tuple[str, int] | None:
     return None
 
 
-QUOTES = [
-    pair
-    for pair in zip(read_blocks(ENGLISH), read_blocks(CHINESE))
-    if pair[0].kind.startswith('python ')
-]
+def quotes_of(*chapters: Path) -> list[list[tuple[Path, Block]]]:
+    """Returns each quote of a chapter: its block in every language."""
+    return [
+        list(zip(chapters, blocks))
+        for blocks in zip(*(read_blocks(path) for path in chapters))
+        if blocks[0].kind.startswith('python ')
+    ]
 
 
-@pytest.mark.parametrize('quotes', QUOTES, ids=lambda pair: f'line {pair[0].line}')
-def test_quoted_lines_stand_in_their_file(quotes):
-    if missing := missing_quote(quotes[0]):
-        pytest.fail(where_to_look(quotes, *missing), pytrace=False)
+@pytest.mark.parametrize(
+    'quote',
+    [*quotes_of(ENGLISH, CHINESE), *quotes_of(MODEL)],
+    ids=lambda quote: f'{quote[0][0].name} {quote[0][1].line}',
+)
+def test_quoted_lines_stand_in_their_file(quote):
+    if missing := missing_quote(quote[0][1]):
+        pytest.fail(where_to_look(quote, *missing), pytrace=False)
 
 
-def where_to_look(quotes: tuple[Block, Block], quoted: str, number: int) -> str:
+def where_to_look(quote: list[tuple[Path, Block]], quoted: str, number: int) -> str:
     """Returns a line for the editor of a file: which paragraphs quote what is no longer there."""
-    places = ' and '.join(
-        f'docs/{path.name}:{block.line + 1 + number}'
-        for path, block in zip((ENGLISH, CHINESE), quotes)
-    )
-    source = quotes[0].kind.removeprefix('python ')
+    places = ' and '.join(f'docs/{path.name}:{block.line + 1 + number}' for path, block in quote)
+    source = quote[0][1].kind.removeprefix('python ')
     return f'{source} no longer has {quoted!r}: change the quote and its paragraph, {places}'
 
 
 def test_a_changed_line_names_its_paragraph_in_both_languages():
-    ours, theirs = QUOTES[0]
+    (english, ours), chinese = quotes_of(ENGLISH, CHINESE)[0]
     changed = replace(ours, body=ours.body.replace('get_lr', 'learning_rate_of'))
     quoted, number = missing_quote(changed)
-    said = where_to_look((changed, theirs), quoted, number)
+    said = where_to_look([(english, changed), chinese], quoted, number)
     assert quoted == 't.optimizer.lr = learning_rate_of(state.step)' and '\n' not in said
-    for path, line in re.findall(r'docs/([\w.]+):(\d+)', said):
-        text = (ROOT / 'docs' / path).read_text(encoding='utf-8').splitlines()
+    places = re.findall(r'docs/([\w.]+):(\d+)', said)
+    assert [name for name, _ in places] == [ENGLISH.name, CHINESE.name]
+    for name, line in places:
+        text = (ROOT / 'docs' / name).read_text(encoding='utf-8').splitlines()
         assert text[int(line) - 1].strip() == 't.optimizer.lr = get_lr(state.step)'
 
 
-def read_sums() -> list[tuple[str, str]]:
+def read_sums(path: Path) -> list[tuple[str, str]]:
     """Returns both sides of equations in the prose whose left side can be computed."""
-    prose = ' '.join(' '.join(text for _, text in sections(ENGLISH)).replace(',', '').split())
+    prose = ' '.join(' '.join(text for _, text in sections(path)).replace(',', '').split())
     sums = re.findall(r'((?:[(]?\d[\d./]*|[*/+-]{1,2}) (?:[\d./*+() -]*))= (-?\d[\d./]*\d)', prose)
     return [(left, right) for left, right in sums if set(left) & set('*/+-')]
 
 
 def test_sums_in_the_prose_are_right():
-    sums = read_sums()
+    sums = [*read_sums(ENGLISH), *read_sums(MODEL)]
     assert len(sums) >= 20
     for left, right in sums:
         if '/' in right:
@@ -216,18 +228,13 @@ ELSEWHERE = {
 }
 
 
-def test_numbers_in_the_prose_come_from_somewhere():
+@pytest.mark.parametrize('path', [ENGLISH, MODEL], ids=lambda path: path.name)
+def test_numbers_in_the_prose_come_from_somewhere(path):
     """Numbers of three digits or more also occur, perhaps rounded, in a block or an equation."""
-    shown = [
-        number.replace(',', '')
-        for block in read_blocks(ENGLISH)
-        for number in re.findall(NUMBER, block.body)
-    ]
-    shown += NUMBER.findall(MEASURED.read_text())
-    shown += [
-        number for sides in read_sums() for side in sides for number in re.findall(NUMBER, side)
-    ]
-    for heading, prose in sections(ENGLISH):
+    sources = [block.body for block in read_blocks(path)]
+    sources += [side for sides in read_sums(path) for side in sides] + [MEASURED.read_text()]
+    shown = [number.replace(',', '') for text in sources for number in NUMBER.findall(text)]
+    for heading, prose in sections(path):
         own = re.sub(r'\]\([^)]+\)|\b(?:19|20)\d\d\b', '', prose)  # without links and years
         for number in NUMBER.findall(own):
             digits = number.replace(',', '')
@@ -294,6 +301,20 @@ def test_the_tables_of_experiments_are_those_that_were_measured():
     assert len(tables) == 2
     for table in tables:
         assert table.body in MEASURED.read_text(), table.line
+
+
+@pytest.mark.slow
+def test_the_pictures_are_those_that_the_script_draws(run_main, tmp_path, config_of_train):
+    done = run_main('benchmarks/chapter.py', f'--pictures={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] in MEASURED.read_text()  # the weight's path
+    text = ''.join(path.read_text(encoding='utf-8') for path in (ENGLISH, MODEL))
+    assert {path.name for path in tmp_path.iterdir()} == set(re.findall(r'\((\w+\.svg)\)', text))
+    for path in tmp_path.iterdir():
+        drawn, shown = path.read_text(), (ROOT / 'docs' / path.name).read_text()
+        assert re.findall('<text.*?>(.*?)</text>', drawn) == re.findall(
+            '<text.*?>(.*?)</text>', shown
+        )
 
 
 @needs_shakespeare
