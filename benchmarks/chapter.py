@@ -293,7 +293,7 @@ def compare_batches(folder: str) -> str:
             '--block_size=256',
             f'--batch_size={size}',
             f'--gradient_accumulation_steps={micro_steps}',
-            '--steps=5',
+            '--steps=2',
             '--rounds=3',
             '--new_tokens=0',
         )
