@@ -42,10 +42,10 @@ rounds: int = 5  # rounds of measurements
 steps: int = 10  # training steps per round
 prompt_tokens: int = 32  # length of the prompt for generation
 new_tokens: int = 100  # tokens to generate per round; 0: no generation
-startup: bool = True  # also run train.py: time to the first step, and overhead of its loop
+startup: bool = True  # also run train.py: the time to its first step, the overhead of its loop
 vs_nanogpt: str = ''  # path of a clone of karpathy/nanoGPT to compare with
 growth: str = ''  # measure growth instead, and draw it to this file (.png, .svg, .pdf)
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
 ROOT = Path(__file__).resolve().parent
@@ -174,9 +174,10 @@ def describe_config(values, data, ours: 'Contestant') -> str:
     if vs_nanogpt and values['device'] == 'cpu':
         nanogpt = '; nanoGPT in float32, as on any CPU'
     return (
-        f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{" in turns" if vs_nanogpt else ""}; '
+        f'{rounds} round{"s" * (rounds > 1)} of {steps} steps'
+        f'{", alternating" if vs_nanogpt else ""}; '
         f'{measure.describe_machine(values["device"])}\n'
-        f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {ours.tokens:,} tokens a step '
+        f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {ours.tokens:,} tokens per step '
         f'({batch} x {values["block_size"]}), {values["dtype"]}, '
         f'compile {"on" if values["compile"] else "off"}, {data.name}{nanogpt}\n'
     )

@@ -5,21 +5,24 @@ The block of assignments at the top of a script is the schema, for example
 
     the defaults, then config files (python train.py config/a.py config/b.py), then --key=value
 
-Flags win wherever they appear on the command line, and config files already see their values. A
-config file is the user's own Python code and is executed; the value of a flag is read as a literal
-and never executed. In a config file, include('other.py') runs another one as if its lines were
-there. Its path is relative to the first file.
+A resumed run's own config stands between the defaults and the files. Flags win wherever they appear
+on the command line, and config files already see their values. A config file is the user's own
+Python code and is executed; the value of a flag is read as a literal and never executed. In a
+config file, include('other.py') runs another one as if its lines were there. Its path is relative
+to the first file.
 """
 
 import ast
 import difflib
 import io
 import os
+import re
 import sys
 import tokenize
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +33,10 @@ from nib.errors import UserError
 # `int | None` is (int, None), and `bool | Literal['auto']` is (bool, 'auto').
 Type = tuple
 Settle = Mapping[str, Callable]
+Recall = Callable[[Mapping, Mapping], tuple[Mapping, str]]
+Comments = Mapping[str, str]
 NO_SETTLING: Settle = MappingProxyType({})
+NO_COMMENTS: Comments = MappingProxyType({})
 PYTHON_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool}
 RESERVED = ('help', 'print_config', 'include')
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
@@ -48,12 +54,18 @@ class Block:
 
 
 def configure(
-    script: str, argv: Sequence[str], settle: Settle = NO_SETTLING, base: str | None = None
+    script: str,
+    argv: Sequence[str],
+    settle: Settle = NO_SETTLING,
+    base: str | None = None,
+    recall: Recall | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns a script's values and where each one comes from, for example 'command line'.
 
-    settle: see resolve. base: another script, whose keys are added to this script's keys. With
-    --help and --print_config, it prints and exits. Raises UserError for an invalid argument.
+    settle: see resolve. base: another script, whose keys are added to this script's keys. recall:
+    function of the values and origins; returns values that replace some of them, and their origin.
+    The origin of an 'auto' ends in '(auto)'. With --help and --print_config, it prints and exits.
+    Raises UserError for an invalid argument.
     """
     block = read_block(script)
     if base:
@@ -70,13 +82,23 @@ def configure(
         raise SystemExit(0)
     printing = [item for item in argv if item in ('--print_config', '--print-config')]
     values, origins = resolve(
-        block.defaults, block.types, [item for item in argv if item not in printing], settle
+        block.defaults,
+        block.types,
+        [item for item in argv if item not in printing],
+        settle,
+        block.comments,
     )
+    if recall:
+        replace_values(values, origins, block.types, *recall(values, origins))
+        settle_keys(values, origins, settle, settle)
     if printing:
         print_columns(
             [(f'{key} = {value!r}', f'# {origins[key]}') for key, value in values.items()]
         )
         raise SystemExit(0)
+    for key, value in values.items():
+        if value == 'auto':
+            origins[key] += ' (auto)'
     return values, origins
 
 
@@ -85,21 +107,30 @@ def resolve(
     types: Mapping[str, Type],
     argv: Sequence[str],
     settle: Settle = NO_SETTLING,
+    comments: Comments = NO_COMMENTS,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the value of every key and where it comes from.
 
     The latter is 'default', 'config/x.py:12' or 'command line'. settle: key -> function that
-    replaces its value by a definite one ('auto' -> 'cpu') before a config file sees it.
+    replaces its value by a definite one ('auto' -> 'cpu') before a config file sees it. comments:
+    key -> what it means.
     """
-    flags, files = parse_argv(argv, types)
+    flags, files = parse_argv(argv, types, comments)
     values = {**defaults, **flags}
     origins = {key: 'command line' if key in flags else 'default' for key in values}
     settle_keys(values, origins, settle, settle)
     for path in files:
-        places = run_file(path, values, types, pinned=flags)
+        places = run_file(path, values, types, flags, comments)
         origins.update(places)
         settle_keys(values, origins, settle, [key for key in settle if key in places])
     return values, origins
+
+
+def replace_values(values, origins, types, replacements, origin):
+    """Replaces values, except by those that this version of the script does not accept."""
+    for key, value in replacements.items():
+        with suppress(KeyError, UserError):
+            values[key], origins[key] = fit(value, types[key], ''), origin
 
 
 def settle_keys(values, origins, settle, keys):
@@ -244,12 +275,34 @@ def suggest(name: str, names: Sequence[str], form: str = '{}') -> str:
     return f'; did you mean {form.format(nearest[0])}?' if nearest else ''
 
 
+def suggest_key(name: str, types: Mapping[str, Type], comments: Comments, form='{}') -> str:
+    """Returns a hint: keys with these initials or a similar spelling, or one that means this."""
+    keys = [key for key in types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
+    keys = keys or difflib.get_close_matches(name, types, n=2, cutoff=0.66)
+    keys = keys or find_by_meaning(name, types, comments)
+    return f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
+
+
+def find_by_meaning(name: str, types: Mapping[str, Type], comments: Comments) -> list[str]:
+    """Returns the key whose name, choices and comment contain most of a name's parts, if half."""
+    parts = [part for part in name.lower().split('_') if len(part) > 2]
+
+    def n_found(key: str) -> int:
+        choices = [choice for choice in types[key] if isinstance(choice, str)]
+        text = ' '.join([key.replace('_', ' '), *choices, comments.get(key, '')])
+        return sum(bool(re.search(rf'\b{re.escape(part)}', text.lower())) for part in parts)
+
+    # Of several, the one with the shortest comment.
+    best = max(types, key=lambda key: (n_found(key), -len(comments.get(key, '').split())))
+    return [best] if parts and 2 * n_found(best) >= len(parts) else []
+
+
 # ---------------------------------------------------------------------------
 # Flags and files
 
 
 def parse_argv(
-    argv: Sequence[str], types: Mapping[str, Type]
+    argv: Sequence[str], types: Mapping[str, Type], comments: Comments
 ) -> tuple[dict[str, object], list[str]]:
     """Returns flags by key, and the config files in order."""
     flags: dict[str, object] = {}
@@ -270,9 +323,8 @@ def parse_argv(
                 )
             flags[key] = False
         elif key not in types:
-            raise UserError(
-                f'--{name}: no such key{suggest(key, list(types), "--{}")} (--help lists all keys)'
-            )
+            hint = suggest_key(key, types, comments, '--{}')
+            raise UserError(f'--{name}: no such key{hint} (--help lists all keys)')
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True
         else:
@@ -386,7 +438,11 @@ class Namespace(dict):
 
 
 def run_file(
-    path: str, values: dict, types: Mapping[str, Type], pinned: Mapping[str, object]
+    path: str,
+    values: dict,
+    types: Mapping[str, Type],
+    pinned: Mapping[str, object],
+    comments: Comments,
 ) -> dict[str, str]:
     """Runs a config file and updates the values; returns where each key was last assigned."""
     namespace = Namespace(values, pinned)
@@ -401,7 +457,7 @@ def run_file(
             and not name.startswith('_')
             and name != 'include'
         ):
-            hint = suggest(name, list(types))
+            hint = suggest_key(name, types, comments)
             raise UserError(
                 f"{place}: {name}: no such key{hint} (the file's own names must begin with _)"
             )

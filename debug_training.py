@@ -28,16 +28,17 @@ from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_every
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
 from nib.run.checks import check_config
+from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
-from nib.tokens.find import open_or_prepare
+from nib.tokens.find import check_trained_on, open_or_prepare
 
 # what to show
 explain: bool = False  # explain one step with real numbers, instead of printing tables
-full: bool = False  # show every layer of a deep model, not only three and what is marked
+full: bool = False  # show every layer of a deep model, not only three and those that are marked
 # how much of the batch
-batch_tokens: int = 0  # tokens in the batch; 0: all, or on a CPU, what it can process in seconds
-overfit_steps: int = 50  # steps in which to memorize the batch
+batch_tokens: int = 0  # tokens in the batch; 0: all, or what a CPU can process in seconds
+overfit_steps: int = 50  # training steps to memorize the batch
 vocab_size: int = 65  # of random tokens (--dataset=)
 
 QUICK = 2e11  # floating-point operations of a step that takes a CPU seconds
@@ -45,7 +46,7 @@ QUICK = 2e11  # floating-point operations of a step that takes a CPU seconds
 
 def main(argv):
     values, origins = configurator.configure(
-        __file__, argv, settle={'device': pick_device}, base='train.py'
+        __file__, argv, settle={'device': pick_device}, base='train.py', recall=recall_config
     )
     globals().update(values)
     values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
@@ -85,6 +86,8 @@ def warn(line: str):
 
 def open_dataset(values) -> TokenDataset:
     try:
+        if values['init_from'] == 'resume':
+            check_trained_on(values['dataset'], values['data_dir'])
         return open_or_prepare(
             values['dataset'],
             values['fallback_dataset'],

@@ -20,7 +20,7 @@ out_dir: str = 'out'  # the run's folder; several folders, separated by commas, 
 page: str = ''  # output file; empty: report.html, or comparison.html for several runs, in out_dir
 png: bool = True  # also save each chart as a PNG in a folder named like the page; needs matplotlib
 watch: bool = False  # serve the page on http://127.0.0.1 and follow the run until Ctrl-C
-port: int = 8008  # of --watch; 0: any free port
+port: int = 8008  # port of --watch; 0: any free port
 
 
 def main(argv):

@@ -37,7 +37,7 @@ stop: str = ''  # end a sample after this text; <|endoftext|> is that token
 temperature: float = 0.8  # below 1 safer, above 1 more varied; 0 always takes the most likely token
 top_k: int | None = 200  # only the k most likely tokens; None: all
 top_p: float | None = None  # only the most likely tokens with this total probability; None: all
-seed: int = 1337  # another seed gives other samples
+seed: int = 1337  # a different seed gives different samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
@@ -52,7 +52,7 @@ def main(argv):
             f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}'
         )
     prompt = read_prompt(start)
-    found, tensors = store.load(out_dir, which, read=('model',), check=check_shapes)
+    found, tensors = store.load(*store.locate(out_dir, which), read=('model',), check=check_shapes)
     tokenizer = tokenizer_from_json(found.state['tokenizer'])
     config = GPTConfig(**found.state['model'])
     prompt_ids = encode_prompt(tokenizer, prompt, '--start')

@@ -36,9 +36,10 @@ from nib.machine.ranks import Ranks, distribute, start_ranks
 from nib.machine.signals import FINDING, StopSignal
 from nib.optim import Optimizer
 from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
-from nib.tokens.find import open_or_prepare
+from nib.tokens.find import check_trained_on, data_dir_of, open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -58,24 +59,24 @@ stop_on: Literal['never', 'critical', 'warning'] = 'never'  # severity of findin
 sample_tokens: int = 0  # tokens of sample text to print at each evaluation; 0: none
 tensorboard: bool = False  # also log to OUT_DIR/tensorboard
 wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline needs no account)
-wandb_project: str = 'nibgpt'  # name of the project there
-wandb_run_name: str = ''  # name of the run there; empty: chosen by wandb
+wandb_project: str = 'nibgpt'  # project on Weights & Biases
+wandb_run_name: str = ''  # name of the run; empty: chosen by wandb
 report: bool = True  # write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
 fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
-batch_size: int = 12  # sequences per micro step and process
+batch_size: int = 12  # sequences per micro step on each process
 block_size: int = 1024  # context length in tokens
-gradient_accumulation_steps: int = 40  # micro steps per step, over all processes together
+gradient_accumulation_steps: int = 40  # micro steps per step, summed over all processes
 # model
 n_layer: int = 12  # transformer blocks
 n_head: int = 12  # attention heads per block
 n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
 n_embd: int = 768  # embedding dimension
 dropout: float = 0.0  # dropout probability; 0.1 or more for small datasets
-bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; slightly better without
+bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; False is slightly better
 position: Literal['learned', 'rotary'] = 'learned'  # position encoding
 rotary_base: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
 norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
@@ -86,10 +87,10 @@ logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_c
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
 recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
 # optimizer
-max_iters: int = 600000  # training steps
+max_iters: int = 600000  # training steps, not epochs
 optimizer: Literal['adamw', 'muon', 'sgd'] = 'adamw'  # muon: for the blocks' matrices only
 learning_rate: float = 6e-4  # peak learning rate, reached after the warmup
-weight_decay: float = 0.1  # on matrices and embeddings only
+weight_decay: float = 0.1  # of matrices and embeddings only
 beta1: float = 0.9  # AdamW: decay rate of the mean gradient
 beta2: float = 0.95  # AdamW: decay rate of the mean squared gradient
 muon_lr_ratio: float = 1.0  # Muon: learning rate as a multiple of learning_rate
@@ -300,7 +301,9 @@ class TrainState:
 
 def main(argv):
     # The config: from now on, the variables at the top of this file hold this run's values.
-    values, origins = configurator.configure(__file__, argv, settle={'device': pick_device})
+    values, origins = configurator.configure(
+        __file__, argv, settle={'device': pick_device}, recall=recall_config
+    )
     globals().update(values)
     dtype_used, reason = pick_dtype(dtype, device)
     ranks = start_ranks(device)  # rank 0 of 1 without torchrun
@@ -314,7 +317,7 @@ def main(argv):
     start, values = find_start(values, origins, book)
     globals().update(values)
     data = find_data(ranks, book)
-    config = values | used | {'dataset': data.name}
+    config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
     state = TrainState()
     changes = resume(t, state, start, config, book)
@@ -463,7 +466,11 @@ def find_start(values, origins, book):
         book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
     start = read_start(values['init_from'], out_dir, book.warn)
     if start:
-        book.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
+        own = any(origin.startswith('checkpoint') for origin in origins.values())
+        book.say(
+            f'{"resuming" if start.resumed else "starting"} from {start.name}'
+            f'{" with the config of the run (--print_config shows it)" * own}'
+        )
         values = start.adopt(values, origins)
     values = settle_schedule(values)
     check_schedule(values)  # again, as a checkpoint may have brought its own
@@ -471,7 +478,9 @@ def find_start(values, origins, book):
 
 
 def find_data(ranks, book):
-    """Returns the dataset and prepares it if necessary. Raises UserError if none is available."""
+    """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
+    if init_from == 'resume':
+        check_trained_on(dataset, data_dir)
     data = open_or_prepare(
         dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
     )

@@ -25,7 +25,7 @@ from nib.tokens.dataset import SPLITS, open_dataset
 
 rounds: int = 5  # measurements of each, in turns, each in a new process
 folder: str = ''  # where to write; empty: the system's folder for temporary files
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 SIZES = {'2 MB': 2_000_000, '20 GB': 20_000_000_000}  # of train.bin, and of val.bin
 BLOCK_SIZE, BATCH_SIZE, N_BATCHES = 64, 12, 1000

@@ -30,7 +30,7 @@ nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 rounds: int = 4  # rounds of measurements
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 compile: bool = False  # compile nibGPT's decoding step
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ n_head: int = 12  # attention heads in a block
 n_embd: int = 768  # width
 device: str = 'cpu'  # where the model is: 'cpu', 'cuda', 'mps'
 folder: str = ''  # where to write; empty: the system's folder for temporary files
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 NO_DIGEST = SimpleNamespace(
     sha256=lambda: SimpleNamespace(update=lambda block: None, hexdigest=lambda: 'none')

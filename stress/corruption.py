@@ -22,7 +22,7 @@ from nib.errors import UserError, run_script
 
 damages: int = 10_000  # number of damages, alternating between all kinds
 seed: int = 0  # determines what is damaged and where
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 FILES = ('model.safetensors', 'optimizer.safetensors', 'state.json')
 STEPS = (30, 20, 10)  # of the existing checkpoints, newest first

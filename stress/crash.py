@@ -38,7 +38,7 @@ from nib.tokens.write import write_char_dataset
 kills: int = 1000  # SIGKILLs at random moments: half hit train.py, half a process that only saves
 seed: int = 0  # determines the moments
 folder: str = ''  # where to write the runs; empty: the system's folder for temporary files
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 SAVE_INTERVAL = 2  # steps between saves in the killed runs of train.py
 RUN = [
@@ -185,7 +185,7 @@ SCENARIOS = {
         lambda out_dir: save(out_dir, 20, 2.0),
         {(10, 1.0), (20, 2.0)},
     ),
-    'a save and its evaluation, the best so far': (
+    'a save and its evaluation, best so far': (
         prepare_two,
         lambda out_dir: save(out_dir, 30, 3.0, best=True),
         {(20, 2.0), (30, 3.0)},

@@ -381,7 +381,7 @@ FLAGS = {
     'negative clipping': (['--grad_clip=-1'], ['grad_clip is -1', 'at least 0']),
     'warm-up longer than the decay': (
         ['--warmup_iters=50'],
-        ['warmup_iters 50 is more than lr_decay_iters 20', '--warmup_iters=1'],
+        ['warmup_iters 50 is greater than lr_decay_iters 20', '--warmup_iters=1'],
     ),
     'no cool-down': (['--lr_schedule=wsd'], ['cooldown_iters is 0', '--cooldown_iters=4']),
     'empty batch': (['--batch_size=0'], ['batch_size is 0', 'at least 1']),
@@ -474,7 +474,7 @@ def test_an_out_dir_that_is_a_file_is_told(run_main, place):
     before = contents(place)
     for flags, words in (
         ([], ['taken cannot be written', 'choose another --out_dir']),
-        (['--init_from=resume'], ['taken', '--out_dir']),
+        (['--init_from=resume'], ['taken is a file']),
     ):
         assert_refused(try_to_train(run_main, place, f'--out_dir={place / "taken"}', *flags), words)
     assert contents(place) == before

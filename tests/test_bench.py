@@ -65,7 +65,7 @@ def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'table.txt').read_text() == done.stdout
-    assert '128 tokens a step (2 x 4 x 16), float32, compile off, tiny' in done.stdout
+    assert '128 tokens per step (2 x 4 x 16), float32, compile off, tiny' in done.stdout
     figures = rows(done.stdout)
     assert figures['tokens/s'] == pytest.approx(128 / figures['ms/step'] * 1000, rel=0.01)
     assert figures['generated tokens/s'] > 0 and figures['peak memory, MB'] > 50

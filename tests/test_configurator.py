@@ -240,6 +240,38 @@ def test_wrong_flag_is_named_with_its_remedy(item, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    'name, keys',
+    [
+        ('lr', ['learning_rate']),  # initials
+        ('bs', ['batch_size', 'block_size']),
+        ('wd', ['weight_decay']),
+        ('max_steps', ['max_bad_steps', 'max_iters']),  # spelling
+        ('warmup', ['warmup_iters']),
+        ('num_layers', ['n_layer']),
+        ('steps', ['max_iters']),  # comments
+        ('epochs', ['max_iters']),
+        ('context', ['block_size']),
+        ('on_critical', ['stop_on']),  # choices
+        ('cosine', ['lr_schedule']),
+        ('grad_accum', ['gradient_accumulation_steps']),  # the beginnings of words
+        ('zzz', []),
+        ('no_such', []),
+        ('_', []),
+    ],
+)
+def test_another_name_for_a_key_is_understood(name, keys, tmp_path):
+    hint = f'did you mean {" or ".join(f"--{key}" for key in keys)}?' if keys else 'no such key ('
+    with pytest.raises(UserError) as caught:
+        configure(str(ROOT / 'train.py'), [f'--{name}=1'])
+    assert hint in str(caught.value)
+    if name != '_':
+        (tmp_path / 'x.py').write_text(f'{name} = 1')
+        with pytest.raises(UserError) as caught:
+            configure(str(ROOT / 'train.py'), [str(tmp_path / 'x.py')])
+        assert hint.replace('--', '') in str(caught.value)
+
+
 def test_flag_is_no_value_of_the_flag_before():
     assert '--max_iters' in complaint('--max_iters', '--verbose')
 
@@ -502,6 +534,23 @@ def test_configure_gives_values_and_origins(script):
         'command line',
         'default',
     )
+
+
+def test_recalled_values_stand_between_defaults_and_files(script, config):
+    """Values that do not fit, or belong to keys that are gone, are left out."""
+    before = {'n_layer': 3, 'dropout': 0.5, 'gone': 1, 'dtype': 'int8', 'device': 'auto'}
+
+    def recall(values, origins):
+        assert (values['dropout'], origins['dropout']) == (1.0, 'x.py:1')
+        return {key: value for key, value in before.items() if key != 'dropout'}, 'the run'
+
+    path = config('dropout = 1')
+    values, origins = configure(script, [path], settle={'device': pick}, recall=recall)
+    assert (values['n_layer'], values['dropout'], values['dtype']) == (3, 1.0, 'float32')
+    assert (origins['n_layer'], origins['dropout']) == ('the run', 'x.py:1')
+    assert (values['device'], origins['device']) == ('cpu', 'the run (auto)')
+    assert 'gone' not in values and origins['dtype'] == 'default'
+    assert origins['compile'] == 'default (auto)'
 
 
 RUNNER = '''"""Toy."""

@@ -7,9 +7,10 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, records, run_script
+from conftest import ROOT, SMALL_RUN, records, run_script
 
 import train as training
+from nib.checkpoint import store
 
 STEPS = 24
 # Dropout, accumulation and a schedule. These flags win over those of SMALL_RUN.
@@ -115,6 +116,7 @@ import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import test_resume
 import train as training
+from nib.checkpoint import store
 from conftest import SMALL_RUN
 from nib.machine.ranks import Ranks
 ranks, close = training.start_ranks('cpu'), Ranks.close
@@ -199,3 +201,133 @@ def test_a_run_goes_on_with_the_same_tokens_and_loss_on_other_ranks(data_dir, tm
                 name,
                 one['step'],
             )
+
+
+# -- without the config ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut_run(train_here, tmp_path):
+    """A run with many flags, cut after step 10; returns its folder."""
+    _, undo = watch([10])
+    try:
+        done = train_here(tmp_path / 'run', *RUN)
+    finally:
+        undo()
+    assert done.returncode == 143, done.stderr
+    return tmp_path / 'run'
+
+
+@pytest.fixture
+def resume(run_main):
+    """resume(out_dir, *flags) resumes a run by its folder."""
+    return lambda out_dir, *flags: run_main(
+        training, '--init_from=resume', f'--out_dir={out_dir}', *flags
+    )
+
+
+def config_of(out_dir) -> dict:
+    return json.loads((out_dir / 'config.json').read_text())
+
+
+def test_a_run_resumed_by_its_folder_alone_equals_the_uninterrupted_one(
+    data_dir, run_cut, resume, run_main, tmp_path, monkeypatch
+):
+    whole = run_cut(tmp_path / 'whole', [])
+    del whole['tokens']
+    monkeypatch.chdir(data_dir.parent)  # in which data_dir is a relative path
+    _, undo = watch([10])
+    flags = [*SMALL_RUN, *RUN, f'--data_dir={data_dir.name}', f'--out_dir={tmp_path / "cut"}']
+    run_main(training, *flags)
+    undo()
+    before = config_of(tmp_path / 'cut')['config']
+    monkeypatch.chdir(tmp_path)
+    done = resume('cut')
+    assert done.returncode == 0, done.stderr
+    assert 'with the config of the run' in done.stdout and 'changed since' not in done.stdout
+    assert digests(tmp_path / 'cut') == whole
+    after = config_of(tmp_path / 'cut')
+    assert after['config'] == before | {'out_dir': 'cut'} and after['changes'] == []
+    assert after['origins']['batch_size'] == 'checkpoint of step 10'
+
+
+def test_the_command_wins_over_the_config_of_the_run(cut_run, resume, tmp_path):
+    (tmp_path / 'file.py').write_text('eval_iters = 2\nbeta1 = 0.8\n')
+    done = resume(cut_run, tmp_path / 'file.py', '--beta1=0.7', '--max_iters=26')
+    assert (
+        'changed since the checkpoint: eval_iters 1 -> 2, max_iters 24 -> 26, beta1 0.9 -> 0.7'
+        in (done.stdout)
+    )
+    config = config_of(cut_run)['config']
+    assert (config['lr_decay_iters'], config['n_layer'], config['batch_size']) == (STEPS, 1, 4)
+    done = resume(cut_run, '--max_iters=27')  # what has been changed stays
+    assert 'changed since the checkpoint: max_iters 26 -> 27' in done.stdout
+    assert config_of(cut_run)['config']['beta1'] == 0.7
+
+
+def test_what_was_automatic_is_chosen_again(train_here, resume, tmp_path):
+    """A longer run decays longer, unless the decay was set."""
+    auto = ['--lr_decay_iters=auto', '--min_lr=auto', '--max_iters=2', '--warmup_iters=1']
+    auto += ['--dtype=auto']
+    train_here(tmp_path / 'run', *auto)
+    resume(tmp_path / 'run', '--max_iters=4', '--learning_rate=0.02')
+    resumed = config_of(tmp_path / 'run')
+    assert resumed['config']['lr_decay_iters'] == 4 and resumed['config']['min_lr'] == 0.002
+    for key in ('dtype', 'compile', 'lr_decay_iters'):
+        assert resumed['origins'][key].endswith('(auto)')
+    assert resumed['origins']['device'] == 'checkpoint of step 2'
+
+
+def test_a_run_without_its_data_says_so_and_prepares_nothing(
+    cut_run, data_dir, resume, tmp_path, monkeypatch
+):
+    moved = data_dir.rename(data_dir.with_name('moved'))
+    try:
+        monkeypatch.setattr('runpy.run_path', lambda path: pytest.fail(f'{path} was run'))
+        for flags in ([], ['--prepare_dataset', '--fallback_dataset=stdlib_char']):
+            done = resume(cut_run, *flags)
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+            assert f'{data_dir / "tiny"} has no train.bin' in done.stderr
+            assert '--data_dir=FOLDER' in done.stderr and 'fallback' not in done.stderr
+        assert resume(cut_run, f'--data_dir={moved}').returncode == 0
+    finally:
+        moved.rename(data_dir)
+
+
+def test_a_run_on_the_fallback_is_resumed_by_its_own_command(train_here, resume, tmp_path):
+    (tmp_path / 'file.py').write_text("dataset = 'elsewhere'\nfallback_dataset = 'tiny'\n")
+    flags = [flag for flag in SMALL_RUN if flag != '--dataset=tiny']
+    # What the fallback leaves behind: the name of the dataset that was used.
+    train_here(tmp_path / 'run', '--max_iters=2', '--fallback_dataset=tiny')
+    done = resume(tmp_path / 'run', tmp_path / 'file.py', *flags, '--max_iters=3')
+    assert done.returncode == 0, done.stderr
+    assert config_of(tmp_path / 'run')['config']['dataset'] == 'tiny'
+
+
+def test_a_run_of_an_older_version_goes_on(cut_run, resume):
+    """Its checkpoint has options that are gone, and does not say where its values come from."""
+    state = store.newest(cut_run).state
+    del state['origins']
+    state['config'] |= {'on_critical': 'stop', 'stop_on': 'sometimes'}
+    del state['config']['muon_iterations']
+    store._write_state(store.newest(cut_run).path, state)
+    done = resume(cut_run)
+    assert done.returncode == 0, done.stderr
+    config = config_of(cut_run)['config']
+    assert (config['stop_on'], config['n_embd'], config['lr_decay_iters']) == ('never', 32, STEPS)
+
+
+def test_print_config_shows_what_a_resumed_run_would_use(cut_run, resume):
+    lines = [
+        ' '.join(line.split()) for line in resume(cut_run, '--print_config').stdout.splitlines()
+    ]
+    assert 'batch_size = 4 # checkpoint of step 10' in lines
+    assert 'weight_decay = 0.1 # default' in lines
+
+
+def test_debug_training_examines_a_run_by_its_folder_alone(cut_run, run_main):
+    done = run_main(
+        'debug_training.py', '--init_from=resume', f'--out_dir={cut_run}', '--overfit_steps=1'
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'microscope: tiny, {cut_run}' in done.stdout

@@ -90,7 +90,7 @@ def test_weights_of_another_precision_write_what_they_find_likeliest(out_dir, ru
         assert (
             done.stdout == likeliest(out_dir, 'latest', 'The cat', 9, getattr(torch, dtype)) + '\n'
         )
-        assert f'{dtype} (as asked)' in done.stderr
+        assert f'{dtype} (as requested)' in done.stderr
 
 
 def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys):

@@ -100,7 +100,7 @@ def test_the_last_line_is_the_loss_over_the_whole_validation_split(whole_run, da
     with torch.no_grad():
         loss = model(val[: n * 16].view(n, 16), val[1 : n * 16 + 1].view(n, 16)).item()
     # Every character is one byte here.
-    line = f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) over the'
+    line = f'val loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits per byte) on the'
     assert f'{line} whole' in done.stdout
     only = train(data_dir, out_dir, '--dropout=0.1', '--init_from=resume', '--eval_only')
     assert f'step 20: val loss {loss:.4f}' in only.stdout
@@ -182,7 +182,7 @@ def test_two_ranks_learn_what_one_learns(data_dir, tmp_path):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     done = train(data_dir, tmp_path / 'two', launcher=torchrun)
     train(data_dir, tmp_path / 'one')
-    assert done.stdout.count('over the whole validation split') == 1
+    assert done.stdout.count('on the whole validation split') == 1
     keys = ('loss/step', 'grad_norm', 'loss/train', 'loss/val', 'loss/val_whole')
     for two, one in zip(records(tmp_path / 'two'), records(tmp_path / 'one'), strict=True):
         for key in keys:
@@ -725,7 +725,7 @@ def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
         '--max_iters=2',
         env={'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no-compiler')},
     )
-    assert 'compile off (there is no C compiler' in done.stdout
+    assert 'not compiled (no C compiler found' in done.stdout
     broken = tmp_path / 'g++'
     broken.write_text('#!/bin/sh\nexit 1\n')
     broken.chmod(0o755)
@@ -921,4 +921,4 @@ def test_a_resumed_run_whose_old_rate_would_rise_is_refused(train_here, tmp_path
     begun = train_here(tmp_path / 'run', '--lr_schedule=constant', '--min_lr=1', '--max_iters=10')
     assert begun.returncode == 0, begun.stderr
     ended = train_here(tmp_path / 'run', '--lr_schedule=cosine', '--init_from=resume')
-    assert ended.returncode == 2 and 'min_lr 1 is more than learning_rate 0.01' in ended.stderr
+    assert ended.returncode == 2 and 'min_lr 1 is greater than learning_rate 0.01' in ended.stderr

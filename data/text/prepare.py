@@ -80,12 +80,13 @@ def main(argv):
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
         print(
-            f'note: the validation split has {share:.0%} of the text, as documents are not divided',
+            f'note: the validation split has {share:.0%} of the text, as documents are not split',
             file=sys.stderr,
         )
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
-        f'{shown(folder)}: documents {len(found.lengths):,}, characters {sum(found.lengths):,}, '
+        f'{shown(folder)}: {len(found.lengths):,} document{"s" * several}, '
+        f'{sum(found.lengths):,} characters, '
         f'vocabulary {meta["vocab_size"]:,}, '
         f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
     )

@@ -11,6 +11,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
+from nib.checkpoint.wrong_folder import explain
 from nib.errors import UserError
 from nib.machine.device import seed_everything
 from nib.tokens.dataset import TokenDataset
@@ -55,8 +56,8 @@ class Weights:
             elif key == 'block_size' and not self.resumed:
                 if values[key] > own:
                     raise UserError(
-                        f'{key} {values[key]} ({origins[key]}) is more than the {own} positions of '
-                        f'{self.name}: use at most --block_size={own}'
+                        f'{key} {values[key]} ({origins[key]}) is greater than the {own} positions '
+                        f'of {self.name}: use at most --block_size={own}'
                     )
             else:
                 raise UserError(
@@ -72,7 +73,8 @@ class Weights:
         return {
             key: [before[key], value]
             for key, value in config.items()
-            if before.get(key, value) != value and key not in ('init_from', 'overwrite', 'out_dir')
+            if before.get(key, value) != value
+            and key not in ('init_from', 'overwrite', 'out_dir', 'data_dir')
         }
 
     def check_dataset(self, data: TokenDataset):
@@ -129,16 +131,17 @@ def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Wei
     if init_from == 'resume':
         found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=True)
-    if store.exists(init_from):
-        found, tensors = store.load(
-            init_from, 'best', read=('model',), warn=warn, check=check_shapes
-        )
+    run, which = store.locate(init_from, 'best')
+    if store.exists(run):
+        found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
     if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
         return read_gpt2(init_from)
+    instead = f'; {explain(init_from)}' if Path(init_from).exists() else ''
     raise UserError(
         f"init_from {init_from!r}: expected 'scratch', 'resume', "
         f'{", ".join(map(repr, GPT2_NAMES))}, or the folder of a run or of a Hugging Face GPT-2'
+        f'{instead}'
     )
 
 
@@ -225,7 +228,7 @@ def read_gpt2(name: str) -> Weights:
 
 
 def _find(name: str, file: str) -> Path:
-    if name not in GPT2_NAMES:
+    if name not in GPT2_NAMES or (Path(name) / file).exists():
         return Path(name) / file
     try:
         from huggingface_hub import hf_hub_download

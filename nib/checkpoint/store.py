@@ -15,12 +15,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nib.checkpoint import tensorfile
+from nib.checkpoint.wrong_folder import explain, is_checkpoint, run_of
 from nib.errors import UserError
 from nib.files import atomic_write, clear_temporaries, sync_folder
 
@@ -28,7 +30,6 @@ FORMAT = 1
 _TEMPORARY = '.tmp-'  # prefix of directories that are being written or deleted
 _ASIDE = '.old-'  # prefix of checkpoints of a run that is being replaced
 _REPLACED = '.tmp-replaced-'  # prefix of a step's directory while another one takes its place
-_TRAIN_FIRST = 'train first: python train.py CONFIG --out_dir='
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
 
 
@@ -179,6 +180,23 @@ def exists(out_dir) -> bool:
     return bool(_step_folders(Path(out_dir)))
 
 
+def newest(out_dir) -> Checkpoint | None:
+    """Returns the newest checkpoint with an intact state.json, without reading its tensors."""
+    for folder in _step_folders(Path(out_dir)):
+        with suppress(Damaged):
+            return Checkpoint(folder, _read_state(folder))
+    return None
+
+
+def locate(path, which: str) -> tuple[Path, str]:
+    """Returns the folder of a run and the checkpoint to read, for load().
+
+    path: the folder, or the directory of a single checkpoint, which then replaces `which`.
+    """
+    whole = Path(os.path.abspath(path))
+    return (run_of(whole), str(_step_of(whole))) if is_checkpoint(whole) else (Path(path), which)
+
+
 def set_aside(out_dir):
     """Renames the checkpoints of a run that is being replaced to `.old-step-N`.
 
@@ -221,7 +239,7 @@ def load(
     """
     out_dir = Path(out_dir)
     if not out_dir.is_dir():
-        raise UserError(f'out_dir {out_dir}: no such folder; {_TRAIN_FIRST}{out_dir}')
+        raise UserError(explain(out_dir))
     damages = []
     for folder in _candidates(out_dir, which, warn):
         try:
@@ -241,8 +259,9 @@ def load(
             f'a checkpoint of the run that was replaced is still in {aside[-1]}: to use it, rename '
             f'it to {aside[-1].name.removeprefix(_ASIDE)}'
         )
-    reasons = ': ' + '; '.join(damages) if damages else f'; {_TRAIN_FIRST}{out_dir}'
-    raise UserError(f'{out_dir} contains no usable checkpoint{reasons}')
+    if not damages:
+        raise UserError(explain(out_dir))
+    raise UserError(f'{out_dir} contains no usable checkpoint: {"; ".join(damages)}')
 
 
 def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[Path]:
@@ -256,6 +275,7 @@ def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[
             warn(f'{out_dir} has no best checkpoint yet: using the newest')
         # A stable sort: the best one, then newest first.
         return sorted(folders, key=lambda folder: _step_of(folder) != best)
+    which = which.removeprefix('step-')
     if not (which.isascii() and which.isdecimal() and len(which) < 20):
         raise UserError(f"checkpoint {which!r}: it must be 'latest', 'best' or a step number")
     if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:

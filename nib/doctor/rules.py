@@ -198,7 +198,7 @@ class Doctor:
     def verdict(self, step: int) -> str:
         """Returns the verdict on a run of `step` steps, a sentence."""
         if not self.findings:
-            return f'healthy: nothing found in {step:,} step{"s" * (step != 1)}'
+            return f'healthy, no findings in {step:,} step{"s" * (step != 1)}'
         parts = []
         for severity in SEVERITIES:
             names = [finding.name for finding in self.findings if finding.severity == severity]

@@ -21,15 +21,15 @@ def pick_compile(
     peak_seconds: duration of the run at the device's peak rate, if known.
     """
     compiler = os.environ.get('CXX') or 'g++'
-    reason = 'as asked'
+    reason = 'as requested'
     if compile == 'auto':
         if not device.startswith('cuda'):
-            return False, 'measured to be no faster on a CPU'
+            return False, 'no faster on a CPU'
         if peak_seconds is not None and peak_seconds < SHORT_RUN:
             return False, 'the run is too short for compilation to pay off'
         compile, reason = True, 'faster on a GPU'
     if compile and not any(shutil.which(name) for name in (compiler, 'gcc', 'clang')):
-        return False, 'there is no C compiler on this machine (install gcc)'
+        return False, 'no C compiler found: install gcc'
     return bool(compile), reason
 
 

@@ -78,8 +78,8 @@ def describe_device(device: str) -> str:
         return device
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     threads = torch.get_num_threads()
-    reason = 'as asked' if has_gpu else 'torch finds no GPU here'
-    return f'cpu ({threads} thread{"s" * (threads > 1)}; {reason})'
+    reason = 'GPU not used' if has_gpu else 'no GPU found'
+    return f'cpu ({threads} thread{"s" * (threads > 1)}, {reason})'
 
 
 def has_bfloat16(device: str) -> bool:
@@ -92,21 +92,21 @@ def has_bfloat16(device: str) -> bool:
 
 
 def pick_dtype(dtype: str, device: str) -> tuple[str, str]:
-    """Returns the dtype of matrix products and the reason: ('bfloat16', 'this GPU has it').
+    """Returns the dtype of matrix products and the reason: ('bfloat16', 'supported by this GPU').
 
     Raises UserError if the user requests bfloat16 on a GPU that does not support it.
     """
     kind = {'cuda': 'GPU', 'cpu': 'CPU'}.get(torch.device(device).type, 'device')
     if dtype == 'auto':
         if has_bfloat16(device):
-            return 'bfloat16', f'this {kind} has it'
-        return ('float16' if kind == 'GPU' else 'float32'), f'this {kind} has no bfloat16'
+            return 'bfloat16', f'supported by this {kind}'
+        return ('float16' if kind == 'GPU' else 'float32'), f'this {kind} does not support bfloat16'
     if dtype == 'bfloat16' and kind == 'GPU' and not has_bfloat16(device):
         raise UserError(
-            f'--dtype=bfloat16: {describe_device(device)} has no bfloat16; '
+            f'--dtype=bfloat16: {describe_device(device)} does not support bfloat16; '
             f'use --dtype=float16 or auto'
         )
-    return dtype, 'as asked'
+    return dtype, 'as requested'
 
 
 def autocast(dtype: str, device: str):

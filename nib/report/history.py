@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nib.checkpoint.wrong_folder import explain, is_run
 from nib.doctor import health
 from nib.doctor.troubles import Finding
 from nib.errors import UserError
@@ -67,13 +68,9 @@ def read_run(folder, name: str = '') -> Run:
     Raises UserError if the folder does not contain a run.
     """
     folder = Path(folder)
-    log = folder / 'metrics.jsonl'
-    if not log.exists() and not (folder / 'config.json').exists():
-        what = 'no such folder'
-        if folder.is_dir():
-            what = 'not a run, as it has neither metrics.jsonl nor config.json'
-        raise UserError(f'--out_dir={folder}: {what}; name the folder that train.py wrote to')
-    numbers, texts, findings, unread = sort_records(log)
+    if not is_run(folder):
+        raise UserError(explain(folder))
+    numbers, texts, findings, unread = sort_records(folder / 'metrics.jsonl')
     record = read_json(folder / 'config.json')
     config, origins, changes = (record.get(key) for key in ('config', 'origins', 'changes'))
     return Run(

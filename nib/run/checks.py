@@ -74,13 +74,13 @@ def check_schedule(config: Mapping):
     """Raises UserError if the learning rate schedule, without 'auto', is impossible."""
     if config['lr_schedule'] != 'constant' and config['min_lr'] > config['learning_rate']:
         raise UserError(
-            f'min_lr {config["min_lr"]:g} is more than learning_rate '
+            f'min_lr {config["min_lr"]:g} is greater than learning_rate '
             f'{config["learning_rate"]:g}: lower it, or use --min_lr=auto, a tenth of learning_rate'
         )
     warmup, decay = config['warmup_iters'], config['lr_decay_iters']
     if config['lr_schedule'] != 'constant' and warmup > decay:
         raise UserError(
-            f'warmup_iters {warmup} is more than lr_decay_iters {decay}: lower it, for example '
+            f'warmup_iters {warmup} is greater than lr_decay_iters {decay}: lower it, for example '
             f'--warmup_iters={max(0, decay // 20)}'
         )
     cooldown = config['cooldown_iters']

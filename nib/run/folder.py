@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nib.checkpoint import store
+from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_hugging_face
 from nib.errors import UserError
 from nib.files import atomic_write, read_json
 
@@ -14,6 +15,41 @@ try:
     import fcntl
 except ImportError:  # Windows, where two runs in the same out_dir go unnoticed
     fcntl = None
+
+
+# What a command says about itself, and not about the run.
+OF_THE_COMMAND = ('out_dir', 'init_from', 'overwrite', 'eval_only')
+# Chosen for the machine or computed from other keys, unless they were set. Checkpoints of older
+# versions do not say which.
+OFTEN_AUTO = ('device', 'dtype', 'compile', 'lr_decay_iters', 'min_lr')
+
+
+def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
+    """Returns what a resumed run takes from its newest checkpoint, and the name of this origin.
+
+    These are the keys that neither the command line nor a config file sets. A value that was 'auto'
+    is not taken: it is chosen again. values, origins: those of configurator.configure.
+    """
+    saved = store.newest(values['out_dir']) if values['init_from'] == 'resume' else None
+    if not saved:
+        return {}, ''
+    before = saved.state['config']
+    chosen = saved.state.get('origins', dict.fromkeys(OFTEN_AUTO, '(auto)'))
+    taken = {
+        key: value
+        for key, value in before.items()
+        if key not in OF_THE_COMMAND
+        and origins.get(key, '').startswith('default')
+        and (value != values[key] or origins[key] != 'default')
+        and not chosen.get(key, '').endswith('(auto)')
+    }
+    if 'device' in taken and before.get('ranks', 1) > 1:
+        taken['device'] = taken['device'].partition(':')[0]  # it was that of rank 0
+    # A config file still names the dataset that the fallback has replaced, or leaves the name open.
+    fell_back = before['dataset'] == before.get('fallback_dataset')
+    if origins['dataset'] != 'command line' and (fell_back or not values['dataset']):
+        taken['dataset'] = before['dataset']
+    return taken, f'checkpoint of step {saved.step}'
 
 
 class RunLock:
@@ -34,6 +70,8 @@ class RunLock:
         another process has the lock, or if the folder cannot be written. Existing files are then
         left unchanged.
         """
+        if is_checkpoint(Path(os.path.abspath(self.out_dir))) or is_hugging_face(self.out_dir):
+            raise UserError(f'{explain(self.out_dir)}; choose another --out_dir for a new run')
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out_dir / '.lock', 'a+')  # noqa: SIM115, closed by release()

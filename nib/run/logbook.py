@@ -52,13 +52,14 @@ class Logbook:
 
     def say_machine(self, device: str, dtype: str, ranks: int, reason: str):
         """Prints a line about the machine. reason: why this dtype was chosen."""
-        self.say(f'device {describe_device(device)}, ranks {ranks}, dtype {dtype} ({reason})')
+        processes = f'{ranks} process{"es" * (ranks > 1)}'
+        self.say(f'device {describe_device(device)}, {processes}, dtype {dtype} ({reason})')
 
     def say_data(self, data: TokenDataset, tokens_per_step: int):
         """Prints a line about the dataset."""
         self.say(
             f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation '
-            f'tokens, vocabulary {data.vocab_size}; a step is {tokens_per_step:,} tokens'
+            f'tokens, vocabulary {data.vocab_size}; {tokens_per_step:,} tokens per step'
         )
 
     def say_model(self, training, compiled: bool, reason: str):
@@ -67,8 +68,8 @@ class Logbook:
         without_positions = training.raw_model.num_params(positions=False)
         self.say(
             f'model: {n_params / 1e6:.2f}M parameters ({without_positions / 1e6:.2f}M without '
-            f'positions), {training.flops_per_token / 1e6:.1f} MFLOP per token and step, '
-            f'compile {"on" if compiled else "off"} ({reason})'
+            f'position embeddings), {training.flops_per_token / 1e6:.1f} MFLOP per token (forward '
+            f'and backward), {"compiled" if compiled else "not compiled"} ({reason})'
         )
 
     def restarted_by_torchrun(self) -> bool:
@@ -102,11 +103,12 @@ class Logbook:
         training: train.py's Training. config: the values that the run uses. origins: where they
         come from. changes: changes of the config since the checkpoint.
         """
-        self.training, self.data, self.config, self.saved = training, data, config, step
-        self.ranks.on_first(lambda: self._open(origins, changes, step))
+        self.training, self.data, self.saved = training, data, step
+        self.config, self.origins = config, origins
+        self.ranks.on_first(lambda: self._open(changes, step))
         self.start_clock(step)
 
-    def _open(self, origins, changes, step):
+    def _open(self, changes, step):
         config, t = self.config, self.training
         self.metrics = Metrics(
             self.out_dir,
@@ -119,7 +121,7 @@ class Logbook:
         # Only now is it certain that this run can start. After its first save, these are deleted.
         if self._is_new:
             store.set_aside(self.out_dir)
-        write_config(self.out_dir, config, origins, step, changes)
+        write_config(self.out_dir, config, self.origins, step, changes)
         self.writer = CheckpointWriter(
             self.out_dir, config['keep_last'], config['keep_every'], step
         )
@@ -228,6 +230,7 @@ class Logbook:
                 'train': asdict(state),
                 'model': asdict(t.raw_model.config),
                 'config': self.config,
+                'origins': self.origins,
                 'dataset': data.name,
                 'dataset_fingerprint': data.fingerprint,
                 'tokenizer': data.tokenizer.to_json(),
@@ -271,7 +274,7 @@ class Logbook:
         seconds = time.perf_counter() - started
         self.say(
             f'step {step}: train loss {train_loss:.4f}, val loss {data.describe_loss(val_loss)}'
-            f'{", the best so far" if best and self.saved else ""}; {seconds:.1f} s'
+            f'{", best so far" if best and self.saved else ""}; {seconds:.1f} s'
         )
         self._tell(self.doctor.see_evaluation(vital_signs))
         self.metrics.log(
@@ -313,9 +316,7 @@ class Logbook:
 
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
         """Records the loss on the whole validation split."""
-        self.say(
-            f'step {step}: val loss {data.describe_loss(loss)} over the whole validation split'
-        )
+        self.say(f'step {step}: val loss {data.describe_loss(loss)} on the whole validation split')
         if self.metrics:
             self.metrics.log(
                 step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)}

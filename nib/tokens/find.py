@@ -11,6 +11,25 @@ from nib.tokens.dataset import SPLITS, TokenDataset, is_prepared, open_dataset
 SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
+def data_dir_of(data: TokenDataset) -> str:
+    """Returns the data_dir that finds a dataset again from any working directory."""
+    folder = os.path.abspath(data.folder.parent)
+    return '' if folder == str(SCRIPTS) else folder
+
+
+def check_trained_on(name: str, data_dir: str):
+    """Raises UserError if the dataset that a resumed run was trained on is missing."""
+    folder = Path(data_dir or os.path.relpath(SCRIPTS)) / name
+    if not is_prepared(folder):
+        again = ''
+        if not data_dir and (SCRIPTS / name / 'prepare.py').exists():
+            again = f', or prepare it again with python data/{name}/prepare.py'
+        raise UserError(
+            f'{folder} has no train.bin and val.bin, and a resumed run needs the dataset that it '
+            f'was trained on: name the folder that contains {name} with --data_dir=FOLDER{again}'
+        )
+
+
 def open_or_prepare(
     name: str,
     fallback: str,

@@ -133,7 +133,7 @@ def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
 
 @pytest.mark.parametrize(
     'which, said',
-    [('latest', 'no usable checkpoint'), ('7', 'no checkpoint of step 7'), ('newest', "'best'")],
+    [('latest', 'train first'), ('7', 'no checkpoint of step 7'), ('newest', "'best'")],
 )
 def test_a_checkpoint_that_is_not_there_is_a_user_error(tmp_path, which, said):
     with pytest.raises(UserError, match=said):

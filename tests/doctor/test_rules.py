@@ -228,8 +228,8 @@ def test_a_healthy_run_is_left_alone(changes, log_interval):
     doctor = make_doctor(**changes)
     assert show(doctor, log_interval=log_interval) == []
     assert (
-        doctor.verdict(300) == 'healthy: nothing found in 300 steps'
-        and doctor.verdict(1) == 'healthy: nothing found in 1 step'
+        doctor.verdict(300) == 'healthy, no findings in 300 steps'
+        and doctor.verdict(1) == 'healthy, no findings in 1 step'
     )
 
 
@@ -955,7 +955,7 @@ def test_the_doctor_names_what_a_config_of_the_lab_breaks(
         verdict = 'warning: throughput_collapse'
     else:
         assert found == []
-        verdict = 'healthy: nothing found in 120 steps'
+        verdict = 'healthy, no findings in 120 steps'
     assert f'verdict of the doctor: {verdict}\n' in done.stdout
 
 

@@ -33,7 +33,7 @@ def test_what_is_set_stays():
 
 def test_a_rate_that_would_rise_is_refused_in_one_line():
     with pytest.raises(
-        UserError, match='min_lr 0.0001 is more than learning_rate 5e-05.*--min_lr=auto'
+        UserError, match='min_lr 0.0001 is greater than learning_rate 5e-05.*--min_lr=auto'
     ) as refused:
         check_config(DEFAULTS | {'learning_rate': 5e-5, 'min_lr': 1e-4}, 1)
     assert '\n' not in str(refused.value)

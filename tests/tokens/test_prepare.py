@@ -223,7 +223,7 @@ def test_a_folder_of_notes_becomes_a_dataset(
     said = capsys.readouterr()
     for words in (
         f'vocabulary {vocabulary:,}',
-        'documents 20',
+        '20 documents',
         f'{len(data.train):,} training',
         f'{len(data.val):,} validation',
     ):

@@ -1,0 +1,96 @@
+"""What is wrong with a folder in which a run was expected, and what to type instead."""
+
+import difflib
+import os
+import shlex
+from pathlib import Path
+
+from nib.files import read_json, shown
+
+STEP = 'step-[0-9]*'  # the directories of checkpoints
+SHOWN = 3  # runs to list
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether train.py has written to this folder."""
+    return (
+        (folder / 'metrics.jsonl').exists()
+        or 'config' in read_json(folder / 'config.json')
+        or any(folder.glob(STEP))
+    )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether an absolute path is the directory of a single checkpoint."""
+    return path.match(STEP) and (path / 'state.json').exists()
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Returns the folder of a checkpoint's run, as a person would type it."""
+    return Path(shown(checkpoint.parent))
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Returns whether the folder contains a model of Hugging Face's transformers."""
+    return bool({'model_type', 'architectures'} & read_json(folder / 'config.json').keys())
+
+
+def explain(path) -> str:
+    """Returns a sentence about a path that is not the folder of a run with a checkpoint."""
+    path, whole = Path(path), Path(os.path.abspath(path))
+    if is_checkpoint(whole):
+        return f'{path} is a single checkpoint of a run; did you mean {_typed(run_of(whole))}?'
+    run = next((folder for folder in path.parents if is_run(folder)), None)
+    if not path.is_dir() and run:  # a file or a step of the run
+        return f'{path} is not the folder of a run; did you mean {_typed(run)}?'
+    if path.is_file():
+        instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
+        return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'
+    train_first = f'train first: python train.py CONFIG --out_dir={_typed(path)}'
+    runs = _runs_in(path)
+    if not path.is_dir():
+        runs = _runs_in(path.parent)
+        near = difflib.get_close_matches(path.name, [run.name for run in runs], n=1)
+        if near:
+            return f'{path}: no such folder; did you mean {_typed(path.with_name(near[0]))}?'
+        return f'{path}: no such folder; {train_first}{_list(runs, "; existing runs: ")}'
+    if is_run(path):
+        return (
+            f'{path} contains no checkpoint yet: a run saves one at each evaluation, '
+            f'and when it is stopped'
+        )
+    for found, what in (
+        ((path / 'ckpt.pt').exists(), 'a checkpoint of nanoGPT (ckpt.pt)'),
+        (is_hugging_face(path), "a model in Hugging Face's format"),
+    ):
+        if found:
+            return (
+                f'{path} contains {what}, and not a run: start a run from it with '
+                f'--init_from={_typed(path)}'
+            )
+    if (path / 'train.bin').exists():
+        return (
+            f'{path} is a dataset, and not a run: train on it with '
+            f'--dataset={_typed(Path(whole.name))} --data_dir={_typed(path.parent)}'
+        )
+    if runs:
+        return f'{path} is not a run, but contains runs: name one of them{_list(runs, ": ")}'
+    return f'{path} is not a run, because it contains no checkpoint; {train_first}'
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Returns the runs in a folder, the latest first."""
+    try:
+        runs = [path for path in folder.iterdir() if path.is_dir() and is_run(path)]
+        return sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)
+    except OSError:
+        return []
+
+
+def _list(runs: list[Path], begin: str) -> str:
+    more = f' and {len(runs) - SHOWN} more' if len(runs) > SHOWN else ''
+    return begin + ', '.join(map(_typed, runs[:SHOWN])) + more if runs else ''
+
+
+def _typed(path: Path) -> str:
+    return shlex.quote(str(path))
