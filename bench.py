@@ -3,12 +3,16 @@
     python bench.py config/train_shakespeare_char.py
     python bench.py config/train_gpt2.py --batch_size=4 --gradient_accumulation_steps=1
     python bench.py config/train_shakespeare_char.py --growth=growth.png
+    python bench.py config/train_gpt2.py --plan
     git clone https://github.com/karpathy/nanoGPT
     python bench.py config/train_shakespeare_char.py --vs_nanogpt=nanoGPT
 
 It accepts every key of train.py. --vs_nanogpt also measures nanoGPT's code, in turns, with the same
 model and batch. --growth measures how speed and memory change with width, depth, context and batch.
+--plan measures nothing, and prints what the whole run would take.
 """
+
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
 import json
 import math
@@ -29,9 +33,17 @@ import train
 from benchmarks import growth as growing
 from benchmarks import measure
 from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
+from benchmarks.plan import describe_plan
 from nib.errors import UserError, run_script
 from nib.machine.compiling import pick_compile
-from nib.machine.device import peak_flops, peak_memory, pick_device, pick_dtype, synchronize
+from nib.machine.device import (
+    measure_flops,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    synchronize,
+)
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, settle_schedule
 from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
@@ -46,6 +58,10 @@ startup: bool = True  # also run train.py: the time to its first step, the overh
 vs_nanogpt: str = ''  # path of a clone of karpathy/nanoGPT to compare with
 growth: str = ''  # measure growth instead, and draw it to this file (.png, .svg, .pdf)
 result: str = ''  # also write the table to this file
+plan: bool = False  # measure nothing; print memory, FLOPs, time and cost of the whole run
+devices: str = 'H100,A100,RTX 4090,RTX 3090'  # plan: names of GPUs, separated by commas
+mfu: float = 0.4  # plan: assumed share of a device's peak rate
+price_per_hour: float = 0.0  # plan: of one device, in your currency; 0: no costs are shown
 
 VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
 ROOT = Path(__file__).resolve().parent
@@ -72,7 +88,13 @@ def main(argv):
     for key, least in (('rounds', 1), ('steps', 1), ('prompt_tokens', 1), ('new_tokens', 0)):
         if values[key] < least:
             raise UserError(f'{key} is {values[key]}: it must be at least {least}')
-    table, draw = measure_growth(values) if growth else (measure_config(values), None)
+    draw = None
+    if plan:
+        table = describe_config_plan(values)
+    elif growth:
+        table, draw = measure_growth(values)
+    else:
+        table = measure_config(values)
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -82,9 +104,13 @@ def main(argv):
 
 def read_config(argv) -> dict:
     """Returns the values of all keys, and assigns them to this module's globals."""
-    values, _ = configurator.configure(
+    values, origins = configurator.configure(
         __file__, argv, settle={'device': pick_device}, base='train.py'
     )
+    if origins['batch_size'].endswith('(auto)'):
+        raise UserError(
+            '--batch_size=auto: use a number here; train.py prints the one that it takes'
+        )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
     values['compile'], _ = pick_compile(values['compile'], values['device'])
     check_config(values, world_size=1)
@@ -123,6 +149,22 @@ def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) ->
         errors = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
         raise UserError(errors[-1].removeprefix('error: '))
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe_config_plan(values) -> str:
+    """Returns the plan of a run. A dataset that is not prepared has the vocabulary of GPT-2."""
+    if not 0 < mfu <= 1:
+        raise UserError(f'mfu is {mfu}: it must be more than 0 and at most 1')
+    if not 0 <= price_per_hour < math.inf:
+        raise UserError(f'price_per_hour is {price_per_hour}: it must be at least 0 and finite')
+    folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
+    vocab_size = VOCAB_SIZE
+    if is_prepared(folder):
+        vocab_size = open_dataset(folder, values['block_size']).vocab_size
+    else:
+        warn(f'{folder} is not prepared: assuming a vocabulary of {VOCAB_SIZE:,}')
+    names = [name.strip() for name in devices.split(',') if name.strip()]
+    return describe_plan(values, vocab_size, names, mfu, price_per_hour)
 
 
 # -- one config ------------------------------------------------------------------------------------
@@ -246,7 +288,7 @@ class Contestant:
         if self.peak:
             figures['MFU %'] = 100 * flops_per_second / self.peak
         else:
-            rate = measure.matrix_rate(self.device, self.values['dtype'])
+            rate = measure_flops(self.device, self.values['dtype'])
             figures["% of matrix products' rate"] = 100 * flops_per_second / rate
         if self.memory is not None:
             figures['peak memory, MB'] = self.memory / 1e6
@@ -430,7 +472,7 @@ def measure_point(argv) -> dict[str, float]:
         ours, times = Contestant(values, find_data(values, Path(scratch))), []
         while len(times) < 3 or sum(times) < 1:
             times.append(ours.time_steps(1))
-        rate = ours.peak or measure.matrix_rate(values['device'], values['dtype'])
+        rate = ours.peak or measure_flops(values['device'], values['dtype'])
     seconds = statistics.median(times)
     return {
         'M parameters': ours.raw_model.num_params() / 1e6,

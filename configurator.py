@@ -21,7 +21,7 @@ import sys
 import tokenize
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -114,16 +114,23 @@ def resolve(
     The latter is 'default', 'config/x.py:12' or 'command line'. settle: key -> function that
     replaces its value by a definite one ('auto' -> 'cpu') before a config file sees it. comments:
     key -> what it means.
+
+    If a key allows 'auto' but has another default, 'auto' keeps the value that it would replace and
+    adds ' (auto)' to where it comes from. The script adapts that value.
     """
     flags, files = parse_argv(argv, types, comments)
+    adapted = {key for key in types if 'auto' in types[key] and defaults[key] != 'auto'}
+    autos = [key for key in adapted if flags.get(key) == 'auto']
+    for key in autos:
+        del flags[key]
     values = {**defaults, **flags}
     origins = {key: 'command line' if key in flags else 'default' for key in values}
     settle_keys(values, origins, settle, settle)
     for path in files:
-        places = run_file(path, values, types, flags, comments)
+        places = run_file(path, values, types, flags, comments, adapted)
         origins.update(places)
         settle_keys(values, origins, settle, [key for key in settle if key in places])
-    return values, origins
+    return values, origins | dict.fromkeys(autos, 'command line (auto)')
 
 
 def replace_values(values, origins, types, replacements, origin):
@@ -380,21 +387,25 @@ def list_python(folder: str) -> list[str]:
 class Namespace(dict):
     """The namespace in which config files run.
 
-    Pinned keys keep their values. For the others, it records the place of the last assignment.
+    Pinned keys keep their values, and adapted keys if they are set to 'auto'. For all but the
+    pinned keys, it records the place of the last assignment.
     """
 
-    def __init__(self, values: Mapping, pinned: Mapping):
+    def __init__(self, values: Mapping, pinned: Mapping, adapted: Collection[str]):
         super().__init__(values)
-        self.pinned = pinned
+        self.pinned, self.adapted = pinned, adapted
         self.places: dict[str, str] = {}
         self.imports: set[str] = set()  # names that import statements define
         self.running: list[str] = []  # the files that are being executed, innermost last
 
     def __setitem__(self, name, value):
         if name not in self.pinned:
-            super().__setitem__(name, value)
             frame = sys._getframe(1)  # the frame of the config file
             self.places[name] = f'{frame.f_code.co_filename}:{frame.f_lineno}'
+            if name in self.adapted and value == 'auto':
+                self.places[name] += ' (auto)'
+            else:
+                super().__setitem__(name, value)
 
     def execute(self, path: str):
         """Runs a config file. Raises UserError with the place if a statement fails."""
@@ -443,9 +454,10 @@ def run_file(
     types: Mapping[str, Type],
     pinned: Mapping[str, object],
     comments: Comments,
+    adapted: Collection[str],
 ) -> dict[str, str]:
     """Runs a config file and updates the values; returns where each key was last assigned."""
-    namespace = Namespace(values, pinned)
+    namespace = Namespace(values, pinned, adapted)
     namespace.execute(path)
     for name, value in namespace.items():
         place = namespace.places.get(name, path)

@@ -5,12 +5,15 @@ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temper
 echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 """
 
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+
 import codecs
 import itertools
+import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,16 +26,17 @@ from nib.errors import UserError, run_script
 from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
 from nib.machine.device import describe_device, pick_device, pick_dtype
+from nib.text import reading
 from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 
 # which model
 out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
 # what to write
-start: str = '\n'  # prompt, FILE:path or - (standard input); <|endoftext|> is that token
+start: str = '\n'  # prompt, FILE:path or - (standard input); \n is a line break
 num_samples: int = 3  # continuations of the prompt; the first is shown while it is generated
 max_new_tokens: int = 500  # tokens per sample
-stop: str = ''  # end a sample after this text; <|endoftext|> is that token
+stop: str = ''  # end a sample after this text; <|endoftext|> is where a document ends
 # how to choose tokens
 temperature: float = 0.8  # below 1 safer, above 1 more varied; 0 always takes the most likely token
 top_k: int | None = 200  # only the k most likely tokens; None: all
@@ -45,7 +49,10 @@ compile: bool | Literal['auto'] = False  # use torch.compile; for many thousand 
 
 
 def main(argv):
-    values, _ = configurator.configure(__file__, argv, settle={'device': pick_device})
+    values, origins = configurator.configure(__file__, argv, settle={'device': pick_device})
+    for key in ('start', 'stop'):  # in a config file, Python has read the escapes
+        if origins[key] == 'command line' and not values[key].startswith('FILE:'):
+            values[key] = unescape(values[key], f'--{key}')
     globals().update(values)
     if not 1 <= num_samples < 1 << 20:
         raise UserError(
@@ -151,26 +158,33 @@ class Sample:
         return self.text[before:]
 
 
+def unescape(text: str, flag: str) -> str:
+    r"""Returns a flag's text with \n, \t and \\ replaced by what they stand for in Python."""
+    meanings = {r'\n': '\n', r'\t': '\t', r'\\': '\\'}
+    if re.search(r'(?<!\\)\\[nt][a-z]', text):  # it could be \theta or a path
+        print(rf'note: {flag}: \n is a line break, \t a tab, and \\ a backslash', file=sys.stderr)
+    return re.sub(r'\\[nt\\]', lambda match: meanings[match[0]], text)
+
+
 def read_prompt(start: str) -> str:
     """Returns the prompt; `start` is the text itself, FILE:path, or - for standard input.
 
     Raises UserError if it cannot be read or is empty.
     """
+
+    def note(what: str):
+        print(f'note: --start: {what}', file=sys.stderr)
+
     try:
         if start == '-':
-            prompt = sys.stdin.buffer.read().decode('utf-8')
+            prompt = ''.join(reading.decode(sys.stdin.buffer, None, note))
         elif start.startswith('FILE:'):
-            prompt = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+            path = os.path.expanduser(start.removeprefix('FILE:'))
+            prompt = ''.join(reading.read_file(path, note))
         else:
-            prompt = start
-    except OSError as error:
-        raise UserError(
-            f'--start={start}: {error.strerror}; expected FILE: and the path of a text file'
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'--start={start}: not UTF-8 text (byte {error.start}); convert it: iconv -t UTF-8'
-        ) from error
+            prompt = reading.plain(start, note)
+    except UserError as error:
+        raise UserError(f'--start={start}: {error}') from error
     if not prompt:
         raise UserError(
             '--start: the prompt is empty; a model needs at least one character to start from'

@@ -8,6 +8,8 @@ Read this file from top to bottom: the config, the learning rate, the evaluation
 what a step needs, main, the loop, and the functions that they call.
 """
 
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -32,10 +34,11 @@ from nib.machine.device import (
     prepare_device,
     seed_everything,
 )
+from nib.machine.memory import explain_full_memory, fit_batch_size
 from nib.machine.ranks import Ranks, distribute, start_ranks
-from nib.machine.signals import FINDING, StopSignal
+from nib.machine.signals import FINDING, StepCut, StopSignal
 from nib.optim import Optimizer
-from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.checks import check_config, settle_schedule
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
@@ -67,7 +70,7 @@ dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and m
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
 fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
-batch_size: int = 12  # sequences per micro step on each process
+batch_size: int | Literal['auto'] = 12  # sequences per micro step and process; auto: all that fit
 block_size: int = 1024  # context length in tokens
 gradient_accumulation_steps: int = 40  # micro steps per step, summed over all processes
 # model
@@ -134,24 +137,21 @@ def get_lr(step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model, batches, precision, ranks, stop) -> float:
-    """Returns the mean loss over the batches (x, y) of all ranks, in nats per token.
+def evaluate(model, batches, precision, ranks) -> float:
+    """Returns the mean loss over the batches (x, y) of all ranks, in nats per token; NaN if none.
 
-    Dropout is off. If a stop is requested, the remaining batches are skipped, so check `stop`
-    before you use the result.
+    Dropout is off.
     """
     model.eval()
     total = torch.zeros(2, device=next(model.parameters()).device)  # no device sync per batch
     for x, y in batches:
-        if stop.number and total[1]:
-            break
         with precision:
             loss = model(x, y)
         total[0] += loss * y.numel()
         total[1] += y.numel()
     model.train()
     summed, tokens = ranks.sum(total).tolist()
-    return summed / tokens
+    return summed / tokens if tokens else math.nan
 
 
 # -- one training step -----------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def main(argv):
     dtype_used, reason = pick_dtype(dtype, device)
     ranks = start_ranks(device)  # rank 0 of 1 without torchrun
     check_config(values, ranks.world_size)
-    stop = StopSignal(announced=ranks.is_first)
+    stop = StopSignal(ranks)
     book = Logbook(out_dir, ranks, stop)  # everything that the run prints and writes
     used = {'device': ranks.own_device(device), 'dtype': dtype_used, 'ranks': ranks.world_size}
     book.say_machine(**used, reason=reason)
@@ -319,6 +319,10 @@ def main(argv):
     data = find_data(ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
+    if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
+        config |= fit_batch_size(t, config, book.say)  # the tokens per step stay
+        batches = BatchLoader.from_config(config, data, ranks, t.device)
+        t = replace(t, batches=batches, micro_steps=batches.micro_steps)
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
@@ -330,17 +334,19 @@ def main(argv):
         t.compile_and_distribute(compiled, book.say)
         book.open(t, data, config, origins, changes, state.step)
 
-    stop.listen()
-    try:
-        if not eval_only:
-            loop(t, data, state, book, stop)
-        exit_code = finish(t, data, state, book, stop)
-    except NotFinite as error:  # in steps, weights or the validation loss
-        exit_code = book.end_nonfinite(state.step, error)
-    except Stopped as stopped:  # by a signal or the doctor; already saved
-        exit_code = book.end_stopped(state.step, stopped, argv)
-    book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
-    stop.ignore()
+    with stop:  # from here on, a signal is a request to stop, and the run saves first
+        try:
+            if not eval_only:
+                loop(t, data, state, book, stop)
+            exit_code = finish(t, data, state, book, stop)
+        except NotFinite as error:  # in steps, weights or the validation loss
+            exit_code = book.end_nonfinite(state.step, error)
+        except Stopped as stopped:  # by a signal or the doctor; already saved
+            exit_code = book.end_stopped(state.step, stopped, argv)
+        except (MemoryError, RuntimeError) as error:
+            explain_full_memory(error, t, config)
+            raise
+        book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
     ranks.close()
     return exit_code
 
@@ -352,7 +358,7 @@ def loop(t, data, state, book, stop):
         at_end = state.step >= max_iters
         evaluation_due = at_end or state.step % eval_interval == 0
         evaluation_due = evaluation_due and state.evaluated < state.step
-        stopping = t.ranks.largest(stop.number)  # a signal to one rank stops all
+        stopping = stop.agreed()  # a signal to one rank stops all
 
         check_due = evaluation_due or stopping or state.step % log_interval == 0
         if check_due and handle_bad_steps(t, state, book):
@@ -371,7 +377,11 @@ def loop(t, data, state, book, stop):
         micro_batches = t.batches.micro_batches(data_step)
         if line_due:
             micro_batches = book.watch(micro_batches)  # for the doctor
-        mean_loss, grad_norm = train_step(t, micro_batches, data_step)
+        try:
+            mean_loss, grad_norm = train_step(t, stop.cut(micro_batches), data_step)
+        except StepCut:
+            t.optimizer.zero_grad()
+            continue  # the next iteration saves and stops; a resumed run repeats this step
         state.step += 1
         book.note(state.step, mean_loss, grad_norm)
         if line_due:
@@ -421,7 +431,7 @@ def run_evaluation(t, data, state, book, stop) -> bool:
     started = time.perf_counter()
     train_loss = split_loss(t, data, 'train', eval_iters, stop)
     val_loss = split_loss(t, data, 'val', eval_iters, stop)
-    if t.ranks.largest(stop.number):
+    if stop.agreed():
         return False
     if not math.isfinite(val_loss):
         raise NotFinite(f'step {state.step}: validation loss {val_loss}')
@@ -432,19 +442,22 @@ def run_evaluation(t, data, state, book, stop) -> bool:
 
 
 def split_loss(t, data, split: str, max_batches: int | None, stop) -> float:
-    """Returns the loss on max_batches batches, spread evenly over a split, or on all of it."""
-    batches = t.batches.eval_batches(data.split(split), max_batches)
-    return evaluate(t.raw_model, batches, t.precision, t.ranks, stop)
+    """Returns the loss on max_batches batches, spread evenly over a split, or on all of it.
+
+    If the run must stop, the remaining batches are skipped: check `stop` before using the result.
+    """
+    batches = stop.cut_short(t.batches.eval_batches(data.split(split), max_batches))
+    return evaluate(t.raw_model, batches, t.precision, t.ranks)
 
 
 def finish(t, data, state, book, stop) -> int:
     """Checks generation and evaluates the whole validation split; returns the exit code."""
     book.check_generation(state.step)
-    stopped_by_doctor = t.ranks.largest(stop.number) == FINDING
+    stopped_by_doctor = stop.agreed() == FINDING
     if stopped_by_doctor:
         stop.number = 0  # nothing is left to stop
     loss = split_loss(t, data, 'val', None, stop)
-    if number := t.ranks.largest(stop.number):
+    if number := stop.agreed():
         raise Stopped(number, at_end=True)
     book.record_whole_validation(state.step, loss, data)
     if not math.isfinite(loss):
@@ -472,8 +485,8 @@ def find_start(values, origins, book):
             f'{" with the config of the run (--print_config shows it)" * own}'
         )
         values = start.adopt(values, origins)
+    check_config(values, book.ranks.world_size)  # again, as a checkpoint may have brought its own
     values = settle_schedule(values)
-    check_schedule(values)  # again, as a checkpoint may have brought its own
     return start, values
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
-from nib.text import documents
+from nib.text import documents, inputs
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 input: str = ''  # files and folders of text, separated by commas: .txt, .md, .jsonl, .parquet
@@ -136,7 +136,7 @@ def write_documents(path: Path, most: int) -> tuple[int, int]:
 
     Returns the number of documents and of bytes.
     """
-    files, _ = documents.find_files([os.path.expanduser(name) for name in input.split(',')])
+    files, _ = inputs.find_files([os.path.expanduser(name) for name in input.split(',')])
     n_documents, n_bytes, document = 0, 0, []
     with open(path, 'w') as file:
         for text, ends in documents.read_documents(files, field):

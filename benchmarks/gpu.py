@@ -41,7 +41,7 @@ from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
 from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
 from nib.files import atomic_write
-from nib.machine.device import peak_flops, synchronize
+from nib.machine.device import measure_flops, peak_flops, synchronize
 from nib.report.history import read_run
 from nib.tokens import shakespeare
 
@@ -311,9 +311,7 @@ def run_tests(figures, end):
 
 def measure_gpt2(figures, end):
     """Training of GPT-2 124M at context 1024, in turns with nanoGPT."""
-    rate = measure.matrix_rate(
-        device(), 'float32' if rehearse else 'bfloat16', 256 if rehearse else 8192
-    )
+    rate = measure_flops(device(), 'float32' if rehearse else 'bfloat16')
     figures.note('rate of a large matrix product, TFLOP/s', rate / 1e12)
     peak = peak_flops(device(), 'bfloat16')
     for batch in batches.split(',')[: 1 if rehearse else None]:
@@ -656,7 +654,7 @@ def profile(figures, end):
         3 * 4 * config['block_size'] * config['n_embd'] * config['n_layer'] * tokens / 2
     )  # causal
     products = (training.flops_per_token * tokens) - 2 * attention
-    rate = measure.matrix_rate(device(), config['dtype'], 256 if rehearse else 8192)
+    rate = measure_flops(device(), config['dtype'])
     copies = measure.copy_rate(device(), 1 << (20 if rehearse else 30))
     n_params = training.raw_model.num_params()
     figures.note('copy, TB/s', copies / 1e12)

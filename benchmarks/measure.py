@@ -32,19 +32,6 @@ def describe_machine(device: str = 'cpu') -> str:
     return f'{name}, {os.cpu_count()} cores, {versions}'
 
 
-def matrix_rate(device: str, dtype: str, n: int = 2048) -> float:
-    """Returns the FLOP/s of a product of n x n matrices on this machine, the best of five."""
-    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    times = []
-    for _ in range(6):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * n**3 / min(times[1:])
-
-
 def copy_rate(device: str, n_bytes: int = 1 << 30) -> float:
     """Returns the bytes/s, read and written, of a copy in the device's memory, the best of five."""
     source, target = (torch.ones(n_bytes, dtype=torch.uint8, device=device) for _ in range(2))

@@ -16,7 +16,6 @@ qk_norm = True
 mlp = 'swiglu'
 # With zero_init the blocks start as the identity, and a tied head would predict the input token.
 tied_head = False
-logit_cap = 15.0
 zero_init = True
 
 warmup_iters = 300  # enough with bounded attention scores and orthogonal updates

@@ -6,9 +6,11 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import suppress
+from typing import NoReturn, TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_NONFINITE = 3  # the loss or the gradients became NaN or infinite
@@ -17,7 +19,25 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report Ctrl-C
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report `yes | head`
 PATIENCE = 5.0  # seconds that ranks other than the first wait before they print an error
 # torch's messages about full memory
-FULL = 'out of memory|allocate memory|not enough memory|Storage size calculation overflowed'
+FULL = (
+    'out of memory|allocate memory|not enough memory|ALLOC_FAILED|'
+    'Storage size calculation overflowed'
+)
+# Messages about a GPU's software -> what to do.
+GPU_TROUBLES = {
+    'no kernel image': (
+        'this torch was not built for this GPU: install a build whose CUDA version supports it '
+        '(pytorch.org/get-started), or use --device=cpu'
+    ),
+    'driver version is insufficient|driver on your system is too old': (
+        'the NVIDIA driver is older than this torch needs: update the driver, install a torch that '
+        'was built for an older CUDA version, or use --device=cpu'
+    ),
+    'NCCL|ProcessGroupNCCL': (
+        'the GPUs could not communicate: set NCCL_DEBUG=WARN to see why; NCCL_P2P_DISABLE=1 often '
+        'helps if GPUs have no direct connection; or use one GPU, without torchrun'
+    ),
+}
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,11 +70,21 @@ class Stopped(Exception):
 
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls main with the command-line arguments and exits with its return value."""
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed, as by 2>&-: no other file may get its number
+            setattr(sys, name, open(os.devnull, 'r+'))  # noqa: SIM115, open until the end
     # Paths and texts may contain bytes or characters that the terminal cannot show.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')
-    sys.exit(call(main, sys.argv[1:]))
+            with suppress(OSError, ValueError):  # it is broken or closed
+                stream.reconfigure(errors='backslashreplace')
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by nib/startup.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_code = call(main, sys.argv[1:])
+    if not hasattr(sys, 'ps1'):  # in a notebook, the process goes on
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it could only disturb the end
+    sys.exit(exit_code)
 
 
 def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
@@ -67,20 +97,17 @@ def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None
         try:
             return main(argv)
         finally:
-            sys.stdout.flush()  # at interpreter exit, a closed pipe could not be caught
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at interpreter exit, a closed pipe could not be caught
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # If the pipe was standard output, this print fails too. Otherwise the error is a bug.
-        try:
-            print(flush=True)
-        except BrokenPipeError:
-            # Redirect the last flush at exit, which would fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_BROKEN_PIPE
-        raise
+        if try_to_write(sys.stdout, '\n'):
+            raise
+        return EXIT_BROKEN_PIPE
     except Exception as error:
         sentence = _explain(error)
         if not sentence:
@@ -88,17 +115,43 @@ def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None
         return _fail(sentence)
 
 
+def try_to_write(stream: TextIO | None, text: str) -> bool:
+    """Writes text at once; returns whether that was possible.
+
+    If it was not, because of a closed pipe or a full disk, for example, the stream goes to the null
+    device from then on. Otherwise Python would fail at exit, when it flushes the stream again.
+    """
+    try:
+        stream.write(text)  # type: ignore[union-attr]
+        stream.flush()  # type: ignore[union-attr]
+        return True
+    except (OSError, ValueError, AttributeError):  # ValueError: it is closed
+        with suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())  # type: ignore[union-attr]
+            os.close(null)
+        return False
+
+
+def is_full(error: BaseException) -> bool:
+    """Returns whether an error means that the memory, of the machine or a GPU, is full."""
+    # torch raises its own exception if a GPU is full, but a plain RuntimeError if memory is full.
+    out_of_memory = isinstance(error, RuntimeError) and re.search(FULL, str(error))
+    return isinstance(error, MemoryError) or bool(out_of_memory)
+
+
 def _explain(error: Exception) -> str | None:
     """Returns a sentence about an unexpected error that the user can fix; None if it is a bug."""
     message = ' '.join(str(error).split())
-    # torch raises its own exception if a GPU is full, but a plain RuntimeError if memory is full.
-    out_of_memory = isinstance(error, RuntimeError) and re.search(FULL, message)
-    if isinstance(error, MemoryError) or out_of_memory:
+    if is_full(error):
         return (
-            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, or '
-            'use a smaller model (in sample.py: fewer --num_samples); the message was: '
-            f'{message[:200]}'
+            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, add '
+            '--recompute, or use a smaller model (in sample.py: fewer --num_samples); the message '
+            f'was: {message[:200]}'
         )
+    for pattern, remedy in GPU_TROUBLES.items():
+        if isinstance(error, RuntimeError) and re.search(pattern, message):
+            return f'{remedy}; the message was: {message[:200]}'
     if isinstance(error, OverflowError):
         return (
             'a number is too large for this machine, use a smaller one; the message was: '
@@ -120,12 +173,14 @@ def _fail(sentence: str) -> int:
     # The processes of a run usually fail alike, and the first one prints the error. When it has
     # ended, torchrun ends the others while they wait here. If only another process has failed, it
     # prints its error after the wait.
-    if os.environ.get('LOCAL_RANK', '0') != '0':
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if os.environ.get('LOCAL_RANK', '0') != '0' and is_main_thread:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(PATIENCE)
     line = ' '.join(sentence.splitlines())
     if len(line) > MAX_LINE:  # a very long value; the end of the line says what to type
         line = f'{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}'
-    print('error:', line, file=sys.stderr)
+    try_to_write(sys.stdout, '')  # what is still to be written, such as on a full disk
+    try_to_write(sys.stderr, f'error: {line}\n')
     return EXIT_USER_ERROR

@@ -2,10 +2,15 @@
 
 import json
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
@@ -55,6 +60,22 @@ def shown(path: str | os.PathLike) -> str:
     """Returns a path as a person would type it: relative, if it is in the working directory."""
     relative = os.path.relpath(path)
     return os.fspath(path) if relative.startswith('..') else relative
+
+
+def command(script: str) -> str:
+    """Returns the start of a command that runs a script of this project in the working directory.
+
+    script: its path in the project.
+    """
+    python = sys.executable or 'python'
+    name = os.path.basename(python)  # enough if the shell finds the same Python
+    return shlex.join([name if shutil.which(name) == python else python, script_path(script)])
+
+
+def script_path(script: str) -> str:
+    """Returns the path of a script of this project; of the running one, as the user typed it."""
+    path, typed = ROOT / script, sys.argv[0]
+    return typed if os.path.realpath(typed) == os.path.realpath(path) else shown(path)
 
 
 def read_json(path: Path) -> dict:

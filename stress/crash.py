@@ -1,22 +1,26 @@
 """Interrupts saves at every disk operation, kills runs, and checks that only unsaved work is lost.
 
-    python stress/crash.py              every operation, then 1,000 kills, half of them of train.py
-    python stress/crash.py --kills=50   a quick check
+    python stress/crash.py              every operation, then 1,000 kills, half of them of train.py,
+                                        and 600 stops by signals, half of them without a console
+    python stress/crash.py --kills=50 --stops=20    a quick check
 
 A stop ends the process before a disk operation, or in the middle of a write. A power cut is a stop
 that also discards the content of every file that was not synced. An error makes the operation fail
-with an I/O error.
+with an I/O error. After a stop by a signal, the run must have saved every step that it recorded.
 """
 
 import builtins
 import errno
+import fcntl
 import os
 import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
+import termios
 import time
 import traceback
 from collections.abc import Callable
@@ -33,9 +37,11 @@ from benchmarks import measure
 from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError, run_script
+from nib.run.metrics import read_records
 from nib.tokens.write import write_char_dataset
 
 kills: int = 1000  # SIGKILLs at random moments: half hit train.py, half a process that only saves
+stops: int = 600  # signals at random moments: half without a console, half inside long steps
 seed: int = 0  # determines the moments
 folder: str = ''  # where to write the runs; empty: the system's folder for temporary files
 result: str = ''  # also write the table to this file
@@ -65,8 +71,9 @@ RUN = [
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if kills < 2:
-        raise UserError(f'kills is {kills}: it must be at least 2')
+    for name in ('kills', 'stops'):
+        if values[name] < 2:
+            raise UserError(f'{name} is {values[name]}: it must be at least 2')
     torch.set_num_threads(1)
     rows, troubles = [], []
     with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
@@ -80,6 +87,10 @@ def main(argv):
         training = kill_training(
             kills - kills // 2, random.Random(seed + 1), Path(scratch) / 'training', troubles
         )
+        stopped = [
+            stop_training(stops // 2, random.Random(seed + 2), Path(scratch) / name, troubles, name)
+            for name in STOPPED
+        ]
     table = (
         '\n'.join(
             [
@@ -94,6 +105,13 @@ def main(argv):
                 (
                     f'{"of these, with other weights than uninterrupted":46}{"":>11}'
                     f'{training["differ"]:>12,}'
+                ),
+                '',
+                f'{"stopped by a signal at random":46}'
+                + ''.join(f'{name:>16}' for name in STOPPED),
+                *(
+                    f'{key:46}' + ''.join(f'{counts[key]:>16,.3g}' for counts in stopped)
+                    for key in stopped[0]
                 ),
                 '',
                 f'violations: {len(troubles)}',
@@ -388,10 +406,8 @@ def save_for_ever(out_dir: Path, step: int, told: int):
         writer.record_evaluation(step, {'evaluated': step}, best=step % 3 == 0)
 
 
-def kill_training(
-    kills: int, draw: random.Random, scratch: Path, troubles: list[str]
-) -> dict[str, int]:
-    """Kills and resumes train.py until it ends, then compares it with an uninterrupted run."""
+def train_whole(scratch: Path, *more: str) -> tuple[list[str], dict, float]:
+    """Trains without interruption; returns the flags of the run, its tensors and its seconds."""
     scratch.mkdir()
     text = ' '.join(
         random.Random(0).choices(
@@ -399,14 +415,21 @@ def kill_training(
         )
     )
     write_char_dataset(scratch / 'data' / 'tiny', text, {'text': 'made up'})
-    flags = [*RUN, f'--data_dir={scratch / "data"}']
+    flags = [*RUN, f'--data_dir={scratch / "data"}', *more]
     started = time.perf_counter()
     if exit_code(
         fork(lambda: train.main([*flags, f'--out_dir={scratch / "whole"}']), scratch / 'whole.txt')
     ):
         raise UserError(f'train.py failed: {(scratch / "whole.txt").read_text()[-500:]}')
     duration = time.perf_counter() - started
-    expected = store.load(scratch / 'whole')[1]
+    return flags, store.load(scratch / 'whole')[1], duration
+
+
+def kill_training(
+    kills: int, draw: random.Random, scratch: Path, troubles: list[str]
+) -> dict[str, int]:
+    """Kills and resumes train.py until it ends, then compares it with an uninterrupted run."""
+    flags, expected, duration = train_whole(scratch)
     out_dir, output = scratch / 'run', scratch / 'run.txt'
     counts = dict.fromkeys((*COUNTED, 'ended', 'differ'), 0)
     while counts['kills'] < kills or store.exists(out_dir):
@@ -444,6 +467,139 @@ def kill_training(
         if lost > 1:
             troubles.append(f'killed at step {reached}: the newest checkpoint is {found}')
     return counts
+
+
+# -- stops by a signal at random moments -----------------------------------------------------------
+
+LONG = 40  # micro steps of a long step
+MICRO_STEP = 0.02  # seconds that each of them takes at least
+LIMIT = 10.0  # seconds from a signal to the end of the process
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+CONSOLES = ('tee', 'unread pipe', 'full disk', 'closed', 'terminal')
+STOPPED = {  # what is stopped -> flags of the runs
+    'broken consoles': ['--eval_interval=1000'],
+    'long steps': [
+        '--eval_interval=1000',
+        f'--gradient_accumulation_steps={LONG}',
+        '--max_iters=6',
+    ],
+}
+
+
+def stop_training(
+    stops: int, draw: random.Random, scratch: Path, troubles: list[str], kind: str
+) -> dict[str, float]:
+    """Stops and resumes train.py until it ends, then compares it with an uninterrupted run."""
+    flags, expected, duration = train_whole(scratch, *STOPPED[kind])
+    is_long, out_dir = kind == 'long steps', scratch / 'run'
+    counts: dict[str, float] = dict.fromkeys(
+        ('stops', 'steps lost', 'slowest stop, seconds', 'runs that ended', 'of these, different'),
+        0,
+    )
+    while counts['stops'] < stops or store.exists(out_dir):
+        console = 'file' if is_long else draw.choice(CONSOLES)
+        resume = ['--init_from=resume'] if store.exists(out_dir) else []
+        argv = [*flags, f'--out_dir={out_dir}', *resume]
+        keyboard, screen = os.openpty()
+        process = fork(
+            lambda: train_on(console, argv, keyboard, screen, is_long), scratch / 'run.txt'
+        )
+        os.close(screen)
+        number = 0
+        if counts['stops'] < stops and wait_until_it_listens(process):
+            time.sleep(draw.uniform(0, 2 * LONG * MICRO_STEP if is_long else duration))
+            number = stop(process, console, keyboard, draw)
+        since = time.perf_counter()
+        code = exit_code(process)
+        if console != 'terminal' or not number:
+            os.close(keyboard)
+        where = f'{kind}, {console}, signal {number}'
+        if code == 0:
+            counts['runs that ended'] += 1
+            if not is_same(store.load(out_dir)[1], expected):
+                counts['of these, different'] += 1
+                troubles.append(f'{where}: other weights than the uninterrupted run')
+            shutil.rmtree(out_dir)
+            continue
+        if code != 128 + number:
+            troubles.append(
+                f'{where}: exit code {code}; {(scratch / "run.txt").read_text()[-500:]}'
+            )
+            break
+        seconds = time.perf_counter() - since
+        counts['stops'] += 1
+        counts['slowest stop, seconds'] = max(counts['slowest stop, seconds'], seconds)
+        records = read_records(out_dir / 'metrics.jsonl')[0]
+        saved = max(store.steps_after(out_dir, 0), default=0)
+        lost = max(record['step'] for record in records) - saved
+        counts['steps lost'] += lost
+        if lost or 'end' not in records[-1] or seconds > LIMIT:
+            troubles.append(f'{where}: {lost} steps lost, {seconds:.1f} s, {records[-1]}')
+    return counts
+
+
+def train_on(console: str, argv: list[str], keyboard: int, screen: int, is_long: bool):
+    """Runs train.py as a script on this console and ends the process like Python."""
+    os.close(keyboard)
+    os.setsid()
+    if console == 'closed':
+        os.close(1)
+        os.close(2)
+        sys.stdout = sys.stderr = None
+    elif console != 'file':
+        for number in (1, 2):
+            os.dup2(open_console(console, screen), number)
+    if is_long:
+        seed_everything = train.seed_everything  # every micro step calls it once
+        train.seed_everything = lambda *numbers: time.sleep(MICRO_STEP) or seed_everything(*numbers)
+    sys.argv = ['train.py', *argv]
+    try:
+        run_script(train.main)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)
+
+
+def open_console(console: str, screen: int) -> int:
+    """Returns a descriptor for the output of this process."""
+    if console == 'full disk':
+        return os.open('/dev/full', os.O_WRONLY)
+    if console == 'terminal':
+        fcntl.ioctl(screen, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+        return screen
+    reader, writer = os.pipe()
+    if console == 'unread pipe':  # it is full after the first line
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    elif not os.fork():  # tee, in the same process group
+        os.dup2(reader, 0)
+        os.close(writer)
+        os.execlp('tee', 'tee', os.devnull)
+    return writer
+
+
+def wait_until_it_listens(process: int) -> bool:
+    """Waits until the process handles signals; returns False if it has ended."""
+    while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        status = Path(f'/proc/{process}/status').read_text()
+        if int(re.search(r'SigCgt:\s*(\w+)', status)[1], 16) >> signal.SIGUSR1 - 1 & 1:
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def stop(process: int, console: str, keyboard: int, draw: random.Random) -> int:
+    """Stops the process in a way that goes with its console; returns the signal."""
+    if console == 'terminal':
+        os.close(keyboard)  # the window is closed
+        return signal.SIGHUP
+    if console == 'tee':
+        os.killpg(process, signal.SIGINT)  # Ctrl-C
+        return signal.SIGINT
+    number = draw.choice(SIGNALS)
+    os.kill(process, number)
+    return number
 
 
 def has_leftovers(out_dir: Path) -> bool:

@@ -654,11 +654,11 @@ PROMPTS = {
     ),
     'a file that is not there': (
         ['--start=FILE:{place}/none.txt'],
-        ['none.txt', 'No such file', 'FILE: and the path'],
+        ['--start=FILE:', 'none.txt cannot be read', 'No such file'],
     ),
     'a file that is a folder': (
         ['--start=FILE:{place}'],
-        ['place', 'Is a directory', 'FILE: and the path'],
+        ['place', 'is a folder, not a file', 'save the text in a file'],
     ),
     'a file that is not UTF-8': (
         ['--start=FILE:{place}/latin.txt'],
@@ -674,6 +674,18 @@ PROMPTS = {
         ["'é' (the first at offset 6)", 'remove them'],
     ),
     'a stop text that cannot come': (['--stop=é'], ["'é'", 'remove them']),
+    'the end of documents in a model of one text': (
+        ['--stop=<|endoftext|>'],
+        ['--stop: the vocabulary of this model has no <|endoftext|>', 'leave <|endoftext|> out'],
+    ),
+    'a document that ends in a model of one text': (
+        ['--start=a<|endoftext|>'],
+        ['--start: the vocabulary of this model has no <|endoftext|>'],
+    ),
+    'UTF-16 without a mark': (
+        ['--start=FILE:{place}/utf16.txt'],
+        ['utf16.txt is not UTF-8 text (byte 1) but UTF-16LE', 'iconv -f UTF-16LE -t UTF-8'],
+    ),
     'a negative temperature': (
         ['--temperature=-1'],
         ['temperature is -1', 'must be 0 (greedy) or a positive'],
@@ -689,10 +701,21 @@ PROMPTS = {
 }
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='needs pipes')
+def test_a_pipe_is_told_instead_of_waited_for(run_main, place):
+    os.mkfifo(place / 'pipe.txt')
+    flags = [f'--out_dir={place / "run"}', f'--start=FILE:{place / "pipe.txt"}']
+    assert_refused(run_main('sample.py', '--device=cpu', *flags), ['is a pipe, not a file'])
+    for script in ('data/text/prepare.py', 'data/shakespeare_char/prepare.py'):
+        flags = [f'--input={place / "pipe.txt"}', f'--out_dir={place / "new"}']
+        assert_refused(run_main(script, *flags), ['is a pipe, not a file', 'save the text'])
+
+
 @pytest.mark.parametrize('flags, words', PROMPTS.values(), ids=PROMPTS)
 def test_a_bad_prompt_is_told(run_main, place, flags, words):
     (place / 'latin.txt').write_bytes(b'caf\xe9')
     (place / 'empty.txt').write_bytes(b'')
+    (place / 'utf16.txt').write_bytes('The cat'.encode('utf-16-le'))
     before = contents(place)
     flags = [flag.replace('{place}', str(place)) for flag in flags]
     assert_refused(
@@ -781,7 +804,48 @@ TEXTS = {
         'text',
         ('a.txt', b'abcdef'),
         ['--tokenizer=words'],
-        ["'words'", "'char' | 'byte'"],
+        ['--tokenizer=words', "'char', 'byte', 'gpt2', or the folder of a dataset or a run"],
+    ),
+    'a character that no tokenizer needs to lack': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--replace_missing=?'],
+        ['--replace_missing=?', '--tokenizer=FOLDER'],
+    ),
+    'a replacement that is missing too': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--tokenizer={place}/run', '--replace_missing=?'],
+        ['--replace_missing=?', "such as --replace_missing=' '"],
+    ),
+    'characters that a run lacks': (
+        'text',
+        ('a.txt', 'the caf\u00e9 and the caf\u00e9!'.encode()),
+        ['--tokenizer={place}/run'],
+        [
+            'lacks 2 of the characters',
+            'occur 3 times',
+            "'\u00e9' (2), '!' (1)",
+            "--replace_missing=' '",
+        ],
+    ),
+    'an end of text that a dataset does not spell': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--tokenizer={place}/data/tiny', '--end_of_text=characters'],
+        ['--end_of_text=token', 'leave --end_of_text out'],
+    ),
+    'a folder without a tokenizer': (
+        'text',
+        ('a.txt', b'abcdef'),
+        ['--tokenizer={place}/gpt2'],
+        ['gpt2: expected', 'the folder of a dataset or a run'],
+    ),
+    'several documents in one Shakespeare': (
+        'shakespeare_char',
+        ('a.txt', b'one<|endoftext|>two'),
+        [],
+        ['contains <|endoftext|>', 'data/text/prepare.py --input='],
     ),
     'an out_dir that is a file': (
         'text',
@@ -799,13 +863,13 @@ TEXTS = {
         'shakespeare_char',
         None,
         ['--input={place}/none'],
-        ['none: No such file', '--input=PATH'],
+        ['none: no such file', '--input=PATH'],
     ),
     'shakespeare: a folder': (
         'shakespeare_char',
         None,
         ['--input={place}'],
-        ['Is a directory', '--input=PATH'],
+        ['is a folder, not a file', 'name that'],
     ),
     'shakespeare: not UTF-8': (
         'shakespeare_char',

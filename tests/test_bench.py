@@ -9,7 +9,7 @@ from conftest import ROOT, SMALL_RUN, run_script
 
 import bench as bench_script
 import configurator
-from benchmarks import measure, sampling
+from benchmarks import measure, planned_memory, sampling
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.tokens.dataset import open_dataset
@@ -313,3 +313,58 @@ def test_a_config_with_a_warm_up_is_measured_with_its_start_up(data_dir):
     )
     assert done.returncode == 0, done.stderr
     assert rows(done.stdout)['command to first step, s'] > 0
+
+
+def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
+    """FLOPs, time and cost by hand; the parts of the memory are at least its peak."""
+    done = run_main(
+        'bench.py',
+        'config/train_gpt2.py',
+        '--plan',
+        '--device=cpu',
+        f'--data_dir={tmp_path}',
+        '--devices=A100, RTX 4090',
+        '--mfu=0.5',
+        '--price_per_hour=2',
+    )
+    assert done.returncode == 0 and 'assuming a vocabulary of 50,257' in done.stderr
+    cells = dict(re.findall(r'^(.+?)  +([^ ].*)$', done.stdout, re.MULTILINE))
+    assert cells['parameters'] == '124,337,664'
+    weights = 12 * 12 * 768**2 + 50257 * 768  # of matrices
+    flops = (6 * weights + 12 * 12 * 768 * 1024) * 491_520 * 600_000
+    assert float(cells['FLOPs of the run']) == pytest.approx(flops, rel=1e-3)
+    hours = flops / (0.5 * 312e12) / 3600
+    shown, cost = cells['  A100, 312 TFLOP/s'].split(', cost ')
+    assert float(shown) == pytest.approx(hours, rel=1e-3)
+    assert float(cost.replace(',', '')) == pytest.approx(2 * hours, rel=1e-3)
+    assert '  RTX 4090, 165 TFLOP/s' in cells and any('this cpu' in label for label in cells)
+    megabytes = {label.strip(): value.replace(',', '') for label, value in cells.items()}
+    assert int(megabytes['weights']) == int(megabytes['gradients']) == 497
+    assert int(megabytes["optimizer's state"]) == 995
+    assert 3000 < int(megabytes['at the peak']) < 15_000
+
+
+@pytest.mark.parametrize(
+    'flag, words',
+    [
+        ('--devices=H1000', "'H1000' is not known"),
+        ('--mfu=0', 'more than 0'),
+        ('--batch_size=auto', 'use a number here'),
+        ('--price_per_hour=-1', 'at least 0'),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, flag, words):
+    done = run_main('bench.py', '--plan', '--device=cpu', f'--data_dir={tmp_path}', flag)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux tells the memory of a process')
+def test_planned_memory_is_what_training_takes():
+    """Two configs of a size whose memory is mostly the model's; the benchmark measures ten."""
+    for flags in (
+        '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8 --dtype=float32',
+        '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8 --dtype=bfloat16',
+    ):
+        planned, measured = planned_memory.measure_in_fresh_process(flags)
+        assert planned == pytest.approx(measured, rel=0.15)

@@ -32,7 +32,7 @@ DATASETS = Path(
 )  # where tiny Shakespeare's bins may be
 NUMBER = re.compile(r'(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?')
 MACHINE = re.compile(
-    r'tokens/s [\d,]+|ms/step [\d.]+|; [\d.]+ s$', re.MULTILINE
+    r'tokens/s [\d,]+|ms/step [\d.]+|MFU .*$|; [\d.]+ s$', re.MULTILINE
 )  # what depends on the machine
 
 needs_shakespeare = pytest.mark.skipif(
@@ -481,7 +481,7 @@ def test_the_chinese_chapter_has_the_same_code_numbers_and_headings(chapter, tra
     english, chinese = sections(chapter), sections(translation)
     assert [heading for heading, _ in chinese] == [heading for heading, _ in english] and len(
         english
-    ) > 20
+    ) > 15
     for (heading, ours), (_, theirs) in zip(english, chinese):
         for pattern in (
             r'\d+(?:,\d{3})*(?:\.\d+)?',

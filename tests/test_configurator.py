@@ -671,3 +671,21 @@ def test_closed_stdout_ends_quietly(run, mode, unbuffered):
     done = run(mode, stdout=write_end, env={'PYTHONUNBUFFERED': unbuffered})
     os.close(write_end)
     assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, '')
+
+
+def test_auto_keeps_the_number_below_it_and_says_so(tmp_path):
+    """For a key that allows 'auto' but has another default, such as batch_size."""
+    defaults, types = {'size': 12, 'mode': 'auto'}, {'size': (int, 'auto'), 'mode': ('auto', 'a')}
+    (tmp_path / 'below.py').write_text('size = 30\n')
+    (tmp_path / 'own.py').write_text("include('below.py')\nsize = 'auto'\n")
+    below, own = str(tmp_path / 'below.py'), str(tmp_path / 'own.py')
+    for argv, size, origin in (
+        (['--size=auto'], 12, 'command line (auto)'),
+        ([below, '--size=auto'], 30, 'command line (auto)'),
+        ([own], 30, f'{own}:2 (auto)'),
+        ([own, below], 30, f'{below}:1'),
+        ([own, '--size=7'], 7, 'command line'),
+    ):
+        values, origins = configurator.resolve(defaults, types, argv)
+        assert (values['size'], origins['size']) == (size, origin), argv
+        assert values['mode'] == 'auto'

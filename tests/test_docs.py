@@ -69,6 +69,16 @@ RUN = {
         '--name=',
         '--out_dir=data/notes',
     ],
+    'python data/text/prepare.py '
+    '--input=PATH/TO/NOTES --tokenizer=out-shakespeare-char --name=more': [
+        '--name=',
+        '--out_dir=data/more',
+        '--replace_missing= ',
+    ],
+    'python train.py config/train_text.py --dataset=more --init_from=out-shakespeare-char': [
+        *TINY_RUN,
+        '--out_dir=out-more',
+    ],
     'python report.py --out_dir=out-shakespeare-char': ['--no-png'],
     'python report.py --out_dir=out-shakespeare-char,out-two': ['--no-png'],
     'python debug_training.py config/train_shakespeare_char.py': [*TINY, '--overfit_steps=2'],
@@ -91,6 +101,8 @@ ELSEWHERE = {
     '--out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
     'python bench.py '
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
+    'python bench.py config/train_gpt2.py --plan': 'test_bench.py',
+    'python benchmarks/planned_memory.py': 'test_bench.py, one config',
     'pytest -n auto': 'this is it',
     'pytest -n auto -m "not slow"': 'pytest',
     'pytest tests/text': 'pytest',
@@ -125,13 +137,15 @@ NEEDS_NETWORK = {
 NEEDS_GPU = {
     'python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt': (
         'rehearsed on a CPU by test_gpu_benchmark.py'
-    )
+    ),
+    'python train.py config/train_gpt2_24gb.py --batch_size=auto': 'trains GPT-2 for days',
 }
 LONG = {
     'python stress/planted_faults.py --text=data/shakespeare_char/input.txt': 'trains 438 models',
     'python stress/crash.py': 'kills 1,000 processes',
     'python stress/corruption.py': 'damages 10,000 checkpoints',
     'python stress/fuzz.py': 'runs 10,000 command lines',
+    'python stress/encodings.py --cases=2000': 'prepares 2,000 texts',
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',
     'python benchmarks/ablation.py --text=data/shakespeare_char/input.txt': 'trains 54 models',

@@ -94,6 +94,8 @@ def test_configs_are_what_the_docs_say():
         assert settle_schedule(resolved(config, 'cpu'))['lr_decay_iters'] == 2000
     assert sizes(resolved('train_gpt2.py', 'cuda')) == (12, 12, 768, 1024, 12, 0.0, 600000)
     assert resolved('train_gpt2.py', 'cuda')['gradient_accumulation_steps'] == 40
+    small = resolved('train_gpt2_24gb.py', 'cuda')
+    assert small['batch_size'] * small['gradient_accumulation_steps'] == 12 * 40
     modern = resolved('modern_shakespeare_char.py', 'cpu')
     assert {modern[key] for key in ('position', 'norm', 'mlp', 'qk_norm')} == {
         'rotary',

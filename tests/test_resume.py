@@ -42,25 +42,32 @@ def digests(out_dir) -> dict[str, str]:
 
 
 def watch(cut_at=(), cut_rank=0):
-    """Makes training record the digest of every micro batch, and stops it at the steps of cut_at.
+    """Makes training record the digest of every micro batch, and stops it at each cut.
 
-    Each run gets one signal. Returns the digests by step, and a function that undoes the change.
+    A cut is the number of steps done, or [steps done, micro steps done of the next one]. Each run
+    gets one signal. Returns the digests by step, and a function that undoes the change.
     """
     original, tokens, cuts = training.train_step, {}, list(cut_at)
 
-    def train_step(t, micro_batches, step):
-        def watched():
-            for x, y in micro_batches:
-                tokens.setdefault(step, []).append(
-                    hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-                )
-                yield x, y
-
-        result = original(t, watched(), step)
-        if cuts and step + 1 == cuts[0]:
+    def cut_if_due(t, moment):
+        if cuts and moment == cuts[0]:
             cuts.pop(0)
             if t.ranks.rank == cut_rank:
                 os.kill(os.getpid(), signal.SIGTERM)
+
+    def train_step(t, micro_batches, step):
+        tokens[step] = []
+
+        def watched():
+            for x, y in micro_batches:
+                tokens[step].append(
+                    hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+                )
+                cut_if_due(t, [step, len(tokens[step])])
+                yield x, y
+
+        result = original(t, watched(), step)
+        cut_if_due(t, step + 1)
         return result
 
     training.train_step = train_step
@@ -102,6 +109,20 @@ def test_a_chain_of_five_resumes_equals_the_uninterrupted_run(run_cut, tmp_path,
     assert run_cut(tmp_path / 'cut', [1, 9, 10, 17, 23], flag) == run_cut(
         tmp_path / 'whole', [], flag
     )
+
+
+def test_a_step_that_is_cut_between_its_micro_steps_is_done_again(train_here, tmp_path, run_cut):
+    """An early step, one that is logged, one that is not, and the last one."""
+    flags = ['--gradient_accumulation_steps=4', '--log_interval=3']
+    whole = run_cut(tmp_path / 'whole', [], *flags)
+    cuts = [[1, 3], [4, 1], [5, 2], [14, 3], [23, 1]]
+    assert run_cut(tmp_path / 'cut', cuts, *flags) == whole
+    tokens, undo = watch([[7, 2]])
+    assert train_here(tmp_path / 'once', *RUN, *flags).returncode == 143
+    undo()
+    assert [len(tokens[step]) for step in (6, 7)] == [4, 2]  # nothing after the signal
+    assert (tmp_path / 'once/step-00000007').exists()
+    assert 'stopped by signal 15 after step 7' in records(tmp_path / 'once')[-1]['end']
 
 
 @pytest.mark.slow
@@ -161,10 +182,10 @@ def tokens_of(out_dir):
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(data_dir, tmp_path):
-    cuts = {'whole': [], 'chain': [1, 9, 10, 17, 23]} | {
+    cuts = {'whole': [], 'chain': [1, 9, 10, 17, 23], 'inside': [[1, 1], [9, 2], [20, 3]]} | {
         f'cut-{step}': [step] for step in range(1, STEPS)
     }
-    run_on_ranks(2, data_dir, tmp_path, cuts)
+    run_on_ranks(2, data_dir, tmp_path, cuts, '--gradient_accumulation_steps=8')
     whole, tokens = digests(tmp_path / 'whole'), tokens_of(tmp_path / 'whole')
     assert len(tokens[0]) == STEPS and tokens[0] != tokens[1]
     for name in cuts:

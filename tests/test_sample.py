@@ -1,5 +1,6 @@
 """sample.py, run as a user runs it, on a model of a few words."""
 
+import io
 import os
 import subprocess
 import sys
@@ -123,6 +124,43 @@ def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, 
         run_script('sample.py', f'--out_dir={out_dir}', *FLAGS, '--start=-', input='The dog').stdout
         == given.stdout
     )
+
+
+def test_escapes_in_a_flag_are_read_as_help_shows_them(out_dir, sample, run_main, tmp_path):
+    assert r"--start: str = '\n'" in run_main('sample.py', '--help').stdout
+    flags = ['--max_new_tokens=400', '--temperature=0.5']
+    for stop in (r'\n', '\n'):
+        done = sample(out_dir, r'--start=\nThe cat', f'--stop={stop}', *flags)
+        assert done.stdout.startswith('\nThe cat') and done.stdout.count('\n') == 3
+    config = tmp_path / 'config.py'  # Python has read its escapes already
+    config.write_text(r"start = '\nThe\\n'")
+    assert r'not in the vocabulary' in sample(out_dir, config).stderr
+    done = sample(out_dir, r'--start=The \the', '--num_samples=1')
+    assert 'tab' in done.stderr.splitlines()[0] and done.returncode == 2
+    assert r"'\\'" in sample(out_dir, r'--start=\\the').stderr
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'The cat\nsees ',
+        b'The cat\r\nsees ',
+        b'\xef\xbb\xbfThe cat\nsees ',
+        'The cat\r\nsees '.encode('utf-16'),
+    ],
+)
+def test_a_prompt_is_read_like_a_training_text_however_it_comes(
+    out_dir, sample, tmp_path, monkeypatch, content
+):
+    flags = ['--temperature=0', '--max_new_tokens=3']
+    (tmp_path / 'prompt.txt').write_bytes(content)
+    from_file = sample(out_dir, f'--start=FILE:{tmp_path / "prompt.txt"}', *flags)
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(content)))
+    assert sample(out_dir, '--start=-', *flags) == from_file
+    plain = sample(out_dir, '--start=The cat\nsees ', *flags)
+    assert from_file.stdout == plain.stdout
+    is_noted = 'note: --start: ' in from_file.stderr
+    assert is_noted == (content != b'The cat\nsees ')
 
 
 def test_the_same_seed_writes_the_same_and_another_another(out_dir, sample):

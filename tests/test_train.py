@@ -24,7 +24,6 @@ from nib.doctor import vitals
 from nib.doctor.troubles import Finding
 from nib.machine.device import autocast, seed_everything
 from nib.machine.ranks import Ranks
-from nib.machine.signals import StopSignal
 from nib.tokens.batches import BatchLoader, eval_batches
 from nib.tokens.dataset import open_dataset
 
@@ -492,9 +491,9 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(SMALL), 'dropout': 0.5})).train()
     tokens = torch.randint(31, (16 * 7 + 1,)).numpy()
-    stop, precision = StopSignal(announced=False), autocast('float32', 'cpu')
+    precision = autocast('float32', 'cpu')
     together, in_parts = (
-        training.evaluate(model, eval_batches(tokens, 16, size), precision, Ranks(), stop)
+        training.evaluate(model, eval_batches(tokens, 16, size), precision, Ranks())
         for size in (7, 4)
     )
     assert model.training
@@ -870,6 +869,7 @@ def test_every_config_file_runs(tmp_path, data_dir, published_gpt2, gpt2_data, r
         'train_shakespeare',
         'finetune_shakespeare',
         'train_gpt2',
+        'train_gpt2_24gb',
         'modern_shakespeare_char',
         'train_text',
         'eval_gpt2',

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -17,7 +18,8 @@ import numpy as np
 import configurator
 from nib.errors import UserError, run_script
 from nib.files import shown
-from nib.text import documents
+from nib.text import documents, inputs
+from nib.text.rows import READERS, read_rows
 from nib.text.tokenizer import Gpt2Tokenizer
 from nib.tokens.write import write_dataset
 
@@ -76,13 +78,16 @@ def load(folder: Path):
     """Returns the documents for random access, with len(), n_bytes, fingerprint and read(rows)."""
     if not input:
         return HubTexts()
-    files, _ = documents.find_files(input.split(','))
-    jsonl = [file for file in files if file.suffix.lower() == '.jsonl']
-    parquet = [file for file in files if file.suffix.lower() == '.parquet']
-    if not jsonl + parquet:
-        raise UserError(f'{input} contains no .jsonl or .parquet file')
-    rows = documents.read_documents(jsonl + parquet, field, with_empty=True)
-    return documents.StoredTexts(folder, (text for text, _ in rows))
+    files, skipped = inputs.find_files(input.split(','), tuple(READERS))
+    for what in inputs.told(skipped):
+        print(f'note: skipped {what}', file=sys.stderr)
+    files.sort(key=lambda file: file.suffix.lower() == '.parquet')
+    texts = (
+        text
+        for file in files
+        for text in read_rows(file, field, partial(print, f'note: {file}:', file=sys.stderr))
+    )
+    return documents.StoredTexts(folder, texts)
 
 
 class HubTexts:

@@ -4,15 +4,19 @@
     python data/text/prepare.py --input=book.txt,letters --tokenizer=gpt2 --name=mine
     python train.py config/train_text.py --dataset=mine
 
-Every .txt and .md file is a document, and so is every row of a .jsonl or .parquet file. With
-several documents, whole documents make up the validation split, about a tenth of the text, and an
-end-of-text token follows each document. With a single one, its last tenth is the validation split.
+Every .txt and .md file is a document, and so is every row of a .jsonl or .parquet file. A document
+also ends where its text has <|endoftext|>. With several documents, whole documents make up the
+validation split, about a tenth of the text, and an end-of-text token follows each document. With a
+single one, its last tenth is the validation split.
 """
 
 import os
 import re
 import shlex
 import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -20,14 +24,17 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
-from nib.files import shown
-from nib.text import documents
-from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from nib.files import command, script_path, shown
+from nib.text import documents, inputs
+from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
+from nib.tokens.borrow import read_tokenizer
 from nib.tokens.write import write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
-tokenizer: Literal['char', 'byte', 'gpt2'] = 'char'  # a token is a character, a byte or a word part
+tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', or the folder of a run or dataset to use its own
+replace_missing: str = ''  # a character for those that its tokenizer lacks; empty: refuse the text
+end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text becomes
 name: str = ''  # of the dataset, which is written to data/NAME; empty: named after the input
 out_dir: str = ''  # output folder; empty: data/NAME
 
@@ -35,54 +42,46 @@ LITTLE = 100_000  # characters; a model memorizes a shorter text
 
 
 def main(argv):
-    values, _ = configurator.configure(__file__, argv)
+    values, origins = configurator.configure(__file__, argv)
     globals().update(values)
     if not input:
         raise UserError('--input=PATH is missing: name the files and folders that hold your text')
     names = [input] if Path(input).exists() else input.split(',')
     paths = [Path(os.path.expanduser(path)) for path in names]
     folder = Path(out_dir) if out_dir else choose_folder(paths[0])
-    files, ignored = documents.find_files(paths)
-    if ignored:
-        print(
-            f'note: skipped {ignored} file{"s" * (ignored > 1)} of other types than '
-            + ', '.join(documents.READERS),
-            file=sys.stderr,
-        )
-    if tokenizer == 'gpt2':
-        Gpt2Tokenizer().encode('')  # fails before the text is read if its files are missing
-
-    texts = documents.read_documents(files, field)
-    found = documents.survey(texts, with_characters=tokenizer == 'char')
+    files, skipped = inputs.find_files(paths)
+    for what in inputs.told(skipped):
+        note(f'skipped {what}')
+    encoder = choose_tokenizer(origins)
+    divide = end_of_text == 'token' and not encoder.spells_end_of_text
+    found, n_marks = survey(files, encoder, divide)
     several = len(found.lengths) > 1
+    encoder = fit_tokenizer(encoder, found, n_marks, divide)
+    substitutes = str.maketrans(dict.fromkeys(found.missing, replace_missing))
     val = documents.choose_val(found.lengths) if several else set()
 
     def read_pieces(start):
-        pieces = documents.read_documents(files, field)
+        pieces = documents.read_documents(files, field, divide)
+        if substitutes:
+            pieces = ((text.translate(substitutes), ends) for text, ends in pieces)
         if several:
             split = documents.split_documents(pieces, val)
         else:
             split = documents.split_text((text for text, _ in pieces), found.lengths[0])
         return islice(split, start, None)
 
-    encoder = {
-        'char': CharTokenizer(found.characters, several),
-        'byte': ByteTokenizer(),
-        'gpt2': Gpt2Tokenizer(),
-    }[tokenizer]
     source = {
         'input': [path.name for path in paths],
         'files': len(files),
         'documents': len(found.lengths),
         'sha256': found.sha256,
     }
+    if substitutes:
+        source['replaced'] = {'characters': found.missing.total(), 'by': replace_missing}
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
-        print(
-            f'note: the validation split has {share:.0%} of the text, as documents are not split',
-            file=sys.stderr,
-        )
+        note(f'the validation split has {share:.0%} of the text, as documents are not split')
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
         f'{shown(folder)}: {len(found.lengths):,} document{"s" * several}, '
@@ -91,13 +90,15 @@ def main(argv):
         f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
     )
     if sum(found.lengths) < LITTLE:
-        print(
-            f'note: this is very little text to learn from; use at least {LITTLE:,} characters',
-            file=sys.stderr,
-        )
+        note(f'this is very little text to learn from; use at least {LITTLE:,} characters')
     where = f' --data_dir={shlex.quote(str(folder.parent))}' if out_dir else ''
     dataset = shlex.quote(folder.name)
-    print(f'to train on it: python train.py config/train_text.py --dataset={dataset}{where}')
+    config = shlex.quote(script_path('config/train_text.py'))
+    print(f'to train on it: {command("train.py")} {config} --dataset={dataset}{where}')
+
+
+def note(what: str):
+    print(f'note: {what}', file=sys.stderr)
 
 
 def choose_folder(path: Path) -> Path:
@@ -116,6 +117,93 @@ def choose_folder(path: Path) -> Path:
     if (folder / 'prepare.py').exists():
         raise UserError(f'data/{safe} belongs to data/{safe}/prepare.py: use another --name=NAME')
     return folder
+
+
+def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
+    """Returns the tokenizer that the flags name; for 'char', one that has no characters yet.
+
+    Raises UserError if it cannot be read, or if other flags contradict it.
+    """
+    own: dict[str, Tokenizer] = {
+        'char': CharTokenizer(''),
+        'byte': ByteTokenizer(),
+        'gpt2': Gpt2Tokenizer(),
+    }
+    chosen = own.get(tokenizer) or read_tokenizer(Path(os.path.expanduser(tokenizer)))
+    chosen.encode('')  # fails before the text is read if its files are missing
+    recorded = 'characters' if chosen.spells_end_of_text else 'token'
+    if tokenizer not in own and origins['end_of_text'] != 'default' and end_of_text != recorded:
+        raise UserError(
+            f'--end_of_text={end_of_text}: the tokenizer of {tokenizer} has --end_of_text='
+            f'{recorded}; leave --end_of_text out, or use another tokenizer'
+        )
+    characters = characters_of(chosen)
+    if replace_missing and (len(replace_missing) > 1 or replace_missing not in characters):
+        raise UserError(
+            f'--replace_missing={replace_missing}: expected one character of the vocabulary of '
+            f'--tokenizer=FOLDER'
+            + (
+                f', such as {suggest(characters)}'
+                if characters
+                else ', whose tokens are characters'
+            )
+        )
+    return chosen
+
+
+def characters_of(encoder: Tokenizer) -> str:
+    return encoder.characters if isinstance(encoder, CharTokenizer) else ''
+
+
+def suggest(characters: str) -> str:
+    """Returns a flag that replaces missing characters by one of these."""
+    usual = next((character for character in '?_ ' if character in characters), characters[0])
+    return f'--replace_missing={shlex.quote(usual)}'
+
+
+def survey(files: list[Path], encoder: Tokenizer, divide: bool) -> tuple[documents.Survey, int]:
+    """Reads all documents once and prints what reading has changed.
+
+    Returns the survey, and how often the text contains END_OF_TEXT.
+    """
+    noted = Counter[str]()
+    pieces = documents.read_documents(files, field, divide, noted)
+    is_char = isinstance(encoder, CharTokenizer)
+    found = documents.survey(pieces, is_char, characters_of(encoder))
+    n_marks = noted.pop(END_OF_TEXT, 0)
+    for what in inputs.told(noted):
+        note(what)
+    return found, n_marks
+
+
+def fit_tokenizer(
+    encoder: Tokenizer, found: documents.Survey, n_marks: int, divide: bool
+) -> Tokenizer:
+    """Returns the tokenizer for this text, and prints where the two do not agree.
+
+    Raises UserError if it lacks characters that are not to be replaced.
+    """
+    several = len(found.lengths) > 1
+    if tokenizer == 'char':
+        encoder = CharTokenizer(found.characters, several)
+    if n_marks:
+        does = 'ends a document' if divide else 'stays characters, in prompts too'
+        note(f'{END_OF_TEXT} occurs {n_marks:,} time{"s" * (n_marks > 1)} in the text: each {does}')
+        encoder = replace(encoder, spells_end_of_text=not divide)
+    if several and encoder.end_of_text is None:
+        note(f'the tokenizer of {tokenizer} has no {END_OF_TEXT}: nothing separates the documents')
+    if found.missing:
+        most = [f'{character!r} ({n:,})' for character, n in found.missing.most_common(10)]
+        lacks = (
+            f'the tokenizer of {tokenizer} lacks {len(found.missing):,} of the characters of this '
+            f'text, which occur {found.missing.total():,} times: {", ".join(most)}'
+            + ', ...'
+            * (len(found.missing) > len(most))
+        )
+        if not replace_missing:
+            raise UserError(f'{lacks}; replace them: {suggest(characters_of(encoder))}')
+        note(f'{lacks}; each is replaced by {replace_missing!r}')
+    return encoder
 
 
 if __name__ == '__main__':

@@ -48,6 +48,9 @@ class Weights:
                 is_number = type(before.get(key)) in (int, float)
                 if origins[key] == 'default' and is_same and is_number:
                     adopted[key] = before[key]
+            if origins['batch_size'].endswith('(auto)'):  # chosen once
+                for key in ('batch_size', 'gradient_accumulation_steps'):
+                    adopted[key] = before[key]
         for key, own in fixed.items():
             if key in ('vocab_size', 'dropout', 'recompute') or values[key] == own:
                 continue
@@ -84,12 +87,13 @@ class Weights:
         """
         if self.resumed:
             self.resumed.check_dataset(data.folder, data.fingerprint)
+        borrowed = self.name if self.tokenizer['kind'] == 'char' else self.tokenizer['kind']
         if data.vocab_size != self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
                 f'{self.name} needs tokens of another tokenizer ({self.tokenizer["kind"]}, '
                 f'vocabulary {self.model.vocab_size}) than those of dataset {data.name} '
-                f'(vocabulary {data.vocab_size}): choose a --dataset that was prepared with its '
-                f'tokenizer'
+                f'(vocabulary {data.vocab_size}): prepare your text with its tokenizer, python '
+                f'data/text/prepare.py --input=PATH --tokenizer={borrowed}'
             )
 
 

@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from nib.errors import UserError
 
+# What torchrun tells its processes; all but the address are numbers.
+VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_PORT', 'MASTER_ADDR')
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -80,15 +83,12 @@ def start_ranks(device: str) -> Ranks:
     """Joins the processes that torchrun started; without torchrun, this process is the only one.
 
     They communicate through gloo on CPUs and NCCL on GPUs. Raises UserError if there are not enough
-    GPUs.
+    GPUs, or if the variables of torchrun are incomplete.
     """
-    if 'RANK' not in os.environ:
+    # Some launchers of clusters set one of the two, for programs of their own.
+    if 'RANK' not in os.environ or os.environ.get('WORLD_SIZE', '1') == '1':
         return Ranks()
-    rank, local_rank, world_size = (
-        int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
-    )
-    if world_size == 1:
-        return Ranks()
+    rank, local_rank, world_size = _read_environment()
     if device.startswith('cuda:'):
         raise UserError(
             f'--device={device}: each of the {world_size} processes needs its own GPU; '
@@ -103,7 +103,14 @@ def start_ranks(device: str) -> Ranks:
             )
         torch.cuda.set_device(local_rank)
     # torchrun may keep its store over restarts, with the addresses of processes that have died.
-    store, *_ = next(dist.rendezvous('env://'))
+    try:
+        store, *_ = next(dist.rendezvous('env://'))
+    except (dist.DistError, ValueError) as error:
+        address = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+        raise UserError(
+            f'process {rank} of {world_size} cannot join the others at {address} (MASTER_ADDR, '
+            f'MASTER_PORT): {str(error).splitlines()[0]}'
+        ) from error
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     store = dist.PrefixStore(f'restart {restarts}', store)
     backend = 'nccl' if device == 'cuda' else 'gloo'
@@ -111,6 +118,25 @@ def start_ranks(device: str) -> Ranks:
     # Long enough for rank 0 to prepare a dataset. The death of a process is noticed at once.
     control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
     return Ranks(rank, local_rank, world_size, control)
+
+
+def _read_environment() -> tuple[int, int, int]:
+    """Returns RANK, LOCAL_RANK and WORLD_SIZE. Raises UserError if a variable is unusable."""
+    found = {name: os.environ.get(name, '') for name in VARIABLES}
+    wrong = [
+        name
+        for name, value in found.items()
+        if not (value if name == 'MASTER_ADDR' else value.isdecimal())
+    ]
+    if not wrong and int(found['RANK']) >= int(found['WORLD_SIZE']):
+        wrong = ['RANK']
+    if wrong:
+        raise UserError(
+            f'{wrong[0]} is {found[wrong[0]]!r}, but RANK={found["RANK"]} and '
+            f'WORLD_SIZE={found["WORLD_SIZE"]} announce several processes: start them with '
+            f'torchrun, which sets {", ".join(VARIABLES)}; for a single process, unset RANK'
+        )
+    return int(found['RANK']), int(found['LOCAL_RANK']), int(found['WORLD_SIZE'])
 
 
 def distribute(

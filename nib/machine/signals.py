@@ -1,36 +1,50 @@
 """Signals that ask a run to stop, and the messages about them."""
 
 import os
+import select
 import shlex
 import signal
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+
+from nib.files import command, script_path
+from nib.machine.ranks import Ranks
 
 FINDING = 1 << 10  # in place of a signal's number: the doctor stops the run
+BOOLS = ('true', 'false')  # values that may follow a switch
+HANGUP = getattr(signal, 'SIGHUP', None)  # the terminal is closed; Windows has no such signal
+# Ctrl-C; a shutdown; a preemption on a cluster.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', None), HANGUP]
 
 
-def resume_command(argv: Sequence[str]) -> str:
+def resume_command(argv: Sequence[str], world_size: int) -> str:
     """Returns the command that resumes a run of train.py that was started with these arguments."""
-    world = os.environ.get('WORLD_SIZE', '1')
-    local = os.environ.get('LOCAL_WORLD_SIZE', '1')
-    if world == '1':
-        launcher = 'python'
-    elif world == local:
-        launcher = f'torchrun --standalone --nproc_per_node={local}'
-    else:
-        launcher = 'torchrun (as before)'
-    extra = ['--init_from=resume']
-    if any(item.startswith('--overwrite') for item in argv):
-        extra.insert(0, '--no-overwrite')  # the last flag wins
-    flags = [item for item in argv if item not in extra] + extra
-    return f'{launcher} train.py {shlex.join(flags)}'
+    flags, items = [], list(argv)
+    while items:
+        item = items.pop(0)
+        key, equals, _ = item.replace('-', '_').partition('=')
+        if key not in ('__init_from', '__overwrite', '__no_overwrite'):
+            flags.append(item)
+        elif not equals and (key == '__init_from' or items[:1] and items[0].lower() in BOOLS):
+            items.pop(0)  # its value
+    start = command('train.py')
+    if world_size > 1:
+        is_local = os.environ.get('LOCAL_WORLD_SIZE') == str(world_size)
+        how = f'--standalone --nproc_per_node={world_size}' if is_local else '(as before)'
+        start = f'torchrun {how} {shlex.quote(script_path("train.py"))}'
+    return f'{start} {shlex.join([*flags, "--init_from=resume"])}'
 
 
-def describe_stop(stop: int, step: int, saved: bool, argv: Sequence[str]) -> str:
+def describe_stop(
+    stop: int, step: int, saved: bool, argv: Sequence[str], world_size: int = 1
+) -> str:
     """Returns a line about what stopped a run and how to resume it. stop: StopSignal.number."""
     by = 'the doctor' if stop == FINDING else f'signal {stop}'
     if saved:
-        more = f'which is saved; to resume: {resume_command(argv)}'
+        more = f'which is saved; to resume: {resume_command(argv, world_size)}'
     elif stop == FINDING:
         more = 'nothing is saved yet'
     else:
@@ -38,41 +52,80 @@ def describe_stop(stop: int, step: int, saved: bool, argv: Sequence[str]) -> str
     return f'stopped by {by} after step {step}, {more}'
 
 
-class StopSignal:
-    """Remembers a request to stop, so that the run can finish its step and save.
+class StepCut(Exception):
+    """A step ends before its last micro step, and is not applied, because the run must stop."""
 
-    A second signal ends the process at once. Signals within the first second do not count, because
-    torchrun sends every Ctrl-C twice.
+
+class StopSignal:
+    """Remembers a request to stop, so that the run can save before it ends.
+
+    Inside `with stop:`, a signal is remembered, and a second one ends the process at once. Signals
+    within the first second do not count, because torchrun sends every Ctrl-C twice.
     """
 
-    def __init__(self, announced: bool):
+    def __init__(self, ranks: Ranks):
         self.number = 0  # the signal received, or FINDING; 0: none
+        self._ranks = ranks
         self._since = 0.0  # time of the first signal; 0: none yet
-        self._announced = announced
+        self._previous: dict = {}  # signal -> its handler outside
 
-    def listen(self):
-        self._handle(self._receive)
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # only it can receive signals
+            for number in filter(None, SIGNALS):
+                if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
 
-    def ignore(self):
-        """Ignores signals from now on.
+    def __exit__(self, *error):
+        for number, handler in self._previous.items():
+            # When a rank has ended, torchrun sends SIGTERM to the others, which must not change
+            # their exit code. (The handler is None if it is not Python's.)
+            after = signal.SIG_IGN if self._ranks.world_size > 1 else handler or signal.SIG_DFL
+            signal.signal(number, after)
 
-        When a rank has ended, torchrun sends SIGTERM to the others, which must not change their
-        exit code.
+    def agreed(self) -> int:
+        """Returns the request of any rank, so that all ranks stop together; 0: none."""
+        return self._ranks.largest(self.number)
+
+    def cut(self, micro_batches: Iterable) -> Iterator:
+        """Yields the micro batches of a step. Raises StepCut before one if the run must stop.
+
+        The first one always follows, because the loop asks before every step.
         """
-        self._handle(signal.SIG_IGN)
+        for micro_step, batch in enumerate(micro_batches):
+            if micro_step and self.agreed():
+                raise StepCut
+            yield batch
 
-    @staticmethod
-    def _handle(handler):
-        # Ctrl-C; a shutdown; a preemption on a cluster (Windows does not have this one).
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-            if number := getattr(signal, name, None):
-                signal.signal(number, handler)
+    def cut_short(self, batches: Iterable) -> Iterator:
+        """Yields this rank's batches of an evaluation, until the run must stop.
+
+        One rank may have a batch more than another.
+        """
+        remaining = iter(batches)
+        while True:
+            batch = next(remaining, None)
+            # 0: all ranks are done; 1: some are not; more: stop.
+            if self._ranks.largest(2 * self.number + (batch is not None)) != 1:
+                return
+            if batch is not None:
+                yield batch
 
     def _receive(self, number, frame):
         if self._since and time.monotonic() - self._since > 1.0:
+            if hasattr(sys, 'ps1'):  # a notebook, which must survive
+                raise KeyboardInterrupt
             os._exit(128 + number)
         if not self._since:
             self.number, self._since = number, time.monotonic()
-            if self._announced:
-                line = f'signal {number}: stopping after this step (again: at once, without saving)'
-                os.write(2, f'\n{line}\n'.encode())  # print is not safe in a signal handler
+            if self._ranks.is_first:
+                _announce(number)
+
+
+def _announce(number: int):
+    """Prints a line from a signal handler, where print() is not safe, unless that would wait."""
+    line = f'\nsignal {number}: stopping and saving (again: at once, without saving)\n'
+    with suppress(OSError, ValueError, AttributeError):  # there is no console
+        descriptor = sys.stderr.fileno()
+        if os.name == 'nt' or select.select([], [descriptor], [], 0)[1]:
+            os.write(descriptor, line.encode())

@@ -3,8 +3,9 @@
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import takewhile
 
 import torch
 
@@ -15,8 +16,9 @@ from nib.doctor import vitals
 from nib.doctor.rules import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
+from nib.files import command
 from nib.generation import check_generation
-from nib.machine.device import describe_device, peak_memory
+from nib.machine.device import describe_device, measure_flops, peak_memory
 from nib.machine.ranks import Ranks
 from nib.machine.signals import FINDING, StopSignal, describe_stop
 from nib.report.page import write_after_run
@@ -117,6 +119,7 @@ class Logbook:
             tensorboard=config['tensorboard'],
             wandb_project=config['wandb_project'] if config['wandb_log'] else '',
             wandb_run_name=config['wandb_run_name'],
+            warn=self.warn,
         )
         # Only now is it certain that this run can start. After its first save, these are deleted.
         if self._is_new:
@@ -138,6 +141,10 @@ class Logbook:
         )
         self.doctor.recall(self.metrics.records)
         self._tell(self.doctor.see_data())
+        self.rate, self.rate_name = t.peak_flops, ''
+        if not self.rate:
+            self.rate = measure_flops(t.device, t.dtype) * t.ranks.world_size
+            self.rate_name = ' of the measured rate'
 
     def start_clock(self, step: int):
         """Measures speed from now on."""
@@ -167,7 +174,7 @@ class Logbook:
         self.start_clock(step)
         t = self.training
         tokens_per_second = t.tokens_per_step / seconds
-        mfu = t.flops_per_token * tokens_per_second / t.peak_flops if t.peak_flops else None
+        mfu = t.flops_per_token * tokens_per_second / self.rate
         self.console.progress(
             step,
             {
@@ -176,7 +183,7 @@ class Logbook:
                 'ms/step': f'{1000 * seconds:.1f}',
                 'grad norm': f'{norm:.2f}',
                 'lr': f'{lr:.2e}',
-                'MFU': f'{mfu:.1%}' if mfu else 'unknown',
+                'MFU': f'{mfu:.1%}{self.rate_name}',
             },
         )
         vital_signs = self.vitals.read(step, lr, tokens_per_second)
@@ -300,6 +307,7 @@ class Logbook:
             top_k=200,
             seed=self.config['seed'],
         )
+        tokens = takewhile(lambda token: not self.stop.number, tokens)
         text = self.data.tokenizer.decode(prompt + [int(token) for token in tokens])
         self.say(f'--- sample\n{text}\n---')
         return text
@@ -329,17 +337,26 @@ class Logbook:
         kept = 'there is no checkpoint yet'
         if self.saved:
             kept = f'the checkpoint of step {self.saved} in {self.out_dir} is good'
-        self.warn(f'The run ends. Nothing is saved; {kept}.')
+        self._say_end(step, f'The run ends. Nothing is saved; {kept}.', self.warn)
         return EXIT_NONFINITE
 
     def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
         """Waits for the checkpoint and reports what stopped the run; returns the exit code."""
-        if stopped.at_end:
-            self.say(f'stopped by signal {stopped.number} in the last evaluation')
-        else:
+        if self.saved:
             self.wait_for_checkpoint()
-            self.say(describe_stop(stopped.number, step, self.saved > 0, argv))
+        if stopped.at_end:
+            line = f'stopped by signal {stopped.number} in the last evaluation'
+        else:
+            world_size = self.ranks.world_size
+            line = describe_stop(stopped.number, step, self.saved > 0, argv, world_size)
+        self._say_end(step, line, self.say)
         return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
+
+    def _say_end(self, step: int, line: str, say: Callable[[str], None]):
+        """Records how the run ends, and then prints it, as there may be no console any more."""
+        if self.metrics:
+            self.metrics.log(step, {'end': line})
+        say(line)
 
     def close(self, step: int, exit_code: int, defaults: Mapping):
         """Waits for the last checkpoint, prints the doctor's verdict and writes the report.
@@ -360,7 +377,7 @@ class Logbook:
         if self.config['report']:
             write_after_run(self.out_dir, defaults, self.say, self.warn)
         if self.saved and not exit_code:
-            self.say(f'samples: python sample.py --out_dir={shlex.quote(self.out_dir)}')
+            self.say(f'samples: {command("sample.py")} --out_dir={shlex.quote(self.out_dir)}')
         self.console.close()
         self._lock.release()
 

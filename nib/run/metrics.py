@@ -4,9 +4,9 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from nib.doctor.troubles import Finding
 from nib.errors import UserError
@@ -21,6 +21,9 @@ class Metrics:
 
     Use it on rank 0 only. A run that resumes from `step` drops the later records of an interrupted
     run. An empty wandb_project means no wandb.
+
+    What cannot be written does not stop the run, but `warn` prints a line. Records of metrics.jsonl
+    are kept for the next attempt; TensorBoard and wandb are not used any more.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Metrics:
         tensorboard: bool = False,
         wandb_project: str = '',
         wandb_run_name: str = '',
+        warn: Callable[[str], None] = print,
     ):
         # wandb may refuse to start, so the TensorBoard writer, which writes at once, comes last.
         writer = _summary_writer() if tensorboard else None
@@ -41,7 +45,8 @@ class Metrics:
             folder = str(Path(out_dir) / 'tensorboard')
             self.writer = writer(folder, purge_step=step + 1 if step else 0)
         self.path = Path(out_dir) / 'metrics.jsonl'
-        self.file: TextIO | None = None
+        self.file: FileIO | None = None
+        self._warn = warn
         self.rewind(step)
 
     def rewind(self, step: int):
@@ -53,7 +58,8 @@ class Metrics:
         self.records = [record for record in records if record['step'] <= step]
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
-        self.file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
+        self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
+        self._unwritten = b''  # records that the file has not taken yet
 
     def log(self, step: int, values: Mapping[str, float | str | None]):
         """Records the values of a step, numbers or texts; None is left out.
@@ -76,26 +82,44 @@ class Metrics:
         self._show(finding.step, {f'finding/{finding.name}': str(finding)})
 
     def _write(self, step: int, values: Mapping):
-        self.file.write(json.dumps({'step': step, **values}) + '\n')
-        self.file.flush()
+        is_first_attempt = not self._unwritten
+        self._unwritten += (json.dumps({'step': step, **values}) + '\n').encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
+        except OSError as error:
+            if is_first_attempt:
+                self._warn(f'{self.path} cannot be written: {error.strerror}; trying again')
 
     def _show(self, step: int, values: Mapping):
         """Sends values to TensorBoard and wandb."""
-        if self.writer is not None:
-            for name, value in values.items():
-                if isinstance(value, str):
-                    self.writer.add_text(name, value, step)
-                else:
-                    self.writer.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
+        if self.writer is not None and not self._works('TensorBoard', self._draw, step, values):
+            self.writer = None
+        if self.wandb is not None and not self._works('wandb', self.wandb.log, values, step):
+            self.wandb = None
+
+    def _draw(self, step: int, values: Mapping):
+        for name, value in values.items():
+            if isinstance(value, str):
+                self.writer.add_text(name, value, step)
+            else:
+                self.writer.add_scalar(name, value, step)
+
+    def _works(self, name: str, call: Callable, *arguments) -> bool:
+        """Calls a service and returns whether it worked; its errors have no common base class."""
+        try:
+            call(*arguments)
+            return True
+        except Exception as error:
+            self._warn(f'{name} does not work any more: {type(error).__name__}: {error}')
+            return False
 
     def close(self):
         self.file.close()
         if self.writer is not None:
-            self.writer.close()
+            self._works('TensorBoard', self.writer.close)
         if self.wandb is not None:
-            self.wandb.finish()
+            self._works('wandb', self.wandb.finish)
 
 
 def read_records(path: Path) -> tuple[list[dict], int]:

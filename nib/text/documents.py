@@ -4,27 +4,33 @@ A piece is (text, ends): part of a document, and whether the document ends with 
 streamed as pieces, so that neither a large file nor many documents need much memory.
 """
 
-import codecs
 import hashlib
-import json
-import os
 import random
 import re
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.text.tokenizer import without_surrogates
+from nib.text import reading, rows
+from nib.text.tokenizer import END_OF_TEXT
 
-PIECE = 1 << 16  # characters in a piece, and bytes of a file read at once
+PIECE = 1 << 16  # characters in a piece
+LONGEST = 1 << 18  # characters in a piece of a text that can hardly be cut
+CUTTING = 2  # version of how texts are cut into pieces
 VAL_FRACTION = 0.1
-_ROWS = 1000  # rows of a .parquet file read at once
 # GPT-2's pre-tokenizer always begins a new word at white space that follows other text, and no word
 # before that place depends on what comes after it. Text cut there gives the same tokens.
 _BOUNDARY = re.compile(r'(?<=\S)[ \n]')
+# So it does at punctuation that follows a letter or a digit. Only characters that every version of
+# Unicode classifies alike.
+_PUNCTUATION = re.compile(
+    r'(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5])'  # Latin, kana, Chinese
+    r'[!-/:-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1f]'
+)
 
 
 @dataclass(frozen=True)
@@ -35,95 +41,123 @@ class Survey:
     n_bytes: int  # of UTF-8
     sha256: str  # of the documents and the boundaries between them
     characters: str  # the distinct characters, sorted; '' if not requested
-
-
-def find_files(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], int]:
-    """Find the files to read.
-
-    inputs: files and folders. Folders are searched recursively, without hidden files and folders.
-    Returns the files in order, and the number of other files in the folders.
-    Raises UserError if an input is missing or cannot be read, or if there is nothing to read.
-    """
-    files, ignored = [], 0
-    for path in map(Path, inputs):
-        if path.is_dir():
-            for folder, names, here in os.walk(path):
-                names[:] = sorted(name for name in names if not name.startswith('.'))
-                shown = [Path(folder, name) for name in sorted(here) if not name.startswith('.')]
-                shown = [file for file in shown if file.is_file()]  # excludes broken links
-                files += [file for file in shown if file.suffix.lower() in READERS]
-                ignored += sum(file.suffix.lower() not in READERS for file in shown)
-        elif not path.exists():
-            raise UserError(
-                f'{path}: no such file or folder; --input=PATH takes files and folders, '
-                f'separated by commas'
-            )
-        elif path.suffix.lower() not in READERS:
-            raise UserError(
-                f'{path}: unsupported file type (supported: {", ".join(READERS)}); '
-                f'rename a text file to .txt'
-            )
-        else:
-            files.append(path)
-    if not files:
-        raise UserError(
-            f'{", ".join(map(str, inputs))}: found no {", ".join(READERS)} file there '
-            f'({ignored} of other types)'
-        )
-    return list(dict.fromkeys(files)), ignored
+    missing: Counter[str]  # the characters that are not among the known ones, and how often
 
 
 def read_documents(
-    files: Iterable[Path], field: str = 'text', with_empty: bool = False
+    files: Iterable[Path],
+    field: str = 'text',
+    split: bool = True,
+    noted: Counter[str] | None = None,
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of all documents in these files.
+    """Yield the pieces of all documents in these files. Empty documents are skipped.
 
     A .txt or .md file is one document; in other files every row is one, whose text is in `field`.
-    Empty documents are skipped; with_empty keeps empty rows.
+    split: whether a document also ends at each END_OF_TEXT in its text, and the line with it.
+    noted: counts what has been changed (see inputs.told), and END_OF_TEXT under its own name.
     Raises UserError, which names the file and the row, if something cannot be read.
     """
+    noted = Counter() if noted is None else noted
     for file in files:
-        try:
-            for piece in READERS[file.suffix.lower()](file, field):
-                if piece[0] or with_empty:
-                    yield piece
-        except OSError as error:
-            raise UserError(f'{file} cannot be read: {error.strerror or error}') from error
+        for chunks in _chunked_documents(file, field, noted):
+            yield from cut(_at_end_of_text(chunks, split, noted))
 
 
-def cut(chunks: Iterable[str]) -> Iterator[str]:
-    """Recut chunks of a text into pieces that tokenize independently.
+def _chunked_documents(file: Path, field: str, noted: Counter[str]) -> Iterator[Iterable[str]]:
+    """Yields every document of a file as an iterable of its chunks."""
 
-    A piece has PIECE characters, and more up to the next place where the text may be cut.
-    """
-    rest, searched = '', PIECE
+    def note_file(what: str):
+        noted[f'file{{s}}: {what}'] += 1
+
+    def note_row(what: str):
+        noted[f'row{{s}}: {what}'] += 1
+
+    if file.suffix.lower() in rows.READERS:
+        for row in rows.read_rows(file, field, note_file):
+            yield [reading.plain(row, note_row)]
+    else:
+        yield reading.read_file(file, note_file)
+
+
+def _at_end_of_text(
+    chunks: Iterable[str], split: bool, noted: Counter[str]
+) -> Iterator[tuple[str, bool]]:
+    """Yields (text, ends) and counts END_OF_TEXT. If split, a document ends at each of them."""
+    rest, begins = '', False
     for chunk in chunks:
-        rest += chunk
-        while boundary := _BOUNDARY.search(rest, searched):
-            yield rest[: boundary.start()]
-            rest, searched = rest[boundary.start() :], PIECE
-        searched = max(searched, len(rest))  # text without white space is not searched again
-    if rest:
-        yield rest
+        *parts, rest = (rest + chunk).split(END_OF_TEXT)
+        for part in parts:
+            noted[END_OF_TEXT] += 1
+            yield (_without_line_end(part, begins), True) if split else (part + END_OF_TEXT, False)
+            begins = split
+        # The last characters may begin an END_OF_TEXT that the next chunk completes.
+        kept = len(rest) - len(END_OF_TEXT)
+        if kept > 0:
+            yield _without_line_end(rest[:kept], begins), False
+            rest, begins = rest[kept:], False
+    yield _without_line_end(rest, begins), True
 
 
-def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool) -> Survey:
-    """Count documents, characters and bytes in one pass. Raises UserError if there are none."""
+def _without_line_end(text: str, begins: bool) -> str:
+    """Removes the line ending of an END_OF_TEXT on a line of its own from the text behind it."""
+    return text.removeprefix('\n') if begins else text
+
+
+def cut(chunks: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Recut documents into pieces that tokenize independently.
+
+    A piece has PIECE characters, and more up to the next white space. If there is none within
+    LONGEST, it ends at punctuation, or else has LONGEST characters; only a single word of that
+    length has other tokens than if it were whole. Empty documents are left out.
+
+    chunks: (text, ends) as for pieces, but cut anywhere.
+    """
+    rest, searched = '', 0
+    for chunk, ends in chunks:
+        rest, start = rest + chunk, 0
+        while True:
+            # Text without white space is not searched again.
+            first, last = max(start + PIECE, searched), start + LONGEST
+            boundary = _BOUNDARY.search(rest, first, last)
+            if boundary is None:
+                searched = max(searched, min(last, len(rest)))
+                if len(rest) <= last:
+                    break
+                boundary = _PUNCTUATION.search(rest, start + PIECE, last)
+            end = boundary.start() if boundary else last
+            yield rest[start:end], False
+            start = end
+        rest, searched = rest[start:], searched - start
+        if ends:
+            if rest:
+                yield rest, True
+            rest, searched = '', 0
+
+
+def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool, known: str = '') -> Survey:
+    """Count documents, characters and bytes in one pass. Raises UserError if there are none.
+
+    known: the characters that the text should consist of; empty: any.
+    """
     lengths, length, n_bytes = array('q'), 0, 0
     digest, characters, begins = hashlib.sha256(), set(), False
+    missing = Counter[str]()
     for text, ends in pieces:
         content = text.encode()
         digest.update(b'\xff' * begins + content)  # a byte that never occurs in UTF-8
         n_bytes += len(content)
         if with_characters:
-            characters.update(text)
+            here = set(text)
+            characters |= here
+            for character in here.difference(known or here):
+                missing[character] += text.count(character)
         length, begins = length + len(text), ends
         if ends:
             lengths.append(length)
             length = 0
     if not lengths:
         raise UserError('all files are empty; use --input=PATH to name other files')
-    return Survey(lengths, n_bytes, digest.hexdigest(), ''.join(sorted(characters)))
+    return Survey(lengths, n_bytes, digest.hexdigest(), ''.join(sorted(characters)), missing)
 
 
 def choose_val(lengths: Sequence[int]) -> set[int]:
@@ -218,91 +252,3 @@ class StoredTexts:
             self._file.seek(self._ends[row])
             texts.append(self._file.read(self._ends[row + 1] - self._ends[row]).decode())
         return texts
-
-
-# -- one reader for each type of file --------------------------------------------------------------
-
-
-def _read_text(file: Path, field: str) -> Iterator[tuple[str, bool]]:
-    pieces = cut(_decoded(file))
-    piece = next(pieces, None)
-    while piece is not None:
-        following = next(pieces, None)
-        yield piece, following is None
-        piece = following
-
-
-def _decoded(file: Path) -> Iterator[str]:
-    """Yields a UTF-8 file in chunks, without a byte order mark."""
-    decoder, offset = codecs.getincrementaldecoder('utf-8-sig')(), 0
-    with open(file, 'rb') as stream:
-        while True:
-            content = stream.read(PIECE)
-            kept = len(decoder.getstate()[0])  # bytes of a character split between two chunks
-            try:
-                yield decoder.decode(content, final=not content)
-            except UnicodeDecodeError as error:
-                raise not_utf8(file, offset - kept + error.start) from error
-            offset += len(content)
-            if not content:
-                return
-
-
-def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, bool]]:
-    with open(file, 'rb') as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-                raise UserError(
-                    f'{file}:{number}: not valid JSON ({error}); every line must be a JSON object'
-                ) from error
-            row = row if isinstance(row, dict) else {}
-            if field not in row:
-                raise _missing(f'{file}:{number}', field, row)
-            yield _document(row[field], field, f'{file}:{number}'), True
-
-
-def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, bool]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f'{file}: reading .parquet files requires pyarrow: pip install pyarrow'
-        ) from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            if field not in table.schema_arrow.names:
-                raise _missing(file, field, table.schema_arrow.names)
-            for batch in table.iter_batches(_ROWS, columns=[field]):
-                for value in batch.column(field).to_pylist():
-                    yield _document(value, field, file), True
-    except UserError:
-        raise
-    except (pyarrow.ArrowException, ValueError) as error:  # invalid UTF-8 is a ValueError
-        raise UserError(f'{file} is not a valid .parquet file ({error}); recreate it') from error
-
-
-READERS = {'.txt': _read_text, '.md': _read_text, '.jsonl': _read_jsonl, '.parquet': _read_parquet}
-
-
-def _document(value, field: str, where) -> str:
-    if not isinstance(value, str | None):
-        raise UserError(
-            f'{where}: field {field!r} has type {type(value).__name__}, not text; '
-            f'use --field=NAME to name another field'
-        )
-    return without_surrogates(value or '')
-
-
-def _missing(where, field: str, names: Iterable[str]) -> UserError:
-    found = ', '.join(map(repr, names)) or 'none'
-    return UserError(
-        f'{where}: no field {field!r} (fields: {found}); use --field=NAME to name the text field'
-    )
-
-
-def not_utf8(file: Path, offset: int) -> UserError:
-    return UserError(f'{file} is not UTF-8 text (byte {offset}); convert it: iconv -t UTF-8')

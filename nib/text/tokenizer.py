@@ -2,7 +2,8 @@
 
 All tokenizers have vocab_size, end_of_text (the id that follows each document, or None), encode,
 encode_texts (several texts, one after the other), decode, decode_bytes (for output token by token,
-as the bytes of one character may belong to several tokens) and to_json.
+as the bytes of one character may belong to several tokens), to_json, and spells_end_of_text
+(whether END_OF_TEXT in a prompt means its characters, as it did in the training text).
 """
 
 import functools
@@ -36,6 +37,7 @@ class CharTokenizer:
 
     characters: str
     has_end_of_text: bool = False
+    spells_end_of_text: bool = False
 
     @classmethod
     def train(cls, text: str, has_end_of_text: bool = False) -> 'CharTokenizer':
@@ -93,13 +95,14 @@ class CharTokenizer:
         described: dict = {'kind': 'char', 'characters': ''.join(ordered)}
         if self.has_end_of_text:
             described['has_end_of_text'] = True
-        return described
+        return described | _spelling(self)
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
     """One token for each byte of UTF-8, numbered by its value; 256 is the end-of-text token."""
 
+    spells_end_of_text: bool = False
     vocab_size = 257
     end_of_text = 256
 
@@ -125,7 +128,7 @@ class ByteTokenizer:
         )
 
     def to_json(self) -> dict:
-        return {'kind': 'byte'}
+        return {'kind': 'byte'} | _spelling(self)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Gpt2Tokenizer:
     The vocabulary's two files are downloaded on first use. Methods raise UserError if that fails.
     """
 
+    spells_end_of_text: bool = False
     vocab_size = 50257
     end_of_text = 50256
 
@@ -159,7 +163,7 @@ class Gpt2Tokenizer:
         return load_gpt2().decode_bytes(_checked(ids, self.vocab_size).tolist())
 
     def to_json(self) -> dict:
-        return {'kind': 'gpt2'}
+        return {'kind': 'gpt2'} | _spelling(self)
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | Gpt2Tokenizer
@@ -167,15 +171,17 @@ Tokenizer = CharTokenizer | ByteTokenizer | Gpt2Tokenizer
 
 def tokenizer_from_json(data: dict) -> Tokenizer:
     """Create the tokenizer that to_json() described. Raises UserError if data is not valid."""
+    spells = isinstance(data, dict) and data.get('spells_end_of_text') is True
     match data:
         case {'kind': 'char', 'characters': str(characters)}:
-            tokenizer = CharTokenizer.train(characters, data.get('has_end_of_text') is True)
+            has_end_of_text = data.get('has_end_of_text') is True
+            tokenizer = CharTokenizer(''.join(sorted(set(characters))), has_end_of_text, spells)
             if tokenizer.to_json() == data:
                 return tokenizer
         case {'kind': 'byte'}:
-            return ByteTokenizer()
+            return ByteTokenizer(spells)
         case {'kind': 'gpt2'}:
-            return Gpt2Tokenizer()
+            return Gpt2Tokenizer(spells)
         case {'kind': kind} if kind != 'char':
             raise UserError(
                 f"unknown tokenizer kind {kind!r}: this version knows 'char', 'byte' and 'gpt2'"
@@ -186,17 +192,27 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
 def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
     """Encode a text that a person typed.
 
-    END_OF_TEXT in it stands for the end-of-text token if the tokenizer has one.
+    END_OF_TEXT in it stands for the end-of-text token, unless the tokenizer lacks or spells it.
     Raises UserError, which begins with `flag`, if the tokenizer cannot encode the text.
     """
-    first, *others = [text] if tokenizer.end_of_text is None else text.split(END_OF_TEXT)
+    is_plain = tokenizer.end_of_text is None or tokenizer.spells_end_of_text
+    first, *others = [text] if is_plain else text.split(END_OF_TEXT)
     try:
         ids = tokenizer.encode(first).tolist()
         for part in others:
             ids += [tokenizer.end_of_text, *tokenizer.encode(part).tolist()]
     except UserError as error:
+        if is_plain and END_OF_TEXT in text:
+            raise UserError(
+                f'{flag}: the vocabulary of this model has no {END_OF_TEXT} token, because it was '
+                f'trained on a single text in which no document ends; leave {END_OF_TEXT} out'
+            ) from error
         raise UserError(f'{flag}: {error}') from error
     return ids
+
+
+def _spelling(tokenizer) -> dict:
+    return {'spells_end_of_text': True} if tokenizer.spells_end_of_text else {}
 
 
 def without_surrogates(text: str) -> str:
@@ -218,7 +234,9 @@ def _utf8(text: str) -> bytes:
 def _one_by_one(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
     parts = [np.empty(0, np.uint32)]
     for text, ends in texts:
-        parts += [tokenizer.encode(text), np.array([tokenizer.end_of_text] * ends, np.uint32)]
+        parts.append(tokenizer.encode(text))
+        if ends and tokenizer.end_of_text is not None:
+            parts.append(np.array([tokenizer.end_of_text], np.uint32))
     return np.concatenate(parts)
 
 

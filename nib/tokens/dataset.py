@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nib.errors import UserError
+from nib.files import command
 from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, tokenizer_from_json
 from nib.tokens import nanogpt_bins
 from nib.tokens.encode import SPLITS
@@ -120,8 +121,8 @@ def sampled_digest(path: Path, dtype: np.dtype, tokenizer: Tokenizer) -> str | N
 
 def _remedy(name: str) -> str:
     if (_PREPARE_SCRIPTS / name / 'prepare.py').exists():
-        return f'recreate it: python data/{name}/prepare.py'
-    return f'recreate it: python data/text/prepare.py --input=PATH --name={name}'
+        return f'recreate it: {command(f"data/{name}/prepare.py")}'
+    return f'recreate it: {command("data/text/prepare.py")} --input=PATH --name={name}'
 
 
 def _read_meta(path: Path) -> tuple[dict, Tokenizer]:

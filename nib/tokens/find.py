@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nib.errors import UserError
+from nib.files import command
 from nib.tokens.dataset import SPLITS, TokenDataset, is_prepared, open_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
@@ -60,14 +61,14 @@ def open_or_prepare(
         if Path(name).name != name or not script.exists():
             scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
             raise UserError(
-                f'{missing} is missing: for your own text, prepare it with python '
-                f'data/text/prepare.py --input=PATH --name={name}; datasets that have a script: '
-                + ', '.join(sorted(scripts))
+                f'{missing} is missing: for your own text, prepare it with '
+                f'{command("data/text/prepare.py")} --input=PATH --name={name}; datasets that have '
+                'a script: ' + ', '.join(sorted(scripts))
             )
         if not may_prepare:
             into = f' --out_dir={folder / name}' if data_dir else ''
             raise UserError(
-                f'{missing} is missing: prepare it with python data/{name}/prepare.py{into}'
+                f'{missing} is missing: prepare it with {command(f"data/{name}/prepare.py")}{into}'
             )
         say(f'preparing {name}')
         runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])

@@ -1,15 +1,16 @@
 """Finds or downloads tiny Shakespeare, the text of two datasets."""
 
 import hashlib
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import shown
-from nib.text.documents import not_utf8
+from nib.files import command, shown
+from nib.text import reading
 from nib.text.download import download
-from nib.text.tokenizer import Tokenizer
+from nib.text.tokenizer import END_OF_TEXT, Tokenizer
 from nib.tokens.write import write_text
 
 URLS = (
@@ -55,16 +56,20 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """Returns a file's text and SHA-256. Raises UserError if it is missing or not UTF-8."""
-    try:
-        content = path.read_bytes()
-        return content.decode('utf-8'), hashlib.sha256(content).hexdigest()
-    except OSError as error:
+    """Returns a file's text and the SHA-256 of its UTF-8. Raises UserError if it is not text."""
+
+    def note(what: str):
+        print(f'note: {path}: {what}', file=sys.stderr)
+
+    if not path.exists():
+        raise UserError(f'{path}: no such file; use --input=PATH to name a text file')
+    text = ''.join(reading.read_file(path, note))
+    if END_OF_TEXT in text:
         raise UserError(
-            f'{path}: {error.strerror}; use --input=PATH to name a text file'
-        ) from error
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from error
+            f'{path} contains {END_OF_TEXT}, so it has several documents, but this script prepares '
+            f'one: use python data/text/prepare.py --input={shlex.quote(str(path))}'
+        )
+    return text, hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fetch(folder: Path, here: Path) -> Path:
@@ -75,7 +80,7 @@ def _fetch(folder: Path, here: Path) -> Path:
     except UserError as error:
         raise UserError(
             f'{error}; download {URLS[0]} on another machine and save it as {here / "input.txt"}, '
-            f'or run python data/{here.name}/prepare.py --input=PATH'
+            f'or run {command(f"data/{here.name}/prepare.py")} --input=PATH'
         ) from error
     except OSError as error:
         raise UserError(

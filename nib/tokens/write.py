@@ -26,9 +26,8 @@ def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
     """Write a dataset of one text in memory, split by position; see write_char_dataset."""
 
     def read_pieces(start):
-        size = documents.PIECE
-        chunks = (text[first : first + size] for first in range(0, len(text), size))
-        return islice(documents.split_text(documents.cut(chunks), len(text)), start, None)
+        pieces = (piece for piece, _ in documents.cut([(text, True)]))
+        return islice(documents.split_text(pieces, len(text)), start, None)
 
     return write_dataset(folder, read_pieces, tokenizer, source)
 
@@ -56,7 +55,7 @@ def write_dataset(
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
     key = {
         'format': FORMAT,
-        'piece': documents.PIECE,
+        'piece': [documents.PIECE, documents.CUTTING],
         'source': source,
         'tokenizer': tokenizer.to_json(),
     }

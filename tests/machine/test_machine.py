@@ -4,25 +4,30 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 
 from nib.errors import UserError
+from nib.files import command, script_path
 from nib.machine.compiling import pick_compile
 from nib.machine.device import (
     autocast,
+    measure_flops,
     peak_flops,
     pick_device,
     pick_dtype,
     prepare_device,
     seed_everything,
 )
-from nib.machine.ranks import start_ranks
-from nib.machine.signals import FINDING, StopSignal, resume_command
+from nib.machine.ranks import Ranks, start_ranks
+from nib.machine.signals import FINDING, HANGUP, SIGNALS, StepCut, StopSignal, resume_command
 
 
 def machine(monkeypatch, cuda=0, bfloat16=True, mps=False, name='NVIDIA H100 80GB HBM3'):
@@ -112,7 +117,18 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
         ('NVIDIA RTX 6000 Ada Generation', 364.25e12),
         ('Quadro RTX 6000', None),
         ('NVIDIA B200', 2250e12),
-        ('NVIDIA GB200', None),
+        ('NVIDIA GB200', 2500e12),
+        ('NVIDIA GH200 480GB', 989e12),
+        ('NVIDIA GeForce RTX 5090', 209.5e12),
+        ('NVIDIA GeForce RTX 5090 D', None),
+        ('NVIDIA GeForce RTX 5070', 61.7e12),
+        ('NVIDIA GeForce RTX 5070 Ti', 87.9e12),
+        ('NVIDIA GeForce RTX 5070 Ti Laptop GPU', None),
+        ('NVIDIA GeForce RTX 4080', 97.5e12),
+        ('NVIDIA GeForce RTX 4080 SUPER', None),
+        ('AMD Instinct MI300X', 1307.4e12),
+        ('AMD Instinct MI250X', None),
+        ('Tesla V100-SXM2-16GB', None),  # in bfloat16
         ('NVIDIA H100 NVL', None),
         ('NVIDIA T400', None),
         ('NVIDIA RTX A1000 Laptop GPU', None),
@@ -120,6 +136,24 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
     ):
         machine(monkeypatch, cuda=1, name=name)
         assert peak_flops('cuda:0', 'bfloat16') == rate, name
+    machine(monkeypatch, cuda=1, name='Tesla V100-SXM2-16GB')
+    assert peak_flops('cuda', 'float16') == 125e12
+
+
+def test_the_rate_of_a_device_is_measured_in_a_tenth_of_a_second():
+    """No faster than a product that is timed by hand, but for noise, and not by an order slower."""
+    measure_flops.cache_clear()
+    before, started = torch.get_rng_state(), time.perf_counter()
+    rate = measure_flops('cpu', 'float32')
+    assert 0.1 < time.perf_counter() - started < 2
+    matrix, times = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)), []
+    for _ in range(10):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    assert 0.2 < rate / (2 * 512**3 / min(times)) < 5
+    assert torch.equal(torch.get_rng_state(), before)  # losses do not depend on it
+    assert measure_flops('cpu', 'float32') == rate  # measured once
 
 
 def test_compile_is_for_gpus_unless_asked_for_and_needs_a_compiler(monkeypatch):
@@ -184,11 +218,60 @@ def test_one_process_is_rank_0_of_1(monkeypatch):
     assert ranks.sum(torch.tensor(2.0)) == 2.0
 
 
+COMPLETE = {
+    'RANK': '0',
+    'LOCAL_RANK': '0',
+    'WORLD_SIZE': '2',
+    'MASTER_ADDR': 'localhost',
+    'MASTER_PORT': '1234',
+}
+
+
+@pytest.mark.parametrize(
+    'environment', [{'RANK': '3'}, {'RANK': '0', 'WORLD_SIZE': '1'}, {'WORLD_SIZE': '4'}]
+)
+def test_a_variable_of_a_clusters_launcher_alone_means_one_process(monkeypatch, environment):
+    for name in COMPLETE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert start_ranks('cpu').world_size == 1
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('LOCAL_RANK', None),
+        ('LOCAL_RANK', 'x'),
+        ('MASTER_ADDR', None),
+        ('MASTER_ADDR', ''),
+        ('MASTER_PORT', None),
+        ('WORLD_SIZE', '-2'),
+        ('RANK', '2'),
+    ],
+)
+def test_incomplete_or_wrong_variables_of_torchrun_are_refused(monkeypatch, name, value):
+    for key, given in (COMPLETE | {name: value}).items():
+        monkeypatch.delenv(key, raising=False) if given is None else monkeypatch.setenv(key, given)
+    with pytest.raises(UserError, match=f"{name} is '{value or ''}', but RANK=.*torchrun"):
+        start_ranks('cpu')
+
+
+def test_processes_that_cannot_meet_say_so(monkeypatch):
+    with socket.create_server(('localhost', 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in (COMPLETE | {'MASTER_PORT': port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f'process 0 of 2 cannot join .* localhost:{port}'):
+            start_ranks('cpu')
+
+
 TWO = """
 import sys
 import torch
 from nib.errors import run_script, UserError
 from nib.machine.ranks import start_ranks
+from nib.machine.signals import StepCut, StopSignal
 
 def main(argv):
     ranks = start_ranks('cpu')
@@ -198,6 +281,19 @@ def main(argv):
     assert ranks.on_first(lambda: f'from {ranks.rank}') == 'from 0'
     def refuse():
         raise UserError('not here')
+    stop = StopSignal(ranks)
+    assert len(list(stop.cut_short(range(4 + ranks.rank)))) == 4 + ranks.rank
+    seen = []
+    for batch in stop.cut_short(range(9 - ranks.rank)):
+        seen.append(batch)
+        if ranks.rank == 1 and batch == 2:
+            stop.number = 15  # on this rank only
+    assert seen == [0, 1, 2]
+    try:
+        list(stop.cut([5, 6]))
+        raise AssertionError('not cut')
+    except StepCut:
+        pass
     try:
         ranks.on_first(refuse)
     except UserError as error:
@@ -233,9 +329,10 @@ def test_two_ranks_agree(tmp_path):
 
 SIGNALLED = """
 import sys, time
+from nib.machine.ranks import Ranks
 from nib.machine.signals import StopSignal
-stop = StopSignal(announced=True)
-stop.listen()
+stop = StopSignal(Ranks())
+stop.__enter__()
 print('ready', flush=True)
 while not stop.number:
     time.sleep(0.01)
@@ -245,13 +342,59 @@ time.sleep(60)
 
 
 def test_a_signal_after_a_finding_still_saves(capfd):
-    stop = StopSignal(announced=True)
+    stop = StopSignal(Ranks())
     stop.number = FINDING
     stop._receive(signal.SIGTERM, None)  # the first signal: it must not end the process
     assert (
-        stop.number == signal.SIGTERM
-        and 'signal 15: stopping after this step' in capfd.readouterr().err
+        stop.number == signal.SIGTERM and 'signal 15: stopping and saving' in capfd.readouterr().err
     )
+
+
+def test_handlers_are_restored_after_a_run():
+    before = [signal.getsignal(number) for number in filter(None, SIGNALS)]
+    with pytest.raises(UserError), StopSignal(Ranks()):
+        assert signal.getsignal(signal.SIGINT) != before[0]
+        raise UserError('the disk is full')
+    assert [signal.getsignal(number) for number in filter(None, SIGNALS)] == before
+
+
+@pytest.mark.skipif(not HANGUP, reason='Windows has no SIGHUP')
+def test_a_closed_terminal_stops_a_run_unless_nohup_has_started_it():
+    with StopSignal(Ranks()) as stop:
+        os.kill(os.getpid(), HANGUP)
+        assert stop.number == HANGUP
+    before = signal.signal(HANGUP, signal.SIG_IGN)
+    try:
+        with StopSignal(Ranks()) as stop:
+            os.kill(os.getpid(), HANGUP)
+            assert stop.number == 0
+        assert signal.getsignal(HANGUP) == signal.SIG_IGN
+    finally:
+        signal.signal(HANGUP, before)
+
+
+def test_in_a_thread_a_run_leaves_signals_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def run():
+        with StopSignal(Ranks()):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_step_is_cut_before_its_next_micro_batch():
+    stop, seen = StopSignal(Ranks()), []
+    with pytest.raises(StepCut):
+        for batch in stop.cut(['a', 'b', 'c']):
+            seen.append(batch)
+            stop.number = (batch == 'b') * signal.SIGTERM
+    assert seen == ['a', 'b']
+    assert list(stop.cut(['a'])) == ['a']  # the loop has asked before it
+    assert list(stop.cut_short(['a'])) == []
 
 
 @pytest.mark.slow
@@ -268,7 +411,7 @@ def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
         run.send_signal(signal.SIGTERM)
         assert run.stdout.readline() == 'heard 15\n'
         assert run.stderr.readline() == '\n' and run.stderr.readline().startswith(
-            'signal 15: stopping after this step'
+            'signal 15: stopping and saving'
         )
         run.send_signal(signal.SIGTERM)  # within the second's grace: torchrun's echo of the first
         with pytest.raises(subprocess.TimeoutExpired):
@@ -281,14 +424,43 @@ def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
         run.stderr.close()
 
 
-def test_the_command_that_goes_on_can_be_typed(monkeypatch):
-    monkeypatch.delenv('WORLD_SIZE', raising=False)
-    for argv, expected in (
-        (['config/a.py', '--out_dir=my run'], "config/a.py '--out_dir=my run' --init_from=resume"),
-        (
-            ['--init_from', 'gpt2', '--overwrite', 'true'],
-            '--init_from gpt2 --overwrite true --no-overwrite --init_from=resume',
-        ),
-        (['a.py', '--init_from=resume'], 'a.py --init_from=resume'),
-    ):
-        assert resume_command(argv) == f'python train.py {expected}'
+@pytest.mark.parametrize(
+    'argv, expected',
+    [
+        (['config/a.py', '--out_dir=my run'], "config/a.py '--out_dir=my run'"),
+        (['--init_from', 'gpt2', '--overwrite', 'true', '--seed=2'], '--seed=2'),
+        (['--init-from=gpt2', 'a.py', '--overwrite'], 'a.py'),
+        (['--overwrite', 'a.py', '--no-overwrite', '--overwrite=False'], 'a.py'),
+        (['a.py', '--init_from=resume'], 'a.py'),
+    ],
+)
+def test_the_resume_command_is_the_same_without_needless_flags(monkeypatch, argv, expected):
+    monkeypatch.chdir(ROOT)
+    assert resume_command(argv, 1) == f'{command("train.py")} {expected} --init_from=resume'
+
+
+def test_the_resume_command_starts_as_many_processes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    launcher = 'torchrun --standalone --nproc_per_node=2'
+    assert resume_command([], 2) == f'{launcher} train.py --init_from=resume'
+    assert resume_command([], 4) == 'torchrun (as before) train.py --init_from=resume'
+
+
+def test_a_printed_command_finds_the_script_from_where_the_user_stands(monkeypatch, tmp_path):
+    checkout = tmp_path / 'my checkout'
+    checkout.symlink_to(ROOT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['my checkout/train.py'])
+    assert resume_command([], 1).endswith(" 'my checkout/train.py' --init_from=resume")
+    assert script_path('sample.py') == str(ROOT / 'sample.py')
+    monkeypatch.setattr(sys, 'argv', ['elsewhere.py'])  # a program that imports train
+    assert script_path('train.py') == str(ROOT / 'train.py')
+    monkeypatch.chdir(ROOT / 'data')
+    assert script_path('data/text/prepare.py') == 'text/prepare.py'
+    monkeypatch.setattr(sys, 'executable', str(tmp_path / 'bin/python3'))
+    assert command('data/text/prepare.py') == f'{tmp_path}/bin/python3 text/prepare.py'
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/python3').symlink_to('/bin/sh')
+    monkeypatch.setenv('PATH', f'{tmp_path}/bin')
+    assert command('data/text/prepare.py') == 'python3 text/prepare.py'

@@ -126,7 +126,7 @@ def test_a_run_that_is_going_on_is_left_alone(data_dir, tmp_path, flags):
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(
     data_dir, tmp_path, rank, name
 ):

@@ -3,16 +3,17 @@
 import json
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nib.errors import UserError
-from nib.text import documents
+from nib.text import documents, inputs, reading
 from nib.text.tokenizer import Gpt2Tokenizer
 
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -39,58 +40,6 @@ def read(*files, field='text') -> list[str]:
     return texts
 
 
-# -- finding ---------------------------------------------------------------------------------------
-
-
-def test_folders_are_searched_to_the_bottom_and_hidden_files_left_out(tmp_path):
-    for name in (
-        'b.txt',
-        'a/z.md',
-        'a/B.TXT',
-        'a/c/d.jsonl',
-        'e.parquet',
-        'a/picture.png',
-        'noending',
-        '.hidden.txt',
-        '.git/x.txt',
-        'a/.obsidian/y.md',
-        '.DS_Store',
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text('x')
-    (tmp_path / 'dangling.txt').symlink_to(tmp_path / 'nowhere')
-    files, ignored = documents.find_files([tmp_path])
-    assert [file.relative_to(tmp_path).as_posix() for file in files] == [
-        'b.txt',
-        'e.parquet',
-        'a/B.TXT',
-        'a/z.md',
-        'a/c/d.jsonl',
-    ]
-    assert ignored == 2  # the picture and the one without an ending
-    assert documents.find_files([tmp_path / 'b.txt', tmp_path])[0] == files  # nothing is read twice
-    assert documents.find_files([tmp_path / 'a' / 'z.md']) == ([tmp_path / 'a' / 'z.md'], 0)
-
-
-@pytest.mark.parametrize(
-    'name, said',
-    [
-        ('nothing', 'no such file'),
-        ('picture.png', 'type'),
-        ('empty', 'found no .txt'),
-        ('pictures', '1 of other types'),
-    ],
-)
-def test_nothing_to_read_is_named(tmp_path, name, said):
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'pictures').mkdir()
-    (tmp_path / 'pictures/x.png').write_bytes(b'')
-    (tmp_path / 'picture.png').write_bytes(b'')
-    with pytest.raises(UserError, match=said) as error:
-        documents.find_files([tmp_path / name])
-    assert name in str(error.value)
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -103,8 +52,8 @@ def test_files_are_documents_and_so_are_rows(tmp_path):
         '{"text": "lone \\ud800"}'
     )
     write_parquet(tmp_path / 'd.parquet', ['three', None, '', 'four'])
-    assert read(*documents.find_files([tmp_path])[0]) == [
-        'café\r\n',
+    assert read(*inputs.find_files([tmp_path])[0]) == [
+        'café\n',
         '# b',
         'one',
         'two\n',
@@ -126,23 +75,29 @@ def test_another_field_can_hold_the_text(tmp_path):
         ('a.txt', b'caf\xe9 ' * 50, r'a.txt is not UTF-8 text \(byte 3\).*iconv'),
         ('a.md', b'x' * 10 + b'\xe2\x82', r'a.md is not UTF-8 text \(byte 10\)'),
         ('a.jsonl', b'{"text": "one"}\n{"text": \n', 'a.jsonl:2: not valid JSON'),
-        ('a.jsonl', b'{"text": "\xff"}', 'a.jsonl:1: not valid JSON'),
+        ('a.jsonl', b'{"text": "\xff"}', r'a.jsonl is not UTF-8 text \(byte 10\)'),
         ('a.jsonl', b'[' * 100_000, 'a.jsonl:1: not valid JSON'),
         (
             'a.jsonl',
             b'{"body": "one", "n": 1}',
             "a.jsonl:1: no field 'text' \\(fields: 'body', 'n'\\).*--field",
         ),
-        ('a.jsonl', b'"text"', "a.jsonl:1: no field 'text'"),
+        ('a.jsonl', b'"text"', 'a.jsonl:1: a JSON str, not an object'),
+        ('a.jsonl', b'[{"text": "one"}]', r'a.jsonl:1: a JSON array.*jq .* > .*/a-rows.jsonl'),
+        ('a.jsonl', b'[\n{"text": "one"}\n]', r'a.jsonl:1: not valid JSON.*jq'),
         ('a.jsonl', b'{"text": 3}', "a.jsonl:1: field 'text' has type int, not text"),
         ('a.parquet', b'PAR1', 'a.parquet is not a valid .parquet file'),
         ('a.parquet', {'body': ['one']}, "a.parquet: no field 'text' \\(fields: 'body'\\)"),
         ('a.parquet', {'text': [3]}, "a.parquet: field 'text' has type int, not text"),
+        ('a.parquet', ['text', 'n', 'text'], "a.parquet: 2 columns are named 'text'"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, said):
     path = tmp_path / name
-    if isinstance(content, dict):
+    if isinstance(content, list):
+        columns = [pyarrow.array(['x'])] * len(content)
+        pyarrow.parquet.write_table(pyarrow.table(columns, content), path)
+    elif isinstance(content, dict):
         pyarrow.parquet.write_table(pyarrow.table(content), path)
     else:
         path.write_bytes(content)
@@ -162,14 +117,48 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch)
         read(tmp_path / 'a.parquet')
 
 
-@pytest.mark.parametrize('size', [1, 2, 3, 5, 7])
-def test_a_character_that_two_chunks_share_is_read(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(documents, 'PIECE', size)
-    (tmp_path / 'a.txt').write_text('é€🙂 aé€🙂\n' * 3, encoding='utf-8')
-    assert read(tmp_path / 'a.txt') == ['é€🙂 aé€🙂\n' * 3]
-    (tmp_path / 'b.txt').write_bytes('é€🙂'.encode() + b'\xff')
-    with pytest.raises(UserError, match='byte 9'):
-        read(tmp_path / 'b.txt')
+STORIES = 'Once.\n<|endoftext|>\nTwice, <|endoftext|> thrice.<|endoftext|><|endoftext|>\n'
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5, 7, 13, 1000])
+def test_a_written_end_of_text_ends_a_document_wherever_chunks_end(tmp_path, monkeypatch, size):
+    """The line ending after it belongs to it; empty documents are skipped."""
+    monkeypatch.setattr(reading, 'CHUNK', size)
+    monkeypatch.setattr(reading, '_HEAD', size)
+    (tmp_path / 'a.txt').write_text(STORIES)
+    (tmp_path / 'b.jsonl').write_text('{"text": "a<|endoftext|>b"}\n{"text": "c"}')
+    noted = Counter()
+    pieces = documents.read_documents([tmp_path / 'a.txt', tmp_path / 'b.jsonl'], noted=noted)
+    texts = ['Once.\n', 'Twice, ', ' thrice.', 'a', 'b', 'c']
+    assert list(pieces) == [(text, True) for text in texts]
+    assert noted == {'<|endoftext|>': 5}
+
+    kept, noted = [], Counter()
+    for text, _ in documents.read_documents([tmp_path / 'a.txt'], split=False, noted=noted):
+        kept.append(text)
+    assert ''.join(kept) == STORIES and noted == {'<|endoftext|>': 4}
+
+
+def test_rows_follow_the_rule_for_files_and_what_changed_is_counted(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'one\r\n')
+    (tmp_path / 'b.txt').write_bytes('\ufeffzw\xf6lf\r'.encode('utf-16-be'))
+    rows = ['one\r\ntwo\rthree', '\ufefffour', 'five\0', 'six']
+    (tmp_path / 'c.jsonl').write_bytes(
+        '\ufeff'.encode() + '\r\n'.join(json.dumps({'text': row}) for row in rows).encode()
+    )
+    write_parquet(tmp_path / 'd.parquet', ['seven\r'])
+    noted = Counter()
+    files = [tmp_path / name for name in ('a.txt', 'b.txt', 'c.jsonl', 'd.parquet')]
+    texts = [text for text, _ in documents.read_documents(files, noted=noted)]
+    assert texts == ['one\n', 'zw\xf6lf\n', 'one\ntwo\nthree', 'four', 'five\0', 'six', 'seven\n']
+    assert inputs.told(noted) == [
+        r'3 files: line endings \r\n or \r changed to \n',
+        '1 file: decoded from UTF-16BE',
+        r'2 rows: line endings \r\n or \r changed to \n',
+        '1 row: byte-order mark removed',
+        '1 row: contains NUL characters',
+        '1 file: byte-order mark removed',
+    ]
 
 
 @pytest.mark.slow
@@ -190,15 +179,30 @@ def test_a_large_file_is_read_in_little_memory(tmp_path, ending):
     assert length > 35_000_000 and peak < 12 * documents.PIECE
 
 
+@pytest.mark.parametrize('word', ['x', 'x,', '\u6587\u3002'])
+def test_a_text_on_one_line_is_read_in_little_memory(tmp_path, word):
+    path = tmp_path / 'a.txt'
+    path.write_text(word * (4_000_000 // len(word)), encoding='utf-8')
+    tracemalloc.start()
+    pieces = [len(text) for text, _ in documents.read_documents([path])]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(pieces) == 4_000_000 and max(pieces) <= documents.LONGEST
+    assert max(pieces[:-3]) <= documents.PIECE + 2 or word == 'x'
+    assert peak < 8 * documents.LONGEST
+
+
 # -- cutting ---------------------------------------------------------------------------------------
 
 
-def pieces_of(text, monkeypatch, piece, chunk) -> list[str]:
+def pieces_of(text, monkeypatch, piece, chunk, longest=1 << 18) -> list[str]:
     with monkeypatch.context() as patch:
         patch.setattr(documents, 'PIECE', piece)
-        return list(
-            documents.cut(text[first : first + chunk] for first in range(0, len(text), chunk))
-        )
+        patch.setattr(documents, 'LONGEST', longest)
+        chunks = [(text[at : at + chunk], False) for at in range(0, len(text), chunk)]
+        pieces = list(documents.cut([*chunks, ('', True)]))
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
+    return [text for text, _ in pieces]
 
 
 @SAME_FIXTURE
@@ -230,12 +234,47 @@ def test_where_a_text_is_cut_does_not_depend_on_how_it_was_read(monkeypatch, tex
     assert pieces_of(text, monkeypatch, piece, 3) == pieces_of(text, monkeypatch, piece, 1000)
 
 
+# Without the white space where texts are usually cut, and no word longer than a few characters.
+DENSE = st.lists(
+    st.sampled_from(
+        ['the', 'bee', "'s", "'ll", "'", '12', '7', '\u20ac', '!', '_', '``', ',', '\u0436', '\t']
+        + ['\u6587', '\u3042', '\u30a2', '\u30fb', '\u30fc', '\u3002', '\uff0c', '\u0301', '\xb2']
+    ),
+    max_size=60,
+).map(''.join)
+
+
+@SAME_FIXTURE
+@given(DENSE, st.integers(1, 9))
+def test_text_cut_at_punctuation_has_the_tokens_of_the_whole(real_gpt2, monkeypatch, text, piece):
+    tokenizer, longest = Gpt2Tokenizer(), len(text) - 1
+    assume(documents._PUNCTUATION.search(text, piece, longest))
+    pieces = pieces_of(text, monkeypatch, piece, 5, longest)
+    assert len(pieces) > 1
+    assert [token for part in pieces for token in tokenizer.encode(part)] == tokenizer.encode(
+        text
+    ).tolist()
+
+
+@SAME_FIXTURE
+@given(DENSE | TANGLED, st.integers(1, 9), st.integers(10, 20))
+def test_where_a_dense_text_is_cut_does_not_depend_on_how_it_was_read(
+    monkeypatch, text, piece, longest
+):
+    pieces = pieces_of(text, monkeypatch, piece, 3, longest)
+    assert pieces == pieces_of(text, monkeypatch, piece, 1000, longest)
+    assert ''.join(pieces) == text and max(map(len, pieces), default=0) <= longest
+
+
 def test_pieces_are_as_long_as_they_should_be(monkeypatch):
     pieces = pieces_of('word ' * 1000, monkeypatch, 100, 64)
     assert all(100 <= len(piece) <= 105 for piece in pieces[:-1])
     assert pieces_of('w' * 1000, monkeypatch, 100, 64) == [
         'w' * 1000
     ]  # where it may not be cut, it is not
+    pieces = pieces_of('word,' * 1000, monkeypatch, 100, 64, longest=400)
+    assert all(100 <= len(piece) <= 105 for piece in pieces[:-2])
+    assert pieces_of('w' * 1000, monkeypatch, 100, 64, longest=400) == ['w' * 400] * 2 + ['w' * 200]
 
 
 # -- counting and splitting ------------------------------------------------------------------------
@@ -245,6 +284,8 @@ def test_a_survey_counts_documents_not_pieces():
     found = documents.survey([('ab', False), ('é', True), ('cab', True)], with_characters=True)
     assert list(found.lengths) == [3, 3] and found.n_bytes == 7 and found.characters == 'abcé'
     assert documents.survey([('ab', True)], with_characters=False).characters == ''
+    lacking = documents.survey([('abba', False), ('cb', True)], True, known='ac')
+    assert lacking.missing == {'b': 3} and not found.missing
     with pytest.raises(UserError, match='all files are empty'):
         documents.survey([], with_characters=True)
 

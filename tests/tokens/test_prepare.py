@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import platform
 import runpy
 import shutil
@@ -17,8 +18,9 @@ import pytest
 from conftest import ROOT, run_script
 
 from nib.errors import UserError
-from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
-from nib.tokens import encode, shakespeare, unfinished
+from nib.files import command
+from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, encode_prompt, tokenizer_from_json
+from nib.tokens import borrow, encode, shakespeare, unfinished
 from nib.tokens.dataset import is_prepared, open_dataset
 
 SHAKESPEARE = ROOT / 'data/shakespeare_char/prepare.py'
@@ -229,11 +231,13 @@ def test_a_folder_of_notes_becomes_a_dataset(
     ):
         assert words in said.out
     assert said.err.splitlines() == [
+        'note: skipped 1 hidden file',
         'note: skipped 1 file of other types than .txt, .md, .jsonl, .parquet',
         'note: this is very little text to learn from; use at least 100,000 characters',
     ]
     assert said.out.splitlines()[-1] == (
-        f'to train on it: python train.py config/train_text.py --dataset=mine --data_dir={tmp_path}'
+        f'to train on it: {command("train.py")} config/train_text.py --dataset=mine '
+        f'--data_dir={tmp_path}'
     )
 
 
@@ -265,6 +269,97 @@ def test_several_inputs_and_another_field(given, tmp_path, capsys):
     ]
 
 
+STORIES = 'Once there was a cat.\n<|endoftext|>\n' * 30
+
+
+@pytest.mark.parametrize('tokenizer', ['char', 'byte', 'gpt2'])
+def test_a_written_end_of_text_becomes_the_token_or_stays_as_told_and_prompts_agree(
+    small_gpt2, tmp_path, capsys, tokenizer
+):
+    (tmp_path / 'stories.txt').write_text(STORIES)
+    prepare = runpy.run_path(str(WRITTEN))['main']
+    flags = [f'--input={tmp_path / "stories.txt"}', f'--tokenizer={tokenizer}']
+
+    prepare([*flags, f'--out_dir={tmp_path / "ends"}'])
+    said = capsys.readouterr()
+    assert '<|endoftext|> occurs 30 times in the text: each ends a document' in said.err
+    assert 'documents 30,' in said.out
+    data = open_dataset(tmp_path / 'ends', 16)
+    end = data.tokenizer.end_of_text
+    assert (data.train == end).sum() + (data.val == end).sum() == 30
+    assert text_of(tmp_path / 'ends') == 'Once there was a cat.\n<|endoftext|>' * 30
+    assert encode_prompt(data.tokenizer, '<|endoftext|>', '--start') == [end]
+
+    prepare([*flags, f'--out_dir={tmp_path / "stays"}', '--end_of_text=characters'])
+    assert 'occurs 30 times in the text: each stays characters' in capsys.readouterr().err
+    data = open_dataset(tmp_path / 'stays', 16)
+    end = data.tokenizer.end_of_text
+    assert text_of(tmp_path / 'stays') == STORIES
+    assert end is None or end not in data.train
+    prompt = encode_prompt(data.tokenizer, '<|endoftext|>', '--start')
+    assert prompt == data.tokenizer.encode('<|endoftext|>').tolist() and len(prompt) > 1
+    assert tokenizer_from_json(data.meta['tokenizer']) == data.tokenizer
+
+
+def test_a_text_is_prepared_with_the_tokenizer_of_a_dataset(tmp_path, capsys):
+    """Also one without an end-of-text token; the characters that it lacks are counted."""
+    prepare = runpy.run_path(str(WRITTEN))['main']
+    (tmp_path / 'a.txt').write_text('the cat sees the dog? ' * 30)
+    (tmp_path / 'new').mkdir()
+    for name in 'bc':
+        (tmp_path / f'new/{name}.txt').write_text('the \u20acat, the dog ' * 30)
+    prepare([f'--input={tmp_path / "a.txt"}', f'--out_dir={tmp_path / "first"}'])
+    capsys.readouterr()
+    prepare(
+        [
+            f'--input={tmp_path / "new"}',
+            f'--tokenizer={tmp_path / "first"}',
+            f'--out_dir={tmp_path / "second"}',
+            '--replace_missing=?',
+        ]
+    )
+    said = capsys.readouterr().err
+    assert "lacks 2 of the characters of this text, which occur 120 times: '" in said
+    assert "'\u20ac' (60)" in said and "is replaced by '?'" in said
+    assert 'has no <|endoftext|>: nothing separates the documents' in said
+    first, second = (open_dataset(tmp_path / name, 16) for name in ('first', 'second'))
+    assert second.tokenizer == first.tokenizer
+    assert text_of(tmp_path / 'second') == 'the ?at? the dog ' * 60
+    assert second.meta['source']['replaced'] == {'characters': 120, 'by': '?'}
+    shutil.copytree(tmp_path / 'second', tmp_path / 'old')  # as nanoGPT describes it
+    (tmp_path / 'old/meta.json').unlink()
+    characters = first.tokenizer.characters
+    meta = {'vocab_size': len(characters), 'itos': dict(enumerate(characters))}
+    meta['stoi'] = {character: number for number, character in meta['itos'].items()}
+    (tmp_path / 'old/meta.pkl').write_bytes(pickle.dumps(meta))
+    assert borrow.read_tokenizer(tmp_path / 'old') == first.tokenizer
+
+
+@pytest.mark.slow
+def test_a_model_of_characters_is_finetuned_on_another_text(
+    data_dir, train_here, run_main, tmp_path
+):
+    assert train_here(tmp_path / 'run').returncode == 0
+    (tmp_path / 'more.txt').write_text('A caf\u00e9 is small. The dog sleeps.\r\n' * 60)
+    step = next((tmp_path / 'run').glob('step-*'))
+    for number, folder in enumerate((tmp_path / 'run', step, data_dir / 'tiny')):
+        done = run_main(
+            'data/text/prepare.py',
+            f'--input={tmp_path / "more.txt"}',
+            f'--tokenizer={folder}',
+            '--replace_missing= ',
+            f'--out_dir={tmp_path / "data" / str(number)}',
+        )
+        assert done.returncode == 0 and 'lacks 2 of the characters' in done.stderr, done.stderr
+    tuned = train_here(
+        tmp_path / 'tuned',
+        f'--data_dir={tmp_path / "data"}',
+        '--dataset=0',
+        f'--init_from={tmp_path / "run"}',
+    )
+    assert tuned.returncode == 0, tuned.stderr
+
+
 def test_a_split_far_from_a_tenth_is_told(tmp_path, capsys):
     for name, length in (('a', 3000), ('b', 2000)):
         (tmp_path / f'{name}.txt').write_text('word ' * length)
@@ -289,10 +384,8 @@ def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes
     done = run_script('data/text/prepare.py', f'--input={notes}', folder=checkout)
     assert done.returncode == 0, done.stderr
     assert is_prepared(checkout / 'data/My_notes')
-    assert (
-        done.stdout.splitlines()[-1]
-        == 'to train on it: python train.py config/train_text.py --dataset=My_notes'
-    )
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith('to train on it: ') and last.endswith('train_text.py --dataset=My_notes')
     subprocess.run(['git', 'init', '--quiet'], cwd=checkout, check=True)
     (checkout / 'data/mine').mkdir()
     shutil.copy(WRITTEN, checkout / 'data/mine')
@@ -450,7 +543,7 @@ def test_openwebtext_without_its_package_says_what_to_install(
         ('other.jsonl', '{"body": "one"}\n', "other.jsonl:1: no field 'text'"),
         ('one.jsonl', '{"text": "one"}\n', 'two'),
         ('number.jsonl', '{"text": 1}\n{"text": 2}\n', 'number.jsonl:1: .*not text'),
-        ('notes.txt', 'one', 'no .jsonl or .parquet'),
+        ('notes.txt', 'one', r'supported: .jsonl, .parquet\); use data/text/prepare.py'),
     ],
 )
 def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, content, said):

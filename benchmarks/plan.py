@@ -1,0 +1,75 @@
+"""What `bench.py --plan` prints: the memory, the FLOPs, the time and the cost of a run.
+
+Nothing is trained. Memory is estimated by nib/machine/memory.py. The time is that of the run's
+FLOPs at a stated share of a device's peak rate (MFU), without evaluations and checkpoints.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from model import GPT, GPTConfig
+from nib.errors import UserError
+from nib.machine.device import look_up_peak, measure_flops, peak_flops
+from nib.machine.memory import available_memory, plan_memory
+
+PARTS = {
+    'weights': 'weights',
+    'gradients': 'gradients',
+    'optimizer': "optimizer's state",
+    'activations': 'activations, with 16-bit copies of the weights',
+    'logits': 'logits and the rest of the loss',
+    'work': 'temporary tensors of the backward pass',
+    'update': "optimizer's temporary tensors",
+}
+
+
+def describe_plan(
+    values: Mapping, vocab_size: int, devices: Sequence[str], mfu: float, price: float
+) -> str:
+    """Returns the plan of a run.
+
+    values: train.py's config with the device and dtype to use. devices: names such as 'H100'.
+    price: of an hour of one device; 0: unknown. Raises UserError for a device without a known rate.
+    """
+    model = GPTConfig.pick(values, vocab_size)
+    with torch.device('meta'):  # shapes only
+        gpt = GPT(model)
+    plan = plan_memory(model, values, values['compile'])
+    sequences = values['batch_size'] * values['gradient_accumulation_steps']
+    tokens = sequences * model.block_size
+    flops_per_token = 3 * sum(gpt.flops_per_token().values())
+    flops = flops_per_token * tokens * values['max_iters']
+    rows = [
+        ('parameters', f'{gpt.num_params():,}'),
+        ('tokens per step', f'{tokens:,}'),
+        ('tokens of the run', f'{tokens * values["max_iters"]:.4g}'),
+        ('FLOPs per token', f'{flops_per_token:.4g}'),
+        ('FLOPs of the run', f'{flops:.4g}'),
+        ('', ''),
+        (f'memory, batch_size {values["batch_size"]}, {values["dtype"]}', 'MB'),
+        *((f'  {label}', f'{getattr(plan, part) / 1e6:,.0f}') for part, label in PARTS.items()),
+        ('  at the peak', f'{plan.peak / 1e6:,.0f}'),
+        (
+            f'  available on {values["device"]} now',
+            f'{available_memory(values["device"]) / 1e6:,.0f}',
+        ),
+        ('', ''),
+        (f'time of the run on one device, at an MFU of {100 * mfu:g} %', 'hours'),
+    ]
+    rates = {
+        name: look_up_peak(name, 'bfloat16') or look_up_peak(name, 'float16') for name in devices
+    }
+    own = peak_flops(values['device'], values['dtype'])
+    rates[f'this {values["device"]}'] = own or measure_flops(values['device'], values['dtype'])
+    for name, rate in rates.items():
+        if not rate:
+            raise UserError(
+                f'--devices: the peak rate of {name!r} is not known: write names such as H100, '
+                'separated by commas'
+            )
+        hours = flops / (rate * mfu) / 3600
+        cost = f', cost {hours * price:,.2f}' if price else ''
+        rows.append((f'  {name}, {rate / 1e12:,.4g} TFLOP/s', f'{hours:,.4g}{cost}'))
+    width = max(len(label) for label, _ in rows)
+    return ''.join(f'{label:{width}}  {value}'.rstrip() + '\n' for label, value in rows)

@@ -1,0 +1,119 @@
+"""Compares the planned memory of ten configs with what training on this CPU takes.
+
+    python benchmarks/planned_memory.py --result=benchmarks/results/planned_memory.txt
+
+Each config trains for three steps on random tokens in a process of its own. Measured is its peak
+memory (Linux only) above that after a step of a tiny model, which has loaded the libraries.
+"""
+
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bench
+import configurator
+import train
+from benchmarks import measure
+from model import GPTConfig
+from nib.errors import UserError, run_script
+from nib.machine.device import peak_memory
+from nib.machine.memory import plan_memory
+
+result: str = ''  # file that the table is also written to
+only: str = ''  # flags of train.py, separated by spaces; measure this config only
+
+MODERN = '--position=rotary --norm=rms --qk_norm --mlp=swiglu --no-tied_head'
+MUON = '--optimizer=muon'
+LARGE = '--n_embd=768 --n_head=12'
+MEDIUM = '--n_layer=6 --n_embd=384 --n_head=6'
+ACCUMULATED = '--gradient_accumulation_steps=2'
+CONFIGS = (
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32',
+    f'{MEDIUM} --block_size=512 --batch_size=8 --dtype=bfloat16 {ACCUMULATED}',
+    f'{MEDIUM} --block_size=256 --batch_size=32 --dtype=bfloat16 --recompute',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 --dropout=0.1',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16 {MODERN} {MUON}',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 {MODERN} {MUON} {ACCUMULATED}',
+    f'{LARGE} --n_layer=8 --block_size=128 --batch_size=2 --dtype=bfloat16 {MODERN} {MUON}',
+    f'{LARGE} --n_layer=6 --block_size=256 --batch_size=8 --dtype=bfloat16 --mlp=relu2 --bias',
+    f'{LARGE} --n_layer=12 --block_size=1024 --batch_size=2 --dtype=bfloat16',
+)
+TINY = {'n_layer': 1, 'n_head': 1, 'n_kv_head': 0, 'n_embd': 32, 'block_size': 16, 'batch_size': 1}
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    if values['only']:
+        print(json.dumps(measure_config(values['only'].split())))
+        return
+    rows = [f'{measure.describe_machine()}\n\n{"planned, MB":>12}{"measured, MB":>14}{"ratio":>8}']
+    for flags in CONFIGS:
+        planned, measured = measure_in_fresh_process(flags)
+        rows.append(f'{planned:12,.0f}{measured:14,.0f}{planned / measured:8.2f}  {flags}')
+        bench.warn(rows[-1])
+    table = '\n'.join(rows) + '\n'
+    print(table, end='')
+    if values['result']:
+        Path(values['result']).write_text(table)
+
+
+def measure_in_fresh_process(flags: str) -> tuple[float, float]:
+    """Returns the planned and the measured memory in MB. Raises UserError if the run fails."""
+    done = subprocess.run(
+        [sys.executable, __file__, f'--only={flags}'], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f'{flags}: {(done.stderr.strip().splitlines() or ["failed"])[-1]}')
+    planned, measured = json.loads(done.stdout.splitlines()[-1])
+    return planned, measured
+
+
+def measure_config(flags: list[str]) -> tuple[float, float]:
+    """Trains for three steps, and returns the planned and the measured memory in MB."""
+    values = bench.read_config(
+        ['--device=cpu', '--gradient_accumulation_steps=1', '--dataset=none', *flags]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        take_steps(values | TINY, Path(scratch) / 'tiny', 1)
+        gc.collect()
+        before = resident_memory()
+        vocab_size = take_steps(values, Path(scratch) / 'run', 3)
+    plan = plan_memory(GPTConfig.pick(values, vocab_size), values)
+    peak = peak_memory('cpu')
+    assert peak is not None
+    return plan.peak / 1e6, (peak - before) / 1e6
+
+
+def take_steps(values, scratch: Path, n: int) -> int:
+    """Takes n training steps on random tokens, and returns the size of the vocabulary."""
+    scratch.mkdir()
+    with contextlib.redirect_stderr(None):  # that the tokens are random
+        data = bench.find_data(values | {'data_dir': str(scratch)}, scratch)
+    training = train.Training.set_up(values | {'on_nonfinite': 'skip'}, data)
+    training.optimizer.lr = 1e-4
+    for step in range(n):
+        train.train_step(training, training.batches.micro_batches(step), step)
+    return data.vocab_size
+
+
+def resident_memory() -> int:
+    """Returns the bytes of main memory that this process has now. Raises UserError if unknown."""
+    try:
+        with open('/proc/self/status') as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith('VmRSS'))
+    except OSError as error:
+        raise UserError(
+            'this benchmark needs Linux, which tells the memory of a process'
+        ) from error
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,308 @@
+"""Memory of training: an estimate by part, the largest micro batch that fits, and full memory."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from nib.errors import UserError, is_full
+from nib.kernels import LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
+from nib.machine.device import synchronize
+
+FLOAT = 4  # bytes of a float32
+MUON_COPIES = 16  # bytes per number while Muon orthogonalizes a matrix
+HEAP_OVERLAP = 0.8  # share of the gradients that do not reuse the memory of activations on a CPU
+GAPS = 0.4  # memory lost between accumulated gradients on a CPU's heap, as a share of activations
+USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that the training steps of one process take, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # of a micro batch, with the 16-bit copies of the weights
+    logits: float  # with what else the loss holds
+    work: float  # temporary tensors of a backward pass, and gaps that the allocator leaves
+    update: float  # temporary tensors of the optimizer's step
+    overlap: float  # share of the gradients that exist beside all activations
+
+    @property
+    def peak(self) -> float:
+        """The most that exists at a time.
+
+        The backward pass frees the activations of a layer when it adds its gradients. So the peak
+        is at its beginning, or after its end.
+        """
+        before = self.activations + self.logits + self.work + self.gradients * self.overlap
+        return self.weights + self.optimizer + max(before, self.gradients + self.update)
+
+
+def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> MemoryPlan:
+    """Estimates the memory of training steps.
+
+    values: train.py's config with the device, dtype and ranks to use. compiled: whether the model
+    is compiled, which matters on a GPU.
+    """
+    sizes = parameter_shapes(config)
+    n_params = sum(shape.numel() for shape in sizes.values())
+    muon = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
+    n_muon = sum(s.numel() for s in muon) if values['optimizer'] == 'muon' else 0
+    # Muon updates all matrices of a shape at once, with float32 and 16-bit copies.
+    groups: dict[tuple, int] = {}
+    for shape in muon if n_muon else ():
+        key = tuple(sorted(shape))
+        groups[key] = groups.get(key, 0) + shape.numel()
+    accumulates = values['gradient_accumulation_steps'] > values.get('ranks', 1)
+    tokens = values['batch_size'] * config.block_size
+    activations = tokens * activation_bytes(config, values['device'], values['dtype'])
+    if values['dtype'] != 'float32':  # autocast keeps its copies until the backward pass
+        activations += 2 * sum(s.numel() for name, s in sizes.items() if '.h.' in name)
+    on_cpu = values['device'] == 'cpu'
+    update = MUON_COPIES * max(groups.values(), default=0)
+    return MemoryPlan(
+        weights=FLOAT * n_params,
+        # Several ranks also have the buckets in which they exchange gradients.
+        gradients=FLOAT * n_params * (2 if values.get('ranks', 1) > 1 else 1),
+        optimizer=FLOAT * (2 * (n_params - n_muon) + n_muon),
+        activations=activations,
+        logits=loss_bytes(config, tokens, values['device'], values['dtype'], compiled),
+        work=on_cpu
+        * (
+            work_bytes(config, tokens, values['dtype'], accumulates)
+            + GAPS * accumulates * activations
+            + update  # too large for the gaps that activations leave
+        ),
+        update=update,
+        overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
+    )
+
+
+@functools.cache
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Returns the shapes of a model's parameters by name, without making the model."""
+    with torch.device('meta'):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def work_bytes(config: GPTConfig, tokens: int, dtype: str, accumulates: bool) -> float:
+    """Returns the bytes that training takes on a CPU beside what it keeps.
+
+    These are new gradients of the embedding and attention weights, and in bfloat16 also casts, and
+    the gaps that they leave on the heap. The factors 75, 8 and 4 were fitted to measurements
+    (benchmarks/results/growth.txt and planned_memory.txt).
+    """
+    work = FLOAT * config.vocab_size * config.n_embd * (2 if accumulates else 1)
+    if dtype == 'float32':
+        weights = config.n_head * config.block_size if config.dropout else 0
+        return work + tokens * 4 * FLOAT * weights
+    weights = config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
+    return work + tokens * (75 * config.n_embd + 8 * 2 * weights)
+
+
+def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
+    """Returns the bytes per token that the backward pass needs, of all layers.
+
+    These are the inputs of each operation whose gradient depends on them. The residual stream is
+    float32, matrix products are in `dtype`.
+    """
+    C, W = config.n_embd, config.mlp_width
+    KV = config.kv_heads * config.head_dim
+    size = FLOAT if dtype == 'float32' else 2
+    on_cpu = device == 'cpu'
+    in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
+
+    # RMSNorm on a CPU is several operations, and keeps the normalized stream too.
+    rms_parts = config.norm == 'rms' and on_cpu
+    norm = FLOAT * C * (2 if rms_parts else 1)
+    is_new = config.qk_norm or config.position == 'rotary'  # queries and keys are new tensors
+    qkv = size * (C + 2 * KV)
+    if config.qk_norm and rms_parts:
+        qkv += FLOAT * (C + KV) * (2 if dtype != 'float32' else 1)
+    elif config.qk_norm and dtype != 'float32':
+        qkv += size * (C + 2 * KV) if in_blocks else FLOAT * (C + KV)
+    if in_blocks:
+        qkv += 2 * size * (C - KV)  # keys and values, repeated for the heads that share them
+    else:
+        qkv += size * (C + KV + C * on_cpu) * is_new
+    if on_cpu and (not in_blocks or config.block_size <= QUERY_BLOCK):
+        # The attention weights: one copy in blocks; with dropout three, as there is no kernel.
+        copies = 3 if config.dropout else int(in_blocks)
+        qkv += copies * size * config.n_head * config.block_size
+    attention = norm + size * C + qkv + size * C
+    hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
+    mlp = norm + size * C + size * hidden
+    dropped = 2 * size * C if config.dropout else 0
+    layer = attention + mlp + dropped
+    last = norm + size * C
+    if config.recompute:
+        return config.n_layer * FLOAT * C + layer + last
+    return config.n_layer * layer + last
+
+
+def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled: bool) -> float:
+    """Returns the bytes that the loss of a micro batch holds at its peak, beside the gradients."""
+    V, C = config.vocab_size, config.n_embd
+    size = FLOAT if dtype == 'float32' else 2
+    if compiled and device != 'cpu':
+        return size * tokens * V  # the compiler fuses the rest
+    chunk = LOSS_CHUNK_GPU if device.startswith('cuda') else LOSS_CHUNK
+    if tokens * V <= chunk:
+        # Logits, and in float32 their logarithmic softmax and its gradients.
+        return (size + 2 * FLOAT) * tokens * V + size * V * C * (dtype != 'float32')
+    # A chunk of logits and of their softmax, the copied head, and the gradients of both inputs.
+    rows = max(1, chunk // V)
+    copy = 0 if dtype == 'float32' else size * V * C
+    return (size + FLOAT) * rows * V + copy + FLOAT * (tokens * C + V * C)
+
+
+# -- the micro batch that fits ---------------------------------------------------------------------
+
+
+def fit_batch_size(t, config: Mapping, say: Callable[[str], None]) -> dict[str, int]:
+    """Chooses the largest batch_size that fits into the memory, with the same tokens per step.
+
+    t: train.py's Training, before it is compiled. The estimate decides which sizes are tried. A
+    size is taken if a step with it, which changes nothing, does not fill the memory. Returns
+    batch_size and gradient_accumulation_steps. Raises UserError if no size fits.
+    """
+    room = available_memory(t.device) / (t.ranks.world_size if t.device == 'cpu' else 1)
+    for sizes in batch_sizes(config):
+        needed = needed_memory(t.raw_model.config, {**config, **sizes})
+        is_smallest = sizes['batch_size'] == 1
+        # All ranks take the same size.
+        if t.ranks.largest(needed > USABLE * room) and not is_smallest:
+            continue
+        if not t.ranks.largest(fills_memory(t, sizes['batch_size'])):
+            say(
+                f'batch_size {sizes["batch_size"]}, gradient_accumulation_steps '
+                f'{sizes["gradient_accumulation_steps"]} (auto: about {needed / 1e9:.2f} of '
+                f'{room / 1e9:.2f} GB; one step tried)'
+            )
+            return sizes
+    raise UserError(
+        f'the memory of {t.device} is full with one sequence of {config["block_size"]} tokens: '
+        'use a smaller model or --block_size, or add --recompute'
+    )
+
+
+def batch_sizes(config: Mapping) -> list[dict[str, int]]:
+    """Returns the pairs of batch_size and gradient_accumulation_steps, largest batch_size first.
+
+    All have the tokens per step of the config, and the same number of micro steps on every rank.
+    """
+    ranks = config.get('ranks', 1)
+    sequences = config['batch_size'] * config['gradient_accumulation_steps'] // ranks
+    return [
+        {'batch_size': size, 'gradient_accumulation_steps': sequences // size * ranks}
+        for size in range(sequences, 0, -1)
+        if sequences % size == 0
+    ]
+
+
+def needed_memory(model: GPTConfig, config: Mapping) -> float:
+    """Returns the bytes that a run takes: its steps and, on a CPU, the copy that it saves."""
+    plan = plan_memory(model, config)
+    return plan.peak + (plan.weights + plan.optimizer) * (config['device'] == 'cpu')
+
+
+def fills_memory(t, batch_size: int) -> bool:
+    """Tries a step with zeros as tokens, and returns whether the memory was full."""
+    full = False
+    try:
+        x = torch.zeros(batch_size, t.batches.block_size, dtype=torch.long, device=t.device)
+        for _ in range(2):  # as with accumulated gradients
+            with t.precision:
+                loss = t.model(x, x)
+            t.scaler.scale(loss).backward()
+        t.optimizer.step(torch.zeros((), dtype=torch.bool, device=t.device))  # not usable
+        synchronize(t.device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error):
+            raise
+        full = True
+    t.optimizer.zero_grad()
+    if t.device.startswith('cuda'):
+        torch.cuda.empty_cache()
+    return full
+
+
+def explain_full_memory(error: Exception, t, config: Mapping):
+    """Raises UserError with the keys and values that would fit, if the error is full memory."""
+    if not is_full(error):
+        return
+    room = available_memory(t.device) / (t.ranks.world_size if t.device == 'cpu' else 1)
+    tries = []
+    for recompute in (False, True)[config['recompute'] :]:
+        changes = {'recompute': recompute}
+        model = replace(t.raw_model.config, recompute=recompute)
+        for sizes in batch_sizes(config):
+            is_new = sizes['batch_size'] < config['batch_size'] or recompute > config['recompute']
+            if is_new and needed_memory(model, {**config, **changes, **sizes}) <= USABLE * room:
+                flags = ' '.join(f'--{key}={value}' for key, value in sizes.items())
+                tries.append(flags + ' --recompute' * (recompute > config['recompute']))
+                break
+    needed = needed_memory(t.raw_model.config, config)
+    raise UserError(
+        f'the memory of {t.device} is full: batch_size {config["batch_size"]} takes about '
+        f'{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are available; try '
+        f'{" or ".join(tries) or "a smaller model or --block_size"}; the message was: '
+        f'{" ".join(str(error).split())[:200]}'
+    ) from error
+
+
+# -- how much memory there is ----------------------------------------------------------------------
+
+
+def available_memory(device: str) -> float:
+    """Returns the bytes that this process can use on the device, with those it has on a GPU.
+
+    On a CPU this is what the system and the control group (of a container, for example) leave.
+    Raises UserError if unknown.
+    """
+    if device.startswith('cuda'):
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device == 'mps':
+        return torch.mps.recommended_max_memory()
+    rooms = control_group_rooms()
+    with suppress(OSError), open('/proc/meminfo') as file:
+        rooms += [1024 * int(line.split()[1]) for line in file if line.startswith('MemAvailable')]
+    if not rooms and hasattr(os, 'sysconf'):  # macOS
+        rooms = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    if not rooms:
+        raise UserError('the memory of this machine is unknown: set --batch_size to a number')
+    return min(rooms)
+
+
+def control_group_rooms(
+    own: Path = Path('/proc/self/cgroup'), root: Path = Path('/sys/fs/cgroup')
+) -> list[int]:
+    """Returns the bytes that the limits of this process's control groups on Linux leave.
+
+    What cannot be dropped, in contrast to cached files, counts as used.
+    """
+    rooms = []
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(':', 2)
+            if not controllers:  # version 2
+                base, limit, used = root, 'memory.max', 'anon'
+            elif 'memory' in controllers.split(','):
+                base, limit, used = root / 'memory', 'memory.limit_in_bytes', 'total_rss'
+            else:
+                continue
+            folder = base / path.lstrip('/')
+            for group in [folder, *folder.parents][: len(folder.parts) - len(base.parts) + 1]:
+                with suppress(OSError, ValueError, KeyError):  # 'max' means no limit
+                    stat = dict(
+                        row.split() for row in (group / 'memory.stat').read_text().splitlines()
+                    )
+                    rooms.append(int((group / limit).read_text()) - int(stat[used]))
+    return rooms

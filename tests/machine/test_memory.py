@@ -1,0 +1,210 @@
+"""The memory estimate equals what autograd saves, and the batch size follows from it."""
+
+import json
+import re
+from itertools import chain
+
+import pytest
+import torch
+from conftest import ROOT, records
+
+import train as training
+from model import GPT, GPTConfig
+from nib import errors
+from nib.checkpoint import store
+from nib.machine import memory
+from nib.machine.device import autocast
+
+MODERN = {
+    'position': 'rotary',
+    'norm': 'rms',
+    'qk_norm': True,
+    'mlp': 'swiglu',
+    'tied_head': False,
+    'n_kv_head': 2,
+    'bias': False,
+}
+GB = 1e9
+
+
+def saved_bytes(config: GPTConfig, dtype: str) -> int:
+    """The bytes per token that autograd saves in a forward pass, except for parameters."""
+    model, seen, kept = GPT(config), {}, []
+    own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no other tensor gets its address
+        return tensor
+
+    x = torch.zeros(2, config.block_size, dtype=torch.long)
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with saving, autocast(dtype, 'cpu'):
+        model(x, x)
+    return sum(seen.values()) / x.numel()
+
+
+@pytest.mark.parametrize('block_size', [64, 320])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+    'changes',
+    [{}, MODERN, {'qk_norm': True}, {'position': 'rotary', 'mlp': 'relu2'}, {'dropout': 0.1}],
+    ids=['gpt2', 'modern', 'qk_norm', 'rotary', 'dropout'],
+)
+def test_a_layer_needs_the_activations_that_autograd_saves(changes, dtype, block_size):
+    shape = {'vocab_size': 64, 'n_head': 4, 'n_embd': 128, 'block_size': block_size, **changes}
+    one, two = (GPTConfig(n_layer=n, **shape) for n in (1, 2))
+    saved = saved_bytes(two, dtype) - saved_bytes(one, dtype)
+    if dtype == 'bfloat16':  # the copies of a layer's matrices, which plan_memory counts
+        matrices = [p for p in GPT(one).transformer.h.parameters() if p.dim() == 2]
+        saved -= 2 * sum(p.numel() for p in matrices) / (2 * block_size)
+    planned = [memory.activation_bytes(config, 'cpu', dtype) for config in (one, two)]
+    assert planned[1] - planned[0] == pytest.approx(saved, rel=0.03)
+
+
+def test_the_estimate_for_a_gpu_is_what_an_h100_took():
+    """GPT-2 (124M), compiled, from the results of benchmarks/gpu.py."""
+    text = (ROOT / 'benchmarks/results/gpu_h100.txt').read_text()
+    for batch_size in (16, 32):
+        measured = float(re.search(rf'batch {batch_size}, nibGPT: peak memory, GB +(\S+)', text)[1])
+        values = {
+            'batch_size': batch_size,
+            'gradient_accumulation_steps': 4,
+            'device': 'cuda',
+            'dtype': 'bfloat16',
+            'optimizer': 'adamw',
+        }
+        plan = memory.plan_memory(GPTConfig(bias=False), values, compiled=True)
+        assert plan.peak / GB == pytest.approx(measured, rel=0.05)
+
+
+def sizes_of(out_dir) -> tuple[int, int]:
+    config = json.loads((out_dir / 'config.json').read_text())
+    config = config.get('config', config)
+    return config['batch_size'], config['gradient_accumulation_steps']
+
+
+def fill_memory_above(monkeypatch, batch_size):
+    """Lets the model's forward pass fill the memory if a batch is larger."""
+    forward = GPT.forward
+
+    def limited(self, idx, targets=None):
+        if len(idx) > batch_size:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        return forward(self, idx, targets)
+
+    monkeypatch.setattr(GPT, 'forward', limited)
+
+
+def test_the_largest_batch_that_fits_keeps_the_tokens_per_step(train_here, tmp_path, monkeypatch):
+    auto = ['--batch_size=auto', '--max_iters=1', '--eval_iters=1']  # 12 sequences, twice
+    done = train_here(tmp_path / 'all', *auto)
+    assert done.returncode == 0, done.stderr
+    assert sizes_of(tmp_path / 'all') == (24, 1)
+    assert 'a step is 384 tokens' in done.stdout and 'batch_size 24' in done.stdout
+
+    model = store.load(tmp_path / 'all')[0].state['model']
+    config = {'device': 'cpu', 'dtype': 'float32', 'optimizer': 'adamw', 'batch_size': 6}
+    config |= {'gradient_accumulation_steps': 4}
+    needed = memory.needed_memory(GPTConfig(**model), config)
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 1.01 * needed / memory.USABLE)
+    assert train_here(tmp_path / 'estimate', *auto).returncode == 0
+    assert sizes_of(tmp_path / 'estimate') == (6, 4)
+
+    fill_memory_above(monkeypatch, 3)  # the estimate was too low
+    done = train_here(tmp_path / 'trial', *auto, '--eval_interval=9')
+    assert sizes_of(tmp_path / 'trial') == (3, 8)
+    fill_memory_above(monkeypatch, 0)
+    done = train_here(tmp_path / 'none', *auto)
+    assert done.returncode == 2 and 'full with one sequence of 16 tokens' in done.stderr
+
+
+def test_a_run_with_an_automatic_batch_size_resumes_exactly(train_here, tmp_path, monkeypatch):
+    """The trial step changes nothing, and the stored sizes are taken again."""
+    auto = ['--batch_size=auto', '--dropout=0.1', '--optimizer=muon', '--eval_iters=1']
+    fill_memory_above(monkeypatch, 8)
+    chosen = ['--batch_size=8', '--gradient_accumulation_steps=3', *auto[1:]]
+    assert train_here(tmp_path / 'chosen', *chosen, '--max_iters=6').returncode == 0
+    assert train_here(tmp_path / 'auto', *auto, '--max_iters=3').returncode == 0
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 0)
+    done = train_here(tmp_path / 'auto', *auto, '--max_iters=6', '--init_from=resume')
+    assert done.returncode == 0, done.stderr
+    assert sizes_of(tmp_path / 'auto') == (8, 3)
+    one, two = (store.load(tmp_path / name)[1] for name in ('chosen', 'auto'))
+    for kind in ('model', 'optimizer'):
+        assert all(torch.equal(one[kind][name], two[kind][name]) for name in one[kind])
+    losses = [
+        [r['loss/step'] for r in records(tmp_path / name) if 'loss/step' in r]
+        for name in ('chosen', 'auto')
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    'message',
+    [
+        'CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 23 GiB.',
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory",
+        'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`',
+    ],
+)
+def test_full_memory_is_one_line_with_sizes_that_fit(train_here, tmp_path, monkeypatch, message):
+    kind = torch.OutOfMemoryError if 'Tried' in message else RuntimeError
+
+    def fill(*arguments):
+        raise kind(message)
+
+    monkeypatch.setattr(training, 'train_step', fill)
+    flags = ['--batch_size=1024', '--block_size=16', '--gradient_accumulation_steps=1']
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 8e6)
+    done = train_here(tmp_path / 'run', *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert 'memory of cpu is full: batch_size 1024' in done.stderr
+    sizes = re.findall(r'--batch_size=(\d+) --gradient_accumulation_steps=(\d+)', done.stderr)
+    assert len(sizes) == 2 and '--recompute; ' in done.stderr
+    assert all(int(size) * int(steps) == 1024 for size, steps in sizes)
+    assert int(sizes[0][0]) < int(sizes[1][0]) < 1024  # recomputing leaves room for more
+
+
+def test_other_errors_of_a_run_stay_what_they_are(train_here, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError('a bug')
+
+    monkeypatch.setattr(training, 'train_step', fail)
+    with pytest.raises(RuntimeError, match='a bug'):
+        train_here(tmp_path / 'run')
+
+
+@pytest.mark.parametrize(
+    'message, words',
+    [
+        ('CUDA error: no kernel image is available for execution on the device', 'for this GPU'),
+        ('CUDA driver version is insufficient for CUDA runtime version', 'update the driver'),
+        ('The NVIDIA driver on your system is too old (found version 11040).', 'update the driver'),
+        ('NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error', 'NCCL_DEBUG=WARN'),
+    ],
+)
+def test_what_is_wrong_with_a_gpu_is_one_line_with_a_remedy(capsys, message, words):
+    def fail(argv):
+        raise RuntimeError(message + '\nCompile with TORCH_USE_CUDA_DSA to see more.')
+
+    assert errors.call(fail, []) == errors.EXIT_USER_ERROR
+    line = capsys.readouterr().err
+    assert line.startswith('error: ') and line.count('\n') == 1
+    assert words in line and message in line
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_the_limit_of_a_control_group_counts_what_cannot_be_dropped(tmp_path, version):
+    own, root = tmp_path / 'cgroup', tmp_path / 'fs'
+    own.write_text('0::/a/b\n' if version == 2 else '5:cpu,memory:/a/b\n4:pids:/a/b\n')
+    base = root if version == 2 else root / 'memory'
+    limit, used = ('memory.max', 'anon') if version == 2 else ('memory.limit_in_bytes', 'total_rss')
+    for folder, most, now in (('a', '1000', 300), ('a/b', 'max' if version == 2 else '5000', 100)):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+        (base / folder / limit).write_text(most + '\n')
+        (base / folder / 'memory.stat').write_text(f'{used} {now}\nfile 600\n')
+    assert min(memory.control_group_rooms(own, root)) == 700
+    assert memory.control_group_rooms(tmp_path / 'nothing', root) == []
