@@ -93,7 +93,7 @@ zero_init: bool = False  # initialize residual projections to 0; each block star
 recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
 # optimizer
 max_iters: int = 600000  # training steps, not epochs
-optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the blocks' matrices only
+optimizer: Literal['adamw', 'muon', 'sgd'] = 'adamw'  # muon: for the blocks' matrices only
 learning_rate: float = 6e-4  # peak learning rate, reached after the warmup
 weight_decay: float = 0.1  # of matrices and embeddings only
 beta1: float = 0.9  # AdamW: decay rate of the mean gradient
@@ -101,6 +101,7 @@ beta2: float = 0.95  # AdamW: decay rate of the mean squared gradient
 muon_lr_ratio: float = 1.0  # Muon: learning rate as a multiple of learning_rate
 muon_momentum: float = 0.95  # Muon: decay rate of the mean gradient
 muon_iterations: int = 5  # Muon: Newton-Schulz iterations, which orthogonalize the update
+sgd_momentum: float = 0.9  # SGD: fraction of the momentum that each step keeps; 0: none
 grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 max_bad_steps: int = 3  # consecutive non-finite steps, all left out, before on_nonfinite applies
 on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: return to the last checkpoint

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW for every parameter, or Muon for the matrices and AdamW for the rest."""
+"""The optimizer: AdamW, SGD, or Muon for the matrices and AdamW for the rest."""
 
 from collections.abc import Mapping, Sequence
 
@@ -49,6 +49,39 @@ class AdamW:
             (p, dict(zip(names, (exp_avg, exp_avg_sq, self.n_steps))))
             for p, exp_avg, exp_avg_sq in zip(self.params, self.exp_avg, self.exp_avg_sq)
         ]
+
+
+class SGD:
+    """Gradient descent with momentum: the same as torch.optim.SGD, in one fused kernel.
+
+    A weight moves along its momentum: the sum of its gradients, of which each step keeps the
+    fraction `momentum` (Polyak 1964). Weight decay is added to the gradient.
+    """
+
+    def __init__(self, params: Sequence[torch.nn.Parameter], momentum: float, weight_decay: float):
+        self.params: list[torch.Tensor] = list(params)
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.lr_ratio = 1.0
+        self.momentum_buffer = [torch.zeros_like(p) for p in self.params]
+
+    def step(self, lr: float, usable: torch.Tensor):
+        torch._fused_sgd_(
+            self.params,
+            [p.grad for p in self.params],
+            self.momentum_buffer if self.momentum else [],  # as the kernel requires
+            lr=lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=(~usable).float(),
+        )
+
+    def state(self):
+        """Returns (parameter, its state by name) for each parameter, like AdamW's."""
+        return [(p, {'momentum_buffer': m}) for p, m in zip(self.params, self.momentum_buffer)]
 
 
 class Muon:
@@ -125,8 +158,9 @@ def orthogonalize(x: torch.Tensor, iterations: int, dtype: torch.dtype) -> torch
 class Optimizer:
     """Updates a model's parameters from their gradients.
 
-    method: 'adamw' uses AdamW for all parameters. 'muon' uses Muon for the matrices of the blocks,
+    method: 'adamw' or 'sgd' for all parameters. 'muon' uses Muon for the matrices of the blocks,
     with lr_ratio times the learning rate, and AdamW for embeddings, output head and vectors.
+    momentum: of Muon or SGD.
 
     Weight decay applies to matrices and embeddings. It pulls weights towards 0, but the neutral
     value of a gain is 1, and biases do not cause overfitting.
@@ -152,15 +186,15 @@ class Optimizer:
                 shapes.setdefault(wide(p).shape, []).append(p)
             else:
                 (matrices if p.dim() >= 2 else others).append(p)
-        self.parts: list[Muon | AdamW] = [
+        self.parts: list[Muon | AdamW | SGD] = [
             Muon(params, lr_ratio, momentum, iterations, weight_decay, dtype)
             for params in shapes.values()
         ]
-        self.parts += [
-            AdamW(params, betas, decay)
-            for params, decay in ((matrices, weight_decay), (others, 0.0))
-            if params
-        ]
+        for params, decay in ((matrices, weight_decay), (others, 0.0)):
+            if params and method == 'sgd':
+                self.parts.append(SGD(params, momentum, decay))
+            elif params:
+                self.parts.append(AdamW(params, betas, decay))
         self.lr = 0.0
 
     @classmethod
@@ -175,7 +209,7 @@ class Optimizer:
             betas=(values['beta1'], values['beta2']),
             weight_decay=values['weight_decay'],
             lr_ratio=values['muon_lr_ratio'],
-            momentum=values['muon_momentum'],
+            momentum=values['sgd_momentum' if values['optimizer'] == 'sgd' else 'muon_momentum'],
             iterations=values['muon_iterations'],
             dtype=torch.bfloat16 if has_bfloat16 else torch.float32,
         )

@@ -1,6 +1,7 @@
-"""docs/training_loop.md: its numbers are computed here, and the code that it quotes is in its file.
+"""docs/training_loop.md and docs/model.md: their numbers are computed here, and the code that they
+quote is in its file.
 
-The Chinese chapter has the same code and numbers.
+The Chinese chapters have the same code and numbers.
 """
 
 import doctest
@@ -10,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ from conftest import ROOT
 
 import configurator
 import train
+from nib.doctor import health
 from nib.doctor.troubles import TROUBLES
 
 ENGLISH, CHINESE = ROOT / 'docs/training_loop.md', ROOT / 'docs/training_loop.zh.md'
+MODEL, MODEL_CHINESE = ROOT / 'docs/model.md', ROOT / 'docs/model.zh.md'
 RECORDED = ROOT / 'benchmarks/results/training_loop.txt'
+MEASURED = ROOT / 'benchmarks/results/chapter.txt'  # by benchmarks/chapter.py
 DATASETS = Path(
     os.environ.get('NIBGPT_DATA_DIR', ROOT / 'data')
 )  # where tiny Shakespeare's bins may be
@@ -79,12 +83,12 @@ class Checker(doctest.OutputChecker):
         return close(want, got)
 
 
-def run_examples(blocks: list[Block], names: dict):
+def run_examples(blocks: list[Block], names: dict, path: Path = ENGLISH):
     """The blocks' examples, one after the other in one session."""
     runner, failures = doctest.DocTestRunner(Checker(), verbose=False), []
     for block in blocks:
         examples = doctest.DocTestParser().get_doctest(
-            block.body, names, ENGLISH.name, str(ENGLISH), block.line
+            block.body, names, path.name, str(path), block.line
         )
         assert examples.examples, block
         examples.globs = names  # the parser takes a copy
@@ -118,6 +122,11 @@ def test_every_example_gives_what_it_shows(folder, run_main, config_of_train):
         run_examples(read_blocks(ENGLISH, 'pycon'), {'__name__': 'chapter'})
 
 
+def test_every_example_of_the_chapter_on_the_model_gives_what_it_shows():
+    with torch.random.fork_rng():
+        run_examples(read_blocks(MODEL, 'pycon'), {'__name__': 'chapter'}, MODEL)
+
+
 def test_a_wrong_digit_is_noticed():
     assert close('loss 3.8057, grad  norm 0.77\n', 'loss 3.8055, grad norm 0.77') and close(
         '1e-05 of 27,200', '1e-05 of 27,200'
@@ -139,30 +148,67 @@ def test_a_wrong_digit_is_noticed():
         run_examples([Block('pycon', '>>> 0.1 + 0.2\n0.5\n', 1)], {})
 
 
-@pytest.mark.parametrize(
-    'block',
-    [block for block in read_blocks(ENGLISH) if block.kind.startswith('python ')],
-    ids=lambda block: f'line {block.line}',
-)
-def test_quoted_lines_stand_in_their_file(block):
+def missing_quote(block: Block) -> tuple[str, int] | None:
+    """Returns the first line of a quote that its file lacks, and its place in the block."""
     source = (ROOT / block.kind.removeprefix('python ')).read_text()
     lines = [line.partition('  # ')[0] for line in source.splitlines()]  # quotes omit comments
     place = 0
-    for quoted in block.body.splitlines():
+    for number, quoted in enumerate(block.body.splitlines()):
         if quoted.strip() != '...':
-            assert quoted in lines[place:], f'{block.kind}: {quoted.strip()!r} is missing, or moved'
+            if quoted not in lines[place:]:
+                return quoted.strip(), number
             place = lines.index(quoted, place) + 1
+    return None
 
 
-def read_sums() -> list[tuple[str, str]]:
+def quotes_of(*chapters: Path) -> list[list[tuple[Path, Block]]]:
+    """Returns each quote of a chapter: its block in every language."""
+    return [
+        list(zip(chapters, blocks))
+        for blocks in zip(*(read_blocks(path) for path in chapters))
+        if blocks[0].kind.startswith('python ')
+    ]
+
+
+@pytest.mark.parametrize(
+    'quote',
+    [*quotes_of(ENGLISH, CHINESE), *quotes_of(MODEL, MODEL_CHINESE)],
+    ids=lambda quote: f'{quote[0][0].name} {quote[0][1].line}',
+)
+def test_quoted_lines_stand_in_their_file(quote):
+    if missing := missing_quote(quote[0][1]):
+        pytest.fail(where_to_look(quote, *missing), pytrace=False)
+
+
+def where_to_look(quote: list[tuple[Path, Block]], quoted: str, number: int) -> str:
+    """Returns a line for the editor of a file: which paragraphs quote what is no longer there."""
+    places = ' and '.join(f'docs/{path.name}:{block.line + 1 + number}' for path, block in quote)
+    source = quote[0][1].kind.removeprefix('python ')
+    return f'{source} no longer has {quoted!r}: change the quote and its paragraph, {places}'
+
+
+def test_a_changed_line_names_its_paragraph_in_both_languages():
+    (english, ours), chinese = quotes_of(ENGLISH, CHINESE)[0]
+    changed = replace(ours, body=ours.body.replace('get_lr', 'learning_rate_of'))
+    quoted, number = missing_quote(changed)
+    said = where_to_look([(english, changed), chinese], quoted, number)
+    assert quoted == 't.optimizer.lr = learning_rate_of(state.step)' and '\n' not in said
+    places = re.findall(r'docs/([\w.]+):(\d+)', said)
+    assert [name for name, _ in places] == [ENGLISH.name, CHINESE.name]
+    for name, line in places:
+        text = (ROOT / 'docs' / name).read_text(encoding='utf-8').splitlines()
+        assert text[int(line) - 1].strip() == 't.optimizer.lr = get_lr(state.step)'
+
+
+def read_sums(path: Path) -> list[tuple[str, str]]:
     """Returns both sides of equations in the prose whose left side can be computed."""
-    prose = ' '.join(' '.join(text for _, text in sections(ENGLISH)).replace(',', '').split())
+    prose = ' '.join(' '.join(text for _, text in sections(path)).replace(',', '').split())
     sums = re.findall(r'((?:[(]?\d[\d./]*|[*/+-]{1,2}) (?:[\d./*+() -]*))= (-?\d[\d./]*\d)', prose)
     return [(left, right) for left, right in sums if set(left) & set('*/+-')]
 
 
 def test_sums_in_the_prose_are_right():
-    sums = read_sums()
+    sums = [*read_sums(ENGLISH), *read_sums(MODEL)]
     assert len(sums) >= 20
     for left, right in sums:
         if '/' in right:
@@ -178,23 +224,24 @@ ELSEWHERE = {
     '65,536': 'GradScaler',
     '1000': 'an example',
     '1,000': 'an exercise',
-    '1951': 'Shannon',
     '1.3': 'Shannon',
+    '1e-2': 'common practice',
+    '1e-3': 'common practice',
+    '1e-4': 'common practice',
+    '1e-5': "LayerNorm's default",
+    '1e14': 'an example',
 }
 
 
-def test_numbers_in_the_prose_come_from_somewhere():
+@pytest.mark.parametrize('path', [ENGLISH, MODEL], ids=lambda path: path.name)
+def test_numbers_in_the_prose_come_from_somewhere(path):
     """Numbers of three digits or more also occur, perhaps rounded, in a block or an equation."""
-    shown = [
-        number.replace(',', '')
-        for block in read_blocks(ENGLISH)
-        for number in re.findall(NUMBER, block.body)
-    ]
-    shown += [
-        number for sides in read_sums() for side in sides for number in re.findall(NUMBER, side)
-    ]
-    for heading, prose in sections(ENGLISH):
-        for number in NUMBER.findall(prose):
+    sources = [block.body for block in read_blocks(path)]
+    sources += [side for sides in read_sums(path) for side in sides] + [MEASURED.read_text()]
+    shown = [number.replace(',', '') for text in sources for number in NUMBER.findall(text)]
+    for heading, prose in sections(path):
+        own = re.sub(r'\]\([^)]+\)|\b(?:19|20)\d\d\b', '', prose)  # without links and years
+        for number in NUMBER.findall(own):
             digits = number.replace(',', '')
             decimals = len(digits.partition('.')[2])
             if len(digits.strip('-0.')) > 2 and number not in ELSEWHERE:
@@ -252,6 +299,27 @@ def test_the_recorded_run_is_the_one_that_is_shown():
     for command, shown in commands(block):
         assert RECORDED.read_text().startswith(f'$ {command}\n') and len(shown) > 5
         assert_shown(shown, RECORDED.read_text())
+
+
+def test_the_tables_of_experiments_are_those_that_were_measured():
+    tables = read_blocks(ENGLISH, 'text recorded')
+    assert len(tables) == 2
+    for table in tables:
+        assert table.body in MEASURED.read_text(), table.line
+
+
+@pytest.mark.slow
+def test_the_pictures_are_those_that_the_script_draws(run_main, tmp_path, config_of_train):
+    done = run_main('benchmarks/chapter.py', f'--pictures={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] in MEASURED.read_text()  # the weight's path
+    text = ''.join(path.read_text(encoding='utf-8') for path in (ENGLISH, MODEL))
+    assert {path.name for path in tmp_path.iterdir()} == set(re.findall(r'\((\w+\.svg)\)', text))
+    for path in tmp_path.iterdir():
+        drawn, shown = path.read_text(), (ROOT / 'docs' / path.name).read_text()
+        assert re.findall('<text.*?>(.*?)</text>', drawn) == re.findall(
+            '<text.*?>(.*?)</text>', shown
+        )
 
 
 @needs_shakespeare
@@ -369,6 +437,20 @@ def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
     assert len(keys) > 15
 
 
+def test_healthy_ranges_are_those_of_the_doctor():
+    text = ENGLISH.read_text(encoding='utf-8')
+    rows = dict(re.findall(r'^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$', text, re.MULTILINE))
+    ranges = {
+        '`grad norm`, after the first steps': health.GRAD_NORM,
+        'update ratio of AdamW': health.UPDATE_RATIO,
+        'update ratio of Muon': health.MUON_RATIO,
+    }
+    for name, (low, high) in ranges.items():
+        assert re.match(rf'{low:g} to {high:g}\b', rows[name]), name
+    assert rows['dead units of an MLP'] == f'below {health.DEAD:.0%}'.replace('%', ' %')
+    assert rows['entropy of attention'].startswith(f'above {health.ENTROPY:.0%}'.replace('%', ' %'))
+
+
 # -- the chapter in Chinese ------------------------------------------------------------------------
 
 
@@ -386,13 +468,20 @@ def sections(path: Path) -> list[tuple[str, str]]:
     ]
 
 
-def test_the_chinese_chapter_has_the_same_code_numbers_and_headings():
-    for ours, theirs in zip(read_blocks(ENGLISH), read_blocks(CHINESE), strict=True):
-        assert (theirs.kind, theirs.body) == (ours.kind, ours.body), theirs.line
-    english, chinese = sections(ENGLISH), sections(CHINESE)
+REMARK = re.compile(r' *(?<=  )# .*$|""".*"""', re.MULTILINE)  # comments and docstrings
+
+
+@pytest.mark.parametrize(
+    'chapter, translation', [(ENGLISH, CHINESE), (MODEL, MODEL_CHINESE)], ids=lambda path: path.name
+)
+def test_the_chinese_chapter_has_the_same_code_numbers_and_headings(chapter, translation):
+    for ours, theirs in zip(read_blocks(chapter), read_blocks(translation), strict=True):
+        assert theirs.kind == ours.kind, theirs.line
+        assert REMARK.sub('', theirs.body) == REMARK.sub('', ours.body), theirs.line
+    english, chinese = sections(chapter), sections(translation)
     assert [heading for heading, _ in chinese] == [heading for heading, _ in english] and len(
         english
-    ) > 20
+    ) > 15
     for (heading, ours), (_, theirs) in zip(english, chinese):
         for pattern in (
             r'\d+(?:,\d{3})*(?:\.\d+)?',
@@ -405,6 +494,17 @@ def test_the_chinese_chapter_has_the_same_code_numbers_and_headings():
             assert sorted(re.findall(pattern, theirs, re.MULTILINE)) == sorted(
                 re.findall(pattern, ours, re.MULTILINE)
             ), heading
+
+
+@pytest.mark.parametrize('path', [CHINESE, MODEL_CHINESE], ids=lambda path: path.name)
+def test_the_chinese_code_has_chinese_comments(path):
+    remarks = [
+        found for block in read_blocks(path, 'pycon') for found in REMARK.findall(block.body)
+    ]
+    assert len(remarks) > 10
+    for remark in remarks:
+        words = re.findall('[a-z]{3,}', remark)
+        assert re.search(r'[\u4e00-\u9fff]', remark) or '=' in remark or not words, remark
 
 
 @pytest.mark.parametrize('path', [ENGLISH, CHINESE], ids=lambda path: path.name)

@@ -155,7 +155,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_on_a_gpu(data_dir, tmp_path,
         ).read_bytes()
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'sgd'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype, data_dir):
     config = configurator.read_block(training.__file__).defaults | {
@@ -190,7 +190,7 @@ def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype, data_dir):
 
 
 def test_a_step_that_is_not_finite_is_left_out_on_a_gpu():
-    for method in ('adamw', 'muon'):
+    for method in ('adamw', 'muon', 'sgd'):
         model = make_model(SMALL)
         optimizer = optim.Optimizer(model, method)
         optimizer.lr = 1e-2

@@ -1,4 +1,4 @@
-"""AdamW, Muon and clipping, compared with hand-computed numbers and with torch."""
+"""AdamW, SGD, Muon and clipping, compared with hand-computed numbers and with torch."""
 
 import math
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_many_steps_of_adamw_follow_the_algorithm():
     )
 
 
-@pytest.mark.parametrize('method', ['adamw', 'muon'])
+@pytest.mark.parametrize('method', ['adamw', 'sgd', 'muon'])
 def test_weight_decay_falls_on_matrices_and_embeddings_only(method):
     model = GPT(CONFIG)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -92,6 +92,25 @@ def train_a_little(model, optimizers, steps, seed=0):
         for optimizer in optimizers:
             optimizer.step(USABLE) if isinstance(optimizer, optim.Optimizer) else optimizer.step()
         model.zero_grad()
+
+
+@pytest.mark.parametrize('momentum', [0.9, 0.0])
+def test_sgd_follows_torchs_own(momentum):
+    torch.manual_seed(0)
+    ours, theirs = GPT(CONFIG), GPT(CONFIG)
+    theirs.load_state_dict(ours.state_dict())
+    own = make(ours, 0.3, 'sgd', momentum=momentum, weight_decay=0.1)
+    decay = {True: 0.1, False: 0.0}  # of matrices and embeddings only
+    groups = [
+        {'params': [p for p in theirs.parameters() if (p.dim() == 2) == wide], 'weight_decay': w}
+        for wide, w in decay.items()
+    ]
+    reference = torch.optim.SGD(groups, lr=0.3, momentum=momentum)
+    for seed in range(5):
+        train_a_little(ours, [own], 1, seed)
+        train_a_little(theirs, [reference], 1, seed)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_muon_makes_a_matrix_orthogonal():
@@ -184,7 +203,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
         assert torch.equal(p, q) == (not ('.h.' in name and p.dim() == 2)), name
 
 
-@pytest.mark.parametrize('method', ['adamw', 'muon'])
+@pytest.mark.parametrize('method', ['adamw', 'sgd', 'muon'])
 def test_a_step_that_is_not_usable_changes_nothing(method):
     """Even if gradients are NaN; and the next steps are not affected either."""
     torch.manual_seed(0)
@@ -204,7 +223,7 @@ def test_a_step_that_is_not_usable_changes_nothing(method):
         assert torch.equal(value, untouched.state_dict()[name]), name
 
 
-@pytest.mark.parametrize('method', ['adamw', 'muon'])
+@pytest.mark.parametrize('method', ['adamw', 'sgd', 'muon'])
 def test_state_by_name_survives_a_round_trip(method):
     torch.manual_seed(0)
     first, second = GPT(CONFIG), GPT(CONFIG)

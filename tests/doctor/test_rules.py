@@ -635,7 +635,7 @@ configs = st.fixed_dictionaries(
         'grad_clip': st.sampled_from([0.0, 1.0]),
         'learning_rate': st.sampled_from([0.0, 1e-3]),
         'max_iters': st.integers(1, 400),
-        'optimizer': st.sampled_from(['adamw', 'muon']),
+        'optimizer': st.sampled_from(['adamw', 'muon', 'sgd']),
         'beta1': st.sampled_from([0.0, 0.9]),
     }
 )
