@@ -64,8 +64,9 @@ report: bool = True  # write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
+vocab_size: int = 0  # number of tokens, if no meta.json or meta.pkl says it; 0: those of GPT-2
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
-fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
+fallback_dataset: str = ''  # used if the dataset cannot be downloaded; empty: stop with an error
 batch_size: int = 12  # sequences per micro step and process
 block_size: int = 1024  # context length in tokens
 gradient_accumulation_steps: int = 40  # micro steps per step, over all processes together
@@ -312,7 +313,7 @@ def main(argv):
     # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
-    data = find_data(ranks, book)
+    data = find_data(values, ranks, book)
     config = values | used | {'dataset': data.name}
     t = Training.set_up(config, data, start, ranks)
     state = TrainState()
@@ -460,6 +461,8 @@ def find_start(values, origins, book):
         values = values | {'init_from': 'resume'}
     if values['init_from'] == 'resume' and not eval_only:
         book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
+    elif not overwrite and not eval_only:
+        book.check_new()
     start = read_start(values['init_from'], out_dir, book.warn)
     if start:
         book.say(f'{"resuming" if start.resumed else "starting"} from {start.name}')
@@ -469,11 +472,9 @@ def find_start(values, origins, book):
     return start, values
 
 
-def find_data(ranks, book):
+def find_data(values, ranks, book):
     """Returns the dataset and prepares it if necessary. Raises UserError if none is available."""
-    data = open_or_prepare(
-        dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
-    )
+    data = open_or_prepare(values, ranks, book.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
     book.say_data(data, gradient_accumulation_steps * batch_size * block_size)
