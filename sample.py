@@ -160,7 +160,7 @@ def read_prompt(start: str) -> str:
         if start == '-':
             prompt = sys.stdin.buffer.read().decode('utf-8')
         elif start.startswith('FILE:'):
-            prompt = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+            prompt = Path(start.removeprefix('FILE:')).expanduser().read_text(encoding='utf-8')
         else:
             prompt = start
     except OSError as error:

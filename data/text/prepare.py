@@ -9,7 +9,6 @@ several documents, whole documents make up the validation split, about a tenth o
 end-of-text token follows each document. With a single one, its last tenth is the validation split.
 """
 
-import os
 import re
 import shlex
 import sys
@@ -20,9 +19,10 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
-from nib.files import shown
+from nib.files import read_json, shown
 from nib.text import documents
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from nib.tokens.dataset import is_prepared
 from nib.tokens.write import write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
@@ -30,6 +30,7 @@ field: str = 'text'  # the field of .jsonl and .parquet rows that contains the t
 tokenizer: Literal['char', 'byte', 'gpt2'] = 'char'  # a token is a character, a byte or a word part
 name: str = ''  # of the dataset, which is written to data/NAME; empty: named after the input
 out_dir: str = ''  # output folder; empty: data/NAME
+overwrite: bool = False  # replace the dataset of another text
 
 LITTLE = 100_000  # characters; a model memorizes a shorter text
 
@@ -40,7 +41,7 @@ def main(argv):
     if not input:
         raise UserError('--input=PATH is missing: name the files and folders that hold your text')
     names = [input] if Path(input).exists() else input.split(',')
-    paths = [Path(os.path.expanduser(path)) for path in names]
+    paths = [Path(path) for path in names]
     folder = Path(out_dir) if out_dir else choose_folder(paths[0])
     files, ignored = documents.find_files(paths)
     if ignored:
@@ -76,6 +77,8 @@ def main(argv):
         'documents': len(found.lengths),
         'sha256': found.sha256,
     }
+    if not overwrite:
+        check_replaceable(folder, found.sha256)
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
@@ -97,6 +100,18 @@ def main(argv):
     where = f' --data_dir={shlex.quote(str(folder.parent))}' if out_dir else ''
     dataset = shlex.quote(folder.name)
     print(f'to train on it: python train.py config/train_text.py --dataset={dataset}{where}')
+
+
+def check_replaceable(folder: Path, sha256: str):
+    """Raises UserError if the folder contains a dataset of another text."""
+    if not is_prepared(folder):
+        return
+    source = read_json(folder / 'meta.json').get('source')
+    if not isinstance(source, dict) or source.get('sha256') != sha256:
+        raise UserError(
+            f'{shown(folder)} contains a dataset of another text, or of an earlier version of this '
+            f'one: replace it (--overwrite), or use another --name=NAME'
+        )
 
 
 def choose_folder(path: Path) -> Path:

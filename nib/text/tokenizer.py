@@ -250,7 +250,7 @@ def load_gpt2():
         os.environ.get('TIKTOKEN_CACHE_DIR')
         or os.environ.get('DATA_GYM_CACHE_DIR')
         or Path(tempfile.gettempdir(), 'data-gym-cache')
-    )
+    ).expanduser()
     names = {file: hashlib.sha1((GPT2_URL + file).encode()).hexdigest() for file in GPT2_FILES}
     try:
         for file, digest in GPT2_FILES.items():

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import mmap
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ _SAMPLE = 1 << 13  # tokens in a sample
 _CHUNK = 1 << 20  # tokens read at once
 # What GPT-2's tokens of a real text look like: (tokens, the highest id of so many is above this).
 _GPT2_REACHES = ((16, 255), (1_000, 10_000), (10_000, 40_000))
-_PREPARE_SCRIPTS = Path(__file__).resolve().parents[2] / 'data'
+SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,19 @@ def sampled_digest(path: Path, dtype: np.dtype, tokenizer: Tokenizer) -> str | N
     return _read(path, _map_bin(path, dtype, recorded=None), tokenizer)['sampled_sha256']
 
 
+def prepare_command(folder: Path) -> str:
+    """Returns the command that prepares the dataset in this folder."""
+    name, in_place = folder.resolve().name, folder.resolve().parent == SCRIPTS
+    out_dir = f'--out_dir={shlex.quote(str(folder))}'
+    if (SCRIPTS / name / 'prepare.py').exists():
+        return f'python data/{name}/prepare.py' + ('' if in_place else f' {out_dir}')
+    return f'python data/text/prepare.py --input=PATH {f"--name={name}" if in_place else out_dir}'
+
+
 def _remedy(folder: Path, is_described: bool) -> str:
-    name = folder.resolve().name
     if is_prepared(folder) and not is_described:
-        return 'if its tokens are not those, --vocab_size=N says how many there are'
-    if (_PREPARE_SCRIPTS / name / 'prepare.py').exists():
-        return f'recreate it: python data/{name}/prepare.py'
-    return f'recreate it: python data/text/prepare.py --input=PATH --name={name}'
+        return 'if its tokens are others, --vocab_size=N says how many there are'
+    return f'recreate it: {prepare_command(folder)}'
 
 
 def _read_meta(path: Path) -> tuple[dict, Tokenizer]:

@@ -8,10 +8,16 @@ from pathlib import Path
 
 from nib.errors import UserError
 from nib.text.download import DownloadError
-from nib.tokens.dataset import SPLITS, TokenDataset, is_assumed, is_prepared, open_dataset
+from nib.tokens.dataset import (
+    SCRIPTS,
+    SPLITS,
+    TokenDataset,
+    is_assumed,
+    is_prepared,
+    open_dataset,
+    prepare_command,
+)
 from nib.tokens.unfinished import wait_for_others
-
-SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
 class Unavailable(UserError):
@@ -63,31 +69,27 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
     script = SCRIPTS / name / 'prepare.py'
     # A name that is a path could run a script that is not part of this project.
     if Path(name).name != name or not script.exists():
-        raise UserError(f'{missing} is missing{_advise(name, data_dir, values["data_dir"])}')
+        raise UserError(f'{missing} is missing{_advise(name, data_dir)}')
     if not values['prepare_dataset']:
-        into = f' --out_dir={folder}' if values['data_dir'] else ''
-        raise Unavailable(
-            f'{missing} is missing: prepare it with python data/{name}/prepare.py{into}'
-        )
+        raise Unavailable(f'{missing} is missing: prepare it with {prepare_command(folder)}')
     say(f'preparing {name}')
     runpy.run_path(str(script))['main']([f'--out_dir={folder}'])
     return folder
 
 
-def _advise(name: str, data_dir: Path, given_dir: str) -> str:
+def _advise(name: str, data_dir: Path) -> str:
     """Returns what to do about a missing dataset that no script prepares."""
     elsewhere = Path(name).resolve()
     if is_prepared(elsewhere):
         return f'; did you mean --data_dir={elsewhere.parent} --dataset={elsewhere.name}?'
-    scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
-    prepared = {path.parent.name for path in data_dir.glob('*/train.bin')}
-    nearest = difflib.get_close_matches(name, scripts | prepared, n=1)
-    advice = f'; did you mean --dataset={nearest[0]}?' if nearest else ':'
     config = Path(os.path.relpath(SCRIPTS.parent / 'config' / f'{name}.py'))
     if config.exists():
         return f'; the first lines of {config} say how to prepare it'
-    place = f'--out_dir={data_dir / name}' if given_dir else f'--name={name}'
+    scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
+    prepared = {path.parent.name for path in data_dir.glob('*/train.bin')}
+    nearest = difflib.get_close_matches(name, scripts | prepared, n=1)
+    advice = f'; did you mean --dataset={nearest[0]}?' if nearest else '.'
     return (
-        f'{advice} For your own text, prepare it with python data/text/prepare.py --input=PATH '
-        f'{place}; datasets that are here or have a script: {", ".join(sorted(scripts | prepared))}'
+        f'{advice} For your own text, prepare it with {prepare_command(data_dir / name)}; datasets '
+        f'that are here or have a script: {", ".join(sorted(scripts | prepared))}'
     )
