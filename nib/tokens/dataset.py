@@ -27,8 +27,6 @@ LARGE = 1 << 26  # bytes
 _SAMPLES = 128  # spread evenly from the first token to the last
 _SAMPLE = 1 << 13  # tokens in a sample
 _CHUNK = 1 << 20  # tokens read at once
-# What GPT-2's tokens of a real text look like: (tokens, the highest id of so many is above this).
-_GPT2_REACHES = ((16, 255), (1_000, 10_000), (10_000, 40_000))
 SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
@@ -86,11 +84,6 @@ def open_dataset(folder, block_size: int, vocab_size: int = 0) -> TokenDataset:
             tokenizer = nanogpt_bins.read_tokenizer(folder, vocab_size)
             wide = tokenizer.vocab_size > 1 << 16
             meta = {'dtype': 'uint32' if wide else 'uint16', 'splits': {}}
-        if vocab_size not in (0, tokenizer.vocab_size):
-            raise UserError(
-                f'{folder} has a vocabulary of {tokenizer.vocab_size} tokens, but vocab_size is '
-                f'{vocab_size}: leave vocab_size out'
-            )
         bins, found = {}, {}
         for split in SPLITS:
             recorded = meta['splits'].get(split)
@@ -102,6 +95,11 @@ def open_dataset(folder, block_size: int, vocab_size: int = 0) -> TokenDataset:
             found[split] = _check_bin(folder / f'{split}.bin', bins[split], tokenizer, recorded)
     except UserError as error:
         raise UserError(f'{error}; {_remedy(folder, is_described)}') from error
+    if vocab_size not in (0, tokenizer.vocab_size):
+        raise UserError(
+            f'{folder} has a vocabulary of {tokenizer.vocab_size} tokens, but vocab_size is '
+            f'{vocab_size}: leave vocab_size out'
+        )
     for split in SPLITS:
         if len(bins[split]) < block_size + 1:
             smaller = f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else ''
@@ -146,7 +144,7 @@ def prepare_command(folder: Path) -> str:
 
 def _remedy(folder: Path, is_described: bool) -> str:
     if is_prepared(folder) and not is_described:
-        return 'if its tokens are others, --vocab_size=N says how many there are'
+        return '--vocab_size=N says how many tokens another vocabulary has'
     return f'recreate it: {prepare_command(folder)}'
 
 
@@ -213,14 +211,17 @@ def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], assumed: bool)
                 f'{folder / split}.bin seems to contain uint32 ids, as every second uint16 is 0; '
                 f'without a meta.json, ids of up to 65,536 tokens are read as uint16'
             )
-    n_tokens = sum(len(ids) for ids in begins.values())
-    largest = max(int(ids.max()) for ids in begins.values())
-    expected = max((reached for least, reached in _GPT2_REACHES if n_tokens >= least), default=0)
-    if assumed and largest <= expected:
+    seen = np.flatnonzero(np.bincount(np.concatenate([*begins.values()])))
+    largest = int(seen[-1])
+    # GPT-2's ids are spread: a fifth of those that a text uses is above 40,000, and a text that
+    # uses few of them still leaves most ids below its largest one out. Below 256 there are only
+    # single bytes.
+    is_other = len(seen) >= 300 or 10 * len(seen) > largest or largest < 256
+    if assumed and largest < 40_000 and is_other:
         raise UserError(
             f"{folder} has neither meta.json nor meta.pkl, so its ids should be GPT-2's tokens, "
-            f'but the largest of {n_tokens:,} ids is {largest}, where text reaches '
-            f'{expected:,} and more: they are of another vocabulary'
+            f"but it uses {len(seen):,} ids from {seen[0]} to {largest}, and a text in GPT-2's "
+            f'tokens uses ids up to 50,256'
         )
 
 

@@ -50,12 +50,13 @@ def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> Token
             return _prepare(fallback, data_dir, values, say)
 
     folder = ranks.on_first(prepare_or_fall_back)
+    data = open_dataset(folder, values['block_size'], values['vocab_size'])
     if is_assumed(folder) and not values['vocab_size']:
         say(
             f"{folder} has neither meta.json nor meta.pkl: its ids are taken for GPT-2's tokens "
-            f'(--vocab_size=N names another vocabulary)'
+            f'(--vocab_size=N says how many tokens another vocabulary has)'
         )
-    return open_dataset(folder, values['block_size'], values['vocab_size'])
+    return data
 
 
 def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], None]) -> Path:

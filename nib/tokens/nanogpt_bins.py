@@ -22,13 +22,13 @@ class _Unpickler(pickle.Unpickler):
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of bins without a meta.json: that of meta.pkl, else GPT-2's.
 
-    vocab_size: the number of tokens, if there is no meta.pkl and they are not GPT-2's; else 0.
+    vocab_size: the number of tokens, if there is no meta.pkl; 0: GPT-2's. 50,257 tokens without
+    texts are GPT-2's.
     Raises UserError if meta.pkl is invalid.
     """
     path = folder / 'meta.pkl'
     if not path.exists():
-        is_gpt2 = vocab_size in (0, Gpt2Tokenizer.vocab_size)
-        return Gpt2Tokenizer() if is_gpt2 else IdTokenizer(vocab_size)
+        return _of_size(vocab_size or Gpt2Tokenizer.vocab_size)
     try:
         with open(path, 'rb') as file:
             return _make_tokenizer(_Unpickler(file).load())
@@ -66,13 +66,18 @@ def _make_tokenizer(meta) -> Tokenizer:
         if wrong:
             raise UserError(f'itos and stoi disagree about id {wrong[0]}')
     if not itos:
-        return IdTokenizer(size)
+        return _of_size(size)
     # Ids without a token appear as <id>.
     tokens = [_text_of(itos[n]) if n in itos else f'<{n}>' for n in range(size)]
     if all(len(token) == 1 for token in tokens) and tokens == sorted(set(tokens)):
         return CharTokenizer(''.join(tokens))
     distinct = len(set(tokens)) == size
     return VocabularyTokenizer(tuple(tokens)) if distinct else IdTokenizer(size)
+
+
+def _of_size(vocab_size: int) -> Tokenizer:
+    is_gpt2 = vocab_size == Gpt2Tokenizer.vocab_size
+    return Gpt2Tokenizer() if is_gpt2 else IdTokenizer(vocab_size)
 
 
 def _text_of(token) -> str:

@@ -142,11 +142,12 @@ class UnfinishedBins:
 
     def save(self):
         """Sync the bins to disk, then write the journal."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        with atomic_write(self.journal) as file:
-            file.write(json.dumps(self.done).encode())
+        with _writing(self.folder):
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            with atomic_write(self.journal) as file:
+                file.write(json.dumps(self.done).encode())
         self.saved = time.monotonic()
 
     def finish(self, meta: dict):
@@ -174,7 +175,7 @@ class UnfinishedBins:
         """Keeps what was written for the next run, even after Ctrl-C; removes empty files."""
         if all(file.closed for file in self.files.values()):  # finish() has been called
             return
-        with suppress(OSError):  # the exception that led here says more
+        with suppress(UserError):  # the exception that led here says more
             if self.done['pieces']:
                 self.save()
         for split, file in self.files.items():
