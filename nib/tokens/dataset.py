@@ -216,7 +216,7 @@ def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], assumed: bool)
     # GPT-2's ids are spread: a fifth of those that a text uses is above 40,000, and a text that
     # uses few of them still leaves most ids below its largest one out. Below 256 there are only
     # single bytes.
-    is_other = len(seen) >= 300 or 10 * len(seen) > largest or largest < 256
+    is_other = len(seen) >= 200 or 10 * len(seen) > largest or largest < 256
     if assumed and largest < 40_000 and is_other:
         raise UserError(
             f"{folder} has neither meta.json nor meta.pkl, so its ids should be GPT-2's tokens, "

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import FolderLock, atomic_write, sync_folder
+from nib.files import FolderLock, atomic_write, clear_temporaries, sync_folder
 from nib.tokens.encode import SPLITS, Encoded
 
 JOURNAL_SECONDS = 5.0  # between two writes of the journal
@@ -48,6 +48,8 @@ def wait_for_others(folder: Path):
 
 def remove_unfinished(folder: Path):
     """Removes what UnfinishedBins has left in a folder, when its dataset is complete."""
+    *_, journal = _unfinished_files(folder)
+    clear_temporaries(folder, 'meta.json', journal.name)
     for path in _unfinished_files(folder):
         path.unlink(missing_ok=True)
 
@@ -87,6 +89,7 @@ class UnfinishedBins:
         }
         self.files, self.digests = {}, {}
         with _writing(self.folder):
+            clear_temporaries(folder, 'meta.json', self.journal.name)
             self.done = self._read_journal(key) or nothing
             if self.done is nothing:
                 # Before anything is written: the old journal does not describe the new bins.
