@@ -622,3 +622,14 @@ def test_closed_stdout_ends_quietly(run, mode, unbuffered):
     done = run(mode, stdout=write_end, env={'PYTHONUNBUFFERED': unbuffered})
     os.close(write_end)
     assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, '')
+
+
+def test_a_tilde_is_the_home_folder_everywhere_but_in_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    monkeypatch.setenv('USERPROFILE', '/home/me')  # Windows
+    (tmp_path / 'x.py').write_text("out_dir = '~/of file'")
+    defaults = dict.fromkeys(('out_dir', 'input', 'start'), '')
+    types = dict.fromkeys(defaults, (str,))
+    argv = [str(tmp_path / 'x.py'), '--input=~/a,b~,~/c', '--start=~/d']
+    values, _ = configurator.resolve(defaults, types, argv)
+    assert values == {'out_dir': '/home/me/of file', 'input': '/home/me/a,b~,/home/me/c', 'start': '~/d'}
