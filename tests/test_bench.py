@@ -101,6 +101,7 @@ def test_without_its_dataset_a_config_is_measured_on_random_tokens(tmp_path):
     assert not {'generated tokens/s', 'command to first step, s'} & rows(done.stdout).keys()
 
 
+@pytest.mark.slow
 def test_a_missing_dataset_is_prepared_as_train_py_does(tmp_path):
     done = bench(
         '--dataset=stdlib_char',

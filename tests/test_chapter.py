@@ -240,6 +240,7 @@ def assert_shown(shown: list[str], printed: str):
         )
 
 
+@pytest.mark.slow
 def test_every_command_prints_what_is_shown(folder, run_main):
     for block in read_blocks(ENGLISH, 'console'):
         for command, shown in commands(block):

@@ -87,8 +87,8 @@ ELSEWHERE = {
     '--out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
     'python bench.py '
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
-    'pytest': 'this is it',
-    'pytest -m "not slow"': 'pytest',
+    'pytest -n auto': 'this is it',
+    'pytest -n auto -m "not slow"': 'pytest',
     'pytest tests/text': 'pytest',
     'ruff check .': '.ci/run',
     'ruff format --check .': '.ci/run',

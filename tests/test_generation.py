@@ -163,6 +163,7 @@ def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monke
     torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_near(monkeypatch):
     """The shape of GPT-2 (124M): packed matrices, if the CPU has them, and a long context."""
     monkeypatch.setattr(generation, 'KVCache', None)
@@ -219,6 +220,7 @@ def test_generation_reads_the_weights_as_they_are_when_it_starts():
     )
 
 
+@pytest.mark.slow
 def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
     """Rows of unequal length, past block_size, with no second compilation on the way."""
     from nib.machine.compiling import pick_compile

@@ -106,6 +106,7 @@ def test_the_last_line_is_the_loss_over_the_whole_validation_split(whole_run, da
     assert f'step 20: val loss {loss:.4f}' in only.stdout
 
 
+@pytest.mark.slow
 def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(whole_run, data_dir, tmp_path):
     """All weights and moments are equal, bit for bit, and so is the curve."""
     train(data_dir, tmp_path / 'run', '--dropout=0.1', '--max_iters=10')
@@ -747,6 +748,7 @@ def test_a_compiled_run_learns_the_same(data_dir, tmp_path, whole_run):
         assert compiled.get('loss/step', 0) == pytest.approx(plain.get('loss/step', 0), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_importing_a_script_does_nothing():
     done = run_script(
         '-c',
