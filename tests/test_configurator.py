@@ -632,4 +632,8 @@ def test_a_tilde_is_the_home_folder_everywhere_but_in_a_prompt(tmp_path, monkeyp
     types = dict.fromkeys(defaults, (str,))
     argv = [str(tmp_path / 'x.py'), '--input=~/a,b~,~/c', '--start=~/d']
     values, _ = configurator.resolve(defaults, types, argv)
-    assert values == {'out_dir': '/home/me/of file', 'input': '/home/me/a,b~,/home/me/c', 'start': '~/d'}
+    assert values == {
+        'out_dir': '/home/me/of file',
+        'input': '/home/me/a,b~,/home/me/c',
+        'start': '~/d',
+    }
