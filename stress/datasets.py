@@ -1,6 +1,6 @@
 """Prepares one dataset by several processes at once, and opens bins of foreign vocabularies.
 
-python stress/datasets.py                              300 rounds of three processes, 1,000 bins
+python stress/datasets.py                               200 rounds of three processes, 700 bins
 python stress/datasets.py --rounds=20 --vocabularies=50   a quick look
 
 The processes are forked, so this program needs Linux or macOS. Half of all rounds kill one of the
@@ -34,8 +34,8 @@ from nib.tokens import encode, unfinished
 from nib.tokens.dataset import open_dataset
 from nib.tokens.write import write_dataset
 
-rounds: int = 300  # times that three processes prepare a dataset together
-vocabularies: int = 1000  # bins to open, alternating between all kinds
+rounds: int = 200  # times that three processes prepare a dataset together
+vocabularies: int = 700  # bins to open, alternating between all kinds
 seed: int = 0  # determines texts, vocabularies and kills
 result: str = ''  # file that the table is also written to
 

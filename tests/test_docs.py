@@ -127,7 +127,7 @@ LONG = {
     'python stress/planted_faults.py --text=data/shakespeare_char/input.txt': 'trains 438 models',
     'python stress/crash.py': 'kills 1,000 processes',
     'python stress/corruption.py': 'damages 10,000 checkpoints',
-    'python stress/datasets.py': 'starts 1,200 processes',
+    'python stress/datasets.py': 'starts 800 processes',
     'python stress/fuzz.py': 'runs 10,000 command lines',
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',
