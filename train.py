@@ -42,7 +42,7 @@ from nib.run.checks import check_config, settle_schedule
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
-from nib.tokens.find import check_trained_on, data_dir_of, open_or_prepare
+from nib.tokens.find import data_dir_of, open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -68,8 +68,9 @@ report: bool = True  # write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
+vocab_size: int = 0  # number of tokens, if no meta.json or meta.pkl says it; 0: those of GPT-2
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
-fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
+fallback_dataset: str = ''  # used if the dataset cannot be downloaded; empty: stop with an error
 batch_size: int | Literal['auto'] = 12  # sequences per micro step and process; auto: all that fit
 block_size: int = 1024  # context length in tokens
 gradient_accumulation_steps: int = 40  # micro steps per step, summed over all processes
@@ -318,7 +319,7 @@ def main(argv):
     # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
-    data = find_data(ranks, book)
+    data = find_data(values, ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
     if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
@@ -479,6 +480,8 @@ def find_start(values, origins, book):
         values = values | {'init_from': 'resume'}
     if values['init_from'] == 'resume' and not eval_only:
         book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
+    elif not overwrite and not eval_only:
+        book.check_new()
     start = read_start(values['init_from'], out_dir, book.warn)
     if start:
         own = any(origin.startswith('checkpoint') for origin in origins.values())
@@ -492,13 +495,9 @@ def find_start(values, origins, book):
     return start, values
 
 
-def find_data(ranks, book):
+def find_data(values, ranks, book):
     """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
-    if init_from == 'resume':
-        check_trained_on(dataset, data_dir)
-    data = open_or_prepare(
-        dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
-    )
+    data = open_or_prepare(values, ranks, book.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
     book.say_data(data, gradient_accumulation_steps * batch_size * block_size)

@@ -1051,8 +1051,8 @@ def test_mistakes_are_one_line(debug, tmp_path):
     for flags, words in (
         (['--overfit_steps=0'], 'overfit_steps is 0: it must be at least 1'),
         (['--batch_tokens=-1'], 'batch_tokens is -1'),
-        (['--vocab_size=1', '--dataset='], 'vocab_size is 1: it must be at least 2'),
-        (['--vocab_size=100'], 'use random tokens with --dataset='),
+        (['--vocab_size=1', '--dataset='], 'vocab_size is 1: random tokens need at least 2'),
+        (['--vocab_size=100'], 'but vocab_size is 100: leave vocab_size out'),
         (['--dataset=nowhere'], 'or use random tokens: --dataset='),
         (['--n_head=3'], 'n_embd 32 is not divisible by n_head 3'),
         (['--init_from=nowhere'], "expected 'scratch'"),

@@ -148,6 +148,7 @@ LONG = {
     'python stress/planted_faults.py --text=data/shakespeare_char/input.txt': 'trains 438 models',
     'python stress/crash.py': 'kills 1,000 processes',
     'python stress/corruption.py': 'damages 10,000 checkpoints',
+    'python stress/datasets.py': 'starts 800 processes',
     'python stress/fuzz.py': 'runs 10,000 command lines',
     'python stress/encodings.py --cases=2000': 'prepares 2,000 texts',
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',

@@ -160,7 +160,7 @@ def find_tokenizer(path: Path, dataset: str, vocab_size: int) -> dict | None:
         if described := read_json(folder / 'meta.json').get('tokenizer'):
             tokenizer = tokenizer_from_json(described)
         elif (folder / 'meta.pkl').exists():
-            tokenizer = nanogpt_bins.read_tokenizer(folder)
+            tokenizer = nanogpt_bins.read_tokenizer(folder, 0)
         else:
             continue
         if tokenizer.vocab_size == vocab_size:

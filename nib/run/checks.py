@@ -51,6 +51,7 @@ def check_config(config: Mapping, world_size: int):
     for keys, least, below in (
         (COUNTS, 1, 1 << 31),
         (AMOUNTS, 0, math.inf),
+        (('vocab_size',), 0, 1 << 31),
         (('beta1', 'beta2', 'muon_momentum', 'sgd_momentum'), 0, 1),
     ):
         limit = f'less than {below:,}' if below < math.inf else 'finite'

@@ -85,6 +85,10 @@ class Logbook:
         """Locks out_dir if it contains a run. Raises UserError if another process has the lock."""
         self.ranks.on_first(lambda: store.exists(self.out_dir) and self._lock.take(new_run=False))
 
+    def check_new(self):
+        """Raises UserError if out_dir contains a run: before anything takes time."""
+        self.ranks.on_first(self._lock.check_new)
+
     def lock_new(self, overwrite: bool):
         """Locks out_dir for a new run.
 
