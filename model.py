@@ -58,6 +58,8 @@ class GPTConfig:
     recompute: bool = False  # keep only the inputs of blocks; recompute the rest in backward
 
     def __post_init__(self):
+        # JSON has no tuples.
+        object.__setattr__(self, 'rotary_scaling', tuple(self.rotary_scaling))
         for name in 'vocab_size block_size n_layer n_head n_embd head_dim mlp_width'.split():
             # More layers would take hours to build; larger sizes would overflow the counts.
             value, below = getattr(self, name), 10_000 if name == 'n_layer' else 1 << 31

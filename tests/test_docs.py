@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from nib.doctor.troubles import TROUBLES
+from nib.files import command
 
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
 SHELLS = ('sh', 'console', 'console recorded', '')  # blocks of commands; '' is an indented one
@@ -346,7 +347,7 @@ def shape(line: str) -> str:
 @pytest.mark.parametrize('page', ['README.md', 'docs/watching.md'])
 def test_a_run_prints_such_lines_as_are_shown(page, folder, run_main):
     done = run_main('train.py', 'config/train_shakespeare_char.py', *TINY_RUN, '--log_interval=1')
-    printed = succeed(done).stdout.splitlines()
+    printed = succeed(done).stdout.replace(command('sample.py'), 'python sample.py').splitlines()
     for line in shown_after(page, 'device cpu'):
         if line.startswith('step '):
             assert shape(line) in map(shape, printed), line

@@ -113,8 +113,8 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     These are the inputs of each operation whose gradient depends on them. The residual stream is
     float32, matrix products are in `dtype`.
     """
-    C, W = config.n_embd, config.mlp_width
-    KV = config.kv_heads * config.head_dim
+    C, W = config.n_embd, config.mlp_units
+    KV = config.kv_heads * config.head_width
     size = FLOAT if dtype == 'float32' else 2
     on_cpu = device == 'cpu'
     in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks

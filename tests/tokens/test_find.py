@@ -33,6 +33,7 @@ no_text_here = pytest.mark.skipif(
 def values(tmp_path):
     """A run on tiny Shakespeare that may prepare it, and falls back to the standard library."""
     return {
+        'init_from': 'scratch',
         'dataset': 'shakespeare_char',
         'data_dir': str(tmp_path / 'data'),
         'fallback_dataset': 'stdlib_char',

@@ -149,6 +149,7 @@ def test_what_is_assumed_is_said(tmp_path):
     make(tmp_path / 'foreign', ids)
     said = []
     values = {
+        'init_from': 'scratch',
         'dataset': 'foreign',
         'data_dir': str(tmp_path),
         'fallback_dataset': '',

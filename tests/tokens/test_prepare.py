@@ -283,7 +283,7 @@ def test_a_written_end_of_text_becomes_the_token_or_stays_as_told_and_prompts_ag
     prepare([*flags, f'--out_dir={tmp_path / "ends"}'])
     said = capsys.readouterr()
     assert '<|endoftext|> occurs 30 times in the text: each ends a document' in said.err
-    assert 'documents 30,' in said.out
+    assert '30 documents,' in said.out
     data = open_dataset(tmp_path / 'ends', 16)
     end = data.tokenizer.end_of_text
     assert (data.train == end).sum() + (data.val == end).sum() == 30
