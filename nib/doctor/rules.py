@@ -14,9 +14,6 @@ from nib.doctor.troubles import SEVERITIES, TROUBLES, Finding, Severity
 from nib.doctor.vitals import PROBE_LENGTH, DataSigns, EvaluationSigns, StepSigns
 from nib.guard import Seen
 
-# Groups of matrices whose update ratios are judged. Those of embeddings are not, because a batch
-# contains few of their rows.
-LEARNING = ('attention', 'mlp')
 KEPT = 1000  # lines and windows to remember; beyond that, older ones are thinned out
 
 
@@ -324,7 +321,7 @@ class Doctor:
             return None
         limits = health.update_limits(self.config['beta1'], first=True, trained=self.trained)
         ratio = self._largest_ratio()
-        if self.config['warmup_iters'] < 10 and ratio > limits[1]:
+        if self.config['warmup_iters'] < health.WARMUP and ratio > limits[1]:
             return (
                 f'the first step moved the weights by {ratio:.2g} of their size, while at most '
                 f'{limits[1]:.2g} is usual'
@@ -332,7 +329,7 @@ class Doctor:
         return None
 
     def lr_too_high(self) -> str | None:
-        ratio, limit = self._largest_ratio(), 2 * self._ratio_limits()[1]
+        ratio, limit = self._largest_ratio(), self._ratio_limits()[1]
         if self._lasts('lr_too_high', self.vital_signs.step > 1 and ratio > limit, 2):
             return (
                 f'a step moves the weights by {ratio:.2g} of their size, repeatedly, while 0.001 '
@@ -475,7 +472,7 @@ class Doctor:
     def weight_decay_too_strong(self) -> str | None:
         shrunk = {
             group: self.vital_signs.weight_rms[group] / self.first_rms[group]
-            for group in LEARNING
+            for group in health.LEARNING
             if self.first_rms.get(group)
         }
         if not shrunk:
@@ -598,7 +595,7 @@ class Doctor:
     # -- used by several rules ---------------------------------------------------------------------
 
     def _largest_ratio(self) -> float:
-        return max(self.vital_signs.update_ratio[group] for group in LEARNING)
+        return max(self.vital_signs.update_ratio[group] for group in health.LEARNING)
 
     def _ratio_limits(self) -> tuple[float, float]:
         return health.update_limits(

@@ -89,7 +89,7 @@ class Finding:
         return cls(name, step, severity, evidence, texts('causes'), texts('changes'))
 
     def record(self) -> dict:
-        """Returns what metrics.jsonl stores beside the name and the step."""
+        """Returns what metrics.jsonl stores besides the name and the step."""
         return {
             'severity': self.severity,
             'evidence': self.evidence,

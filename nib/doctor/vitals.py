@@ -92,7 +92,7 @@ class EvaluationSigns:
         return cls(**vital_signs)
 
     def metrics(self) -> dict[str, float]:
-        """Returns what metrics.jsonl and other logs record beside the losses, by name."""
+        """Returns what metrics.jsonl and other logs record besides the losses, by name."""
         losses = ('step', 'train_loss', 'val_loss')
         return {name: value for name, value in asdict(self).items() if name not in losses}
 
@@ -108,14 +108,6 @@ class DataSigns:
     leaked: float  # share of passages of the validation text that occur in the training text
     distance: float  # Jensen-Shannon divergence of the token frequencies of both texts, in nats
     usual_distance: float  # the largest one between a part of the training text and the rest
-
-
-def group_of(name: str) -> str:
-    """Returns the group that a matrix belongs to, by the name of the parameter."""
-    for part, group in (('.attn.', 'attention'), ('.mlp.', 'mlp'), ('lm_head', 'head')):
-        if part in name:
-            return group
-    return 'embedding'
 
 
 def sample(matrix: torch.Tensor) -> torch.Tensor:
@@ -167,7 +159,7 @@ class Vitals:
         self._groups: dict[str, list[torch.Tensor]] = {}  # samples of weights
         self._blocks: dict[int, list[torch.Tensor]] = {}  # samples of stored gradients
         for name, weight in matrices:
-            self._groups.setdefault(group_of(name), []).append(sample(weight))
+            self._groups.setdefault(health.group_of(name), []).append(sample(weight))
             if '.h.' in name and key:
                 block = int(name.split('.h.')[1].split('.')[0])
                 self._blocks.setdefault(block, []).append(sample(state[f'{name}/{key}']))
