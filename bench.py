@@ -10,6 +10,8 @@ It accepts every key of train.py. --vs_nanogpt also measures nanoGPT's code, in 
 model and batch. --growth measures how speed and memory change with width, depth, context and batch.
 """
 
+import nib.machine.threads  # noqa: F401 - before torch, which reads what this sets
+
 import json
 import math
 import os

@@ -12,6 +12,8 @@ Accepts every key of train.py, but does not evaluate, compile or save. The steps
 train.py. Each one is undone, and nothing is written to out_dir.
 """
 
+import nib.machine.threads  # noqa: F401 - before torch, which reads what this sets
+
 import sys
 from contextlib import contextmanager
 from dataclasses import replace

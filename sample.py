@@ -5,6 +5,8 @@ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temper
 echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 """
 
+import nib.machine.threads  # noqa: F401 - before torch, which reads what this sets
+
 import codecs
 import itertools
 import sys

@@ -8,6 +8,8 @@ Read this file from top to bottom: the config, the learning rate, the evaluation
 what a step needs, main, the loop, and the functions that they call.
 """
 
+import nib.machine.threads  # noqa: F401 - before torch, which reads what this sets
+
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import sys
 from contextlib import nullcontext, suppress
@@ -9,6 +10,7 @@ from contextlib import nullcontext, suppress
 import torch
 
 from nib.errors import UserError
+from nib.machine.threads import available_cores
 
 # Dense matrix rates (without sparsity) in FLOP/s, from the vendors' data sheets.
 # Key: words of the device's name, and the dtype.
@@ -44,8 +46,10 @@ PEAK_FLOPS = {
 def pick_device(device: str) -> str:
     """Returns the device to use; 'auto' becomes 'cuda', 'mps' or 'cpu', the first one available.
 
-    Raises UserError if this machine does not have the device.
+    Also limits torch's threads to the cores of this process. Raises UserError if this machine does
+    not have the device.
     """
+    limit_threads()
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'
@@ -68,6 +72,12 @@ def pick_device(device: str) -> str:
             f'try --device=auto'
         )
     return kind if kind in ('cpu', 'mps') else device  # there is only one: 'cpu:0' is 'cpu'
+
+
+def limit_threads():
+    """Gives torch at most one thread for each available core, unless the user has chosen."""
+    if not os.environ.keys() & {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'}:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
 
 def describe_device(device: str) -> str:

@@ -1,0 +1,164 @@
+"""Measures how much slower training and sampling become on a CPU whose cores are taken.
+
+    python benchmarks/busy_machine.py
+
+Each job runs alone, twice at once, and beside a process that never waits, once with libgomp's own
+spin count and once with that of nib/machine/threads.py. The jobs are ready before the measurement
+and run in turns for the same time. Nothing else may use the machine meanwhile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import nib.machine.threads
+
+import numpy as np
+
+import configurator
+import train
+from benchmarks import measure
+from nib.errors import UserError, run_script
+from nib.machine.device import pick_device, pick_dtype
+from nib.run.checks import settle_schedule
+from nib.tokens.dataset import TokenDataset
+
+config: str = 'config/train_shakespeare_char.py'  # the model
+rounds: int = 5  # rounds of measurements
+seconds: float = 1.5  # of each measurement
+spins: str = ''  # spin counts, separated by commas; empty: libgomp's own and the project's
+result: str = ''  # file that the table is also written to
+
+JOBS = {'training': 'steps/s', 'sampling': 'tokens/s'}
+SITUATIONS = {'alone': (1, 0), 'two at once': (2, 0), 'beside a busy process': (1, 1)}
+VOCAB_SIZE = 65
+LIBGOMP = 300_000  # libgomp's own spin count
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    counts = (spins or f'{LIBGOMP},{nib.machine.threads.SPINS}').split(',')
+    if rounds < 1 or seconds <= 0 or not all(count.isdigit() for count in counts):
+        raise UserError(
+            f'rounds {rounds}, seconds {seconds:g}, spins {spins}: they must be at least 1, above '
+            f'0, and numbers separated by commas'
+        )
+    turns: dict[str, list] = {f'spin count {int(count):,}': [] for count in counts}
+    for job, unit in JOBS.items():
+        workers = {count: [Worker(job, count) for _ in range(2)] for count in counts}
+        for turn in range(rounds):
+            for name, count in zip(turns, counts):
+                figures = measure_situations(job, unit, workers[count])
+                if job == 'training':
+                    turns[name].append({})
+                turns[name][turn] |= figures
+                print(
+                    f'round {turn + 1}, {name}: '
+                    + ', '.join(f'{key} {figure:.3g}' for key, figure in figures.items()),
+                    file=sys.stderr,
+                    flush=True,
+                )
+        for pair in workers.values():
+            for worker in pair:
+                worker.end()
+    table = (
+        f'{rounds} rounds in turns of {seconds:g} s; {measure.describe_machine()}\n'
+        f'{config}; times slower than alone in the same round\n\n{measure.make_table(turns)}'
+    )
+    print(table, end='')
+    if result:
+        Path(result).write_text(table)
+
+
+def measure_situations(job: str, unit: str, workers) -> dict[str, float]:
+    """Returns the rate of a job alone, and how many times slower it is in the other situations."""
+    rates = {}
+    for situation, (n_workers, n_busy) in SITUATIONS.items():
+        busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(n_busy)]
+        for worker in workers[:n_workers]:
+            worker.start()
+        counts = [worker.rate() for worker in workers[:n_workers]]
+        rates[situation] = sum(counts) / len(counts)
+        for process in busy:
+            process.kill()
+            process.wait()
+    alone = rates.pop('alone')
+    slower = {f'{job} {situation}, x': alone / rate for situation, rate in rates.items()}
+    return {f'{job} alone, {unit}': alone} | slower
+
+
+class Worker:
+    """A process that is ready to do a job for some seconds."""
+
+    def __init__(self, job: str, spin_count: str, threads: str | None = None):
+        chosen = {name: os.environ[name] for name in os.environ if not name.startswith('OMP_')}
+        program = f'from benchmarks import busy_machine; busy_machine.work({job!r}, {config!r})'
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', program],
+            cwd=ROOT,
+            env={**chosen, 'GOMP_SPINCOUNT': spin_count, **({'OMP_NUM_THREADS': threads} if threads else {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.rate()  # it is ready
+
+    def start(self):
+        self.process.stdin.write(f'{seconds}\n')
+        self.process.stdin.flush()
+
+    def rate(self) -> float:
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError('a worker has ended; its message is above')
+        return json.loads(line)
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def work(job: str, config: str):
+    """Runs in a worker: for each line with seconds, does the job that long and prints its rate."""
+    values, _ = configurator.configure(
+        train.__file__, [config, '--device=cpu'], settle={'device': pick_device}
+    )
+    values = settle_schedule(values) | {'dtype': pick_dtype(values['dtype'], 'cpu')[0]}
+    tokens = np.random.default_rng(0).integers(VOCAB_SIZE, size=100_000, dtype=np.uint16)
+    data = TokenDataset('random tokens', Path(), tokens, tokens, VOCAB_SIZE, None, {}, '')
+    training = train.Training.set_up(values, data)
+    training.optimizer.lr = values['learning_rate']
+    do = {'training': do_steps, 'sampling': do_tokens}[job](training)
+    for _ in range(20):
+        next(do)
+    print(0, flush=True)
+    for line in sys.stdin:
+        count, started = 0, time.perf_counter()
+        while (spent := time.perf_counter() - started) < float(line):
+            next(do)
+            count += 1
+        print(count / spent, flush=True)
+
+
+def do_steps(training):
+    step = 0
+    while True:
+        loss, _ = train.train_step(training, training.batches.micro_batches(step), step)
+        float(loss)
+        step += 1
+        yield
+
+
+def do_tokens(training):
+    while True:
+        yield from training.raw_model.generate([[0]] * 3, 500, temperature=0.8, top_k=200, seed=1)
+
+
+if __name__ == '__main__':
+    run_script(main)
