@@ -26,6 +26,7 @@ class Line:
     loss: float  # their mean
     variance: float  # of their losses
     tokens_per_second: float
+    core_wait: float = 0.0  # share of the time that the main thread waited for a core, if known
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Doctor:
         self.streak: dict[str, int] = {}  # rule -> how many times in a row its sign was present
         self.evaluations: list[EvaluationSigns] = []
         self.difference: str | None = None  # result of check_generation()
+        self.cores_taken = False  # whether the run is slow because it waits for cores
         self.steps = 0  # since the run was started or resumed
         self.bad_steps = 0  # of these, the non-finite ones
         self.first_bad = self.last_bad = 0  # the first and the last one that is known
@@ -133,7 +135,14 @@ class Doctor:
             mean = statistics.fmean(finite)
             variance = statistics.fmean((loss - mean) ** 2 for loss in finite)
             self._add_line(
-                Line(vital_signs.step, len(finite), mean, variance, vital_signs.tokens_per_second)
+                Line(
+                    vital_signs.step,
+                    len(finite),
+                    mean,
+                    variance,
+                    vital_signs.tokens_per_second,
+                    vital_signs.core_wait or 0.0,
+                )
             )
         self.first_rms = self.first_rms or vital_signs.weight_rms
         return self._apply(self.STEP_RULES, vital_signs.step)
@@ -240,7 +249,8 @@ class Doctor:
         )
         if self._found(name) or ruined and name != 'not_finite':
             return []
-        finding = Finding.of(name, step, evidence, self.config, severity)
+        facts = {**self.config, 'cores_taken': self.cores_taken}
+        finding = Finding.of(name, step, evidence, facts, severity)
         self.findings.append(finding)
         return [finding]
 
@@ -501,9 +511,18 @@ class Doctor:
         if len(before) < 3:
             return None
         usual = statistics.median(line.tokens_per_second for line in before)
-        if max(line.tokens_per_second for line in now) < 0.4 * usual:
-            return f'{now[-1].tokens_per_second:,.0f} tokens/s, while {usual:,.0f} were usual'
-        return None
+        if max(line.tokens_per_second for line in now) >= 0.4 * usual:
+            return None
+        evidence = f'{now[-1].tokens_per_second:,.0f} tokens/s, while {usual:,.0f} were usual'
+        # On a quiet machine, and if the data are slow, it was at most 0.2 % of the time; beside one
+        # process on two cores, 29 to 49 %.
+        wait_before, wait = (
+            statistics.median(line.core_wait for line in lines) for lines in (before, now)
+        )
+        self.cores_taken = wait > wait_before + 0.1
+        if self.cores_taken:
+            evidence += f'; the run waits {wait:.0%} of the time for a core'
+        return evidence
 
     # -- rules for each evaluation -----------------------------------------------------------------
 

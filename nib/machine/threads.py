@@ -40,6 +40,17 @@ def available_cores(root: Path = Path('/')) -> int:
     return max(1, min([cores, *map(math.ceil, _quotas(root))]))
 
 
+def seconds_without_core() -> float | None:
+    """Returns how long this thread could run but had no core, since it started; None if unknown.
+
+    Threads of other processes had the cores, or the quota of the cgroup was used up. Only Linux
+    measures it. Waiting for a disk, a GPU or other threads does not count.
+    """
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path('/proc/thread-self/schedstat').read_text().split()[1]) / 1e9
+    return None
+
+
 def _quotas(root: Path) -> Iterator[float]:
     """Yields the CPU quotas of this process's cgroup and of those that contain it, in cores."""
     with suppress(OSError):
