@@ -24,7 +24,7 @@ from nib.checkpoint.start import check_shapes
 from nib.errors import UserError, run_script
 from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
-from nib.machine.device import describe_device, pick_device, pick_dtype
+from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 
 # which model
@@ -75,6 +75,8 @@ def main(argv):
     model = GPT(config)
     model.load_state_dict(tensors['model'])
     model.to(device, getattr(torch, dtype_used))
+    if device == 'cpu' and model.num_params() < SMALL_MODEL:
+        limit_threads(1)
     print(
         f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; '
         f'{describe_device(device)}, {dtype_used} ({dtype_reason})',

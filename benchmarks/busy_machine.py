@@ -2,9 +2,9 @@
 
     python benchmarks/busy_machine.py
 
-Each job runs alone, twice at once, and beside a process that never waits, once with libgomp's own
-spin count and once with that of nib/machine/threads.py. The jobs are ready before the measurement
-and run in turns for the same time. Nothing else may use the machine meanwhile.
+Each job runs alone, twice at once, and next to a process that never waits: with libgomp's defaults,
+a thread per core and a spin count of 300,000, and with nibGPT's. The jobs are ready before the
+measurement and run in turns for the same time. Nothing else may use the machine meanwhile.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import nib.machine.threads
+from nib.machine.threads import SPINS, available_cores
 
 import numpy as np
 
@@ -24,39 +24,38 @@ import configurator
 import train
 from benchmarks import measure
 from nib.errors import UserError, run_script
-from nib.machine.device import pick_device, pick_dtype
+from nib.machine.device import SMALL_MODEL, limit_threads, pick_device, pick_dtype
 from nib.run.checks import settle_schedule
 from nib.tokens.dataset import TokenDataset
 
 config: str = 'config/train_shakespeare_char.py'  # the model
 rounds: int = 5  # rounds of measurements
-seconds: float = 1.5  # of each measurement
-spins: str = ''  # spin counts, separated by commas; empty: libgomp's own and the project's
+seconds: float = 1.2  # of each measurement
 result: str = ''  # file that the table is also written to
 
 JOBS = {'training': 'steps/s', 'sampling': 'tokens/s'}
-SITUATIONS = {'alone': (1, 0), 'two at once': (2, 0), 'beside a busy process': (1, 1)}
+SITUATIONS = {'alone': (1, 0), 'two at once': (2, 0), 'next to a busy process': (1, 1)}
+CONTESTANTS: dict[str, dict[str, str]] = {  # environment variables
+    'libgomp': {'GOMP_SPINCOUNT': '300000', 'OMP_NUM_THREADS': str(available_cores())},
+    'nibGPT': {},
+}
 VOCAB_SIZE = 65
-LIBGOMP = 300_000  # libgomp's own spin count
 
 
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    counts = (spins or f'{LIBGOMP},{nib.machine.threads.SPINS}').split(',')
-    if rounds < 1 or seconds <= 0 or not all(count.isdigit() for count in counts):
-        raise UserError(
-            f'rounds {rounds}, seconds {seconds:g}, spins {spins}: they must be at least 1, above '
-            f'0, and numbers separated by commas'
-        )
-    turns: dict[str, list] = {f'spin count {int(count):,}': [] for count in counts}
+    if rounds < 1 or seconds <= 0:
+        raise UserError(f'rounds {rounds}, seconds {seconds:g}: they must be at least 1, above 0')
+    turns: dict[str, list] = {name: [{} for _ in range(rounds)] for name in CONTESTANTS}
     for job, unit in JOBS.items():
-        workers = {count: [Worker(job, count) for _ in range(2)] for count in counts}
+        workers = {
+            name: [Worker(job, variables) for _ in range(2)]
+            for name, variables in CONTESTANTS.items()
+        }
         for turn in range(rounds):
-            for name, count in zip(turns, counts):
-                figures = measure_situations(job, unit, workers[count])
-                if job == 'training':
-                    turns[name].append({})
+            for name, pair in workers.items():
+                figures = measure_situations(job, unit, pair)
                 turns[name][turn] |= figures
                 print(
                     f'round {turn + 1}, {name}: '
@@ -69,7 +68,8 @@ def main(argv):
                 worker.end()
     table = (
         f'{rounds} rounds in turns of {seconds:g} s; {measure.describe_machine()}\n'
-        f'{config}; times slower than alone in the same round\n\n{measure.make_table(turns)}'
+        f'{config}, spin count {SPINS:,}; x: times slower than alone in the same round\n\n'
+        f'{measure.make_table(turns)}'
     )
     print(table, end='')
     if result:
@@ -96,13 +96,14 @@ def measure_situations(job: str, unit: str, workers) -> dict[str, float]:
 class Worker:
     """A process that is ready to do a job for some seconds."""
 
-    def __init__(self, job: str, spin_count: str, threads: str | None = None):
-        chosen = {name: os.environ[name] for name in os.environ if not name.startswith('OMP_')}
+    def __init__(self, job: str, variables: dict[str, str]):
+        chosen = ('OMP_', 'GOMP_', 'KMP_', 'MKL_')
+        environ = {name: text for name, text in os.environ.items() if not name.startswith(chosen)}
         program = f'from benchmarks import busy_machine; busy_machine.work({job!r}, {config!r})'
         self.process = subprocess.Popen(
             [sys.executable, '-c', program],
             cwd=ROOT,
-            env={**chosen, 'GOMP_SPINCOUNT': spin_count, **({'OMP_NUM_THREADS': threads} if threads else {})},
+            env=environ | variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -156,8 +157,11 @@ def do_steps(training):
 
 
 def do_tokens(training):
+    model = training.raw_model
+    if model.num_params() < SMALL_MODEL:  # as in sample.py
+        limit_threads(1)
     while True:
-        yield from training.raw_model.generate([[0]] * 3, 500, temperature=0.8, top_k=200, seed=1)
+        yield from model.generate([[0]] * 3, 500, temperature=0.8, top_k=200, seed=1)
 
 
 if __name__ == '__main__':

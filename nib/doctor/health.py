@@ -16,7 +16,6 @@ UPDATE_RANGES = {'adamw': UPDATE_RATIO, 'muon': MUON_RATIO}
 # a batch contains few of their rows.
 LEARNING = ('attention', 'mlp')
 SLACK = 5.0  # an update ratio is too small if it is this many times below its range
-EXCESS = 10.0  # and too large if it is this many times above
 WARMUP = 10  # steps of a warm-up that keeps the first steps from doing harm
 # With a warm-up, a first step at the full rate may be as large as the weights. Runs with 30 steps
 # of warm-up, whose first step would have a ratio of 0.6 at the full rate, stayed below the limit of
@@ -139,7 +138,8 @@ def update_limits(
         return 0.0, math.inf
     factor = first_step_factor(beta1) if first and method == 'adamw' else 1.0
     low, high = UPDATE_RANGES[method]
-    high *= EXCESS * factor
+    # Above, twice as much after the first step: a healthy run may reach 0.09 in its warm-up.
+    high *= SLACK * factor if first else 2 * SLACK
     if first and warmup_iters >= WARMUP:
         high = max(high, WARMED_UP)
     return (0.0 if first and trained else low / SLACK * factor), high

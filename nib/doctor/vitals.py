@@ -4,6 +4,8 @@ Only read() waits for the device, and the loop calls it where it waits anyway. n
 says what the values mean.
 """
 
+from nib.machine.threads import seconds_without_core
+
 import math
 import statistics
 import time
@@ -16,7 +18,6 @@ import numpy as np
 import torch
 
 from nib.doctor import health, inspection
-from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
 

@@ -1,5 +1,7 @@
 """The device of a run: choice, precision, memory, peak rate and random seeds."""
 
+from nib.machine.threads import available_cores
+
 import ctypes
 import hashlib
 import os
@@ -10,7 +12,6 @@ from contextlib import nullcontext, suppress
 import torch
 
 from nib.errors import UserError
-from nib.machine.threads import available_cores
 
 # Dense matrix rates (without sparsity) in FLOP/s, from the vendors' data sheets.
 # Key: words of the device's name, and the dtype.
@@ -41,6 +42,10 @@ PEAK_FLOPS = {
     ('RTX 3090', 'bfloat16'): 71e12,
     ('RTX 3090', 'float16'): 71e12,
 }
+
+# A model with fewer parameters generates on a CPU as fast with one thread as with two, because they
+# would wait for each other more than they compute. One thread needs no second core.
+SMALL_MODEL = 2_000_000
 
 
 def pick_device(device: str) -> str:
@@ -74,10 +79,10 @@ def pick_device(device: str) -> str:
     return kind if kind in ('cpu', 'mps') else device  # there is only one: 'cpu:0' is 'cpu'
 
 
-def limit_threads():
-    """Gives torch at most one thread for each available core, unless the user has chosen."""
+def limit_threads(most: int | None = None):
+    """Limits torch's threads, unless the user has chosen. most: None for the available cores."""
     if not os.environ.keys() & {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'}:
-        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), most or available_cores()))
 
 
 def describe_device(device: str) -> str:

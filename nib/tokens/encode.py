@@ -1,5 +1,7 @@
 """Encodes pieces of text on all cores, in order, with only a few of them in memory."""
 
+from nib.machine.threads import available_cores
+
 import multiprocessing
 import os
 import signal
@@ -14,7 +16,6 @@ from itertools import chain, islice
 import numpy as np
 
 from nib.errors import UserError
-from nib.machine.threads import available_cores
 from nib.text.tokenizer import Tokenizer
 
 SPLITS = ('train', 'val')

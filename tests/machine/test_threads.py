@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -100,6 +101,30 @@ def test_torch_has_no_more_threads_than_cores(monkeypatch):
             assert torch.get_num_threads() == wanted
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(threads.seconds_without_core() is None, reason='only Linux measures it')
+def test_the_wait_for_a_core_is_that_which_another_process_causes():
+    """Sleep, as in waiting for a disk, does not count."""
+
+    def wait_while(work) -> float:
+        waited, started = threads.seconds_without_core(), time.perf_counter()
+        while time.perf_counter() - started < 0.3:
+            work()
+        return (threads.seconds_without_core() - waited) / (time.perf_counter() - started)
+
+    core = min(os.sched_getaffinity(0))
+    program = f'import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass'
+    before = os.sched_getaffinity(0)
+    with subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE) as busy:
+        busy.stdout.readline()
+        os.sched_setaffinity(0, {core})
+        try:
+            assert wait_while(lambda: sum(range(1000))) > 0.2
+            assert wait_while(lambda: time.sleep(0.1)) < 0.15
+        finally:
+            os.sched_setaffinity(0, before)
+            busy.kill()
 
 
 @pytest.mark.slow
