@@ -43,9 +43,9 @@ PEAK_FLOPS = {
     ('RTX 3090', 'float16'): 71e12,
 }
 
-# A model with fewer parameters generates on a CPU as fast with one thread as with two, because they
-# would wait for each other more than they compute. One thread needs no second core.
-SMALL_MODEL = 2_000_000
+# A model with fewer parameters generates on a CPU about as fast with one thread as with two, which
+# wait for each other more than they compute. One thread needs no second core.
+SMALL_MODEL = 1_000_000
 
 
 def pick_device(device: str) -> str:
@@ -80,7 +80,7 @@ def pick_device(device: str) -> str:
 
 
 def limit_threads(most: int | None = None):
-    """Limits torch's threads, unless the user has chosen. most: None for the available cores."""
+    """Limits torch's threads, unless the user has chosen. most: None for as many as cores."""
     if not os.environ.keys() & {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'}:
         torch.set_num_threads(min(torch.get_num_threads(), most or available_cores()))
 
