@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 # How often a waiting thread looks again before it sleeps. In libgomp, the OpenMP of torch's wheels
-# for Linux, the default is 300,000, which takes milliseconds. If another process has the core of one
-# thread, the others spend that time at every barrier. docs/speed.md has the measurements.
+# for Linux, the default is 300,000, which takes milliseconds. If another process has the core of
+# one thread, the others spend that time at every barrier. docs/speed.md has the measurements.
 SPINS = 1500
 
 
