@@ -514,7 +514,7 @@ class Doctor:
         if max(line.tokens_per_second for line in now) >= 0.4 * usual:
             return None
         evidence = f'{now[-1].tokens_per_second:,.0f} tokens/s, while {usual:,.0f} were usual'
-        # On a quiet machine, and if the data are slow, it was at most 0.2 % of the time. Next to one
+        # On a quiet machine, or with slow data, it was at most 0.2 % of the time. Next to one
         # to four busy processes on two cores, it was 29 to 49 %.
         wait_before, wait = (
             statistics.median(line.core_wait for line in lines) for lines in (before, now)
