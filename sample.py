@@ -6,7 +6,7 @@ echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 python sample.py --init_from=gpt2 --start="The meaning of life is"
 """
 
-import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+import nib.startup  # noqa: F401 - first: it prepares Ctrl-C and torch's threads
 
 import codecs
 import itertools
@@ -25,7 +25,7 @@ from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
-from nib.machine.device import describe_device, pick_device, pick_dtype
+from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.text import reading
 from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 
@@ -82,6 +82,8 @@ def main(argv):
     model = GPT(config)
     model.load_state_dict(weights.tensors['model'])
     model.to(device, getattr(torch, dtype_used))
+    if device == 'cpu' and model.num_params() < SMALL_MODEL:
+        limit_threads(1)
     print(
         f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})',
         file=sys.stderr,

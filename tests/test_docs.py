@@ -154,6 +154,7 @@ LONG = {
     'python stress/encodings.py --cases=2000': 'prepares 2,000 texts',
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',
+    'python benchmarks/busy_machine.py': 'takes a quiet machine for two minutes',
     'python benchmarks/ablation.py --text=data/shakespeare_char/input.txt': 'trains 54 models',
     'python data/text/prepare.py '
     '--input=FOLDER --name=code --tokenizer=byte': 'is a trial with a large text',

@@ -12,8 +12,15 @@ UPDATE_RATIO = (0.001, 0.01)  # per step, after the start of a run
 MUON_RATIO = (0.001, 0.05)  # higher, because Muon's updates are equally large in all directions
 # By the name of the optimizer in train.py. For other optimizers, no range is known.
 UPDATE_RANGES = {'adamw': UPDATE_RATIO, 'muon': MUON_RATIO}
-APART = 4.0  # factor for embeddings and head, whose rows belong to one token each
-SLACK = 5.0  # an update ratio is marked if it is this many times out of its range
+# Groups of matrices whose update ratios are judged. Those of embeddings and head are not, because
+# a batch contains few of their rows.
+LEARNING = ('attention', 'mlp')
+SLACK = 5.0  # an update ratio is too small if it is this many times below its range
+WARMUP = 10  # steps of a warm-up that keeps the first steps from doing harm
+# With a warm-up, a first step at the full rate may be as large as the weights. Runs with 30 steps
+# of warm-up, whose first step would have a ratio of 0.6 at the full rate, stayed below the limit of
+# later steps, since weights grow meanwhile. At 1.2 they did not.
+WARMED_UP = 1.0
 DEAD = 0.1  # share of an MLP's hidden units
 ENTROPY = 0.05  # of attention, as a share of the maximum
 MEMORIZED = 2 / 3  # of the lowest loss that is possible without looking at the inputs
@@ -107,24 +114,63 @@ def first_step_factor(beta1: float) -> float:
     return math.sqrt((1 + beta1) / (1 - beta1))
 
 
+def group_of(name: str) -> str:
+    """Returns the group that a matrix belongs to, by the name of the parameter."""
+    for part, group in (('.attn.', 'attention'), ('.mlp.', 'mlp'), ('lm_head', 'head')):
+        if part in name:
+            return group
+    return 'embedding'
+
+
 def update_limits(
-    beta1: float, first: bool, trained: bool, name: str = '', method: str = 'adamw'
+    beta1: float, first: bool, trained: bool, method: str = 'adamw', warmup_iters: int = 0
 ) -> tuple[float, float]:
-    """Returns the limits of a matrix's update ratio at the full learning rate.
+    """Returns the limits of the update ratio of a group of matrices at the full learning rate.
+
+    The doctor and debug_training.py both judge by them.
 
     first: the optimizer has no state yet, which makes a step of AdamW larger. trained: the weights
-    are not new; the first steps from such weights may be arbitrarily small. name: of the parameter;
-    the ratio of an embedding may be small, because a batch contains few of its tokens. method: the
-    optimizer of the parameter; if it is not in UPDATE_RANGES, there are no limits.
+    are not new; the first steps from such weights may be arbitrarily small. method: the optimizer
+    of the matrices; if it is not in UPDATE_RANGES, there are no limits. warmup_iters: of a first
+    step that is taken at the full rate, although the run warms up before it reaches that.
     """
     if method not in UPDATE_RANGES:
         return 0.0, math.inf
     factor = first_step_factor(beta1) if first and method == 'adamw' else 1.0
     low, high = UPDATE_RANGES[method]
-    if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')):
-        high *= APART
-    may_be_small = first and trained or name.endswith(('wte.weight', 'wpe.weight'))
-    return (0.0 if may_be_small else low / SLACK * factor), high * SLACK * factor
+    # Above, twice as much after the first step: a healthy run may reach 0.09 in its warm-up.
+    high *= SLACK * factor if first else 2 * SLACK
+    if first and warmup_iters >= WARMUP:
+        high = max(high, WARMED_UP)
+    return (0.0 if first and trained else low / SLACK * factor), high
+
+
+def group_ratios(rows: Iterable[ParameterStats]) -> dict[str, float]:
+    """Returns the update ratio of each group, of all its matrices together."""
+    squares: dict[str, list[float]] = {}
+    for row in rows:
+        if len(row.shape) >= 2 and row.update_ratio is not None:
+            sums = squares.setdefault(group_of(row.name), [0.0, 0.0])
+            square = row.rms**2 * math.prod(row.shape)
+            sums[0] += row.update_ratio**2 * square
+            sums[1] += square
+    return {group: math.sqrt(moved / size) for group, (moved, size) in squares.items() if size}
+
+
+def limits_of(
+    row: ParameterStats, ratios: Mapping[str, float], limits: tuple[float, float]
+) -> tuple[float, float]:
+    """Returns the limits of one parameter's update ratio.
+
+    It is too large only if that of its group is, as the doctor judges groups. That of an embedding
+    may be small, because a batch contains few of its tokens.
+
+    ratios: from group_ratios(). limits: from update_limits().
+    """
+    low, high = limits
+    group = group_of(row.name)
+    too_large = group in LEARNING and ratios.get(group, 0.0) > high
+    return (0.0 if group == 'embedding' else low), (high if too_large else math.inf)
 
 
 # -- marks, and what they mean ---------------------------------------------------------------------
@@ -170,7 +216,7 @@ def mark_layer(row: LayerStats, n_positions: int) -> str:
 def judge_parameters(
     rows: Iterable[ParameterStats], limits: Mapping[str, tuple[float, float]], learning_rate: float
 ) -> list[OutOfRange]:
-    """Returns one entry for each mark. limits: name of the parameter -> its update_limits."""
+    """Returns one entry for each mark. limits: name of the parameter -> from limits_of()."""
     marked: dict[str, list[ParameterStats]] = {}
     for row in rows:
         if mark := mark_parameter(row, limits[row.name]):
@@ -225,7 +271,7 @@ def _explain_update(
     if mark == 'update too large':
         verb, wanted = 'Lower', high
     else:
-        verb, wanted = 'Raise', math.sqrt(low * high)
+        verb, wanted = 'Raise', 3 * SLACK * low  # within the healthy range
     suggested = learning_rate * wanted / worst.update_ratio
     return OutOfRange(what, f'{verb} learning_rate from {learning_rate:g} to about {suggested:.0e}')
 

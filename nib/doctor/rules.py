@@ -14,9 +14,6 @@ from nib.doctor.troubles import SEVERITIES, TROUBLES, Finding, Severity
 from nib.doctor.vitals import PROBE_LENGTH, DataSigns, EvaluationSigns, StepSigns
 from nib.guard import Seen
 
-# Groups of matrices whose update ratios are judged. Those of embeddings are not, because a batch
-# contains few of their rows.
-LEARNING = ('attention', 'mlp')
 KEPT = 1000  # lines and windows to remember; beyond that, older ones are thinned out
 
 
@@ -29,6 +26,7 @@ class Line:
     loss: float  # their mean
     variance: float  # of their losses
     tokens_per_second: float
+    core_wait: float = 0.0  # share of the time that the main thread waited for a core, if known
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,7 @@ class Doctor:
         self.streak: dict[str, int] = {}  # rule -> how many times in a row its sign was present
         self.evaluations: list[EvaluationSigns] = []
         self.difference: str | None = None  # result of check_generation()
+        self.cores_taken = False  # whether the run is slow because it waits for cores
         self.steps = 0  # since the run was started or resumed
         self.bad_steps = 0  # of these, the non-finite ones
         self.first_bad = self.last_bad = 0  # the first and the last one that is known
@@ -136,7 +135,14 @@ class Doctor:
             mean = statistics.fmean(finite)
             variance = statistics.fmean((loss - mean) ** 2 for loss in finite)
             self._add_line(
-                Line(vital_signs.step, len(finite), mean, variance, vital_signs.tokens_per_second)
+                Line(
+                    vital_signs.step,
+                    len(finite),
+                    mean,
+                    variance,
+                    vital_signs.tokens_per_second,
+                    vital_signs.core_wait or 0.0,
+                )
             )
         self.first_rms = self.first_rms or vital_signs.weight_rms
         return self._apply(self.STEP_RULES, vital_signs.step)
@@ -243,7 +249,8 @@ class Doctor:
         )
         if self._found(name) or ruined and name != 'not_finite':
             return []
-        finding = Finding.of(name, step, evidence, self.config, severity)
+        facts = {**self.config, 'cores_taken': self.cores_taken}
+        finding = Finding.of(name, step, evidence, facts, severity)
         self.findings.append(finding)
         return [finding]
 
@@ -324,7 +331,7 @@ class Doctor:
             return None
         limits = health.update_limits(self.config['beta1'], first=True, trained=self.trained)
         ratio = self._largest_ratio()
-        if self.config['warmup_iters'] < 10 and ratio > limits[1]:
+        if self.config['warmup_iters'] < health.WARMUP and ratio > limits[1]:
             return (
                 f'the first step moved the weights by {ratio:.2g} of their size, while at most '
                 f'{limits[1]:.2g} is usual'
@@ -332,7 +339,7 @@ class Doctor:
         return None
 
     def lr_too_high(self) -> str | None:
-        ratio, limit = self._largest_ratio(), 2 * self._ratio_limits()[1]
+        ratio, limit = self._largest_ratio(), self._ratio_limits()[1]
         if self._lasts('lr_too_high', self.vital_signs.step > 1 and ratio > limit, 2):
             return (
                 f'a step moves the weights by {ratio:.2g} of their size, repeatedly, while 0.001 '
@@ -475,7 +482,7 @@ class Doctor:
     def weight_decay_too_strong(self) -> str | None:
         shrunk = {
             group: self.vital_signs.weight_rms[group] / self.first_rms[group]
-            for group in LEARNING
+            for group in health.LEARNING
             if self.first_rms.get(group)
         }
         if not shrunk:
@@ -504,9 +511,18 @@ class Doctor:
         if len(before) < 3:
             return None
         usual = statistics.median(line.tokens_per_second for line in before)
-        if max(line.tokens_per_second for line in now) < 0.4 * usual:
-            return f'{now[-1].tokens_per_second:,.0f} tokens/s, while {usual:,.0f} were usual'
-        return None
+        if max(line.tokens_per_second for line in now) >= 0.4 * usual:
+            return None
+        evidence = f'{now[-1].tokens_per_second:,.0f} tokens/s, while {usual:,.0f} were usual'
+        # On a quiet machine, or with slow data, it was at most 0.2 % of the time. Next to one
+        # to four busy processes on two cores, it was 29 to 49 %.
+        wait_before, wait = (
+            statistics.median(line.core_wait for line in lines) for lines in (before, now)
+        )
+        self.cores_taken = wait > wait_before + 0.1
+        if self.cores_taken:
+            evidence += f'; the run waits {wait:.0%} of the time for a core'
+        return evidence
 
     # -- rules for each evaluation -----------------------------------------------------------------
 
@@ -598,7 +614,7 @@ class Doctor:
     # -- used by several rules ---------------------------------------------------------------------
 
     def _largest_ratio(self) -> float:
-        return max(self.vital_signs.update_ratio[group] for group in LEARNING)
+        return max(self.vital_signs.update_ratio[group] for group in health.LEARNING)
 
     def _ratio_limits(self) -> tuple[float, float]:
         return health.update_limits(

@@ -89,7 +89,7 @@ class Finding:
         return cls(name, step, severity, evidence, texts('causes'), texts('changes'))
 
     def record(self) -> dict:
-        """Returns what metrics.jsonl stores beside the name and the step."""
+        """Returns what metrics.jsonl stores besides the name and the step."""
         return {
             'severity': self.severity,
             'evidence': self.evidence,
@@ -151,6 +151,14 @@ def has_biases(config: Mapping) -> bool:
 
 def uses_relu2(config: Mapping) -> bool:
     return config['mlp'] == 'relu2'
+
+
+def cores_taken(config: Mapping) -> bool:
+    return config.get('cores_taken', False)  # added by the doctor
+
+
+def cores_free(config: Mapping) -> bool:
+    return not cores_taken(config)
 
 
 def predicts_its_input(config: Mapping) -> bool:
@@ -342,11 +350,16 @@ TROUBLES: dict[str, Trouble] = {
     'throughput_collapse': Trouble(
         'warning',
         (
-            'another process uses this machine',
-            'the disk cannot deliver the data',
-            'the device is too hot and throttles',
+            (cores_taken, 'other processes have taken the cores, or a limit of CPU time applies'),
+            (cores_free, 'another process uses the disk or the GPU'),
+            (cores_free, 'the disk cannot deliver the data'),
+            (cores_free, 'the device is too hot and throttles'),
         ),
-        ('check the machine (top, nvidia-smi)', 'the training itself is not affected'),
+        (
+            'check the machine (top, nvidia-smi)',
+            (cores_taken, 'end the other processes, or start each with fewer OMP_NUM_THREADS'),
+            'the training itself is not affected',
+        ),
     ),
     'float16_underflow': Trouble(
         'warning',

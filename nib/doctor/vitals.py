@@ -6,6 +6,7 @@ says what the values mean.
 
 import math
 import statistics
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from nib.doctor import health, inspection
+from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
 
@@ -47,6 +49,7 @@ class StepSigns:
     copied: float  # share of the targets that are the same token as the input
     tokens_per_second: float
     loss_scale: float | None = None  # of float16
+    core_wait: float | None = None  # share of the time that the main thread waited for a core
 
     def metrics(self, grad_clip: float) -> dict[str, float]:
         """Returns what metrics.jsonl and other logs record, by name."""
@@ -92,7 +95,7 @@ class EvaluationSigns:
         return cls(**vital_signs)
 
     def metrics(self) -> dict[str, float]:
-        """Returns what metrics.jsonl and other logs record beside the losses, by name."""
+        """Returns what metrics.jsonl and other logs record besides the losses, by name."""
         losses = ('step', 'train_loss', 'val_loss')
         return {name: value for name, value in asdict(self).items() if name not in losses}
 
@@ -108,14 +111,6 @@ class DataSigns:
     leaked: float  # share of passages of the validation text that occur in the training text
     distance: float  # Jensen-Shannon divergence of the token frequencies of both texts, in nats
     usual_distance: float  # the largest one between a part of the training text and the rest
-
-
-def group_of(name: str) -> str:
-    """Returns the group that a matrix belongs to, by the name of the parameter."""
-    for part, group in (('.attn.', 'attention'), ('.mlp.', 'mlp'), ('lm_head', 'head')):
-        if part in name:
-            return group
-    return 'embedding'
 
 
 def sample(matrix: torch.Tensor) -> torch.Tensor:
@@ -167,7 +162,7 @@ class Vitals:
         self._groups: dict[str, list[torch.Tensor]] = {}  # samples of weights
         self._blocks: dict[int, list[torch.Tensor]] = {}  # samples of stored gradients
         for name, weight in matrices:
-            self._groups.setdefault(group_of(name), []).append(sample(weight))
+            self._groups.setdefault(health.group_of(name), []).append(sample(weight))
             if '.h.' in name and key:
                 block = int(name.split('.h.')[1].split('.')[0])
                 self._blocks.setdefault(block, []).append(sample(state[f'{name}/{key}']))
@@ -176,6 +171,7 @@ class Vitals:
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._batch_before: tuple[torch.Tensor, torch.Tensor] | None = None
         self._before: dict[str, torch.Tensor] | None = None
+        self._clock = time.perf_counter(), seconds_without_core()
 
     def begin(self, micro_batches: Iterator) -> Iterator:
         """Yields the micro batches. Remembers the first one, and the weights before the step."""
@@ -224,6 +220,7 @@ class Vitals:
             copied=copied,
             tokens_per_second=tokens_per_second,
             loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
+            core_wait=self._core_wait(),
         )
 
     def evaluate(
@@ -268,6 +265,13 @@ class Vitals:
         scale = gradient_noise(self.model, self.scaler, micro_batches, self.precision)
         scale /= self.batches.micro_steps * self.batches.world_size  # micro batches in a step
         return None if math.isnan(scale) else scale
+
+    def _core_wait(self) -> float | None:
+        """Returns the share of the time since the last call; None if unknown."""
+        (then, waited), self._clock = self._clock, (time.perf_counter(), seconds_without_core())
+        if waited is None or self._clock[1] is None:
+            return None
+        return (self._clock[1] - waited) / (self._clock[0] - then)
 
     def _sample_groups(self) -> dict[str, torch.Tensor]:
         return {group: torch.cat(weights) for group, weights in self._groups.items()}

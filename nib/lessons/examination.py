@@ -122,11 +122,10 @@ def report_parameters(training, full: bool) -> Report:
     rows = [replace(row, name=row.name.removeprefix('transformer.')) for row in rows]
 
     method_of = {p: type(part).__name__.lower() for part in optimizer.parts for p in part.params}
-    beta1, first, trained = values['beta1'], not training.has_memory, training.start is not None
-    limits = {}
+    trained, ratios, limits = training.start is not None, health.group_ratios(rows), {}
     for row, p in zip(rows, training.model.parameters()):
         method = method_of.get(p, '')  # 'adamw', 'muon', or another optimizer's class
-        limits[row.name] = health.update_limits(beta1, first, trained, row.name, method)
+        limits[row.name] = health.limits_of(row, ratios, update_limits(training, method))
     norm_limits = health.grad_norm_limits(config.n_layer, config.n_embd, fresh=not trained)
     marks = {}
     for row in rows:
@@ -162,6 +161,13 @@ def report_parameters(training, full: bool) -> Report:
         )
     findings = health.judge_grad_norm(norm, norm_limits)
     return findings + health.judge_parameters(rows, limits, values['learning_rate'])
+
+
+def update_limits(training, method: str) -> tuple[float, float]:
+    """Returns the limits for the next step at the full learning rate. method: the optimizer."""
+    values, trained = training.values, training.start is not None
+    first = not training.has_memory
+    return health.update_limits(values['beta1'], first, trained, method, values['warmup_iters'])
 
 
 def explain_weights_and_gradients(
@@ -212,9 +218,8 @@ def explain_updates(training) -> Iterator[str]:
             'update/weight',
         )
         return
-    state = values['beta1'], not training.has_memory, training.start is not None
     low, high = health.UPDATE_RATIO
-    least, most = health.update_limits(*state)
+    least, most = update_limits(training, 'adamw')
     text = (
         f'{begin} AdamW step at the full learning rate {rate:g} changes a matrix. After the start '
         f'of a run, {low:g} to {high:g} is healthy. '
@@ -234,11 +239,12 @@ def explain_updates(training) -> Iterator[str]:
             f'Healthy here: {healthy}. '
         )
     text += (
-        f'Embeddings and head may change {health.APART:g} times as much, because each row belongs '
-        f'to one token. '
+        'As in the doctor, an update is too large only if that of all attention matrices together '
+        'is, or that of all MLPs. Embeddings and head are not judged, because a batch contains few '
+        'of their rows. '
     )
     if values['optimizer'] == 'muon':
-        least, most = health.update_limits(*state, method='muon')
+        least, most = update_limits(training, 'muon')
         below = f'below {least:.1g} or ' if least else ''
         rms = 0.2 * rate * values['muon_lr_ratio']
         text += (
@@ -254,7 +260,7 @@ def explain_updates(training) -> Iterator[str]:
         if warmup:
             text = (
                 f'This is why training warms up: the real first step has 1/{warmup + 1} of this '
-                f'rate.'
+                f'rate, and its update is as many times smaller.'
             )
         else:
             text = 'warmup_iters is 0, so training really begins with this step.'

@@ -372,6 +372,19 @@ def explain_adamw(
         f'is the learning rate {lr:g}, whatever the gradient. Later, if gradients disagree, m_hat '
         f'is small compared with sqrt(v_hat), and so is the update.'
     )
+    text = (
+        f'All these steps have the full learning rate {lr:g}, while the rate of the run itself '
+        f'depends on the step.'
+    )
+    if training.values['warmup_iters'] and not training.has_memory:
+        steps_of_warmup = training.values['warmup_iters'] + 1
+        text += (
+            f' It warms up: in its first step, the rate is {lr:g} / {steps_of_warmup} = '
+            f'{lr / steps_of_warmup:.3g}, and the update of this weight is '
+            f'{hand[0].update / steps_of_warmup:.6f} instead of {hand[0].update:.6f}. Section 10 '
+            f'of docs/training_loop.md shows that step.'
+        )
+    yield note(text)
 
 
 def total_norm(model: GPT) -> float:

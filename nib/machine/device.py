@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import math
+import os
 import re
 import sys
 import time
@@ -12,6 +13,7 @@ from contextlib import nullcontext, suppress
 import torch
 
 from nib.errors import UserError
+from nib.machine.threads import available_cores
 
 # Rates of dense 16-bit matrix products, added up in float32, in FLOP/s, from the vendors' data
 # sheets. A name matches if it contains all words of the key; the first key counts. GeForce cards
@@ -49,12 +51,18 @@ NO_BFLOAT16 = ('V100', 'T4')
 VARIANTS = {'NVL', 'Ti', 'SUPER', 'Laptop', 'Mobile', 'D', 'Max', 'Q', 'MIG'}
 MEASURED_FOR = 0.1  # seconds that measure_flops takes
 
+# A model with fewer parameters generates on a CPU about as fast with one thread as with two, which
+# wait for each other more than they compute. One thread needs no second core.
+SMALL_MODEL = 1_000_000
+
 
 def pick_device(device: str) -> str:
     """Returns the device to use; 'auto' becomes 'cuda', 'mps' or 'cpu', the first one available.
 
-    Raises UserError if this machine does not have the device.
+    Also limits torch's threads to the cores of this process. Raises UserError if this machine does
+    not have the device.
     """
+    limit_threads()
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'
@@ -77,6 +85,12 @@ def pick_device(device: str) -> str:
             f'try --device=auto'
         )
     return kind if kind in ('cpu', 'mps') else device  # there is only one: 'cpu:0' is 'cpu'
+
+
+def limit_threads(most: int | None = None):
+    """Limits torch's threads, unless the user has chosen. most: None for as many as cores."""
+    if not os.environ.keys() & {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'}:
+        torch.set_num_threads(min(torch.get_num_threads(), most or available_cores()))
 
 
 def describe_device(device: str) -> str:

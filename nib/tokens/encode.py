@@ -14,6 +14,7 @@ from itertools import chain, islice
 import numpy as np
 
 from nib.errors import UserError
+from nib.machine.threads import available_cores
 from nib.text.tokenizer import Tokenizer
 
 SPLITS = ('train', 'val')
@@ -37,10 +38,7 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -
 
     Raises UserError if a process that encodes is killed.
     """
-    if hasattr(os, 'sched_getaffinity'):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = available_cores()
     batches = batched(pieces)
     for batch in islice(batches, SERIAL_BATCHES if cores > 1 else None):
         yield encode_batch(batch, tokenizer, dtype)

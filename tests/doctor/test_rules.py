@@ -461,6 +461,26 @@ def test_a_short_pause_of_the_machine_is_no_collapse():
         assert [finding.name for finding in found] == names and 0.2 < steps < 0.3
 
 
+@pytest.mark.parametrize(
+    'before, after, named',
+    [(0.001, 0.4, True), (0.001, 0.05, False), (0.4, 0.4, False), (None, None, False)],
+    ids=['taken', 'slow data', 'always busy', 'unknown'],
+)
+def test_a_slow_run_names_other_processes_only_if_it_waits_for_cores(before, after, named):
+    found = show(
+        make_doctor(),
+        step=lambda s: {
+            'tokens_per_second': 2e4 if s > 100 else 1e5,
+            'core_wait': after if s > 100 else before,
+        },
+    )
+    assert [finding.name for finding in found] == ['throughput_collapse']
+    assert ('the run waits 40% of the time for a core' in found[0].evidence) == named
+    assert ('taken the cores' in str(found[0].causes)) == named
+    assert ('the disk' in str(found[0].causes)) != named
+    assert ('OMP_NUM_THREADS' in str(found[0].changes)) == named
+
+
 def test_a_text_of_another_kind_is_not_called_overfitting():
     doctor = make_doctor(data={'distance': 0.2})
     found = show(doctor, evaluation=FIRING['overfitting']['evaluation'])

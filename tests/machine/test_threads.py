@@ -1,0 +1,153 @@
+"""nib/machine/threads.py: the cores of this process, and how its threads wait."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from nib.machine import device, threads
+
+GROUPS = {  # files below / -> cores, of 8
+    'no cgroup': ({}, 8),
+    'version 2, no limit': ({'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': 'max 100000'}, 8),
+    'version 2, in a container': (
+        {'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': '250000 100000'},
+        3,
+    ),
+    'version 2, limited by a group above': (
+        {
+            'proc/self/cgroup': '0::/a/b',
+            'sys/fs/cgroup/a/cpu.max': '200000 100000',
+            'sys/fs/cgroup/a/b/cpu.max': 'max 100000',
+        },
+        2,
+    ),
+    'version 1': (
+        {
+            'proc/self/cgroup': '5:memory:/x\n4:cpu,cpuacct:/x',
+            'sys/fs/cgroup/cpu/x/cpu.cfs_quota_us': '50000',
+            'sys/fs/cgroup/cpu/x/cpu.cfs_period_us': '100000',
+        },
+        1,
+    ),
+    'version 1, the path of another namespace': (
+        {
+            'proc/self/cgroup': '4:cpuacct,cpu:/docker/1f',
+            'sys/fs/cgroup/cpu/cpu.cfs_quota_us': '400000',
+            'sys/fs/cgroup/cpu/cpu.cfs_period_us': '100000',
+        },
+        4,
+    ),
+    'version 1, no limit': (
+        {
+            'proc/self/cgroup': '4:cpu:/',
+            'sys/fs/cgroup/cpu/cpu.cfs_quota_us': '-1',
+            'sys/fs/cgroup/cpu/cpu.cfs_period_us': '100000',
+        },
+        8,
+    ),
+    'more than there are': ({'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': '9 1'}, 8),
+    'damaged': ({'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': 'many'}, 8),
+}
+
+
+@pytest.mark.parametrize('files, cores', GROUPS.values(), ids=GROUPS)
+def test_cores_respect_affinity_and_the_quota_of_the_cgroup(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: set(range(8)), raising=False)
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + '\n')
+    assert threads.available_cores(tmp_path) == cores
+
+
+def test_cores_are_known_without_affinity(tmp_path, monkeypatch):
+    """As on macOS and Windows."""
+    monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 6)
+    assert threads.available_cores(tmp_path) == 6
+    monkeypatch.setattr(os, 'cpu_count', lambda: None)
+    assert threads.available_cores(tmp_path) == 1
+
+
+def test_spinning_is_bounded_unless_the_user_has_decided():
+    for chosen, spins in (
+        ({}, str(threads.SPINS)),
+        ({'OMP_NUM_THREADS': '1'}, str(threads.SPINS)),  # torchrun sets it
+        ({'GOMP_SPINCOUNT': '7'}, '7'),
+        ({'OMP_WAIT_POLICY': 'ACTIVE'}, None),
+    ):
+        environ = dict(chosen)
+        threads.bound_spinning(environ)
+        assert environ.get('GOMP_SPINCOUNT') == spins
+        assert {name: environ[name] for name in chosen} == chosen
+
+
+def test_torch_has_no_more_threads_than_cores(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        for chosen, wanted in (({}, 2), ({'OMP_NUM_THREADS': '3'}, 3)):
+            monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+            monkeypatch.delenv('MKL_NUM_THREADS', raising=False)
+            for name, value in chosen.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.setattr(device, 'available_cores', lambda: 2)
+            torch.set_num_threads(3)
+            assert device.pick_device('cpu') == 'cpu'
+            assert torch.get_num_threads() == wanted
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(threads.seconds_without_core() is None, reason='only Linux measures it')
+def test_the_wait_for_a_core_is_that_which_another_process_causes():
+    """Sleep, as in waiting for a disk, does not count."""
+
+    def wait_while(work) -> float:
+        waited, started = threads.seconds_without_core(), time.perf_counter()
+        while time.perf_counter() - started < 0.3:
+            work()
+        return (threads.seconds_without_core() - waited) / (time.perf_counter() - started)
+
+    core = min(os.sched_getaffinity(0))
+    program = f'import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass'
+    before = os.sched_getaffinity(0)
+    with subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE) as busy:
+        busy.stdout.readline()
+        os.sched_setaffinity(0, {core})
+        try:
+            assert wait_while(lambda: sum(range(1000))) > 0.2
+            assert wait_while(lambda: time.sleep(0.1)) < 0.15
+        finally:
+            os.sched_setaffinity(0, before)
+            busy.kill()
+
+
+@pytest.mark.slow
+def test_libgomp_is_told_before_it_is_loaded():
+    """It prints the spin count that it uses."""
+    program = 'import sys; import nib.startup; assert "torch" not in sys.modules; import torch'
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(('OMP', 'GO'))}
+    done = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=ROOT,
+        env={**kept, 'OMP_DISPLAY_ENV': 'verbose'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    if 'GOMP_SPINCOUNT' not in done.stderr:
+        pytest.skip('this torch does not use libgomp')
+    assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in done.stderr
+
+
+@pytest.mark.parametrize('script', ['train', 'sample', 'bench', 'debug_training'])
+def test_scripts_import_it_before_everything_else(script):
+    """An import of torch would load libgomp."""
+    lines = (ROOT / f'{script}.py').read_text(encoding='utf-8').splitlines()
+    first = next(line for line in lines if line.startswith(('import ', 'from ')))
+    assert first.startswith('import nib.startup')
