@@ -46,8 +46,8 @@ from nib.machine.device import (
 )
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, settle_schedule
-from nib.tokens.dataset import TokenDataset, is_prepared, open_dataset
-from nib.tokens.find import SCRIPTS, open_or_prepare
+from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
+from nib.tokens.find import Unavailable, open_or_prepare
 
 # benchmark
 rounds: int = 5  # rounds of measurements
@@ -160,7 +160,7 @@ def describe_config_plan(values) -> str:
     folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
     vocab_size = VOCAB_SIZE
     if is_prepared(folder):
-        vocab_size = open_dataset(folder, values['block_size']).vocab_size
+        vocab_size = open_dataset(folder, values['block_size'], values['vocab_size']).vocab_size
     else:
         warn(f'{folder} is not prepared: assuming a vocabulary of {VOCAB_SIZE:,}')
     names = [name.strip() for name in devices.split(',') if name.strip()]
@@ -230,20 +230,9 @@ def find_data(values, scratch: Path) -> TokenDataset:
 
     If it is not available, warns and returns random tokens.
     """
-    folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
     try:
-        return open_or_prepare(
-            values['dataset'],
-            values['fallback_dataset'],
-            values['data_dir'],
-            values['prepare_dataset'],
-            values['block_size'],
-            Ranks(),
-            warn,
-        )
-    except UserError as error:
-        if is_prepared(folder):
-            raise
+        return open_or_prepare(values, Ranks(), warn)
+    except Unavailable as error:
         warn(
             f'*** MEASURING RANDOM TOKENS with a vocabulary of {VOCAB_SIZE:,}. The embedding and '
             f"the head do not have the sizes of this config's dataset: {error} ***"

@@ -38,7 +38,10 @@ Comments = Mapping[str, str]
 NO_SETTLING: Settle = MappingProxyType({})
 NO_COMMENTS: Comments = MappingProxyType({})
 PYTHON_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool}
+# How a person names a type, where it is not the name of a choice.
+IN_WORDS = {int: 'an integer', float: 'a number', str: 'a text', bool: 'True or False'}
 RESERVED = ('help', 'print_config', 'include')
+TEXTS = ('start', 'stop')  # keys whose value is a text, in which ~ is not a home folder
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
 
 
@@ -113,7 +116,8 @@ def resolve(
 
     The latter is 'default', 'config/x.py:12' or 'command line'. settle: key -> function that
     replaces its value by a definite one ('auto' -> 'cpu') before a config file sees it. comments:
-    key -> what it means.
+    key -> what it means. A ~ at the beginning of a path, also in a list with commas, becomes the
+    home folder.
 
     If a key allows 'auto' but has another default, 'auto' keeps the value that it would replace and
     adds ' (auto)' to where it comes from. The script adapts that value.
@@ -130,6 +134,9 @@ def resolve(
         places = run_file(path, values, types, flags, comments, adapted)
         origins.update(places)
         settle_keys(values, origins, settle, [key for key in settle if key in places])
+    for key, value in values.items():
+        if isinstance(value, str) and key not in TEXTS:
+            values[key] = ','.join(map(os.path.expanduser, value.split(',')))
     return values, origins | dict.fromkeys(autos, 'command line (auto)')
 
 
@@ -235,7 +242,7 @@ def fit(value: object, kind: Type, where: str) -> object:
         return int(value)
     choices = [choice for choice in kind if isinstance(choice, str)]
     hint = suggest(value, choices, '{!r}') if isinstance(value, str) else ''
-    raise UserError(f'{where}: found {show(value)}, expected {describe(kind)}{hint}')
+    raise UserError(f'{where}: found {show(value)}, expected {in_words(kind)}{hint}')
 
 
 def read_text(text: str, kind: Type, where: str) -> object:
@@ -267,6 +274,12 @@ def read_text(text: str, kind: Type, where: str) -> object:
 def describe(kind: Type) -> str:
     """Returns the type as it is written in a script."""
     return ' | '.join(part.__name__ if isinstance(part, type) else repr(part) for part in kind)
+
+
+def in_words(kind: Type) -> str:
+    """Returns the type as an error message names it."""
+    *first, last = [IN_WORDS.get(part) or repr(part) for part in kind]
+    return f'{", ".join(first)} or {last}' if first else last
 
 
 def show(value: object) -> str:
@@ -318,7 +331,7 @@ def parse_argv(
     while items:
         item = items.pop(0)
         if not item.startswith('--'):
-            files.append(check_file(item, types))
+            files.append(check_file(os.path.expanduser(item), types))
             continue
         name, equals, text = item.removeprefix('--').partition('=')
         key = name.replace('-', '_')
@@ -326,7 +339,7 @@ def parse_argv(
             key = key.removeprefix('no_')
             if bool not in types[key]:
                 raise UserError(
-                    f'{item}: {key} is not a switch but {describe(types[key])}; type --{key}=value'
+                    f'{item}: {key} is not a switch but {in_words(types[key])}; type --{key}=value'
                 )
             flags[key] = False
         elif key not in types:
@@ -337,7 +350,7 @@ def parse_argv(
         else:
             if not equals and (not items or items[0].startswith('--')):
                 raise UserError(
-                    f'--{name}: found no value, expected {describe(types[key])}; type --{key}=value'
+                    f'--{name}: found no value, expected {in_words(types[key])}; type --{key}=value'
                 )
             flags[key] = read_text(text if equals else items.pop(0), types[key], f'--{name}')
     return flags, files

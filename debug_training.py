@@ -33,7 +33,7 @@ from nib.run.checks import check_config
 from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
-from nib.tokens.find import check_trained_on, open_or_prepare
+from nib.tokens.find import open_or_prepare
 
 # what to show
 explain: bool = False  # explain one step with real numbers, instead of printing tables
@@ -41,8 +41,8 @@ full: bool = False  # show every layer of a deep model, not only three and those
 # how much of the batch
 batch_tokens: int = 0  # tokens in the batch; 0: all, or what a CPU can process in seconds
 overfit_steps: int = 50  # training steps to memorize the batch
-vocab_size: int = 65  # of random tokens (--dataset=)
 
+VOCAB_SIZE = 65  # of random tokens (--dataset=), unless vocab_size is set
 QUICK = 2e11  # floating-point operations of a step that takes a CPU seconds
 
 
@@ -53,16 +53,11 @@ def main(argv):
     globals().update(values)
     values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
-    for key, least in (('batch_tokens', 0), ('overfit_steps', 1), ('vocab_size', 2)):
+    for key, least in (('batch_tokens', 0), ('overfit_steps', 1)):
         if not least <= values[key] < 1 << 31:
             raise UserError(
                 f'{key} is {values[key]}: it must be at least {least} and less than {1 << 31:,}'
             )
-    if values['dataset'] and origins['vocab_size'] != 'default':
-        raise UserError(
-            f'vocab_size ({origins["vocab_size"]}) is for random tokens, but the dataset '
-            f'{values["dataset"]} has its own: omit it, or use random tokens with --dataset='
-        )
     start = read_start(values['init_from'], values['out_dir'], warn)
     if start:
         values = start.adopt(values, origins)
@@ -88,17 +83,7 @@ def warn(line: str):
 
 def open_dataset(values) -> TokenDataset:
     try:
-        if values['init_from'] == 'resume':
-            check_trained_on(values['dataset'], values['data_dir'])
-        return open_or_prepare(
-            values['dataset'],
-            values['fallback_dataset'],
-            values['data_dir'],
-            values['prepare_dataset'],
-            values['block_size'],
-            Ranks(),
-            warn,
-        )
+        return open_or_prepare(values, Ranks(), warn)
     except UserError as error:
         raise UserError(f'{error}; or use random tokens: --dataset=') from error
 
@@ -108,11 +93,13 @@ def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
 
     start: the weights, whose vocabulary is used; None for a new model.
     """
-    size = start.model.vocab_size if start else values['vocab_size']
+    size = start.model.vocab_size if start else values['vocab_size'] or VOCAB_SIZE
+    if size < 2:
+        raise UserError(f'vocab_size is {size}: random tokens need at least 2')
     n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # enough for a few steps
     seed_everything(values['seed'], 'random tokens')
     tokens = torch.randint(size, (n,)).numpy()
-    tokenizer = tokenizer_from_json(start.tokenizer) if start else None
+    tokenizer = tokenizer_from_json(start.tokenizer) if start and start.tokenizer else None
     data = TokenDataset('random tokens', Path(), tokens, tokens, size, tokenizer, {}, '')
     return data, start and replace(start, resumed=None)
 

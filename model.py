@@ -6,14 +6,14 @@ together give Qwen3 (Yang et al. 2025). How it generates text is in nib/generati
 
 Letters in shapes:
     B sequences, T positions, V = vocab_size, C = n_embd
-    H = n_head, K = key and value heads, D = C / H, the width of a head
+    H = n_head, K = key and value heads, D = the width of a head, by default C / H
     Q queries, S keys, unless a whole sequence attends to itself
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -39,32 +39,38 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0  # key and value heads; groups of query heads share them; 0 is n_head
+    head_dim: int = 0  # width of a head; 0 is n_embd / n_head
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and LayerNorms
+    qkv_bias: bool = False  # of queries, keys and values, even without `bias`
     position: Literal['learned', 'rotary'] = 'learned'
     rotary_base: float = 10000.0  # larger values slow the rotation of the slowest dimensions
+    rotary_scaling: tuple = ()  # slows slow rotations for a longer context: see Rotary
     norm: Literal['layer', 'rms'] = 'layer'
+    norm_eps: float = 0.0  # added to the variance; 0 is 1e-5 in LayerNorm and 1e-6 in RMSNorm
     qk_norm: bool = False  # normalize queries and keys, head by head
-    mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'
+    mlp: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'gelu'
+    mlp_width: int = 0  # hidden units; 0 is 4C, and for SwiGLU two thirds of that
     tied_head: bool = True  # the output head is the token embedding itself
     logit_cap: float = 0.0  # logits stay between minus and plus this value; 0: no cap
     zero_init: bool = False  # residual projections start at 0: every block starts as the identity
     recompute: bool = False  # keep only the inputs of blocks; recompute the rest in backward
 
     def __post_init__(self):
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
+        for name in 'vocab_size block_size n_layer n_head n_embd head_dim mlp_width'.split():
             # More layers would take hours to build; larger sizes would overflow the counts.
             value, below = getattr(self, name), 10_000 if name == 'n_layer' else 1 << 31
-            if not 1 <= value < below:
+            least = 0 if name in ('head_dim', 'mlp_width') else 1
+            if not least <= value < below:
                 raise ValueError(
-                    f'{name} is {value}: it must be at least 1 and less than {below:,}'
+                    f'{name} is {value}: it must be at least {least} and less than {below:,}'
                 )
         for name, kind in get_type_hints(type(self)).items():
             choices, value = get_args(kind), getattr(self, name)
-            if choices and value not in choices:
+            if get_origin(kind) is Literal and value not in choices:
                 raise ValueError(f'{name} is {value!r}: it must be one of {", ".join(choices)}')
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and not self.head_dim:
             nearest = self.n_embd // self.n_head * self.n_head or self.n_head
             raise ValueError(
                 f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}: '
@@ -76,16 +82,18 @@ class GPTConfig:
                 f'n_head {self.n_head} is not divisible by n_kv_head '
                 f'{self.n_kv_head}: try n_kv_head {shared}'
             )
-        if self.position == 'rotary' and self.head_dim % 2:
+        if self.position == 'rotary' and self.head_width % 2:
+            name = 'head_dim' if self.head_dim else 'n_embd / n_head'
             raise ValueError(
-                f'n_embd / n_head is {self.head_dim}: rotary positions turn pairs of '
-                f'dimensions, so it must be even: '
-                f'try n_embd {self.n_head * (self.head_dim + 1)}'
+                f'{name} is {self.head_width}: rotary positions turn pairs of dimensions, so it '
+                f'must be even: try head_dim {self.head_width + 1}'
             )
         if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
             raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and less than 1')
+        if not 0.0 <= self.norm_eps < math.inf:
+            raise ValueError(f'norm_eps is {self.norm_eps}: it must be at least 0')
         if not 0.0 <= self.logit_cap < math.inf:
             raise ValueError(
                 f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive number'
@@ -93,31 +101,31 @@ class GPTConfig:
 
     @classmethod
     def pick(cls, values: Mapping, vocab_size: int) -> 'GPTConfig':
-        """The config with this vocab_size and all other fields from `values`."""
-        names = [field.name for field in fields(cls) if field.name != 'vocab_size']
+        """The config with this vocab_size and the other fields that `values` has."""
+        names = {field.name for field in fields(cls)} & values.keys() - {'vocab_size'}
         return cls(vocab_size, **{name: values[name] for name in names})
 
     @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
 
     @property
-    def mlp_width(self) -> int:
+    def mlp_units(self) -> int:
         """4C. SwiGLU, which has three matrices, has 2/3 of that, rounded up to a multiple of 32."""
         if self.mlp == 'swiglu':
-            return math.ceil(8 * self.n_embd / 3 / 32) * 32
-        return 4 * self.n_embd
+            return self.mlp_width or math.ceil(8 * self.n_embd / 3 / 32) * 32
+        return self.mlp_width or 4 * self.n_embd
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     """LayerNorm (Ba et al. 2016), or RMSNorm, which does not center (Zhang and Sennrich 2019)."""
     if config.norm == 'layer':
-        return nn.LayerNorm(width, bias=config.bias)
-    return RMSNorm(width, eps=1e-6)
+        return nn.LayerNorm(width, eps=config.norm_eps or 1e-5, bias=config.bias)
+    return RMSNorm(width, eps=config.norm_eps or 1e-6)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -131,14 +139,21 @@ class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021): the score of a query and a key depends on their distance.
 
     Dimensions i and i + D/2 of a query or key form a point, which is rotated by the angle
-    position * base^(-2i/D).
+    position * base^(-2i/D). rotary_scaling, (factor, low, high, length), divides by `factor` the
+    frequencies with fewer than `low` turns in `length` positions, and leaves those with more than
+    `high` (Grattafiori et al. 2024, Llama 3).
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        exponents = -torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        exponents = -torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
+        frequencies = config.rotary_base**exponents  # (D/2)
+        if config.rotary_scaling:
+            factor, low, high, length = config.rotary_scaling
+            kept = ((frequencies * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            frequencies *= kept + (1 - kept) / factor
         positions = torch.arange(config.block_size, dtype=torch.float64)
-        angles = positions[:, None] * config.rotary_base**exponents  # (block_size, D/2)
+        angles = positions[:, None] * frequencies  # (block_size, D/2)
         self.register_buffer('cos', angles.cos().float(), persistent=False)
         self.register_buffer('sin', angles.sin().float(), persistent=False)
 
@@ -163,19 +178,20 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim = D = config.head_width
         self.heads = [config.n_head, config.kv_heads, config.kv_heads]
         self.dropout = config.dropout
         # Queries, keys and values come from one matrix.
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)
-        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        has_bias = config.bias or config.qkv_bias
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * D, bias=has_bias)
+        self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary=None):  # x (B, T, C)
         y = self.attend(*self.query_key_value(x, rotary))  # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side again
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H * D): the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
     def query_key_value(self, x, rotary=None):
@@ -261,6 +277,8 @@ ACTIVATIONS: dict[
     str, Callable[[], nn.Module]
 ] = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
     'gelu': lambda: nn.GELU(approximate='tanh'),
+    'gelu_erf': nn.GELU,
+    'relu': nn.ReLU,
     'relu2': SquaredReLU,
     'swiglu': SwiGLU,
 }
@@ -272,14 +290,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.kind = config.mlp
-        hidden = config.mlp_width * (2 if self.kind == 'swiglu' else 1)
+        hidden = config.mlp_units * (2 if self.kind == 'swiglu' else 1)
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.activation = ACTIVATIONS[self.kind]()
-        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_units, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        x = self.activation(self.c_fc(x))  # (B, T, mlp_width)
+        x = self.activation(self.c_fc(x))  # (B, T, mlp_units)
         return self.dropout(self.c_proj(x))
 
 
@@ -406,11 +424,11 @@ class GPT(nn.Module):
     def flops_per_token(self) -> dict[str, int]:
         """Floating-point operations of one token's forward pass at full context, by layer.
 
-        A matrix of m x n costs 2mn. Attention costs 2TC for the scores and 2TC for the weighted
+        A matrix of m x n costs 2mn. Attention costs 2THD for the scores and 2THD for the weighted
         mean, not discounting causality (Chowdhery et al. 2022, PaLM, appendix B). The backward pass
         costs twice as much, so a training step costs three times the sum.
         """
-        attention = 4 * self.config.block_size * self.config.n_embd
+        attention = 4 * self.config.block_size * self.config.n_head * self.config.head_width
         layers = {}
         for i, block in enumerate(self.transformer.h):
             for name, first in (('attn', block.attn.c_attn), ('mlp', block.mlp.c_fc)):

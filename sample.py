@@ -3,6 +3,7 @@
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
 python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
 echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
+python sample.py --init_from=gpt2 --start="The meaning of life is"
 """
 
 import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
@@ -19,9 +20,8 @@ from typing import Literal
 import torch
 
 import configurator
-from model import GPT, GPTConfig
-from nib.checkpoint import store
-from nib.checkpoint.start import check_shapes
+from model import GPT
+from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
@@ -32,6 +32,7 @@ from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 # which model
 out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
+init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
 start: str = '\n'  # prompt, FILE:path or - (standard input); \n is a line break
 num_samples: int = 3  # continuations of the prompt; the first is shown while it is generated
@@ -59,9 +60,10 @@ def main(argv):
             f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}'
         )
     prompt = read_prompt(start)
-    found, tensors = store.load(*store.locate(out_dir, which), read=('model',), check=check_shapes)
-    tokenizer = tokenizer_from_json(found.state['tokenizer'])
-    config = GPTConfig(**found.state['model'])
+    weights = read_model(init_from, out_dir, which)
+    tokenizer = tokenizer_from_json(weights.known_tokenizer())
+    weights = weights.crop_vocabulary(tokenizer.vocab_size)  # ids of padding have no text
+    config = weights.model
     prompt_ids = encode_prompt(tokenizer, prompt, '--start')
     if len(prompt_ids) > config.block_size:
         n_fitting = len(tokenizer.decode(prompt_ids[-config.block_size :]))
@@ -78,11 +80,10 @@ def main(argv):
     except ValueError as error:
         raise UserError(str(error)) from error
     model = GPT(config)
-    model.load_state_dict(tensors['model'])
+    model.load_state_dict(weights.tensors['model'])
     model.to(device, getattr(torch, dtype_used))
     print(
-        f'{found.path}: step {found.step}, trained on {found.state["dataset"]}; '
-        f'{describe_device(device)}, {dtype_used} ({dtype_reason})',
+        f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})',
         file=sys.stderr,
     )
 

@@ -42,12 +42,12 @@ from nib.run.checks import check_config, settle_schedule
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
-from nib.tokens.find import check_trained_on, data_dir_of, open_or_prepare
+from nib.tokens.find import data_dir_of, open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
 out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
-init_from: str = 'scratch'  # or 'resume', the out_dir of another run, 'gpt2' (-medium, -large, -xl)
+init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an open model, a ckpt.pt
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
 seed: int = 1337  # for weights, data order and dropout
@@ -68,8 +68,9 @@ report: bool = True  # write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
+vocab_size: int = 0  # number of tokens, if no meta.json or meta.pkl says it; 0: those of GPT-2
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
-fallback_dataset: str = ''  # used if the dataset cannot be prepared; empty: stop with an error
+fallback_dataset: str = ''  # used if the dataset cannot be downloaded; empty: stop with an error
 batch_size: int | Literal['auto'] = 12  # sequences per micro step and process; auto: all that fit
 block_size: int = 1024  # context length in tokens
 gradient_accumulation_steps: int = 40  # micro steps per step, summed over all processes
@@ -77,6 +78,7 @@ gradient_accumulation_steps: int = 40  # micro steps per step, summed over all p
 n_layer: int = 12  # transformer blocks
 n_head: int = 12  # attention heads per block
 n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
+head_dim: int = 0  # width of a head; 0: n_embd / n_head
 n_embd: int = 768  # embedding dimension
 dropout: float = 0.0  # dropout probability; 0.1 or more for small datasets
 bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; False is slightly better
@@ -84,7 +86,8 @@ position: Literal['learned', 'rotary'] = 'learned'  # position encoding
 rotary_base: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
 norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
 qk_norm: bool = False  # normalize queries and keys; more stable at high learning rates
-mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # activation; relu2 is squared ReLU
+mlp: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'gelu'  # relu2 is squared ReLU
+mlp_width: int = 0  # hidden units of the MLP; 0: 4 * n_embd, and for swiglu two thirds of that
 tied_head: bool = True  # the output head shares the weights of the token embedding
 logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_cap; 0: no limit
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
@@ -316,7 +319,7 @@ def main(argv):
     # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
-    data = find_data(ranks, book)
+    data = find_data(values, ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     t = Training.set_up(config, data, start, ranks)
     if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
@@ -477,6 +480,8 @@ def find_start(values, origins, book):
         values = values | {'init_from': 'resume'}
     if values['init_from'] == 'resume' and not eval_only:
         book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
+    elif not overwrite and not eval_only:
+        book.check_new()
     start = read_start(values['init_from'], out_dir, book.warn)
     if start:
         own = any(origin.startswith('checkpoint') for origin in origins.values())
@@ -490,13 +495,9 @@ def find_start(values, origins, book):
     return start, values
 
 
-def find_data(ranks, book):
+def find_data(values, ranks, book):
     """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
-    if init_from == 'resume':
-        check_trained_on(dataset, data_dir)
-    data = open_or_prepare(
-        dataset, fallback_dataset, data_dir, prepare_dataset, block_size, ranks, book.say
-    )
+    data = open_or_prepare(values, ranks, book.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
     book.say_data(data, gradient_accumulation_steps * batch_size * block_size)

@@ -4,11 +4,18 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +50,73 @@ def clear_temporaries(folder: str | os.PathLike, *names: str):
 
 def _temporary_name(name: str, process: int | str) -> str:
     return f'.{name}.{process}.tmp'
+
+
+class FolderLock:
+    """A lock on a folder, held from take() until release() or the end of the process.
+
+    The file .lock names its holder. Only the system's lock on that file counts, so the file of a
+    dead process does no harm. On a file system without locks, every process gets the lock.
+    """
+
+    NAME = '.lock'
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder) / self.NAME
+        self.file: IO[str] | None = None
+
+    def take(self) -> bool:
+        """Takes the lock, or returns False if another process has it.
+
+        Raises OSError if the folder cannot be written.
+        """
+        while True:
+            file = open(self.path, 'a+')  # noqa: SIM115, closed by release()
+            if not _lock(file):
+                file.close()
+                return False
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                    self.file = file
+                    return True
+            file.close()  # the holder has removed this file since it was opened
+
+    def sign(self):
+        """Names this process as the holder."""
+        self.file.truncate(0)
+        self.file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid()}) + '\n')
+        self.file.flush()
+
+    def holder(self) -> str:
+        found = read_json(self.path)
+        if {'host', 'pid'} <= found.keys():
+            return f'host {found["host"]}, pid {found["pid"]}'
+        return 'unknown process'
+
+    def release(self, remove: bool = False):
+        """Gives the lock back. remove: whether the file is removed, too."""
+        if not self.file:
+            return
+        with self.file:
+            if remove:
+                with suppress(OSError):  # Windows does not remove an open file
+                    self.path.unlink()
+        self.file = None
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            # Windows locks bytes, which others cannot read then: this one is behind the text.
+            file.seek(1 << 30)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a network file system that does not support locks
+        pass
+    return True
 
 
 def sync_folder(folder: str | os.PathLike):

@@ -237,7 +237,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
         on_cpu = weight.device.type == 'cpu'
         dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else weight.dtype
-        shape = n_rows, config.kv_heads, n_slots, config.head_dim
+        shape = n_rows, config.kv_heads, n_slots, config.head_width
         self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in range(2))
 
     def attend(self, q, k, v):
@@ -274,8 +274,8 @@ class BagCache:
 
     def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
         blocks = n_rows, config.kv_heads, math.ceil(n_slots / self.BLOCK)
-        self.keys = weight.new_zeros(*blocks, config.head_dim, self.BLOCK)
-        self.values = weight.new_zeros(*blocks, self.BLOCK, config.head_dim)
+        self.keys = weight.new_zeros(*blocks, config.head_width, self.BLOCK)
+        self.values = weight.new_zeros(*blocks, self.BLOCK, config.head_width)
 
     def attend(self, q, k, v):
         """Like KVCache.attend(), for a whole window or for one token (T = 1) after earlier ones."""
@@ -307,7 +307,7 @@ class BagCache:
         """Whether this cache is faster than KVCache and computes the same."""
         if weight.device.type != 'cpu' or not kernels_fit():
             return False
-        size = 2 * n_rows * config.kv_heads * n_slots * config.head_dim
+        size = 2 * n_rows * config.kv_heads * n_slots * config.head_width
         return size >= cls.SMALLEST and n_slots >= cls.BLOCK  # not worth it for less than one block
 
     @classmethod

@@ -210,17 +210,17 @@ def test_last_of_a_repeated_flag_wins():
 @pytest.mark.parametrize(
     'item, words',
     [
-        ('--max_iters=1.5', ['1.5', 'expected int']),
-        ('--max_iters=True', ['--max_iters', 'True', 'expected int']),
-        ('--max_iters=None', ['expected int']),
-        ('--max_iters=inf', ['expected int']),
-        ('--max_iters=', ['expected int']),
-        ('--max_iters=2+2j', ['expected int']),
-        ('--learning_rate=True', ['expected float']),
-        ('--learning_rate=' + '9' * 400, ['expected float']),
-        ('--learning_rate=__import__("os")', ['expected float']),
-        ('--verbose=1', ['expected bool']),
-        ('--dtype=bf16', ["'bf16'", "'float32' | 'bfloat16' | 16"]),
+        ('--max_iters=1.5', ['1.5', 'expected an integer']),
+        ('--max_iters=True', ['--max_iters', 'True', 'expected an integer']),
+        ('--max_iters=None', ['expected an integer']),
+        ('--max_iters=inf', ['expected an integer']),
+        ('--max_iters=', ['expected an integer']),
+        ('--max_iters=2+2j', ['expected an integer']),
+        ('--learning_rate=True', ['expected a number']),
+        ('--learning_rate=' + '9' * 400, ['expected a number']),
+        ('--learning_rate=__import__("os")', ['expected a number']),
+        ('--verbose=1', ['expected True or False']),
+        ('--dtype=bf16', ["'bf16'", "'float32', 'bfloat16' or 16"]),
         ('--dtype=bfloat', ["did you mean 'bfloat16'?"]),
         (
             '--learing_rate=1',
@@ -361,10 +361,10 @@ seed = max_iters
         ('\nmax_iter = 3', 'x.py:2: max_iter: no such key; did you mean max_iters? '),
         ('def helper(): pass', 'x.py:1: helper: no such key'),
         ('class Helper: pass', 'x.py:1: Helper: no such key'),
-        ("max_iters = 1\nmax_iters = 'a'", "x.py:2: max_iters: found 'a', expected int"),
-        ('max_iters = 1\n\nmax_iters += 0.5', 'x.py:3: max_iters: found 1.5, expected int'),
-        ('max_iters = True', 'x.py:1: max_iters: found True, expected int'),
-        ('learning_rate = [1]', 'x.py:1: learning_rate: found [1], expected float'),
+        ("max_iters = 1\nmax_iters = 'a'", "x.py:2: max_iters: found 'a', expected an integer"),
+        ('max_iters = 1\n\nmax_iters += 0.5', 'x.py:3: max_iters: found 1.5, expected an integer'),
+        ('max_iters = True', 'x.py:1: max_iters: found True, expected an integer'),
+        ('learning_rate = [1]', 'x.py:1: learning_rate: found [1], expected a number'),
         ('seed = 1\nx = = 2', 'x.py:2: SyntaxError'),
         ('\nreturn 3', 'x.py:2: SyntaxError'),
         ('\n\nseed = missing', "x.py:3: NameError: name 'missing' is not defined"),
@@ -689,3 +689,18 @@ def test_auto_keeps_the_number_below_it_and_says_so(tmp_path):
         values, origins = configurator.resolve(defaults, types, argv)
         assert (values['size'], origins['size']) == (size, origin), argv
         assert values['mode'] == 'auto'
+
+
+def test_a_tilde_is_the_home_folder_everywhere_but_in_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    monkeypatch.setenv('USERPROFILE', '/home/me')  # Windows
+    (tmp_path / 'x.py').write_text("out_dir = '~/of file'")
+    defaults = dict.fromkeys(('out_dir', 'input', 'start'), '')
+    types = dict.fromkeys(defaults, (str,))
+    argv = [str(tmp_path / 'x.py'), '--input=~/a,b~,~/c', '--start=~/d']
+    values, _ = configurator.resolve(defaults, types, argv)
+    assert values == {
+        'out_dir': '/home/me/of file',
+        'input': '/home/me/a,b~,/home/me/c',
+        'start': '~/d',
+    }

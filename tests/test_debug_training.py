@@ -276,11 +276,11 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
             )
             h = h + attended
             added = block.mlp(block.ln_2(h))
-            hidden = block.mlp.c_fc(block.ln_2(h)).flatten(0, 1)[:, : config.mlp_width]
+            hidden = block.mlp.c_fc(block.ln_2(h)).flatten(0, 1)[:, : config.mlp_units]
             limit = {'gelu': -3.0, 'swiglu': -6.0, 'relu2': 0.0}[config.mlp]
             assert (
                 row.dead
-                == sum(bool((unit <= limit).all()) for unit in hidden.t()) / config.mlp_width
+                == sum(bool((unit <= limit).all()) for unit in hidden.t()) / config.mlp_units
             )
             h = h + added
             wanted = [
@@ -297,7 +297,7 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
 
 def entropy_by_hand(attention, x, rotary, config) -> float:
     """Head by head and position by position, in Python's floats."""
-    D = config.head_dim
+    D = config.head_width
     q, k, _ = attention.c_attn(x).split(
         [config.n_head * D, config.kv_heads * D, config.kv_heads * D], dim=2
     )
@@ -1051,8 +1051,8 @@ def test_mistakes_are_one_line(debug, tmp_path):
     for flags, words in (
         (['--overfit_steps=0'], 'overfit_steps is 0: it must be at least 1'),
         (['--batch_tokens=-1'], 'batch_tokens is -1'),
-        (['--vocab_size=1', '--dataset='], 'vocab_size is 1: it must be at least 2'),
-        (['--vocab_size=100'], 'use random tokens with --dataset='),
+        (['--vocab_size=1', '--dataset='], 'vocab_size is 1: random tokens need at least 2'),
+        (['--vocab_size=100'], 'but vocab_size is 100: leave vocab_size out'),
         (['--dataset=nowhere'], 'or use random tokens: --dataset='),
         (['--n_head=3'], 'n_embd 32 is not divisible by n_head 3'),
         (['--init_from=nowhere'], "expected 'scratch'"),

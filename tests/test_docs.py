@@ -60,6 +60,8 @@ RUN = {
     'python train.py config/fast_shakespeare_char.py': [*TINY_RUN, '--cooldown_iters=1'],
     'python train.py config/train_text.py --dataset=notes': TINY_RUN,
     'python train.py config/lab/lr_too_high.py --stop_on=warning': [*TINY_RUN, '--stop_on=never'],
+    'python convert.py --out_dir=out-shakespeare-char --dest=shakespeare-hf': [],
+    'python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=shakespeare-nanogpt': [],
     'python train.py --help': [],
     'python train.py config/train_shakespeare_char.py --learning_rate=3e-4 --print_config': [],
     'python sample.py '
@@ -117,6 +119,8 @@ NEEDS_NETWORK = {
     'pip install -r requirements-dev.txt': 'installs packages',
     'pip install datasets': 'installs packages',
     'pip install huggingface_hub': 'installs packages',
+    'pip install tokenizers': 'installs packages',
+    'python sample.py --init_from=gpt2 --start="The meaning of life is"': "fetches GPT-2's weights",
     'pip install '
     'torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu': 'installs packages',
     'git clone https://github.com/karpathy/nanoGPT': 'fetches nanoGPT',
@@ -144,6 +148,7 @@ LONG = {
     'python stress/planted_faults.py --text=data/shakespeare_char/input.txt': 'trains 438 models',
     'python stress/crash.py': 'kills 1,000 processes',
     'python stress/corruption.py': 'damages 10,000 checkpoints',
+    'python stress/datasets.py': 'starts 800 processes',
     'python stress/fuzz.py': 'runs 10,000 command lines',
     'python stress/encodings.py --cases=2000': 'prepares 2,000 texts',
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',

@@ -330,6 +330,10 @@ def every_architecture():
             bias=i % 2 == 0,
             logit_cap=5.0 * (i % 3 == 0),
             zero_init=i % 5 == 0,
+            head_dim=16 * (i % 3 == 1),
+            mlp_width=40 * (i % 3 == 2),
+            qkv_bias=i % 4 == 1,
+            rotary_scaling=(4.0, 1.0, 2.0, 6.0) if i % 5 < 2 else (),
             **dict(zip(FEATURES, values, strict=True)),
         )
 

@@ -9,8 +9,8 @@ out_dir = 'out-lab-different-texts'
 _open = find.open_dataset
 
 
-def _open_two_texts(folder, block_size):
-    data = _open(folder, block_size)
+def _open_two_texts(*arguments):
+    data = _open(*arguments)
     return replace(data, val=(data.vocab_size - 1 - data.val).astype(data.val.dtype))
 
 

@@ -10,8 +10,8 @@ learning_rate = 4e-3
 _open = find.open_dataset
 
 
-def _open_little(folder, block_size):
-    data = _open(folder, block_size)
+def _open_little(*arguments):
+    data = _open(*arguments)
     return replace(data, train=data.train[:4096])
 
 

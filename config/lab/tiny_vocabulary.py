@@ -8,4 +8,4 @@ include('healthy.py')
 out_dir = 'out-lab-tiny-vocabulary'
 
 _open = find.open_dataset
-find.open_dataset = lambda folder, block_size: replace(_open(folder, block_size), vocab_size=4096)
+find.open_dataset = lambda *arguments: replace(_open(*arguments), vocab_size=4096)

@@ -11,8 +11,8 @@ out_dir = 'out-lab-val-leaked'
 _open = find.open_dataset
 
 
-def _open_leaking(folder, block_size):
-    data = _open(folder, block_size)
+def _open_leaking(*arguments):
+    data = _open(*arguments)
     return replace(data, train=numpy.concatenate((data.train, data.val)))
 
 

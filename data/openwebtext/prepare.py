@@ -8,6 +8,7 @@ continues where it left off.
 import logging
 import math
 import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import configurator
 from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.text import documents, inputs
+from nib.text.download import DownloadError
 from nib.text.rows import READERS, read_rows
 from nib.text.tokenizer import Gpt2Tokenizer
 from nib.tokens.write import write_dataset
@@ -29,6 +31,8 @@ out_dir: str = ''  # output folder; empty: this file's folder
 
 NAME = 'Skylion007/openwebtext'
 EXPECTED = {'train': 9_035_582_198, 'val': 4_434_897}  # tokens, as published by nanoGPT
+OFFLINE = (ConnectionError, TimeoutError, socket.gaierror)  # errors of a network that fails,
+NETWORK = ('requests', 'urllib3', 'httpx', 'httpcore', 'huggingface_hub')  # and who has others
 VAL_FRACTION, SEED = 0.0005, 2357
 
 
@@ -109,9 +113,13 @@ class HubTexts:
             self.rows = rows.select_columns('text')
         except Exception as error:  # network, disk and data set errors have many types
             cause: BaseException = error
-            while cause.__cause__:
+            offline = False
+            while True:
+                offline |= isinstance(cause, OFFLINE) or type(cause).__module__.startswith(NETWORK)
+                if not cause.__cause__:
+                    break
                 cause = cause.__cause__
-            raise UserError(
+            raise (DownloadError if offline else UserError)(
                 f'{NAME} could not be loaded ({type(cause).__name__}: {cause}); download it on a '
                 f'machine with a network, or use --input=FOLDER to name .jsonl or .parquet files'
             ) from cause

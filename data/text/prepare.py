@@ -10,7 +10,6 @@ validation split, about a tenth of the text, and an end-of-text token follows ea
 single one, its last tenth is the validation split.
 """
 
-import os
 import re
 import shlex
 import sys
@@ -24,10 +23,11 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
-from nib.files import command, script_path, shown
+from nib.files import command, read_json, script_path, shown
 from nib.text import documents, inputs
 from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
 from nib.tokens.borrow import read_tokenizer
+from nib.tokens.dataset import is_prepared
 from nib.tokens.write import write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
@@ -37,6 +37,7 @@ replace_missing: str = ''  # a character for those that its tokenizer lacks; emp
 end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text becomes
 name: str = ''  # of the dataset, which is written to data/NAME; empty: named after the input
 out_dir: str = ''  # output folder; empty: data/NAME
+overwrite: bool = False  # replace the dataset of another text
 
 LITTLE = 100_000  # characters; a model memorizes a shorter text
 
@@ -47,7 +48,7 @@ def main(argv):
     if not input:
         raise UserError('--input=PATH is missing: name the files and folders that hold your text')
     names = [input] if Path(input).exists() else input.split(',')
-    paths = [Path(os.path.expanduser(path)) for path in names]
+    paths = [Path(path) for path in names]
     folder = Path(out_dir) if out_dir else choose_folder(paths[0])
     files, skipped = inputs.find_files(paths)
     for what in inputs.told(skipped):
@@ -78,6 +79,8 @@ def main(argv):
     }
     if substitutes:
         source['replaced'] = {'characters': found.missing.total(), 'by': replace_missing}
+    if not overwrite:
+        check_replaceable(folder, found.sha256)
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
@@ -99,6 +102,18 @@ def main(argv):
 
 def note(what: str):
     print(f'note: {what}', file=sys.stderr)
+
+
+def check_replaceable(folder: Path, sha256: str):
+    """Raises UserError if the folder contains a dataset of another text."""
+    if not is_prepared(folder):
+        return
+    source = read_json(folder / 'meta.json').get('source')
+    if not isinstance(source, dict) or source.get('sha256') != sha256:
+        raise UserError(
+            f'{shown(folder)} contains a dataset of another text, or of an earlier version of this '
+            f'one: replace it (--overwrite), or use another --name=NAME'
+        )
 
 
 def choose_folder(path: Path) -> Path:
@@ -129,7 +144,7 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
         'byte': ByteTokenizer(),
         'gpt2': Gpt2Tokenizer(),
     }
-    chosen = own.get(tokenizer) or read_tokenizer(Path(os.path.expanduser(tokenizer)))
+    chosen = own.get(tokenizer) or read_tokenizer(Path(tokenizer))
     chosen.encode('')  # fails before the text is read if its files are missing
     recorded = 'characters' if chosen.spells_end_of_text else 'token'
     if tokenizer not in own and origins['end_of_text'] != 'default' and end_of_text != recorded:

@@ -1,24 +1,21 @@
-"""The weights that a run starts from: its own checkpoint, another run's, or published GPT-2."""
+"""The weights that a run starts from: its own checkpoint, another run's, or an open model's."""
 
-import json
-import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain
 from nib.errors import UserError
+from nib.hub import huggingface, nanogpt
 from nib.machine.device import seed_everything
 from nib.tokens.dataset import TokenDataset
 
-GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-# Published GPT-2 stores these matrices as (inputs, outputs); nn.Linear has (outputs, inputs).
-TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # in openai-community/ on the hub
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,14 @@ class Weights:
 
     name: str  # where they come from
     model: GPTConfig
-    tokenizer: dict
+    tokenizer: dict | None  # None: not known
     tensors: dict[str, dict[str, torch.Tensor]]  # 'model', and in a resumed run 'optimizer'
+    # The checkpoint that the run continues: its own, or nanoGPT's.
     resumed: store.Checkpoint | None = None
+
+    @property
+    def continues_nanogpt(self) -> bool:
+        return bool(self.resumed) and 'source' in self.resumed.state
 
     def adopt(self, values: Mapping, origins: Mapping) -> dict:
         """Returns the config's values with this model's architecture.
@@ -38,10 +40,15 @@ class Weights:
         and recompute may differ, and in a new run, block_size may be smaller.
         """
         adopted = dict(values)
-        fixed = {field.name: getattr(self.model, field.name) for field in fields(GPTConfig)}
+        names = [field.name for field in fields(GPTConfig) if field.name in values]
+        fixed = {name: getattr(self.model, name) for name in names}
         if self.resumed:  # the checkpoint contains the state of its optimizer
             before = self.resumed.state['config']
             fixed['optimizer'] = before.get('optimizer', 'adamw')
+            if self.continues_nanogpt:  # train as it did
+                adopted |= {
+                    key: value for key, value in before.items() if origins.get(key) == 'default'
+                }
             # The schedule stays as it was, unless the user sets it or changes what it depends on.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
                 is_same = before.get(depends_on) == values[depends_on]
@@ -85,16 +92,48 @@ class Weights:
 
         A resumed run needs the same dataset, and every model a dataset with its own tokenizer.
         """
-        if self.resumed:
+        if self.resumed and not self.continues_nanogpt:  # which records no fingerprint
             self.resumed.check_dataset(data.folder, data.fingerprint)
-        borrowed = self.name if self.tokenizer['kind'] == 'char' else self.tokenizer['kind']
-        if data.vocab_size != self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
+        if data.tokenizer is None:  # random tokens, for debug_training.py
+            return
+        kind = self.known_tokenizer()['kind']
+        borrowed = self.name if kind == 'char' else kind
+        # Open models may have more embeddings than their tokenizer has tokens.
+        if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
-                f'{self.name} needs tokens of another tokenizer ({self.tokenizer["kind"]}, '
+                f'{self.name} needs tokens of another tokenizer ({kind}, '
                 f'vocabulary {self.model.vocab_size}) than those of dataset {data.name} '
                 f'(vocabulary {data.vocab_size}): prepare your text with its tokenizer, python '
                 f'data/text/prepare.py --input=PATH --tokenizer={borrowed}'
             )
+
+    def describe(self) -> str:
+        """Returns the name, and for a run the step and the dataset."""
+        if not self.resumed:
+            return self.name
+        state = self.resumed.state
+        dataset = state.get('dataset') or state['config'].get('dataset', 'an unknown dataset')
+        return f'{self.name}: step {state["step"]}, trained on {dataset}'
+
+    def known_tokenizer(self) -> dict:
+        """Returns the tokenizer. Raises UserError if it is not known."""
+        if self.tokenizer is None:
+            raise UserError(
+                f'the tokenizer of {self.name} is not known: for a nanoGPT checkpoint, copy the '
+                f"meta.pkl of its dataset next to ckpt.pt; of other models, only GPT-2's tokenizer "
+                f'can be read'
+            )
+        return self.tokenizer
+
+    def crop_vocabulary(self, vocab_size: int) -> 'Weights':
+        """Returns the weights without the embeddings that pad the vocabulary."""
+        if vocab_size >= self.model.vocab_size:
+            return self
+        tensors = dict(self.tensors['model'])
+        for name in tensors.keys() & {'transformer.wte.weight', 'lm_head.weight'}:
+            tensors[name] = tensors[name][:vocab_size]
+        model = replace(self.model, vocab_size=vocab_size)
+        return replace(self, model=model, tensors={'model': tensors})
 
 
 def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT:
@@ -103,24 +142,19 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     Raises UserError if the shape is impossible, or if `start` does not fit the dataset.
     """
     try:
-        model_config = GPTConfig.pick(config, data.vocab_size)
+        if start is None:
+            model_config = GPTConfig.pick(config, data.vocab_size)
+        else:  # adopt() has given the config this model's other keys
+            trained = {key: config[key] for key in ('dropout', 'recompute')}
+            model_config = replace(start.model, **trained)
     except ValueError as error:
         raise UserError(str(error)) from error
     if start is None:
         seed_everything(config['seed'])
         return GPT(model_config)
     start.check_dataset(data)
-    model = GPT(replace(model_config, block_size=start.model.block_size))
-    try:
-        model.load_state_dict(start.tensors['model'])
-    except RuntimeError as error:  # published weights, which have no digest, may be damaged
-        if 'in loading state_dict' not in str(error):
-            raise
-        reason = str(error).splitlines()[1].strip()[:200]
-        raise UserError(
-            f'the weights of {start.name} do not match its config ({reason}); '
-            f'download both files again'
-        ) from error
+    model = GPT(model_config)
+    model.load_state_dict(start.tensors['model'])
     model.crop_block_size(config['block_size'])
     return model
 
@@ -135,17 +169,68 @@ def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Wei
     if init_from == 'resume':
         found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=True)
-    run, which = store.locate(init_from, 'best')
+    return read_weights(init_from, warn)
+
+
+def read_model(
+    init_from: str,
+    out_dir: str,
+    which: str = 'best',
+    read: tuple[str, ...] = ('model',),
+    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Weights:
+    """Returns the weights of a run's checkpoint, or those that init_from names if it is not empty.
+
+    which: 'best', 'latest' or a step number. read: files of the checkpoint to read. Raises
+    UserError if they are missing or not usable.
+    """
+    if init_from:
+        return read_weights(init_from, warn)
+    run, which = store.locate(out_dir, which)
+    found, tensors = store.load(run, which, read=read, warn=warn, check=check_shapes)
+    return _from_checkpoint(found, tensors, resumed=True)
+
+
+def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
+    """Returns the weights of a run, of an open model, or of nanoGPT.
+
+    name: the folder of a run or a model, a ckpt.pt (whose training then continues) or its folder,
+    or a hub id. Raises UserError if they are missing or not usable.
+    """
+    path = Path(name)
+    run, which = store.locate(name, 'best')
     if store.exists(run):
         found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
-    if init_from in GPT2_NAMES or (Path(init_from) / 'config.json').exists():
-        return read_gpt2(init_from)
-    instead = f'; {explain(init_from)}' if Path(init_from).exists() else ''
+    if path.suffix == '.pt' and path.is_file():
+        return _from_nanogpt(path, resumed=True)
+    if (path / 'ckpt.pt').is_file():
+        return _from_nanogpt(path / 'ckpt.pt', resumed=False)
+    is_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in '..'
+    if (path / 'config.json').is_file() or not path.exists() and (name in GPT2_NAMES or is_hub_id):
+        repository = (
+            f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
+        )
+        model, model_tensors, tokenizer = huggingface.read(repository)
+        return Weights(name, model, tokenizer, {'model': model_tensors})
+    instead = f'; {explain(name)}' if path.exists() else ''
     raise UserError(
-        f"init_from {init_from!r}: expected 'scratch', 'resume', "
-        f'{", ".join(map(repr, GPT2_NAMES))}, or the folder of a run or of a Hugging Face GPT-2'
-        f'{instead}'
+        f"init_from {name!r}: expected 'scratch', 'resume', {', '.join(map(repr, GPT2_NAMES))}, "
+        f'the id of a model on the Hugging Face hub, or the folder of a run or of a model{instead}'
+    )
+
+
+def _from_nanogpt(path: Path, resumed: bool) -> Weights:
+    found = nanogpt.read(path)
+    train = {'step': found.step, 'passed_over': 0, 'best_val_loss': found.best_val_loss}
+    config = {'optimizer': 'adamw', 'init_from': str(path), **found.config}
+    state = {'step': found.step, 'train': train, 'config': config, 'source': 'nanoGPT'}
+    return Weights(
+        name=str(path),
+        model=found.model,
+        tokenizer=found.tokenizer,
+        tensors=found.tensors if resumed else {'model': found.tensors['model']},
+        resumed=store.Checkpoint(path, state) if resumed else None,
     )
 
 
@@ -190,63 +275,3 @@ def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Ten
 
 def _shape(shape: torch.Size | None) -> str:
     return 'no shape (missing)' if shape is None else f'shape {tuple(shape)}'
-
-
-def read_gpt2(name: str) -> Weights:
-    """Reads a GPT-2 in Hugging Face's format: config.json and model.safetensors.
-
-    name: a folder, or one of GPT2_NAMES, which is downloaded once. Raises UserError if the files
-    are missing or not valid.
-    """
-    config_file, weights_file = (_find(name, file) for file in ('config.json', 'model.safetensors'))
-    try:
-        config = json.loads(config_file.read_bytes())
-        tensors = safetensors.torch.load_file(weights_file)
-        sizes = {
-            key: config['n_positions' if key == 'block_size' else key]
-            for key in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')
-        }
-        if not all(type(size) is int for size in sizes.values()):
-            raise ValueError(f'its config has {sizes}, which are not all integers')
-        model = GPTConfig(**sizes)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UserError(
-            f'{config_file.parent} is not a Hugging Face GPT-2 ({type(error).__name__}: {error}): '
-            f'expected config.json and model.safetensors; download both again'
-        ) from error
-    renamed = {}
-    for key, tensor in tensors.items():
-        own_name = 'transformer.' + key.removeprefix('transformer.')
-        # Not the masks, and not the head, which is tied.
-        if not own_name.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):
-            is_transposed = own_name.endswith(TRANSPOSED)
-            renamed[own_name] = tensor.t().contiguous() if is_transposed else tensor
-    return Weights(name, model, {'kind': 'gpt2'}, {'model': renamed})
-
-
-def _find(name: str, file: str) -> Path:
-    if name not in GPT2_NAMES or (Path(name) / file).exists():
-        return Path(name) / file
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise UserError(
-            f'--init_from={name} needs a package that is not installed: pip install huggingface_hub'
-        ) from error
-    # It logs every attempt; the message below sums them up.
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
-    try:
-        return Path(hf_hub_download(f'openai-community/{name}', file))
-    except Exception as error:  # its errors have no common base class
-        raise UserError(
-            f'{name} could not be downloaded from the Hugging Face hub ({type(error).__name__}); '
-            f'download config.json and model.safetensors of openai-community/{name} elsewhere and '
-            f'name their folder: --init_from=FOLDER'
-        ) from error

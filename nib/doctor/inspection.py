@@ -19,7 +19,7 @@ from nib.doctor.health import LayerStats, ParameterStats
 # A hidden unit is closed if its activation function passes hardly any gradient. Below these inputs,
 # squared ReLU passes none, and the slopes of GELU and of SwiGLU's gate (SiLU) are within 0.0125 of
 # 0. For other activation functions, a unit is closed if its output is 0.
-CLOSED_BELOW = {'relu2': 0.0, 'gelu': -3.0, 'swiglu': -6.0}
+CLOSED_BELOW = {'relu': 0.0, 'relu2': 0.0, 'gelu': -3.0, 'gelu_erf': -3.0, 'swiglu': -6.0}
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def entropy(weights):
 def dead_share(mlp_kind: str, hidden) -> float:
     """Returns the share of hidden units that are closed for every token.
 
-    mlp_kind: a key of CLOSED_BELOW. hidden: output of c_fc (..., mlp_width); for SwiGLU, the gates
+    mlp_kind: a key of CLOSED_BELOW. hidden: output of c_fc (..., mlp_units); for SwiGLU, the gates
     come before the other units.
     """
     gate = hidden.chunk(2, dim=-1)[0] if mlp_kind == 'swiglu' else hidden

@@ -51,13 +51,15 @@ def check_config(config: Mapping, world_size: int):
     for keys, least, below in (
         (COUNTS, 1, 1 << 31),
         (AMOUNTS, 0, math.inf),
+        (('vocab_size',), 0, 1 << 31),
         (('beta1', 'beta2', 'muon_momentum', 'sgd_momentum'), 0, 1),
     ):
         limit = f'less than {below:,}' if below < math.inf else 'finite'
         for key in keys:
             if not least <= config[key] < below:
                 raise UserError(f'{key} is {config[key]}: it must be at least {least} and {limit}')
-    check_schedule(config)
+    if config['init_from'] == 'scratch':  # other weights may bring a schedule
+        check_schedule(config)
     for key in ('out_dir', 'dataset') + ('wandb_project',) * config['wandb_log']:
         if not config[key]:
             raise UserError(f'{key} is empty: set it with --{key}=NAME')

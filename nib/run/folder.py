@@ -9,13 +9,7 @@ from pathlib import Path
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_hugging_face
 from nib.errors import UserError
-from nib.files import atomic_write, read_json
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in the same out_dir go unnoticed
-    fcntl = None
-
+from nib.files import FolderLock, atomic_write, read_json
 
 # What a command says about itself, and not about the run.
 OF_THE_COMMAND = ('out_dir', 'init_from', 'overwrite', 'eval_only')
@@ -53,15 +47,11 @@ def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
 
 
 class RunLock:
-    """A lock on out_dir, held from take() until release() or the end of the process.
-
-    The lock file names its holder and remains afterwards. Only the system's lock on the file
-    counts, so the file of a dead run does no harm.
-    """
+    """A lock on out_dir, held from take() until release() or the end of the process."""
 
     def __init__(self, out_dir):
         self.out_dir = Path(out_dir)
-        self.file = None
+        self._lock = FolderLock(out_dir)
 
     def take(self, new_run: bool):
         """Takes the lock, and creates the folder if it is missing.
@@ -74,50 +64,34 @@ class RunLock:
             raise UserError(f'{explain(self.out_dir)}; choose another --out_dir for a new run')
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.out_dir / '.lock', 'a+')  # noqa: SIM115, closed by release()
-            if not _lock(self.file):
+            if not self._lock.take():
                 raise UserError(
-                    f'{self.out_dir} belongs to a run that is still active ({self._holder()}): '
-                    f'stop that run, or choose another --out_dir'
+                    f'{self.out_dir} belongs to a run that is still active '
+                    f'({self._lock.holder()}): stop that run, or choose another --out_dir'
                 )
-            if new_run and store.exists(self.out_dir):
-                raise UserError(
-                    f'{self.out_dir} already contains a run: resume it (--init_from=resume), '
-                    f'choose another --out_dir, or replace it (--overwrite)'
-                )
-            self.file.truncate(0)
-            self.file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid()}) + '\n')
-            self.file.flush()
+            if new_run:
+                self.check_new()
+            self._lock.sign()
             store.clear_leftovers(self.out_dir)
+        except UserError:
+            self.release()
+            raise
         except OSError as error:
             raise UserError(
                 f'out_dir {self.out_dir} cannot be written: {error.strerror}; '
                 f'choose another --out_dir'
             ) from error
 
+    def check_new(self):
+        """Raises UserError if the folder contains a run."""
+        if store.exists(self.out_dir):
+            raise UserError(
+                f'{self.out_dir} already contains a run: resume it (--init_from=resume), '
+                f'choose another --out_dir, or replace it (--overwrite)'
+            )
+
     def release(self):
-        if self.file:
-            self.file.close()
-            self.file = None
-
-    def _holder(self) -> str:
-        try:
-            self.file.seek(0)
-            holder = json.loads(self.file.read())
-            return f'host {holder["host"]}, pid {holder["pid"]}'
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return 'unknown process'
-
-
-def _lock(file) -> bool:
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system that does not support locks
-        pass
-    return True
+        self._lock.release()
 
 
 def write_config(out_dir, config: Mapping, origins: Mapping, step: int, changes: Mapping):

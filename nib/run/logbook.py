@@ -18,6 +18,7 @@ from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
 from nib.generation import check_generation
+from nib.hub import huggingface
 from nib.machine.device import describe_device, measure_flops, peak_memory
 from nib.machine.ranks import Ranks
 from nib.machine.signals import FINDING, StopSignal, describe_stop
@@ -73,6 +74,8 @@ class Logbook:
             f'position embeddings), {training.flops_per_token / 1e6:.1f} MFLOP per token (forward '
             f'and backward), {"compiled" if compiled else "not compiled"} ({reason})'
         )
+        if why := huggingface.why_not(training.raw_model.config):
+            self.say(f'convert.py cannot write this model for transformers: {why}')
 
     def restarted_by_torchrun(self) -> bool:
         """Returns whether torchrun has restarted this run, and it has a checkpoint."""
@@ -81,6 +84,10 @@ class Logbook:
     def lock_existing(self):
         """Locks out_dir if it contains a run. Raises UserError if another process has the lock."""
         self.ranks.on_first(lambda: store.exists(self.out_dir) and self._lock.take(new_run=False))
+
+    def check_new(self):
+        """Raises UserError if out_dir contains a run: before anything takes time."""
+        self.ranks.on_first(self._lock.check_new)
 
     def lock_new(self, overwrite: bool):
         """Locks out_dir for a new run.
@@ -105,8 +112,10 @@ class Logbook:
         training: train.py's Training. config: the values that the run uses. origins: where they
         come from. changes: changes of the config since the checkpoint.
         """
-        self.training, self.data, self.saved = training, data, step
+        self.training, self.data = training, data
         self.config, self.origins = config, origins
+        # A run that continues nanoGPT's has no checkpoint of its own yet.
+        self.saved = 0 if self._is_new else step
         self.ranks.on_first(lambda: self._open(changes, step))
         self.start_clock(step)
 
@@ -308,7 +317,9 @@ class Logbook:
             seed=self.config['seed'],
         )
         tokens = takewhile(lambda token: not self.stop.number, tokens)
-        text = self.data.tokenizer.decode(prompt + [int(token) for token in tokens])
+        ids = prompt + [int(token) for token in tokens]
+        # An open model may have more embeddings than its tokenizer has tokens.
+        text = self.data.tokenizer.decode([id for id in ids if id < self.data.vocab_size])
         self.say(f'--- sample\n{text}\n---')
         return text
 
@@ -324,7 +335,10 @@ class Logbook:
 
     def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
         """Records the loss on the whole validation split."""
-        self.say(f'step {step}: val loss {data.describe_loss(loss)} on the whole validation split')
+        evaluated = f'step {step}: val loss {data.describe_loss(loss)}'
+        if not self.metrics:  # --eval_only
+            evaluated += f', perplexity {torch.tensor(loss).exp():.5g}'
+        self.say(f'{evaluated} on the whole validation split')
         if self.metrics:
             self.metrics.log(
                 step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)}

@@ -12,6 +12,10 @@ from nib.errors import UserError
 from nib.files import atomic_write
 
 
+class DownloadError(UserError):
+    """No address serves the file: nothing else than a network is missing."""
+
+
 class _Refused(Exception):
     """Why an address did not serve the file."""
 
@@ -29,7 +33,7 @@ def download(
     sha256: the digest that the file must have; any other content is rejected.
     timeout: seconds to connect, and to wait for the next bytes of a response.
     overall_seconds: limit for one whole response.
-    Raises UserError, with the reason for each address, if none of them serves the file.
+    Raises DownloadError, with the reason for each address, if none of them serves the file.
     """
     reasons = []
     for url in urls:
@@ -43,7 +47,7 @@ def download(
         with atomic_write(path) as file:
             file.write(content)
         return
-    raise UserError(f'could not download {path}: ' + '; '.join(reasons))
+    raise DownloadError(f'could not download {path}: ' + '; '.join(reasons))
 
 
 def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_seconds: float) -> bytes:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from nib.errors import UserError
-from nib.text.download import download
+from nib.text.download import DownloadError, download
+from nib.text.vocabulary import IdTokenizer, VocabularyTokenizer, checked_ids
 
 END_OF_TEXT = '<|endoftext|>'  # the end-of-text token in decoded text and in prompts
 # The files of GPT-2's vocabulary as tiktoken reads them: name -> SHA-256.
@@ -76,7 +77,7 @@ class CharTokenizer:
 
     def decode(self, ids) -> str:
         """Returns the text of token ids. Raises UserError if an id is not in the vocabulary."""
-        ids = _checked(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         characters = _code_points(self.characters)
         return END_OF_TEXT.join(
             characters[part].tobytes().decode('utf-32-le', 'surrogatepass')
@@ -122,7 +123,7 @@ class ByteTokenizer:
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def decode_bytes(self, ids) -> bytes:
-        ids = _checked(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return END_OF_TEXT.encode().join(
             part.astype(np.uint8).tobytes() for part in _texts(ids, self.end_of_text)
         )
@@ -160,13 +161,13 @@ class Gpt2Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def decode_bytes(self, ids) -> bytes:
-        return load_gpt2().decode_bytes(_checked(ids, self.vocab_size).tolist())
+        return load_gpt2().decode_bytes(checked_ids(ids, self.vocab_size).tolist())
 
     def to_json(self) -> dict:
         return {'kind': 'gpt2'} | _spelling(self)
 
 
-Tokenizer = CharTokenizer | ByteTokenizer | Gpt2Tokenizer
+Tokenizer = CharTokenizer | ByteTokenizer | Gpt2Tokenizer | VocabularyTokenizer | IdTokenizer
 
 
 def tokenizer_from_json(data: dict) -> Tokenizer:
@@ -182,9 +183,16 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
             return ByteTokenizer(spells)
         case {'kind': 'gpt2'}:
             return Gpt2Tokenizer(spells)
+        case {'kind': 'vocabulary', 'tokens': list(tokens)}:
+            if all(isinstance(token, str) for token in tokens) and len(set(tokens)) == len(tokens):
+                return VocabularyTokenizer(tuple(tokens))
+            raise UserError('invalid tokenizer: a vocabulary lists distinct texts')
+        case {'kind': 'ids', 'vocab_size': int(size)} if size > 0:
+            return IdTokenizer(size)
         case {'kind': kind} if kind != 'char':
             raise UserError(
-                f"unknown tokenizer kind {kind!r}: this version knows 'char', 'byte' and 'gpt2'"
+                f"unknown tokenizer kind {kind!r}: this version knows 'char', 'byte', 'gpt2', "
+                f"'vocabulary' and 'ids'"
             )
     raise UserError('invalid tokenizer: a char tokenizer lists distinct characters in order')
 
@@ -252,7 +260,7 @@ def load_gpt2():
     """Load tiktoken's GPT-2 encoding, downloading its two files if they are missing.
 
     tiktoken's own download has no timeout and would hang on a network that drops packets.
-    Raises UserError if the files are missing and cannot be downloaded.
+    Raises DownloadError if the files are missing and cannot be downloaded.
     """
     import tiktoken  # most runs do not need it
 
@@ -260,7 +268,7 @@ def load_gpt2():
         os.environ.get('TIKTOKEN_CACHE_DIR')
         or os.environ.get('DATA_GYM_CACHE_DIR')
         or Path(tempfile.gettempdir(), 'data-gym-cache')
-    )
+    ).expanduser()
     names = {file: hashlib.sha1((GPT2_URL + file).encode()).hexdigest() for file in GPT2_FILES}
     try:
         for file, digest in GPT2_FILES.items():
@@ -268,25 +276,19 @@ def load_gpt2():
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
                 folder.mkdir(parents=True, exist_ok=True)
                 download([GPT2_URL + file], path, digest, max_bytes=2_000_000)
-    except (UserError, OSError) as error:
-        wanted = ' and '.join(f'{GPT2_URL}{file} as {name}' for file, name in names.items())
+    except OSError as error:
         raise UserError(
+            f"GPT-2's vocabulary cannot be stored in {folder} ({error.strerror}); set the "
+            f'environment variable TIKTOKEN_CACHE_DIR to another folder'
+        ) from error
+    except DownloadError as error:
+        wanted = ' and '.join(f'{GPT2_URL}{file} as {name}' for file, name in names.items())
+        raise DownloadError(
             f"GPT-2's vocabulary is missing ({error}); on a machine with a network, download "
             f'{wanted} into a folder, and set the environment variable TIKTOKEN_CACHE_DIR to it'
         ) from error
     os.environ['TIKTOKEN_CACHE_DIR'] = str(folder)  # if it were '', tiktoken would download again
     return tiktoken.get_encoding('gpt2')
-
-
-def _checked(ids, vocab_size: int) -> np.ndarray:
-    """Returns ids as int64. Raises UserError if one is not in the vocabulary."""
-    ids = np.asarray(ids, dtype=np.int64)
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise UserError(
-            f'token ids range from {ids.min()} to {ids.max()}, but the vocabulary '
-            f'has ids 0 to {vocab_size - 1}'
-        )
-    return ids
 
 
 def _texts(ids: np.ndarray, end_of_text: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises UserError if the folder is none of these, or if its description is not valid.
     """
     if (folder / 'meta.pkl').exists() and not (folder / 'meta.json').exists():
-        return nanogpt_bins.read_tokenizer(folder)
+        return nanogpt_bins.read_tokenizer(folder, 0)
     for path in (folder / 'meta.json', *_states(folder)):
         described = read_json(path).get('tokenizer')
         if described is not None:

@@ -1,13 +1,14 @@
 """Datasets on disk: token ids in train.bin and val.bin, described by meta.json.
 
 The bins have nanoGPT's format: little-endian uint16 ids, or uint32 for vocabularies above 65,536.
-Bins made by nanoGPT, with or without its meta.pkl, are read as they are.
+Bins made for nanoGPT, with or without a meta.pkl, are read as they are.
 """
 
 import hashlib
 import json
 import math
 import mmap
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from nib.errors import UserError
 from nib.files import command
-from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, tokenizer_from_json
+from nib.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 from nib.tokens import nanogpt_bins
 from nib.tokens.encode import SPLITS
 
@@ -27,7 +28,7 @@ LARGE = 1 << 26  # bytes
 _SAMPLES = 128  # spread evenly from the first token to the last
 _SAMPLE = 1 << 13  # tokens in a sample
 _CHUNK = 1 << 20  # tokens read at once
-_PREPARE_SCRIPTS = Path(__file__).resolve().parents[2] / 'data'
+SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
 @dataclass(frozen=True)
@@ -65,32 +66,41 @@ def is_prepared(folder) -> bool:
     return all((Path(folder) / f'{split}.bin').exists() for split in SPLITS)
 
 
-def open_dataset(folder, block_size: int) -> TokenDataset:
+def open_dataset(folder, block_size: int, vocab_size: int = 0) -> TokenDataset:
     """Open and check a dataset.
 
+    vocab_size: the number of tokens, for bins without a description; 0: GPT-2's tokens.
     Raises UserError if a file is missing or invalid, which says how to recreate it, or if a split
     has no block_size + 1 tokens.
     """
     folder = Path(folder)
+    is_described = (folder / 'meta.json').is_file()
     try:
         for split in SPLITS:
             if not (folder / f'{split}.bin').is_file():
                 raise UserError(f'{folder / split}.bin is missing')
-        if (folder / 'meta.json').is_file():
+        if is_described:
             meta, tokenizer = _read_meta(folder / 'meta.json')
         else:
-            meta, tokenizer = {'dtype': 'uint16', 'splits': {}}, nanogpt_bins.read_tokenizer(folder)
+            tokenizer = nanogpt_bins.read_tokenizer(folder, vocab_size)
+            wide = tokenizer.vocab_size > 1 << 16
+            meta = {'dtype': 'uint32' if wide else 'uint16', 'splits': {}}
         bins, found = {}, {}
         for split in SPLITS:
             recorded = meta['splits'].get(split)
             bins[split] = _map_bin(folder / f'{split}.bin', np.dtype(meta['dtype']), recorded)
-        if not meta['splits']:
-            _check_undescribed(folder, bins, tokenizer)
+        if not is_described:
+            _check_undescribed(folder, bins, assumed=vocab_size == 0 and is_assumed(folder))
         for split in SPLITS:
             recorded = meta['splits'].get(split)
             found[split] = _check_bin(folder / f'{split}.bin', bins[split], tokenizer, recorded)
     except UserError as error:
-        raise UserError(f'{error}; {_remedy(folder.resolve().name)}') from error
+        raise UserError(f'{error}; {_remedy(folder, is_described)}') from error
+    if vocab_size not in (0, tokenizer.vocab_size):
+        raise UserError(
+            f'{folder} has a vocabulary of {tokenizer.vocab_size} tokens, but vocab_size is '
+            f'{vocab_size}: leave vocab_size out'
+        )
     for split in SPLITS:
         if len(bins[split]) < block_size + 1:
             smaller = f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else ''
@@ -112,6 +122,11 @@ def open_dataset(folder, block_size: int) -> TokenDataset:
     )
 
 
+def is_assumed(folder) -> bool:
+    """Returns whether nothing describes a dataset's vocabulary, so that GPT-2's is assumed."""
+    return not any((Path(folder) / name).exists() for name in ('meta.json', 'meta.pkl'))
+
+
 def sampled_digest(path: Path, dtype: np.dtype, tokenizer: Tokenizer) -> str | None:
     """Returns the sampled_sha256 that meta.json records for a LARGE bin; None for a smaller bin."""
     if path.stat().st_size <= LARGE:
@@ -119,10 +134,20 @@ def sampled_digest(path: Path, dtype: np.dtype, tokenizer: Tokenizer) -> str | N
     return _read(path, _map_bin(path, dtype, recorded=None), tokenizer)['sampled_sha256']
 
 
-def _remedy(name: str) -> str:
-    if (_PREPARE_SCRIPTS / name / 'prepare.py').exists():
-        return f'recreate it: {command(f"data/{name}/prepare.py")}'
-    return f'recreate it: {command("data/text/prepare.py")} --input=PATH --name={name}'
+def prepare_command(folder: Path) -> str:
+    """Returns the command that prepares the dataset in this folder."""
+    name, in_place = folder.resolve().name, folder.resolve().parent == SCRIPTS
+    out_dir = f'--out_dir={shlex.quote(str(folder))}'
+    if (SCRIPTS / name / 'prepare.py').exists():
+        return command(f'data/{name}/prepare.py') + ('' if in_place else f' {out_dir}')
+    where = f'--name={name}' if in_place else out_dir
+    return f'{command("data/text/prepare.py")} --input=PATH {where}'
+
+
+def _remedy(folder: Path, is_described: bool) -> str:
+    if is_prepared(folder) and not is_described:
+        return '--vocab_size=N says how many tokens another vocabulary has'
+    return f'recreate it: {prepare_command(folder)}'
 
 
 def _read_meta(path: Path) -> tuple[dict, Tokenizer]:
@@ -175,20 +200,30 @@ def _map_bin(path: Path, dtype: np.dtype, recorded: dict | None) -> np.ndarray:
     return tokens
 
 
-def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], tokenizer: Tokenizer):
-    """Raises UserError if bins without a meta.json cannot be nanoGPT's, which have uint16 ids."""
+def _check_undescribed(folder: Path, bins: dict[str, np.ndarray], assumed: bool):
+    """Raises UserError if bins without a meta.json do not look like what they are taken for.
+
+    assumed: whether they are taken for GPT-2's tokens although nothing says so.
+    """
     begins = {split: tokens[:_CHUNK] for split, tokens in bins.items()}
     for split, ids in begins.items():
-        if len(ids) >= 16 and ids[::2].any() and not ids[1::2].any():
+        is_narrow = ids.dtype.itemsize == 2
+        if is_narrow and len(ids) >= 16 and ids[::2].any() and not ids[1::2].any():
             raise UserError(
                 f'{folder / split}.bin seems to contain uint32 ids, as every second uint16 is 0; '
-                f'without a meta.json, ids are read as uint16'
+                f'without a meta.json, ids of up to 65,536 tokens are read as uint16'
             )
-    largest = max(int(ids.max()) for ids in begins.values())
-    if isinstance(tokenizer, Gpt2Tokenizer) and largest < 256:
+    seen = np.flatnonzero(np.bincount(np.concatenate([*begins.values()])))
+    largest = int(seen[-1])
+    # GPT-2's ids are spread: a fifth of those that a text uses is above 40,000, and a text that
+    # uses few of them still leaves most ids below its largest one out. Below 256 there are only
+    # single bytes.
+    is_other = len(seen) >= 200 or 10 * len(seen) > largest or largest < 256
+    if assumed and largest < 40_000 and is_other:
         raise UserError(
             f"{folder} has neither meta.json nor meta.pkl, so its ids should be GPT-2's tokens, "
-            f'but the largest is {largest}: they look like characters or bytes'
+            f"but it uses {len(seen):,} ids from {seen[0]} to {largest}, and a text in GPT-2's "
+            f'tokens uses ids up to 50,256'
         )
 
 

@@ -1,15 +1,28 @@
 """Finds the dataset of a run and prepares it if it is missing."""
 
+import difflib
 import os
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nib.errors import UserError
 from nib.files import command
-from nib.tokens.dataset import SPLITS, TokenDataset, is_prepared, open_dataset
+from nib.text.download import DownloadError
+from nib.tokens.dataset import (
+    SCRIPTS,
+    SPLITS,
+    TokenDataset,
+    is_assumed,
+    is_prepared,
+    open_dataset,
+    prepare_command,
+)
+from nib.tokens.unfinished import wait_for_others
 
-SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
+
+class Unavailable(UserError):
+    """A dataset of this project could not be downloaded, or may not be prepared by this run."""
 
 
 def data_dir_of(data: TokenDataset) -> str:
@@ -18,74 +31,90 @@ def data_dir_of(data: TokenDataset) -> str:
     return '' if folder == str(SCRIPTS) else folder
 
 
-def check_trained_on(name: str, data_dir: str):
-    """Raises UserError if the dataset that a resumed run was trained on is missing."""
-    folder = Path(data_dir or os.path.relpath(SCRIPTS)) / name
+def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> TokenDataset:
+    """Open a run's dataset. The first rank prepares it if it is missing; the others wait.
+
+    values: train.py's config. Only if the dataset cannot be downloaded, its fallback_dataset is
+    used instead, and a resumed run never prepares one. ranks: the Ranks of the run. say: prints a
+    line.
+    Raises Unavailable or another UserError if there is no dataset.
+    """
+    # relpath: messages show the folder as a person would type it.
+    data_dir = Path(values['data_dir'] or os.path.relpath(SCRIPTS))
+    name, fallback = values['dataset'], values['fallback_dataset']
+
+    def prepare_or_fall_back() -> Path:
+        if values['init_from'] == 'resume':
+            return _find_trained_on(name, data_dir)
+        try:
+            return _prepare(name, data_dir, values, say)
+        except DownloadError as error:
+            if not fallback:
+                raise Unavailable(
+                    f'{error}; or use another text: --dataset=NAME, --fallback_dataset=NAME'
+                ) from error
+            say(
+                f'*** TRAINING ON {fallback} INSTEAD OF {name}, WHICH COULD NOT BE DOWNLOADED: '
+                f'{error}; then repeat the command with --overwrite ***'
+            )
+            return _prepare(fallback, data_dir, values, say)
+
+    folder = ranks.on_first(prepare_or_fall_back)
+    data = open_dataset(folder, values['block_size'], values['vocab_size'])
+    if is_assumed(folder) and not values['vocab_size']:
+        say(
+            f"{folder} has neither meta.json nor meta.pkl: its ids are taken for GPT-2's tokens "
+            f'(--vocab_size=N says how many tokens another vocabulary has)'
+        )
+    return data
+
+
+def _find_trained_on(name: str, data_dir: Path) -> Path:
+    """Returns the folder of the dataset of a resumed run. Raises UserError if it is missing."""
+    folder = data_dir / name
     if not is_prepared(folder):
         again = ''
-        if not data_dir and (SCRIPTS / name / 'prepare.py').exists():
-            again = f', or prepare it again with python data/{name}/prepare.py'
+        if data_dir.resolve() == SCRIPTS and (SCRIPTS / name / 'prepare.py').exists():
+            again = f', or prepare it again with {command(f"data/{name}/prepare.py")}'
         raise UserError(
             f'{folder} has no train.bin and val.bin, and a resumed run needs the dataset that it '
             f'was trained on: name the folder that contains {name} with --data_dir=FOLDER{again}'
         )
+    return folder
 
 
-def open_or_prepare(
-    name: str,
-    fallback: str,
-    data_dir: str,
-    may_prepare: bool,
-    block_size: int,
-    ranks,
-    say: Callable[[str], None],
-) -> TokenDataset:
-    """Open the dataset `name`, or `fallback` if `name` is missing and cannot be prepared.
+def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], None]) -> Path:
+    """Prepares a dataset if it is missing; returns its folder. Raises UserError if it cannot."""
+    folder = data_dir / name
+    if not is_prepared(folder):
+        wait_for_others(folder)
+    if is_prepared(folder):
+        return folder
+    missing = next(path for split in SPLITS if not (path := folder / f'{split}.bin').exists())
+    script = SCRIPTS / name / 'prepare.py'
+    # A name that is a path could run a script that is not part of this project.
+    if Path(name).name != name or not script.exists():
+        raise UserError(f'{missing} is missing{_advise(name, data_dir)}')
+    if not values['prepare_dataset']:
+        raise Unavailable(f'{missing} is missing: prepare it with {prepare_command(folder)}')
+    say(f'preparing {name}')
+    runpy.run_path(str(script))['main']([f'--out_dir={folder}'])
+    return folder
 
-    data_dir: folder of the datasets; empty: the folder of the prepare scripts.
-    may_prepare: whether a missing dataset is prepared by its script.
-    ranks: the Ranks of the run. The first rank prepares the dataset, the others wait.
-    say: prints a line.
-    Raises UserError if no dataset is available.
-    """
-    # relpath: messages show the folder as a person would type it.
-    folder = Path(data_dir) if data_dir else Path(os.path.relpath(SCRIPTS))
 
-    def prepare(name: str) -> str:
-        if is_prepared(folder / name):
-            return name
-        bins = [folder / name / f'{split}.bin' for split in SPLITS]
-        missing = next(path for path in bins if not path.exists())
-        script = SCRIPTS / name / 'prepare.py'
-        # A name that is a path could run a script that is not part of this project.
-        if Path(name).name != name or not script.exists():
-            scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
-            raise UserError(
-                f'{missing} is missing: for your own text, prepare it with '
-                f'{command("data/text/prepare.py")} --input=PATH --name={name}; datasets that have '
-                'a script: ' + ', '.join(sorted(scripts))
-            )
-        if not may_prepare:
-            into = f' --out_dir={folder / name}' if data_dir else ''
-            raise UserError(
-                f'{missing} is missing: prepare it with {command(f"data/{name}/prepare.py")}{into}'
-            )
-        say(f'preparing {name}')
-        runpy.run_path(str(script))['main']([f'--out_dir={folder / name}'])
-        return name
-
-    def prepare_or_fall_back() -> str:
-        try:
-            return prepare(name)
-        except UserError as error:
-            if not fallback:
-                raise UserError(
-                    f'{error}; or use another text: --dataset=NAME, --fallback_dataset=NAME'
-                ) from error
-            say(
-                f'*** TRAINING ON {fallback} INSTEAD OF {name}, WHICH COULD NOT BE PREPARED: '
-                f'{error}; then repeat the command with --overwrite ***'
-            )
-            return prepare(fallback)
-
-    return open_dataset(folder / ranks.on_first(prepare_or_fall_back), block_size)
+def _advise(name: str, data_dir: Path) -> str:
+    """Returns what to do about a missing dataset that no script prepares."""
+    elsewhere = Path(name).resolve()
+    if is_prepared(elsewhere):
+        return f'; did you mean --data_dir={elsewhere.parent} --dataset={elsewhere.name}?'
+    config = Path(os.path.relpath(SCRIPTS.parent / 'config' / f'{name}.py'))
+    if config.exists():
+        return f'; the first lines of {config} say how to prepare it'
+    scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
+    prepared = {path.parent.name for path in data_dir.glob('*/train.bin')}
+    nearest = difflib.get_close_matches(name, scripts | prepared, n=1)
+    advice = f'; did you mean --dataset={nearest[0]}?' if nearest else '.'
+    return (
+        f'{advice} For your own text, prepare it with {prepare_command(data_dir / name)}; datasets '
+        f'that are here or have a script: {", ".join(sorted(scripts | prepared))}'
+    )

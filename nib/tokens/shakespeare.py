@@ -9,8 +9,9 @@ from pathlib import Path
 from nib.errors import UserError
 from nib.files import command, shown
 from nib.text import reading
-from nib.text.download import download
+from nib.text.download import DownloadError, download
 from nib.text.tokenizer import END_OF_TEXT, Tokenizer
+from nib.tokens.unfinished import locked
 from nib.tokens.write import write_text
 
 URLS = (
@@ -25,11 +26,12 @@ SIZE = 1_115_394  # bytes
 def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str], Tokenizer]):
     """Prepare the dataset of a script data/NAME/prepare.py and print what it contains.
 
-    given: path of the text. If empty, it is input.txt beside the script, in out_dir or beside the
-    other Shakespeare script, else it is downloaded into out_dir. Any other text is accepted, with a
-    note.
-    out_dir: folder of the bins; empty: beside the script.
-    Raises UserError if the text is missing, empty or not UTF-8, or if the bins cannot be written.
+    given: path of the text. If empty, the text is the first input.txt found in the script's folder,
+    in out_dir, or in the folder of the other Shakespeare script. If there is none, it is downloaded
+    into out_dir. A text that is not the published one is accepted with a note.
+    out_dir: folder of the bins; empty: the script's folder.
+    Raises DownloadError if the download fails, and UserError if the text is missing, empty or not
+    UTF-8, or if the bins cannot be written.
     """
     here = Path(script).resolve().parent
     folder = Path(out_dir) if out_dir else here
@@ -75,10 +77,11 @@ def _read(path: Path) -> tuple[str, str]:
 def _fetch(folder: Path, here: Path) -> Path:
     path = folder / 'input.txt'
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        download(URLS, path, SHA256, max_bytes=SIZE)
-    except UserError as error:
-        raise UserError(
+        with locked(folder):
+            if not path.exists():  # another process may have downloaded it meanwhile
+                download(URLS, path, SHA256, max_bytes=SIZE)
+    except DownloadError as error:
+        raise DownloadError(
             f'{error}; download {URLS[0]} on another machine and save it as {here / "input.txt"}, '
             f'or run {command(f"data/{here.name}/prepare.py")} --input=PATH'
         ) from error

@@ -3,16 +3,70 @@
 import hashlib
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import atomic_write, sync_folder
+from nib.files import FolderLock, atomic_write, clear_temporaries, sync_folder
 from nib.tokens.encode import SPLITS, Encoded
 
 JOURNAL_SECONDS = 5.0  # between two writes of the journal
 _CHUNK = 1 << 24  # bytes
+_POLL_SECONDS = 0.2  # between two attempts to take a lock
+
+
+@contextmanager
+def locked(folder: Path):
+    """Creates a dataset's folder and keeps other processes from writing to it.
+
+    Waits while another process holds the lock, and says so. Raises UserError if the folder cannot
+    be written.
+    """
+    lock, waiting = FolderLock(folder), False
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        while not lock.take():
+            if not waiting:
+                print(f'waiting for {lock.holder()}, which prepares {folder}', file=sys.stderr)
+            waiting = True
+            time.sleep(_POLL_SECONDS)
+        lock.sign()
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
+
+
+def wait_for_others(folder: Path):
+    """Waits while another process prepares the dataset in this folder."""
+    if (folder / FolderLock.NAME).exists():
+        with locked(folder):
+            pass
+
+
+def remove_unfinished(folder: Path):
+    """Removes what UnfinishedBins has left in a folder, when its dataset is complete."""
+    *_, journal = _unfinished_files(folder)
+    clear_temporaries(folder, 'meta.json', journal.name)
+    for path in _unfinished_files(folder):
+        path.unlink(missing_ok=True)
+
+
+def _unfinished_files(folder: Path) -> list[Path]:
+    return [*(folder / f'.{split}.bin.unfinished' for split in SPLITS), folder / '.journal.json']
+
+
+@contextmanager
+def _writing(folder: Path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f'{folder} cannot be written ({error.strerror}): fix that and repeat the '
+            f'command to continue, or use --out_dir=PATH to name another folder'
+        ) from error
 
 
 class UnfinishedBins:
@@ -25,8 +79,8 @@ class UnfinishedBins:
 
     def __init__(self, folder: Path, key: dict, itemsize: int):
         self.folder, self.itemsize = folder, itemsize
-        self.paths = {split: folder / f'.{split}.bin.unfinished' for split in SPLITS}
-        self.journal = folder / '.journal.json'
+        *bins, self.journal = _unfinished_files(folder)
+        self.paths = dict(zip(SPLITS, bins))
         nothing: dict = {
             'key': key,
             'pieces': 0,
@@ -34,8 +88,8 @@ class UnfinishedBins:
             'bytes': dict.fromkeys(SPLITS, 0),
         }
         self.files, self.digests = {}, {}
-        with self._writing():
-            folder.mkdir(parents=True, exist_ok=True)
+        with _writing(self.folder):
+            clear_temporaries(folder, 'meta.json', self.journal.name)
             self.done = self._read_journal(key) or nothing
             if self.done is nothing:
                 # Before anything is written: the old journal does not describe the new bins.
@@ -73,7 +127,7 @@ class UnfinishedBins:
     def add(self, encoded: Encoded):
         """Append an encoded batch, and update the journal every few seconds."""
         tokens, n_bytes = dict(self.done['tokens']), dict(self.done['bytes'])
-        with self._writing():
+        with _writing(self.folder):
             for split, ids in encoded.ids.items():
                 self.files[split].write(ids)
                 self.digests[split].update(ids)
@@ -91,11 +145,12 @@ class UnfinishedBins:
 
     def save(self):
         """Sync the bins to disk, then write the journal."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        with atomic_write(self.journal) as file:
-            file.write(json.dumps(self.done).encode())
+        with _writing(self.folder):
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            with atomic_write(self.journal) as file:
+                file.write(json.dumps(self.done).encode())
         self.saved = time.monotonic()
 
     def finish(self, meta: dict):
@@ -103,7 +158,7 @@ class UnfinishedBins:
 
         A crash in between leaves at most one bin, which cannot be mistaken for a dataset.
         """
-        with self._writing():
+        with _writing(self.folder):
             self.save()
             for file in self.files.values():
                 file.close()
@@ -123,7 +178,7 @@ class UnfinishedBins:
         """Keeps what was written for the next run, even after Ctrl-C; removes empty files."""
         if all(file.closed for file in self.files.values()):  # finish() has been called
             return
-        with suppress(OSError):  # the exception that led here says more
+        with suppress(UserError):  # the exception that led here says more
             if self.done['pieces']:
                 self.save()
         for split, file in self.files.items():
@@ -131,13 +186,3 @@ class UnfinishedBins:
                 file.close()
             if not self.done['pieces']:
                 self.paths[split].unlink()
-
-    @contextmanager
-    def _writing(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f'{self.folder} cannot be written ({error.strerror}): fix that and repeat the '
-                f'command to continue, or use --out_dir=PATH to name another folder'
-            ) from error

@@ -1,16 +1,21 @@
 """Writes datasets: encodes text into bins and a meta.json, which nib/tokens/dataset.py reads."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from nib.files import read_json
 from nib.text import documents
 from nib.text.tokenizer import CharTokenizer, Tokenizer
 from nib.tokens.dataset import FORMAT, sampled_digest
 from nib.tokens.encode import SPLITS, Piece, encode_all
-from nib.tokens.unfinished import UnfinishedBins
+from nib.tokens.unfinished import UnfinishedBins, locked, remove_unfinished
+
+_CHUNK = 1 << 24  # bytes read at once
 
 
 def write_char_dataset(folder, text: str, source: dict) -> dict:
@@ -45,13 +50,47 @@ def write_dataset(
     source: where the text comes from, recorded in meta.json. It must differ for different texts: a
     run continues the bins of a stopped run with the same source and tokenizer.
     n_bytes: of the whole text, for the progress bar.
-    An existing dataset in the folder stays until the new one is complete.
+    An existing dataset in the folder stays until the new one is complete, or for good if it has the
+    same source and tokenizer and is intact. One process writes at a time; others wait.
     Returns the content of meta.json. Raises UserError if the folder cannot be written.
     """
-    from tqdm import tqdm  # only needed to write a dataset
-
     folder = Path(folder)
     tokenizer.encode('')  # fails now, not later, if the tokenizer cannot be loaded
+    with locked(folder):
+        if existing := _read_intact(folder, source, tokenizer):
+            remove_unfinished(folder)
+            return existing
+        return _write(folder, read_pieces, tokenizer, source, n_bytes)
+
+
+def _read_intact(folder: Path, source: dict, tokenizer: Tokenizer) -> dict | None:
+    """Returns the content of meta.json if it describes this dataset and the bins are intact."""
+    meta = read_json(folder / 'meta.json')
+    described = [meta.get(key) for key in ('format', 'source', 'tokenizer')]
+    if described != [FORMAT, json.loads(json.dumps(source)), tokenizer.to_json()]:
+        return None
+    try:
+        for split in SPLITS:
+            digest = hashlib.sha256()
+            with open(folder / f'{split}.bin', 'rb') as file:
+                while content := file.read(_CHUNK):
+                    digest.update(content)
+            if digest.hexdigest() != meta['splits'][split]['sha256']:
+                return None
+    except (OSError, KeyError, TypeError):
+        return None
+    return meta
+
+
+def _write(
+    folder: Path,
+    read_pieces: Callable[[int], Iterator[Piece]],
+    tokenizer: Tokenizer,
+    source: dict,
+    n_bytes: int | None,
+) -> dict:
+    from tqdm import tqdm  # only needed to write a dataset
+
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
     key = {
         'format': FORMAT,

@@ -103,7 +103,7 @@ def test_the_largest_batch_that_fits_keeps_the_tokens_per_step(train_here, tmp_p
     done = train_here(tmp_path / 'all', *auto)
     assert done.returncode == 0, done.stderr
     assert sizes_of(tmp_path / 'all') == (24, 1)
-    assert 'a step is 384 tokens' in done.stdout and 'batch_size 24' in done.stdout
+    assert '384 tokens per step' in done.stdout and 'batch_size 24' in done.stdout
 
     model = store.load(tmp_path / 'all')[0].state['model']
     config = {'device': 'cpu', 'dtype': 'float32', 'optimizer': 'adamw', 'batch_size': 6}

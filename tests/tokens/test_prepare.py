@@ -403,6 +403,26 @@ def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes
     ]
 
 
+def test_a_second_text_of_the_same_name_does_not_replace_the_first(tmp_path, run_main):
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'notes.txt').write_text(f'The notes of {folder}. ' * 20)
+
+    def prepare(folder, *flags):
+        path = tmp_path / folder / 'notes.txt'
+        return run_main(WRITTEN, f'--input={path}', f'--out_dir={tmp_path / "notes"}', *flags)
+
+    assert prepare('a').returncode == 0
+    before = open_dataset(tmp_path / 'notes', 16).fingerprint
+    refused = prepare('b')
+    assert refused.returncode == 2 and '--overwrite' in refused.stderr
+    assert '--name=NAME' in refused.stderr
+    assert prepare('a').returncode == 0  # the same text again
+    assert open_dataset(tmp_path / 'notes', 16).fingerprint == before
+    assert prepare('b', '--overwrite').returncode == 0
+    assert text_of(tmp_path / 'notes') == 'The notes of b. ' * 20
+
+
 @pytest.mark.parametrize(
     'flags, said',
     [

@@ -167,7 +167,7 @@ def test_a_crash_while_the_files_are_put_in_place_leaves_the_old_the_new_or_noth
     whole, tmp_path, monkeypatch, at
 ):
     """At each step in turn: none is mistaken for nanoGPT's bins, which have no meta.json."""
-    write(tmp_path, lambda start: read_pieces(start, 20))
+    write(tmp_path, lambda start: read_pieces(start, 20), {'text': 'old'})
     (tmp_path / 'meta.pkl').write_bytes(b'of other bins')
     old, steps = open_dataset(tmp_path, 16).fingerprint, 0
 

@@ -1,0 +1,70 @@
+"""Writes a trained model, and its tokenizer, for other programs.
+
+python convert.py --out_dir=out-shakespeare-char --to=hf --dest=shakespeare
+    a folder for transformers, vLLM, llama.cpp's converter and everything that reads such folders
+python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=nanoGPT/out
+    ckpt.pt, which nanoGPT's sample.py and train.py continue
+python convert.py --init_from=nanoGPT/out/ckpt.pt --to=hf --dest=shakespeare
+    the same for a model from elsewhere
+"""
+
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import configurator
+from nib.checkpoint.start import Weights, read_model
+from nib.errors import UserError, run_script
+from nib.hub import huggingface, nanogpt
+from nib.hub.card import model_card
+from nib.text.tokenizer import Tokenizer, tokenizer_from_json
+
+# which model
+out_dir: str = 'out'  # folder of the training run
+which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
+init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
+# what to write
+to: Literal['hf', 'nanogpt'] = 'hf'  # Hugging Face's format, or nanoGPT's ckpt.pt
+dest: str = ''  # the folder to write; it must not exist
+
+
+def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    if not dest:
+        raise UserError('dest is empty: name the folder to write, --dest=FOLDER')
+    if os.path.lexists(dest):
+        raise UserError(f'dest {dest} already exists: choose another one')
+    # nanoGPT goes on with the state of the optimizer.
+    read = ('model', 'optimizer') if to == 'nanogpt' else ('model',)
+    weights = read_model(init_from, out_dir, which, read)
+    tokenizer = tokenizer_from_json(weights.known_tokenizer())
+    (write_hf if to == 'hf' else write_nanogpt)(weights, tokenizer)
+    print(f'{weights.describe()}: written to {dest}')
+
+
+def write_hf(weights: Weights, tokenizer: Tokenizer):
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load."""
+    weights = weights.crop_vocabulary(tokenizer.vocab_size)
+    state = weights.resumed.state if weights.resumed else {}
+    card = model_card(weights.name, weights.model, state)
+    huggingface.write(dest, weights.model, weights.tensors['model'], tokenizer, card)
+
+
+def write_nanogpt(weights: Weights, tokenizer: Tokenizer):
+    """Writes ckpt.pt, and meta.pkl for a model of characters."""
+    state: dict = weights.resumed.state if weights.resumed else {'step': 0}
+    train_script = Path(__file__).with_name('train.py')
+    config = configurator.read_block(str(train_script)).defaults | state.get('config', {})
+    nanogpt.write_folder(Path(dest), weights.model, weights.tensors, tokenizer, state, config)
+    if weights.model.mlp == 'gelu':
+        print(
+            'nanoGPT computes GELU exactly, and this model its approximation: logits differ by '
+            'about a thousandth'
+        )
+
+
+if __name__ == '__main__':
+    run_script(main)

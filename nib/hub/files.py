@@ -1,0 +1,141 @@
+"""Finds and reads a model's files, in a folder or in a repository of the Hugging Face hub."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nib.errors import UserError
+
+INDEX = 'model.safetensors.index.json'
+PICKLES = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A folder, or a repository of the hub such as HuggingFaceTB/SmolLM2-135M."""
+
+    name: str
+
+    @property
+    def is_folder(self) -> bool:
+        return Path(self.name).is_dir()
+
+    def find(self, file: str) -> Path | None:
+        """Returns the path of a file, downloaded once; None if the repository does not have it.
+
+        Raises UserError if the hub cannot be reached or refuses.
+        """
+        if self.is_folder:
+            path = Path(self.name) / file
+            return path if path.is_file() else None
+        try:
+            import huggingface_hub as hub
+            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        except ImportError as error:
+            raise UserError(
+                f'--init_from={self.name} needs a package that is not installed: '
+                f'pip install huggingface_hub'
+            ) from error
+        # It logs every attempt; the message below sums them up.
+        logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
+        try:
+            cached = hub.try_to_load_from_cache(self.name, file)
+            if cached is not None:  # a path, or an object that says that there is no such file
+                return Path(cached) if isinstance(cached, str) else None
+            if file == 'config.json':  # the first one: the download would retry for half a minute
+                hub.get_hf_file_metadata(hub.hf_hub_url(self.name, file))
+            return Path(hub.hf_hub_download(self.name, file))
+        except EntryNotFoundError as error:
+            if not isinstance(error, LocalEntryNotFoundError):
+                return None
+            reason = 'no connection'
+        except Exception as error:  # its errors have no common base class
+            reason = {
+                'GatedRepoError': 'access must be granted on its page; then: hf auth login',
+                'RepositoryNotFoundError': 'no such repository, or it is private: hf auth login',
+                'ConnectError': 'no connection',
+            }.get(type(error).__name__, type(error).__name__)
+        raise UserError(
+            f'{file} of {self.name} could not be downloaded from the Hugging Face hub ({reason}); '
+            f'download the repository elsewhere (hf download {self.name} --local-dir FOLDER) and '
+            f'name its folder: --init_from=FOLDER'
+        )
+
+    def read_json(self, file: str) -> dict:
+        """Returns the object in a JSON file. Raises UserError if it is missing or not valid."""
+        path = self.find(file)
+        if path is None:
+            raise UserError(f'{self.name} has no {file}; download it again')
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f'{path} is not JSON ({type(error).__name__}: {error}); download it again'
+            ) from error
+        if not isinstance(found, dict):
+            raise UserError(f'{path} holds no JSON object; download it again')
+        return found
+
+    def read_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors of model.safetensors, or of the shards that its index names.
+
+        Raises UserError if a file is missing or damaged, or if there are only pickles.
+        """
+        if path := self.find('model.safetensors'):
+            return _read_file(path)
+        if not self.find(INDEX):
+            self._refuse_pickles()
+            raise UserError(
+                f'{self.name} has neither model.safetensors nor {INDEX}; download it again'
+            )
+        shards = self.read_json(INDEX).get('weight_map')
+        if not isinstance(shards, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in shards.values()
+        ):
+            raise UserError(f'{INDEX} of {self.name} has no valid weight_map; download it again')
+        tensors = {}
+        for file in sorted(set(shards.values())):
+            path = self.find(file)
+            if path is None:
+                raise UserError(f'{self.name} has no {file}, which {INDEX} names; download it')
+            tensors.update(_read_file(path))
+        for name, file in shards.items():
+            if name not in tensors:
+                raise UserError(
+                    f'{file} of {self.name} does not contain {name}, which {INDEX} places there; '
+                    f'download both again'
+                )
+        return tensors
+
+    def _refuse_pickles(self):
+        for file in PICKLES:
+            if self.find(file):
+                raise UserError(
+                    f'{self.name} has its weights only in {file}, a pickle, which can run code '
+                    f'when it is read: use a version of the model with model.safetensors, or write '
+                    f'one with transformers: '
+                    f"AutoModelForCausalLM.from_pretrained('{self.name}').save_pretrained('FOLDER')"
+                )
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f'{path} is damaged or incomplete ({type(error).__name__}: {error}); download it again'
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and not name.endswith('.bias'):  # GPT-2 has masks of bytes
+            raise UserError(
+                f'{path}: {name} has dtype {tensor.dtype}: quantized weights are not supported; '
+                f'use a version of the model in bfloat16, float16 or float32'
+            )
+    return tensors

@@ -1,0 +1,83 @@
+"""Models in Hugging Face's format: config.json, model.safetensors and a tokenizer."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from model import GPTConfig
+from nib.errors import UserError
+from nib.hub import gpt2, llama
+from nib.hub.files import Repository
+from nib.hub.tokenizer import read_tokenizer, write_tokenizer
+
+FAMILIES = {'gpt2': gpt2, **dict.fromkeys(llama.FAMILIES, llama)}  # model_type -> its module
+
+
+def read(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict | None]:
+    """Returns a model's config, its state_dict and its tokenizer (None: not known to nibGPT).
+
+    name: a folder or a hub id. Raises UserError if the model cannot be expressed exactly.
+    """
+    repository = Repository(name)
+    config = repository.read_json('config.json')
+    kind = config.get('model_type')
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(
+            f'{name}: config.json has the model_type {kind!r}, but only {", ".join(FAMILIES)} are '
+            f'supported'
+        )
+    tensors = repository.read_tensors()
+    try:
+        model, ours = FAMILIES[kind].read(config, tensors)
+    except UserError as error:
+        raise UserError(f'{name} cannot be used: {error}') from error
+    except (TypeError, ValueError, AttributeError) as error:  # values of a wrong type
+        raise UserError(f'{name} cannot be used: config.json is not valid ({error})') from error
+    return model, ours, read_tokenizer(repository, model.vocab_size)
+
+
+def why_not(config: GPTConfig) -> str | None:
+    """Returns why a model cannot be written for transformers; None if it can."""
+    return (gpt2 if config.position == 'learned' else llama).why_not(config)
+
+
+def write(
+    folder: str, config: GPTConfig, tensors: Mapping[str, torch.Tensor], tokenizer, card: str
+):
+    """Writes a model so that AutoModelForCausalLM and AutoTokenizer load it.
+
+    folder: must not exist. card: the text of README.md. Raises UserError, which names the key of
+    GPTConfig, if no architecture of transformers is this model.
+    """
+    from safetensors.torch import save_file
+
+    if reason := why_not(config):
+        raise UserError(f'this model cannot be written for transformers: {reason}')
+    destination = Path(folder)
+    keys, theirs = (gpt2 if config.position == 'learned' else llama).write(config, tensors)
+    ends = {'bos_token_id': tokenizer.end_of_text, 'eos_token_id': tokenizer.end_of_text}
+    temporary = destination.with_name(f'.tmp-{destination.name}')
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_json(temporary / 'config.json', {**keys, **ends, 'dtype': 'float32'})
+        _write_json(temporary / 'generation_config.json', {**ends, 'do_sample': True})
+        save_file(
+            {name: tensor.float().clone() for name, tensor in theirs.items()},
+            temporary / 'model.safetensors',
+            metadata={'format': 'pt'},  # transformers requires it
+        )
+        write_tokenizer(temporary, tokenizer, config.block_size)
+        (temporary / 'README.md').write_text(card, encoding='utf-8')
+        os.rename(temporary, destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,199 @@
+"""Llama, Qwen2 and Qwen3 as transformers writes them: one table, with small differences."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from model import GPTConfig
+from nib.errors import UserError
+from nib.hub.family import REQUIRED, Family
+
+KEYS: dict[str, tuple[str, Any]] = {
+    'vocab_size': ('vocab_size', REQUIRED),
+    'max_position_embeddings': ('block_size', REQUIRED),
+    'num_hidden_layers': ('n_layer', REQUIRED),
+    'num_attention_heads': ('n_head', REQUIRED),
+    'num_key_value_heads': ('n_kv_head', REQUIRED),
+    'head_dim': ('head_dim', 0),
+    'hidden_size': ('n_embd', REQUIRED),
+    'intermediate_size': ('mlp_width', REQUIRED),
+    'rms_norm_eps': ('norm_eps', 1e-6),
+    'tie_word_embeddings': ('tied_head', False),
+}
+# Positions: rope_parameters since transformers 5, the other three before.
+ROTARY = ('rope_parameters', 'rope_scaling', 'rope_theta', 'partial_rotary_factor')
+LLAMA3 = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+WINDOW = ('use_sliding_window', 'sliding_window', 'max_window_layers', 'layer_types')
+ATTENTION, MLP = ('attn.c_attn', 'attn.c_proj'), ('mlp.c_fc', 'mlp.c_proj')
+QKV = ('self_attn.q_proj.', 'self_attn.k_proj.', 'self_attn.v_proj.')
+GATED = ('mlp.gate_proj.', 'mlp.up_proj.')
+
+LLAMA = Family(
+    model_type='llama',
+    architecture='LlamaForCausalLM',
+    keys=KEYS | {'num_key_value_heads': ('n_kv_head', 0)},
+    fixed={
+        'hidden_act': ('silu', 'swish'),
+        'is_encoder_decoder': (False,),
+        'pruned_heads': (None, {}),
+        'quantization_config': (None,),
+    },
+    needs={
+        'position': ('rotary',),
+        'norm': ('rms',),
+        'mlp': ('swiglu',),
+        'logit_cap': (0.0,),
+        'qk_norm': (False,),
+    },
+    prefix='model.',
+    outer={
+        'transformer.wte.weight': 'model.embed_tokens.weight',
+        'transformer.ln_f.weight': 'model.norm.weight',
+        'lm_head.weight': 'lm_head.weight',
+    },
+    block='model.layers.{}.',
+    inner={
+        'ln_1.weight': ('input_layernorm.weight',),
+        **{f'attn.c_attn.{kind}': tuple(n + kind for n in QKV) for kind in ('weight', 'bias')},
+        'attn.q_norm.weight': ('self_attn.q_norm.weight',),
+        'attn.k_norm.weight': ('self_attn.k_norm.weight',),
+        **{f'attn.c_proj.{kind}': (f'self_attn.o_proj.{kind}',) for kind in ('weight', 'bias')},
+        'ln_2.weight': ('post_attention_layernorm.weight',),
+        **{f'mlp.c_fc.{kind}': tuple(n + kind for n in GATED) for kind in ('weight', 'bias')},
+        **{f'mlp.c_proj.{kind}': (f'mlp.down_proj.{kind}',) for kind in ('weight', 'bias')},
+    },
+    ignored=re.compile(r'\.rotary_emb\.inv_freq$'),
+)
+QWEN2 = replace(
+    LLAMA,
+    model_type='qwen2',
+    architecture='Qwen2ForCausalLM',
+    keys=KEYS,
+    needs={**LLAMA.needs, 'bias': (False,), 'qkv_bias': (True,)},
+)
+QWEN3 = replace(
+    QWEN2,
+    model_type='qwen3',
+    architecture='Qwen3ForCausalLM',
+    keys=KEYS | {'head_dim': ('head_dim', 128)},
+    needs={**LLAMA.needs, 'qk_norm': (True,), 'bias': (False,)},
+)
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
+
+
+def read(config: dict, tensors: dict[str, torch.Tensor]):
+    """Returns the GPTConfig and the state_dict of a config.json and tensors of these families.
+
+    Raises UserError, which names the key or the tensor, if model.py cannot express it.
+    """
+    family = FAMILIES[config['model_type']]
+    special: tuple[str, ...] = ROTARY
+    if family is not LLAMA:
+        special += WINDOW
+        _check_window(config)
+    if family is not QWEN2:
+        special += ('attention_bias',)
+    if family is LLAMA:
+        special += ('mlp_bias',)
+    family.check_keys(config, special)
+    base, scaling = _read_rotary(config)
+    has_bias = [bool(key in special and config.get(key)) for key in ('attention_bias', 'mlp_bias')]
+    in_file = ATTENTION * has_bias[0] + MLP * has_bias[1]
+    if family is QWEN2:
+        in_file = ATTENTION[:1]
+    special_fields = {name: allowed[0] for name, allowed in family.needs.items()} | {
+        'rotary_base': base,
+        'rotary_scaling': scaling,
+        'bias': any(has_bias),
+        'qkv_bias': family is QWEN2,
+    }
+    model = family.read_fields(config, special_fields)
+    return model, family.to_ours(tensors, model, frozenset(in_file))
+
+
+def _check_window(config: Mapping):
+    """Raises UserError if a layer attends to a sliding window only."""
+    if kinds := set(config.get('layer_types') or ()) - {'full_attention'}:
+        raise UserError(f'config.json: layer_types has {", ".join(sorted(map(str, kinds)))}')
+    first = config.get('max_window_layers')
+    slides = first is None or first < config.get('num_hidden_layers', 0)
+    slides = slides and not config.get('layer_types')
+    if config.get('use_sliding_window') and config.get('sliding_window') and slides:
+        raise UserError('config.json: use_sliding_window is true, which is not supported')
+
+
+def _read_rotary(config: Mapping) -> tuple[float, tuple]:
+    """Returns rotary_base and rotary_scaling."""
+    given = [config[key] for key in ROTARY[:2] if config.get(key)]
+    if len(given) == 2 and given[0] != given[1]:
+        raise UserError('config.json: rope_parameters and rope_scaling differ')
+    key = ROTARY[0] if config.get(ROTARY[0]) else ROTARY[1]
+    values = given[0] if given else {}
+    if not isinstance(values, dict):
+        raise UserError(f'config.json: {key} is {values!r}, expected an object')
+    kinds = {str(values[name]) for name in ('rope_type', 'type') if name in values} or {'default'}
+    known = {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
+    if kinds == {'llama3'}:
+        known |= set(LLAMA3)
+    elif kinds != {'default'}:
+        raise UserError(
+            f'config.json: {key} has the type {", ".join(sorted(kinds))}, but only '
+            f'default and llama3 are supported'
+        )
+    if unknown := values.keys() - known:
+        raise UserError(f'config.json: {key} has {", ".join(sorted(unknown))}, which is not known')
+    for place in (values, config):
+        if place.get('partial_rotary_factor') not in (None, 1):
+            raise UserError(
+                'config.json: partial_rotary_factor is '
+                f'{place["partial_rotary_factor"]}, but only 1 is supported'
+            )
+    base = values.get('rope_theta', config.get('rope_theta')) or 10000.0
+    numbers = [values.get(name) for name in LLAMA3] if kinds == {'llama3'} else []
+    if not all(type(n) in (int, float) and n > 0 for n in [base, *numbers]):
+        raise UserError(
+            f'config.json: {key} needs positive numbers: rope_theta, {", ".join(LLAMA3)}'
+        )
+    if numbers and numbers[1] >= numbers[2]:
+        raise UserError(f'config.json: {key} has low_freq_factor above high_freq_factor')
+    return float(base), tuple(map(float, numbers))
+
+
+def pick(config: GPTConfig) -> Family:
+    """Returns the family that fits best."""
+    if config.qk_norm:
+        return QWEN3
+    return QWEN2 if config.qkv_bias and not config.bias else LLAMA
+
+
+def write(config: GPTConfig, tensors: Mapping[str, torch.Tensor]):
+    """Returns config.json and the tensors of the family that pick() names, which must fit."""
+    family = pick(config)
+    biases: tuple[str, ...] = ()
+    rotary: dict[str, Any] = {'rope_type': 'default', 'rope_theta': config.rotary_base}
+    if config.rotary_scaling:
+        rotary |= {'rope_type': 'llama3', **dict(zip(LLAMA3, config.rotary_scaling, strict=True))}
+        rotary[LLAMA3[3]] = int(rotary[LLAMA3[3]])
+    written = family.write_fields(config) | {
+        'rope_parameters': rotary,
+        # What transformers read before version 5.
+        'rope_theta': config.rotary_base,
+        'rope_scaling': rotary if config.rotary_scaling else None,
+    }
+    if family is LLAMA:
+        written |= {'attention_bias': config.bias, 'mlp_bias': config.bias}
+        biases = (ATTENTION + MLP) * config.bias
+    elif family is QWEN2:
+        biases = ATTENTION[:1]
+    else:
+        written |= {'attention_bias': config.qkv_bias}
+        biases = ATTENTION * config.qkv_bias
+    return written, family.to_theirs(tensors, config, frozenset(biases))
+
+
+def why_not(config: GPTConfig) -> str | None:
+    """Returns why a model is of none of these families; None if it is of one."""
+    return pick(config).why_not(config)

@@ -1,0 +1,248 @@
+"""nanoGPT's checkpoint, ckpt.pt: the model, the state of its optimizer, and its config.
+
+The names of the tensors are those of model.py. The model differs in one formula: its GELU is exact.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from nib.errors import UserError
+from nib.files import read_json
+from nib.text.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    tokenizer_from_json,
+)
+from nib.tokens import nanogpt_bins
+
+SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')  # of model_args
+GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and as nanoGPT pads it
+# Keys of its config that train.py has, too, with the same meaning.
+CONFIG = (
+    *'dataset batch_size gradient_accumulation_steps dropout eval_interval'.split(),
+    *'max_iters learning_rate weight_decay beta1 beta2 grad_clip'.split(),
+    *'warmup_iters lr_decay_iters min_lr'.split(),
+)
+PREFIXES = ('_orig_mod.', 'module.')  # of torch.compile and of DistributedDataParallel
+MOMENTS = ('exp_avg', 'exp_avg_sq', 'step')  # names of AdamW's state, in torch and in nib/optim.py
+
+
+@dataclass(frozen=True)
+class NanoCheckpoint:
+    """What a ckpt.pt contains, in the form of this project's checkpoints."""
+
+    model: GPTConfig
+    tensors: dict[str, dict[str, torch.Tensor]]  # 'model' and 'optimizer'
+    step: int
+    best_val_loss: float | None
+    config: dict  # keys of train.py
+    tokenizer: dict | None  # None: not found
+
+
+def read(path: Path) -> NanoCheckpoint:
+    """Reads a ckpt.pt, without running code in it.
+
+    Raises UserError if it is damaged, contains more than tensors and numbers, or is not a model of
+    nanoGPT.
+    """
+    try:
+        found = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else 'it ends early'
+        raise UserError(
+            f'{path} cannot be read ({type(error).__name__}: {reason}): expected a checkpoint of '
+            f'nanoGPT, which contains only tensors, numbers and strings; for other models use '
+            f'model.safetensors'
+        ) from error
+    match found:
+        case {'model': dict(state), 'model_args': dict(arguments)} if set(SIZES) <= set(arguments):
+            pass
+        case _:
+            raise UserError(f'{path} is not a checkpoint of nanoGPT: expected model and model_args')
+    weights = {_strip(name): tensor for name, tensor in state.items()}
+    weights = {name: t for name, t in weights.items() if not name.endswith('.attn.bias')}  # masks
+    model = _read_model(path, arguments, weights)
+    config = {key: found['config'][key] for key in CONFIG if key in (found.get('config') or {})}
+    if (found.get('config') or {}).get('decay_lr') is False:
+        config |= {'lr_schedule': 'constant', 'warmup_iters': 0}
+    loss = found.get('best_val_loss')
+    return NanoCheckpoint(
+        model=model,
+        tensors={'model': weights, 'optimizer': _read_moments(path, found, model, weights)},
+        step=int(found.get('iter_num', 0)),
+        best_val_loss=None if loss is None else float(loss),
+        config=config,
+        tokenizer=find_tokenizer(path, str(config.get('dataset', '')), model.vocab_size),
+    )
+
+
+def _strip(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.partition('.')[2]
+    return name
+
+
+def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -> GPTConfig:
+    """Returns the config; removes the output head from `weights` if it is tied."""
+    head, embedding = weights.get('lm_head.weight'), weights.get('transformer.wte.weight')
+    is_tied = head is None or embedding is not None and torch.equal(head, embedding)
+    if is_tied:
+        weights.pop('lm_head.weight', None)
+    sizes = {name: arguments[name] for name in SIZES}
+    if not all(type(size) is (bool if name == 'bias' else int) for name, size in sizes.items()):
+        raise UserError(f'{path}: model_args is {sizes}, which are not all integers')
+    try:
+        config = GPTConfig(**sizes, mlp='gelu_erf', tied_head=is_tied)
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from error
+    expected = _shapes(config)
+    for name in sorted(expected.keys() | weights.keys()):
+        have = tuple(weights[name].shape) if name in weights else 'missing'
+        wanted = tuple(expected[name]) if name in expected else 'no such tensor'
+        if have != wanted:
+            raise UserError(
+                f'{path}: {name} is {have}, but by model_args it should be {wanted}: a modified '
+                f'nanoGPT is not supported'
+            )
+    return config
+
+
+def _shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Returns name -> shape of all parameters, in the order of nanoGPT's module."""
+    with torch.device('meta'):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+
+
+def _ordered(config: GPTConfig) -> tuple[list[str], int]:
+    """Returns the parameters in the order of nanoGPT's optimizer, and how many have weight decay.
+
+    Those with weight decay come first.
+    """
+    shapes = _shapes(config)
+    names = sorted(shapes, key=lambda name: len(shapes[name]) < 2)
+    return names, sum(len(shape) >= 2 for shape in shapes.values())
+
+
+def _read_moments(path: Path, found: dict, model: GPTConfig, weights) -> dict[str, torch.Tensor]:
+    """Returns the state of AdamW by parameter name, as Optimizer.named_state() does."""
+    states = (found.get('optimizer') or {}).get('state') or {}
+    names, _ = _ordered(model)
+    if states and set(states) != set(range(len(names))):
+        raise UserError(
+            f'{path}: the optimizer has {len(states)} parameters, but the model {len(names)}'
+        )
+    moments = {}
+    for number, state in states.items():
+        name = names[number]
+        for key in MOMENTS:
+            value = torch.as_tensor(state[key], dtype=torch.float32)
+            if key != 'step' and value.shape != weights[name].shape:
+                raise UserError(f'{path}: the optimizer does not fit {name}')
+            moments[f'{name}/{key}'] = value
+    return moments
+
+
+def find_tokenizer(path: Path, dataset: str, vocab_size: int) -> dict | None:
+    """Returns the tokenizer of the dataset that a checkpoint was trained on; None if not found.
+
+    Its meta.pkl or meta.json is searched next to the checkpoint, in nanoGPT's data/ above it, and
+    in data/ here. A model of GPT-2's size without one has GPT-2's tokenizer, as in nanoGPT.
+    """
+    datas = path.parent.parent / 'data', path.parent / 'data', Path('data')
+    for folder in (path.parent, *(data / dataset for data in datas if dataset)):
+        if described := read_json(folder / 'meta.json').get('tokenizer'):
+            tokenizer = tokenizer_from_json(described)
+        elif (folder / 'meta.pkl').exists():
+            tokenizer = nanogpt_bins.read_tokenizer(folder, 0)
+        else:
+            continue
+        if tokenizer.vocab_size == vocab_size:
+            return tokenizer.to_json()
+    return {'kind': 'gpt2'} if vocab_size in GPT2_SIZES else None
+
+
+def write_folder(
+    folder: Path,
+    model: GPTConfig,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    tokenizer: Tokenizer,
+    state: Mapping,
+    config: Mapping,
+):
+    """Writes ckpt.pt, which nanoGPT's sample.py and train.py load, and meta.pkl for characters.
+
+    tensors: 'model', and 'optimizer' for training to go on there. state: that of the checkpoint.
+    config: train.py's. Raises UserError, which names the key of GPTConfig, if nanoGPT has no such
+    model.
+    """
+    if reason := why_not(model):
+        raise UserError(f'this model cannot be written for nanoGPT: {reason}')
+    if isinstance(tokenizer, ByteTokenizer):
+        raise UserError("nanoGPT has no tokenizer of bytes, only characters and GPT-2's")
+    weights, moments = tensors['model'], tensors.get('optimizer', {})
+    if config['optimizer'] != 'adamw':
+        moments = {}
+    names, n_decayed = _ordered(model)
+    states = {
+        number: {key: moments[f'{name}/{key}'] for key in MOMENTS}
+        for number, name in enumerate(names)
+        if moments
+    }
+    decays = (config['weight_decay'], range(n_decayed)), (0.0, range(n_decayed, len(names)))
+    # What torch.optim.AdamW expects; nanoGPT sets the learning rate before every step.
+    group = {'lr': config['learning_rate'], 'betas': (config['beta1'], config['beta2'])}
+    group |= {'eps': 1e-8, **dict.fromkeys(('amsgrad', 'maximize', 'capturable'), False)}
+    group |= {'foreach': None, 'fused': None, 'differentiable': False}
+    checkpoint = {
+        'model': {**weights, 'lm_head.weight': weights['transformer.wte.weight']},
+        'optimizer': {
+            'state': states,
+            'param_groups': [
+                {**group, 'weight_decay': decay, 'params': list(part)} for decay, part in decays
+            ],
+        },
+        'model_args': {name: getattr(model, name) for name in (*SIZES, 'dropout')},
+        'iter_num': state['step'],
+        'best_val_loss': state.get('train', {}).get('best_val_loss') or 1e9,
+        'config': {key: config[key] for key in CONFIG},
+    }
+    folder.mkdir(parents=True)
+    torch.save(checkpoint, folder / 'ckpt.pt')
+    if isinstance(tokenizer, CharTokenizer):
+        tokens = [*tokenizer.characters, END_OF_TEXT][: tokenizer.vocab_size]
+        numbers = dict(enumerate(tokens))
+        stoi = {token: number for number, token in numbers.items()}
+        meta = {'vocab_size': len(tokens), 'itos': numbers, 'stoi': stoi}
+        (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+
+
+def why_not(config: GPTConfig) -> str | None:
+    """Returns why nanoGPT cannot express a model; None if it can."""
+    needs = {
+        'position': 'learned',
+        'norm': 'layer',
+        'qk_norm': False,
+        'tied_head': True,
+        'logit_cap': 0.0,
+        'mlp_units': 4 * config.n_embd,
+        'kv_heads': config.n_head,
+    }
+    for name, wanted in needs.items():
+        if getattr(config, name) != wanted:
+            return f'{name} is {getattr(config, name)}, and nanoGPT can only express {wanted}'
+    if config.mlp not in ('gelu', 'gelu_erf'):
+        return f'mlp is {config.mlp}, and nanoGPT can only express gelu_erf'
+    if config.norm_eps not in (0.0, 1e-5):
+        return f'norm_eps is {config.norm_eps}, and nanoGPT can only express 1e-05'
+    if config.head_width * config.n_head != config.n_embd:
+        return f'head_dim is {config.head_dim}, and nanoGPT needs n_embd / n_head'
+    if config.qkv_bias and not config.bias:
+        return 'qkv_bias is True, and nanoGPT has biases everywhere or nowhere'
+    return None

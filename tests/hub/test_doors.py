@@ -1,0 +1,227 @@
+"""The doors: hub ids, folders, files, tokenizers and scripts."""
+
+import json
+import math
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from model import GPT
+from nib.checkpoint.start import read_weights
+from nib.errors import UserError
+from nib.hub import tokenizer as hub_tokenizer
+from nib.hub.files import Repository
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A GPT-2 in one file and in shards."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50257, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    path = tmp_path_factory.mktemp('models')
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(path / 'whole')
+    model.save_pretrained(path / 'shards', max_shard_size='2KB')
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    def make(name):
+        (tmp_path / name).mkdir()
+        for file in (folder / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        return tmp_path / name
+
+    return make
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The addresses that huggingface_hub asks for: /OWNER/NAME/resolve/main/FILE."""
+
+    def do_GET(self, with_content=True):
+        parts = self.path.split('/')
+        path = self.server.folder / parts[2] / parts[-1]
+        if 'gated' in self.path or not path.is_file():
+            gated = 'gated' in self.path
+            self.send_response(403 if gated else 404)
+            self.send_header('X-Error-Code', 'GatedRepo' if gated else 'EntryNotFound')
+            self.send_header('X-Repo-Commit', '0' * 40)
+            self.send_header('Content-Length', '0')
+            self.end_headers()
+            return
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header('ETag', f'"{parts[2]}{parts[-1]}{len(content)}"')
+        self.send_header('X-Repo-Commit', '0' * 40)
+        self.send_header('Content-Length', str(len(content)))
+        self.end_headers()
+        if with_content:
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        self.do_GET(with_content=False)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.folder = folder
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    address = f'http://127.0.0.1:{server.server_port}'
+    monkeypatch.setattr(constants, 'ENDPOINT', address)
+    template = address + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_id_is_downloaded_once_and_then_needs_no_network(hub, folder):
+    expected = read_weights(str(folder / 'whole'), print).tensors['model']
+    for name in ('owner/whole', 'owner/shards'):
+        found = read_weights(name, print)
+        assert found.model.block_size == 16 and found.tokenizer == {'kind': 'gpt2'}
+        assert found.tensors['model'].keys() == expected.keys()
+        assert all(torch.equal(t, expected[n]) for n, t in found.tensors['model'].items())
+
+
+def test_without_a_network_the_line_says_what_to_fetch(hub):
+    read_weights('owner/shards', print)
+    hub.shutdown()
+    hub.server_close()
+    read_weights('owner/shards', print)  # is already here
+    with pytest.raises(UserError, match='no connection.*hf download owner/absent --local'):
+        read_weights('owner/absent', print)
+
+
+def test_a_gated_model_says_how_to_get_access(hub):
+    with pytest.raises(UserError, match='access must be granted.*hf auth login'):
+        read_weights('owner/gated', print)
+
+
+def test_pickles_are_refused_with_the_alternative(copy):
+    folder = copy('whole')
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+    with pytest.raises(UserError, match=r'pickle.*model\.safetensors.*save_pretrained'):
+        read_weights(str(folder), print)
+
+
+def test_damaged_shards_are_named(copy):
+    folder = copy('shards')
+    shard = sorted(folder.glob('*.safetensors'))[1]
+    content = shard.read_bytes()
+    for damage, words in (
+        (lambda: shard.write_bytes(content[:-5]), f'{shard.name} is damaged'),
+        (lambda: save_file({'other': torch.zeros(1)}, shard), 'does not contain'),
+        (shard.unlink, f'has no {shard.name}'),
+        (
+            lambda: (folder / 'model.safetensors.index.json').write_text(
+                json.dumps({'weight_map': {'wte.weight': '../secret'}})
+            ),
+            'no valid weight_map',
+        ),
+    ):
+        damage()
+        with pytest.raises(UserError, match=words):
+            read_weights(str(folder), print)
+
+
+def test_quantized_tensors_are_refused(copy):
+    folder = copy('whole')
+    tensors = load_file(folder / 'model.safetensors')
+    tensors['transformer.wte.weight'] = tensors['transformer.wte.weight'].to(torch.int8)
+    save_file(tensors, folder / 'model.safetensors')
+    with pytest.raises(UserError, match='quantized'):
+        read_weights(str(folder), print)
+
+
+def test_another_vocabulary_of_the_same_size_is_not_gpt2s(copy, run_main):
+    folder = copy('whole')
+    vocabulary = {f'token {i}': i for i in range(50257)}
+    (folder / 'vocab.json').write_text(json.dumps(vocabulary))
+    assert read_weights(str(folder), print).tokenizer is None
+    ended = run_main('sample.py', f'--init_from={folder}', '--device=cpu')
+    assert ended.returncode == 2 and 'the tokenizer of' in ended.stderr
+    flags = ['--dataset=', '--device=cpu', '--batch_size=2', '--overfit_steps=1']
+    ended = run_main('debug_training.py', f'--init_from={folder}', *flags)
+    assert ended.returncode == 0, ended.stderr  # on random tokens
+
+
+TEXT = 'Two  words,\n\n\ta tab, don\'t "é" 🙂 <end>'
+TOKENIZERS = {
+    'char': CharTokenizer.train(TEXT),
+    'char with end': CharTokenizer.train(TEXT, has_end_of_text=True),
+    'byte': ByteTokenizer(),
+    'gpt2': Gpt2Tokenizer(),
+}
+
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_a_written_tokenizer_gives_the_same_ids_and_the_same_text(name, tmp_path, request):
+    if name == 'gpt2':
+        request.getfixturevalue('real_gpt2')
+    ours = TOKENIZERS[name]
+    hub_tokenizer.write_tokenizer(tmp_path, ours, 16)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs(TEXT).input_ids
+    assert ids == ours.encode(TEXT).tolist()
+    assert theirs.decode(ids) == TEXT
+    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.end_of_text
+    if ours.end_of_text is not None:
+        assert theirs('<|endoftext|>').input_ids == [ours.end_of_text]
+    if name == 'gpt2':
+        assert hub_tokenizer.read_tokenizer(Repository(str(tmp_path)), 50257) == {'kind': 'gpt2'}
+
+
+def test_a_trained_model_leaves_by_convert_py(train_here, tmp_path, run_main):
+    train_here(tmp_path / 'run', '--max_iters=2', '--eval_iters=1', '--bias')
+    convert = ['convert.py', f'--out_dir={tmp_path / "run"}', f'--dest={tmp_path / "hf"}']
+    ended = run_main(*convert)
+    assert ended.returncode == 0, ended.stderr
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    start = read_weights(str(tmp_path / 'run'), print)
+    ours = GPT(start.model).eval()
+    ours.load_state_dict(start.tensors['model'])
+    ids = tokenizer('The cat sees', return_tensors='pt').input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    card = (tmp_path / 'hf/README.md').read_text()
+    assert '| dataset | tiny |' in card and 'nats per token' in card
+    again = run_main(*convert)
+    assert again.returncode == 2 and 'already exists' in again.stderr
+
+
+def test_a_run_says_at_its_start_that_it_cannot_be_written(train_here, tmp_path, run_main):
+    flags = ['--max_iters=1', '--eval_iters=1']
+    ended = train_here(tmp_path / 'run', *flags, '--logit_cap=5')
+    assert 'cannot write this model for transformers: logit_cap is 5.0' in ended.stdout
+    ended = run_main('convert.py', f'--out_dir={tmp_path / "run"}', f'--dest={tmp_path / "hf"}')
+    assert ended.returncode == 2 and 'logit_cap' in ended.stderr
+    assert not (tmp_path / 'hf').exists()
+
+
+def test_eval_only_prints_the_perplexity(train_here, tmp_path):
+    ended = train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1')
+    assert 'cannot write' not in ended.stdout and 'perplexity' not in ended.stdout
+    ended = train_here(tmp_path / 'new', '--eval_only', f'--init_from={tmp_path / "run"}')
+    pattern = r'val loss ([\d.]+) nats per token \([\d.]+ bits per byte\), perplexity ([\d.]+)'
+    loss, perplexity = map(float, re.search(pattern, ended.stdout).groups())
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)

@@ -1,0 +1,288 @@
+"""A run finds its dataset, prepares it, or says on one line why not; only a download falls back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+from conftest import ROOT, SMALL_RUN
+
+import configurator
+from nib.checkpoint import store
+from nib.errors import UserError
+from nib.files import FolderLock
+from nib.machine.ranks import Ranks
+from nib.text.download import DownloadError
+from nib.tokens import find, shakespeare
+from nib.tokens.dataset import open_dataset
+from nib.tokens.find import Unavailable, open_or_prepare
+from nib.tokens.unfinished import locked
+
+AT_HAND = [ROOT / f'data/{name}/input.txt' for name in ('shakespeare', 'shakespeare_char')]
+TEXT = 'To be, or not to be: that is the question.\n' * 50
+
+no_text_here = pytest.mark.skipif(
+    any(path.exists() for path in AT_HAND), reason='tiny Shakespeare is beside its script'
+)
+
+
+@pytest.fixture
+def values(tmp_path):
+    """A run on tiny Shakespeare that may prepare it, and falls back to the standard library."""
+    return {
+        'dataset': 'shakespeare_char',
+        'data_dir': str(tmp_path / 'data'),
+        'fallback_dataset': 'stdlib_char',
+        'prepare_dataset': True,
+        'block_size': 16,
+        'vocab_size': 0,
+    }
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(urls, path, sha256, max_bytes):
+        raise DownloadError('no connection')
+
+    monkeypatch.setattr(shakespeare, 'download', fail)
+
+
+def refusal(values) -> str:
+    with pytest.raises(UserError) as error:
+        open_or_prepare(values, Ranks(), say=lambda line: None)
+    return str(error.value)
+
+
+@no_text_here
+def test_a_failed_download_falls_back(values, no_network, monkeypatch):
+    ran = []
+    monkeypatch.setattr(find, '_prepare', pretend_to_prepare(find._prepare, ran))
+    said = []
+    with pytest.raises(UserError, match='stdlib_char'):  # pretend_to_prepare writes nothing
+        open_or_prepare(values, Ranks(), said.append)
+    assert ran == ['stdlib_char']
+    assert 'TRAINING ON stdlib_char INSTEAD OF shakespeare_char' in said[1]
+    with pytest.raises(Unavailable, match=r'no connection.*--fallback_dataset=NAME'):
+        open_or_prepare(values | {'fallback_dataset': ''}, Ranks(), said.append)
+
+
+def pretend_to_prepare(prepare, ran):
+    def pretend(name, data_dir, values, say):
+        if name == 'stdlib_char':  # takes seconds
+            ran.append(name)
+            return data_dir / name
+        return prepare(name, data_dir, values, say)
+
+    return pretend
+
+
+@no_text_here
+@pytest.mark.parametrize(
+    'content, words', [(b'caf\xe9 ' * 99, 'input.txt is not'), (b'', 'is empty'), (b'ab', 'longer')]
+)
+def test_a_text_that_will_not_do_does_not_fall_back(values, tmp_path, content, words):
+    folder = tmp_path / 'data/shakespeare_char'
+    folder.mkdir(parents=True)
+    (folder / 'input.txt').write_bytes(content)
+    assert words in refusal(values)
+    assert not (tmp_path / 'data/stdlib_char').exists()
+
+
+@no_text_here
+def test_a_folder_that_cannot_be_written_does_not_fall_back(values, tmp_path):
+    (tmp_path / 'data').write_text('not a folder')
+    assert 'cannot be written (Not a directory)' in refusal(values)
+
+
+@no_text_here
+@pytest.mark.skipif(sys.platform == 'win32', reason='has no RLIMIT_FSIZE')
+def test_a_full_disk_does_not_fall_back(values, tmp_path):
+    import resource
+
+    folder = tmp_path / 'data/shakespeare_char'
+    folder.mkdir(parents=True)
+    (folder / 'input.txt').write_text(TEXT)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert 'cannot be written (File too large)' in refusal(values)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not (tmp_path / 'data/stdlib_char').exists()
+
+
+@pytest.mark.parametrize(
+    'name, words',
+    [
+        ('shakespear_char', ['did you mean --dataset=shakespeare_char?']),
+        ('tinny', ['did you mean --dataset=tiny?']),
+        ('nowhere', ['nowhere/train.bin is missing', '--input=PATH', 'stdlib_char, tiny']),
+        ('zen', ['config/zen.py say how to prepare it']),
+        ('{folder}/data/tinny', ['tinny/train.bin is missing']),
+    ],
+)
+def test_a_misspelt_name_is_one_line_with_the_nearest_one(values, tmp_path, name, words):
+    """Also with the keys of config/train_shakespeare_char.py, whose dataset has a fallback."""
+    (tmp_path / 'data/tiny').mkdir(parents=True)
+    (tmp_path / 'data/tiny/train.bin').write_bytes(b'')
+    said = refusal(values | {'dataset': name.format(folder=tmp_path)})
+    assert all(word in said for word in words), said
+    assert [path.name for path in (tmp_path / 'data').iterdir()] == ['tiny']
+
+
+def test_the_path_of_a_dataset_elsewhere_is_recognized(values, data_dir, monkeypatch):
+    monkeypatch.chdir(data_dir.parent)
+    said = refusal(values | {'dataset': f'{data_dir.name}/tiny'})
+    assert f'did you mean --data_dir={data_dir} --dataset=tiny?' in said
+    data = open_or_prepare(values | {'dataset': str(data_dir / 'tiny')}, Ranks(), say=print)
+    assert data.name == 'tiny'
+
+
+def test_out_dir_is_named_after_the_last_part_of_a_path():
+    for dataset in ('notes', '/data/of mine/notes', '/data/of mine/notes/'):
+        argv = ['config/train_text.py', f'--dataset={dataset}', '--device=cpu']
+        values, _ = configurator.configure(str(ROOT / 'train.py'), argv)
+        assert values['out_dir'] == 'out-notes'
+
+
+def test_a_run_in_out_dir_is_noticed_before_data_is_prepared(train_here, tmp_path):
+    assert train_here(tmp_path / 'run', '--max_iters=2').returncode == 0
+    done = train_here(tmp_path / 'run', '--dataset=nowhere')
+    assert done.returncode == 2 and 'already contains a run' in done.stderr
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+def test_a_second_process_waits_says_so_and_uses_what_the_first_has_made(values, tmp_path, capsys):
+    folder = tmp_path / 'data/shakespeare_char'
+    program = f"""
+import sys, time
+from pathlib import Path
+from nib.tokens.unfinished import locked
+from nib.tokens.write import write_char_dataset
+with locked(Path({str(folder)!r})):
+    print('locked', flush=True)
+    time.sleep(0.5)
+write_char_dataset({str(folder)!r}, {TEXT!r}, {{}})
+time.sleep(60)
+"""
+    with started('-c', program) as first:
+        assert first.stdout.readline() == 'locked\n'
+        before = time.monotonic()
+        data = wait_and_open(values)
+        assert time.monotonic() - before > 0.3
+    assert data.tokenizer.decode(data.train) == TEXT[: int(0.9 * len(TEXT))]
+    assert f'pid {first.pid}, which prepares {folder}' in capsys.readouterr().err
+
+
+def wait_and_open(values):
+    """Opens the dataset, which another process prepares; it may not be prepared here."""
+    while True:
+        try:
+            return open_or_prepare(values | {'prepare_dataset': False}, Ranks(), say=print)
+        except Unavailable:  # the first process has given the lock back between its two steps
+            time.sleep(0.05)
+
+
+@contextmanager
+def started(*command):
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path, capsys):
+    program = f"""
+import time
+from pathlib import Path
+from nib.tokens.unfinished import locked
+with locked(Path({str(tmp_path)!r})):
+    print('locked', flush=True)
+    time.sleep(60)
+"""
+    with started('-c', program) as holder:
+        assert holder.stdout.readline() == 'locked\n'
+        assert not FolderLock(tmp_path).take()
+    assert (tmp_path / '.lock').exists()
+    with locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ''
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path):
+    """Two processes have opened the file; the first removes it with its lock."""
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert first.take() and not second.take()
+    with open(first.path) as waiting:
+        first.release(remove=True)
+        assert second.take()
+        assert not os.path.samestat(os.fstat(waiting.fileno()), os.stat(second.path))
+        assert not FolderLock(tmp_path).take()
+    second.release(remove=True)
+
+
+@pytest.mark.slow
+def test_three_runs_started_together_prepare_the_dataset_once(tmp_path):
+    """One of them has two ranks. They all wait for the lock first, so that they really compete."""
+    folder = tmp_path / 'data/shakespeare_char'
+    folder.mkdir(parents=True)
+    (folder / 'input.txt').write_text(TEXT)
+    lock = FolderLock(folder)
+    assert lock.take()
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    runs = []
+    for number, launcher in enumerate(([], [], torchrun)):
+        command = [
+            *launcher,
+            'train.py',
+            *SMALL_RUN,
+            '--dataset=shakespeare_char',
+            '--prepare_dataset',
+            f'--data_dir={tmp_path / "data"}',
+            f'--out_dir={tmp_path / f"run{number}"}',
+            '--max_iters=2',
+            '--no-report',
+        ]
+        runs.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            )
+        )
+    try:
+        for run in runs:
+            while 'waiting for' not in (line := run.stderr.readline()):
+                assert line, run.stdout.read()
+        lock.release(remove=True)
+        for run in runs:
+            _, errors = run.communicate(timeout=200)
+            assert run.returncode == 0, errors
+    finally:
+        for run in runs:
+            run.kill()
+    fingerprint = open_dataset(folder, 16).fingerprint
+    for number in range(3):
+        state = store.load(tmp_path / f'run{number}')[0].state
+        assert state['dataset_fingerprint'] == fingerprint
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ['input.txt', 'meta.json', 'train.bin', 'val.bin']
