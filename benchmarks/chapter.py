@@ -80,7 +80,8 @@ def new_figure(width: float, height: float, columns: int = 1):
 def save(figure, name: str):
     svg = io.StringIO()
     figure.savefig(svg, format='svg', metadata={'Date': None})
-    text = re.sub(r'(\d\.\d\d)\d+', r'\1', svg.getvalue())  # finer than any screen
+    attributes = re.compile(r'="[^"]*"')  # coordinates, finer than any screen; not the labels
+    text = attributes.sub(lambda m: re.sub(r'(\d\.\d\d)\d+', r'\1', m[0]), svg.getvalue())
     text = re.sub(r' +$', '', text, flags=re.MULTILINE)
     (Path(pictures) / name).write_text(text, encoding='utf-8')
 

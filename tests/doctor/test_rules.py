@@ -221,7 +221,13 @@ def test_all_troubles_but_the_one_that_the_loop_sees_are_fired_here():
 @pytest.mark.parametrize('log_interval', [1, 10, 100, 1000])
 @pytest.mark.parametrize(
     'changes',
-    [{}, {'trained': True}, {'config': {'optimizer': 'muon'}}, {'config': {'grad_clip': 0.0}}],
+    [
+        {},
+        {'trained': True},
+        {'config': {'optimizer': 'muon'}},
+        {'config': {'optimizer': 'sgd'}},
+        {'config': {'grad_clip': 0.0}},
+    ],
     ids=str,
 )
 def test_a_healthy_run_is_left_alone(changes, log_interval):
