@@ -38,7 +38,7 @@ from nib.machine.memory import explain_full_memory, fit_batch_size
 from nib.machine.ranks import Ranks, distribute, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
 from nib.optim import Optimizer
-from nib.run.checks import check_config, settle_schedule
+from nib.run.checks import check_config, check_schedule, settle_schedule
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
@@ -492,6 +492,7 @@ def find_start(values, origins, book):
         values = start.adopt(values, origins)
     check_config(values, book.ranks.world_size)  # again, as a checkpoint may have brought its own
     values = settle_schedule(values)
+    check_schedule(values)
     return start, values
 
 

@@ -34,10 +34,8 @@ result: str = ''  # file that the table is also written to
 
 JOBS = {'training': 'steps/s', 'sampling': 'tokens/s'}
 SITUATIONS = {'alone': (1, 0), 'two at once': (2, 0), 'next to a busy process': (1, 1)}
-CONTESTANTS: dict[str, dict[str, str]] = {  # environment variables
-    'libgomp': {'GOMP_SPINCOUNT': '300000', 'OMP_NUM_THREADS': str(available_cores())},
-    'nibGPT': {},
-}
+LIBGOMP = {'GOMP_SPINCOUNT': '300000', 'OMP_NUM_THREADS': str(available_cores())}
+CONTESTANTS = {'libgomp': LIBGOMP, 'nibGPT': {}}  # environment variables
 VOCAB_SIZE = 65
 
 

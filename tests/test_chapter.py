@@ -416,6 +416,7 @@ def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
         'debug_training.py',
         'prepare.py',
         'prepare.py --tokenizer=char',
+        'OMP_NUM_THREADS',
     }
     keys = set()
     for _, _, name, change in trouble_rows(ENGLISH):
