@@ -488,6 +488,7 @@ SHIPPED = {  # config -> more flags, whether updates are too large
     'train_shakespeare.py': ([], False),
     'train_text.py': ([], False),
     'train_gpt2.py': (GPT2_SIZE, False),
+    'train_gpt2_24gb.py': (GPT2_SIZE, False),
     'fast_gpt2.py': (GPT2_SIZE, False),
     'lab/healthy.py': ([], False),
     'lab/lr_too_high.py': ([], True),
@@ -1058,7 +1059,7 @@ def test_published_weights_and_runs_meet_random_tokens(train_here, debug, tmp_pa
     model = GPT(GPTConfig(vocab_size=300, block_size=32, bias=True, **sizes))
     (tmp_path / 'gpt2').mkdir()
     (tmp_path / 'gpt2/config.json').write_text(
-        json.dumps({'vocab_size': 300, 'n_positions': 32, **sizes})
+        json.dumps({'model_type': 'gpt2', 'vocab_size': 300, 'n_positions': 32, **sizes})
     )
     published = {
         name.removeprefix('transformer.'): tensor.t().contiguous()
