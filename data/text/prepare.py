@@ -32,7 +32,7 @@ from nib.tokens.write import write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
-tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', or the folder of a run or dataset to use its own
+tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', a run, dataset, model, hub id or tokenizer.json
 replace_missing: str = ''  # a character for those that its tokenizer lacks; empty: refuse the text
 end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text becomes
 name: str = ''  # of the dataset, which is written to data/NAME; empty: named after the input
@@ -144,7 +144,7 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
         'byte': ByteTokenizer(),
         'gpt2': Gpt2Tokenizer(),
     }
-    chosen = own.get(tokenizer) or read_tokenizer(Path(tokenizer))
+    chosen = own.get(tokenizer) or read_tokenizer(tokenizer)
     chosen.encode('')  # fails before the text is read if its files are missing
     recorded = 'characters' if chosen.spells_end_of_text else 'token'
     if tokenizer not in own and origins['end_of_text'] != 'default' and end_of_text != recorded:

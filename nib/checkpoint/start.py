@@ -97,7 +97,7 @@ class Weights:
         if data.tokenizer is None:  # random tokens, for debug_training.py
             return
         kind = self.known_tokenizer()['kind']
-        borrowed = self.name if kind == 'char' else kind
+        borrowed = kind if kind in ('byte', 'gpt2') else self.name
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
@@ -120,8 +120,9 @@ class Weights:
         if self.tokenizer is None:
             raise UserError(
                 f'the tokenizer of {self.name} is not known: for a nanoGPT checkpoint, copy the '
-                f"meta.pkl of its dataset next to ckpt.pt; of other models, only GPT-2's tokenizer "
-                f'can be read'
+                f'meta.pkl of its dataset next to ckpt.pt; another model needs a tokenizer.json, '
+                f'which transformers writes: '
+                f"AutoTokenizer.from_pretrained('{self.name}').save_pretrained('FOLDER')"
             )
         return self.tokenizer
 

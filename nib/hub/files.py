@@ -19,6 +19,7 @@ class Repository:
     """A folder, or a repository of the hub such as HuggingFaceTB/SmolLM2-135M."""
 
     name: str
+    flag: str = '--init_from'  # that names it
 
     @property
     def is_folder(self) -> bool:
@@ -37,7 +38,7 @@ class Repository:
             from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         except ImportError as error:
             raise UserError(
-                f'--init_from={self.name} needs a package that is not installed: '
+                f'{self.flag}={self.name} needs a package that is not installed: '
                 f'pip install huggingface_hub'
             ) from error
         # It logs every attempt; the message below sums them up.
@@ -62,7 +63,7 @@ class Repository:
         raise UserError(
             f'{file} of {self.name} could not be downloaded from the Hugging Face hub ({reason}); '
             f'download the repository elsewhere (hf download {self.name} --local-dir FOLDER) and '
-            f'name its folder: --init_from=FOLDER'
+            f'name its folder: {self.flag}=FOLDER'
         )
 
     def read_json(self, file: str) -> dict:

@@ -13,6 +13,7 @@ from nib.errors import UserError
 from nib.hub import gpt2, llama
 from nib.hub.files import Repository
 from nib.hub.tokenizer import read_tokenizer, write_tokenizer
+from nib.text.hf_tokenizer import HfTokenizer
 
 FAMILIES = {'gpt2': gpt2, **dict.fromkeys(llama.FAMILIES, llama)}  # model_type -> its module
 
@@ -59,7 +60,10 @@ def write(
         raise UserError(f'this model cannot be written for transformers: {reason}')
     destination = Path(folder)
     keys, theirs = (gpt2 if config.position == 'learned' else llama).write(config, tensors)
-    ends = {'bos_token_id': tokenizer.end_of_text, 'eos_token_id': tokenizer.end_of_text}
+    begin = tokenizer.end_of_text
+    if isinstance(tokenizer, HfTokenizer):
+        begin = next(iter(tokenizer.first_ids), None)
+    ends = {'bos_token_id': begin, 'eos_token_id': tokenizer.end_of_text}
     temporary = destination.with_name(f'.tmp-{destination.name}')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

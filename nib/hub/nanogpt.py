@@ -13,6 +13,7 @@ import torch
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.files import read_json
+from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -184,8 +185,9 @@ def write_folder(
     """
     if reason := why_not(model):
         raise UserError(f'this model cannot be written for nanoGPT: {reason}')
-    if isinstance(tokenizer, ByteTokenizer):
-        raise UserError("nanoGPT has no tokenizer of bytes, only characters and GPT-2's")
+    if isinstance(tokenizer, (ByteTokenizer, HfTokenizer)):
+        what = 'bytes' if isinstance(tokenizer, ByteTokenizer) else 'tokenizer.json'
+        raise UserError(f"nanoGPT cannot use a tokenizer of {what}, only characters and GPT-2's")
     weights, moments = tensors['model'], tensors.get('optimizer', {})
     if config['optimizer'] != 'adamw':
         moments = {}

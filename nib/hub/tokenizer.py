@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nib.errors import UserError
 from nib.hub.files import Repository
+from nib.text.hf_tokenizer import HfTokenizer, byte_names
 from nib.text.tokenizer import (
     END_OF_TEXT,
     GPT2_FILES,
@@ -25,16 +26,48 @@ GPT2_DIGEST = '71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30'
 def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
     """Returns the tokenizer of a model as a checkpoint stores it; None if it is not known.
 
-    Known is GPT-2's: by its vocabulary, or by its size if the repository has no tokenizer.
+    GPT-2's is known by its vocabulary, or by its size if the repository has no tokenizer. Any other
+    is its tokenizer.json. vocab_size: of the model; 0: not known.
+    Raises UserError if the tokenizer is not usable or does not fit the model.
     """
-    vocabulary = None
+    path, vocabulary = repository.find('tokenizer.json'), None
     if repository.find('vocab.json'):
         vocabulary = repository.read_json('vocab.json')
-    elif repository.find('tokenizer.json'):
+    elif path:
         vocabulary = _read_vocabulary(repository.read_json('tokenizer.json'))
     elif vocab_size == Gpt2Tokenizer.vocab_size:
         return {'kind': 'gpt2'}
-    return {'kind': 'gpt2'} if vocabulary and digest(vocabulary) == GPT2_DIGEST else None
+    if vocabulary and digest(vocabulary) == GPT2_DIGEST:
+        return {'kind': 'gpt2'}
+    if path is None:
+        return None
+    found = read_file(path, _end_of_text(repository))
+    if 0 < vocab_size < found.vocab_size:
+        raise UserError(
+            f'{path} belongs to another model: it has {found.vocab_size:,} tokens, but this model '
+            f'has embeddings for {vocab_size:,}'
+        )
+    return found.to_json()
+
+
+def read_file(path: Path, end_of_text: str | int | None = None) -> HfTokenizer:
+    """Returns the tokenizer of a tokenizer.json. Raises UserError, which names the file."""
+    try:
+        return HfTokenizer.read(path.read_text(encoding='utf-8'), end_of_text)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: {error}') from error
+
+
+def _end_of_text(repository: Repository) -> str | int | None:
+    """Returns the end-of-text token, or its id, by the files that may name it."""
+    for file in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
+        config = repository.read_json(file) if repository.find(file) else {}
+        match config.get('eos_token', config.get('eos_token_id')):
+            case str() | int() as found:
+                return found
+            case {'content': str(found)} | [int(found), *_]:
+                return found
+    return None
 
 
 def _read_vocabulary(described: dict) -> dict | None:
@@ -52,24 +85,35 @@ def digest(vocabulary: dict) -> str:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int):
     """Writes tokenizer.json and tokenizer_config.json, which AutoTokenizer loads."""
-    from tokenizers import AddedToken
-
-    described = _describe(tokenizer)
-    if tokenizer.end_of_text is not None:
-        described.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    assert described.get_vocab_size() == tokenizer.vocab_size
-    described.save(str(folder / 'tokenizer.json'))
+    if isinstance(tokenizer, HfTokenizer):
+        content = tokenizer.content
+        begin, end = tokenizer.first_ids, tokenizer.end_of_text
+        names = {'bos_token': begin[:1], 'eos_token': [] if end is None else [end]}
+        tokens = {name: tokenizer.token(ids[0]) for name, ids in names.items() if ids}
+    else:
+        content = _describe(tokenizer)
+        has_end = tokenizer.end_of_text is not None
+        tokens = dict.fromkeys(('bos_token', 'eos_token'), END_OF_TEXT) if has_end else {}
+    (folder / 'tokenizer.json').write_text(content, encoding='utf-8')
     config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'model_max_length': block_size,
         'clean_up_tokenization_spaces': False,  # the text out is the text in
     }
+    content = json.dumps(config | tokens, indent=2) + '\n'
+    (folder / 'tokenizer_config.json').write_text(content)
+
+
+def _describe(tokenizer: Tokenizer) -> str:
+    """Returns a tokenizer.json for one of our own tokenizers."""
+    described = _without_end_of_text(tokenizer)
     if tokenizer.end_of_text is not None:
-        config |= {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT}
-    (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
+        described.add_special_tokens([END_OF_TEXT])
+    assert described.get_vocab_size() == tokenizer.vocab_size
+    return described.to_str(pretty=True)
 
 
-def _describe(tokenizer: Tokenizer):
+def _without_end_of_text(tokenizer: Tokenizer):
     """Returns a tokenizer of the tokenizers library without its end-of-text token."""
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -84,8 +128,7 @@ def _describe(tokenizer: Tokenizer):
         described.decoder = decoders.Fuse()
         return described
     if isinstance(tokenizer, ByteTokenizer):
-        names = _byte_names()
-        described = Tokenizer(models.BPE({names[byte]: byte for byte in range(256)}, []))
+        described = Tokenizer(models.BPE(byte_names(), []))
     elif isinstance(tokenizer, Gpt2Tokenizer):
         described = Tokenizer(models.BPE(*_read_gpt2()))
     else:
@@ -94,14 +137,6 @@ def _describe(tokenizer: Tokenizer):
     described.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits)
     described.decoder = decoders.ByteLevel()
     return described
-
-
-def _byte_names() -> list[str]:
-    """Returns the printable character that stands for each byte in GPT-2's vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printable)
-    names = {byte: byte for byte in printable} | {b: 256 + n for n, b in enumerate(others)}
-    return [chr(names[byte]) for byte in range(256)]
 
 
 def _read_gpt2() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -18,9 +18,15 @@ import numpy as np
 
 from nib.errors import UserError
 from nib.text.download import DownloadError, download
-from nib.text.vocabulary import IdTokenizer, VocabularyTokenizer, checked_ids
+from nib.text.hf_tokenizer import HfTokenizer
+from nib.text.vocabulary import (
+    END_OF_TEXT,
+    IdTokenizer,
+    VocabularyTokenizer,
+    checked_ids,
+    without_surrogates,
+)
 
-END_OF_TEXT = '<|endoftext|>'  # the end-of-text token in decoded text and in prompts
 # The files of GPT-2's vocabulary as tiktoken reads them: name -> SHA-256.
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 GPT2_FILES = {
@@ -167,7 +173,9 @@ class Gpt2Tokenizer:
         return {'kind': 'gpt2'} | _spelling(self)
 
 
-Tokenizer = CharTokenizer | ByteTokenizer | Gpt2Tokenizer | VocabularyTokenizer | IdTokenizer
+Tokenizer = (
+    CharTokenizer | ByteTokenizer | Gpt2Tokenizer | HfTokenizer | VocabularyTokenizer | IdTokenizer
+)
 
 
 def tokenizer_from_json(data: dict) -> Tokenizer:
@@ -183,6 +191,11 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
             return ByteTokenizer(spells)
         case {'kind': 'gpt2'}:
             return Gpt2Tokenizer(spells)
+        case {'kind': 'hf', 'content': str(content), 'vocab_size': int(size)} if size > 0:
+            end = data.get('end_of_text')
+            if end is None or isinstance(end, int) and 0 <= end < size:
+                return HfTokenizer(content, size, end, spells)
+            raise UserError(f'invalid tokenizer: its end_of_text is {end!r}')
         case {'kind': 'vocabulary', 'tokens': list(tokens)}:
             if all(isinstance(token, str) for token in tokens) and len(set(tokens)) == len(tokens):
                 return VocabularyTokenizer(tuple(tokens))
@@ -192,7 +205,7 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
         case {'kind': kind} if kind != 'char':
             raise UserError(
                 f"unknown tokenizer kind {kind!r}: this version knows 'char', 'byte', 'gpt2', "
-                f"'vocabulary' and 'ids'"
+                f"'hf', 'vocabulary' and 'ids'"
             )
     raise UserError('invalid tokenizer: a char tokenizer lists distinct characters in order')
 
@@ -200,15 +213,17 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
 def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
     """Encode a text that a person typed.
 
-    END_OF_TEXT in it stands for the end-of-text token, unless the tokenizer lacks or spells it.
+    END_OF_TEXT in it stands for the end-of-text token, unless the tokenizer lacks or spells it. A
+    beginning-of-text token comes first if the tokenizer has one.
     Raises UserError, which begins with `flag`, if the tokenizer cannot encode the text.
     """
     is_plain = tokenizer.end_of_text is None or tokenizer.spells_end_of_text
     first, *others = [text] if is_plain else text.split(END_OF_TEXT)
     try:
-        ids = tokenizer.encode(first).tolist()
+        begin = tokenizer.first_ids if isinstance(tokenizer, HfTokenizer) else []
+        ids = [*begin, *tokenizer.encode(first).tolist()]
         for part in others:
-            ids += [tokenizer.end_of_text, *tokenizer.encode(part).tolist()]
+            ids += [tokenizer.end_of_text, *begin, *tokenizer.encode(part).tolist()]
     except UserError as error:
         if is_plain and END_OF_TEXT in text:
             raise UserError(
@@ -221,15 +236,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
 
 def _spelling(tokenizer) -> dict:
     return {'spells_end_of_text': True} if tokenizer.spells_end_of_text else {}
-
-
-def without_surrogates(text: str) -> str:
-    """Replace surrogate pairs by their character, and lone surrogates by U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
 def _utf8(text: str) -> bytes:

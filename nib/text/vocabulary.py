@@ -12,6 +12,8 @@ import numpy as np
 
 from nib.errors import UserError
 
+END_OF_TEXT = '<|endoftext|>'  # the end-of-text token in decoded text and in prompts
+
 
 @dataclass(frozen=True)
 class VocabularyTokenizer:
@@ -135,3 +137,12 @@ def checked_ids(ids, vocab_size: int) -> np.ndarray:
             f'has ids 0 to {vocab_size - 1}'
         )
     return ids
+
+
+def without_surrogates(text: str) -> str:
+    """Replace surrogate pairs by their character, and lone surrogates by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')

@@ -1,5 +1,6 @@
-"""The tokenizer of an existing dataset or run, for preparing another text for its model."""
+"""The tokenizer of an existing dataset, run or open model, for preparing a text for its model."""
 
+import re
 from pathlib import Path
 
 from nib.errors import UserError
@@ -8,11 +9,14 @@ from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens import nanogpt_bins
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer of a dataset, a run (its best or latest checkpoint) or a checkpoint.
+def read_tokenizer(name: str) -> Tokenizer:
+    """Read the tokenizer that --tokenizer names.
 
-    Raises UserError if the folder is none of these, or if its description is not valid.
+    name: the folder of a dataset, of a run (its best or latest checkpoint is read), of a checkpoint
+    or of an open model; a tokenizer.json; or a hub id.
+    Raises UserError if it is none of these, or if its description is not valid.
     """
+    folder = Path(name)
     if (folder / 'meta.pkl').exists() and not (folder / 'meta.json').exists():
         return nanogpt_bins.read_tokenizer(folder, 0)
     for path in (folder / 'meta.json', *_states(folder)):
@@ -22,9 +26,25 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                 return tokenizer_from_json(described)
             except UserError as error:
                 raise UserError(f'{path}: {error}') from error
+    is_hub_id = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) and not folder.exists()
+    if (
+        folder.is_file()
+        or is_hub_id
+        or (folder / 'config.json').is_file()
+        or (folder / 'tokenizer.json').is_file()
+    ):
+        # Imports torch, which takes a second.
+        from nib.hub.files import Repository
+        from nib.hub.tokenizer import read_file
+        from nib.hub.tokenizer import read_tokenizer as read_from
+
+        if folder.is_file():
+            return read_file(folder)
+        if found := read_from(Repository(name, '--tokenizer'), 0):
+            return tokenizer_from_json(found)
     raise UserError(
-        f"--tokenizer={folder}: expected 'char', 'byte', 'gpt2', or the folder of a dataset or a "
-        f'run that has a checkpoint'
+        f"--tokenizer={name}: expected 'char', 'byte', 'gpt2', a tokenizer.json, the folder of a "
+        f'dataset, of a run that has a checkpoint, or of a model with a tokenizer.json, or a hub id'
     )
 
 

@@ -95,6 +95,7 @@ def _in_processes(
 
 
 def _start_process():
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the library's threads: each core is in use
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
