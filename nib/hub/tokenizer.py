@@ -41,7 +41,7 @@ def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
         return {'kind': 'gpt2'}
     if path is None:
         return None
-    found = read_file(path, _end_of_text(repository))
+    found = read_file(path, repository)
     if 0 < vocab_size < found.vocab_size:
         raise UserError(
             f'{path} belongs to another model: it has {found.vocab_size:,} tokens, but this model '
@@ -50,11 +50,15 @@ def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
     return found.to_json()
 
 
-def read_file(path: Path, end_of_text: str | int | None = None) -> HfTokenizer:
-    """Returns the tokenizer of a tokenizer.json. Raises UserError, which names the file."""
+def read_file(path: Path, repository: Repository) -> HfTokenizer:
+    """Returns the tokenizer of a tokenizer.json. Raises UserError, which names the file.
+
+    repository: its other files say which token ends a text.
+    """
+    end_of_text = _end_of_text(repository)
     try:
-        return HfTokenizer.read(path.read_text(encoding='utf-8'), end_of_text)
-    except (OSError, ValueError) as error:
+        return HfTokenizer.read(path.read_bytes().decode(), end_of_text)
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f'{path}: {error}') from error
 
 
@@ -94,7 +98,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int):
         content = _describe(tokenizer)
         has_end = tokenizer.end_of_text is not None
         tokens = dict.fromkeys(('bos_token', 'eos_token'), END_OF_TEXT) if has_end else {}
-    (folder / 'tokenizer.json').write_text(content, encoding='utf-8')
+    (folder / 'tokenizer.json').write_bytes(content.encode())
     config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'model_max_length': block_size,
@@ -108,7 +112,9 @@ def _describe(tokenizer: Tokenizer) -> str:
     """Returns a tokenizer.json for one of our own tokenizers."""
     described = _without_end_of_text(tokenizer)
     if tokenizer.end_of_text is not None:
-        described.add_special_tokens([END_OF_TEXT])
+        from tokenizers import AddedToken
+
+        described.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     assert described.get_vocab_size() == tokenizer.vocab_size
     return described.to_str(pretty=True)
 

@@ -40,11 +40,13 @@ class HfTokenizer:
         Raises UserError if the content is not valid or cannot be decoded token by token.
         """
         library, tokens = _load(content, False)
-        if not isinstance(end_of_text, int):
+        if isinstance(end_of_text, int):
+            ids = [end_of_text]
+        else:
             names = _ENDS if end_of_text is None else (end_of_text,)
-            ids = (library.token_to_id(name) for name in names)
-            end_of_text = next((number for number in ids if number is not None), None)
-        return cls(content, len(tokens), end_of_text)
+            ids = [library.token_to_id(name) for name in names]
+        known = [number for number in ids if number is not None and 0 <= number < len(tokens)]
+        return cls(content, len(tokens), known[0] if known else None)
 
     @property
     def first_ids(self) -> list[int]:
@@ -178,8 +180,8 @@ def _steps(decoder: dict | None) -> list[dict]:
             return [decoder]
     kind = decoder.get('type') if isinstance(decoder, dict) else decoder
     raise UserError(
-        f'the tokenizer has the decoder {kind!r}: only byte-level and SentencePiece-like tokenizers '
-        f'can be used'
+        f'the tokenizer has the decoder {kind!r}: only byte-level tokenizers and those like '
+        f'SentencePiece can be used'
     )
 
 

@@ -27,19 +27,14 @@ def read_tokenizer(name: str) -> Tokenizer:
             except UserError as error:
                 raise UserError(f'{path}: {error}') from error
     is_hub_id = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) and not folder.exists()
-    if (
-        folder.is_file()
-        or is_hub_id
-        or (folder / 'config.json').is_file()
-        or (folder / 'tokenizer.json').is_file()
-    ):
-        # Imports torch, which takes a second.
+    if folder.exists() or is_hub_id:
+        # These import torch, which takes a second.
         from nib.hub.files import Repository
         from nib.hub.tokenizer import read_file
         from nib.hub.tokenizer import read_tokenizer as read_from
 
         if folder.is_file():
-            return read_file(folder)
+            return read_file(folder, Repository(str(folder.parent), '--tokenizer'))
         if found := read_from(Repository(name, '--tokenizer'), 0):
             return tokenizer_from_json(found)
     raise UserError(
