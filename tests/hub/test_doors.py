@@ -9,7 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from small_tokenizers import byte_fallback, byte_level
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from model import GPT
 from nib.checkpoint.start import read_weights
@@ -162,6 +170,62 @@ def test_another_vocabulary_of_the_same_size_is_not_gpt2s(copy, run_main):
     flags = ['--dataset=', '--device=cpu', '--batch_size=2', '--overfit_steps=1']
     ended = run_main('debug_training.py', f'--init_from={folder}', *flags)
     assert ended.returncode == 0, ended.stderr  # on random tokens
+
+
+@pytest.mark.parametrize('build', [byte_level, byte_fallback])
+def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
+    build, tmp_path, run_main, train_here
+):
+    built, model = build(), tmp_path / 'model'
+    content = built.to_str()
+    end = '<|end|>' if build is byte_level else '</s>'
+    size = built.get_vocab_size() + 3  # padded
+    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=size, max_position_embeddings=32, **shape)
+    LlamaForCausalLM(config).save_pretrained(model)
+    (model / 'tokenizer.json').write_text(content)
+    (model / 'tokenizer_config.json').write_text(json.dumps({'eos_token': end}))
+    notes = tmp_path / 'notes'
+    notes.mkdir()
+    for number in range(20):
+        (notes / f'{number}.txt').write_text(f'{number}: é, 🙂 the cat\n{end}' * 20)
+
+    data = tmp_path / 'mine'
+    prepare = ['data/text/prepare.py', f'--input={notes}', f'--out_dir={data}']
+    ended = run_main(*prepare, f'--tokenizer={model}')
+    assert ended.returncode == 0, ended.stderr
+    described = json.loads((data / 'meta.json').read_text())['tokenizer']
+    assert described['content'] == content
+    run, flags = tmp_path / 'run', ['--max_iters=2', '--eval_iters=1', '--eval_interval=2']
+    where = [f'--data_dir={tmp_path}', '--dataset=mine', '--block_size=32']
+    ended = train_here(run, *flags, *where, f'--init_from={model}')
+    assert ended.returncode == 0, ended.stderr
+    assert read_weights(str(run), print).tokenizer == described
+
+    greedy = ['--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--start=the cat']
+    sampled = run_main('sample.py', f'--out_dir={run}', '--device=cpu', *greedy)
+    assert sampled.returncode == 0, sampled.stderr
+    ended = run_main('convert.py', f'--out_dir={run}', f'--dest={tmp_path / "hf"}')
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / 'hf/tokenizer.json').read_text() == content
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    assert tokenizer.eos_token == end and theirs.config.eos_token_id == tokenizer.eos_token_id
+    assert theirs.config.bos_token_id == tokenizer.bos_token_id == 1
+    prompt = tokenizer('the cat', return_tensors='pt')
+    ids = theirs.generate(**prompt, do_sample=False, max_new_tokens=20, eos_token_id=-1)[0]
+    # The first token is <s>; ours writes the end of text as <|endoftext|>.
+    text = tokenizer.decode(ids[1:]).replace(end, '<|endoftext|>')
+    assert sampled.stdout == text + '\n'
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(copy, run_main):
+    folder = copy('whole')
+    described = json.loads(byte_level().to_str())
+    described['model']['vocab'] |= {f'token {i}': 300 + i for i in range(50257)}
+    (folder / 'tokenizer.json').write_text(json.dumps(described))
+    ended = run_main('sample.py', f'--init_from={folder}', '--device=cpu')
+    assert ended.returncode == 2 and 'belongs to another model' in ended.stderr
 
 
 TEXT = 'Two  words,\n\n\ta tab, don\'t "é" 🙂 <end>'

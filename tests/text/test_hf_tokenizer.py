@@ -6,89 +6,17 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from small_tokenizers import CORPUS, byte_fallback, byte_level
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from nib.errors import UserError
-from nib.text import documents
+from nib.text import documents, hf_tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 from nib.tokens import borrow
-
-CORPUS = ['The cat sat on the mat, and the dog sat too.\nTwo  lines: it\'s "é" or 1234.'] * 5
-
-
-def byte_level() -> Tokenizer:
-    """Like GPT-2, Llama 3 and Qwen: bytes as printable characters, and a chat's special tokens."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+'), 'isolated'
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=['<|end|>', '<|begin|>'],
-        show_progress=False,
-    )
-    made.train_from_iterator(CORPUS, trainer)
-    # Letters that are also names of bytes, and a token of spaces as in CodeGen.
-    made.add_tokens([AddedToken('née', normalized=False), AddedToken('    ', normalized=False)])
-    made.post_processor = processors.TemplateProcessing(
-        single='<|begin|> $A', special_tokens=[('<|begin|>', 1)]
-    )
-    return made
-
-
-def byte_fallback() -> Tokenizer:
-    """Like Llama 2 and TinyLlama: spaces as ▁, one more at the start, bytes of what is unknown."""
-    made = Tokenizer(models.BPE(unk_token='<unk>'))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=100, special_tokens=['<unk>', '<s>', '</s>'], show_progress=False
-    )
-    # By words: without a pre-tokenizer, sentences would become tokens.
-    made.pre_tokenizer = pre_tokenizers.Split('▁', 'merged_with_next')
-    made.train_from_iterator(CORPUS, trainer)
-    made.pre_tokenizer = None
-    described = json.loads(made.to_str())
-    model = described['model']
-    for byte in range(256):
-        model['vocab'][f'<0x{byte:02X}>'] = len(model['vocab'])
-    model['byte_fallback'] = model['fuse_unk'] = True
-    made = Tokenizer.from_str(json.dumps(described))
-    made.decoder = decoders.Sequence(
-        [
-            decoders.Replace('▁', ' '),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(' ', 1, 0),
-        ]
-    )
-    made.post_processor = processors.TemplateProcessing(
-        single='<s> $A', special_tokens=[('<s>', 1)]
-    )
-    return made
-
 
 BUILT = {'byte_level': byte_level(), 'byte_fallback': byte_fallback()}
 ENDS = {'byte_level': '<|end|>', 'byte_fallback': '</s>'}
@@ -104,6 +32,7 @@ texts = st.lists(
 
 
 @each_kind
+@settings(max_examples=40, deadline=None)
 @given(text=texts)
 def test_ids_and_texts_equal_those_of_transformers(kind, text):
     ids = OURS[kind].encode(text)
@@ -116,6 +45,7 @@ def test_ids_and_texts_equal_those_of_transformers(kind, text):
 
 
 @each_kind
+@settings(max_examples=40, deadline=None)
 @given(text=texts)
 def test_the_bytes_of_single_tokens_are_those_of_the_whole(kind, text):
     ours = OURS[kind]
@@ -221,10 +151,7 @@ def test_what_cannot_be_used_is_refused_in_one_line():
 
 def test_without_the_library_one_line_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
-    (tmp_path / 'tokenizer.json').write_text(byte_level_content := BUILT['byte_level'].to_str())
-    assert byte_level_content
-    from nib.text import hf_tokenizer
-
+    (tmp_path / 'tokenizer.json').write_text(BUILT['byte_level'].to_str())
     hf_tokenizer._load.cache_clear()
     with pytest.raises(UserError, match='pip install tokenizers'):
         borrow.read_tokenizer(str(tmp_path))

@@ -1,0 +1,77 @@
+"""Small tokenizers of the tokenizers library, built as those of open models are."""
+
+import json
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+CORPUS = ['The cat sat on the mat, and the dog sat too.\nTwo  lines: it\'s "é" or 1234.'] * 5
+
+
+def byte_level() -> Tokenizer:
+    """Like GPT-2, Llama 3 and Qwen: bytes as printable characters, and a chat's special tokens."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+'), 'isolated'
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=['<|end|>', '<|begin|>'],
+        show_progress=False,
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    # Letters that are also names of bytes, and a token of spaces as in CodeGen.
+    made.add_tokens([AddedToken('née', normalized=False), AddedToken('    ', normalized=False)])
+    made.post_processor = processors.TemplateProcessing(
+        single='<|begin|> $A', special_tokens=[('<|begin|>', 1)]
+    )
+    return made
+
+
+def byte_fallback() -> Tokenizer:
+    """Like Llama 2 and TinyLlama: spaces as ▁, one more at the start, bytes of what is unknown."""
+    made = Tokenizer(models.BPE(unk_token='<unk>'))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=100, special_tokens=['<unk>', '<s>', '</s>'], show_progress=False
+    )
+    # By words: without a pre-tokenizer, sentences would become tokens.
+    made.pre_tokenizer = pre_tokenizers.Split('▁', 'merged_with_next')
+    made.train_from_iterator(CORPUS, trainer)
+    made.pre_tokenizer = None
+    described = json.loads(made.to_str())
+    model = described['model']
+    for byte in range(256):
+        model['vocab'][f'<0x{byte:02X}>'] = len(model['vocab'])
+    model['byte_fallback'] = model['fuse_unk'] = True
+    made = Tokenizer.from_str(json.dumps(described))
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace('▁', ' '),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(' ', 1, 0),
+        ]
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single='<s> $A', special_tokens=[('<s>', 1)]
+    )
+    return made
