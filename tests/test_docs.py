@@ -121,6 +121,9 @@ NEEDS_NETWORK = {
     'pip install datasets': 'installs packages',
     'pip install huggingface_hub': 'installs packages',
     'pip install tokenizers': 'installs packages',
+    'pip install tokenizers huggingface_hub': 'installs packages',
+    'python data/text/prepare.py --input=PATH/TO/NOTES '
+    '--tokenizer=HuggingFaceTB/SmolLM2-135M --name=smol': 'fetches a tokenizer',
     'python sample.py --init_from=gpt2 --start="The meaning of life is"': "fetches GPT-2's weights",
     'pip install '
     'torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu': 'installs packages',

@@ -1,5 +1,6 @@
 """Tokenizers: text to token ids and back. Every checkpoint contains its tokenizer as JSON.
 
+nib/text/hf_tokenizer.py and nib/text/vocabulary.py hold those of open models and of other programs.
 All tokenizers have vocab_size, end_of_text (the id that follows each document, or None), encode,
 encode_texts (several texts, one after the other), decode, decode_bytes (for output token by token,
 as the bytes of one character may belong to several tokens), to_json, and spells_end_of_text

@@ -182,6 +182,7 @@ def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
     size = built.get_vocab_size() + 3  # padded
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = LlamaConfig(vocab_size=size, max_position_embeddings=32, **shape)
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(model)
     (model / 'tokenizer.json').write_text(content)
     (model / 'tokenizer_config.json').write_text(json.dumps({'eos_token': end}))
@@ -203,7 +204,8 @@ def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
     assert read_weights(str(run), print).tokenizer == described
 
     greedy = ['--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--start=the cat']
-    sampled = run_main('sample.py', f'--out_dir={run}', '--device=cpu', *greedy)
+    greedy += ['--device=cpu', '--dtype=float32']
+    sampled = run_main('sample.py', f'--out_dir={run}', *greedy)
     assert sampled.returncode == 0, sampled.stderr
     ended = run_main('convert.py', f'--out_dir={run}', f'--dest={tmp_path / "hf"}')
     assert ended.returncode == 0, ended.stderr
@@ -213,7 +215,7 @@ def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
     assert tokenizer.eos_token == end and theirs.config.eos_token_id == tokenizer.eos_token_id
     assert theirs.config.bos_token_id == tokenizer.bos_token_id == 1
     prompt = tokenizer('the cat', return_tensors='pt')
-    ids = theirs.generate(**prompt, do_sample=False, max_new_tokens=20, eos_token_id=-1)[0]
+    ids = theirs.generate(**prompt, do_sample=False, max_new_tokens=20, eos_token_id=size)[0]
     # The first token is <s>; ours writes the end of text as <|endoftext|>.
     text = tokenizer.decode(ids[1:]).replace(end, '<|endoftext|>')
     assert sampled.stdout == text + '\n'
