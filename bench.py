@@ -12,7 +12,7 @@ model and batch. --growth measures how speed and memory change with width, depth
 --plan measures nothing, and prints what the whole run would take.
 """
 
-import nib.startup  # noqa: F401 - first: it prepares Ctrl-C and torch's threads
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
 import json
 import math

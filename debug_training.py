@@ -12,7 +12,7 @@ Accepts every key of train.py, but does not evaluate, compile or save. The steps
 train.py. Each one is undone, and nothing is written to out_dir.
 """
 
-import nib.startup  # noqa: F401 - first: it prepares Ctrl-C and torch's threads
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
 import sys
 from contextlib import contextmanager

@@ -6,7 +6,7 @@ echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 python sample.py --init_from=gpt2 --start="The meaning of life is"
 """
 
-import nib.startup  # noqa: F401 - first: it prepares Ctrl-C and torch's threads
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
 import codecs
 import itertools

@@ -8,7 +8,7 @@ Read this file from top to bottom: the config, the learning rate, the evaluation
 what a step needs, main, the loop, and the functions that they call.
 """
 
-import nib.startup  # noqa: F401 - first: it prepares Ctrl-C and torch's threads
+import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
 import math
 import time

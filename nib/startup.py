@@ -1,15 +1,11 @@
-"""What a script must do before its other imports.
+"""Lets Ctrl-C end a script without a traceback during its imports, which take seconds.
 
-Ctrl-C ends it without a traceback during the imports, which take seconds; run_script() restores the
-usual handling. nib.machine.threads sets how torch's threads wait, because torch reads that when it
-is imported.
+A script imports this module first. run_script() then restores the usual handling.
 """
 
 import os
 import signal
 import sys
-
-import nib.machine.threads  # noqa: F401 - for what it does
 
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''
 _is_script = os.path.dirname(os.path.abspath(_main)) == os.path.dirname(os.path.dirname(__file__))

@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 import torch
 
 from nib.errors import UserError
-from nib.machine.threads import available_cores
+from nib.machine.threads import available_cores, watch_cores
 
 # Rates of dense 16-bit matrix products, added up in float32, in FLOP/s, from the vendors' data
 # sheets. A name matches if it contains all words of the key; the first key counts. GeForce cards
@@ -63,6 +63,7 @@ def pick_device(device: str) -> str:
     not have the device.
     """
     limit_threads()
+    watch_cores()
     if device == 'auto':
         if torch.cuda.is_available():
             return 'cuda'

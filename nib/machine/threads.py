@@ -1,29 +1,17 @@
-"""How torch's threads wait for each other, and how many cores they may use.
+"""How many cores this process may use, and how torch's threads wait when the cores are taken."""
 
-Scripts import this module first, because torch reads these environment variables when it is loaded.
-It does not import torch.
-"""
-
+import functools
 import math
 import os
-import sys
-from collections.abc import Iterator, MutableMapping
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-# How often a waiting thread looks again before it sleeps. In libgomp, the OpenMP of torch's wheels
-# for Linux, the default is 300,000, which takes milliseconds. If another process has the core of
-# one thread, the others spend that time at every barrier. docs/speed.md has the measurements.
-SPINS = 1500
-
-
-def bound_spinning(environ: MutableMapping[str, str]):
-    """Lets the threads of libgomp sleep soon while they wait, unless the user has decided that.
-
-    The count is in x86's PAUSE instructions. On other processors, a spin is much shorter.
-    """
-    if not environ.keys() & {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'}:
-        environ['GOMP_SPINCOUNT'] = str(SPINS)
+SETTINGS = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')  # how threads wait, if the user decides it
+INTERVAL = 0.25  # seconds between two looks
+TAKEN = 0.05  # share of the time without a core; alone it is 0.002 at most
+CALM = 8  # looks in a row that must find the cores free
 
 
 def available_cores(root: Path = Path('/')) -> int:
@@ -40,14 +28,17 @@ def available_cores(root: Path = Path('/')) -> int:
     return max(1, min([cores, *map(math.ceil, _quotas(root))]))
 
 
-def seconds_without_core() -> float | None:
-    """Returns how long this thread could run but had no core, since it started; None if unknown.
+def seconds_without_core(thread: int | None = None) -> float | None:
+    """Returns how long a thread could run but had no core, since it started; None if unknown.
 
     Threads of other processes had the cores, or the quota of the cgroup was used up. Only Linux
     measures it. Waiting for a disk, a GPU or other threads does not count.
+
+    thread: its number in the operating system; None for this thread.
     """
     with suppress(OSError, ValueError, IndexError):
-        return int(Path('/proc/thread-self/schedstat').read_text().split()[1]) / 1e9
+        path = f'/proc/self/task/{thread or threading.get_native_id()}/schedstat'
+        return int(Path(path).read_text().split()[1]) / 1e9
     return None
 
 
@@ -72,5 +63,61 @@ def _quotas(root: Path) -> Iterator[float]:
                         yield quota / period
 
 
-if 'torch' not in sys.modules:
-    bound_spinning(os.environ)
+class Yielding:
+    """Lets torch's threads yield their cores while other processes use them.
+
+    torch's threads wait for each other after each operation. In libgomp, the OpenMP of torch's
+    wheels for Linux, a waiting thread spins for milliseconds before it sleeps. That is fast if each
+    thread has a core. If another process has one of the cores, it wastes the others. libgomp spins
+    very briefly, however, if the process has more OpenMP threads than there are cores (GNU libgomp
+    manual, GOMP_SPINCOUNT). So while `waited` shows that cores are taken, this object keeps some
+    additional threads, which sleep. The work is divided among the others as before, so that no
+    result changes.
+    """
+
+    def __init__(self, waited: Callable[[], float | None], interval: float = INTERVAL):
+        """waited: returns the seconds without a core so far, None if unknown."""
+        self._waited = waited
+        self._interval = interval
+        self._additional: threading.Event | None = None  # set: the additional threads end
+
+    @property
+    def is_active(self) -> bool:
+        return self._additional is not None
+
+    def run(self):
+        """Looks at intervals, as long as the seconds without a core are known."""
+        pause, calm, before = threading.Event(), 0, self._waited()
+        while before is not None:
+            pause.wait(self._interval)
+            now = self._waited()
+            if now is None:
+                break
+            calm = 0 if now - before > TAKEN * self._interval else calm + 1
+            before = now
+            if calm == 0 and not self._additional:
+                self._additional = threading.Event()
+                threading.Thread(target=_keep, args=[self._additional], daemon=True).start()
+            elif calm >= CALM and self._additional:
+                self._additional.set()
+                self._additional = None
+
+
+def _keep(end: threading.Event):
+    import torch  # not in the processes that prepare a dataset
+
+    torch.zeros(1 << 20).add_(1)  # large enough for a thread on each core; this thread keeps them
+    end.wait()
+
+
+@functools.cache
+def watch_cores():
+    """Starts a thread that lets torch's threads yield their cores, once in a process.
+
+    Call it from the thread that trains. The user's own settings have priority.
+    """
+    import torch
+
+    if not os.environ.keys() & set(SETTINGS) and torch.get_num_threads() > 1:
+        yielding = Yielding(functools.partial(seconds_without_core, threading.get_native_id()))
+        threading.Thread(target=yielding.run, daemon=True).start()

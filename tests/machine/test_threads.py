@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,17 +75,66 @@ def test_cores_are_known_without_affinity(tmp_path, monkeypatch):
     assert threads.available_cores(tmp_path) == 1
 
 
-def test_spinning_is_bounded_unless_the_user_has_decided():
-    for chosen, spins in (
-        ({}, str(threads.SPINS)),
-        ({'OMP_NUM_THREADS': '1'}, str(threads.SPINS)),  # torchrun sets it
-        ({'GOMP_SPINCOUNT': '7'}, '7'),
-        ({'OMP_WAIT_POLICY': 'ACTIVE'}, None),
-    ):
-        environ = dict(chosen)
-        threads.bound_spinning(environ)
-        assert environ.get('GOMP_SPINCOUNT') == spins
-        assert {name: environ[name] for name in chosen} == chosen
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def count_threads() -> int:
+    return len(os.listdir('/proc/self/task'))
+
+
+def wait_until(condition):
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux measures the wait for a core')
+def test_while_cores_are_taken_there_are_more_threads_than_cores(two_threads):
+    """They do no work: the results stay the same."""
+    x = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    expected = (x @ x).sum()
+    waited, before = [0.0], count_threads()
+
+    def wait_for_core():
+        waited[0] = None if waited[0] is None else waited[0] + step[0]
+        return waited[0]
+
+    step = [0.0]
+    yielding = threads.Yielding(wait_for_core, interval=0.02)
+    looking = threading.Thread(target=yielding.run)
+    looking.start()
+    try:
+        assert not yielding.is_active and count_threads() == before + 1
+        step[0] = 0.01
+        # Besides the thread that looks: the one that keeps the additional thread, and that thread.
+        wait_until(lambda: yielding.is_active and count_threads() == before + 3)
+        assert (x @ x).sum() == expected
+        step[0] = 0.0
+        wait_until(lambda: not yielding.is_active and count_threads() == before + 1)
+    finally:
+        waited[0] = None
+        looking.join()
+
+
+@pytest.mark.parametrize('chosen', [{}, {'GOMP_SPINCOUNT': '7'}, {'OMP_WAIT_POLICY': 'ACTIVE'}])
+def test_the_users_settings_of_waiting_have_priority(chosen, two_threads, monkeypatch):
+    for name in threads.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    started = []
+    monkeypatch.setattr(threads.Yielding, 'run', lambda self: started.append(self._waited))
+    threads.watch_cores.cache_clear()
+    threads.watch_cores()
+    threads.watch_cores()
+    wait_until(lambda: len(started) == (not chosen))
+    threads.watch_cores.cache_clear()
 
 
 def test_torch_has_no_more_threads_than_cores(monkeypatch):
@@ -127,27 +177,8 @@ def test_the_wait_for_a_core_is_that_which_another_process_causes():
             busy.kill()
 
 
-@pytest.mark.slow
-def test_libgomp_is_told_before_it_is_loaded():
-    """It prints the spin count that it uses."""
-    program = 'import sys; import nib.startup; assert "torch" not in sys.modules; import torch'
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(('OMP', 'GO'))}
-    done = subprocess.run(
-        [sys.executable, '-c', program],
-        cwd=ROOT,
-        env={**kept, 'OMP_DISPLAY_ENV': 'verbose'},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    if 'GOMP_SPINCOUNT' not in done.stderr:
-        pytest.skip('this torch does not use libgomp')
-    assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in done.stderr
-
-
 @pytest.mark.parametrize('script', ['train', 'sample', 'bench', 'debug_training'])
-def test_scripts_import_it_before_everything_else(script):
-    """An import of torch would load libgomp."""
+def test_scripts_import_startup_before_everything_else(script):
     lines = (ROOT / f'{script}.py').read_text(encoding='utf-8').splitlines()
     first = next(line for line in lines if line.startswith(('import ', 'from ')))
     assert first.startswith('import nib.startup')
