@@ -35,7 +35,9 @@ def read_tokenizer(name: str) -> Tokenizer:
 
         if folder.is_file():
             return read_file(folder, Repository(str(folder.parent), '--tokenizer'))
-        if found := read_from(Repository(name, '--tokenizer'), 0):
+        repository = Repository(name, '--tokenizer')
+        repository.find('config.json')  # fails at once without a network; others are tried again
+        if found := read_from(repository, 0):
             return tokenizer_from_json(found)
     raise UserError(
         f"--tokenizer={name}: expected 'char', 'byte', 'gpt2', a tokenizer.json, the folder of a "

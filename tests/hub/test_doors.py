@@ -4,6 +4,7 @@ import json
 import math
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -25,6 +26,7 @@ from nib.errors import UserError
 from nib.hub import tokenizer as hub_tokenizer
 from nib.hub.files import Repository
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from nib.tokens import borrow
 
 
 @pytest.fixture(scope='module')
@@ -117,6 +119,21 @@ def test_without_a_network_the_line_says_what_to_fetch(hub):
     read_weights('owner/shards', print)  # is already here
     with pytest.raises(UserError, match='no connection.*hf download owner/absent --local'):
         read_weights('owner/absent', print)
+
+
+def test_the_tokenizer_of_a_hub_id_is_fetched_and_the_line_without_a_network_names_its_flag(
+    hub, folder
+):
+    content = byte_level().to_str()
+    (folder / 'own').mkdir()
+    (folder / 'own/tokenizer.json').write_text(content)
+    assert borrow.read_tokenizer('owner/own').content == content
+    hub.shutdown()
+    hub.server_close()
+    began = time.monotonic()
+    with pytest.raises(UserError, match='no connection.*--tokenizer=FOLDER'):
+        borrow.read_tokenizer('owner/absent')
+    assert time.monotonic() - began < 5
 
 
 def test_a_gated_model_says_how_to_get_access(hub):

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from nib.errors import UserError
+from nib.hub.tokenizer import write_tokenizer
 from nib.text import documents, hf_tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
-from nib.text.tokenizer import encode_prompt, tokenizer_from_json
+from nib.text.tokenizer import Gpt2Tokenizer, encode_prompt, tokenizer_from_json
 from nib.tokens import borrow
 
 BUILT = {'byte_level': byte_level(), 'byte_fallback': byte_fallback()}
@@ -103,6 +104,14 @@ def test_it_comes_back_from_json_and_pickle_and_is_loaded_once(kind):
     assert back == OURS[kind] == pickle.loads(pickle.dumps(back))
     assert back.content == BUILT[kind].to_str()
     assert back._loaded()[0] is OURS[kind]._loaded()[0]
+
+
+def test_gpt2_as_a_file_has_gpt2s_ids(real_gpt2, tmp_path):
+    write_tokenizer(tmp_path, Gpt2Tokenizer(), 64)
+    ours = borrow.read_tokenizer(str(tmp_path / 'tokenizer.json'))
+    assert isinstance(ours, HfTokenizer) and ours.end_of_text == Gpt2Tokenizer.end_of_text
+    pieces = [(f'{CORPUS[0]} \n\n\ta {number}', number % 3 == 0) for number in range(100)]
+    assert np.array_equal(ours.encode_texts(pieces), Gpt2Tokenizer().encode_texts(pieces))
 
 
 def test_invalid_utf8_and_lone_surrogates_are_replaced():
