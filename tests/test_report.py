@@ -24,6 +24,7 @@ import configurator
 from nib.doctor import health
 from nib.report import charts, history
 from nib.report.charts import Chart, Series, badge_rows, show_number
+from nib.report.compare import compare
 from nib.report.page import SAMPLES, build_page, write_report
 
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
@@ -803,13 +804,46 @@ def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, mon
         (['--out_dir={run},nowhere'], 'nowhere'),
         (['--out_dir={run}', '--watch', '--port=99999'], 'from 0 to 65535'),
         (['--out_dir=nowhere', '--watch'], 'no such folder'),
-        (['{run}'], 'did you mean --out_dir='),
+        (['nowhere', 'config'], 'no run found'),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, run_main, flags, said):
     run = write_run(tmp_path / 'run', [])
     done = run_main('report.py', *(flag.format(run=run) for flag in flags))
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_runs_are_named_by_folders_and_patterns(tmp_path, run_main):
+    for name in ('run-10', 'run-9'):
+        write_run(tmp_path / 'runs' / name, [{'step': 1, 'loss/val': 2.0}], {'n_layer': 1})
+    (tmp_path / 'runs' / 'notes.txt').write_text('no run')
+    runs = tmp_path / 'runs'
+    for names in ([runs], [runs / '*'], sorted(runs.iterdir())):
+        done = run_main('report.py', *map(str, names), '--no-png')
+        assert (done.returncode, done.stdout.strip()) == (0, str(runs / 'comparison.html'))
+        page = Page((runs / 'comparison.html').read_text())
+        assert list(page.values('loss')) == ['run-9: validation', 'run-10: validation']
+        (runs / 'comparison.html').unlink()
+    assert run_main('report.py', str(runs / 'run-9'), '--no-png').returncode == 0
+    assert (runs / 'run-9' / 'report.html').exists()
+
+
+def test_several_runs_begin_with_a_table(tmp_path):
+    rates = {'a': 1e-3, 'b': 3e-4}
+    for name, rate in rates.items():
+        lines = [
+            {'step': 10, 'time': 100.0, 'loss/val': 3.0, 'tokens_per_second': 50.0},
+            {'step': 20, 'time': 290.0, 'loss/val': 1 + rate, 'tokens_per_second': 70.0},
+            {'step': 30, 'time': 300.0, 'loss/val': 2.5, 'verdict': 'healthy: all well'},
+        ]
+        config = {'learning_rate': rate, 'n_layer': 2, 'out_dir': name}
+        write_run(tmp_path / name, lines, config)
+    names, rows = compare(history.read_runs([tmp_path / name for name in rates]))
+    assert names == 'run,learning_rate,best loss,final loss,tokens/s,time,steps,verdict'.split(',')
+    shown = [[cell.shown for cell in row] for row in rows]
+    assert shown[0] == 'a,0.001,1.0010,2.5000,60,3 min 20 s,30,healthy: all well'.split(',')
+    page = page_of(*(tmp_path / name for name in rates))
+    assert 'lowest at 0.0003' in page.shown  # the chart of the swept key
 
 
 def test_starting_needs_neither_torch_nor_matplotlib():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
@@ -76,7 +77,8 @@ class Metrics:
         self._show(finding.step, {f'finding/{finding.name}': str(finding)})
 
     def _write(self, step: int, values: Mapping):
-        self.file.write(json.dumps({'step': step, **values}) + '\n')
+        record = {'step': step, 'time': round(time.time(), 3), **values}  # seconds since 1970
+        self.file.write(json.dumps(record) + '\n')
         self.file.flush()
 
     def _show(self, step: int, values: Mapping):
