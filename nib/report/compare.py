@@ -26,8 +26,11 @@ def compare(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Returns the config keys in which the runs differ."""
+    """Returns the config keys in which the runs differ, without those that follow from others."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_COMPARED)
+    keys = [
+        key for key in keys if not all(str(run.origins.get(key)).endswith('(auto)') for run in runs)
+    ]
     return [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
 
 

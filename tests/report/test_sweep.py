@@ -52,7 +52,7 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(tmp_path, run_main, da
         for line in (folder / 'learning_rate=1e-2' / 'metrics.jsonl').read_text().splitlines()
         if 'loss/val' in (record := json.loads(line))
     ]
-    assert f'{min(losses):.4f}' in table and 'healthy' in table
+    assert f'{min(losses):.4f}' in table and 'verdict' in table and 'min_lr' not in table
     assert 'learning_rate=1e30' in (folder / 'comparison.html').read_text()
     again = run_main('sweep.py', *flags)
     assert 'learning_rate=1e-2: already finished' in again.stdout and again.returncode == 1

@@ -9,8 +9,9 @@ from nib.run.folder import write_config
 from nib.run.provenance import find_commit
 
 
-def test_a_run_records_its_origin(whole_run, data_dir):
-    out_dir = whole_run.out_dir if hasattr(whole_run, 'out_dir') else whole_run
+def test_a_run_records_its_origin(tmp_path, train_here, data_dir):
+    out_dir = tmp_path / 'run'
+    assert train_here(out_dir).returncode == 0
     content = json.loads((out_dir / 'config.json').read_text())['provenance']
     (start,) = content['starts']
     keys = {'step', 'date', 'command', 'machine', 'device', 'versions'}
