@@ -70,7 +70,7 @@ RUN = {
         '--out_dir=data/notes',
     ],
     'python report.py --out_dir=out-shakespeare-char': ['--no-png'],
-    'python report.py --out_dir=out-shakespeare-char,out-two': ['--no-png'],
+    'python report.py out-shakespeare-char out-two': ['--no-png'],
     'python debug_training.py config/train_shakespeare_char.py': [*TINY, '--overfit_steps=2'],
     'python debug_training.py config/train_shakespeare_char.py --explain': [*TINY],
 }
@@ -89,6 +89,8 @@ ELSEWHERE = {
     '--gradient_accumulation_steps=2 --out_dir=out-two': 'test_train.py, with a smaller model',
     'python report.py '
     '--out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
+    'python sweep.py '
+    'config/train_shakespeare_char.py --learning_rate=3e-4,1e-3 --seed=1,2': 'test_sweep.py',
     'python bench.py '
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
     'pytest -n auto': 'this is it',

@@ -55,17 +55,17 @@ def open_page(browser, tmp_path):
         runs = read_runs([tmp_path / f'run-{number}' for number in range(n_runs)])
         (tmp_path / 'page.html').write_text(build_page(runs, DEFAULTS), encoding='utf-8')
         page = browser.new_page(viewport={'width': width, 'height': 900})
-        opened.append(page)
+        page.set_default_timeout(5000)
         errors = []
-        page.on('pageerror', errors.append)
-        page.errors = errors
+        page.on('pageerror', lambda error: errors.append(error))  # noqa: PLW0108
+        opened.append((page, errors))
         page.goto(f'file://{tmp_path / "page.html"}')
         return page
 
     yield open_page
-    for page in opened:
-        assert page.errors == []
+    for page, errors in opened:
         page.close()
+        assert errors == []
 
 
 def ticks(page, chart='#loss', axis='x'):
@@ -75,7 +75,7 @@ def ticks(page, chart='#loss', axis='x'):
 
 def test_points_are_drawn_where_their_values_are(open_page):
     page = open_page()
-    path = page.locator('#gradient_norm path.c0').first.get_attribute('d')
+    path = page.locator('#gradient_norm .plot path.c0').first.get_attribute('d')
     points = [tuple(map(float, pair.split())) for pair in path.removeprefix('M').split('L')]
     assert [x for x, _ in points] == pytest.approx([50 * index for index in range(21)])
     rise = points[0][1] - points[-1][1]
@@ -142,10 +142,29 @@ def test_the_table_of_runs_sorts_and_switches(open_page):
     assert page.locator('.runs tbody th').first.inner_text().strip() == 'run-0'
     page.get_by_role('button', name='best loss').click()
     assert page.locator('.runs tbody th').first.inner_text().strip() == 'run-9'
-    curves = page.locator('#gradient_norm path[d*="L"]')
+    curves = page.locator('#gradient_norm .plot path[d*="L"]')
     before = curves.count()
-    page.get_by_label('run-3').uncheck()
+    page.get_by_role('checkbox', name='run-3').uncheck()
     assert curves.count() == before - 1
+
+
+def test_a_refresh_keeps_the_zoom_the_switches_and_the_open_tables(open_page):
+    page = open_page()
+    page.get_by_label('from').fill('100')
+    page.locator('#loss').get_by_role('button', name='validation').click()
+    page.locator('#gradient_norm summary').click()
+    page.evaluate(
+        """() => {
+            document.querySelector('#loss figcaption').textContent = 'old'
+            const source = document.documentElement.outerHTML.replace('old', 'new')
+            replacePage(new DOMParser().parseFromString(source, 'text/html'))
+        }"""
+    )
+    assert page.locator('#loss figcaption').inner_text() == 'new'
+    assert min(ticks(page)) == 100 and page.get_by_label('from').input_value() == '100'
+    entry = page.locator('#loss').get_by_role('button', name='validation')
+    assert entry.get_attribute('aria-pressed') == 'false'
+    assert page.locator('#gradient_norm tbody tr').count() == 21
 
 
 @pytest.mark.parametrize('n_runs', [1, 10])
