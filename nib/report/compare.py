@@ -127,11 +127,11 @@ def swept_chart(runs: Sequence[Run], key: str) -> str:
     for value, loss, number in points:
         colour = style_of_run(Series('', (), (), number)).colour
         drawn += f'<path class="c{colour} dot" d="M{10 * x(value)} {10 * y(loss)}h0"/>'
-    best = min(points, key=lambda point: point[1])
-    words = f'best validation loss by {key}; lowest {best[1]:.4f} at {show_number(best[0])}'
+    value, loss, _ = min(points, key=lambda point: point[1])
+    words = f'best validation loss by {key}; lowest {loss:.4f} at {show_number(value)}'
     return (
         f'<figure class="chart swept"><figcaption>Best validation loss '
-        f'<small>by {text(key)}; lowest at {show_number(best[0])}</small></figcaption>'
+        f'<small>by {text(key)}; lowest at {show_number(value)}</small></figcaption>'
         f'<div class="plot" role="img" aria-label="{text(words)}"><svg viewBox="0 0 1000 1000" '
         f'preserveAspectRatio="none" aria-hidden="true">{drawn}</svg>{texts}</div></figure>'
     )

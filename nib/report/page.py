@@ -254,8 +254,11 @@ def provenance_section(run: Run, count: int) -> str:
     )
     if not rows:
         return ''
-    name = f': {text(run.name)}' if count > 1 else ''
-    return f'<section><h2>Origin{name}</h2><div class="wide"><table>{rows}</table></div></section>'
+    table = f'<div class="wide"><table>{rows}</table></div>'
+    if count == 1:
+        return f'<section><h2>Origin</h2>{table}</section>'
+    name = text(run.name)
+    return f'<details><summary>Origin of {name}</summary>{table}</details>'
 
 
 def describe_changes(run: Run, named: bool) -> list[str]:

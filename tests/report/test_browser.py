@@ -155,8 +155,8 @@ def test_a_refresh_keeps_the_zoom_the_switches_and_the_open_tables(open_page):
     page.locator('#gradient_norm summary').click()
     page.evaluate(
         """() => {
-            document.querySelector('#loss figcaption').textContent = 'old'
-            const source = document.documentElement.outerHTML.replace('old', 'new')
+            document.querySelector('#loss figcaption').textContent = 'before the refresh'
+            const source = document.documentElement.outerHTML.replace('>before the refresh<', '>new<')
             replacePage(new DOMParser().parseFromString(source, 'text/html'))
         }"""
     )
