@@ -156,7 +156,8 @@ def test_a_refresh_keeps_the_zoom_the_switches_and_the_open_tables(open_page):
     page.evaluate(
         """() => {
             document.querySelector('#loss figcaption').textContent = 'before the refresh'
-            const source = document.documentElement.outerHTML.replace('>before the refresh<', '>new<')
+            const html = document.documentElement.outerHTML
+            const source = html.replace('>before the refresh<', '>new<')
             replacePage(new DOMParser().parseFromString(source, 'text/html'))
         }"""
     )
