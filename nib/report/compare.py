@@ -28,10 +28,10 @@ def compare(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """Returns the config keys in which the runs differ, without those that follow from others."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_COMPARED)
-    keys = [
+    compared = [
         key for key in keys if not all(str(run.origins.get(key)).endswith('(auto)') for run in runs)
     ]
-    return [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
+    return [key for key in compared if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
 
 
 def row_of(run: Run, keys: Sequence[str]) -> list[Cell]:
