@@ -1,22 +1,27 @@
 """Shows a finished or running training as one page: verdict, findings, curves, samples, config.
 
 python report.py --out_dir=out-shakespeare-char           writes report.html and PNGs to the folder
-python report.py --out_dir=out-shakespeare-char,out-two   compares several runs
+python report.py runs/*                                   compares several runs
 python report.py --out_dir=out-shakespeare-char --watch   serves a page that follows the run
 """
 
+import glob
 import os
+import re
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import configurator
+from nib.checkpoint.wrong_folder import is_run
 from nib.errors import UserError, run_script
 from nib.report.page import build_page, read_runs, write_report
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 
-out_dir: str = 'out'  # the run's folder; several folders, separated by commas, are compared
+out_dir: str = (
+    'out'  # the run's folder; several, separated by commas or without a flag, are compared
+)
 page: str = ''  # output file; empty: report.html, or comparison.html for several runs, in out_dir
 png: bool = True  # also save each chart as a PNG in a folder named like the page; needs matplotlib
 watch: bool = False  # serve the page on http://127.0.0.1 and follow the run until Ctrl-C
@@ -24,14 +29,18 @@ port: int = 8008  # port of --watch; 0: any free port
 
 
 def main(argv):
-    values, _ = configurator.configure(__file__, argv)
+    named, flags = split_arguments(argv)
+    values, _ = configurator.configure(__file__, flags)
     globals().update(values)
-    folders = split_folders(out_dir)
+    folders = find_runs(named) if named else split_folders(out_dir)
     defaults = configurator.read_block(TRAIN).defaults
     if watch:
         return serve(folders, defaults)
     name = 'comparison.html' if len(folders) > 1 else 'report.html'
-    target = Path(page) if page else Path(folders[0], name)
+    folder = folders[0]
+    if named and len(folders) > 1:
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(one)) for one in folders])
+    target = Path(page) if page else Path(folder, name)
     if target.suffix != '.html':
         raise UserError(f'--page={page}: the name must end in .html')
     try:
@@ -43,6 +52,39 @@ def main(argv):
             'no PNGs, because matplotlib is missing: pip install matplotlib, or use --no-png',
             file=sys.stderr,
         )
+
+
+def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments that name runs, and the others: flags and their values."""
+    named, flags = [], []
+    for before, argument in zip(['', *argv], argv):
+        is_value = before in ('--out_dir', '--page', '--port') or argument in ('true', 'false')
+        (flags if argument.startswith('-') or is_value else named).append(argument)
+    return named, flags
+
+
+def find_runs(names: list[str]) -> list[str]:
+    """Returns the folders of runs that folders and patterns name, in natural order.
+
+    A folder that is not a run stands for the runs in it. Of several names, those that are no
+    folders are left out. Raises UserError if there is no run.
+    """
+    found = []
+    for name in names:
+        paths = [name] if os.path.exists(name) else glob.glob(name) or [name]
+        for path in paths:
+            inside = (
+                [path] if is_run(Path(path)) else glob.glob(os.path.join(glob.escape(path), '*'))
+            )
+            found += [one for one in inside if is_run(Path(one))]
+    if not found:
+        raise UserError(f'{" ".join(names)}: no run found; name the folders that train.py wrote to')
+    return sorted(
+        dict.fromkeys(os.path.normpath(path) for path in found),
+        key=lambda path: [
+            int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path)
+        ],
+    )
 
 
 def split_folders(names: str) -> list[str]:

@@ -234,7 +234,7 @@ def check_schedule(out_dir):
 def check_metric(out_dir):
     recorded = (out_dir / 'metrics.jsonl').read_text()
     assert all(f'"weight_rms/{group}"' in recorded for group in ('attention', 'mlp', 'embedding'))
-    assert 'Size of the weights' in (out_dir / 'report.html').read_text()
+    assert '<figcaption>weight_rms' in (out_dir / 'report.html').read_text()
 
 
 PROMISES = {'A learning rate schedule': check_schedule, 'A metric': check_metric}

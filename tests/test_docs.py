@@ -83,7 +83,7 @@ RUN = {
         '--out_dir=out-more',
     ],
     'python report.py --out_dir=out-shakespeare-char': ['--no-png'],
-    'python report.py --out_dir=out-shakespeare-char,out-two': ['--no-png'],
+    'python report.py out-shakespeare-char out-two': ['--no-png'],
     'python debug_training.py config/train_shakespeare_char.py': [*TINY, '--overfit_steps=2'],
     'python debug_training.py config/train_shakespeare_char.py --explain': [*TINY],
 }
@@ -102,6 +102,8 @@ ELSEWHERE = {
     '--gradient_accumulation_steps=2 --out_dir=out-two': 'test_train.py, with a smaller model',
     'python report.py '
     '--out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
+    'python sweep.py '
+    'config/train_shakespeare_char.py --learning_rate=3e-4,1e-3 --seed=1,2': 'test_sweep.py',
     'python bench.py '
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
     'python bench.py config/train_gpt2.py --plan': 'test_bench.py',

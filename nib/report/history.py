@@ -1,18 +1,26 @@
 """Reads what a run recorded in its folder, even if parts are damaged, and selects its charts."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nib.checkpoint.wrong_folder import explain, is_run
 from nib.doctor import health
-from nib.doctor.troubles import Finding
+from nib.doctor.troubles import SEVERITIES, Finding
 from nib.errors import UserError
 from nib.files import read_json
 from nib.report.charts import NEUTRAL, Chart, Mark, Series
 from nib.run.metrics import read_records
 
 GROUPS = ('embedding', 'attention', 'mlp', 'head')
+# Metrics that have their own chart, or none.
+KNOWN = re.compile(
+    r'time|tokens|learning_rate|grad_norm|clipped|tokens_per_second|mfu|noise_scale|dead_units'
+    r'|attention_\w+|activation_std|peak_memory|seconds/evaluation|bits_per_byte/.*'
+    r'|loss/(step|train|val|val_whole)|update_ratio/(embedding|attention|mlp|head)'
+)
 LOOKS = ('line', 'dashed', 'dotted', 'mixed')
 DEAD_UNITS = 'dead units, in the worst layer'
 ENTROPY = 'attention entropy, relative to its maximum'
@@ -32,6 +40,21 @@ class Run:
     origins: dict = field(default_factory=dict)  # config key -> where its value came from
     # Config changes on resuming: {'step': step, 'changes': {key: [before, after]}}
     changes: list = field(default_factory=list)
+
+    provenance: dict = field(default_factory=dict)  # nib.run.provenance
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The tokens of a step; 0 if the config is not known."""
+        keys = ('gradient_accumulation_steps', 'batch_size', 'block_size')
+        sizes = [self.config.get(key) for key in keys]
+        return math.prod(sizes) if all(type(size) is int for size in sizes) else 0
+
+    @property
+    def seconds(self) -> float | None:
+        """The time from the first to the last record."""
+        times = self.values('time')
+        return max(times) - min(times) if times else None
 
     @property
     def step(self) -> int:
@@ -53,9 +76,55 @@ class Run:
         finite = [(step, loss) for step, loss in losses if loss is not None]
         return min(finite, key=lambda item: item[1]) if finite else None
 
+    def verdict(self) -> tuple[str, str]:
+        """Returns the severity of the worst finding ('healthy', 'unknown'), and the verdict."""
+        found = self.findings()
+        judged, verdict = next(reversed(self.texts.get('verdict', {}).items()), (0, ''))
+        worst = 'healthy' if verdict.startswith('healthy') else 'unknown'
+        worst = min((one.severity for one in found), key=SEVERITIES.index, default=worst)
+        if not verdict and found:
+            return worst, f'{len(found)} finding{"s" * (len(found) > 1)} so far'
+        if verdict and judged < self.step:  # the run has been resumed since then
+            return worst, f'at step {judged:,}: {verdict}'
+        return worst, verdict or 'no verdict recorded'
+
+    def origin(self) -> list[tuple[str, str]]:
+        """Returns names and values of what is known about the run's origin."""
+        rows = []
+        if self.seconds is not None:
+            rows.append(('duration', show_seconds(self.seconds)))
+        if self.tokens_per_step:
+            rows.append(('tokens seen', f'{self.step * self.tokens_per_step:,}'))
+        for name, value in self.provenance.items():
+            if name == 'starts' and isinstance(value, list):
+                starts = [start for start in value if isinstance(start, dict)]
+                for start in starts:
+                    first = f'start at step {start.get("step")}: ' if len(starts) > 1 else ''
+                    rows += [(first + key, show_fact(one)) for key, one in start.items()]
+            else:
+                rows.append((name, show_fact(value)))
+        return rows
+
     def values(self, name: str) -> list[float]:
         """Returns the finite values with this name, in the order of their steps."""
         return [value for value in self.numbers.get(name, {}).values() if value is not None]
+
+
+def show_seconds(seconds: float) -> str:
+    """Formats a duration: 45 s, 3 min 20 s, 2 h 5 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds} s'
+    if seconds < 3600:
+        return f'{seconds // 60} min {seconds % 60} s'
+    return f'{seconds // 3600} h {seconds % 3600 // 60} min'
+
+
+def show_fact(value) -> str:
+    """Formats a value of config.json: a number with separators, a mapping as 'name value, ...'."""
+    if isinstance(value, dict):
+        return ', '.join(f'{name} {show_fact(one)}' for name, one in value.items())
+    return f'{value:,}' if type(value) is int else str(value)
 
 
 # -- reading a run ---------------------------------------------------------------------------------
@@ -72,7 +141,8 @@ def read_run(folder, name: str = '') -> Run:
         raise UserError(explain(folder))
     numbers, texts, findings, unread = sort_records(folder / 'metrics.jsonl')
     record = read_json(folder / 'config.json')
-    config, origins, changes = (record.get(key) for key in ('config', 'origins', 'changes'))
+    keys = ('config', 'origins', 'changes', 'provenance')
+    config, origins, changes, provenance = map(record.get, keys)
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
@@ -83,6 +153,7 @@ def read_run(folder, name: str = '') -> Run:
         config=config if type(config) is dict else {},
         origins=origins if type(origins) is dict else {},
         changes=changes if type(changes) is list else [],
+        provenance=provenance if type(provenance) is dict else {},
     )
 
 
@@ -123,10 +194,12 @@ def read_runs(folders: Sequence) -> list[Run]:
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """Return all charts that have records.
+    """Returns all charts that have records, including one for each kind of unknown metric.
 
-    With one run each series has a colour, with several runs each run has a colour.
+    With one run, each series has a colour. Several runs have a chart for each name, in which each
+    run has a colour and a look.
     """
+    clipped = curves(runs, {'clipped': 'clipped steps'}, factor=100)
     rate = curves(runs, {'learning_rate': 'learning rate'})
     ratios = curves(runs, {f'update_ratio/{group}': group for group in GROUPS})
     size = 'size of a step / size of the weights'
@@ -142,6 +215,9 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         loss_chart(runs),
         Chart('learning_rate', 'Learning rate', '', rate),
         gradient_chart(runs),
+        Chart(
+            'clipped', 'Clipped steps', 'percent, since the previous point', clipped, from_zero=True
+        ),
         Chart('update_ratios', 'Update ratios', size, ratios, log=True, band=band),
         memory_chart(runs),
         Chart('throughput', 'Throughput', 'tokens per second', speed, from_zero=True),
@@ -150,8 +226,52 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         Chart('units', entropy, 'percent', units, from_zero=True),
         Chart('attention_logit', 'Largest attention logit', 'before softmax', logit),
         Chart('activations', 'Activations', 'standard deviation', activations),
+        *other_charts(runs),
     ]
+    if len(runs) > 1:
+        charts = [part for chart in charts for part in split(chart)]
     return [chart for chart in charts if chart.series]
+
+
+def other_charts(runs) -> list[Chart]:
+    """Returns charts of the metrics that are not known here; GROUP/NAME is drawn with its group."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(name for run in runs for name in run.numbers):
+        if not KNOWN.fullmatch(name):
+            group, _, rest = name.rpartition('/')
+            groups.setdefault(group or name, {})[name] = rest
+    return [
+        Chart(
+            f'other{index}', group if len(names) > 1 else next(iter(names)), '', curves(runs, names)
+        )
+        for index, (group, names) in enumerate(groups.items())
+    ]
+
+
+def split(chart: Chart) -> list[Chart]:
+    """Splits a chart of several runs into one for each name, validation first."""
+    names = list(dict.fromkeys(series.name for series in chart.series if series.look != 'dots'))
+    if len(names) < 2:
+        return [replace(chart, series=tuple(map(style_of_run, chart.series)))]
+    names.sort(key=lambda name: name != 'validation')
+    return [
+        replace(
+            chart,
+            key=f'{chart.key}_{index}' if index else chart.key,
+            title=f'{chart.title}: {name}',
+            series=tuple(style_of_run(one) for one in chart.series if one.name == name),
+            marks=() if index else chart.marks,
+        )
+        for index, name in enumerate(names)
+    ]
+
+
+def style_of_run(series: Series) -> Series:
+    """Returns the series in the colour and look of its run; 20 runs differ."""
+    if series.look == 'dots':
+        return replace(series, colour=series.colour % NEUTRAL)
+    look = LOOKS[series.colour // NEUTRAL % len(LOOKS)]
+    return replace(series, colour=series.colour % NEUTRAL, look=look, pale=False)
 
 
 def update_band(runs) -> tuple[float, float] | None:
@@ -191,8 +311,10 @@ def loss_chart(runs) -> Chart:
         if best := run.best():
             step, loss = best
             label = f'best {loss:.4f} at step {step:,}' if len(runs) == 1 else ''
-            marks.append(Mark(step, loss, label, colour))
-    return Chart('loss', 'Loss', 'nats per token', steps + evaluated, tuple(marks))
+            marks.append(
+                Mark(step, loss, label, colour % NEUTRAL, run.name if len(runs) > 1 else '')
+            )
+    return Chart('loss', 'Loss', 'nats per token', steps + evaluated, tuple(marks), falls=True)
 
 
 def memory_chart(runs) -> Chart:
@@ -209,24 +331,18 @@ def memory_unit(runs) -> tuple[float, str]:
 
 def gradient_chart(runs) -> Chart:
     norms = list(curves(runs, {'grad_norm': 'gradient norm'}))
-    limits = set()
-    for number, run in enumerate(runs):
-        limit = run.config.get('grad_clip')
-        limit = float(limit) if type(limit) in (int, float) and 0 < limit < 1e300 else None
-        limits.add(limit)
-        shares = run.numbers.get('clipped', {})
-        clipped = {}
-        for step, value in run.numbers.get('grad_norm', {}).items():
-            if value is None:
-                continue
-            if shares.get(step, limit is not None and value > limit):
-                clipped[step] = value
+    limits = [run.config.get('grad_clip') for run in runs]
+    limits = [
+        float(limit) if type(limit) in (int, float) and 0 < limit < 1e300 else None
+        for limit in limits
+    ]
+    for number, (run, limit) in enumerate(zip(runs, limits)):
+        norm = run.numbers.get('grad_norm', {}).items()
+        clipped = {step: one for step, one in norm if None not in (one, limit) and one > limit}
         if clipped:
-            shown = 'clipped since the previous point' if shares else 'clipped'
             colour = number if len(runs) > 1 else 1
             owner = run.name if len(runs) > 1 else ''
             values = list(clipped.values())
-            norms.append(Series(shown, list(clipped), values, colour, 'dots', run=owner))
-    limit = limits.pop() if len(limits) == 1 else None
-    level = (limit, f'grad_clip {limit:g}') if limit else None
+            norms.append(Series('clipped', list(clipped), values, colour, 'dots', run=owner))
+    level = (limits[0], f'grad_clip {limits[0]:g}') if len(set(limits)) == 1 and limits[0] else None
     return Chart('gradient_norm', 'Gradient norm', 'before clipping', tuple(norms), level=level)

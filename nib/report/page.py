@@ -1,15 +1,14 @@
 """Shows runs as one self-contained page: verdict, findings, curves, samples and config."""
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from nib.doctor.troubles import SEVERITIES, Finding
 from nib.files import atomic_write
-from nib.report.charts import DARK, LIGHT, SEVERITY_COLOURS, Flag, time_axis, to_html
+from nib.report.charts import DARK, LIGHT, SEVERITY_COLOURS, Flag, text, time_axis, to_html, to_json
+from nib.report.compare import comparison_section
 from nib.report.history import Run, charts_of, memory_unit, read_runs
 from nib.report.pngs import save_png
 
@@ -49,9 +48,9 @@ def write_after_run(out_dir, defaults: Mapping, say: Callable, warn: Callable):
 def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -> str:
     """Return the whole page as HTML, with all text from files escaped."""
     charts, flags, here = charts_of(runs), flags_of(runs), Path(__file__)
-    time = time_axis(charts)
-    title = ', '.join(run.name for run in runs)
-    figures = ''.join(to_html(chart, time, flags) for chart in charts)
+    title = ', '.join(run.name for run in runs) if len(runs) <= 3 else f'{len(runs)} runs'
+    figures = ''.join(map(to_html, charts))
+    overview = comparison_section(runs) if len(runs) > 1 else summary(runs[0])
     light = ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(LIGHT))
     dark = ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(DARK))
     severities = ';'.join(f'--{severity}:{colour}' for severity, colour in SEVERITY_COLOURS.items())
@@ -65,20 +64,49 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-sr
 <style>:root{{{light};{severities}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}
 {(here.with_name('page.css')).read_text(encoding='utf-8')}</style></head>
 <body{' data-watching' if watching else ''}><main id="page">
-<header><h1>{text(title)}</h1><p class="quiet" id="live"></p></header>
-{''.join(summary(run, index, len(runs)) for index, run in enumerate(runs))}
+<header><h1>{text(title)}</h1><p class="quiet" id="live" role="status"></p></header>
+{overview}
 {findings_section(runs)}
-<section><h2>Curves</h2><div class="charts">{figures}</div>
+<section><h2>Curves</h2>{toolbar(runs, flags)}<div class="charts">{figures}</div>
+<noscript><p>The charts need JavaScript; metrics.jsonl has their values.</p></noscript>
 {'' if charts else '<p class="quiet">Nothing has been recorded yet.</p>'}</section>
 {''.join(samples_section(runs, run) for run in runs)}
 {config_section(runs, defaults)}
+{''.join(provenance_section(run, len(runs)) for run in runs)}
 </main><script>{(here.with_name('page.js')).read_text(encoding='utf-8')}</script></body></html>
 """
 
 
-def text(content) -> str:
-    """Escapes content for HTML and replaces control characters, which HTML does not allow."""
-    return escape(re.sub(r'[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', str(content)))
+def toolbar(runs, flags: Sequence[Flag]) -> str:
+    """Returns the controls of all charts, with what page.js needs to know about the runs."""
+    data, units = {}, {'step', 'tokens', 'hours'}
+    for run in runs:
+        times = [item for item in run.numbers.get('time', {}).items() if item[1] is not None]
+        if len(times) < 2:
+            units.discard('hours')
+        if not run.tokens_per_step:
+            units.discard('tokens')
+        data[run.name if len(runs) > 1 else ''] = {
+            'tokens': run.tokens_per_step,
+            'steps': [step for step, _ in times],
+            'hours': [round((time - times[0][1]) / 3600, 6) for _, time in times],
+        }
+    places = [[flag.run, flag.step, flag.number, flag.name, flag.severity] for flag in flags]
+    content = to_json({'runs': data, 'units': sorted(units), 'flags': places})
+    return f"""<form id="toolbar" aria-label="all charts">
+<label>across <select name="x"><option value="step">steps</option>\
+<option>tokens</option><option value="hours">time in hours</option></select></label>
+<label><input type="checkbox" name="logX"> logarithmic</label>
+<label>up <select name="y"><option value="auto">automatic</option>\
+<option>linear</option><option value="log">logarithmic</option></select></label>
+<label><input type="checkbox" name="fall"> all of the first fall</label>
+<label>smoothing <input type="range" name="smoothing" min="0" max="0.98" step="0.02" value="0">\
+</label>
+<label>from <input name="from" size="6" inputmode="decimal" autocomplete="off"></label>
+<label>to <input name="to" size="6" inputmode="decimal" autocomplete="off"></label>
+<button type="reset">reset</button>
+<small>Drag over a chart to zoom in; double-click to zoom out.</small>
+<script type="application/json">{content}</script></form>"""
 
 
 def numbered_findings(runs) -> list[tuple[int, Run, Finding]]:
@@ -93,22 +121,15 @@ def flags_of(runs) -> list[Flag]:
     flags = []
     for number, run, one in numbered_findings(runs):
         name = f'{run.name}: {one.name}' if len(runs) > 1 else one.name
-        flags.append(Flag(one.step, number, one.severity, name))
+        owner = run.name if len(runs) > 1 else ''
+        flags.append(Flag(one.step, number, one.severity, name, owner))
     return sorted(flags, key=lambda flag: flag.step)
 
 
-def summary(run: Run, index: int, count: int) -> str:
-    """Returns a run's section: its verdict and its most important figures."""
-    found, planned = run.findings(), run.config.get('max_iters')
-    judged, verdict = next(reversed(run.texts.get('verdict', {}).items()), (0, ''))
-    worst = 'healthy' if verdict.startswith('healthy') else 'unknown'
-    worst = min((one.severity for one in found), key=SEVERITIES.index, default=worst)
-    if not verdict and found:
-        verdict = f'{len(found)} finding{"s" * (len(found) > 1)} so far'
-    elif not verdict:
-        verdict = 'no verdict recorded'
-    elif judged < run.step:  # the run has been resumed since then
-        verdict = f'at step {judged:,}: {verdict}'
+def summary(run: Run) -> str:
+    """Returns a run's verdict and its most important figures."""
+    worst, verdict = run.verdict()
+    planned = run.config.get('max_iters')
     going = f' of {planned:,}' if type(planned) is int and run.step < planned else ''
     facts = [('steps', f'{run.step:,}', going.strip())]
     if best := run.best():
@@ -126,17 +147,13 @@ def summary(run: Run, index: int, count: int) -> str:
         f'<li><span>{name}</span><b>{value}</b><small>{detail}</small></li>'
         for name, value, detail in facts
     )
-    unread = heading = ''
+    unread = ''
     if run.unread:
         lines = f'{run.unread:,} line{"s" * (run.unread > 1)}'
         log = text(run.folder / 'metrics.jsonl')
         unread = f'<p class="quiet">{lines} of {log} could not be read.</p>'
-    if count > 1:
-        line = f'<path class="c{index % len(LIGHT)}" d="M0 5H24"/>'
-        key = f'<svg class="key" viewBox="0 0 24 10">{line}</svg>'
-        heading = f'<h2>{key}{text(run.name)}</h2>'
     return (
-        f'<section>{heading}<p class="verdict {worst}">{text(verdict)}</p>'
+        f'<section><p class="verdict {worst}">{text(verdict)}</p>'
         f'<ul class="tiles">{tiles}</ul>{unread}</section>'
     )
 
@@ -197,7 +214,7 @@ def config_section(runs, defaults: Mapping) -> str:
         if len(runs) == 1:
             origin = f'<td class="quiet">{text(runs[0].origins.get(key, ""))}</td>'
         return (
-            f'<tr{apart}><th>{text(key)}</th>{cells}'
+            f'<tr{apart}><th scope="row">{text(key)}</th>{cells}'
             f'<td class="quiet">{show_value(defaults, key)}</td>{origin}</tr>'
         )
 
@@ -207,20 +224,41 @@ def config_section(runs, defaults: Mapping) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     changed = [key for key in keys if varies(key) or any(differs(run, key) for run in runs)]
     if len(runs) == 1:
-        head = '<tr><th>key</th><th>value</th><th>default</th><th>set by</th></tr>'
+        names, last = ['value'], ['default', 'set by']
     else:
-        names = ''.join(f'<th>{text(run.name)}</th>' for run in runs)
-        head = f'<tr><th>key</th>{names}<th>default</th></tr>'
+        names, last = [run.name for run in runs], ['default']
+    columns = ''.join(f'<th scope="col">{text(name)}</th>' for name in ['key', *names, *last])
+    head = f'<thead><tr>{columns}</tr></thead>'
     rows = ''.join(row(key) for key in changed)
     rest = ''.join(row(key) for key in keys if key not in changed)
+
+    def table(name, rows):
+        label = f'tabindex="0" role="region" aria-label="{name}"'
+        return f'<div class="wide" {label}><table>{head}<tbody>{rows}</tbody></table></div>'
+
     resumed = ''.join(
         f'<p>{text(line)}</p>' for run in runs for line in describe_changes(run, len(runs) > 1)
     )
     return (
-        f'<section><h2>Config</h2>{resumed}<div class="wide"><table>{head}{rows}</table></div>'
+        f'<section><h2>Config</h2>{resumed}{table("changed keys", rows)}'
         f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys with their default '
-        f'values</summary><div class="wide"><table>{head}{rest}</table></div></details></section>'
+        f'values</summary>{table("keys with their default values", rest)}</details></section>'
     )
+
+
+def provenance_section(run: Run, count: int) -> str:
+    """Returns where a run comes from: its starts, machine, versions, model and dataset."""
+    rows = ''.join(
+        f'<tr><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>'
+        for name, value in run.origin()
+    )
+    if not rows:
+        return ''
+    table = f'<div class="wide"><table>{rows}</table></div>'
+    if count == 1:
+        return f'<section><h2>Origin</h2>{table}</section>'
+    name = text(run.name)
+    return f'<details><summary>Origin of {name}</summary>{table}</details>'
 
 
 def describe_changes(run: Run, named: bool) -> list[str]:

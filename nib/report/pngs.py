@@ -25,7 +25,7 @@ NAMED = 24  # findings at most in the legend, which should not be taller than th
 
 
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
-    """Save a chart as a PNG that looks like the one of nib.report.charts.to_html.
+    """Save a chart as a PNG that looks like the one of nib/report/page.js.
 
     Raises ImportError if matplotlib is missing.
     """
@@ -41,11 +41,8 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
         axes.axhline(chart.level[0], color=QUIET, lw=1, ls=(0, (4, 3)))
     for one in series:
         # A logarithmic axis has no 0: such a value is drawn at its end, as on the page.
-        values = [
-            math.nan if value is None else min(max(value, axis.low), axis.high)
-            for value in one.values
-        ]
-        axes.plot(one.steps, values, clip_on=False, zorder=3, **style(one))
+        values = [math.nan if value is None else max(value, axis.low) for value in one.values]
+        axes.plot(one.steps, values, clip_on=chart.falls, zorder=3, **style(one))
         gaps = [step for step, value in zip(one.steps, one.values) if value is None]
         if gaps:
             red = SEVERITY_COLOURS['critical']

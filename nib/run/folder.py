@@ -94,18 +94,38 @@ class RunLock:
         self._lock.release()
 
 
-def write_config(out_dir, config: Mapping, origins: Mapping, step: int, changes: Mapping):
+def write_config(
+    out_dir,
+    config: Mapping,
+    origins: Mapping,
+    step: int,
+    changes: Mapping,
+    provenance: Mapping | None = None,
+):
     """Writes config.json.
 
     config: the values that the run uses. origins: where each value comes from. changes: key ->
     [value before, value now], for a run resumed at `step`; they are appended to earlier changes.
+    provenance: of nib.run.provenance; its 'starts' are appended to those before `step`.
     """
     path = Path(out_dir) / 'config.json'
-    earlier = read_json(path).get('changes', []) if step else []
+    before = read_json(path) if step else {}
+    earlier = before.get('changes', [])
     history = earlier if isinstance(earlier, list) else []
+    provenance = dict(provenance or {})
+    known = before.get('provenance')
+    starts = known.get('starts') if isinstance(known, dict) else None
+    if isinstance(starts, list):
+        provenance['starts'] = [*starts, *provenance.get('starts', [])]
     if changes:
         history = [*history, {'step': step, 'changes': changes}]
-    content = {'config': config, 'origins': origins, 'changes': history, 'launch': _launch()}
+    content = {
+        'config': config,
+        'origins': origins,
+        'changes': history,
+        'launch': _launch(),
+        'provenance': provenance,
+    }
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode())
 

@@ -26,6 +26,7 @@ from nib.report.page import write_after_run
 from nib.run.console import Console
 from nib.run.folder import RunLock, restarted_by_torchrun, write_config
 from nib.run.metrics import Metrics
+from nib.run.provenance import describe_start, describe_subject
 from nib.tokens.dataset import TokenDataset
 
 # stop_on -> severities of findings that stop the run
@@ -133,7 +134,9 @@ class Logbook:
         # Only now is it certain that this run can start. After its first save, these are deleted.
         if self._is_new:
             store.set_aside(self.out_dir)
-        write_config(self.out_dir, config, self.origins, step, changes)
+        provenance = describe_subject(t.raw_model, self.data)
+        provenance['starts'] = [describe_start(step, describe_device(t.device))]
+        write_config(self.out_dir, config, self.origins, step, changes, provenance)
         self.writer = CheckpointWriter(
             self.out_dir, config['keep_last'], config['keep_every'], step
         )

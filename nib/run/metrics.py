@@ -4,6 +4,7 @@ import json
 import math
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
@@ -83,7 +84,8 @@ class Metrics:
 
     def _write(self, step: int, values: Mapping):
         is_first_attempt = not self._unwritten
-        self._unwritten += (json.dumps({'step': step, **values}) + '\n').encode()
+        record = {'step': step, 'time': round(time.time(), 3), **values}  # seconds since 1970
+        self._unwritten += (json.dumps(record) + '\n').encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self.file.write(self._unwritten) :]

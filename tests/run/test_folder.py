@@ -19,6 +19,7 @@ from nib.errors import UserError
 from nib.run.folder import RunLock, write_config
 
 TIMED = (
+    'time',
     'tokens_per_second',
     'peak_memory',
     'seconds/evaluation',

@@ -1,0 +1,51 @@
+"""A run says where it comes from."""
+
+import json
+import subprocess
+
+from conftest import records
+
+from nib.run.folder import write_config
+from nib.run.provenance import find_commit
+
+
+def test_a_run_records_its_origin(tmp_path, train_here, data_dir):
+    out_dir = tmp_path / 'run'
+    assert train_here(out_dir).returncode == 0
+    content = json.loads((out_dir / 'config.json').read_text())['provenance']
+    (start,) = content['starts']
+    keys = {'step', 'date', 'command', 'machine', 'device', 'versions'}
+    assert keys <= set(start) and start['step'] == 0
+    meta = json.loads((data_dir / 'tiny' / 'meta.json').read_text())
+    assert content['dataset']['name'] == 'tiny' and content['parameters'] > 0
+    assert content['dataset']['vocabulary'] == meta['vocab_size']
+    times = [record['time'] for record in records(out_dir)]
+    assert times == sorted(times) and times[0] > 1.6e9
+    page = (out_dir / 'report.html').read_text()
+    for value in (content['dataset']['fingerprint'], start['date']):
+        assert value in page
+
+
+def test_a_resumed_run_keeps_its_earlier_starts(tmp_path):
+    for step in (0, 10, 20):
+        write_config(tmp_path, {}, {}, step, {}, {'starts': [{'step': step}]})
+    starts = json.loads((tmp_path / 'config.json').read_text())['provenance']['starts']
+    assert [start['step'] for start in starts] == [0, 10, 20]
+
+
+def test_the_commit_says_whether_files_have_changed(tmp_path):
+    assert find_commit(tmp_path) is None  # no repository
+
+    def git(*command):
+        author = ['-c', 'user.name=a', '-c', 'user.email=a@example.com']
+        return subprocess.run(
+            ['git', *author, *command], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git('init', '-q')
+    (tmp_path / 'file').write_text('1')
+    git('add', 'file')
+    git('commit', '-q', '-m', 'first')
+    assert find_commit(tmp_path) == git('rev-parse', 'HEAD')
+    (tmp_path / 'file').write_text('2')
+    assert find_commit(tmp_path) == git('rev-parse', 'HEAD') + '-dirty'
