@@ -99,7 +99,7 @@ class Weights:
         if data.tokenizer is None:  # random tokens, for debug_training.py
             return
         kind = self.known_tokenizer()['kind']
-        borrowed = shlex.quote(self.name if kind == 'char' else kind)
+        borrowed = kind if kind in ('gpt2', 'byte') else shlex.quote(self.name)
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
