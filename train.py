@@ -345,7 +345,7 @@ def main(argv):
         except NotFinite as error:  # in steps, weights or the validation loss
             exit_code = book.end_nonfinite(state.step, error)
         except Stopped as stopped:  # by a signal or the doctor; already saved
-            exit_code = book.end_stopped(state.step, stopped, argv)
+            exit_code = book.end_stopped(state.step, stopped)
         except (MemoryError, RuntimeError) as error:
             explain_full_memory(error, t, config)
             raise

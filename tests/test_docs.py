@@ -52,7 +52,6 @@ SHORT_SAMPLE = ['--device=cpu', '--max_new_tokens=3']
 # pages name.
 RUN = {
     'python train.py config/train_shakespeare_char.py': TINY_RUN,
-    'python train.py config/train_shakespeare_char.py --init_from=resume': [*TINY, '--max_iters=3'],
     'python train.py --init_from=resume --out_dir=out-shakespeare-char': [
         '--data_dir=data',
         '--max_iters=4',

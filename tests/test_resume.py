@@ -272,6 +272,18 @@ def test_a_run_resumed_by_its_folder_alone_equals_the_uninterrupted_one(
     assert after['origins']['batch_size'] == 'checkpoint of step 10'
 
 
+def test_a_resumed_run_that_is_stopped_before_its_first_step_keeps_its_new_flags(cut_run, resume):
+    """Only the same command contains them, because there is no new checkpoint."""
+    _, undo = watch([[10, 1]])
+    try:
+        done = resume(cut_run, '--learning_rate=0.1')
+    finally:
+        undo()
+    assert done.returncode == 143
+    end = 'stopped by signal 15 after step 10, with nothing new to save: start again'
+    assert end in done.stdout
+
+
 def test_the_command_wins_over_the_config_of_the_run(cut_run, resume, tmp_path):
     (tmp_path / 'file.py').write_text('eval_iters = 2\nbeta1 = 0.8\n')
     done = resume(cut_run, tmp_path / 'file.py', '--beta1=0.7', '--max_iters=26')

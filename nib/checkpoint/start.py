@@ -1,5 +1,6 @@
 """The weights that a run starts from: its own checkpoint, another run's, or an open model's."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,7 @@ from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain
 from nib.errors import UserError
+from nib.files import command
 from nib.hub import huggingface, nanogpt
 from nib.machine.device import seed_everything
 from nib.tokens.dataset import TokenDataset
@@ -97,14 +99,14 @@ class Weights:
         if data.tokenizer is None:  # random tokens, for debug_training.py
             return
         kind = self.known_tokenizer()['kind']
-        borrowed = kind if kind in ('byte', 'gpt2') else self.name
+        borrowed = kind if kind in ('gpt2', 'byte') else shlex.quote(self.name)
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
                 f'{self.name} needs tokens of another tokenizer ({kind}, '
                 f'vocabulary {self.model.vocab_size}) than those of dataset {data.name} '
-                f'(vocabulary {data.vocab_size}): prepare your text with its tokenizer, python '
-                f'data/text/prepare.py --input=PATH --tokenizer={borrowed}'
+                f'(vocabulary {data.vocab_size}): prepare your text with its tokenizer, '
+                f'{command("data/text/prepare.py")} --input=PATH --tokenizer={borrowed}'
             )
 
     def describe(self) -> str:
@@ -215,6 +217,8 @@ def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
     instead = f'; {explain(name)}' if path.exists() else ''
+    if path.exists() and name in GPT2_NAMES:
+        instead = f'; {path.resolve()} hides the model of this name: use openai-community/{name}'
     raise UserError(
         f"init_from {name!r}: expected 'scratch', 'resume', {', '.join(map(repr, GPT2_NAMES))}, "
         f'the id of a model on the Hugging Face hub, or the folder of a run or of a model{instead}'

@@ -5,7 +5,7 @@ import os
 import shlex
 from pathlib import Path
 
-from nib.files import read_json, shown
+from nib.files import command, read_json, shown
 
 STEP = 'step-[0-9]*'  # the directories of checkpoints
 SHOWN = 3  # runs to list
@@ -46,7 +46,7 @@ def explain(path) -> str:
     if path.is_file():
         instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
         return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'
-    train_first = f'train first: python train.py CONFIG --out_dir={_typed(path)}'
+    train_first = f'train first: {command("train.py")} CONFIG --out_dir={_typed(path)}'
     runs = _runs_in(path)
     if not path.is_dir():
         runs = _runs_in(path.parent)

@@ -7,48 +7,41 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from nib.files import command, script_path
 from nib.machine.ranks import Ranks
 
 FINDING = 1 << 10  # in place of a signal's number: the doctor stops the run
-BOOLS = ('true', 'false')  # values that may follow a switch
 HANGUP = getattr(signal, 'SIGHUP', None)  # the terminal is closed; Windows has no such signal
 # Ctrl-C; a shutdown; a preemption on a cluster.
 SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', None), HANGUP]
 
 
-def resume_command(argv: Sequence[str], world_size: int) -> str:
-    """Returns the command that resumes a run of train.py that was started with these arguments."""
-    flags, items = [], list(argv)
-    while items:
-        item = items.pop(0)
-        key, equals, _ = item.replace('-', '_').partition('=')
-        if key not in ('__init_from', '__overwrite', '__no_overwrite'):
-            flags.append(item)
-        elif not equals and (key == '__init_from' or items[:1] and items[0].lower() in BOOLS):
-            items.pop(0)  # its value
+def resume_command(out_dir: str, world_size: int) -> str:
+    """Returns the command that resumes a run of train.py with the config of its checkpoint."""
     start = command('train.py')
     if world_size > 1:
         is_local = os.environ.get('LOCAL_WORLD_SIZE') == str(world_size)
         how = f'--standalone --nproc_per_node={world_size}' if is_local else '(as before)'
         start = f'torchrun {how} {shlex.quote(script_path("train.py"))}'
-    return f'{start} {shlex.join([*flags, "--init_from=resume"])}'
+    return f'{start} --init_from=resume {shlex.quote(f"--out_dir={out_dir}")}'
 
 
-def describe_stop(
-    stop: int, step: int, saved: bool, argv: Sequence[str], world_size: int = 1
-) -> str:
-    """Returns a line about what stopped a run and how to resume it. stop: StopSignal.number."""
+def describe_stop(stop: int, step: int, resume: str) -> str:
+    """Returns a line about what stopped a run and how to go on.
+
+    stop: StopSignal.number. resume: the command that resumes the run; empty if this process has
+    saved nothing.
+    """
     by = 'the doctor' if stop == FINDING else f'signal {stop}'
-    if saved:
-        more = f'which is saved; to resume: {resume_command(argv, world_size)}'
+    if resume:
+        more = f'which is saved; to resume: {resume}'
     elif stop == FINDING:
-        more = 'nothing is saved yet'
+        more = 'with nothing new to save'
     else:
-        more = 'nothing is saved yet: start again with the same command'
+        more = 'with nothing new to save: start again with the same command'
     return f'stopped by {by} after step {step}, {more}'
 
 

@@ -22,7 +22,8 @@ def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
     """Returns what a resumed run takes from its newest checkpoint, and the name of this origin.
 
     These are the keys that neither the command line nor a config file sets. A value that was 'auto'
-    is not taken: it is chosen again. values, origins: those of configurator.configure.
+    is not taken, except for batch_size: it is chosen again. values, origins: those of
+    configurator.configure.
     """
     saved = store.newest(values['out_dir']) if values['init_from'] == 'resume' else None
     if not saved:
@@ -35,7 +36,7 @@ def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
         if key not in OF_THE_COMMAND
         and origins.get(key, '').startswith('default')
         and (value != values[key] or origins[key] != 'default')
-        and not chosen.get(key, '').endswith('(auto)')
+        and (key == 'batch_size' or not chosen.get(key, '').endswith('(auto)'))
     }
     if 'device' in taken and before.get('ranks', 1) > 1:
         taken['device'] = taken['device'].partition(':')[0]  # it was that of rank 0

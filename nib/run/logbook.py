@@ -21,7 +21,7 @@ from nib.generation import check_generation
 from nib.hub import huggingface
 from nib.machine.device import describe_device, measure_flops, peak_memory
 from nib.machine.ranks import Ranks
-from nib.machine.signals import FINDING, StopSignal, describe_stop
+from nib.machine.signals import FINDING, StopSignal, describe_stop, resume_command
 from nib.report.page import write_after_run
 from nib.run.console import Console
 from nib.run.folder import RunLock, restarted_by_torchrun, write_config
@@ -49,6 +49,7 @@ class Logbook:
         self.metrics: Metrics | None = None  # set by open(), on rank 0 only
         self._lock = RunLock(out_dir)
         self._is_new = False  # whether this run replaces what out_dir contains
+        self._first_step = 0  # that of the checkpoint in out_dir from which this run continues
         # Speed is measured from this time and step on.
         self._clock, self._clock_step = 0.0, 0
 
@@ -116,7 +117,7 @@ class Logbook:
         self.training, self.data = training, data
         self.config, self.origins = config, origins
         # A run that continues nanoGPT's has no checkpoint of its own yet.
-        self.saved = 0 if self._is_new else step
+        self.saved = self._first_step = 0 if self._is_new else step
         self.ranks.on_first(lambda: self._open(changes, step))
         self.start_clock(step)
 
@@ -357,15 +358,17 @@ class Logbook:
         self._say_end(step, f'The run ends. Nothing is saved; {kept}.', self.warn)
         return EXIT_NONFINITE
 
-    def end_stopped(self, step: int, stopped: Stopped, argv: list[str]) -> int:
+    def end_stopped(self, step: int, stopped: Stopped) -> int:
         """Waits for the checkpoint and reports what stopped the run; returns the exit code."""
         if self.saved:
             self.wait_for_checkpoint()
         if stopped.at_end:
             line = f'stopped by signal {stopped.number} in the last evaluation'
         else:
-            world_size = self.ranks.world_size
-            line = describe_stop(stopped.number, step, self.saved > 0, argv, world_size)
+            # Without a new checkpoint, only this command knows the flags that were changed.
+            is_new = self.saved > self._first_step
+            resume = resume_command(self.out_dir, self.ranks.world_size) if is_new else ''
+            line = describe_stop(stopped.number, step, resume)
         self._say_end(step, line, self.say)
         return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
 

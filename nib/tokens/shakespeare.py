@@ -69,7 +69,7 @@ def _read(path: Path) -> tuple[str, str]:
     if END_OF_TEXT in text:
         raise UserError(
             f'{path} contains {END_OF_TEXT}, so it has several documents, but this script prepares '
-            f'one: use python data/text/prepare.py --input={shlex.quote(str(path))}'
+            f'one: use {command("data/text/prepare.py")} --input={shlex.quote(str(path))}'
         )
     return text, hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,7 +8,9 @@ from conftest import records
 
 import train as training
 from nib.checkpoint import store
+from nib.checkpoint.start import read_weights
 from nib.checkpoint.wrong_folder import explain
+from nib.errors import UserError
 
 
 @pytest.fixture
@@ -32,8 +34,8 @@ def place(tmp_path, monkeypatch):
 
 WRONG = {
     'out-aa': 'out-aa: no such folder; did you mean out-a?',
-    'nowhere': 'no such folder; train first: python train.py CONFIG --out_dir=nowhere; existing',
-    'no/where': 'no such folder; train first: python train.py CONFIG --out_dir=no/where',
+    'nowhere': '/train.py CONFIG --out_dir=nowhere; existing runs: out-',
+    'no/where': '/train.py CONFIG --out_dir=no/where',
     'out-a/step-00000010': 'is a single checkpoint of a run; did you mean out-a?',
     'out-a/step-00000011': 'not the folder of a run; did you mean out-a?',
     'out-a/latest': 'not the folder of a run; did you mean out-a?',
@@ -43,7 +45,7 @@ WRONG = {
     'nanogpt/ckpt.pt': 'is a file, not the folder of a run; to start a run from nanoGPT, use --in',
     'notes': 'is a dataset, and not a run: train on it with --dataset=notes --data_dir=.',
     'more': 'not a run, but contains runs: name one of them: more/out-c',
-    'empty': 'not a run, because it contains no checkpoint; train first: python train.py CONFIG',
+    'empty': 'not a run, because it contains no checkpoint; train first: ',
     'empty/x.txt': 'is a file, not the folder of a run',
 }
 
@@ -100,3 +102,10 @@ def test_a_folder_with_the_name_of_a_published_model_is_read(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     done = run_main(training, '--init_from=gpt2', '--dataset=none', '--device=cpu')
     assert done.returncode == 2 and 'download' not in done.stderr.split(';')[0], done.stderr
+
+
+def test_a_folder_named_like_gpt2_that_is_no_model_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'gpt2').mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='/gpt2 hides the model .* use openai-community/gpt2$'):
+        read_weights('gpt2', print)

@@ -836,7 +836,7 @@ def test_a_finding_before_the_first_step_stops_too(train_here, tmp_path, monkeyp
     )
     done = train_here(tmp_path / 'run', '--stop_on=critical')
     assert done.returncode == 4 and findings(tmp_path / 'run') == [(0, 'val_leaked')]
-    assert 'stopped by the doctor after step 0, nothing is saved yet\n' in done.stdout
+    assert 'stopped by the doctor after step 0, with nothing new to save\n' in done.stdout
 
 
 def test_a_finding_of_the_last_evaluation_leaves_it_whole(train_here, tmp_path, monkeypatch):

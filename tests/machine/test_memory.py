@@ -121,7 +121,9 @@ def test_the_largest_batch_that_fits_keeps_the_tokens_per_step(train_here, tmp_p
     assert done.returncode == 2 and 'full with one sequence of 16 tokens' in done.stderr
 
 
-def test_a_run_with_an_automatic_batch_size_resumes_exactly(train_here, tmp_path, monkeypatch):
+def test_a_run_with_an_automatic_batch_size_resumes_exactly(
+    train_here, run_main, tmp_path, monkeypatch
+):
     """The trial step changes nothing, and the stored sizes are taken again."""
     auto = ['--batch_size=auto', '--dropout=0.1', '--optimizer=muon', '--eval_iters=1']
     fill_memory_above(monkeypatch, 8)
@@ -140,6 +142,9 @@ def test_a_run_with_an_automatic_batch_size_resumes_exactly(train_here, tmp_path
         for name in ('chosen', 'auto')
     ]
     assert losses[0] == losses[1]
+    done = run_main(training, '--init_from=resume', f'--out_dir={tmp_path / "auto"}')
+    assert done.returncode == 0 and 'changed since' not in done.stdout, done.stderr
+    assert sizes_of(tmp_path / 'auto') == (8, 3)  # without the flag, too
 
 
 @pytest.mark.parametrize(
