@@ -78,9 +78,7 @@ def measure_in_fresh_process(flags: str) -> tuple[float, float]:
 
 def measure_config(flags: list[str]) -> tuple[float, float]:
     """Trains for three steps, and returns the planned and the measured memory in MB."""
-    values = bench.read_config(
-        ['--device=cpu', '--gradient_accumulation_steps=1', '--dataset=none', *flags]
-    )
+    values = bench.read_config(['--device=cpu', '--gradient_accumulation_steps=1', *flags])
     with tempfile.TemporaryDirectory() as scratch:
         take_steps(values | TINY, Path(scratch) / 'tiny', 1)
         gc.collect()

@@ -807,7 +807,7 @@ TEXTS = {
         'text',
         ('a.txt', b'abcdef'),
         ['--tokenizer=words'],
-        ['--tokenizer=words', "'char', 'byte', 'gpt2', or the folder of a dataset or a run"],
+        ['--tokenizer=words', "'char', 'byte', 'gpt2', a tokenizer.json, the folder of a dataset"],
     ),
     'a character that no tokenizer needs to lack': (
         'text',
@@ -842,7 +842,7 @@ TEXTS = {
         'text',
         ('a.txt', b'abcdef'),
         ['--tokenizer={place}/gpt2'],
-        ['gpt2: expected', 'the folder of a dataset or a run'],
+        ['gpt2: expected', 'the folder of a dataset, of a run'],
     ),
     'several documents in one Shakespeare': (
         'shakespeare_char',

@@ -70,8 +70,11 @@ class RunLock:
                     f'{self.out_dir} belongs to a run that is still active '
                     f'({self._lock.holder()}): stop that run, or choose another --out_dir'
                 )
-            if new_run:
-                self.check_new()
+            if new_run and store.exists(self.out_dir):
+                raise UserError(
+                    f'{self.out_dir} already contains a run: resume it (--init_from=resume), '
+                    f'choose another --out_dir, or replace it (--overwrite)'
+                )
             self._lock.sign()
             store.clear_leftovers(self.out_dir)
         except UserError:
@@ -84,12 +87,9 @@ class RunLock:
             ) from error
 
     def check_new(self):
-        """Raises UserError if the folder contains a run."""
+        """Raises UserError if the folder contains a run. It creates nothing."""
         if store.exists(self.out_dir):
-            raise UserError(
-                f'{self.out_dir} already contains a run: resume it (--init_from=resume), '
-                f'choose another --out_dir, or replace it (--overwrite)'
-            )
+            self.take(new_run=True)  # says whether that run is still active
 
     def release(self):
         self._lock.release()

@@ -20,6 +20,7 @@ from nib.run.folder import RunLock, write_config
 
 TIMED = (
     'time',
+    'mfu',
     'tokens_per_second',
     'peak_memory',
     'seconds/evaluation',
