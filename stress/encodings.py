@@ -40,7 +40,7 @@ WORDS = {
     'English': 'The cat sees a dog and then it sleeps “well” … 12 o clock'.split(),
     'German': 'Größe Übung schöne Äpfel müde Straße und über Nächte'.split(),
     'Russian': 'Жизнь это просто слова которые мы читаем каждый день'.split(),
-    'Chinese': '生活 很好 我们 在 一起 学习 语言 模型'.split(),
+    'Chinese': '生活 很好 我们 在 一起 学习 语言'.split(),
     'Japanese': 'これは 日本語 の 文章 です カタカナ も あります'.split(),
 }
 UNICODE = ('utf-8', 'utf-16-le', 'utf-16-be', 'utf-32-le', 'utf-32-be')

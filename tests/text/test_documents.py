@@ -368,6 +368,8 @@ def test_stored_texts_are_read_in_any_order_and_known_by_their_fingerprint(tmp_p
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a disk that is full')
 def test_texts_that_find_no_room_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr('tempfile.TemporaryFile', lambda dir: open('/dev/full', 'w+b'))  # noqa: SIM115, the code under test closes it
+    # The code under test closes it.
+    full = open('/dev/full', 'w+b')  # noqa: SIM115
+    monkeypatch.setattr('tempfile.TemporaryFile', lambda dir: full)
     with pytest.raises(UserError, match='No space left.*--out_dir'):
         documents.StoredTexts(tmp_path, ['x' * 100_000])

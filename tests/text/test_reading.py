@@ -15,6 +15,8 @@ from nib.errors import UserError
 from nib.text import reading
 
 TEXT = 'Grüße, “world”!\nЖизнь 生活。\n🙂\n' * 20
+CHINESE = '生活。很好，真的。' * 9
+RUSSIAN = 'Это просто текст, слова.'
 ENCODINGS = ['utf-8', 'utf-16-le', 'utf-16-be', 'utf-32-le', 'utf-32-be']
 MARK = '\ufeff'
 needs_iconv = pytest.mark.skipif(not shutil.which('iconv'), reason='needs iconv')
@@ -83,8 +85,8 @@ def advised(content: bytes, tmp_path, name='my text.txt') -> tuple[str, bytes]:
         (TEXT.encode('utf-16-le'), 'not UTF-8 text (byte 4) but UTF-16LE without', TEXT),
         (TEXT.encode('utf-16-be'), 'UTF-16BE', TEXT),
         (TEXT.encode('utf-32-le'), 'UTF-32LE', TEXT),
-        ('生活。很好，真的。'.encode('utf-16-le') * 9, 'UTF-16LE', '生活。很好，真的。' * 9),
-        ('Это просто текст, слова.'.encode('utf-16-be'), 'UTF-16BE', 'Это просто текст, слова.'),
+        (CHINESE.encode('utf-16-le'), 'UTF-16LE', CHINESE),
+        (RUSSIAN.encode('utf-16-be'), 'UTF-16BE', RUSSIAN),
         (TEXT.encode() + b'\xff' + TEXT.encode(), 'most of it is', TEXT + TEXT),
         (TEXT.encode() + '生'.encode()[:2], f'(byte {len(TEXT.encode())})', TEXT),
         (b'one\0two\n' * 9, 'NUL bytes', 'onetwo\n' * 9),

@@ -191,9 +191,8 @@ def wait_and_open(values):
             time.sleep(0.05)
 
 
-@contextmanager
-def started(*command):
-    process = subprocess.Popen(
+def start(*command):
+    return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
         text=True,
@@ -201,6 +200,11 @@ def started(*command):
         stderr=subprocess.PIPE,
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
     )
+
+
+@contextmanager
+def started(*command):
+    process = start(*command)
     try:
         yield process
     finally:
@@ -260,16 +264,7 @@ def test_three_runs_started_together_prepare_the_dataset_once(tmp_path):
             '--max_iters=2',
             '--no-report',
         ]
-        runs.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            )
-        )
+        runs.append(start(*command))
     try:
         for run in runs:
             while 'waiting for' not in (line := run.stderr.readline()):
