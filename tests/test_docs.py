@@ -331,6 +331,19 @@ def test_command_runs(command, folder, run_main):
     assert succeed(run_main(script, *argv, *RUN[command])).stdout
 
 
+def test_the_code_of_the_page_about_notebooks_runs(folder, capfd):
+    pytest.importorskip('matplotlib').use('agg')
+    blocks = [block for block in read_blocks(ROOT / 'docs/notebook.md') if block.kind == 'python']
+    assert len(blocks) > 5
+    names: dict = {}
+    for block in blocks:
+        exec(block.body, names)
+    assert (folder / 'attention.png').stat().st_size > 1000
+    printed = capfd.readouterr().out
+    assert printed.startswith('ROMEO:') and 'perplexity' in printed
+    assert 'did you mean out-shakespeare-char?' in printed
+
+
 # -- what the pages print --------------------------------------------------------------------------
 
 

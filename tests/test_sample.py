@@ -8,8 +8,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, run_script, train
-from hypothesis import given
-from hypothesis import strategies as st
 
 import sample as script
 from model import GPT, GPTConfig
@@ -208,15 +206,6 @@ def test_a_sample_that_ends_within_a_character_shows_that(bytes_out_dir, sample)
         '--max_new_tokens=4',
     )
     assert done.stdout == '<|endoftext|>é\ufffd\n---------------\n<|endoftext|>é\ufffd\n'
-
-
-@given(st.binary() | st.text().map(str.encode))
-def test_bytes_that_come_one_by_one_make_the_text_that_they_make_together(content):
-    row = script.Sample()
-    shown = ''.join(
-        [row.add(content[at : at + 1]) for at in range(len(content))] + [row.add(b'', final=True)]
-    )
-    assert shown == row.text == content.decode('utf-8', 'replace')
 
 
 @pytest.mark.slow
