@@ -10,7 +10,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import explain
+from nib.checkpoint.wrong_folder import explain, is_run
 from nib.errors import UserError
 from nib.files import command
 from nib.hub import huggingface, nanogpt
@@ -87,7 +87,7 @@ class Weights:
             key: [before[key], value]
             for key, value in config.items()
             if before.get(key, value) != value
-            and key not in ('init_from', 'overwrite', 'out_dir', 'data_dir')
+            and key not in ('init_from', 'eval_only', 'overwrite', 'out_dir', 'data_dir')
         }
 
     def check_dataset(self, data: TokenDataset):
@@ -223,6 +223,7 @@ def read_weights(
     if (path / 'ckpt.pt').is_file():
         return _from_nanogpt(path / 'ckpt.pt', resumed=False)
     is_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in '..'
+    is_hub_id = is_hub_id and not is_run(path.parent)  # a step that it does not have
     if (path / 'config.json').is_file() or not path.exists() and (name in GPT2_NAMES or is_hub_id):
         repository = (
             f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
