@@ -25,7 +25,7 @@ from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.text import reading
-from nib.text.tokenizer import encode_prompt
+from nib.text.tokenizer import Tokenizer, encode_prompt
 
 # which model
 out_dir: str = 'out'  # folder of the training run
@@ -59,14 +59,13 @@ def main(argv):
         )
     prompt = read_prompt(start)
     weights = read_model(init_from, out_dir, which)
-    tokenizer, block_size = weights.known_tokenizer(), weights.model.block_size
-    prompt_ids = encode_prompt(tokenizer, prompt, '--start')
-    if len(prompt_ids) > block_size:
-        n_fitting = len(tokenizer.decode(prompt_ids[-block_size:]))
-        raise UserError(
-            f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
-            f'{block_size:,}: shorten it, for example to its last {n_fitting:,} characters'
-        )
+    tokenizer = weights.known_tokenizer()
+    try:
+        prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
+    except UserError as error:
+        if origins['start'] != 'default':
+            raise
+        raise UserError(f'{error}; the default prompt is a line break: set another one') from error
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
     check_sampling(
@@ -144,6 +143,21 @@ def read_prompt(start: str) -> str:
             '--start: the prompt is empty; a model needs at least one character to start from'
         )
     return prompt
+
+
+def encode_start(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
+    """Returns the token ids of the prompt.
+
+    Raises UserError if the vocabulary cannot express it, or it is longer than the context.
+    """
+    ids = encode_prompt(tokenizer, prompt, '--start')
+    if len(ids) > block_size:
+        n_fitting = len(tokenizer.decode(ids[-block_size:]))
+        raise UserError(
+            f'--start: the prompt has {len(ids):,} tokens, but the model attends over '
+            f'{block_size:,}: shorten it, for example to its last {n_fitting:,} characters'
+        )
+    return ids
 
 
 def show(text: str):
