@@ -108,7 +108,7 @@ ELSEWHERE = {
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
     'python bench.py config/train_gpt2.py --plan': 'test_bench.py',
     'python -m llama_cpp.server --model=shakespeare.gguf --port=8000': 'test_sharing.py',
-    'lm_eval --model hf --model_args pretrained=shakespeare-hf --tasks spelling '
+    'lm_eval --model hf --model_args pretrained=shakespeare-hf,prefix_token_id=0 --tasks spelling '
     '--include_path tasks --device cpu': 'test_sharing.py',
     'python sample.py --init_from=shakespeare-lora '
     '--start="ROMEO:" --temperature=0 --num_samples=1 --max_new_tokens=40': 'test_sharing.py',
