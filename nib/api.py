@@ -23,7 +23,7 @@ def load(name: str, which: str = 'best') -> tuple[GPT, Tokenizer]:
     Raises UserError if there is no such model.
     """
     weights = read_weights(name, which=which)
-    return weights.build(), weights.known_tokenizer()
+    return weights.build().float(), weights.known_tokenizer()
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Rotary
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain, is_run
 from nib.errors import UserError
@@ -132,11 +132,16 @@ class Weights:
     def build(self) -> GPT:
         """Returns the model without dropout, to look at and to generate with.
 
-        Its vocabulary is that of its tokenizer. Raises UserError if that is not known.
+        Its vocabulary is that of its tokenizer, its dtype that of the file. Raises UserError if the
+        tokenizer is not known.
         """
         weights = self.crop_vocabulary(self.known_tokenizer().vocab_size)  # padding has no text
-        model = GPT(weights.model)
-        model.load_state_dict(weights.tensors['model'])
+        with torch.device('meta'):  # random weights would take longer than reading these
+            model = GPT(weights.model)
+        copies = {name: tensor.clone() for name, tensor in weights.tensors['model'].items()}
+        model.load_state_dict(copies, assign=True)
+        if model.config.position == 'rotary':
+            model.rotary = Rotary(model.config)
         return model.eval()
 
     def crop_vocabulary(self, vocab_size: int) -> 'Weights':
