@@ -49,9 +49,13 @@ def test_transformers(model, capsys):
 
 
 @pytest.mark.slow
-def test_the_server_of_llama_cpp_streams_to_the_client_of_openai(model, tmp_path, capsys):
+def test_the_server_of_llama_cpp_streams_to_the_client_of_openai(
+    model, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip('llama_cpp.server.app')
     pytest.importorskip('openai')
+    for name in ('NO_PROXY', 'no_proxy'):
+        monkeypatch.setenv(name, 'localhost')
     gguf.write('shakespeare.gguf', model.config, model.state_dict(), TOKENIZER, 'f32')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
