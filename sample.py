@@ -135,6 +135,8 @@ def read_prompt(start: str) -> str:
             path = os.path.expanduser(start.removeprefix('FILE:'))
             prompt = ''.join(reading.read_file(path, note))
         else:
+            if os.path.isfile(start):
+                note(f'{start} is taken as text; FILE:{start} reads the file')
             prompt = reading.plain(start, note)
     except UserError as error:
         raise UserError(f'--start={start}: {error}') from error
