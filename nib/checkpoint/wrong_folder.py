@@ -43,6 +43,8 @@ def explain(path) -> str:
     run = next((folder for folder in path.parents if is_run(folder)), None)
     if not path.is_dir() and run:  # a file or a step of the run
         return f'{path} is not the folder of a run; did you mean {_typed(run)}?'
+    if path.is_file() and is_hugging_face(path.parent):
+        return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
     if path.is_file():
         instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
         return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'

@@ -109,3 +109,10 @@ def test_a_folder_named_like_gpt2_that_is_no_model_is_named(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='/gpt2 hides the model .* use openai-community/gpt2$'):
         read_weights('gpt2', print)
+
+
+def test_a_file_of_a_model_leads_to_its_folder(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2'}))
+    (tmp_path / 'model.safetensors').touch()
+    with pytest.raises(UserError, match='a file of a model; name its folder, '):
+        read_weights(str(tmp_path / 'model.safetensors'), print)
