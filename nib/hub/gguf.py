@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,13 +17,7 @@ from nib.files import atomic_write
 from nib.hub import gpt2, huggingface, llama
 from nib.hub.tokenizer import describe
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
-from nib.text.tokenizer import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    Tokenizer,
-)
+from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
 
 # How a tokenizer.json cuts text into words -> llama.cpp's name for it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -236,8 +229,8 @@ def _from_characters(tokenizer: CharTokenizer) -> Vocabulary:
     names = {byte: name for name, byte in byte_names().items()}
     try:
         tokens = [''.join(names[b] for b in c.encode()) for c in tokenizer.characters]
-    except UnicodeEncodeError as error:
-        raise _refused(f'{tokenizer.characters[error.start]!r} is no Unicode character') from error
+    except UnicodeEncodeError as error:  # a surrogate
+        raise _refused(f'it has {error.object!r}, which is no character') from error
     cuts = [(token[:i], token[i]) for token in tokens for i in range(1, len(token))]
     vocabulary = Vocabulary(tokens, ['NORMAL'] * len(tokens), tokenizer.end_of_text)
     vocabulary.merges = list(dict.fromkeys(' '.join(cut) for cut in cuts))
@@ -290,9 +283,9 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
 
 def _words(described: dict, ignores_merges: bool) -> str:
     """Returns llama.cpp's name for the way in which a byte-level tokenizer cuts text into words."""
-    if normalizer := described.get('normalizer'):
-        if normalizer != {'type': 'NFC'}:  # Qwen's: few texts are not normalized
-            raise _refused(f'its normalizer is {_short(normalizer)}')
+    normalizer = described.get('normalizer')
+    if normalizer not in (None, {'type': 'NFC'}):  # Qwen's, which changes few texts
+        raise _refused(f'its normalizer is {_short(normalizer)}')
     if (described.get('decoder') or {}).get('type') != 'ByteLevel':
         raise _refused(f'its decoder is {_short(described.get("decoder"))}')
     patterns = tuple(_patterns(described.get('pre_tokenizer')))
@@ -318,7 +311,7 @@ def _patterns(step) -> list[str]:
 
 
 def _check_spaces(described: dict):
-    """Raises UserError unless a tokenizer like SentencePiece only replaces spaces before merging."""
+    """Raises UserError unless all that comes before the merges is to replace spaces."""
     normalizer = described.get('normalizer') or {}
     parts = normalizer.get('normalizers', [normalizer]) if normalizer else []
     replace_spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
