@@ -62,6 +62,7 @@ RUN = {
     'python train.py config/lab/lr_too_high.py --stop_on=warning': [*TINY_RUN, '--stop_on=never'],
     'python convert.py --out_dir=out-shakespeare-char --dest=shakespeare-hf': [],
     'python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=shakespeare-nanogpt': [],
+    'python convert.py --out_dir=out-shakespeare-char --to=gguf --dest=shakespeare.gguf': [],
     'python train.py --help': [],
     'python train.py config/train_shakespeare_char.py --learning_rate=3e-4 --print_config': [],
     'python sample.py '
@@ -121,6 +122,7 @@ NEEDS_NETWORK = {
     'pip install -r requirements-dev.txt': 'installs packages',
     'pip install datasets': 'installs packages',
     'pip install huggingface_hub': 'installs packages',
+    'pip install gguf': 'installs packages',
     'pip install tokenizers': 'installs packages',
     'pip install tokenizers huggingface_hub': 'installs packages',
     'python data/text/prepare.py --input=PATH/TO/NOTES '
