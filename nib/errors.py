@@ -41,6 +41,8 @@ GPU_TROUBLES = {
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The same from libraries whose errors have no number: safetensors, torch.save, numpy.
+NOT_WRITTEN = r'os error \d+\)|PytorchStreamWriter failed|\d+ requested and \d+ written'
 
 
 class UserError(ValueError):
@@ -159,6 +161,11 @@ def _explain(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; fix this, or choose another path'
+    if re.search(NOT_WRITTEN, message):
+        return (
+            'a file could not be written completely: free some space, or choose another path; the '
+            f'message was: {message[:200]}'
+        )
     null_in_path = isinstance(error, ValueError) and 'embedded null' in message
     if isinstance(error, UnicodeEncodeError) or null_in_path:
         return (

@@ -256,7 +256,9 @@ def tokenizer(request):
 
 
 # GGUFReader takes seconds for the vocabulary of GPT-2.
-@pytest.mark.parametrize('tokenizer', [name for name in TOKENIZERS if name != 'gpt2'], indirect=True)
+@pytest.mark.parametrize(
+    'tokenizer', [name for name in TOKENIZERS if name != 'gpt2'], indirect=True
+)
 def test_the_file_holds_the_tokenizer(tokenizer, tmp_path):
     model = make_model(replace(SMALL, vocab_size=tokenizer.vocab_size, n_layer=1))
     fields, _, _ = read(save(tmp_path / 'model.gguf', model, tokenizer))
