@@ -21,8 +21,9 @@ from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2To
 
 # How a tokenizer.json cuts text into words -> llama.cpp's name for it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?i:'(?:[dmst]|ll|re|ve))"  # the same ones
 MODERN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    CONTRACTIONS[0] + r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*'
     r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 WORDS = {
@@ -306,7 +307,7 @@ def _patterns(step) -> list[str]:
             return [r'\p{N}']
         case {'type': 'Split', 'pattern': {'Regex': str(pattern)}, 'behavior': 'Isolated'}:
             if not step.get('invert'):
-                return [pattern]
+                return [pattern.replace(CONTRACTIONS[1], CONTRACTIONS[0])]
     raise _refused(f'its pre_tokenizer is {_short(step)}')
 
 

@@ -231,6 +231,7 @@ def smollm():
     return word_bpe(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own]))
 
 
+WORDS_OF = {name: words[0] for words, name in WORDS.items()}
 TOKENIZERS = {
     'char': lambda: CharTokenizer.train(''.join(TEXTS)),
     'char with end': lambda: CharTokenizer.train(''.join(TEXTS), has_end_of_text=True),
@@ -238,6 +239,9 @@ TOKENIZERS = {
     'gpt2': Gpt2Tokenizer,
     'sentencepiece': lambda: HfTokenizer.read(byte_fallback().to_str(), '</s>'),
     'smollm by digits': smollm,
+    'other spelling': lambda: word_bpe(
+        by_pattern(WORDS_OF['dbrx'].replace(hub_gguf.CONTRACTIONS[0], hub_gguf.CONTRACTIONS[1]))
+    ),
     **{
         name: lambda words=words: word_bpe(
             by_pattern(*[word for word in words if word != 'ignore_merges']),
