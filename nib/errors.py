@@ -42,7 +42,9 @@ MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same from libraries whose errors have no number: safetensors, torch.save, numpy.
-NOT_WRITTEN = r'os error \d+\)|StreamWriter failed|unexpected pos \d+ vs \d+|\d+ requested and \d+ written'
+NOT_WRITTEN = (
+    r'os error \d+\)|StreamWriter failed|unexpected pos \d+ vs \d+|\d+ requested and \d+ written'
+)
 
 
 class UserError(ValueError):
