@@ -342,7 +342,7 @@ def _scores(tokens: list[str], types: list[str], merges: list[tuple[str, str]]) 
         raise _refused('its merges are not in the order of their tokens, as in SentencePiece')
     normal = {token for token, kind in zip(tokens, types) if kind == 'NORMAL'}
     known = set(merges)
-    for token in normal:
+    for token in filter(normal.__contains__, tokens):
         for cut in range(1, len(token)):
             parts = token[:cut], token[cut:]
             if normal.issuperset(parts) and parts not in known:

@@ -312,7 +312,7 @@ def test_merges_that_sentencepiece_would_not_have_are_refused():
     described = json.loads(byte_fallback().to_str())
     size = len(described['model']['vocab'])
     described['model']['vocab']['the'] = size
-    with pytest.raises(UserError, match="no merge of 't' and 'he'"):
+    with pytest.raises(UserError, match="no merge of '▁' and 'the'"):
         hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), size + 1, 2))
 
 
