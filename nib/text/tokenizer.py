@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nib.errors import UserError
+from nib.text.bpe import GPT2_SPLITS, WordTable
 from nib.text.download import DownloadError, download
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.vocabulary import (
@@ -156,9 +157,7 @@ class Gpt2Tokenizer:
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
         """Returns token ids, uint16. texts: pairs of a text and whether end_of_text follows it."""
-        return _word_table(load_gpt2(), self.end_of_text).encode(
-            (_utf8(text), ends) for text, ends in texts
-        )
+        return _gpt2_table(load_gpt2()).encode((_utf8(text), ends) for text, ends in texts)
 
     def decode(self, ids) -> str:
         """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
@@ -256,10 +255,17 @@ def _one_by_one(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> np.n
 
 
 @functools.lru_cache(maxsize=1)
-def _word_table(encoding, end_of_text: int):
-    from nib.text.bpe import WordTable  # imports tiktoken, which most runs do not need
+def _gpt2_table(encoding) -> WordTable:
+    end = Gpt2Tokenizer.end_of_text
 
-    return WordTable(encoding, end_of_text)
+    def encode_words(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        # One call, because a call costs more than a word. No word contains the mark between them.
+        text = END_OF_TEXT.join([*words, ''])
+        ids = encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+        ends = np.flatnonzero(ids == end)
+        return ids[ids != end], np.diff(ends, prepend=-1) - 1
+
+    return WordTable(encode_words, GPT2_SPLITS, [end], np.uint16)
 
 
 @functools.cache

@@ -171,9 +171,9 @@ def small_table(monkeypatch):
     monkeypatch.setattr(bpe, '_BITS', 6)
     monkeypatch.setattr(bpe, '_WORDS', 16)
     monkeypatch.setattr(bpe, '_TOGETHER', 100)
-    tokenizer._word_table.cache_clear()
+    tokenizer._gpt2_table.cache_clear()
     yield
-    tokenizer._word_table.cache_clear()
+    tokenizer._gpt2_table.cache_clear()
 
 
 @SAME_FIXTURE
@@ -185,7 +185,7 @@ def test_a_table_that_is_full_gives_the_same_ids(real_gpt2, small_table, texts):
 @pytest.mark.slow
 def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkeypatch):
     monkeypatch.setattr(bpe, '_BYTES', 400)
-    table = bpe.WordTable(tokenizer.load_gpt2(), END)
+    table = tokenizer._gpt2_table(tokenizer.load_gpt2())
     size = len(table.entries)
     most_words = most_bytes = restarts = 0
     for word in made_up_words(5000, 40):
@@ -202,13 +202,13 @@ def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkey
 
 
 def test_a_word_is_encoded_once(small_gpt2, monkeypatch):
-    table = bpe.WordTable(tokenizer.load_gpt2(), END)
+    table = tokenizer._gpt2_table(tokenizer.load_gpt2())
     words = ' '.join(made_up_words(3000, 30))
     asked = []
-    ask = table._tiktoken
-    monkeypatch.setattr(table, '_tiktoken', lambda text: asked.append(text) or ask(text))
+    ask = table.encode_words
+    monkeypatch.setattr(table, 'encode_words', lambda words: asked.extend(words) or ask(words))
     first = table.encode([(words.encode(), False)])
-    assert sum(map(len, asked)) < 3 * len(words.encode())
+    assert len(asked) == len(set(asked)) > 1000
     asked.clear()
     assert table.encode([(words.encode(), False)]).tolist() == first.tolist() and not asked
 
