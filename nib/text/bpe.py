@@ -226,8 +226,8 @@ GPT2_SPLITS = _splits(
     ((_TAB,), (_LETTER,), _SECOND),
     ((_SIGN,), (_LETTER,), _SECOND),
 )
-# (?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|
-# \s+(?!\S)|\s+, also with \p{N} or \p{N}+ instead of \p{N}{1,3}.
+# (?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*
+# |\s*[\r\n]+|\s+(?!\S)|\s+, also with \p{N} or \p{N}+ instead of \p{N}{1,3}.
 GPT4_SPLITS = _splits(
     *_ALIKE,
     ((_LETTER, _DIGIT), (_LINE,), _SECOND),
