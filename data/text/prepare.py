@@ -165,10 +165,10 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
     }
     if tokenizer == 'bpe':
         import_library()
-        if vocab_size < train_bpe.SMALLEST:
+        if not train_bpe.SMALLEST <= vocab_size <= train_bpe.LARGEST:
             raise UserError(
-                f'--vocab_size={vocab_size}: expected at least {train_bpe.SMALLEST}, which is a '
-                f'token for each byte and {END_OF_TEXT}'
+                f'--vocab_size={vocab_size}: expected {train_bpe.SMALLEST} (a token for each byte '
+                f'and {END_OF_TEXT}) to {train_bpe.LARGEST}'
             )
     elif origins['vocab_size'] != 'default':
         raise UserError(

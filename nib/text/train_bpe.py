@@ -1,6 +1,6 @@
 """Trains a tokenizer on a text: byte-level byte pair encoding (Sennrich et al. 2016)."""
 
-import threading
+import signal
 from collections.abc import Iterable, Iterator
 
 from nib.errors import UserError
@@ -17,7 +17,7 @@ PATTERN = (
     r'|\s+(?!\S)'  # spaces, but the last one belongs to the word after it
     r'|\s+'
 )
-SMALLEST = 257  # every byte, and END_OF_TEXT
+SMALLEST, LARGEST = 257, 1 << 20  # tokens: every byte and END_OF_TEXT; what fits into memory
 # Time and memory grow with the text; the vocabulary hardly changes any more.
 MOST = 1 << 29  # characters
 
@@ -43,7 +43,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    _interruptible(lambda: trained.train_from_iterator(texts, trainer))
+    # Ctrl-C ends the process, as the library does not notice it and nothing has been written yet.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        trained.train_from_iterator(texts, trainer)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     trained.add_special_tokens([library.AddedToken(END_OF_TEXT, normalized=False)])
     found = trained.get_vocab_size()
     if found < vocab_size:
@@ -63,20 +68,3 @@ def spread(texts: Iterable[str], n_characters: int) -> Iterator[str]:
         if taken + len(text) <= share * read:
             taken += len(text)
             yield text
-
-
-def _interruptible(work):
-    """Calls work() in a thread: Ctrl-C does not wait for the library, which knows no signals."""
-    failed: list[BaseException] = []
-
-    def run():
-        try:
-            work()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
