@@ -163,13 +163,15 @@ def _join(texts: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
 
 
 # Kinds of bytes.
-_SPACE, _TAB, _LINE, _WHITE, _LETTER, _DIGIT, _SIGN, _QUOTE, _OTHER, _SEPARATOR = range(10)
+_SPACE, _TAB, _LINE, _WHITE, _LETTER, _DIGIT, _SIGN, _QUOTE, _OTHER, _SEPARATOR, _WIDE = range(11)
 # White space beyond ASCII, and characters that were white space in older versions of Unicode.
 _WIDE_WHITE = [
-    chr(point).encode()
+    chr(point).encode().ljust(3, b'\0')
     for point in (0x85, 0xA0, 0x1680, 0x180E, *range(0x2000, 0x200C), 0x2028, 0x2029, 0x202F)
     + (0x205F, 0x3000, 0xFEFF)
 ]
+_WIDE_FIRST = {character[0] for character in _WIDE_WHITE}
+_WIDE_CODES = [int.from_bytes(character, 'big') for character in _WIDE_WHITE]
 
 
 def _kind(byte: int) -> int:
@@ -177,7 +179,7 @@ def _kind(byte: int) -> int:
     if byte >= 0xFE:
         return _SEPARATOR
     if byte >= 0x80:
-        return _OTHER
+        return _WIDE if byte in _WIDE_FIRST else _OTHER
     if character in " \t\n'":
         return {' ': _SPACE, '\t': _TAB, '\n': _LINE, "'": _QUOTE}[character]
     if character.isspace():
@@ -243,12 +245,23 @@ def word_starts(data: bytes, splits: bytes) -> np.ndarray:
     data: UTF-8 with a separator before it and _PADDING separators after it.
     Returns bool (len(data),).
     """
-    for white in _WIDE_WHITE:
-        data = data.replace(white, b'\r' * len(white))
-    kinds = np.frombuffer(data.translate(_KINDS), np.uint8)
+    kinds = np.frombuffer(bytearray(data.translate(_KINDS)), np.uint8)
+    _mark_wide_white(np.frombuffer(data, np.uint8), kinds)
     pairs = (kinds[:-1] << 4 | kinds[1:]).tobytes().translate(splits)
     known = np.frombuffer(pairs, np.uint8)
     starts = np.ones(len(data), bool)
     starts[1:] = known & _SECOND
     starts[:-1] |= (known & _FIRST).view(bool)
     return starts
+
+
+def _mark_wide_white(data: np.ndarray, kinds: np.ndarray):
+    """Decides, in place, which characters that begin with a byte of kind _WIDE are white space."""
+    first = np.flatnonzero(kinds == _WIDE)
+    kinds[first] = _OTHER
+    code = data[first].astype(np.uint32) << 16 | data[first + 1].astype(np.uint32) << 8
+    has_three = code >= 0xE00000
+    code |= np.where(has_three, data[first + 2], 0)
+    white = np.isin(code, _WIDE_CODES)
+    kinds[first[white]] = kinds[first[white] + 1] = _WHITE
+    kinds[first[white & has_three] + 2] = _WHITE

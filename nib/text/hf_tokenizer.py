@@ -98,7 +98,7 @@ class HfTokenizer:
         for given, ends in texts:
             text = without_surrogates(given)
             normal = normalize(text)
-            if added.search(text) or added.search(normal):
+            if added.search(text) or normal is not text and added.search(normal):
                 parts += [table.encode(plain), self._by_library([(text, ends)])]
                 plain = []
             else:
@@ -220,13 +220,13 @@ def _words(content: str, spells_end_of_text: bool, between: tuple[int, ...]) -> 
         is_normal = library.normalizer is None or text.isascii()
         return text if is_normal else library.normalizer.normalize_str(text)
 
-    names = [
+    names = {
         token.content
         for token in library.get_added_tokens_decoder().values()
         if not (token.special and spells_end_of_text)
-    ]
-    names += [normalize(name) for name in names]
-    added = re.compile('|'.join(map(re.escape, names)) or '(?!)')
+    }
+    names |= set(map(normalize, names))
+    added = re.compile('|'.join(map(re.escape, sorted(names))) or '(?!)')
     return WordTable(encode_words, splits, between, dtype), added, normalize
 
 
