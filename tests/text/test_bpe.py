@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_tokenizers import split_like
 
-from nib.text import bpe, tokenizer
+from nib.text import bpe, hf_tokenizer, tokenizer
+from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import Gpt2Tokenizer
 
 END = 50256
@@ -134,6 +136,47 @@ def test_any_text_has_the_ids_of_tiktoken(real_gpt2, texts):
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
 def test_so_it_has_with_another_vocabulary(small_gpt2, texts):
     same_as_tiktoken(texts)
+
+
+SPLITS = ('gpt2', 'smollm', 'llama', 'qwen', 'ours')
+LIBRARY = {splits: split_like(splits) for splits in SPLITS}
+each_split = pytest.mark.parametrize('splits', SPLITS)
+
+
+def same_as_the_library(splits, texts):
+    """Fails if the word table is not used, or if its ids are not those of the library."""
+    library = LIBRARY[splits]
+    ours = HfTokenizer.read(library.to_str(), '<|end|>')
+    assert hf_tokenizer._words(ours.content, False, tuple(ours.between))
+    expected = []
+    for text, ends in texts:
+        expected += library.encode(text).ids + [ours.end_of_text] * ends
+    assert ours.encode_texts(texts).tolist() == expected
+
+
+@each_split
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
+def test_any_text_has_the_ids_of_the_tokenizers_library(splits, texts):
+    same_as_the_library(splits, texts)
+
+
+@each_split
+def test_added_tokens_and_characters_that_normalization_changes_have_them(splits):
+    texts = ['née', 'ne\u0301e', 'a née<|end|> b', 'e\u0301', '\u212b x', '<|end|><|end|>', '']
+    same_as_the_library(splits, [(text, number % 2 == 0) for number, text in enumerate(texts)])
+
+
+@each_split
+def test_every_ascii_character_between_any_two_others_has_them(splits):
+    beside = " \t\n\r1as!'é。\xa0\u3000"
+    texts = [
+        f'{before}{chr(point)}{after}x'
+        for point in range(128)
+        for before in beside
+        for after in beside
+    ]
+    same_as_the_library(splits, [(''.join(texts), False), *((text, False) for text in texts)])
 
 
 def around(character):
