@@ -115,7 +115,9 @@ def main(argv):
     where = f' --data_dir={shlex.quote(str(folder.parent))}' if out_dir else ''
     dataset = shlex.quote(folder.name)
     config = shlex.quote(script_path('config/train_text.py'))
-    print(f'to train on it: {command("train.py")} {config} --dataset={dataset}{where}')
+    is_run = (Path(tokenizer) / 'latest').is_file()
+    start = f' --init_from={shlex.quote(tokenizer)}' if is_run else ''
+    print(f'to train on it: {command("train.py")} {config} --dataset={dataset}{where}{start}')
 
 
 def note(what: str):
