@@ -169,7 +169,7 @@ def test_added_tokens_and_characters_that_normalization_changes_have_them(splits
 
 @each_split
 def test_every_ascii_character_between_any_two_others_has_them(splits):
-    beside = " \t\n\r1as!'é。\xa0\u3000"
+    beside = " \n1a'é\xa0"
     texts = [
         f'{before}{chr(point)}{after}x'
         for point in range(128)
