@@ -73,6 +73,12 @@ RUN = {
         '--out_dir=data/notes',
     ],
     'python data/text/prepare.py '
+    '--input=PATH/TO/NOTES --tokenizer=bpe --vocab_size=4096 --name=notes': [
+        '--vocab_size=260',
+        '--name=',
+        '--out_dir=data/trained',
+    ],
+    'python data/text/prepare.py '
     '--input=PATH/TO/NOTES --tokenizer=out-shakespeare-char --name=more': [
         '--name=',
         '--out_dir=data/more',
