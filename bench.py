@@ -230,21 +230,22 @@ def find_data(values, scratch: Path) -> TokenDataset:
 
     If it is not available, warns and returns random tokens.
     """
+    vocab_size = min(values['vocab_size'] or VOCAB_SIZE, 1 << 16)
     try:
         return open_or_prepare(values, Ranks(), warn)
     except Unavailable as error:
         warn(
-            f'*** MEASURING RANDOM TOKENS with a vocabulary of {VOCAB_SIZE:,}. The embedding and '
+            f'*** MEASURING RANDOM TOKENS with a vocabulary of {vocab_size:,}. The embedding and '
             f"the head do not have the sizes of this config's dataset: {error} ***"
         )
     folder = scratch / 'random tokens'
     folder.mkdir()
-    for name in ('train.bin', 'val.bin'):  # without a meta.json, these are tokens of GPT-2
+    for name in ('train.bin', 'val.bin'):
         tokens = np.random.default_rng(0).integers(
-            VOCAB_SIZE, size=64 * values['block_size'] + 1, dtype=np.uint16
+            vocab_size, size=64 * values['block_size'] + 1, dtype=np.uint16
         )
         tokens.tofile(folder / name)
-    return open_dataset(folder, values['block_size'])
+    return open_dataset(folder, values['block_size'], vocab_size)
 
 
 class Contestant:

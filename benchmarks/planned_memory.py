@@ -2,7 +2,7 @@
 
     python benchmarks/planned_memory.py --result=benchmarks/results/planned_memory.txt
 
-Each config trains for three steps on random tokens in a process of its own. Measured is its peak
+Each config trains for five steps on random tokens in a process of its own. Measured is its peak
 memory (Linux only) above that after a step of a tiny model, which has loaded the libraries.
 """
 
@@ -77,13 +77,13 @@ def measure_in_fresh_process(flags: str) -> tuple[float, float]:
 
 
 def measure_config(flags: list[str]) -> tuple[float, float]:
-    """Trains for three steps, and returns the planned and the measured memory in MB."""
+    """Trains for five steps, and returns the planned and the measured memory in MB."""
     values = bench.read_config(['--device=cpu', '--gradient_accumulation_steps=1', *flags])
     with tempfile.TemporaryDirectory() as scratch:
         take_steps(values | TINY, Path(scratch) / 'tiny', 1)
         gc.collect()
         before = resident_memory()
-        vocab_size = take_steps(values, Path(scratch) / 'run', 3)
+        vocab_size = take_steps(values, Path(scratch) / 'run', 5)
     plan = plan_memory(GPTConfig.pick(values, vocab_size), values)
     peak = peak_memory('cpu')
     assert peak is not None
