@@ -56,9 +56,7 @@ def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):
 
 def test_the_reason_why_a_gpu_cannot_be_used_is_shown(monkeypatch, tmp_path):
     def old_driver():
-        warnings.warn(
-            'CUDA initialization: The NVIDIA driver on your system is too old', stacklevel=1
-        )
+        warnings.warn('The NVIDIA driver on your system is too old (found 11040)', stacklevel=1)
         return False
 
     device.gpu_trouble.cache_clear()
@@ -125,8 +123,8 @@ def test_float32_products_use_tf32_on_a_gpu_and_only_there(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', chosen.append)
     monkeypatch.setattr('nib.machine.device.keep_freed_memory', lambda: chosen.append('memory'))
-    for device, expected in (('cuda:1', ['high']), ('cpu', ['memory']), ('mps', [])):
-        prepare_device(device)
+    for name, expected in (('cuda:1', ['high']), ('cpu', ['memory']), ('mps', [])):
+        prepare_device(name)
         assert chosen == expected
         chosen.clear()
 
@@ -223,11 +221,15 @@ def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
 @pytest.mark.parametrize('chunk', [kernels.LOSS_CHUNK, 500], ids=['at once', 'in chunks'])
 def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, chunk):
     monkeypatch.setattr(kernels, 'LOSS_CHUNK', chunk)
-    options = {'position': 'rotary', 'norm': 'rms', 'qk_norm': True, 'mlp': 'swiglu'}
-    more = {'tied_head': False, 'n_kv_head': 1, 'logit_cap': 15.0, 'dropout': 0.1}
-    model = GPT(
-        GPTConfig(97, 16, n_layer=1, n_head=2, n_embd=32, recompute=True, **options, **more)
-    )
+    options = {
+        'position': 'rotary',
+        'norm': 'rms',
+        'qk_norm': True,
+        'mlp': 'swiglu',
+        'n_kv_head': 1,
+    }
+    more = {'tied_head': False, 'logit_cap': 15.0, 'dropout': 0.1, 'recompute': True}
+    model = GPT(GPTConfig(97, 16, n_layer=1, n_head=2, n_embd=32, **options, **more))
     compiling.compile_function(model)  # kernels_fit() becomes a constant
     idx = torch.zeros(2, 16, dtype=torch.long)
     with autocast('bfloat16', 'cpu'):
