@@ -15,9 +15,8 @@ from nib.kernels import LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
 from nib.machine.device import synchronize
 
 FLOAT = 4  # bytes of a float32
-MUON_COPIES = 16  # bytes per number while Muon orthogonalizes a matrix
-HEAP_OVERLAP = 0.8  # share of the gradients that do not reuse the memory of activations on a CPU
-GAPS = 0.4  # memory lost between accumulated gradients on a CPU's heap, as a share of activations
+MUON_COPIES = 18  # bytes per number while Muon orthogonalizes a matrix
+GAPS = 0.4  # share of the activations that do not fit between accumulated gradients on a heap
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
 
 
@@ -30,19 +29,26 @@ class MemoryPlan:
     optimizer: float
     activations: float  # of a micro batch, with the 16-bit copies of the weights
     logits: float  # with what else the loss holds
-    work: float  # temporary tensors of a backward pass, and gaps that the allocator leaves
+    work: float  # on a CPU, temporary tensors and gaps of the heap
     update: float  # temporary tensors of the optimizer's step
-    overlap: float  # share of the gradients that exist beside all activations
+    adds_up: bool  # whether no part takes memory that another has freed, as on a CPU's heap
+    accumulates: bool  # whether gradients exist beside all activations
 
     @property
     def peak(self) -> float:
         """The most that exists at a time.
 
-        The backward pass frees the activations of a layer when it adds its gradients. So the peak
-        is at its beginning, or after its end.
+        The backward pass frees the activations of a layer when it adds its gradients. So a GPU's
+        peak is at its beginning, or after its end. On a CPU's heap, small tensors take parts of
+        what large ones have freed, which then is too small for the next large ones.
         """
-        before = self.activations + self.logits + self.work + self.gradients * self.overlap
-        return self.weights + self.optimizer + max(before, self.gradients + self.update)
+        forward = self.activations + self.logits + self.work
+        backward = self.gradients + self.update
+        if self.adds_up:
+            used = forward + backward
+        else:
+            used = max(forward + self.gradients * self.accumulates, backward)
+        return self.weights + self.optimizer + used
 
 
 def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> MemoryPlan:
@@ -51,37 +57,37 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
     values: train.py's config with the device, dtype and ranks to use. compiled: whether the model
     is compiled, which matters on a GPU.
     """
+    device, dtype, ranks = values['device'], values['dtype'], values.get('ranks', 1)
     sizes = parameter_shapes(config)
     n_params = sum(shape.numel() for shape in sizes.values())
-    muon = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
-    n_muon = sum(s.numel() for s in muon) if values['optimizer'] == 'muon' else 0
+    matrices = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
+    muon = matrices if values['optimizer'] == 'muon' else []
+    n_muon = sum(s.numel() for s in muon)
     # Muon updates all matrices of a shape at once, with float32 and 16-bit copies.
     groups: dict[tuple, int] = {}
-    for shape in muon if n_muon else ():
+    for shape in muon:
         key = tuple(sorted(shape))
         groups[key] = groups.get(key, 0) + shape.numel()
-    accumulates = values['gradient_accumulation_steps'] > values.get('ranks', 1)
+    states = 1 if values['optimizer'] == 'sgd' else 2
+    accumulates = values['gradient_accumulation_steps'] > ranks
     tokens = values['batch_size'] * config.block_size
-    activations = tokens * activation_bytes(config, values['device'], values['dtype'])
-    if values['dtype'] != 'float32':  # autocast keeps its copies until the backward pass
-        activations += 2 * sum(s.numel() for name, s in sizes.items() if '.h.' in name)
-    on_cpu = values['device'] == 'cpu'
-    update = MUON_COPIES * max(groups.values(), default=0)
+    activations = tokens * activation_bytes(config, device, dtype)
+    if dtype != 'float32':  # autocast keeps its copies until the backward pass
+        activations += 2 * sum(s.numel() for s in matrices)
+    work = 0.0
+    if device == 'cpu':
+        work = heap_bytes(config, tokens, dtype, accumulates) + GAPS * accumulates * activations
     return MemoryPlan(
         weights=FLOAT * n_params,
         # Several ranks also have the buckets in which they exchange gradients.
-        gradients=FLOAT * n_params * (2 if values.get('ranks', 1) > 1 else 1),
-        optimizer=FLOAT * (2 * (n_params - n_muon) + n_muon),
+        gradients=FLOAT * n_params * (2 if ranks > 1 else 1),
+        optimizer=FLOAT * (states * (n_params - n_muon) + n_muon),
         activations=activations,
-        logits=loss_bytes(config, tokens, values['device'], values['dtype'], compiled),
-        work=on_cpu
-        * (
-            work_bytes(config, tokens, values['dtype'], accumulates)
-            + GAPS * accumulates * activations
-            + update  # too large for the gaps that activations leave
-        ),
-        update=update,
-        overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
+        logits=loss_bytes(config, tokens, device, dtype, compiled),
+        work=work,
+        update=MUON_COPIES * max(groups.values(), default=0),
+        adds_up=device == 'cpu',
+        accumulates=accumulates,
     )
 
 
@@ -92,19 +98,22 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
-def work_bytes(config: GPTConfig, tokens: int, dtype: str, accumulates: bool) -> float:
-    """Returns the bytes that training takes on a CPU beside what it keeps.
+def heap_bytes(config: GPTConfig, tokens: int, dtype: str, accumulates: bool) -> float:
+    """Returns the bytes that training takes on a CPU's heap beside what it keeps.
 
-    These are new gradients of the embedding and attention weights, and in bfloat16 also casts, and
-    the gaps that they leave on the heap. The factors 75, 8 and 4 were fitted to measurements
-    (benchmarks/results/growth.txt and planned_memory.txt).
+    These are tensors as large as the embedding or the logits, for which the heap has no gap.
     """
-    work = FLOAT * config.vocab_size * config.n_embd * (2 if accumulates else 1)
-    if dtype == 'float32':
-        weights = config.n_head * config.block_size if config.dropout else 0
-        return work + tokens * 4 * FLOAT * weights
-    weights = config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
-    return work + tokens * (75 * config.n_embd + 8 * 2 * weights)
+    V, C, size = config.vocab_size, config.n_embd, FLOAT if dtype == 'float32' else 2
+    # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
+    work = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
+    if tokens * V > LOSS_CHUNK:
+        # Activations of the next step take the loss's memory, which is then needed once more.
+        work += FLOAT * LOSS_CHUNK
+        work += size * (LOSS_CHUNK + V * C) * (dtype != 'float32')
+    keys = config.block_size if config.dropout and dtype == 'float32' else 0
+    if dtype != 'float32' and config.block_size > QUERY_BLOCK:
+        keys = QUERY_BLOCK
+    return work + 4 * size * tokens * config.n_head * keys  # attention weights and their gradients
 
 
 def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
@@ -151,16 +160,16 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
     """Returns the bytes that the loss of a micro batch holds at its peak, beside the gradients."""
     V, C = config.vocab_size, config.n_embd
     size = FLOAT if dtype == 'float32' else 2
+    copy = 0 if dtype == 'float32' else size * V * C
     if compiled and device != 'cpu':
         return size * tokens * V  # the compiler fuses the rest
     chunk = LOSS_CHUNK_GPU if device.startswith('cuda') else LOSS_CHUNK
     if tokens * V <= chunk:
-        # Logits, and in float32 their logarithmic softmax and its gradients.
-        return (size + 2 * FLOAT) * tokens * V + size * V * C * (dtype != 'float32')
+        # Logits, and in float32 their logarithmic softmax and its gradients; the copied head.
+        return (size + 2 * FLOAT) * tokens * V + 2 * copy + FLOAT * V * C
     # A chunk of logits and of their softmax, the copied head, and the gradients of both inputs.
     rows = max(1, chunk // V)
-    copy = 0 if dtype == 'float32' else size * V * C
-    return (size + FLOAT) * rows * V + copy + FLOAT * (tokens * C + V * C)
+    return (size + FLOAT * (dtype != 'float32')) * rows * V + copy + FLOAT * (tokens * C + V * C)
 
 
 # -- the micro batch that fits ---------------------------------------------------------------------
@@ -209,8 +218,10 @@ def batch_sizes(config: Mapping) -> list[dict[str, int]]:
 
 def needed_memory(model: GPTConfig, config: Mapping) -> float:
     """Returns the bytes that a run takes: its steps and, on a CPU, the copy that it saves."""
-    plan = plan_memory(model, config)
-    return plan.peak + (plan.weights + plan.optimizer) * (config['device'] == 'cpu')
+    may_compile = config.get('compile', False) is not False and config['device'] != 'cpu'
+    plans = [plan_memory(model, config, compiled) for compiled in (False, True)[: 1 + may_compile]]
+    saved = (plans[0].weights + plans[0].optimizer) * (config['device'] == 'cpu')
+    return max(plan.peak for plan in plans) + saved
 
 
 def fills_memory(t, batch_size: int) -> bool:
