@@ -31,9 +31,12 @@ only: str = ''  # flags of train.py, separated by spaces; measure this config on
 
 MODERN = '--position=rotary --norm=rms --qk_norm --mlp=swiglu --no-tied_head'
 MUON = '--optimizer=muon'
+SWIGLU = '--mlp=swiglu --no-tied_head'
+GROUPED = '--n_kv_head=2 --position=rotary --norm=rms'
 SMALL = '--n_layer=4 --n_embd=256 --n_head=4'
 MEDIUM = '--n_layer=6 --n_embd=384 --n_head=6'
-WIDE = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128'
+DEEP = '--n_layer=8 --n_embd=384 --n_head=6'
+WIDE = '--n_layer=4 --n_embd=512 --n_head=8'
 LARGE = '--n_embd=768 --n_head=12'
 ACCUMULATED = '--gradient_accumulation_steps=2'
 CONFIGS = (  # GAPS in nib/machine/memory.py was fitted to the first ten
@@ -47,20 +50,19 @@ CONFIGS = (  # GAPS in nib/machine/memory.py was fitted to the first ten
     f'{LARGE} --n_layer=8 --block_size=128 --batch_size=2 --dtype=bfloat16 {MODERN} {MUON}',
     f'{LARGE} --n_layer=6 --block_size=256 --batch_size=8 --dtype=bfloat16 --mlp=relu2 --bias',
     f'{LARGE} --n_layer=12 --block_size=1024 --batch_size=2 --dtype=bfloat16',
-    f'{WIDE} --batch_size=8 --dtype=bfloat16',
-    f'{WIDE} --batch_size=8 --dtype=float32',
-    f'{WIDE} --batch_size=8 --dtype=bfloat16 --no-tied_head',
-    f'{WIDE} --batch_size=4 --dtype=bfloat16 --gradient_accumulation_steps=4',
-    f'{WIDE} --batch_size=8 --dtype=float32 {MODERN} {ACCUMULATED}',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=bfloat16',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=float32',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=bfloat16 --no-tied_head',
+    f'{WIDE} --block_size=128 --batch_size=4 --dtype=bfloat16 --gradient_accumulation_steps=4',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=float32 {MODERN} {ACCUMULATED}',
     '--n_layer=2 --n_embd=256 --n_head=4 --block_size=256 --batch_size=8 --dtype=bfloat16',
     f'{SMALL} --block_size=2048 --batch_size=2 --dtype=bfloat16',
     f'{SMALL} --block_size=2048 --batch_size=2 --dtype=float32',
-    f'{MEDIUM} --block_size=512 --batch_size=8 --dtype=bfloat16 --recompute {MODERN} --n_layer=8',
-    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16 {MODERN} {MUON} --vocab_size=256',
+    f'{DEEP} --block_size=512 --batch_size=8 --dtype=bfloat16 --recompute {MODERN}',
+    f'{DEEP} --block_size=256 --batch_size=16 --dtype=bfloat16 {MODERN} {MUON} --vocab_size=256',
     f'{MEDIUM} --block_size=256 --batch_size=8 --dtype=float32 --optimizer=sgd',
-    f'{WIDE} --block_size=512 --batch_size=4 --dtype=bfloat16 --n_kv_head=2 --norm=rms',
-    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 --mlp=swiglu --no-tied_head '
-    '--vocab_size=5000',
+    f'{WIDE} --block_size=512 --batch_size=4 --dtype=bfloat16 {GROUPED}',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 {SWIGLU} --vocab_size=5000',
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16 --dropout=0.2 --vocab_size=65',
     f'{MEDIUM} --block_size=256 --batch_size=32 --dtype=float32 --vocab_size=65',
     f'{LARGE} --n_layer=4 --block_size=256 --batch_size=4 --dtype=bfloat16 {MUON} {ACCUMULATED}',
