@@ -123,7 +123,7 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     float32, matrix products are in `dtype`.
     """
     C, W = config.n_embd, config.mlp_units
-    KV = config.kv_heads * config.head_width
+    Q, KV = config.n_head * config.head_width, config.kv_heads * config.head_width
     size = FLOAT if dtype == 'float32' else 2
     on_cpu = device == 'cpu'
     in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
@@ -132,20 +132,20 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     rms_parts = config.norm == 'rms' and on_cpu
     norm = FLOAT * C * (2 if rms_parts else 1)
     is_new = config.qk_norm or config.position == 'rotary'  # queries and keys are new tensors
-    qkv = size * (C + 2 * KV)
+    qkv = size * (Q + 2 * KV)
     if config.qk_norm and rms_parts:
-        qkv += FLOAT * (C + KV) * (2 if dtype != 'float32' else 1)
+        qkv += FLOAT * (Q + KV) * (2 if dtype != 'float32' else 1)
     elif config.qk_norm and dtype != 'float32':
-        qkv += size * (C + 2 * KV) if in_blocks else FLOAT * (C + KV)
+        qkv += size * (Q + 2 * KV) if in_blocks else FLOAT * (Q + KV)
     if in_blocks:
-        qkv += 2 * size * (C - KV)  # keys and values, repeated for the heads that share them
+        qkv += 2 * size * (Q - KV)  # keys and values, repeated for the heads that share them
     else:
-        qkv += size * (C + KV + C * on_cpu) * is_new
+        qkv += size * (Q + KV + Q * on_cpu) * is_new
     if on_cpu and (not in_blocks or config.block_size <= QUERY_BLOCK):
         # The attention weights: one copy in blocks; with dropout three, as there is no kernel.
         copies = 3 if config.dropout else int(in_blocks)
         qkv += copies * size * config.n_head * config.block_size
-    attention = norm + size * C + qkv + size * C
+    attention = norm + size * C + qkv + size * Q
     hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
     mlp = norm + size * C + size * hidden
     dropped = 2 * size * C if config.dropout else 0
@@ -217,11 +217,12 @@ def batch_sizes(config: Mapping) -> list[dict[str, int]]:
 
 
 def needed_memory(model: GPTConfig, config: Mapping) -> float:
-    """Returns the bytes that a run takes: its steps and, on a CPU, the copy that it saves."""
-    may_compile = config.get('compile', False) is not False and config['device'] != 'cpu'
-    plans = [plan_memory(model, config, compiled) for compiled in (False, True)[: 1 + may_compile]]
-    saved = (plans[0].weights + plans[0].optimizer) * (config['device'] == 'cpu')
-    return max(plan.peak for plan in plans) + saved
+    """Returns the bytes that a run takes, with a model that may still be compiled.
+
+    On a CPU, weights and optimizer already exist, but are copied when they are saved.
+    """
+    may_compile = (False, True)[: 1 + (config.get('compile', False) is not False)]
+    return max(plan_memory(model, config, compiled).peak for compiled in may_compile)
 
 
 def fills_memory(t, batch_size: int) -> bool:
