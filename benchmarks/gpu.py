@@ -243,6 +243,20 @@ def find_text() -> Path:
     return path
 
 
+def write_characters(path: Path, folder: Path):
+    """Writes the bins of a text's characters as nanoGPT does. Both projects read them."""
+    whole = path.read_text(encoding='utf-8', errors='ignore')
+    characters = sorted(set(whole))
+    numbers = {character: number for number, character in enumerate(characters)}
+    ids = np.array([numbers[character] for character in whole], dtype=np.uint16)
+    n_train = int(0.9 * len(ids))
+    folder.mkdir(parents=True, exist_ok=True)
+    ids[:n_train].tofile(folder / 'train.bin')
+    ids[n_train:].tofile(folder / 'val.bin')
+    meta = {'vocab_size': len(characters), 'stoi': numbers, 'itos': dict(enumerate(characters))}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+
+
 # -- stages ----------------------------------------------------------------------------------------
 
 
@@ -344,8 +358,7 @@ def measure_char(figures, end):
     is_shakespeare = (
         hashlib.sha256(path.read_bytes()).hexdigest() == shakespeare.SHA256 and not rehearse
     )
-    prepare = ROOT / 'data/shakespeare_char/prepare.py'
-    subprocess.run([*PYTHON, prepare, f'--input={path}', f'--out_dir={data}'], check=True)
+    write_characters(path, data)
     toy = TOY_FLAGS if rehearse else []
     ours = [f'--data_dir={data.parent}', '--fallback_dataset=', '--overwrite', '--no-report', *toy]
     fast = ['--max_iters=1000', '--eval_interval=100']
@@ -386,16 +399,10 @@ def copy_nanogpt(data: Path) -> Path:
     """Copies the clone, with the dataset's tokens as its data."""
     folder = Path(out) / 'nanogpt'
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / 'data' / 'shakespeare_char').mkdir(parents=True)
+    shutil.copytree(Path(nanogpt) / 'config', folder / 'config')
     for path in Path(nanogpt).glob('*.py'):
         shutil.copy(path, folder)
-    shutil.copytree(Path(nanogpt) / 'config', folder / 'config')
-    for name in ('train.bin', 'val.bin'):
-        shutil.copy(data / name, folder / 'data' / 'shakespeare_char')
-    vocab_size = json.loads((data / 'meta.json').read_text())['vocab_size']
-    (folder / 'data' / 'shakespeare_char' / 'meta.pkl').write_bytes(
-        pickle.dumps({'vocab_size': vocab_size})
-    )
+    shutil.copytree(data, folder / 'data' / 'shakespeare_char')
     return folder
 
 
@@ -579,11 +586,11 @@ def compare_recipes(figures, end):
     """fast_gpt2's recipe against train_gpt2's: the loss after the same training time."""
     path, data = find_text(), Path(out) / 'data' / 'recipes'
     prepare = [*PYTHON, ROOT / 'data/text/prepare.py', f'--input={path}', f'--out_dir={data}']
-    for tokenizer in ('byte',) if rehearse else ('gpt2', 'byte'):  # GPT-2's may need a network
-        done = subprocess.run([*prepare, f'--tokenizer={tokenizer}'], env=environment())
-        if done.returncode == 0:
-            break
-    figures.note('tokens', tokenizer)
+    # GPT-2's tokenizer needs tiktoken, and files that it may have to download.
+    if rehearse or subprocess.run([*prepare, '--tokenizer=gpt2'], env=environment()).returncode:
+        shutil.rmtree(data, ignore_errors=True)
+        write_characters(path, data)
+    figures.note('tokens', 'characters' if (data / 'meta.pkl').exists() else 'gpt2')
     micro_steps = 2 if rehearse else 4
     size = TOY_FLAGS if rehearse else ['--batch_size=16']
     size = [*size, f'--gradient_accumulation_steps={micro_steps}']
