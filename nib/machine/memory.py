@@ -16,7 +16,7 @@ from nib.machine.device import synchronize
 
 FLOAT = 4  # bytes of a float32
 MUON_COPIES = 18  # bytes per number while Muon orthogonalizes a matrix
-GAPS = 0.4  # share of the activations that do not fit between accumulated gradients on a heap
+GAPS = 0.4  # share of a CPU's activations that do not fit into gaps of the heap
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
 
 
@@ -76,7 +76,7 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         activations += 2 * sum(s.numel() for s in matrices)
     work = 0.0
     if device == 'cpu':
-        work = heap_bytes(config, tokens, dtype, accumulates) + GAPS * accumulates * activations
+        work = heap_bytes(config, tokens, activations, dtype, accumulates)
     return MemoryPlan(
         weights=FLOAT * n_params,
         # Several ranks also have the buckets in which they exchange gradients.
@@ -98,22 +98,24 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
-def heap_bytes(config: GPTConfig, tokens: int, dtype: str, accumulates: bool) -> float:
-    """Returns the bytes that training takes on a CPU's heap beside what it keeps.
-
-    These are tensors as large as the embedding or the logits, for which the heap has no gap.
-    """
-    V, C, size = config.vocab_size, config.n_embd, FLOAT if dtype == 'float32' else 2
+def heap_bytes(
+    config: GPTConfig, tokens: int, activations: float, dtype: str, accumulates: bool
+) -> float:
+    """Returns the bytes that training takes on a CPU's heap beside what it keeps."""
+    V, C, is_float32 = config.vocab_size, config.n_embd, dtype == 'float32'
     # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
-    work = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
+    tables = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
+    # Small tensors split what the loss has freed: the next step's loss needs new memory. The casts
+    # of 16-bit types do this to the activations, and so do gradients that stay until the next pass.
+    gaps = 0.0 if is_float32 else GAPS * activations
     if tokens * V > LOSS_CHUNK:
-        # Activations of the next step take the loss's memory, which is then needed once more.
-        work += FLOAT * LOSS_CHUNK
-        work += size * (LOSS_CHUNK + V * C) * (dtype != 'float32')
-    keys = config.block_size if config.dropout and dtype == 'float32' else 0
-    if dtype != 'float32' and config.block_size > QUERY_BLOCK:
+        gaps = max(gaps, FLOAT * LOSS_CHUNK + 2 * (LOSS_CHUNK + V * C) * (not is_float32))
+    gaps += GAPS * activations * accumulates
+    keys = config.block_size if config.dropout and is_float32 else 0
+    if not is_float32 and config.block_size > QUERY_BLOCK:
         keys = QUERY_BLOCK
-    return work + 4 * size * tokens * config.n_head * keys  # attention weights and their gradients
+    # The last term is attention weights and their gradients.
+    return tables + gaps + 4 * (FLOAT if is_float32 else 2) * tokens * config.n_head * keys
 
 
 def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
