@@ -144,6 +144,12 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(out_of_memory)
 
 
+def gpu_remedy(message: str) -> str | None:
+    """Returns what to do about a message about a GPU's software, if it is a known one."""
+    found = (remedy for pattern, remedy in GPU_TROUBLES.items() if re.search(pattern, message))
+    return next(found, None)
+
+
 def _explain(error: Exception) -> str | None:
     """Returns a sentence about an unexpected error that the user can fix; None if it is a bug."""
     message = ' '.join(str(error).split())
@@ -153,9 +159,8 @@ def _explain(error: Exception) -> str | None:
             '--recompute, or use a smaller model (in sample.py: fewer --num_samples); the message '
             f'was: {message[:200]}'
         )
-    for pattern, remedy in GPU_TROUBLES.items():
-        if isinstance(error, RuntimeError) and re.search(pattern, message):
-            return f'{remedy}; the message was: {message[:200]}'
+    if isinstance(error, RuntimeError) and (remedy := gpu_remedy(message)):
+        return f'{remedy}; the message was: {message[:200]}'
     if isinstance(error, OverflowError):
         return (
             'a number is too large for this machine, use a smaller one; the message was: '
