@@ -19,10 +19,11 @@ GROUPS = ('embedding', 'attention', 'mlp', 'head')
 KNOWN = re.compile(
     r'time|tokens|learning_rate|grad_norm|clipped|tokens_per_second|mfu|noise_scale|dead_units'
     r'|attention_\w+|activation_std|peak_memory|seconds/evaluation|bits_per_byte/.*'
-    r'|loss/(step|train|val|val_whole)|update_ratio/(embedding|attention|mlp|head)'
+    r'|loss/(step|mean|max|train|val|val_whole)|update_ratio/(embedding|attention|mlp|head)'
 )
 LOOKS = ('line', 'dashed', 'dotted', 'mixed')
 DEAD_UNITS = 'dead units, in the worst layer'
+SINCE = 'nats per token, since the previous point'
 ENTROPY = 'attention entropy, relative to its maximum'
 
 
@@ -200,6 +201,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     run has a colour and a look.
     """
     clipped = curves(runs, {'clipped': 'clipped steps'}, factor=100)
+    between = curves(runs, {'loss/mean': 'mean', 'loss/max': 'largest'})
     rate = curves(runs, {'learning_rate': 'learning rate'})
     ratios = curves(runs, {f'update_ratio/{group}': group for group in GROUPS})
     size = 'size of a step / size of the weights'
@@ -218,10 +220,11 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         Chart(
             'clipped', 'Clipped steps', 'percent, since the previous point', clipped, from_zero=True
         ),
+        Chart('step_losses', 'Loss of all steps', SINCE, between, falls=True),
         Chart('update_ratios', 'Update ratios', size, ratios, log=True, band=band),
         memory_chart(runs),
         Chart('throughput', 'Throughput', 'tokens per second', speed, from_zero=True),
-        Chart('mfu', 'Model FLOPs utilisation', 'percent', mfu, from_zero=True),
+        Chart('mfu', 'Model FLOPs utilization', 'percent', mfu, from_zero=True),
         Chart('noise_scale', 'Gradient noise scale', 'batches', noise),
         Chart('units', entropy, 'percent', units, from_zero=True),
         Chart('attention_logit', 'Largest attention logit', 'before softmax', logit),
@@ -242,7 +245,10 @@ def other_charts(runs) -> list[Chart]:
             groups.setdefault(group or name, {})[name] = rest
     return [
         Chart(
-            f'other{index}', group if len(names) > 1 else next(iter(names)), '', curves(runs, names)
+            f'other{index}',
+            f'{group}/...' if len(names) > 1 else next(iter(names)),
+            '',
+            curves(runs, names),
         )
         for index, (group, names) in enumerate(groups.items())
     ]

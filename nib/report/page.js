@@ -23,7 +23,7 @@ function make(tag, attributes = {}, ...children) {
 function show(value, digits = 5) {
   if (value === null) return 'not finite'
   const size = Math.abs(value)
-  if (size && (size < 1e-3 || size >= 1e15)) return value.toExponential(digits - 1).replace(/\.?0+e\+?/, 'e')
+  if (size && (size < 1e-4 || size >= 1e15)) return value.toExponential(digits - 1).replace(/\.?0+e\+?/, 'e')
   return value.toLocaleString('en', {maximumSignificantDigits: digits, notation: digits < 5 && size >= 1e4 ? 'compact' : 'standard'})
 }
 

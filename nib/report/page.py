@@ -94,12 +94,12 @@ def toolbar(runs, flags: Sequence[Flag]) -> str:
     places = [[flag.run, flag.step, flag.number, flag.name, flag.severity] for flag in flags]
     content = to_json({'runs': data, 'units': sorted(units), 'flags': places})
     return f"""<form id="toolbar" aria-label="all charts">
-<label>across <select name="x"><option value="step">steps</option>\
+<label>x axis <select name="x"><option value="step">steps</option>\
 <option>tokens</option><option value="hours">time in hours</option></select></label>
-<label><input type="checkbox" name="logX"> logarithmic</label>
-<label>up <select name="y"><option value="auto">automatic</option>\
+<label><input type="checkbox" name="logX"> logarithmic x</label>
+<label>y axis <select name="y"><option value="auto">automatic</option>\
 <option>linear</option><option value="log">logarithmic</option></select></label>
-<label><input type="checkbox" name="fall"> all of the first fall</label>
+<label><input type="checkbox" name="fall"> include the first fall</label>
 <label>smoothing <input type="range" name="smoothing" min="0" max="0.98" step="0.02" value="0">\
 </label>
 <label>from <input name="from" size="6" inputmode="decimal" autocomplete="off"></label>
@@ -254,7 +254,7 @@ def provenance_section(run: Run, count: int) -> str:
     )
     if not rows:
         return ''
-    table = f'<div class="wide"><table>{rows}</table></div>'
+    table = f'<div class="wide"><table class="origin">{rows}</table></div>'
     if count == 1:
         return f'<section><h2>Origin</h2>{table}</section>'
     name = text(run.name)
