@@ -522,9 +522,9 @@ def read_python(path: str) -> tuple[str, ast.Module]:
 def print_help(script: str, block: Block, positional: str) -> None:
     """Prints what the script does, its usage and its keys, fitted to the terminal's width."""
     width = max(20, shutil.get_terminal_size().columns)
-    usage = f'python {os.path.relpath(script)} [{positional} ...] [--key=value ...] [--print_config]'
-    print(textwrap.fill(' '.join(block.doc.split()), width), end='\n\n')
-    print(textwrap.fill(f'usage: {usage}', width, subsequent_indent=' ' * 7), end='\n\n')
+    usage = f'usage: python {os.path.relpath(script)} [{positional} ...] [--key=value ...]'
+    usage = textwrap.fill(f'{usage} [--print_config]', width, subsequent_indent=' ' * 7)
+    print(textwrap.fill(' '.join(block.doc.split()), width), usage, sep='\n\n', end='\n\n')
     keys = {
         key: f'  --{key}: {describe(block.types[key])} = {default!r}'
         for key, default in block.defaults.items()

@@ -229,15 +229,18 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         Chart('units', entropy, 'percent', units, from_zero=True),
         Chart('attention_logit', 'Largest attention logit', 'before softmax', logit),
         Chart('activations', 'Activations', 'standard deviation', activations),
-        *other_charts(runs),
     ]
+    charts += other_charts(runs, {chart.title.lower() for chart in charts})
     if len(runs) > 1:
         charts = [part for chart in charts for part in split(chart)]
     return [chart for chart in charts if chart.series]
 
 
-def other_charts(runs) -> list[Chart]:
-    """Returns charts of the metrics that are not known here; GROUP/NAME is drawn with its group."""
+def other_charts(runs, taken: set[str]) -> list[Chart]:
+    """Returns charts of the metrics that are not known here; GROUP/NAME is drawn with its group.
+
+    taken: titles that other charts have.
+    """
     groups: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(name for run in runs for name in run.numbers):
         if not KNOWN.fullmatch(name):
@@ -246,7 +249,7 @@ def other_charts(runs) -> list[Chart]:
     return [
         Chart(
             f'other{index}',
-            f'{group}/...' if len(names) > 1 else next(iter(names)),
+            (group + '/...' * (group in taken)) if len(names) > 1 else next(iter(names)),
             '',
             curves(runs, names),
         )
