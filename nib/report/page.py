@@ -182,7 +182,7 @@ def findings_section(runs) -> str:
 
 
 def samples_section(runs) -> str:
-    """Returns samples of the first, the last and some other evaluations, or the last of each run."""
+    """Returns samples of a few evaluations, from first to last, or the last one of each run."""
     items = ''
     for run in runs:
         found = list(run.texts.get('sample', {}).items())
