@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 from nib.checkpoint.wrong_folder import explain, is_run
@@ -52,10 +54,24 @@ class Run:
         return math.prod(sizes) if all(type(size) is int for size in sizes) else 0
 
     @property
+    def elapsed(self) -> dict[int, float]:
+        """The seconds from the first record to that of each step, without pauses before resumes."""
+        times = [item for item in self.numbers.get('time', {}).items() if item[1] is not None]
+        starts = []
+        with suppress(KeyError, TypeError, ValueError):  # config.json is damaged
+            dates = [start['date'] for start in self.provenance.get('starts', [])]
+            starts = [datetime.fromisoformat(date).timestamp() for date in dates]
+        elapsed, pauses = {}, 0.0
+        for (_, before), (step, now) in zip(times[:1] + times, times):
+            resumed = [start for start in starts if before < start <= now]
+            pauses += max(resumed, default=before) - before
+            elapsed[step] = now - times[0][1] - pauses
+        return elapsed
+
+    @property
     def seconds(self) -> float | None:
-        """The time from the first to the last record."""
-        times = self.values('time')
-        return max(times) - min(times) if times else None
+        """The time from the first to the last record, without pauses."""
+        return max(self.elapsed.values(), default=None)
 
     @property
     def step(self) -> int:

@@ -82,15 +82,15 @@ def toolbar(runs, flags: Sequence[Flag]) -> str:
     """Returns the controls of all charts, with what page.js needs to know about the runs."""
     data, units = {}, {'step', 'tokens', 'hours'}
     for run in runs:
-        times = [item for item in run.numbers.get('time', {}).items() if item[1] is not None]
-        if len(times) < 2:
+        elapsed = run.elapsed
+        if len(elapsed) < 2:
             units.discard('hours')
         if not run.tokens_per_step:
             units.discard('tokens')
         data[run.name if len(runs) > 1 else ''] = {
             'tokens': run.tokens_per_step,
-            'steps': [step for step, _ in times],
-            'hours': [round((time - times[0][1]) / 3600, 6) for _, time in times],
+            'steps': list(elapsed),
+            'hours': [round(seconds / 3600, 6) for seconds in elapsed.values()],
         }
     places = [[flag.run, flag.step, flag.number, flag.name, flag.severity] for flag in flags]
     content = to_json({'runs': data, 'units': sorted(units), 'flags': places})
