@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 from nib.checkpoint.wrong_folder import explain, is_run
@@ -53,7 +54,7 @@ class Run:
         sizes = [self.config.get(key) for key in keys]
         return math.prod(sizes) if all(type(size) is int for size in sizes) else 0
 
-    @property
+    @cached_property
     def elapsed(self) -> dict[int, float]:
         """The seconds from the first record to that of each step, without pauses before resumes."""
         times = [item for item in self.numbers.get('time', {}).items() if item[1] is not None]

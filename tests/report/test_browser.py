@@ -83,7 +83,7 @@ def open_page(browser, tmp_path):
         url = url or write_runs(n_runs)
         size = {'width': width, 'height': 900}
         page = browser.new_page(viewport=size, color_scheme=scheme)
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         errors = []
         page.on('pageerror', lambda error: errors.append(error))  # noqa: PLW0108
         opened.append((page, errors))
@@ -231,22 +231,22 @@ def test_a_page_that_follows_a_run_keeps_what_the_reader_did(open_page, tmp_path
                     'first': page.locator('.runs tbody th').first.inner_text().strip(),
                 }
 
-            page.wait_for_function('shown !== null')
+            page.locator('#live', has_text='live: follows').wait_for()
             before, steps = seen(), page.locator('.runs tbody tr').first.inner_text()
             assert before['scroll'] > 100 and re.search(r'run-0.*\n1\.', before['tip'])
             assert before['ticks'] == [50, 100] and before['first'] == 'run-1'
             for folder in folders:
                 with open(folder / 'metrics.jsonl', 'a') as file:
                     file.write(json.dumps({'step': 201, 'grad_norm': 1.2}) + '\n')
-            page.wait_for_function("document.querySelector('.runs').textContent.includes('201')")
+            page.locator('.runs', has_text='201').wait_for()
             assert page.locator('.runs tbody tr').first.inner_text() != steps
             assert seen() == before
             shutil.rmtree(folders[1])
-            page.wait_for_function("document.getElementById('live').textContent.includes('run-1')")
+            page.locator('#live', has_text='run-1').wait_for()
             assert seen() == before
         finally:
             served.kill()
-    page.wait_for_function("document.getElementById('live').textContent.includes('no longer')")
+    page.locator('#live', has_text='no longer').wait_for()
     assert seen() == before
 
 
