@@ -28,7 +28,11 @@ ALIASES = {
     'num_attention_heads': 'n_head',
     'num_hidden_layers': 'n_layer',
 }
-SPECIAL = ('activation_function', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx')
+SPECIAL = {
+    'activation_function': (str,),
+    'scale_attn_weights': (bool,),
+    'scale_attn_by_inverse_layer_idx': (bool,),
+}
 
 GPT2 = Family(
     model_type='gpt2',
