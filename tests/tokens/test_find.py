@@ -182,7 +182,7 @@ time.sleep(60)
         data = wait_and_open(values)
         assert time.monotonic() - before > 0.3
     assert data.tokenizer.decode(data.train) == TEXT[: int(0.9 * len(TEXT))]
-    assert f'pid {first.pid}, which prepares {folder}' in capsys.readouterr().err
+    assert f'pid {first.pid}, which is preparing {folder}' in capsys.readouterr().err
 
 
 def wait_and_open(values):
