@@ -45,7 +45,15 @@ result: str = ''  # file to write the table to; empty: standard output only
 SECONDS = 20  # limit for a case, of processor time
 VOCAB_SIZE, CONTEXT = 41, 12
 TOLERANCE = 1e-5  # of the largest logit
-GPT2 = dict(vocab_size=VOCAB_SIZE, n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=2)
+GPT2 = dict(
+    vocab_size=VOCAB_SIZE,
+    n_positions=CONTEXT,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 LLAMA = dict(
     vocab_size=VOCAB_SIZE,
     max_position_embeddings=CONTEXT,

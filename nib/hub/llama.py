@@ -158,7 +158,8 @@ def _read_rotary(config: Mapping) -> tuple[float, tuple]:
                 'config.json: partial_rotary_factor is '
                 f'{place["partial_rotary_factor"]}, but only 1 is supported'
             )
-    base = values.get('rope_theta', config.get('rope_theta')) or 10000.0
+    bases = values.get('rope_theta'), config.get('rope_theta')
+    base = next((base for base in bases if base is not None), 10000.0)
     numbers = [values.get(name) for name in LLAMA3] if kinds == {'llama3'} else []
     if not all(type(n) in (int, float) and n > 0 for n in [base, *numbers]):
         raise UserError(

@@ -242,6 +242,7 @@ REFUSED = {
         dict(rope_parameters={'rope_type': ['llama3']}),
         dict(rope_parameters=LLAMA3 | {'high_freq_factor': 0.5}),
         dict(rope_parameters=LLAMA3 | {'factor': None}),
+        dict(rope_parameters={'rope_theta': False}),
         dict(partial_rotary_factor=0.5),
         dict(rope_scaling={'type': 'linear', 'factor': 2.0}),
         dict(sliding_window=8),
