@@ -6,7 +6,8 @@
 A case takes a small GPT-2, Llama, Qwen2 or Qwen3, written by transformers, and changes its
 config.json or its tensors. It passes if nibGPT's logits equal those that transformers computes from
 the same files, or if nibGPT refuses them in one line that names the key or the tensor. If
-transformers cannot load the files either, the logits must be those of the unchanged model.
+transformers cannot load the files, not even without nulls and keys that have no effect, the logits
+must be those of the unchanged model.
 """
 
 import contextlib
@@ -203,6 +204,10 @@ def run_case(number: int, scratch: Path, originals) -> tuple[str, str, str]:
         outcome = 'refused' if is_named and is_line else 'no clear line'
         return kind, 'harmless, but refused' if kind == HARMLESS_KEY else outcome, said
     theirs = reference(folder, logits.shape[1])
+    if theirs is None:  # it refuses some nulls, and wrong types in keys that have no effect
+        kept = {k: v for k, v in config.items() if v is not None and k not in HARMLESS}
+        (folder / 'config.json').write_text(json.dumps(kept))
+        theirs = reference(folder, logits.shape[1])
     expected = originals[name][:, : logits.shape[1]] if theirs is None else theirs
     is_equal = logits.shape == expected.shape and (
         (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()

@@ -125,8 +125,8 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
 
 def _check_window(config: Mapping, n_layer: int):
     """Raises UserError if a layer attends to a sliding window only."""
-    if kinds := set(config.get('layer_types') or ()) - {'full_attention'}:
-        raise UserError(f'config.json: layer_types has {", ".join(sorted(map(str, kinds)))}')
+    if kinds := set(map(str, config.get('layer_types') or ())) - {'full_attention'}:
+        raise UserError(f'config.json: layer_types has {", ".join(sorted(kinds))}')
     first = config.get('max_window_layers')
     slides = first is None or first < n_layer
     slides = slides and not config.get('layer_types')

@@ -261,6 +261,7 @@ REFUSED = {
         dict(max_window_layers='28'),
         dict(num_hidden_layers='3'),
         dict(layer_types=7),
+        dict(layer_types=[['full_attention']]),
     ],
     'qwen3': [dict(attention_bias=True), dict(mlp_bias=True)],
 }
