@@ -27,7 +27,7 @@ from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.text import reading
-from nib.text.tokenizer import encode_prompt, tokenizer_from_json
+from nib.text.tokenizer import Tokenizer, encode_prompt, tokenizer_from_json
 
 # which model
 out_dir: str = 'out'  # folder of the training run
@@ -64,6 +64,8 @@ def main(argv):
     tokenizer = tokenizer_from_json(weights.known_tokenizer())
     weights = weights.crop_vocabulary(tokenizer.vocab_size)  # ids of padding have no text
     config = weights.model
+    if origins['start'] == 'default':
+        prompt = default_prompt(tokenizer)
     prompt_ids = encode_prompt(tokenizer, prompt, '--start')
     if len(prompt_ids) > config.block_size:
         n_fitting = len(tokenizer.decode(prompt_ids[-config.block_size :]))
@@ -193,6 +195,16 @@ def read_prompt(start: str) -> str:
             '--start: the prompt is empty; a model needs at least one character to start from'
         )
     return prompt
+
+
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """Returns a line break or, if the vocabulary has none, its first token."""
+    try:
+        encode_prompt(tokenizer, start, '--start')
+        return start
+    except UserError:
+        first = tokenizer.decode([0])
+        return first.strip() or first
 
 
 def show(text: str):

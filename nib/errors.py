@@ -166,6 +166,8 @@ def _explain(error: Exception) -> str | None:
             'a number is too large for this machine, use a smaller one; the message was: '
             f'{message[:200]}'
         )
+    if isinstance(error, FileNotFoundError) and not os.path.exists(os.curdir):
+        return 'the working directory has been deleted: change to another one (cd)'
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; fix this, or choose another path'
     if re.search(NOT_WRITTEN, message):

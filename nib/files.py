@@ -149,7 +149,10 @@ def sync_folder(folder: str | os.PathLike):
 
 def shown(path: str | os.PathLike) -> str:
     """Returns a path as a person would type it: relative, if it is in the working directory."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except FileNotFoundError:  # the working directory has been deleted
+        return os.fspath(path)
     return os.fspath(path) if relative.startswith('..') else relative
 
 
