@@ -21,7 +21,7 @@ from nib.checkpoint.start import Weights, read_model
 from nib.errors import UserError, run_script
 from nib.hub import gguf, huggingface, nanogpt
 from nib.hub.card import model_card
-from nib.text.tokenizer import Tokenizer, tokenizer_from_json
+from nib.text.tokenizer import Tokenizer
 
 # which model
 out_dir: str = 'out'  # folder of the training run
@@ -47,7 +47,7 @@ def main(argv):
     # nanoGPT goes on with the state of the optimizer.
     read = ('model', 'optimizer') if to == 'nanogpt' else ('model',)
     weights = read_model(init_from, out_dir, which, read)
-    tokenizer = tokenizer_from_json(weights.known_tokenizer())
+    tokenizer = weights.known_tokenizer()
     {'hf': write_hf, 'nanogpt': write_nanogpt, 'gguf': write_gguf}[to](weights, tokenizer)
     print(f'{weights.describe()}: written to {dest}')
 

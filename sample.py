@@ -8,26 +8,24 @@ python sample.py --init_from=gpt2 --start="The meaning of life is"
 
 import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
 
-import codecs
 import itertools
 import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 import configurator
-from model import GPT
+from nib.api import stream
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.text import reading
-from nib.text.tokenizer import Tokenizer, encode_prompt, tokenizer_from_json
+from nib.text.tokenizer import Tokenizer, encode_prompt
 
 # which model
 out_dir: str = 'out'  # folder of the training run
@@ -61,61 +59,36 @@ def main(argv):
         )
     prompt = read_prompt(start)
     weights = read_model(init_from, out_dir, which)
-    tokenizer = tokenizer_from_json(weights.known_tokenizer())
-    weights = weights.crop_vocabulary(tokenizer.vocab_size)  # ids of padding have no text
-    config = weights.model
+    tokenizer = weights.known_tokenizer()
     if origins['start'] == 'default':
         prompt = default_prompt(tokenizer)
-    prompt_ids = encode_prompt(tokenizer, prompt, '--start')
-    if len(prompt_ids) > config.block_size:
-        n_fitting = len(tokenizer.decode(prompt_ids[-config.block_size :]))
-        raise UserError(
-            f'--start: the prompt has {len(prompt_ids):,} tokens, but the model attends over '
-            f'{config.block_size:,}: shorten it, for example to its last {n_fitting:,} characters'
-        )
+    prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
-    try:
-        check_sampling(
-            [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, config.vocab_size
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    model = GPT(config)
-    model.load_state_dict(weights.tensors['model'])
-    model.to(device, getattr(torch, dtype_used))
+    check_sampling(
+        [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
+    )
+    model = weights.build().to(device, getattr(torch, dtype_used))
     if device == 'cpu' and model.num_params() < SMALL_MODEL:
         limit_threads(1)
     print(
         f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})',
         file=sys.stderr,
     )
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
     def generate(compiled: bool):
-        return model.generate(
-            [prompt_ids] * num_samples,
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            seed,
-            compile=compiled,
-        )
+        prompts = [prompt_ids] * num_samples
+        return stream(model, tokenizer, prompts, max_new_tokens, stop, compile=compiled, **sampling)
 
     compiled = compile and can_compile(generate)
-    samples = [Sample() for _ in range(num_samples)]
     show(prompt)
-    for tokens in generate(compiled):
-        for sample, token in zip(samples, tokens.tolist()):
-            text = sample.add(tokenizer.decode_bytes([token]))
-            if sample is samples[0]:
-                show(text)
-        if all(sample.ended for sample in samples):
-            break
-    show(samples[0].add(b'', final=True))
-    for sample in samples[1:]:
-        sample.add(b'', final=True)
-        show(f'\n---------------\n{prompt}{sample.text}')
+    texts = [''] * num_samples
+    for pieces in generate(compiled):
+        show(pieces[0])
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+    for text in texts[1:]:
+        show(f'\n---------------\n{prompt}{text}')
     show('\n')
 
 
@@ -133,34 +106,6 @@ def can_compile(generate: Callable) -> bool:
     if not chosen:
         print(f'not compiled: {reason}', file=sys.stderr)
     return chosen
-
-
-@dataclass
-class Sample:
-    """One continuation of the prompt.
-
-    The bytes of a character may be spread over several tokens. It appears with the last of them.
-    """
-
-    text: str = ''
-    ended: bool = False  # by the stop text; later tokens are ignored
-    decoder: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder('utf-8')('replace')
-    )
-
-    def add(self, content: bytes, final: bool = False) -> str:
-        """Adds the bytes of a token; returns the new text.
-
-        final: whether they are the last ones.
-        """
-        if self.ended:
-            return ''
-        before = len(self.text)
-        self.text += self.decoder.decode(content, final)
-        at = self.text.find(stop, max(0, before - len(stop))) if stop else -1
-        if at >= 0:
-            self.text, self.ended = self.text[: at + len(stop)], True
-        return self.text[before:]
 
 
 def unescape(text: str, flag: str) -> str:
@@ -187,6 +132,8 @@ def read_prompt(start: str) -> str:
             path = os.path.expanduser(start.removeprefix('FILE:'))
             prompt = ''.join(reading.read_file(path, note))
         else:
+            if os.path.isfile(start):
+                note(f'{start} is taken as text; FILE:{start} reads the file')
             prompt = reading.plain(start, note)
     except UserError as error:
         raise UserError(f'--start={start}: {error}') from error
@@ -205,6 +152,21 @@ def default_prompt(tokenizer: Tokenizer) -> str:
     except UserError:
         first = tokenizer.decode([0])
         return first.strip() or first
+
+
+def encode_start(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
+    """Returns the token ids of the prompt.
+
+    Raises UserError if the vocabulary cannot express it, or it is longer than the context.
+    """
+    ids = encode_prompt(tokenizer, prompt, '--start')
+    if len(ids) > block_size:
+        n_fitting = len(tokenizer.decode(ids[-block_size:]))
+        raise UserError(
+            f'--start: the prompt has {len(ids):,} tokens, but the model attends over '
+            f'{block_size:,}: shorten it, for example to its last {n_fitting:,} characters'
+        )
+    return ids
 
 
 def show(text: str):

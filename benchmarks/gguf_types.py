@@ -21,7 +21,6 @@ from model import GPT
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.hub import gguf
-from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import open_dataset
 
 CONTEXTS, GREEDY = 8, 100  # contexts to compare, tokens to generate
@@ -50,7 +49,7 @@ def compare(run: str, Llama):
     """Prints a table: a row for each type, and float32 caches except in the last row."""
     weights = read_model('', run)
     config, state = weights.resumed.state['config'], weights.tensors['model']
-    tokenizer = tokenizer_from_json(weights.known_tokenizer())
+    tokenizer = weights.known_tokenizer()
     model = GPT(weights.model).eval()
     model.load_state_dict(state)
     T, V = weights.model.block_size, weights.model.vocab_size

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import GPT, IGNORED, MLP, GPTConfig, attend, attend_by_definition, kernels_fit
+from nib.errors import UserError
 from nib.machine.compiling import compile_function
 
 # Differences that check_generation() attributes to rounding, in standard deviations of the logits.
@@ -50,25 +51,23 @@ def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, see
 
 
 def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size):
-    """Raises ValueError, naming the argument, if an argument of generate() is invalid."""
+    """Raises UserError, naming the argument, if an argument of generate() is invalid."""
     if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError('a prompt is empty: generation needs at least one token to start from')
+        raise UserError('a prompt is empty: generation needs at least one token to start from')
     for id in (id for prompt in prompts for id in prompt if not 0 <= id < vocab_size):
-        raise ValueError(f'the prompt holds token id {id}, but the vocabulary has {vocab_size}')
+        raise UserError(f'the prompt holds token id {id}, but the vocabulary has {vocab_size}')
     if max_new_tokens < 0:
-        raise ValueError(f'max_new_tokens is {max_new_tokens}: it must be at least 0')
+        raise UserError(f'max_new_tokens is {max_new_tokens}: it must be at least 0')
     if not 0.0 <= temperature < math.inf:
-        raise ValueError(
-            f'temperature is {temperature}: it must be 0 (greedy) or a positive number'
-        )
+        raise UserError(f'temperature is {temperature}: it must be 0 (greedy) or a positive number')
     if top_k is not None and top_k < 1:
-        raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
+        raise UserError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(
+        raise UserError(
             f'top_p is {top_p}: it must be above 0 and at most 1, or None for all tokens'
         )
     if seed is not None and not 0 <= seed < 1 << 63:
-        raise ValueError(f'seed is {seed}: it must be at least 0 and less than 2^63')
+        raise UserError(f'seed is {seed}: it must be at least 0 and less than 2^63')
 
 
 def sample_tokens(logits, temperature, top_k, top_p, generator):

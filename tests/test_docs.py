@@ -113,6 +113,11 @@ ELSEWHERE = {
     'python bench.py '
     'config/train_shakespeare_char.py --growth=growth.png': 'test_bench.py, with fewer points',
     'python bench.py config/train_gpt2.py --plan': 'test_bench.py',
+    'python -m llama_cpp.server --model=shakespeare.gguf --port=8000': 'test_sharing.py',
+    'lm_eval --model hf --model_args pretrained=shakespeare-hf,prefix_token_id=0 --tasks spelling '
+    '--include_path tasks --device cpu': 'test_sharing.py',
+    'python sample.py --init_from=shakespeare-lora '
+    '--start="ROMEO:" --temperature=0 --num_samples=1 --max_new_tokens=40': 'test_sharing.py',
     'python benchmarks/planned_memory.py': 'test_bench.py, one config',
     'pytest -n auto': 'this is it',
     'pytest -n auto -m "not slow"': 'pytest',
@@ -131,6 +136,13 @@ NEEDS_NETWORK = {
     'pip install gguf': 'installs packages',
     'pip install tokenizers': 'installs packages',
     'pip install tokenizers huggingface_hub': 'installs packages',
+    'pip install "llama-cpp-python[server]" openai': 'installs packages',
+    'pip install "lm_eval[hf]"': 'installs packages',
+    'pip install peft': 'installs packages',
+    'pip install vllm': 'installs packages',
+    'hf auth login': 'needs an account',
+    'hf upload YOUR_NAME/shakespeare shakespeare-hf': 'needs an account',
+    'python sample.py --init_from=YOUR_NAME/shakespeare --start="ROMEO:"': 'fetches a model',
     'python data/text/prepare.py --input=PATH/TO/NOTES '
     '--tokenizer=HuggingFaceTB/SmolLM2-135M --name=smol': 'fetches a tokenizer',
     'python sample.py --init_from=gpt2 --start="The meaning of life is"': "fetches GPT-2's weights",
@@ -152,6 +164,7 @@ NEEDS_NETWORK = {
     'python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT --rounds=5': 'needs a clone of nanoGPT',
 }
 NEEDS_GPU = {
+    'vllm serve shakespeare-hf': "is vLLM's command, and serves until Ctrl-C",
     'python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt': (
         'rehearsed on a CPU by test_gpu_benchmark.py'
     ),
@@ -340,6 +353,19 @@ def test_command_runs(command, folder, run_main):
     assert succeed(run_main(script, *argv, *RUN[command])).stdout
 
 
+def test_the_code_of_the_page_about_notebooks_runs(folder, capfd):
+    pytest.importorskip('matplotlib').use('agg')
+    blocks = [block for block in read_blocks(ROOT / 'docs/notebook.md') if block.kind == 'python']
+    assert len(blocks) > 5
+    names: dict = {}
+    for block in blocks:
+        exec(block.body, names)
+    assert (folder / 'attention.png').stat().st_size > 1000
+    printed = capfd.readouterr().out
+    assert printed.startswith('ROMEO:') and 'perplexity' in printed
+    assert 'did you mean out-shakespeare-char?' in printed
+
+
 # -- what the pages print --------------------------------------------------------------------------
 
 
@@ -483,6 +509,8 @@ def test_every_config_is_listed_by_the_page_about_configs():
 def test_the_packages_that_a_page_installs_are_declared():
     declared = set(re.findall(r'"([\w-]+)[>=]', (ROOT / 'pyproject.toml').read_text()))
     for page in PAGES:
+        if page.name == 'sharing.md':  # installs other programs
+            continue
         for packages in re.findall(r'pip install ([^`\n&|)]+)', page.read_text(encoding='utf-8')):
             if not packages.startswith(('-r', '-e', '.')):
                 assert {

@@ -4,17 +4,19 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, run_script, train
-from hypothesis import given
-from hypothesis import strategies as st
+from small_models import SMALL, make_model
 
+import configurator
 import sample as script
 from model import GPT, GPTConfig
 from nib.checkpoint import store
-from nib.text.tokenizer import ByteTokenizer, tokenizer_from_json
+from nib.hub import nanogpt
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_json
 from nib.tokens.write import write_dataset
 
 
@@ -120,6 +122,10 @@ def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, 
         and len(given.stdout) == len('The dog') + 40 + 1
     )
     assert sample(out_dir, f'--start=FILE:{tmp_path / "prompt.txt"}').stdout == given.stdout
+    path = str(tmp_path / 'prompt.txt')
+    assert f'note: --start: {path} is taken as text; FILE:{path} reads' in (
+        sample(out_dir, f'--start={path}').stderr
+    )
     assert (
         run_script('sample.py', f'--out_dir={out_dir}', *FLAGS, '--start=-', input='The dog').stdout
         == given.stdout
@@ -138,6 +144,23 @@ def test_escapes_in_a_flag_are_read_as_help_shows_them(out_dir, sample, run_main
     done = sample(out_dir, r'--start=The \the', '--num_samples=1')
     assert 'tab' in done.stderr.splitlines()[0] and done.returncode == 2
     assert r"'\\'" in sample(out_dir, r'--start=\\the').stderr
+
+
+def test_a_default_prompt_that_the_vocabulary_lacks_becomes_its_first_token(run_main, tmp_path):
+    """A line break is no token of a model of DNA."""
+    model = make_model(replace(SMALL, vocab_size=4, mlp='gelu_erf'))
+    config = configurator.read_block(str(ROOT / 'train.py')).defaults
+    tensors = {'model': model.state_dict()}
+    nanogpt.write_folder(
+        tmp_path / 'dna', model.config, tensors, CharTokenizer('ACGT'), {'step': 1}, config
+    )
+    init_from = f'--init_from={tmp_path / "dna"}'
+    ended = run_main('sample.py', init_from, *FLAGS)
+    assert ended.returncode == 0 and ended.stdout[0] == 'A' and len(ended.stdout) == 1 + 40 + 1
+    ended = run_main('sample.py', init_from, *FLAGS, '--start=ACCG')
+    assert ended.returncode == 0 and len(ended.stdout) == 4 + 40 + 1
+    ended = run_main('sample.py', init_from, *FLAGS, '--start=ACCGX')
+    assert ended.returncode == 2 and "'X'" in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -208,15 +231,6 @@ def test_a_sample_that_ends_within_a_character_shows_that(bytes_out_dir, sample)
         '--max_new_tokens=4',
     )
     assert done.stdout == '<|endoftext|>é\ufffd\n---------------\n<|endoftext|>é\ufffd\n'
-
-
-@given(st.binary() | st.text().map(str.encode))
-def test_bytes_that_come_one_by_one_make_the_text_that_they_make_together(content):
-    row = script.Sample()
-    shown = ''.join(
-        [row.add(content[at : at + 1]) for at in range(len(content))] + [row.add(b'', final=True)]
-    )
-    assert shown == row.text == content.decode('utf-8', 'replace')
 
 
 @pytest.mark.slow

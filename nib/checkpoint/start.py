@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Rotary
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import explain
+from nib.checkpoint.wrong_folder import explain, is_run
 from nib.errors import UserError
 from nib.files import command
 from nib.hub import huggingface, nanogpt
 from nib.machine.device import seed_everything
+from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # in openai-community/ on the hub
@@ -86,7 +87,7 @@ class Weights:
             key: [before[key], value]
             for key, value in config.items()
             if before.get(key, value) != value
-            and key not in ('init_from', 'overwrite', 'out_dir', 'data_dir')
+            and key not in ('init_from', 'eval_only', 'overwrite', 'out_dir', 'data_dir')
         }
 
     def check_dataset(self, data: TokenDataset):
@@ -98,7 +99,7 @@ class Weights:
             self.resumed.check_dataset(data.folder, data.fingerprint)
         if data.tokenizer is None:  # random tokens, for debug_training.py
             return
-        kind = self.known_tokenizer()['kind']
+        kind = self.known_tokenizer().to_json()['kind']
         borrowed = kind if kind in ('gpt2', 'byte') else shlex.quote(self.name)
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
@@ -117,7 +118,7 @@ class Weights:
         dataset = state.get('dataset') or state['config'].get('dataset', 'an unknown dataset')
         return f'{self.name}: step {state["step"]}, trained on {dataset}'
 
-    def known_tokenizer(self) -> dict:
+    def known_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UserError if it is not known."""
         if self.tokenizer is None:
             raise UserError(
@@ -126,7 +127,22 @@ class Weights:
                 f'which transformers writes: '
                 f"AutoTokenizer.from_pretrained('{self.name}').save_pretrained('FOLDER')"
             )
-        return self.tokenizer
+        return tokenizer_from_json(self.tokenizer)
+
+    def build(self) -> GPT:
+        """Returns the model without dropout, to look at and to generate with.
+
+        Its vocabulary is that of its tokenizer, its dtype that of the file. Raises UserError if the
+        tokenizer is not known.
+        """
+        weights = self.crop_vocabulary(self.known_tokenizer().vocab_size)  # padding has no text
+        with torch.device('meta'):  # random weights would take longer than reading these
+            model = GPT(weights.model)
+        copies = {name: tensor.clone() for name, tensor in weights.tensors['model'].items()}
+        model.load_state_dict(copies, assign=True)
+        if model.config.position == 'rotary':
+            model.rotary = Rotary(model.config)
+        return model.eval()
 
     def crop_vocabulary(self, vocab_size: int) -> 'Weights':
         """Returns the weights without the embeddings that pad the vocabulary."""
@@ -172,36 +188,38 @@ def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Wei
     if init_from == 'resume':
         found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=True)
-    return read_weights(init_from, warn)
+    return read_weights(init_from, warn, words=('scratch', 'resume', *GPT2_NAMES))
 
 
 def read_model(
-    init_from: str,
-    out_dir: str,
-    which: str = 'best',
-    read: tuple[str, ...] = ('model',),
-    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    init_from: str, out_dir: str, which: str = 'best', read: tuple[str, ...] = ('model',)
 ) -> Weights:
-    """Returns the weights of a run's checkpoint, or those that init_from names if it is not empty.
+    """Returns the weights of the run in out_dir, or those that init_from names.
 
-    which: 'best', 'latest' or a step number. read: files of the checkpoint to read. Raises
-    UserError if they are missing or not usable.
+    init_from: '' or 'resume' for the run. which: its checkpoint, 'best', 'latest' or a step number.
+    read: files of the checkpoint to read. Raises UserError if they are missing or not usable.
     """
-    if init_from:
-        return read_weights(init_from, warn)
+    if init_from not in ('', 'resume'):
+        return read_weights(init_from, which=which)
     run, which = store.locate(out_dir, which)
-    found, tensors = store.load(run, which, read=read, warn=warn, check=check_shapes)
+    found, tensors = store.load(run, which, read=read, check=check_shapes)
     return _from_checkpoint(found, tensors, resumed=True)
 
 
-def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
+def read_weights(
+    name: str,
+    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    which: str = 'best',
+    words: tuple[str, ...] = GPT2_NAMES,
+) -> Weights:
     """Returns the weights of a run, of an open model, or of nanoGPT.
 
     name: the folder of a run or a model, a ckpt.pt (whose training then continues) or its folder,
-    or a hub id. Raises UserError if they are missing or not usable.
+    or a hub id. which: the checkpoint of a run. words: what else the user may write, for the error.
+    Raises UserError if they are missing or not usable.
     """
     path = Path(name)
-    run, which = store.locate(name, 'best')
+    run, which = store.locate(name, which)
     if store.exists(run):
         found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
@@ -210,18 +228,20 @@ def read_weights(name: str, warn: Callable[[str], None]) -> Weights:
     if (path / 'ckpt.pt').is_file():
         return _from_nanogpt(path / 'ckpt.pt', resumed=False)
     is_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in '..'
+    is_hub_id = is_hub_id and not is_run(path.parent)  # a step that it does not have
     if (path / 'config.json').is_file() or not path.exists() and (name in GPT2_NAMES or is_hub_id):
         repository = (
             f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
         )
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
-    instead = f'; {explain(name)}' if path.exists() else ''
+    instead = explain(name)
     if path.exists() and name in GPT2_NAMES:
-        instead = f'; {path.resolve()} hides the model of this name: use openai-community/{name}'
+        instead = f'{path.resolve()} hides the model of this name: use openai-community/{name}'
     raise UserError(
-        f"init_from {name!r}: expected 'scratch', 'resume', {', '.join(map(repr, GPT2_NAMES))}, "
-        f'the id of a model on the Hugging Face hub, or the folder of a run or of a model{instead}'
+        f'{name!r} is not a model: expected {", ".join(map(repr, words))}, the id of a model on '
+        f'the Hugging Face hub, the folder of a run or of a model, or a ckpt.pt of nanoGPT; '
+        f'{instead}'
     )
 
 

@@ -26,8 +26,9 @@ GPT2_DIGEST = '71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30'
 def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
     """Returns the tokenizer of a model as a checkpoint stores it; None if it is not known.
 
-    GPT-2's is known by its vocabulary, or by its size if the repository has no tokenizer. Any other
-    is its tokenizer.json. vocab_size: of the model; 0: not known.
+    GPT-2's is known by its vocabulary, or by its size if the repository has no tokenizer. One that
+    write_tokenizer() has written is itself again. Any other is its tokenizer.json. vocab_size: of
+    the model; 0: not known.
     Raises UserError if the tokenizer is not usable or does not fit the model.
     """
     path, vocabulary = repository.find('tokenizer.json'), None
@@ -41,6 +42,8 @@ def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
         return {'kind': 'gpt2'}
     if path is None:
         return None
+    if own := _recognize(repository.read_json('tokenizer.json')):
+        return own.to_json()
     found = read_file(path, repository)
     if 0 < vocab_size < found.vocab_size:
         raise UserError(
@@ -60,6 +63,24 @@ def read_file(path: Path, repository: Repository) -> HfTokenizer:
         return HfTokenizer.read(path.read_bytes().decode(), end_of_text)
     except (OSError, ValueError, UserError) as error:
         raise UserError(f'{path}: {error}') from error
+
+
+def _recognize(described: dict) -> Tokenizer | None:
+    """Returns the tokenizer of characters or bytes that a tokenizer.json describes, or None."""
+    own: Tokenizer
+    match described.get('model'):
+        case {'type': 'WordLevel', 'vocab': dict(vocabulary)}:
+            characters = ''.join(sorted(token for token in vocabulary if len(token) == 1))
+            own = CharTokenizer(characters, has_end_of_text=bool(described.get('added_tokens')))
+        case {'type': 'BPE', 'merges': []}:
+            own = ByteTokenizer()
+        case _:
+            return None
+    expected = json.loads(describe(own))
+    parts = 'model', 'normalizer', 'pre_tokenizer', 'decoder', 'added_tokens'
+    after = described.get('post_processor')  # transformers saves one that adds nothing
+    is_own = all(described.get(part) == expected[part] for part in parts)
+    return own if is_own and (after is None or after.get('special_tokens') == {}) else None
 
 
 def _end_of_text(repository: Repository) -> str | int | None:

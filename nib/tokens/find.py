@@ -96,7 +96,12 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
     if Path(name).name != name or not script.exists():
         raise UserError(f'{missing} is missing{_advise(name, data_dir)}')
     if not values['prepare_dataset']:
-        raise Unavailable(f'{missing} is missing: prepare it with {prepare_command(folder)}')
+        others = ', '.join(_prepared(data_dir))
+        here = f' (prepared: {others})' if others else ''
+        raise Unavailable(
+            f'{missing} is missing: prepare it with {prepare_command(folder)}, or name another '
+            f'dataset, --dataset=NAME{here}'
+        )
     say(f'preparing {name}')
     runpy.run_path(str(script))['main']([f'--out_dir={folder}'])
     return folder
@@ -111,10 +116,15 @@ def _advise(name: str, data_dir: Path) -> str:
     if config.exists():
         return f'; the first lines of {config} say how to prepare it'
     scripts = {path.parent.name for path in SCRIPTS.glob('*/prepare.py')} - {'text'}
-    prepared = {path.parent.name for path in data_dir.glob('*/train.bin')}
+    prepared = set(_prepared(data_dir))
     nearest = difflib.get_close_matches(name, scripts | prepared, n=1)
     advice = f'; did you mean --dataset={nearest[0]}?' if nearest else '.'
     return (
         f'{advice} For your own text, prepare it with {prepare_command(data_dir / name)}; datasets '
         f'that are here or have a script: {", ".join(sorted(scripts | prepared))}'
     )
+
+
+def _prepared(data_dir: Path) -> list[str]:
+    """Returns the names of the datasets in a folder."""
+    return sorted(path.parent.name for path in data_dir.glob('*/train.bin'))

@@ -28,6 +28,7 @@ from nib.hub import tokenizer as hub_tokenizer
 from nib.hub.files import Repository
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
 from nib.tokens import borrow
+from nib.tokens.write import write_dataset
 
 
 @pytest.fixture(scope='module')
@@ -270,8 +271,11 @@ def test_a_written_tokenizer_gives_the_same_ids_and_the_same_text(name, tmp_path
     assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.end_of_text
     if ours.end_of_text is not None:
         assert theirs('<|endoftext|>').input_ids == [ours.end_of_text]
-    if name == 'gpt2':
-        assert hub_tokenizer.read_tokenizer(Repository(str(tmp_path)), 50257) == {'kind': 'gpt2'}
+    # It comes back as itself, also after transformers has saved it.
+    theirs.save_pretrained(tmp_path / 'again')
+    for folder in (tmp_path, tmp_path / 'again'):
+        known = hub_tokenizer.read_tokenizer(Repository(str(folder)), ours.vocab_size)
+        assert known == ours.to_json()
 
 
 def test_a_trained_model_leaves_by_convert_py(train_here, tmp_path, run_main):
@@ -322,10 +326,54 @@ def test_a_run_says_at_its_start_that_it_cannot_be_written(train_here, tmp_path,
     assert not (tmp_path / 'hf').exists()
 
 
-def test_eval_only_prints_the_perplexity(train_here, tmp_path):
-    ended = train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1')
+def test_eval_only_prints_the_perplexity_of_every_kind_of_weights(train_here, tmp_path, run_main):
+    run = tmp_path / 'run'
+    ended = train_here(run, '--max_iters=2', '--eval_iters=1', '--bias', '--mlp=gelu_erf')
     assert 'cannot write' not in ended.stdout and 'perplexity' not in ended.stdout
-    ended = train_here(tmp_path / 'new', '--eval_only', f'--init_from={tmp_path / "run"}')
-    pattern = r'val loss ([\d.]+) nats per token \([\d.]+ bits per byte\), perplexity ([\d.]+)'
-    loss, perplexity = map(float, re.search(pattern, ended.stdout).groups())
-    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    for kind in ('hf', 'nanogpt'):
+        to = [f'--to={kind}', f'--dest={tmp_path / kind}']
+        assert run_main('convert.py', f'--out_dir={run}', *to).returncode == 0
+    pattern = r'val loss ([\d.]+) nats per token \(([\d.]+) bits per byte\), perplexity ([\d.]+) on'
+    losses = []
+    for out_dir, start in (
+        (run, 'resume'),
+        ('new', run),
+        ('new', tmp_path / 'hf'),
+        ('new', tmp_path / 'nanogpt'),
+        ('new', tmp_path / 'nanogpt/ckpt.pt'),
+    ):
+        ended = train_here(out_dir, '--eval_only', f'--init_from={start}')
+        assert ended.returncode == 0, ended.stderr
+        assert 'eval_only' not in ended.stdout  # no change of the run
+        loss, bits, perplexity = map(float, re.search(pattern, ended.stdout).groups())
+        losses.append(loss)
+        assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+        assert bits == pytest.approx(loss / math.log(2), rel=1e-3)  # a character is a byte
+    assert losses == pytest.approx(losses[:1] * len(losses), abs=2e-4)
+
+
+def test_eval_only_takes_another_dataset_and_says_so_if_there_is_none(
+    train_here, data_dir, tmp_path
+):
+    run, text = tmp_path / 'run', 'The dog. A bird sees the cat and it sleeps.\n' * 50
+    train_here(run, '--max_iters=2', '--eval_iters=1')
+    characters = read_weights(str(run), print).known_tokenizer()
+    write_dataset(
+        tmp_path / 'other',
+        lambda start: [('train', text, False), ('val', text, False)],
+        characters,
+        {},
+    )
+    flags = ['--eval_only', f'--init_from={run}']
+    ended = train_here('new', *flags, f'--data_dir={tmp_path}', '--dataset=other')
+    assert 'dataset other' in ended.stdout and 'perplexity' in ended.stdout, ended.stderr
+    ended = train_here('new', *flags, '--dataset=openwebtext')
+    assert ended.returncode == 2
+    assert ended.stderr.endswith('or name another dataset, --dataset=NAME (prepared: tiny)\n')
+
+
+def test_a_step_that_a_run_does_not_have_is_no_hub_id(train_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_here('run', '--max_iters=2', '--eval_iters=1')
+    with pytest.raises(UserError, match='did you mean run?'):
+        read_weights('run/step-00000001')

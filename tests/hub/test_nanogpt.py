@@ -199,6 +199,18 @@ def test_a_run_of_nanogpt_goes_on_at_its_own_step_and_rate(nano, data, tmp_path,
     for step, loss in enumerate(expected, start=11):
         assert steps[step]['loss/step'] == pytest.approx(loss, abs=2e-5)
         assert steps[step]['learning_rate'] == pytest.approx(learning_rate(step - 1))
+    examined = run_main(
+        'debug_training.py',
+        '--device=cpu',
+        f'--init_from={path}',
+        f'--data_dir={data.folder.parent}',
+        '--overfit_steps=1',
+    )
+    said = ' '.join(examined.stdout.split())
+    assert 'from the first micro batch of step 10' in said, examined.stderr
+    assert f'AdamW step at the full learning rate {CONFIG["learning_rate"]:g} changes' in said
+    assert 'AdamW has no state yet' not in said
+
     found, tensors = store.load(tmp_path / 'run')
     assert found.step == 20 and found.state['config']['beta2'] == 0.99
     assert tensors['optimizer']['transformer.ln_f.weight/step'] == 20
