@@ -32,7 +32,7 @@ import configurator
 import train
 from benchmarks import growth as growing
 from benchmarks import measure
-from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
+from benchmarks.nanogpt import NanoGPT, start_training
 from benchmarks.plan import describe_plan
 from nib.errors import UserError, run_script
 from nib.machine.compiling import pick_compile
@@ -73,14 +73,6 @@ AXES = {
     'batch': ('batch_size',),
 }
 SLOW = 700  # ms; an axis ends with the first step that takes longer
-# Keys that nanoGPT's code does not have; the config must leave them as GPT-2 has them.
-NOT_IN_NANOGPT = (
-    'n_kv_head position norm qk_norm mlp tied_head logit_cap zero_init optimizer'.split()
-)
-NANOGPT_KEYS = (
-    'device dtype compile block_size batch_size gradient_accumulation_steps n_layer n_head n_embd '
-    'dropout bias learning_rate beta1 beta2 weight_decay grad_clip steps new_tokens'.split()
-)
 
 
 def main(argv):
@@ -176,7 +168,7 @@ def measure_config(values) -> str:
         data = find_data(values, Path(scratch))
         contestants: dict[str, NanoGPT | Contestant] = {}
         if vs_nanogpt:
-            contestants['nanoGPT'] = start_nanogpt(values, data, vs_nanogpt)
+            contestants['nanoGPT'] = start_training(values, data, vs_nanogpt)
         contestants['nibGPT'] = ours = Contestant(values, data)
         measured: dict[str, list] = {name: [] for name in contestants}
         for turn in range(rounds):
@@ -230,21 +222,22 @@ def find_data(values, scratch: Path) -> TokenDataset:
 
     If it is not available, warns and returns random tokens.
     """
+    vocab_size = min(values['vocab_size'] or VOCAB_SIZE, 1 << 16)
     try:
         return open_or_prepare(values, Ranks(), warn)
     except Unavailable as error:
         warn(
-            f'*** MEASURING RANDOM TOKENS with a vocabulary of {VOCAB_SIZE:,}. The embedding and '
+            f'*** MEASURING RANDOM TOKENS with a vocabulary of {vocab_size:,}. The embedding and '
             f"the head do not have the sizes of this config's dataset: {error} ***"
         )
     folder = scratch / 'random tokens'
     folder.mkdir()
-    for name in ('train.bin', 'val.bin'):  # without a meta.json, these are tokens of GPT-2
+    for name in ('train.bin', 'val.bin'):
         tokens = np.random.default_rng(0).integers(
-            VOCAB_SIZE, size=64 * values['block_size'] + 1, dtype=np.uint16
+            vocab_size, size=64 * values['block_size'] + 1, dtype=np.uint16
         )
         tokens.tofile(folder / name)
-    return open_dataset(folder, values['block_size'])
+    return open_dataset(folder, values['block_size'], vocab_size)
 
 
 class Contestant:
@@ -392,29 +385,6 @@ def time_run(argv) -> dict[str, float]:
         'ms evaluation, a batch': 1000 * clock.seconds['evaluation'] / (3 * 2 * n_batches),
         "ms doctor's check-up after it": 1000 * clock.seconds['check-up'] / 3,
     }
-
-
-# -- nanoGPT ---------------------------------------------------------------------------------------
-
-
-def start_nanogpt(values, data, clone: str) -> NanoGPT:
-    """Returns nanoGPT with the loop of its train.py, with the same model and batch.
-
-    Raises UserError if nanoGPT does not have the config's architecture.
-    """
-    gpt2 = configurator.read_block(train.__file__).defaults
-    for key in NOT_IN_NANOGPT:
-        if values[key] != gpt2[key]:
-            raise UserError(
-                f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; '
-                f"use a config with GPT-2's architecture"
-            )
-    job = {key: values[key] for key in NANOGPT_KEYS} | {
-        'vocab_size': data.vocab_size,
-        'prompt': data.val[:prompt_tokens].tolist(),
-        'train_bin': str((data.folder / 'train.bin').resolve()),
-    }
-    return NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
 
 
 # -- growth ----------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ import difflib
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 import tokenize
 import traceback
 import warnings
@@ -62,11 +64,13 @@ def configure(
     settle: Settle = NO_SETTLING,
     base: str | None = None,
     recall: Recall | None = None,
+    positional: str = 'config/file.py',
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns a script's values and where each one comes from, for example 'command line'.
 
     settle: see resolve. base: another script, whose keys are added to this script's keys. recall:
     function of the values and origins; returns values that replace some of them, and their origin.
+    positional: what --help calls the arguments without a flag.
     The origin of an 'auto' ends in '(auto)'. With --help and --print_config, it prints and exits.
     Raises UserError for an invalid argument.
     """
@@ -81,7 +85,7 @@ def configure(
             block.doc,
         )
     if '--help' in argv or '-h' in argv:
-        print_help(script, block)
+        print_help(script, block, positional)
         raise SystemExit(0)
     printing = [item for item in argv if item in ('--print_config', '--print-config')]
     values, origins = resolve(
@@ -515,16 +519,35 @@ def read_python(path: str) -> tuple[str, ast.Module]:
 # Output of --help and --print_config
 
 
-def print_help(script: str, block: Block) -> None:
-    shown = os.path.relpath(script)
-    usage = f'python {shown} [config/file.py ...] [--key=value ...] [--print_config]'
-    print(f'{block.doc}\n\nusage: {usage}')
-    rows = []
-    for key, default in block.defaults.items():
+def print_help(script: str, block: Block, positional: str) -> None:
+    """Prints what the script does, its usage and its keys, fitted to the terminal's width."""
+    width = max(20, shutil.get_terminal_size().columns)
+    usage = f'usage: python {os.path.relpath(script)} [{positional} ...] [--key=value ...]'
+    usage = textwrap.fill(f'{usage} [--print_config]', width, subsequent_indent=' ' * 7)
+    print(textwrap.fill(' '.join(block.doc.split()), width), usage, sep='\n\n', end='\n\n')
+    keys = {
+        key: f'  --{key}: {describe(block.types[key])} = {default!r}'
+        for key, default in block.defaults.items()
+    }
+    # A comment stands beside its key if both have room, else below it.
+    beside = [len(key) for key in keys.values() if 2 * len(key) < width]
+    column = max(beside, default=0) + 2 if width >= 60 else 6
+    for number, (key, shown) in enumerate(keys.items()):
         if key in block.headings:
-            rows += [('', ''), (block.headings[key], '')]
-        rows.append((f'  --{key}: {describe(block.types[key])} = {default!r}', block.comments[key]))
-    print_columns(rows)
+            print('\n' * (number > 0) + textwrap.fill(block.headings[key], width))
+        margin = ' ' * column
+        comment = textwrap.wrap(
+            block.comments[key],
+            width,
+            initial_indent=margin,
+            subsequent_indent=margin,
+            break_on_hyphens=False,
+        )
+        if comment and len(shown) <= column - 2:
+            comment[0] = shown + comment[0][len(shown) :]
+        else:
+            comment.insert(0, textwrap.fill(shown, width, subsequent_indent=' ' * 6))
+        print('\n'.join(comment))
 
 
 def print_columns(rows: Sequence[tuple[str, str]]) -> None:

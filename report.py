@@ -19,9 +19,7 @@ from nib.report.page import build_page, read_runs, write_report
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 
-out_dir: str = (
-    'out'  # the run's folder; several, separated by commas or without a flag, are compared
-)
+out_dir: str = 'out'  # the run's folder; several, separated by commas, are compared
 page: str = ''  # output file; empty: report.html, or comparison.html for several runs, in out_dir
 png: bool = True  # also save each chart as a PNG in a folder named like the page; needs matplotlib
 watch: bool = False  # serve the page on http://127.0.0.1 and follow the run until Ctrl-C
@@ -30,7 +28,7 @@ port: int = 8008  # port of --watch; 0: any free port
 
 def main(argv):
     named, flags = split_arguments(argv)
-    values, _ = configurator.configure(__file__, flags)
+    values, _ = configurator.configure(__file__, flags, positional='run')
     globals().update(values)
     folders = find_runs(named) if named else split_folders(out_dir)
     defaults = configurator.read_block(TRAIN).defaults

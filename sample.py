@@ -60,12 +60,9 @@ def main(argv):
     prompt = read_prompt(start)
     weights = read_model(init_from, out_dir, which)
     tokenizer = weights.known_tokenizer()
-    try:
-        prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
-    except UserError as error:
-        if origins['start'] != 'default':
-            raise
-        raise UserError(f'{error}; the default prompt is a line break: set another one') from error
+    if origins['start'] == 'default':
+        prompt = default_prompt(tokenizer)
+    prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
     check_sampling(
@@ -145,6 +142,16 @@ def read_prompt(start: str) -> str:
             '--start: the prompt is empty; a model needs at least one character to start from'
         )
     return prompt
+
+
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """Returns a line break or, if the vocabulary has none, its first token."""
+    try:
+        encode_prompt(tokenizer, start, '--start')
+        return start
+    except UserError:
+        first = tokenizer.decode([0])
+        return first.strip() or first
 
 
 def encode_start(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:

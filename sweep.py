@@ -12,12 +12,13 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import configurator
 from nib.checkpoint import store
@@ -27,45 +28,79 @@ from nib.report.compare import compare
 from nib.report.history import read_run, read_runs
 from nib.report.page import write_report
 
+# sweep.py's own keys; all others are train.py's, with commas between several values: --seed=1,2
+sweep_dir: str = 'sweep'  # folder of the runs, their logs and comparison.html
+jobs: int = 1  # runs at a time, each on its own GPU or with its share of the CPU cores
+
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 EXIT_FAILED = 1  # at least one run has failed
+# Ctrl-C; a shutdown; a preemption on a cluster; a closed terminal. Windows has the first two.
+SIGNALS = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')]
+
+
+@dataclass(frozen=True)
+class Planned:
+    folder: Path
+    flags: list[str]  # of train.py
+    values: dict  # of all keys
+
+    @property
+    def log(self) -> Path:
+        return Path(f'{self.folder}.log')
 
 
 def main(argv):
-    if not argv or '--help' in argv:
-        print(__doc__.strip())
-        return 0
-    argv, jobs = take_flag(argv, 'jobs', '1')
-    argv, sweep_dir = take_flag(argv, 'sweep_dir', 'sweep')
-    runs = dict(combinations(argv))
-    for flags in runs.values():
-        configurator.configure(TRAIN, flags)  # a wrong value ends the sweep before its first run
-    slots = find_slots(jobs)
-    print(f'{len(runs)} runs in {sweep_dir}, {len(slots.environments)} at a time')
+    if not argv or {'--help', '-h'} & set(argv):
+        argv = ['--help']
+    own, others = split_arguments(argv)
+    values, _ = configurator.configure(__file__, own)
+    globals().update(values)
+    runs = plan(others)
+    environments = find_environments(runs[0].values['device'])
     Path(sweep_dir).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(len(slots.environments)) as pool:
-        folders = [Path(sweep_dir, name) for name in runs]
-        try:
-            codes = list(pool.map(slots.train, folders, runs.values()))
-        except KeyboardInterrupt:  # the active runs have received it too, and save
-            slots.stopped = True
-            print('stopped; the same command continues', flush=True)
-            raise
-    folders = [folder for folder in folders if is_run(folder)]
+    print(f'{len(runs)} runs, {jobs} at a time; their logs are {Path(sweep_dir, "*.log")}')
+    training = Training(environments)
+    training.train_all(runs)
+    finished = [run.folder for run in runs if is_finished(run)]
+    if training.signal:
+        done = f'{len(finished)} of {len(runs)} runs are finished'
+        print(f'stopped by signal {training.signal}: {done}; the same command continues')
+        return 128 + training.signal
+    folders = [run.folder for run in runs if is_run(run.folder)]
     if folders:
         page = Path(sweep_dir, 'comparison.html')
         write_report(folders, configurator.read_block(TRAIN).defaults, page)
         print_table(*compare(read_runs(folders)))
         print(f'report: {page}')
-    return EXIT_FAILED if any(codes) else 0
+    return 0 if len(finished) == len(runs) else EXIT_FAILED
 
 
-def take_flag(argv: list[str], name: str, default: str) -> tuple[list[str], str]:
-    """Returns the arguments without --name=value, and the value."""
-    start = f'--{name}='
-    values = [argument.removeprefix(start) for argument in argv if argument.startswith(start)]
-    others = [argument for argument in argv if not argument.startswith(start)]
-    return others, values[-1] if values else default
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments with this script's own keys, and the others."""
+    own, others = [], []
+    for before, argument in zip(['', *argv], argv):
+        names = [name.partition('=')[0].replace('-', '_') for name in (before, argument)]
+        is_value = names[0] in ('__sweep_dir', '__jobs') and '=' not in before
+        is_own = is_value or names[1] in ('__sweep_dir', '__jobs', '__help')
+        (own if is_own else others).append(argument)
+    return own, others
+
+
+def plan(argv: list[str]) -> list[Planned]:
+    """Returns a run for each combination of values. Raises UserError if any is impossible."""
+    if any(argument.startswith(('--out_dir', '--init_from=resume')) for argument in argv):
+        raise UserError('--out_dir and --init_from=resume are set for each run; use --sweep_dir')
+    runs: dict[str, Planned] = {}
+    for name, flags in combinations(argv):
+        values, _ = configurator.configure(TRAIN, flags)
+        for other, run in runs.items():
+            if name == other or values == run.values:
+                raise UserError(f'{" and ".join({other, name})}: two runs would be the same')
+        runs[name] = Planned(Path(sweep_dir, name), flags, values)
+    return list(runs.values())
 
 
 def combinations(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -74,82 +109,113 @@ def combinations(argv: list[str]) -> list[tuple[str, list[str]]]:
     swept = [argument.partition('=') for argument in argv if is_swept(argument)]
     if not swept:
         raise UserError('nothing to sweep: give a key several values, as in --seed=1,2')
-    if any(argument.startswith(('--out_dir', '--init_from=resume')) for argument in argv):
-        raise UserError('--out_dir and --init_from=resume are set for each run; use --sweep_dir')
     found = []
     for values in itertools.product(*(text.split(',') for _, _, text in swept)):
-        flags = [f'{key}={value}' for (key, _, _), value in zip(swept, values)]
+        flags = [f'{key}={value.strip()}' for (key, _, _), value in zip(swept, values)]
         name = ' '.join(flag.removeprefix('--') for flag in flags)
         found.append((re.sub(r'[^\w.=+-]+', '_', name), [*fixed, *flags]))
-    if len(dict(found)) < len(found):
-        raise UserError('a value is given twice')
     return found
 
 
 def is_swept(argument: str) -> bool:
-    return argument.startswith('--') and ',' in argument.partition('=')[2]
+    """Returns whether a flag has several values. A comma may also belong to a path that exists."""
+    value = argument.partition('=')[2]
+    return argument.startswith('--') and ',' in value and not os.path.exists(value)
 
 
-def find_slots(jobs: str) -> 'Slots':
-    """Returns the places for `jobs` runs at once, at most one on each GPU or CPU core."""
+def find_environments(device: str) -> list[dict]:
+    """Returns the environment variables of each job, at most one on each GPU or CPU core."""
     import torch  # late, because the check of the arguments does not need it
 
-    gpus = torch.cuda.device_count()
+    gpus = 0 if device == 'cpu' else torch.cuda.device_count()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     most, unit = (gpus, 'GPUs') if gpus else (cores, 'CPU cores')
-    if not jobs.isdigit() or not 1 <= int(jobs) <= most:
+    if not 1 <= jobs <= most:
         raise UserError(f'--jobs={jobs}: expected 1 to {most}, the number of {unit}')
-    n = int(jobs)
-    if n == 1:
-        return Slots([{}])
+    if jobs == 1:
+        return [{}]
     if gpus:
-        visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
-        names = visible if len(visible) >= gpus and visible[0] else list(map(str, range(gpus)))
-        return Slots([{'CUDA_VISIBLE_DEVICES': names[slot]} for slot in range(n)])
-    return Slots([{'OMP_NUM_THREADS': str(max(1, cores // n))}] * n)
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus)))
+        return [{'CUDA_VISIBLE_DEVICES': name.strip()} for name in visible.split(',')[:jobs]]
+    return [{'OMP_NUM_THREADS': str(max(1, cores // jobs))}] * jobs
 
 
-class Slots:
-    """Trains runs, each with the environment variables of a free slot."""
+# -- training --------------------------------------------------------------------------------------
+
+
+class Training:
+    """Trains runs, as many at a time as there are environments, until a signal stops it."""
 
     def __init__(self, environments: list[dict]):
-        self.environments = environments
-        self.free = SimpleQueue()
-        self.stopped = False
-        for environment in environments:
-            self.free.put(environment)
+        self.free = environments
+        self.active: list[tuple[subprocess.Popen, Planned, dict, float]] = []
+        self.signal = 0  # the signal received; 0: none
 
-    def train(self, folder: Path, flags: list[str]) -> int:
-        """Starts or resumes a run, unless it has ended. Returns its exit code."""
-        if self.stopped:
-            return 1
-        if is_finished(folder):
-            print(f'{folder.name}: already finished', flush=True)
-            return 0
-        start = ['--init_from=resume'] if store.exists(folder) else []
-        command = [sys.executable, TRAIN, *flags, f'--out_dir={folder}', *start]
-        log, began, environment = Path(f'{folder}.log'), time.perf_counter(), self.free.get()
-        with open(log, 'a', encoding='utf-8') as output:
+    def train_all(self, runs: list[Planned]):
+        waiting, told = list(runs), False
+        previous = {number: signal.getsignal(number) for number in filter(None, SIGNALS)}
+        for number, handler in previous.items():
+            if handler != signal.SIG_IGN:  # by nohup, for example
+                signal.signal(number, self.receive)
+        while self.active or waiting and not self.signal:
+            while waiting and self.free and not self.signal:
+                self.start(waiting.pop(0))
+            if self.signal and not told:
+                print('stopping: the active runs save (again: at once, without saving)', flush=True)
+                told = True
+            for job in [job for job in self.active if job[0].poll() is not None]:
+                self.active.remove(job)
+                self.end(*job)
+            time.sleep(0.1)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        """Passes a signal on to the active runs. Runs that have it already ignore the second."""
+        self.signal = number
+        for process, *_ in self.active:
+            with suppress(ValueError):  # Windows sends Ctrl-C to all processes itself
+                process.send_signal(number)
+
+    def start(self, run: Planned):
+        """Starts or resumes a run, unless it has finished."""
+        if is_finished(run):
+            print(f'{run.folder.name}: already finished', flush=True)
+            return
+        resume = ['--init_from=resume'] if store.exists(run.folder) else []
+        command = [sys.executable, TRAIN, *run.flags, f'--out_dir={run.folder}', *resume]
+        environment = self.free.pop()
+        with open(run.log, 'a', encoding='utf-8') as output:
             output.write(f'{shlex.join(command)}\n')
             output.flush()
-            code = subprocess.call(
+            process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
             )
-        self.free.put(environment)
-        self.stopped = self.stopped or code in (130, 143)  # by Ctrl-C or a signal
-        seconds = time.perf_counter() - began
-        lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
-        said = f'exit code {code}, {lines[-1]} (see {log})' if code else f'done in {seconds:.0f} s'
-        print(f'{folder.name}: {said}', flush=True)
-        return code
+        self.active.append((process, run, environment, time.perf_counter()))
+        if self.signal:  # since the loop has looked
+            self.receive(self.signal, None)
+
+    def end(self, process, run: Planned, environment: dict, began: float):
+        """Frees the environment of a run that has ended, and prints a line about it."""
+        self.free.append(environment)
+        if self.signal:
+            return
+        if process.returncode:
+            lines = run.log.read_text(encoding='utf-8', errors='replace').splitlines()
+            said = f'exit code {process.returncode}, {lines[-1]} (see {run.log})'
+        else:
+            best = read_run(run.folder).best()
+            loss = f'best validation loss {best[1]:.4f}, ' if best else ''
+            said = f'{loss}{time.perf_counter() - began:.0f} s'
+        print(f'{run.folder.name}: {said}', flush=True)
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(run: Planned) -> bool:
     """Returns whether a run has evaluated the whole validation split at its end."""
-    if not is_run(folder):
+    if not is_run(run.folder):
         return False
-    run = read_run(folder)
-    return max(run.numbers.get('loss/val_whole', {}), default=-1) >= run.config.get('max_iters', 0)
+    ends = read_run(run.folder).numbers.get('loss/val_whole', {})
+    return max(ends, default=-1) >= run.values['max_iters']
 
 
 def print_table(names, rows):

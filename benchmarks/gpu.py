@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import pickle
 import re
@@ -55,36 +56,22 @@ seconds: int = 0  # time limit of all stages together; 0: only the limits of eac
 batches: str = '16,32'  # sequences per micro step in the gpt2 stage
 recipe_seconds: int = 60  # training time of each recipe
 
-LIMITS = {
-    'tests': 240,
-    'gpt2': 240,
-    'char': 150,
-    'sampling': 150,
-    'determinism': 180,
-    'profile': 100,
-    'recipes': 470,
-}  # seconds
+LIMITS = dict(  # seconds
+    tests=240, gpt2=240, char=150, sampling=150, determinism=180, profile=100, recipes=470
+)
 TARGET = 1.4697  # validation loss that nanoGPT publishes for config/train_shakespeare_char.py
 TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
-TOY_FLAGS = [
-    '--device=cpu',
-    '--n_layer=1',
-    '--n_head=2',
-    '--n_embd=32',
-    '--block_size=32',
-    '--batch_size=4',
-    '--max_iters=30',
-    '--eval_interval=15',
-    '--eval_iters=2',
-    '--log_interval=5',
-    '--compile=False',
-]
+TOY_FLAGS = (
+    '--device=cpu --n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --max_iters=30 '
+    '--eval_interval=15 --eval_iters=2 --log_interval=5 --compile=False'
+).split()
 OUR_LOOP = """
 import json, sys
 from benchmarks.gpu_kernels import serve
 for figures in serve(json.loads(sys.argv[1]), sys.stdin):
     print(json.dumps(figures), flush=True)
 """
+PYTHON = [sys.executable, '-u']
 IN_PROCESS = """
 import json, sys
 from benchmarks import gpu_kernels
@@ -115,9 +102,8 @@ def main(argv):
             print(f'{name}: done before', flush=True)
             continue
         limit = min(60 if rehearse else LIMITS[name], end - time.monotonic())
-        print(
-            run_in_process(name, argv, limit) if limit > 10 else f'{name}: no time left', flush=True
-        )
+        figures = run_in_process(name, argv, limit) if limit > 10 else f'{name}: no time left'
+        print(figures, flush=True)
 
 
 def configure(argv):
@@ -154,10 +140,8 @@ def run_in_process(name: str, argv, limit: float) -> str:
     end_group(process)
     figures = Figures(name, read_results().get(name, {}))
     if outcome == 'failed':
-        said = (Path(out) / f'{name}.log').read_text(errors='replace').strip().splitlines() or [
-            'nothing'
-        ]
-        outcome = f'failed: {said[-1][:300]}'
+        said = (Path(out) / f'{name}.log').read_text(errors='replace').strip().splitlines()
+        outcome = f'failed: {said[-1][:300] if said else "nothing was printed"}'
     figures.note('seconds', time.perf_counter() - started)
     figures.note('outcome', outcome)
     return (Path(out) / f'{name}.txt').read_text()
@@ -191,11 +175,8 @@ class Figures:
 
     def note(self, name: str, value: float | str | bool):
         self.values[name] = value
-        shown = (
-            measure.show(value)
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-            else str(value)
-        )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        shown = measure.show(value) if is_number else str(value)
         with open(Path(out) / f'{self.stage}.txt', 'a') as file:
             file.write(f'{self.stage}: {name:60} {shown}\n')
         save(self.stage, self.values)
@@ -237,12 +218,8 @@ def gpt2_config(**changes) -> dict:
         'vocab_size': 50257,
         'folder': str(random_tokens()),
     }
-    return (
-        configurator.read_block(train.__file__).defaults
-        | own
-        | changes
-        | (TOY | {'batch_size': 2} if rehearse else {})
-    )
+    toy = TOY | {'batch_size': 2} if rehearse else {}
+    return configurator.read_block(train.__file__).defaults | own | changes | toy
 
 
 def random_tokens() -> Path:
@@ -261,12 +238,23 @@ def find_text() -> Path:
     path = Path(text or Path(out) / 'text.txt')
     if not path.exists():
         sources = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
-        path.write_text(
-            ''.join(source.read_text(encoding='ascii', errors='ignore') for source in sources)[
-                : 100_000 if rehearse else 5_000_000
-            ]
-        )
+        whole = ''.join(s.read_text(encoding='ascii', errors='ignore') for s in sources)
+        path.write_text(whole[: 100_000 if rehearse else 5_000_000])
     return path
+
+
+def write_characters(path: Path, folder: Path):
+    """Writes the bins of a text's characters as nanoGPT does. Both projects read them."""
+    whole = path.read_text(encoding='utf-8', errors='ignore')
+    characters = sorted(set(whole))
+    numbers = {character: number for number, character in enumerate(characters)}
+    ids = np.array([numbers[character] for character in whole], dtype=np.uint16)
+    n_train = int(0.9 * len(ids))
+    folder.mkdir(parents=True, exist_ok=True)
+    ids[:n_train].tofile(folder / 'train.bin')
+    ids[n_train:].tofile(folder / 'val.bin')
+    meta = {'vocab_size': len(characters), 'stoi': numbers, 'itos': dict(enumerate(characters))}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
 
 
 # -- stages ----------------------------------------------------------------------------------------
@@ -275,21 +263,13 @@ def find_text() -> Path:
 def run_tests(figures, end):
     """The tests marked gpu, several at a time if pytest-xdist is installed."""
     parallel = ['-n', '8'] if importlib.util.find_spec('xdist') and not rehearse else []
-    command = [
-        sys.executable,
-        '-u',
-        '-m',
-        'pytest',
-        'tests/test_gpu.py',
-        '-m',
-        'gpu',
-        '-vv',
-        '--tb=short',
-        '-p',
-        'no:cacheprovider',
-    ]
+    command = 'pytest tests/test_gpu.py -m gpu -vv --tb=short -p no:cacheprovider'.split()
     process = subprocess.Popen(
-        [*command, *parallel], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, '-u', '-m', *command, *parallel],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     counts, last = {}, ''
     for line in process.stdout:
@@ -378,100 +358,51 @@ def measure_char(figures, end):
     is_shakespeare = (
         hashlib.sha256(path.read_bytes()).hexdigest() == shakespeare.SHA256 and not rehearse
     )
-    subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / 'data/shakespeare_char/prepare.py'),
-            f'--input={path}',
-            f'--out_dir={data}',
-        ],
-        check=True,
-    )
+    write_characters(path, data)
     toy = TOY_FLAGS if rehearse else []
-    ours = [sys.executable, '-u', str(ROOT / 'train.py')]
-    where = [
-        f'--data_dir={data.parent}',
-        '--fallback_dataset=',
-        '--overwrite=True',
-        '--report=False',
-        *toy,
-    ]
+    ours = [f'--data_dir={data.parent}', '--fallback_dataset=', '--overwrite', '--no-report', *toy]
+    fast = ['--max_iters=1000', '--eval_interval=100']
+    train_py = [*PYTHON, 'train.py']
+    char, fast_char = 'config/train_shakespeare_char.py', 'config/fast_shakespeare_char.py'
     runs = {
-        'nibGPT': (
-            [*ours, 'config/train_shakespeare_char.py', f'--out_dir={out}/char', *where],
-            ROOT,
-        ),
-        'fast': (
-            [
-                *ours,
-                'config/fast_shakespeare_char.py',
-                f'--out_dir={out}/char-fast',
-                '--max_iters=1000',
-                '--eval_interval=100',
-                *where,
-            ],
-            ROOT,
-        ),
+        'nibGPT': ([*train_py, char, f'--out_dir={out}/char', *ours], ROOT),
+        'fast': ([*train_py, fast_char, f'--out_dir={out}/char-fast', *fast, *ours], ROOT),
     }
-    if nanogpt:
-        own = [flag for flag in toy if flag != '--log_interval=5'] + [
-            '--log_interval=1' if rehearse else '--log_interval=10'
-        ]
-        runs['nanoGPT'] = (
-            [
-                sys.executable,
-                '-u',
-                'train.py',
-                'config/train_shakespeare_char.py',
-                f'--out_dir={out}/char-nanogpt',
-                *own,
-            ],
-            copy_nanogpt(data),
-        )
+    if nanogpt:  # which prints only every log_interval-th step's time
+        theirs = [*toy, f'--log_interval={1 if rehearse else 10}']
+        command = [*train_py, char, f'--out_dir={out}/char-nanogpt', *theirs]
+        runs['nanoGPT'] = command, copy_nanogpt(data)
     for i, (name, (command, folder)) in enumerate(runs.items()):
-        left = (
-            (end - 5 - time.perf_counter()) / (len(runs) - i) * (1 if i == len(runs) - 1 else 1.2)
-        )
-        evaluations, lines, reached = watch_run(
-            command, folder, left, TARGET if is_shakespeare else 1e9
-        )
+        left = (end - 5 - time.perf_counter()) / (len(runs) - i)
+        if i < len(runs) - 1:
+            left *= 1.2
+        target = TARGET if is_shakespeare else math.inf
+        evaluations, lines, reached = watch_run(command, folder, left, target)
         if is_shakespeare:
-            figures.note(
-                f'{name}: seconds to {TARGET}',
-                evaluations[-1][0] if reached else 'not reached in its time',
-            )
-            figures.note(
-                f'{name}: step, loss of each evaluation',
-                ', '.join(f'{step}: {loss}' for _, step, loss in evaluations),
-            )
-        if times := [
-            float(ms) for line in lines for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', line)
-        ]:
-            figures.note(f'{name}: ms per step', statistics.median(times))
+            seconds = evaluations[-1][0] if reached else 'not reached in its time'
+            losses = ', '.join(f'{step}: {loss}' for _, step, loss in evaluations)
+            figures.note(f'{name}: seconds to {TARGET}', seconds)
+            figures.note(f'{name}: step, loss of each evaluation', losses)
+        times = re.findall(r'^iter \d+: .*time ([\d.]+)ms', ''.join(lines), re.MULTILINE)
+        if times:
+            figures.note(f'{name}: ms per step', statistics.median(map(float, times)))
         elif name != 'nanoGPT' and len(evaluations) > 1:
             speeds = read_run(f'{out}/char{"-fast" * (name == "fast")}').values('tokens_per_second')
             tokens = 4 * 32 if rehearse else 64 * 256
             figures.note(f'{name}: ms per step', 1000 * tokens / statistics.median(speeds))
         else:
-            figures.note(
-                name, f'no steps; it ended with: {lines[-1].strip() if lines else "nothing"}'
-            )
+            said = lines[-1].strip() if lines else 'nothing'
+            figures.note(name, f'no steps; it ended with: {said}')
 
 
 def copy_nanogpt(data: Path) -> Path:
     """Copies the clone, with the dataset's tokens as its data."""
     folder = Path(out) / 'nanogpt'
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / 'data' / 'shakespeare_char').mkdir(parents=True)
+    shutil.copytree(Path(nanogpt) / 'config', folder / 'config')
     for path in Path(nanogpt).glob('*.py'):
         shutil.copy(path, folder)
-    shutil.copytree(Path(nanogpt) / 'config', folder / 'config')
-    for name in ('train.bin', 'val.bin'):
-        shutil.copy(data / name, folder / 'data' / 'shakespeare_char')
-    vocab_size = json.loads((data / 'meta.json').read_text())['vocab_size']
-    (folder / 'data' / 'shakespeare_char' / 'meta.pkl').write_bytes(
-        pickle.dumps({'vocab_size': vocab_size})
-    )
+    shutil.copytree(data, folder / 'data' / 'shakespeare_char')
     return folder
 
 
@@ -585,29 +516,13 @@ def check_determinism(figures, end):
     }
     jobs = {'operations': ('repeat_operations', base, {})}
     for compiled in (False,) if rehearse else (True, False):
-        for attention, deterministic in [
-            ('default', False),
-            ('flash', False),
-            ('cuDNN', False),
-            ('default', True),
-            ('flash', True),
-        ]:
-            if rehearse and attention != 'default':
-                continue
-            name = ', '.join(
-                [
-                    'compiled' if compiled else 'eager',
-                    f'{attention} attention',
-                    *['deterministic'] * deterministic,
-                ]
-            )
-            job = base | {
-                'compile': compiled,
-                'attention': attention,
-                'deterministic': deterministic,
-            }
-            extra = {'CUBLAS_WORKSPACE_CONFIG': ':4096:8'} if deterministic else {}
-            jobs[name] = ('repeat_steps', job, extra)
+        for attention in ('default',) if rehearse else ('default', 'flash', 'cuDNN'):
+            for deterministic in (False, True)[: 1 + (attention != 'cuDNN')]:
+                kernel = f'{attention} attention{", deterministic" * deterministic}'
+                job = {'compile': compiled, 'attention': attention, 'deterministic': deterministic}
+                extra = {'CUBLAS_WORKSPACE_CONFIG': ':4096:8'} if deterministic else {}
+                name = f'{"compiled" if compiled else "eager"}, {kernel}'
+                jobs[name] = ('repeat_steps', base | job, extra)
 
     def run(name):
         function, job, extra = jobs[name]
@@ -670,56 +585,30 @@ def profile(figures, end):
 def compare_recipes(figures, end):
     """fast_gpt2's recipe against train_gpt2's: the loss after the same training time."""
     path, data = find_text(), Path(out) / 'data' / 'recipes'
-    for tokenizer in (
-        ('byte',) if rehearse else ('gpt2', 'byte')
-    ):  # GPT-2's needs files that may be missing
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / 'data/text/prepare.py'),
-                f'--input={path}',
-                f'--tokenizer={tokenizer}',
-                f'--out_dir={data}',
-            ],
-            env=environment(),
-        )
-        if done.returncode == 0:
-            break
-    figures.note('tokens', tokenizer)
-    size = (TOY_FLAGS if rehearse else ['--batch_size=16']) + [
-        '--gradient_accumulation_steps=2' if rehearse else '--gradient_accumulation_steps=4'
-    ]
-    tokens_per_step = 2 * 4 * 32 if rehearse else 4 * 16 * 1024
+    prepare = [*PYTHON, ROOT / 'data/text/prepare.py', f'--input={path}', f'--out_dir={data}']
+    # GPT-2's tokenizer needs tiktoken, and files that it may have to download.
+    if rehearse or subprocess.run([*prepare, '--tokenizer=gpt2'], env=environment()).returncode:
+        shutil.rmtree(data, ignore_errors=True)
+        write_characters(path, data)
+    figures.note('tokens', 'characters' if (data / 'meta.pkl').exists() else 'gpt2')
+    micro_steps = 2 if rehearse else 4
+    size = TOY_FLAGS if rehearse else ['--batch_size=16']
+    size = [*size, f'--gradient_accumulation_steps={micro_steps}']
+    tokens_per_step = micro_steps * (4 * 32 if rehearse else 16 * 1024)
+
+    def run(name, steps):
+        folder = Path(out) / name
+        where = ['--dataset=recipes', f'--data_dir={data.parent}', f'--out_dir={folder}']
+        schedule = [f'--max_iters={steps}', f'--warmup_iters={max(1, steps // 20)}']
+        watching = [f'--eval_interval={steps}', '--eval_iters=5', '--log_interval=5', '--no-report']
+        flags = [*where, '--overwrite', *size, *schedule, *watching]
+        subprocess.run([*PYTHON, 'train.py', f'config/{name}.py', *flags], cwd=ROOT, check=True)
+        return read_run(folder)
+
     for name in ('train_gpt2', 'fast_gpt2'):
-
-        def run(steps, name=name):
-            folder = Path(out) / name
-            subprocess.run(
-                [
-                    sys.executable,
-                    '-u',
-                    'train.py',
-                    f'config/{name}.py',
-                    '--dataset=recipes',
-                    f'--data_dir={data.parent}',
-                    f'--out_dir={folder}',
-                    '--overwrite=True',
-                    '--report=False',
-                    *size,
-                    f'--max_iters={steps}',
-                    f'--warmup_iters={max(1, steps // 20)}',
-                    f'--eval_interval={steps}',
-                    '--eval_iters=5',
-                    '--log_interval=5',
-                ],
-                cwd=ROOT,
-                check=True,
-            )
-            return read_run(folder)
-
-        speed = max(run(30 if rehearse else 20).values('tokens_per_second'))
+        speed = max(run(name, 30 if rehearse else 20).values('tokens_per_second'))
         steps = 30 if rehearse else max(20, int(recipe_seconds * speed / tokens_per_step))
-        done = run(steps)
+        done = run(name, steps)
         figures.note(f'{name}: tokens/s', speed)
         figures.note(f'{name}: steps', steps)
         figures.note(f'{name}: validation loss', done.values('loss/val_whole')[-1])

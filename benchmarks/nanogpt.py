@@ -6,7 +6,19 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import configurator
+import train
 from nib.errors import UserError
+
+# Keys that nanoGPT's code does not have; the config must leave them as GPT-2 has them.
+NOT_IN_NANOGPT = (
+    'n_kv_head head_dim position norm qk_norm mlp mlp_width tied_head logit_cap zero_init '
+    'optimizer'.split()
+)
+NANOGPT_KEYS = (
+    'device dtype compile block_size batch_size gradient_accumulation_steps n_layer n_head n_embd '
+    'dropout bias learning_rate beta1 beta2 weight_decay grad_clip steps new_tokens'.split()
+)
 
 
 class NanoGPT:
@@ -46,6 +58,26 @@ class NanoGPT:
         raise UserError(
             f'nanoGPT ended with exit code {self._process.wait()}; see its output above'
         )
+
+
+def start_training(values, data, clone: str) -> NanoGPT:
+    """Returns nanoGPT with the loop of its train.py, with the same model and batch.
+
+    Raises UserError if nanoGPT does not have the config's architecture.
+    """
+    gpt2 = configurator.read_block(train.__file__).defaults
+    for key in NOT_IN_NANOGPT:
+        if values[key] != gpt2[key]:
+            raise UserError(
+                f'--vs_nanogpt: nanoGPT has no {key} {values[key]}; '
+                f"use a config with GPT-2's architecture"
+            )
+    job = {key: values[key] for key in NANOGPT_KEYS} | {
+        'vocab_size': data.vocab_size,
+        'prompt': data.val[: values['prompt_tokens']].tolist(),
+        'train_bin': str((data.folder / 'train.bin').resolve()),
+    }
+    return NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
 
 
 NANOGPT_LOOP = """

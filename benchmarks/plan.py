@@ -19,7 +19,7 @@ PARTS = {
     'optimizer': "optimizer's state",
     'activations': 'activations, with 16-bit copies of the weights',
     'logits': 'logits and the rest of the loss',
-    'work': 'temporary tensors of the backward pass',
+    'work': 'temporary tensors and gaps, on a CPU',
     'update': "optimizer's temporary tensors",
 }
 

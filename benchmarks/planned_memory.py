@@ -1,8 +1,8 @@
-"""Compares the planned memory of ten configs with what training on this CPU takes.
+"""Compares the planned memory of configs with what training on this CPU takes.
 
     python benchmarks/planned_memory.py --result=benchmarks/results/planned_memory.txt
 
-Each config trains for three steps on random tokens in a process of its own. Measured is its peak
+Each config trains for five steps on random tokens in a process of its own. Measured is its peak
 memory (Linux only) above that after a step of a tiny model, which has loaded the libraries.
 """
 
@@ -31,10 +31,15 @@ only: str = ''  # flags of train.py, separated by spaces; measure this config on
 
 MODERN = '--position=rotary --norm=rms --qk_norm --mlp=swiglu --no-tied_head'
 MUON = '--optimizer=muon'
-LARGE = '--n_embd=768 --n_head=12'
+SWIGLU = '--mlp=swiglu --no-tied_head'
+GROUPED = '--n_kv_head=2 --position=rotary --norm=rms'
+SMALL = '--n_layer=4 --n_embd=256 --n_head=4'
 MEDIUM = '--n_layer=6 --n_embd=384 --n_head=6'
+DEEP = '--n_layer=8 --n_embd=384 --n_head=6'
+WIDE = '--n_layer=4 --n_embd=512 --n_head=8'
+LARGE = '--n_embd=768 --n_head=12'
 ACCUMULATED = '--gradient_accumulation_steps=2'
-CONFIGS = (
+CONFIGS = (  # GAPS in nib/machine/memory.py was fitted to the first ten
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16',
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32',
     f'{MEDIUM} --block_size=512 --batch_size=8 --dtype=bfloat16 {ACCUMULATED}',
@@ -45,6 +50,24 @@ CONFIGS = (
     f'{LARGE} --n_layer=8 --block_size=128 --batch_size=2 --dtype=bfloat16 {MODERN} {MUON}',
     f'{LARGE} --n_layer=6 --block_size=256 --batch_size=8 --dtype=bfloat16 --mlp=relu2 --bias',
     f'{LARGE} --n_layer=12 --block_size=1024 --batch_size=2 --dtype=bfloat16',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=bfloat16',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=float32',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=bfloat16 --no-tied_head',
+    f'{WIDE} --block_size=128 --batch_size=4 --dtype=bfloat16 --gradient_accumulation_steps=4',
+    f'{WIDE} --block_size=128 --batch_size=8 --dtype=float32 {MODERN} {ACCUMULATED}',
+    '--n_layer=2 --n_embd=256 --n_head=4 --block_size=256 --batch_size=8 --dtype=bfloat16',
+    f'{SMALL} --block_size=2048 --batch_size=2 --dtype=bfloat16',
+    f'{SMALL} --block_size=2048 --batch_size=2 --dtype=float32',
+    f'{DEEP} --block_size=512 --batch_size=8 --dtype=bfloat16 --recompute {MODERN}',
+    f'{DEEP} --block_size=256 --batch_size=16 --dtype=bfloat16 {MODERN} {MUON} --vocab_size=256',
+    f'{MEDIUM} --block_size=256 --batch_size=8 --dtype=float32 --optimizer=sgd',
+    f'{WIDE} --block_size=512 --batch_size=4 --dtype=bfloat16 {GROUPED}',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 {SWIGLU} --vocab_size=5000',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16 --dropout=0.2 --vocab_size=65',
+    f'{MEDIUM} --block_size=256 --batch_size=32 --dtype=float32 --vocab_size=65',
+    f'{LARGE} --n_layer=4 --block_size=256 --batch_size=4 --dtype=bfloat16 {MUON} {ACCUMULATED}',
+    f'{MEDIUM} --block_size=256 --batch_size=8 --dtype=bfloat16 --mlp=relu2 --logit_cap=15',
+    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 --recompute --vocab_size=1000',
 )
 TINY = {'n_layer': 1, 'n_head': 1, 'n_kv_head': 0, 'n_embd': 32, 'block_size': 16, 'batch_size': 1}
 
@@ -77,13 +100,13 @@ def measure_in_fresh_process(flags: str) -> tuple[float, float]:
 
 
 def measure_config(flags: list[str]) -> tuple[float, float]:
-    """Trains for three steps, and returns the planned and the measured memory in MB."""
+    """Trains for five steps, and returns the planned and the measured memory in MB."""
     values = bench.read_config(['--device=cpu', '--gradient_accumulation_steps=1', *flags])
     with tempfile.TemporaryDirectory() as scratch:
         take_steps(values | TINY, Path(scratch) / 'tiny', 1)
         gc.collect()
         before = resident_memory()
-        vocab_size = take_steps(values, Path(scratch) / 'run', 3)
+        vocab_size = take_steps(values, Path(scratch) / 'run', 5)
     plan = plan_memory(GPTConfig.pick(values, vocab_size), values)
     peak = peak_memory('cpu')
     assert peak is not None

@@ -41,6 +41,10 @@ GPU_TROUBLES = {
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The same from libraries whose errors have no number: safetensors, torch.save, numpy.
+NOT_WRITTEN = (
+    r'os error \d+\)|StreamWriter failed|unexpected pos \d+ vs \d+|\d+ requested and \d+ written'
+)
 
 
 class UserError(ValueError):
@@ -140,6 +144,12 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(out_of_memory)
 
 
+def gpu_remedy(message: str) -> str | None:
+    """Returns what to do about a message about a GPU's software, if it is a known one."""
+    found = (remedy for pattern, remedy in GPU_TROUBLES.items() if re.search(pattern, message))
+    return next(found, None)
+
+
 def _explain(error: Exception) -> str | None:
     """Returns a sentence about an unexpected error that the user can fix; None if it is a bug."""
     message = ' '.join(str(error).split())
@@ -149,16 +159,22 @@ def _explain(error: Exception) -> str | None:
             '--recompute, or use a smaller model (in sample.py: fewer --num_samples); the message '
             f'was: {message[:200]}'
         )
-    for pattern, remedy in GPU_TROUBLES.items():
-        if isinstance(error, RuntimeError) and re.search(pattern, message):
-            return f'{remedy}; the message was: {message[:200]}'
+    if isinstance(error, RuntimeError) and (remedy := gpu_remedy(message)):
+        return f'{remedy}; the message was: {message[:200]}'
     if isinstance(error, OverflowError):
         return (
             'a number is too large for this machine, use a smaller one; the message was: '
             f'{message[:200]}'
         )
+    if isinstance(error, FileNotFoundError) and not os.path.exists(os.curdir):
+        return 'the working directory has been deleted: change to another one (cd)'
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; fix this, or choose another path'
+    if re.search(NOT_WRITTEN, message):
+        return (
+            'a file could not be written completely: free some space, or choose another path; the '
+            f'message was: {message[:200]}'
+        )
     null_in_path = isinstance(error, ValueError) and 'embedded null' in message
     if isinstance(error, UnicodeEncodeError) or null_in_path:
         return (

@@ -40,6 +40,23 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder, which becomes `path` once it is complete.
+
+    On any error, nothing is left behind. path: must not exist.
+    """
+    path = Path(path)
+    temporary = path.with_name(_temporary_name(path.name, os.getpid()))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def clear_temporaries(folder: str | os.PathLike, *names: str):
     """Removes temporary files of these names that processes left when they were killed."""
     for name in names:
@@ -132,7 +149,10 @@ def sync_folder(folder: str | os.PathLike):
 
 def shown(path: str | os.PathLike) -> str:
     """Returns a path as a person would type it: relative, if it is in the working directory."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except FileNotFoundError:  # the working directory has been deleted
+        return os.fspath(path)
     return os.fspath(path) if relative.startswith('..') else relative
 
 

@@ -1,8 +1,6 @@
 """GPT-2's tokenizer for tests: the real one if its files exist, and a small one without files."""
 
 import pytest
-import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
 
 from nib.errors import UserError
 from nib.text import tokenizer
@@ -39,6 +37,9 @@ def small_gpt2(monkeypatch):
 
     The code and the rules for splitting a text are the same.
     """
+    import tiktoken  # which is missing on a bare machine with a GPU
+    from tiktoken_ext.openai_public import r50k_pat_str
+
     ranks = {bytes([byte]): byte for byte in range(256)} | {
         merge: 256 + rank for rank, merge in enumerate(MERGES)
     }

@@ -75,3 +75,47 @@ def byte_fallback() -> Tokenizer:
         single='<s> $A', special_tokens=[('<s>', 1)]
     )
     return made
+
+
+def split_like(splits: str) -> Tokenizer:
+    """A byte-level tokenizer that splits a text as a family of open models does."""
+    made = Tokenizer(models.BPE())
+    by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    contractions = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    digits = {'llama': r'\p{N}{1,3}', 'qwen': r'\p{N}', 'ours': r'\p{N}{1,3}'}
+    if splits == 'ours':
+        contractions = "(?i:'(?:[dmst]|ll|re|ve))"
+    if splits == 'gpt2':
+        made.pre_tokenizer = by_gpt2
+    elif splits == 'smollm':
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), by_gpt2])
+    else:
+        pattern = (
+            contractions
+            + r'|[^\r\n\p{L}\p{N}]?\p{L}+|'
+            + digits[splits]
+            + r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+        )
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), 'isolated'),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    if splits == 'qwen':
+        made.normalizer = normalizers.NFC()
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=['<|end|>'],
+        show_progress=False,
+    )
+    # Merges of white space, signs and digits too, so that a wrong split shows.
+    corpus = [
+        *CORPUS,
+        "  \n\n \t\t x\n  !!\n\n...'s 'll  11 222 3333 1a a1 é— —é中文。\n\xa0\xa0 \u3000",
+    ]
+    made.train_from_iterator(corpus * 3, trainer)
+    made.add_tokens([AddedToken('née', normalized=True)])
+    return made

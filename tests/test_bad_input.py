@@ -939,7 +939,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     before = contents(place)
     ended = run_main(script, f'--out_dir={place / "data/tiny"}')
     assert_refused(
-        ended, ['could not download', 'tiny/input.txt', reason, 'input.txt, or run', '--input=PATH']
+        ended, ['tiny/input.txt could not be downloaded', f'({reason}', 'save it under this name']
     )
     assert contents(place) == before
 

@@ -360,15 +360,9 @@ def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, f
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='Linux tells the memory of a process')
-@pytest.mark.parametrize(
-    'dtype',
-    [
-        'float32',
-        pytest.param('bfloat16', marks=pytest.mark.xfail(reason='takes 1/6 more than planned')),
-    ],
-)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_planned_memory_is_what_training_takes(dtype):
-    """A size whose memory is mostly the model's; the benchmark measures ten configs."""
+    """A size whose memory is mostly the model's; the benchmark measures many configs."""
     size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8'
     planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
-    assert planned == pytest.approx(measured, rel=0.15)
+    assert planned == pytest.approx(measured, rel=0.1)

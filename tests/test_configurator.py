@@ -513,6 +513,19 @@ def test_help_shows_every_key_under_its_heading(script, capsys):
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.parametrize('width', [30, 40, 60, 80, 120])
+def test_help_fits_the_width_of_the_terminal(run_main, monkeypatch, width):
+    monkeypatch.setenv('COLUMNS', str(width))
+    keys = read_block(str(ROOT / 'train.py'))
+    for script in ('train.py', 'report.py', 'sweep.py'):
+        shown = run_main(script, '--help').stdout
+        assert max(map(len, shown.splitlines())) <= width
+    words = ' '.join(run_main('train.py', '--help').stdout.split())
+    for key, comment in keys.comments.items():
+        default = ' '.join(repr(keys.defaults[key]).split())
+        assert re.search(rf'--{key}: [^=]+ = {re.escape(default)} {re.escape(comment)}', words), key
+
+
 def test_print_config_shows_values_and_origins(script, config, capsys):
     path = config('\ndropout = 1')
     with pytest.raises(SystemExit) as stopped:

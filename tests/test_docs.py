@@ -73,6 +73,12 @@ RUN = {
         '--out_dir=data/notes',
     ],
     'python data/text/prepare.py '
+    '--input=PATH/TO/NOTES --tokenizer=bpe --vocab_size=4096 --name=notes': [
+        '--vocab_size=260',
+        '--name=',
+        '--out_dir=data/trained',
+    ],
+    'python data/text/prepare.py '
     '--input=PATH/TO/NOTES --tokenizer=out-shakespeare-char --name=more': [
         '--name=',
         '--out_dir=data/more',
@@ -127,6 +133,7 @@ NEEDS_NETWORK = {
     'pip install -r requirements-dev.txt': 'installs packages',
     'pip install datasets': 'installs packages',
     'pip install huggingface_hub': 'installs packages',
+    'pip install gguf': 'installs packages',
     'pip install tokenizers': 'installs packages',
     'pip install tokenizers huggingface_hub': 'installs packages',
     'pip install "llama-cpp-python[server]" openai': 'installs packages',
@@ -169,6 +176,7 @@ LONG = {
     'python stress/corruption.py': 'damages 10,000 checkpoints',
     'python stress/datasets.py': 'starts 800 processes',
     'python stress/fuzz.py': 'runs 10,000 command lines',
+    'python stress/foreign_models.py': 'changes 1,500 models',
     'python stress/encodings.py --cases=2000': 'prepares 2,000 texts',
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',

@@ -146,7 +146,7 @@ def test_escapes_in_a_flag_are_read_as_help_shows_them(out_dir, sample, run_main
     assert r"'\\'" in sample(out_dir, r'--start=\\the').stderr
 
 
-def test_a_default_prompt_that_the_vocabulary_lacks_is_explained(run_main, tmp_path):
+def test_a_default_prompt_that_the_vocabulary_lacks_becomes_its_first_token(run_main, tmp_path):
     """A line break is no token of a model of DNA."""
     model = make_model(replace(SMALL, vocab_size=4, mlp='gelu_erf'))
     config = configurator.read_block(str(ROOT / 'train.py')).defaults
@@ -156,11 +156,11 @@ def test_a_default_prompt_that_the_vocabulary_lacks_is_explained(run_main, tmp_p
     )
     init_from = f'--init_from={tmp_path / "dna"}'
     ended = run_main('sample.py', init_from, *FLAGS)
-    assert ended.returncode == 2 and 'default prompt is a line break: set' in ended.stderr
+    assert ended.returncode == 0 and ended.stdout[0] == 'A' and len(ended.stdout) == 1 + 40 + 1
     ended = run_main('sample.py', init_from, *FLAGS, '--start=ACCG')
     assert ended.returncode == 0 and len(ended.stdout) == 4 + 40 + 1
     ended = run_main('sample.py', init_from, *FLAGS, '--start=ACCGX')
-    assert ended.returncode == 2 and 'default prompt' not in ended.stderr
+    assert ended.returncode == 2 and "'X'" in ended.stderr
 
 
 @pytest.mark.parametrize(

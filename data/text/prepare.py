@@ -2,6 +2,7 @@
 
     python data/text/prepare.py --input=notes
     python data/text/prepare.py --input=book.txt,letters --tokenizer=gpt2 --name=mine
+    python data/text/prepare.py --input=notes --tokenizer=bpe --vocab_size=8192
     python train.py config/train_text.py --dataset=mine
 
 Every .txt and .md file is a document, and so is every row of a .jsonl or .parquet file. A document
@@ -13,8 +14,9 @@ single one, its last tenth is the validation split.
 import re
 import shlex
 import sys
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,15 +26,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
 from nib.files import command, read_json, script_path, shown
-from nib.text import documents, inputs
-from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
+from nib.text import documents, inputs, train_bpe
+from nib.text.hf_tokenizer import import_library
+from nib.text.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    Tokenizer,
+    is_gpt2_stored,
+)
 from nib.tokens.borrow import read_tokenizer
 from nib.tokens.dataset import is_prepared
+from nib.tokens.encode import Piece
 from nib.tokens.write import write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
-tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', a run, dataset, model, hub id or tokenizer.json
+tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', 'bpe', a run, dataset, model or tokenizer.json
+vocab_size: int = 4096  # tokens of --tokenizer=bpe, which is trained on the text
 replace_missing: str = ''  # a character for those that its tokenizer lacks; empty: refuse the text
 end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text becomes
 name: str = ''  # of the dataset, which is written to data/NAME; empty: named after the input
@@ -40,6 +52,7 @@ out_dir: str = ''  # output folder; empty: data/NAME
 overwrite: bool = False  # replace the dataset of another text
 
 LITTLE = 100_000  # characters; a model memorizes a shorter text
+SAMPLE = 1 << 22  # characters of the validation split on which tokenizers are compared
 
 
 def main(argv):
@@ -81,6 +94,9 @@ def main(argv):
         source['replaced'] = {'characters': found.missing.total(), 'by': replace_missing}
     if not overwrite:
         check_replaceable(folder, found.sha256)
+    if tokenizer == 'bpe':
+        trained = train_tokenizer(read_pieces, sum(found.lengths))
+        encoder = replace(trained, spells_end_of_text=encoder.spells_end_of_text)
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
@@ -92,12 +108,16 @@ def main(argv):
         f'vocabulary {meta["vocab_size"]:,}, '
         f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
     )
+    if tokenizer == 'bpe':
+        print(compare(encoder, read_pieces))
     if sum(found.lengths) < LITTLE:
         note(f'this is very little text to learn from; use at least {LITTLE:,} characters')
     where = f' --data_dir={shlex.quote(str(folder.parent))}' if out_dir else ''
     dataset = shlex.quote(folder.name)
     config = shlex.quote(script_path('config/train_text.py'))
-    print(f'to train on it: {command("train.py")} {config} --dataset={dataset}{where}')
+    is_run = (Path(tokenizer) / 'latest').is_file()
+    start = f' --init_from={shlex.quote(tokenizer)}' if is_run else ''
+    print(f'to train on it: {command("train.py")} {config} --dataset={dataset}{where}{start}')
 
 
 def note(what: str):
@@ -143,7 +163,20 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
         'char': CharTokenizer(''),
         'byte': ByteTokenizer(),
         'gpt2': Gpt2Tokenizer(),
+        'bpe': ByteTokenizer(),  # until its merges have been trained
     }
+    if tokenizer == 'bpe':
+        import_library()
+        if not train_bpe.SMALLEST <= vocab_size <= train_bpe.LARGEST:
+            raise UserError(
+                f'--vocab_size={vocab_size}: expected {train_bpe.SMALLEST} (a token for each byte '
+                f'and {END_OF_TEXT}) to {train_bpe.LARGEST}'
+            )
+    elif origins['vocab_size'] != 'default':
+        raise UserError(
+            f'--vocab_size={vocab_size} is for --tokenizer=bpe, but --tokenizer={tokenizer} has '
+            f'its own vocabulary: leave --vocab_size out'
+        )
     chosen = own.get(tokenizer) or read_tokenizer(tokenizer)
     chosen.encode('')  # fails before the text is read if its files are missing
     recorded = 'characters' if chosen.spells_end_of_text else 'token'
@@ -164,6 +197,43 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
             )
         )
     return chosen
+
+
+def train_tokenizer(read_pieces: Callable[[int], Iterator[Piece]], n_characters: int):
+    """Returns a tokenizer trained on the training split, and prints what it was trained on."""
+    n_train = 0
+
+    def texts():
+        nonlocal n_train
+        train = (text for split, text, _ in read_pieces(0) if split == 'train')
+        for text in train_bpe.spread(train, n_characters):
+            n_train += len(text)
+            yield text
+
+    started = time.perf_counter()
+    trained = train_bpe.train_bpe(texts(), vocab_size)
+    seconds = time.perf_counter() - started
+    part = ', spread over the training split' if n_characters > train_bpe.MOST else ''
+    print(f'trained {vocab_size:,} tokens on {n_train:,} characters{part}; {seconds:.1f} s')
+    return trained
+
+
+def compare(trained: Tokenizer, read_pieces: Callable[[int], Iterator[Piece]]) -> str:
+    """Returns a line with the bytes per token of a tokenizer, of characters and of GPT-2."""
+    texts, size = [], 0
+    for split, text, _ in read_pieces(0):
+        if split == 'val' and size < SAMPLE:
+            texts.append((text, False))
+            size += len(text)
+    n_bytes = sum(len(text.encode()) for text, _ in texts)
+    figures = [f'{n_bytes / len(trained.encode_texts(texts)):.2f}']
+    figures.append(f'characters have {n_bytes / size:.2f}')
+    if is_gpt2_stored():
+        n_gpt2 = len(Gpt2Tokenizer().encode_texts(texts))
+        figures.append(f'GPT-2 with its 50,257 tokens has {n_bytes / n_gpt2:.2f}')
+    else:
+        figures.append("GPT-2's are not known, as its vocabulary is not on this machine")
+    return f'bytes per token on validation text: {"; ".join(figures)}'
 
 
 def characters_of(encoder: Tokenizer) -> str:

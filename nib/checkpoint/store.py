@@ -81,9 +81,12 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     try:
         return _save(out_dir, step, model, optimizer, state)
     except OSError as error:
+        again = 'no earlier one exists: free some space, then start again'
+        if exists(out_dir):
+            again = 'earlier ones are intact: free some space, then resume with --init_from=resume'
         raise UserError(
             f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); '
-            f'earlier ones are intact: free some space, then resume with --init_from=resume'
+            f'{again}'
         ) from error
 
 

@@ -68,7 +68,9 @@ class Family:
             if type(value) is int and wanted is float:
                 value = float(value)
             if type(value) is not wanted:
-                raise UserError(f'config.json: {key} is {value!r}, expected {wanted.__name__}')
+                raise UserError(f'config.json: {key} is {value!r:.80}, expected {wanted.__name__}')
+            if config.get(key) == 0 and wanted is not bool:  # here, 0 would be the default
+                raise UserError(f'config.json: {key} is {value}: it must be above 0')
             values[name] = value
         try:
             return GPTConfig(**values)
@@ -78,10 +80,10 @@ class Family:
                 reason = re.sub(rf'\b{name}\b', key, reason)
             raise UserError(f'config.json: {reason}') from error
 
-    def check_keys(self, config: Mapping, special: tuple[str, ...]):
+    def check_keys(self, config: Mapping, special: Mapping[str, tuple[type, ...]]):
         """Raises UserError, which names the key, unless every key is honoured or changes nothing.
 
-        special: keys that the family reads itself.
+        special: keys that the family reads itself, and the types of their values.
         """
         for key, value in config.items():
             if key in self.fixed:
@@ -90,7 +92,11 @@ class Family:
                     raise UserError(
                         f'config.json: {key} is {value!r}, but only {allowed} is supported'
                     )
-            elif key in self.keys or key in special or HARMLESS.fullmatch(key):
+            elif key in special:
+                if value is not None and type(value) not in special[key]:
+                    wanted = ' or '.join(kind.__name__ for kind in special[key])
+                    raise UserError(f'config.json: {key} is {value!r:.80}, expected {wanted}')
+            elif key in self.keys or HARMLESS.fullmatch(key):
                 continue
             elif value not in (None, False, '') and value != [] and value != {}:
                 raise UserError(

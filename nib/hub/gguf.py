@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,18 +17,13 @@ from nib.files import atomic_write
 from nib.hub import gpt2, huggingface, llama
 from nib.hub.tokenizer import describe
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
-from nib.text.tokenizer import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    Tokenizer,
-)
+from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
 
 # How a tokenizer.json cuts text into words -> llama.cpp's name for it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?i:'(?:[dmst]|ll|re|ve))"  # the same ones
 MODERN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    CONTRACTIONS[0] + r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*'
     r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 WORDS = {
@@ -236,8 +230,8 @@ def _from_characters(tokenizer: CharTokenizer) -> Vocabulary:
     names = {byte: name for name, byte in byte_names().items()}
     try:
         tokens = [''.join(names[b] for b in c.encode()) for c in tokenizer.characters]
-    except UnicodeEncodeError as error:
-        raise _refused(f'{tokenizer.characters[error.start]!r} is no Unicode character') from error
+    except UnicodeEncodeError as error:  # a surrogate
+        raise _refused(f'it has {error.object!r}, which is no character') from error
     cuts = [(token[:i], token[i]) for token in tokens for i in range(1, len(token))]
     vocabulary = Vocabulary(tokens, ['NORMAL'] * len(tokens), tokenizer.end_of_text)
     vocabulary.merges = list(dict.fromkeys(' '.join(cut) for cut in cuts))
@@ -290,9 +284,9 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
 
 def _words(described: dict, ignores_merges: bool) -> str:
     """Returns llama.cpp's name for the way in which a byte-level tokenizer cuts text into words."""
-    if normalizer := described.get('normalizer'):
-        if normalizer != {'type': 'NFC'}:  # Qwen's: few texts are not normalized
-            raise _refused(f'its normalizer is {_short(normalizer)}')
+    normalizer = described.get('normalizer')
+    if normalizer not in (None, {'type': 'NFC'}):  # Qwen's, which changes few texts
+        raise _refused(f'its normalizer is {_short(normalizer)}')
     if (described.get('decoder') or {}).get('type') != 'ByteLevel':
         raise _refused(f'its decoder is {_short(described.get("decoder"))}')
     patterns = tuple(_patterns(described.get('pre_tokenizer')))
@@ -313,12 +307,12 @@ def _patterns(step) -> list[str]:
             return [r'\p{N}']
         case {'type': 'Split', 'pattern': {'Regex': str(pattern)}, 'behavior': 'Isolated'}:
             if not step.get('invert'):
-                return [pattern]
+                return [pattern.replace(CONTRACTIONS[1], CONTRACTIONS[0])]
     raise _refused(f'its pre_tokenizer is {_short(step)}')
 
 
 def _check_spaces(described: dict):
-    """Raises UserError unless a tokenizer like SentencePiece only replaces spaces before merging."""
+    """Raises UserError unless all that comes before the merges is to replace spaces."""
     normalizer = described.get('normalizer') or {}
     parts = normalizer.get('normalizers', [normalizer]) if normalizer else []
     replace_spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
@@ -348,7 +342,7 @@ def _scores(tokens: list[str], types: list[str], merges: list[tuple[str, str]]) 
         raise _refused('its merges are not in the order of their tokens, as in SentencePiece')
     normal = {token for token, kind in zip(tokens, types) if kind == 'NORMAL'}
     known = set(merges)
-    for token in normal:
+    for token in filter(normal.__contains__, tokens):
         for cut in range(1, len(token)):
             parts = token[:cut], token[cut:]
             if normal.issuperset(parts) and parts not in known:

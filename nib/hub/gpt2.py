@@ -28,7 +28,11 @@ ALIASES = {
     'num_attention_heads': 'n_head',
     'num_hidden_layers': 'n_layer',
 }
-SPECIAL = ('activation_function', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx')
+SPECIAL = {
+    'activation_function': (str,),
+    'scale_attn_weights': (bool,),
+    'scale_attn_by_inverse_layer_idx': (bool,),
+}
 
 GPT2 = Family(
     model_type='gpt2',
@@ -94,8 +98,9 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
 
 def _scale_queries(config: Mapping, model: GPTConfig, tensors: dict[str, torch.Tensor]):
     """Builds other scales of the attention scores than 1 / sqrt(D) into the queries."""
+    is_scaled = config.get('scale_attn_weights') is not False  # null is the default, True
     for i in range(model.n_layer):
-        scale = 1.0 if config.get('scale_attn_weights', True) else math.sqrt(model.head_width)
+        scale = 1.0 if is_scaled else math.sqrt(model.head_width)
         if config.get('scale_attn_by_inverse_layer_idx', False):
             scale /= i + 1
         for kind in ('weight', 'bias') if scale != 1.0 else ():

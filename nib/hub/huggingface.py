@@ -1,8 +1,6 @@
 """Models in Hugging Face's format: config.json, model.safetensors and a tokenizer."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 
 from model import GPTConfig
 from nib.errors import UserError
+from nib.files import new_folder
 from nib.hub import gpt2, llama
 from nib.hub.files import Repository
 from nib.hub.tokenizer import read_tokenizer, write_tokenizer
@@ -58,16 +57,12 @@ def write(
 
     if reason := why_not(config):
         raise UserError(f'this model cannot be written for transformers: {reason}')
-    destination = Path(folder)
     keys, theirs = (gpt2 if config.position == 'learned' else llama).write(config, tensors)
     begin = tokenizer.end_of_text
     if isinstance(tokenizer, HfTokenizer):
         begin = next(iter(tokenizer.first_ids), None)
     ends = {'bos_token_id': begin, 'eos_token_id': tokenizer.end_of_text}
-    temporary = destination.with_name(f'.tmp-{destination.name}')
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(folder) as temporary:
         _write_json(temporary / 'config.json', {**keys, **ends, 'dtype': 'float32'})
         _write_json(temporary / 'generation_config.json', {**ends, 'do_sample': True})
         save_file(
@@ -77,10 +72,6 @@ def write(
         )
         write_tokenizer(temporary, tokenizer, config.block_size)
         (temporary / 'README.md').write_text(card, encoding='utf-8')
-        os.rename(temporary, destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_json(path: Path, content: dict):

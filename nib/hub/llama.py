@@ -24,9 +24,19 @@ KEYS: dict[str, tuple[str, Any]] = {
     'tie_word_embeddings': ('tied_head', False),
 }
 # Positions: rope_parameters since transformers 5, the other three before.
-ROTARY = ('rope_parameters', 'rope_scaling', 'rope_theta', 'partial_rotary_factor')
+ROTARY: dict[str, tuple[type, ...]] = {
+    'rope_parameters': (dict,),
+    'rope_scaling': (dict,),
+    'rope_theta': (int, float),
+    'partial_rotary_factor': (int, float),
+}
 LLAMA3 = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-WINDOW = ('use_sliding_window', 'sliding_window', 'max_window_layers', 'layer_types')
+WINDOW: dict[str, tuple[type, ...]] = {
+    'use_sliding_window': (bool,),
+    'sliding_window': (int,),
+    'max_window_layers': (int,),
+    'layer_types': (list,),
+}
 ATTENTION, MLP = ('attn.c_attn', 'attn.c_proj'), ('mlp.c_fc', 'mlp.c_proj')
 QKV = ('self_attn.q_proj.', 'self_attn.k_proj.', 'self_attn.v_proj.')
 GATED = ('mlp.gate_proj.', 'mlp.up_proj.')
@@ -90,14 +100,11 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
     Raises UserError, which names the key or the tensor, if model.py cannot express it.
     """
     family = FAMILIES[config['model_type']]
-    special: tuple[str, ...] = ROTARY
-    if family is not LLAMA:
-        special += WINDOW
-        _check_window(config)
+    special = ROTARY if family is LLAMA else ROTARY | WINDOW
     if family is not QWEN2:
-        special += ('attention_bias',)
+        special = special | {'attention_bias': (bool,)}
     if family is LLAMA:
-        special += ('mlp_bias',)
+        special = special | {'mlp_bias': (bool,)}
     family.check_keys(config, special)
     base, scaling = _read_rotary(config)
     has_bias = [bool(key in special and config.get(key)) for key in ('attention_bias', 'mlp_bias')]
@@ -111,15 +118,17 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
         'qkv_bias': family is QWEN2,
     }
     model = family.read_fields(config, special_fields)
+    if family is not LLAMA:
+        _check_window(config, model.n_layer)
     return model, family.to_ours(tensors, model, frozenset(in_file))
 
 
-def _check_window(config: Mapping):
+def _check_window(config: Mapping, n_layer: int):
     """Raises UserError if a layer attends to a sliding window only."""
-    if kinds := set(config.get('layer_types') or ()) - {'full_attention'}:
-        raise UserError(f'config.json: layer_types has {", ".join(sorted(map(str, kinds)))}')
+    if kinds := set(map(str, config.get('layer_types') or ())) - {'full_attention'}:
+        raise UserError(f'config.json: layer_types has {", ".join(sorted(kinds))}')
     first = config.get('max_window_layers')
-    slides = first is None or first < config.get('num_hidden_layers', 0)
+    slides = first is None or first < n_layer
     slides = slides and not config.get('layer_types')
     if config.get('use_sliding_window') and config.get('sliding_window') and slides:
         raise UserError('config.json: use_sliding_window is true, which is not supported')
@@ -127,13 +136,11 @@ def _check_window(config: Mapping):
 
 def _read_rotary(config: Mapping) -> tuple[float, tuple]:
     """Returns rotary_base and rotary_scaling."""
-    given = [config[key] for key in ROTARY[:2] if config.get(key)]
+    given = [config[key] for key in ('rope_parameters', 'rope_scaling') if config.get(key)]
     if len(given) == 2 and given[0] != given[1]:
         raise UserError('config.json: rope_parameters and rope_scaling differ')
-    key = ROTARY[0] if config.get(ROTARY[0]) else ROTARY[1]
+    key = 'rope_parameters' if config.get('rope_parameters') else 'rope_scaling'
     values = given[0] if given else {}
-    if not isinstance(values, dict):
-        raise UserError(f'config.json: {key} is {values!r}, expected an object')
     kinds = {str(values[name]) for name in ('rope_type', 'type') if name in values} or {'default'}
     known = {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
     if kinds == {'llama3'}:
@@ -151,7 +158,8 @@ def _read_rotary(config: Mapping) -> tuple[float, tuple]:
                 'config.json: partial_rotary_factor is '
                 f'{place["partial_rotary_factor"]}, but only 1 is supported'
             )
-    base = values.get('rope_theta', config.get('rope_theta')) or 10000.0
+    bases = values.get('rope_theta'), config.get('rope_theta')
+    base = next((base for base in bases if base is not None), 10000.0)
     numbers = [values.get(name) for name in LLAMA3] if kinds == {'llama3'} else []
     if not all(type(n) in (int, float) and n > 0 for n in [base, *numbers]):
         raise UserError(

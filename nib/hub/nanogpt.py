@@ -12,7 +12,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.errors import UserError
-from nib.files import read_json
+from nib.files import new_folder, read_json
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     END_OF_TEXT,
@@ -215,14 +215,14 @@ def write_folder(
         'best_val_loss': state.get('train', {}).get('best_val_loss') or 1e9,
         'config': {key: config[key] for key in CONFIG},
     }
-    folder.mkdir(parents=True)
-    torch.save(checkpoint, folder / 'ckpt.pt')
-    if isinstance(tokenizer, CharTokenizer):
-        tokens = [*tokenizer.characters, END_OF_TEXT][: tokenizer.vocab_size]
-        numbers = dict(enumerate(tokens))
-        stoi = {token: number for number, token in numbers.items()}
-        meta = {'vocab_size': len(tokens), 'itos': numbers, 'stoi': stoi}
-        (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    with new_folder(folder) as temporary:
+        torch.save(checkpoint, temporary / 'ckpt.pt')
+        if isinstance(tokenizer, CharTokenizer):
+            tokens = [*tokenizer.characters, END_OF_TEXT][: tokenizer.vocab_size]
+            numbers = dict(enumerate(tokens))
+            stoi = {token: number for number, token in numbers.items()}
+            meta = {'vocab_size': len(tokens), 'itos': numbers, 'stoi': stoi}
+            (temporary / 'meta.pkl').write_bytes(pickle.dumps(meta))
 
 
 def why_not(config: GPTConfig) -> str | None:

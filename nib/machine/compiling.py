@@ -60,10 +60,11 @@ def compile_model(
         with context:
             loss = compiled(*batch)
         loss.backward()
-        model.zero_grad(set_to_none=True)
     except Exception as error:  # the compiler's errors have no common base class
         say(f'compile failed, continuing without it: {explain_failure(error)}')
         return model
+    finally:
+        model.zero_grad(set_to_none=True)
     say(f'compiled in {time.perf_counter() - started:.1f} s')
     return compiled
 

@@ -8,16 +8,19 @@ import os
 import re
 import sys
 import time
+import warnings
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
 
-from nib.errors import UserError
+from nib.errors import UserError, gpu_remedy
 from nib.machine.threads import available_cores, watch_cores
 
 # Rates of dense 16-bit matrix products, added up in float32, in FLOP/s, from the vendors' data
 # sheets. A name matches if it contains all words of the key; the first key counts. GeForce cards
-# add up in float32 at half of the advertised rate. Apple publishes no rates.
+# add up in float32 at half of the advertised rate; those of the RTX 50 series are 1/16 of the
+# advertised FP4 rate, which is sparse. Apple publishes no rates.
 PEAK_FLOPS = {
     'GB200': 2500e12,  # one of its two GPUs
     'B200': 2250e12,
@@ -49,6 +52,7 @@ PEAK_FLOPS = {
 NO_BFLOAT16 = ('V100', 'T4')
 # Words of variants that have another rate than the device without them.
 VARIANTS = {'NVL', 'Ti', 'SUPER', 'Laptop', 'Mobile', 'D', 'Max', 'Q', 'MIG'}
+NVIDIA_DRIVER = Path('/proc/driver/nvidia/version')
 MEASURED_FOR = 0.1  # seconds that measure_flops takes
 
 # A model with fewer parameters generates on a CPU about as fast with one thread as with two, which
@@ -65,7 +69,7 @@ def pick_device(device: str) -> str:
     limit_threads()
     watch_cores()
     if device == 'auto':
-        if torch.cuda.is_available():
+        if not gpu_trouble() and torch.cuda.is_available():
             return 'cuda'
         return 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
@@ -83,7 +87,7 @@ def pick_device(device: str) -> str:
         raise UserError(
             f'--device={device}: this machine has {available or "no"} {kind} '
             f'device{"s" * (available != 1)} that torch {torch.__version__} can use; '
-            f'try --device=auto'
+            f'{(kind == "cuda" and gpu_trouble()) or "try --device=auto"}'
         )
     return kind if kind in ('cpu', 'mps') else device  # there is only one: 'cpu:0' is 'cpu'
 
@@ -102,8 +106,26 @@ def describe_device(device: str) -> str:
         return device
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     threads = torch.get_num_threads()
-    reason = 'GPU not used' if has_gpu else 'no GPU found'
+    reason = 'GPU not used' if has_gpu else gpu_trouble() or 'no GPU found'
     return f'cpu ({threads} thread{"s" * (threads > 1)}, {reason})'
+
+
+@functools.cache
+def gpu_trouble() -> str:
+    """Returns why torch cannot use the NVIDIA GPU of this machine, or '' if nothing is known."""
+    with warnings.catch_warnings(record=True) as caught:  # torch warns once, in its first call
+        warnings.simplefilter('always')
+        if torch.cuda.is_available():
+            return ''
+    for warning in caught:
+        message = ' '.join(str(warning.message).split())
+        return gpu_remedy(message) or message[:200]
+    if NVIDIA_DRIVER.exists() and torch.version.cuda is None:
+        return (
+            f'torch {torch.__version__} was built without GPU support, but there is an NVIDIA '
+            'driver: install a build for CUDA (pytorch.org/get-started)'
+        )
+    return ''
 
 
 def has_bfloat16(device: str) -> bool:

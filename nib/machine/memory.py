@@ -15,9 +15,8 @@ from nib.kernels import LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
 from nib.machine.device import synchronize
 
 FLOAT = 4  # bytes of a float32
-MUON_COPIES = 16  # bytes per number while Muon orthogonalizes a matrix
-HEAP_OVERLAP = 0.8  # share of the gradients that do not reuse the memory of activations on a CPU
-GAPS = 0.4  # memory lost between accumulated gradients on a CPU's heap, as a share of activations
+MUON_COPIES = 18  # bytes per number while Muon orthogonalizes a matrix
+GAPS = 0.4  # share of a CPU's activations that do not fit into gaps of the heap
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
 
 
@@ -30,19 +29,26 @@ class MemoryPlan:
     optimizer: float
     activations: float  # of a micro batch, with the 16-bit copies of the weights
     logits: float  # with what else the loss holds
-    work: float  # temporary tensors of a backward pass, and gaps that the allocator leaves
+    work: float  # on a CPU, temporary tensors and gaps of the heap
     update: float  # temporary tensors of the optimizer's step
-    overlap: float  # share of the gradients that exist beside all activations
+    adds_up: bool  # whether no part takes memory that another has freed, as on a CPU's heap
+    accumulates: bool  # whether gradients exist beside all activations
 
     @property
     def peak(self) -> float:
         """The most that exists at a time.
 
-        The backward pass frees the activations of a layer when it adds its gradients. So the peak
-        is at its beginning, or after its end.
+        The backward pass frees the activations of a layer when it adds its gradients. So a GPU's
+        peak is at its beginning, or after its end. On a CPU's heap, small tensors take parts of
+        what large ones have freed, which then is too small for the next large ones.
         """
-        before = self.activations + self.logits + self.work + self.gradients * self.overlap
-        return self.weights + self.optimizer + max(before, self.gradients + self.update)
+        forward = self.activations + self.logits + self.work
+        backward = self.gradients + self.update
+        if self.adds_up:
+            used = forward + backward
+        else:
+            used = max(forward + self.gradients * self.accumulates, backward)
+        return self.weights + self.optimizer + used
 
 
 def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> MemoryPlan:
@@ -51,37 +57,37 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
     values: train.py's config with the device, dtype and ranks to use. compiled: whether the model
     is compiled, which matters on a GPU.
     """
+    device, dtype, ranks = values['device'], values['dtype'], values.get('ranks', 1)
     sizes = parameter_shapes(config)
     n_params = sum(shape.numel() for shape in sizes.values())
-    muon = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
-    n_muon = sum(s.numel() for s in muon) if values['optimizer'] == 'muon' else 0
+    matrices = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
+    muon = matrices if values['optimizer'] == 'muon' else []
+    n_muon = sum(s.numel() for s in muon)
     # Muon updates all matrices of a shape at once, with float32 and 16-bit copies.
     groups: dict[tuple, int] = {}
-    for shape in muon if n_muon else ():
+    for shape in muon:
         key = tuple(sorted(shape))
         groups[key] = groups.get(key, 0) + shape.numel()
-    accumulates = values['gradient_accumulation_steps'] > values.get('ranks', 1)
+    states = 1 if values['optimizer'] == 'sgd' else 2
+    accumulates = values['gradient_accumulation_steps'] > ranks
     tokens = values['batch_size'] * config.block_size
-    activations = tokens * activation_bytes(config, values['device'], values['dtype'])
-    if values['dtype'] != 'float32':  # autocast keeps its copies until the backward pass
-        activations += 2 * sum(s.numel() for name, s in sizes.items() if '.h.' in name)
-    on_cpu = values['device'] == 'cpu'
-    update = MUON_COPIES * max(groups.values(), default=0)
+    activations = tokens * activation_bytes(config, device, dtype)
+    if dtype != 'float32':  # autocast keeps its copies until the backward pass
+        activations += 2 * sum(s.numel() for s in matrices)
+    work = 0.0
+    if device == 'cpu':
+        work = heap_bytes(config, tokens, activations, dtype, accumulates)
     return MemoryPlan(
         weights=FLOAT * n_params,
         # Several ranks also have the buckets in which they exchange gradients.
-        gradients=FLOAT * n_params * (2 if values.get('ranks', 1) > 1 else 1),
-        optimizer=FLOAT * (2 * (n_params - n_muon) + n_muon),
+        gradients=FLOAT * n_params * (2 if ranks > 1 else 1),
+        optimizer=FLOAT * (states * (n_params - n_muon) + n_muon),
         activations=activations,
-        logits=loss_bytes(config, tokens, values['device'], values['dtype'], compiled),
-        work=on_cpu
-        * (
-            work_bytes(config, tokens, values['dtype'], accumulates)
-            + GAPS * accumulates * activations
-            + update  # too large for the gaps that activations leave
-        ),
-        update=update,
-        overlap=1.0 if accumulates else HEAP_OVERLAP * on_cpu,
+        logits=loss_bytes(config, tokens, device, dtype, compiled),
+        work=work,
+        update=MUON_COPIES * max(groups.values(), default=0),
+        adds_up=device == 'cpu',
+        accumulates=accumulates,
     )
 
 
@@ -92,19 +98,24 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
-def work_bytes(config: GPTConfig, tokens: int, dtype: str, accumulates: bool) -> float:
-    """Returns the bytes that training takes on a CPU beside what it keeps.
-
-    These are new gradients of the embedding and attention weights, and in bfloat16 also casts, and
-    the gaps that they leave on the heap. The factors 75, 8 and 4 were fitted to measurements
-    (benchmarks/results/growth.txt and planned_memory.txt).
-    """
-    work = FLOAT * config.vocab_size * config.n_embd * (2 if accumulates else 1)
-    if dtype == 'float32':
-        weights = config.n_head * config.block_size if config.dropout else 0
-        return work + tokens * 4 * FLOAT * weights
-    weights = config.n_head * QUERY_BLOCK if config.block_size > QUERY_BLOCK else 0
-    return work + tokens * (75 * config.n_embd + 8 * 2 * weights)
+def heap_bytes(
+    config: GPTConfig, tokens: int, activations: float, dtype: str, accumulates: bool
+) -> float:
+    """Returns the bytes that training takes on a CPU's heap beside what it keeps."""
+    V, C, is_float32 = config.vocab_size, config.n_embd, dtype == 'float32'
+    # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
+    tables = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
+    # Small tensors split what the loss has freed: the next step's loss needs new memory. The casts
+    # of 16-bit types do this to the activations, and so do gradients that stay until the next pass.
+    gaps = 0.0 if is_float32 else GAPS * activations
+    if tokens * V > LOSS_CHUNK:
+        gaps = max(gaps, FLOAT * LOSS_CHUNK + 2 * (LOSS_CHUNK + V * C) * (not is_float32))
+    gaps += GAPS * activations * accumulates
+    keys = config.block_size if config.dropout and is_float32 else 0
+    if not is_float32 and config.block_size > QUERY_BLOCK:
+        keys = QUERY_BLOCK
+    # The last term is attention weights and their gradients.
+    return tables + gaps + 4 * (FLOAT if is_float32 else 2) * tokens * config.n_head * keys
 
 
 def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
@@ -114,7 +125,7 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     float32, matrix products are in `dtype`.
     """
     C, W = config.n_embd, config.mlp_units
-    KV = config.kv_heads * config.head_width
+    Q, KV = config.n_head * config.head_width, config.kv_heads * config.head_width
     size = FLOAT if dtype == 'float32' else 2
     on_cpu = device == 'cpu'
     in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
@@ -123,20 +134,20 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     rms_parts = config.norm == 'rms' and on_cpu
     norm = FLOAT * C * (2 if rms_parts else 1)
     is_new = config.qk_norm or config.position == 'rotary'  # queries and keys are new tensors
-    qkv = size * (C + 2 * KV)
+    qkv = size * (Q + 2 * KV)
     if config.qk_norm and rms_parts:
-        qkv += FLOAT * (C + KV) * (2 if dtype != 'float32' else 1)
+        qkv += FLOAT * (Q + KV) * (2 if dtype != 'float32' else 1)
     elif config.qk_norm and dtype != 'float32':
-        qkv += size * (C + 2 * KV) if in_blocks else FLOAT * (C + KV)
+        qkv += size * (Q + 2 * KV) if in_blocks else FLOAT * (Q + KV)
     if in_blocks:
-        qkv += 2 * size * (C - KV)  # keys and values, repeated for the heads that share them
+        qkv += 2 * size * (Q - KV)  # keys and values, repeated for the heads that share them
     else:
-        qkv += size * (C + KV + C * on_cpu) * is_new
+        qkv += size * (Q + KV + Q * on_cpu) * is_new
     if on_cpu and (not in_blocks or config.block_size <= QUERY_BLOCK):
         # The attention weights: one copy in blocks; with dropout three, as there is no kernel.
         copies = 3 if config.dropout else int(in_blocks)
         qkv += copies * size * config.n_head * config.block_size
-    attention = norm + size * C + qkv + size * C
+    attention = norm + size * C + qkv + size * Q
     hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
     mlp = norm + size * C + size * hidden
     dropped = 2 * size * C if config.dropout else 0
@@ -151,16 +162,16 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
     """Returns the bytes that the loss of a micro batch holds at its peak, beside the gradients."""
     V, C = config.vocab_size, config.n_embd
     size = FLOAT if dtype == 'float32' else 2
+    copy = 0 if dtype == 'float32' else size * V * C
     if compiled and device != 'cpu':
         return size * tokens * V  # the compiler fuses the rest
     chunk = LOSS_CHUNK_GPU if device.startswith('cuda') else LOSS_CHUNK
     if tokens * V <= chunk:
-        # Logits, and in float32 their logarithmic softmax and its gradients.
-        return (size + 2 * FLOAT) * tokens * V + size * V * C * (dtype != 'float32')
+        # Logits, and in float32 their logarithmic softmax and its gradients; the copied head.
+        return (size + 2 * FLOAT) * tokens * V + 2 * copy + FLOAT * V * C
     # A chunk of logits and of their softmax, the copied head, and the gradients of both inputs.
     rows = max(1, chunk // V)
-    copy = 0 if dtype == 'float32' else size * V * C
-    return (size + FLOAT) * rows * V + copy + FLOAT * (tokens * C + V * C)
+    return (size + FLOAT * (dtype != 'float32')) * rows * V + copy + FLOAT * (tokens * C + V * C)
 
 
 # -- the micro batch that fits ---------------------------------------------------------------------
@@ -208,9 +219,12 @@ def batch_sizes(config: Mapping) -> list[dict[str, int]]:
 
 
 def needed_memory(model: GPTConfig, config: Mapping) -> float:
-    """Returns the bytes that a run takes: its steps and, on a CPU, the copy that it saves."""
-    plan = plan_memory(model, config)
-    return plan.peak + (plan.weights + plan.optimizer) * (config['device'] == 'cpu')
+    """Returns the bytes that a run takes, with a model that may still be compiled.
+
+    On a CPU, weights and optimizer already exist, but are copied when they are saved.
+    """
+    may_compile = (False, True)[: 1 + (config.get('compile', False) is not False)]
+    return max(plan_memory(model, config, compiled).peak for compiled in may_compile)
 
 
 def fills_memory(t, batch_size: int) -> bool:

@@ -131,8 +131,9 @@ def _read_environment() -> tuple[int, int, int]:
     if not wrong and int(found['RANK']) >= int(found['WORLD_SIZE']):
         wrong = ['RANK']
     if wrong:
+        what = f'is {found[wrong[0]]!r}' if found[wrong[0]] else 'is not set'
         raise UserError(
-            f'{wrong[0]} is {found[wrong[0]]!r}, but RANK={found["RANK"]} and '
+            f'{wrong[0]} {what}, but RANK={found["RANK"]} and '
             f'WORLD_SIZE={found["WORLD_SIZE"]} announce several processes: start them with '
             f'torchrun, which sets {", ".join(VARIABLES)}; for a single process, unset RANK'
         )

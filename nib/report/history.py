@@ -3,7 +3,10 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 from nib.checkpoint.wrong_folder import explain, is_run
@@ -19,10 +22,11 @@ GROUPS = ('embedding', 'attention', 'mlp', 'head')
 KNOWN = re.compile(
     r'time|tokens|learning_rate|grad_norm|clipped|tokens_per_second|mfu|noise_scale|dead_units'
     r'|attention_\w+|activation_std|peak_memory|seconds/evaluation|bits_per_byte/.*'
-    r'|loss/(step|train|val|val_whole)|update_ratio/(embedding|attention|mlp|head)'
+    r'|loss/(step|mean|max|train|val|val_whole)|update_ratio/(embedding|attention|mlp|head)'
 )
 LOOKS = ('line', 'dashed', 'dotted', 'mixed')
 DEAD_UNITS = 'dead units, in the worst layer'
+SINCE = 'nats per token, since the previous point'
 ENTROPY = 'attention entropy, relative to its maximum'
 
 
@@ -50,11 +54,25 @@ class Run:
         sizes = [self.config.get(key) for key in keys]
         return math.prod(sizes) if all(type(size) is int for size in sizes) else 0
 
+    @cached_property
+    def elapsed(self) -> dict[int, float]:
+        """The seconds from the first record to that of each step, without pauses before resumes."""
+        times = [item for item in self.numbers.get('time', {}).items() if item[1] is not None]
+        starts = []
+        with suppress(KeyError, TypeError, ValueError):  # config.json is damaged
+            dates = [start['date'] for start in self.provenance.get('starts', [])]
+            starts = [datetime.fromisoformat(date).timestamp() for date in dates]
+        elapsed, pauses = {}, 0.0
+        for (_, before), (step, now) in zip(times[:1] + times, times):
+            resumed = [start for start in starts if before < start <= now]
+            pauses += max(resumed, default=before) - before
+            elapsed[step] = now - times[0][1] - pauses
+        return elapsed
+
     @property
     def seconds(self) -> float | None:
-        """The time from the first to the last record."""
-        times = self.values('time')
-        return max(times) - min(times) if times else None
+        """The time from the first to the last record, without pauses."""
+        return max(self.elapsed.values(), default=None)
 
     @property
     def step(self) -> int:
@@ -200,6 +218,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     run has a colour and a look.
     """
     clipped = curves(runs, {'clipped': 'clipped steps'}, factor=100)
+    between = curves(runs, {'loss/mean': 'mean', 'loss/max': 'largest'})
     rate = curves(runs, {'learning_rate': 'learning rate'})
     ratios = curves(runs, {f'update_ratio/{group}': group for group in GROUPS})
     size = 'size of a step / size of the weights'
@@ -218,23 +237,27 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         Chart(
             'clipped', 'Clipped steps', 'percent, since the previous point', clipped, from_zero=True
         ),
+        Chart('step_losses', 'Loss of all steps', SINCE, between, falls=True),
         Chart('update_ratios', 'Update ratios', size, ratios, log=True, band=band),
         memory_chart(runs),
         Chart('throughput', 'Throughput', 'tokens per second', speed, from_zero=True),
-        Chart('mfu', 'Model FLOPs utilisation', 'percent', mfu, from_zero=True),
+        Chart('mfu', 'Model FLOPs utilization', 'percent', mfu, from_zero=True),
         Chart('noise_scale', 'Gradient noise scale', 'batches', noise),
         Chart('units', entropy, 'percent', units, from_zero=True),
         Chart('attention_logit', 'Largest attention logit', 'before softmax', logit),
         Chart('activations', 'Activations', 'standard deviation', activations),
-        *other_charts(runs),
     ]
+    charts += other_charts(runs, {chart.title.lower() for chart in charts})
     if len(runs) > 1:
         charts = [part for chart in charts for part in split(chart)]
     return [chart for chart in charts if chart.series]
 
 
-def other_charts(runs) -> list[Chart]:
-    """Returns charts of the metrics that are not known here; GROUP/NAME is drawn with its group."""
+def other_charts(runs, taken: set[str]) -> list[Chart]:
+    """Returns charts of the metrics that are not known here; GROUP/NAME is drawn with its group.
+
+    taken: titles that other charts have.
+    """
     groups: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(name for run in runs for name in run.numbers):
         if not KNOWN.fullmatch(name):
@@ -242,7 +265,10 @@ def other_charts(runs) -> list[Chart]:
             groups.setdefault(group or name, {})[name] = rest
     return [
         Chart(
-            f'other{index}', group if len(names) > 1 else next(iter(names)), '', curves(runs, names)
+            f'other{index}',
+            (group + '/...' * (group in taken)) if len(names) > 1 else next(iter(names)),
+            '',
+            curves(runs, names),
         )
         for index, (group, names) in enumerate(groups.items())
     ]

@@ -23,18 +23,18 @@ function make(tag, attributes = {}, ...children) {
 function show(value, digits = 5) {
   if (value === null) return 'not finite'
   const size = Math.abs(value)
-  if (size && (size < 1e-3 || size >= 1e15)) return value.toExponential(digits - 1).replace(/\.?0+e\+?/, 'e')
+  if (size && (size < 1e-4 || size >= 1e15)) return value.toExponential(digits - 1).replace(/\.?0+e\+?/, 'e')
   return value.toLocaleString('en', {maximumSignificantDigits: digits, notation: digits < 5 && size >= 1e4 ? 'compact' : 'standard'})
 }
 
-function axisOf(low, high, log) {
+function axisOf(low, high, log, dense) {
   const scale = log ? value => Math.log10(Math.max(value, low)) : value => value
   const share = value => (scale(value) - scale(low)) / (scale(high) - scale(low))
   const at = part => { const value = scale(low) + part * (scale(high) - scale(low)); return log ? 10 ** value : value }
-  return {low, high, share, at, ticks: ticksOf(low, high, log)}
+  return {low, high, share, at, ticks: ticksOf(low, high, log, dense)}
 }
 
-function ticksOf(low, high, log) {
+function ticksOf(low, high, log, dense) {
   const ticks = []
   if (log) {
     const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high)), every = Math.ceil((last - first) / 6)
@@ -45,7 +45,7 @@ function ticksOf(low, high, log) {
     ticks.length = 0
   }
   const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough))
-  const width = power * [1, 2, 5, 10].find(factor => factor * power >= 0.999 * rough)
+  const width = power * [1, 2, 5, 10].find(factor => factor * power >= (dense ? 0.7 : 0.999) * rough)
   for (let index = Math.ceil(low / width - 1e-9); index * width <= high + 1e-9 * width && ticks.length < 12; index++)
     ticks.push(Number((index * width).toPrecision(12)))
   return ticks
@@ -82,11 +82,11 @@ function verticalAxis(data, lines, across) {
   if (log) {
     low = Math.max(low, high / 1e12)
     const room = high > 1.001 * low ? (high / low) ** 0.05 : 2
-    return axisOf(low / room, high * room, true)
+    return axisOf(low / room, high * room, true, true)
   }
   if (data.fromZero && !zoomed) low = Math.min(low, 0)
   const room = high - low > 1e-9 * Math.abs(high) ? 0.06 * (high - low) : 0.1 * Math.abs(high) || 1
-  return axisOf(data.fromZero && low === 0 ? 0 : low - room, high + room, false)
+  return axisOf(data.fromZero && low === 0 ? 0 : low - room, high + room, false, true)
 }
 
 // An exponential moving average without the bias towards its start (Kingma and Ba 2015, section 3).
@@ -157,7 +157,7 @@ function draw(figure, across) {
     let row = ends.findIndex(end => end <= share)
     if (row < 0) row = ends.length
     ends[row] = share + 0.06
-    texts.push(make('a', {class: `badge ${severity}`, href: `#finding-${number}`, tabindex: -1, title: name, style: `left:${100 * share}%;top:${-20 * (row + 1)}px`}, number))
+    texts.push(make('b', {class: `badge ${severity}`, 'data-finding': number, title: name, style: `left:${100 * share}%;top:${-20 * (row + 1)}px`}, number))
   }
   drawLegend(figure, data, several)
   figure.querySelector('.legend').style.marginBottom = `${20 * ends.length + 8}px`
@@ -268,7 +268,7 @@ function zoom(from, to) {
 document.addEventListener('pointermove', point)
 document.addEventListener('pointerdown', event => {
   const plot = event.target.closest('.plot')
-  if (plot?.across && event.pointerType !== 'touch' && event.button === 0 && !event.target.closest('a')) {
+  if (plot?.across && event.pointerType !== 'touch' && event.button === 0 && !event.target.closest('.badge')) {
     dragged = {plot, share: shareOf(plot, event)}
     event.preventDefault()  // no text is selected
   }
@@ -295,9 +295,10 @@ toolbar.addEventListener('reset', () => setTimeout(drawAll))
 document.addEventListener('toggle', event => fillTable(event.target), true)
 page.addEventListener('change', event => toggle(event.target.dataset.run, event.target.checked))
 page.addEventListener('click', event => {
-  const entry = event.target.closest('[data-series]'), sorted = event.target.closest('th button')
+  const entry = event.target.closest('[data-series]'), head = event.target.closest('th button')
   if (entry) toggle(entry.dataset.series, hidden.has(entry.dataset.series))
-  if (sorted) sortTable(sorted.closest('th'))
+  if (event.target.dataset.finding) location.hash = `finding-${event.target.dataset.finding}`
+  if (head) sortTable(head.closest('th'))
 })
 
 function toggle(name, shown) {
@@ -306,9 +307,10 @@ function toggle(name, shown) {
   drawAll()
 }
 
-function sortTable(head) {
+let sorted = null  // the column by which the runs are sorted, and the direction
+function sortTable(head, descending = head.getAttribute('aria-sort') === 'ascending') {
   const table = head.closest('table'), body = table.tBodies[0], column = head.cellIndex
-  const descending = head.getAttribute('aria-sort') === 'ascending'
+  sorted = {name: head.textContent, descending}
   const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent
   const order = (a, b) => value(a) === '' || value(b) === '' ? (value(a) === '') - (value(b) === '')
     : (descending ? -1 : 1) * value(a).localeCompare(value(b), 'en', {numeric: true})
@@ -337,10 +339,13 @@ async function refresh() {
   document.getElementById('live').textContent = state
 }
 
-// The toolbar stays, so that its values and the focus on it stay too.
+// Replaces the page but keeps what the reader has done to it. The toolbar itself stays.
 function replacePage(fresh) {
   const open = [...page.querySelectorAll('details[open]')].map(one => one.id), scroll = [scrollX, scrollY]
-  const focused = document.activeElement, fields = fresh.getElementById('toolbar').querySelector('script')
+  const regions = [...page.querySelectorAll('[role=region]')].map(one => [one.ariaLabel, one.scrollLeft, one.scrollTop])
+  const focusable = holder => [...holder.querySelectorAll('a, button, input, select, summary, [tabindex]')]
+  const focused = document.activeElement, holder = focused.closest('[id]')?.id, place = holder ? focusable(document.getElementById(holder)).indexOf(focused) : -1
+  const fields = fresh.getElementById('toolbar').querySelector('script')
   toolbar.querySelector('script').replaceWith(fields)
   parsed.delete(toolbar)
   fresh.getElementById('toolbar').replaceWith(toolbar)
@@ -348,7 +353,13 @@ function replacePage(fresh) {
   for (const id of open) document.getElementById(id)?.setAttribute('open', '')
   drawAll()
   for (const details of page.querySelectorAll('details[open]')) fillTable(details)
-  if (toolbar.contains(focused)) focused.focus({preventScroll: true})
+  const head = [...page.querySelectorAll('.runs thead th')].find(one => one.textContent === sorted?.name)
+  if (head) sortTable(head, sorted.descending)
+  for (const region of page.querySelectorAll('[role=region]')) {
+    const before = regions.find(([label]) => label === region.ariaLabel)
+    if (before) [region.scrollLeft, region.scrollTop] = before.slice(1)
+  }
+  if (place >= 0) focusable(document.getElementById(holder) ?? page)[place]?.focus({preventScroll: true})
   scrollTo(...scroll)
   if (last) point(last)
 }

@@ -61,7 +61,8 @@ def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -
 style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'">\
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <title>{text(title)}: nibGPT report</title>
-<style>:root{{{light};{severities}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}
+<style>:root{{{light};{severities}}}
+@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}
 {(here.with_name('page.css')).read_text(encoding='utf-8')}</style></head>
 <body{' data-watching' if watching else ''}><main id="page">
 <header><h1>{text(title)}</h1><p class="quiet" id="live" role="status"></p></header>
@@ -70,7 +71,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-sr
 <section><h2>Curves</h2>{toolbar(runs, flags)}<div class="charts">{figures}</div>
 <noscript><p>The charts need JavaScript; metrics.jsonl has their values.</p></noscript>
 {'' if charts else '<p class="quiet">Nothing has been recorded yet.</p>'}</section>
-{''.join(samples_section(runs, run) for run in runs)}
+{samples_section(runs)}
 {config_section(runs, defaults)}
 {''.join(provenance_section(run, len(runs)) for run in runs)}
 </main><script>{(here.with_name('page.js')).read_text(encoding='utf-8')}</script></body></html>
@@ -81,25 +82,25 @@ def toolbar(runs, flags: Sequence[Flag]) -> str:
     """Returns the controls of all charts, with what page.js needs to know about the runs."""
     data, units = {}, {'step', 'tokens', 'hours'}
     for run in runs:
-        times = [item for item in run.numbers.get('time', {}).items() if item[1] is not None]
-        if len(times) < 2:
+        elapsed = run.elapsed
+        if len(elapsed) < 2:
             units.discard('hours')
         if not run.tokens_per_step:
             units.discard('tokens')
         data[run.name if len(runs) > 1 else ''] = {
             'tokens': run.tokens_per_step,
-            'steps': [step for step, _ in times],
-            'hours': [round((time - times[0][1]) / 3600, 6) for _, time in times],
+            'steps': list(elapsed),
+            'hours': [round(seconds / 3600, 6) for seconds in elapsed.values()],
         }
     places = [[flag.run, flag.step, flag.number, flag.name, flag.severity] for flag in flags]
     content = to_json({'runs': data, 'units': sorted(units), 'flags': places})
     return f"""<form id="toolbar" aria-label="all charts">
-<label>across <select name="x"><option value="step">steps</option>\
+<label>x axis <select name="x"><option value="step">steps</option>\
 <option>tokens</option><option value="hours">time in hours</option></select></label>
-<label><input type="checkbox" name="logX"> logarithmic</label>
-<label>up <select name="y"><option value="auto">automatic</option>\
+<label><input type="checkbox" name="logX"> logarithmic x</label>
+<label>y axis <select name="y"><option value="auto">automatic</option>\
 <option>linear</option><option value="log">logarithmic</option></select></label>
-<label><input type="checkbox" name="fall"> all of the first fall</label>
+<label><input type="checkbox" name="fall"> include the first fall</label>
 <label>smoothing <input type="range" name="smoothing" min="0" max="0.98" step="0.02" value="0">\
 </label>
 <label>from <input name="from" size="6" inputmode="decimal" autocomplete="off"></label>
@@ -180,18 +181,19 @@ def findings_section(runs) -> str:
     return f'<section><h2>Findings</h2><ul class="findings">{"".join(items)}</ul></section>'
 
 
-def samples_section(runs, run: Run) -> str:
-    """Returns samples of a few evaluations, including the first and the last."""
-    found = list(run.texts.get('sample', {}).items())
-    count = min(SAMPLES, len(found))
-    chosen = [found[round(index * (len(found) - 1) / max(1, count - 1))] for index in range(count)]
-    items = ''.join(
-        f'<li><h3>step {step:,}</h3><pre>{text(sample)}</pre></li>' for step, sample in chosen
-    )
+def samples_section(runs) -> str:
+    """Returns samples of a few evaluations, from first to last, or the last one of each run."""
+    items = ''
+    for run in runs:
+        found = list(run.texts.get('sample', {}).items())
+        last, count = len(found) - 1, min(SAMPLES, len(found))
+        chosen = [found[round(index * last / max(1, count - 1))] for index in range(count)]
+        name = f'{text(run.name)}, ' if len(runs) > 1 else ''
+        for step, sample in chosen if len(runs) == 1 else found[-1:]:
+            items += f'<li><h3>{name}step {step:,}</h3><pre>{text(sample)}</pre></li>'
     if not items:
         return ''
-    name = f': {text(run.name)}' if len(runs) > 1 else ''
-    return f'<section><h2>Samples{name}</h2><ul class="samples">{items}</ul></section>'
+    return f'<section><h2>Samples</h2><ul class="samples">{items}</ul></section>'
 
 
 def config_section(runs, defaults: Mapping) -> str:
@@ -207,8 +209,18 @@ def config_section(runs, defaults: Mapping) -> str:
             return False
         return key in run.config and key in defaults and run.config[key] != defaults[key]
 
+    def values(key):
+        """Returns the value that all runs have, or each value with the runs that have it."""
+        shown = {}
+        for run in runs:
+            shown.setdefault(show_value(run.config, key), []).append(text(run.name))
+        if len(shown) == 1:
+            return next(iter(shown))
+        lines = (f'{value} <small>{", ".join(names)}</small>' for value, names in shown.items())
+        return '<br>'.join(lines)
+
     def row(key):
-        cells = ''.join(f'<td>{show_value(run.config, key)}</td>' for run in runs)
+        cells = f'<td>{values(key)}</td>'
         apart = ' class=apart' if varies(key) else ''
         origin = ''
         if len(runs) == 1:
@@ -223,11 +235,8 @@ def config_section(runs, defaults: Mapping) -> str:
 
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     changed = [key for key in keys if varies(key) or any(differs(run, key) for run in runs)]
-    if len(runs) == 1:
-        names, last = ['value'], ['default', 'set by']
-    else:
-        names, last = [run.name for run in runs], ['default']
-    columns = ''.join(f'<th scope="col">{text(name)}</th>' for name in ['key', *names, *last])
+    names = ['key', 'value', 'default', *(['set by'] if len(runs) == 1 else [])]
+    columns = ''.join(f'<th scope="col">{name}</th>' for name in names)
     head = f'<thead><tr>{columns}</tr></thead>'
     rows = ''.join(row(key) for key in changed)
     rest = ''.join(row(key) for key in keys if key not in changed)
@@ -254,7 +263,7 @@ def provenance_section(run: Run, count: int) -> str:
     )
     if not rows:
         return ''
-    table = f'<div class="wide"><table>{rows}</table></div>'
+    table = f'<div class="wide"><table class="origin">{rows}</table></div>'
     if count == 1:
         return f'<section><h2>Origin</h2>{table}</section>'
     name = text(run.name)

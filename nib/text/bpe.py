@@ -1,21 +1,21 @@
-"""Fast GPT-2 byte pair encoding: tiktoken encodes each distinct word once, a table does the rest.
+"""Fast byte pair encoding: the tokenizer encodes each distinct word once, a table does the rest.
 
-GPT-2 splits a text into words and encodes each word independently (Radford et al. 2019, section
-2.2), so a word always has the same tokens. A few words make up most of any text. What remains is to
-split and to look up, and numpy does both for thousands of words at a time. The result is always
-identical to tiktoken's encoding of the whole text.
+A byte pair tokenizer splits a text into words and encodes each of them independently (Radford et
+al. 2019, section 2.2), so a word always has the same tokens. A few words make up most of any text.
+What remains is to split and to look up, and numpy does both for thousands of words at a time. The
+result is always identical to the tokenizer's encoding of the whole text.
+
+A word here may be several words of the tokenizer: it splits where a table of neighboring bytes says
+that the tokenizer does so too, whatever comes before and after them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import tiktoken
 
 # Bytes that never occur in UTF-8 separate the texts. Each is a word of its own: _CUT has no tokens,
-# _END has the end-of-text token.
+# _END has the tokens between two documents.
 _CUT, _END = b'\xfe', b'\xff'
-# How GPT-2's pattern classifies the character a byte belongs to. cut_words relies on this order.
-_SEPARATOR, _WHITE, _LETTER, _NUMBER, _OTHER, _UNSEEN = range(6)
 
 _TOGETHER = 1 << 18  # bytes of text split at once: small enough for the processor's cache
 _WORDS = 1 << 15  # words looked up at once
@@ -37,12 +37,20 @@ _BYTES = 1 << 23  # it is also cleared when its words add up to this many bytes
 class WordTable:
     """Encodes texts and remembers the tokens of their words.
 
+    encode_words: returns the token ids of several words one after the other, and their number for
+    each word. splits: GPT2_SPLITS or GPT4_SPLITS. between: the ids between two documents.
     Memory is bounded: a full table is cleared.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, end_of_text: int):
-        self.encoding, self.end_of_text = encoding, end_of_text
-        self.kinds = CharacterKinds(encoding)
+    def __init__(
+        self,
+        encode_words: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
+        splits: bytes,
+        between: Sequence[int],
+        dtype: type[np.unsignedinteger],
+    ):
+        self.encode_words, self.splits = encode_words, splits
+        self.between, self.dtype = between, dtype
         self._clear()
 
     def _clear(self):
@@ -51,28 +59,26 @@ class WordTable:
         self.places = 1 << _BITS
         self.entries = np.zeros(self.places * 3 // 2 + _WORDS, _ENTRY)
         self.long_words = {}
-        self.pool, self.n_ids = np.empty(_BYTES, np.uint16), 0
+        self.pool, self.n_ids = np.empty(_BYTES, self.dtype), 0
         self.n_words = self.n_bytes = 0
+        self._store(self.between)
 
     def encode(self, texts: Iterable[tuple[bytes, bool]]) -> np.ndarray:
         """Encode texts, one after the other.
 
-        texts: pairs of UTF-8 bytes and whether the end-of-text token follows them.
-        Returns token ids, uint16.
+        texts: pairs of UTF-8 bytes and whether a document ends with them.
+        Returns token ids, in self.dtype.
         """
         parts = [ids for data in _join(texts) for ids in self._encode(data)]
-        return np.concatenate([np.empty(0, np.uint16), *parts])
+        return np.concatenate([np.empty(0, self.dtype), *parts])
 
     def _encode(self, data: bytes) -> Iterator[np.ndarray]:
-        kinds, *wide = self.kinds.of_bytes(data)
-        starts = np.flatnonzero(cut_words(np.frombuffer(data, np.uint8), kinds, *wide))
+        starts = np.flatnonzero(word_starts(data, self.splits))
         for first in range(0, len(starts) - _PADDING, _WORDS):
             last = min(first + _WORDS, len(starts) - _PADDING)
-            yield self._look_up(data, kinds, starts[first:last], starts[first + 1 : last + 1])
+            yield self._look_up(data, starts[first:last], starts[first + 1 : last + 1])
 
-    def _look_up(
-        self, data: bytes, kinds: np.ndarray, starts: np.ndarray, ends: np.ndarray
-    ) -> np.ndarray:
+    def _look_up(self, data: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Returns the token ids of the words data[start:end], one word for each start and end."""
         if self.n_words >= self.places // 2 or self.n_bytes >= _BYTES:
             self._clear()
@@ -88,14 +94,14 @@ class WordTable:
         rest = np.flatnonzero((entries['low'] != low) | (entries['high'] != high))
         if len(rest):
             places = places[rest]
-            self._find(data, kinds, starts[rest], ends[rest], low[rest], high[rest], places)
+            self._find(data, starts[rest], ends[rest], low[rest], high[rest], places)
             entries[rest] = self.entries.take(places)
         count = entries['count']
         index = np.repeat(entries['first'] - np.cumsum(count) + count, count)
         index += np.arange(len(index))
         return self.pool.take(index)
 
-    def _find(self, data, kinds, starts, ends, low, high, places):
+    def _find(self, data, starts, ends, low, high, places):
         """Moves places, in place, from the words' first slots to their entries; adds new words."""
         known = self.entries
         added = [np.empty(0, np.int64)]
@@ -119,43 +125,26 @@ class WordTable:
         places[long] = [self.long_words[word] for word in words]
         new = np.concatenate(added)
         if len(new):
-            self._add(data, kinds, starts[new], ends[new], places[new])
+            self._add(data, starts[new], ends[new], places[new])
 
-    def _add(self, data, kinds, starts, ends, places):
+    def _add(self, data, starts, ends, places):
         """Encodes new words and fills in their entries."""
         self.n_words += len(places)
         self.n_bytes += int((ends - starts).sum())
-        last = kinds[ends - 1]
-        # One call encodes many words, because a call costs more than a word. A mark separates them:
-        # a character that cannot be part of such a word.
-        for these, mark in (((last == _LETTER) | (last == _OTHER), b'1'), (last == _NUMBER, b'a')):
-            words = [
-                data[start:end] for start, end in zip(starts[these].tolist(), ends[these].tolist())
-            ]
-            ids = self._tiktoken(mark.join([*words, b'']))
-            stops = np.flatnonzero(ids == self._tiktoken(mark))
-            firsts = np.append(0, stops + 1)[:-1]
-            self.entries['first'][places[these]] = self._store(ids) + firsts
-            self.entries['count'][places[these]] = stops - firsts
-        for number in np.flatnonzero(last <= _WHITE).tolist():
-            word = data[starts[number] : ends[number]]
-            if word == _CUT:
-                ids = []
-            elif word == _END:
-                ids = [self.end_of_text]
-            else:
-                ids = self._tiktoken(word)
-            self.entries['first'][places[number]] = self._store(ids)
-            self.entries['count'][places[number]] = len(ids)
-
-    def _tiktoken(self, text: bytes) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text.decode(), disallowed_special=())
+        words = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+        ids, count = self.encode_words(
+            ['' if word in (_CUT, _END) else word.decode() for word in words]
+        )
+        self.entries['first'][places] = self._store(ids) + np.cumsum(count) - count
+        self.entries['count'][places] = count
+        end = places[[word == _END for word in words]]
+        self.entries['first'][end], self.entries['count'][end] = 0, len(self.between)
 
     def _store(self, ids) -> int:
         """Appends ids to the pool; returns the index of the first one."""
         first, self.n_ids = self.n_ids, self.n_ids + len(ids)
         if self.n_ids > len(self.pool):
-            self.pool = np.concatenate([self.pool, np.empty(self.n_ids, np.uint16)])
+            self.pool = np.concatenate([self.pool, np.empty(self.n_ids, self.dtype)])
         self.pool[first : self.n_ids] = ids
         return first
 
@@ -173,86 +162,106 @@ def _join(texts: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
         yield b''.join([*parts, _CUT * _PADDING])
 
 
-class CharacterKinds:
-    """How GPT-2's pattern classifies characters: letters, numbers, white space or others.
-
-    tiktoken's regular expressions decide, as their version of Unicode may differ from Python's.
-    They are probed with a vocabulary that merges only `a`, `1` or `!` with any one byte: a merge
-    shows that the pattern keeps the character in one word with that sign.
-    """
-
-    def __init__(self, encoding: tiktoken.Encoding):
-        every_byte = [bytes([byte]) for byte in range(256)]
-        tokens = every_byte + [sign + byte for sign in (b'a', b'1', b'!') for byte in every_byte]
-        self.probe = tiktoken.Encoding(
-            'kinds',
-            pat_str=encoding._pat_str,
-            special_tokens={},
-            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        )
-        self.of_point = np.full(0x110000, _UNSEEN, np.uint8)
-        self._classify(range(128))
-        self.of_byte = self.of_point[:128].tobytes() + bytes([_UNSEEN] * 126 + [_SEPARATOR] * 2)
-
-    def _classify(self, points: Iterable[int]):
-        for point in points:
-            self.of_point[point] = _WHITE
-            for sign, kind in (('a', _LETTER), ('1', _NUMBER), ('!', _OTHER)):
-                if self.probe.encode_ordinary(sign + chr(point))[0] > 255:
-                    self.of_point[point] = kind
-                    break
-
-    def of_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Classify every byte by the character it belongs to.
-
-        Returns the kinds, uint8 (len(data),), and the offsets of the first and of the last byte of
-        every white-space character that has several bytes.
-        """
-        kinds = np.frombuffer(bytearray(data.translate(self.of_byte)), np.uint8)
-        beyond = np.flatnonzero(kinds == _UNSEEN)  # all bytes of all non-ASCII characters
-        characters = np.frombuffer(data, np.uint8)[beyond].tobytes().decode()
-        points = np.frombuffer(characters.encode('utf-32-le'), '<u4')
-        self._classify(np.unique(points[self.of_point[points] == _UNSEEN]).tolist())
-        of_point = self.of_point[points]
-        size = 2 + (points >= 0x800) + (points >= 0x10000)  # in UTF-8
-        kinds[beyond] = np.repeat(of_point, size)
-        white = np.flatnonzero(of_point == _WHITE)
-        last = (np.cumsum(size) - 1)[white]
-        return kinds, beyond[last - size[white] + 1], beyond[last]
+# Kinds of bytes.
+_SPACE, _TAB, _LINE, _WHITE, _LETTER, _DIGIT, _SIGN, _QUOTE, _OTHER, _SEPARATOR, _WIDE = range(11)
+# White space beyond ASCII, and characters that were white space in older versions of Unicode.
+_WIDE_WHITE = [
+    chr(point).encode().ljust(3, b'\0')
+    for point in (0x85, 0xA0, 0x1680, 0x180E, *range(0x2000, 0x200C), 0x2028, 0x2029, 0x202F)
+    + (0x205F, 0x3000, 0xFEFF)
+]
+_WIDE_FIRST = {character[0] for character in _WIDE_WHITE}
+_WIDE_CODES = [int.from_bytes(character, 'big') for character in _WIDE_WHITE]
 
 
-def cut_words(
-    data: np.ndarray, kinds: np.ndarray, wide_first: np.ndarray, wide_last: np.ndarray
-) -> np.ndarray:
-    r"""Find the bytes that begin a word according to GPT-2's pattern.
+def _kind(byte: int) -> int:
+    character = chr(byte)
+    if byte >= 0xFE:
+        return _SEPARATOR
+    if byte >= 0x80:
+        return _WIDE if byte in _WIDE_FIRST else _OTHER
+    if character in " \t\n'":
+        return {' ': _SPACE, '\t': _TAB, '\n': _LINE, "'": _QUOTE}[character]
+    if character.isspace():
+        return _WHITE
+    if character.isalpha():
+        return _LETTER
+    if character.isdigit():
+        return _DIGIT
+    return _SIGN if character.isprintable() else _OTHER
 
-    The pattern is '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
-    data: uint8, UTF-8 with one separator before it and _PADDING separators after it.
-    kinds, wide_first, wide_last: from CharacterKinds.of_bytes.
+_KINDS = bytes(map(_kind, range(256)))
+
+# What is known about two neighboring bytes: a word always begins with the first, with the second.
+_FIRST, _SECOND = 1, 2
+
+
+def _splits(*known: tuple[Sequence[int], Sequence[int], int]) -> bytes:
+    """Returns what is known about each pair of kinds: entry 16 * first + second."""
+    table = bytearray(256)
+    for first in range(_SEPARATOR + 1):
+        table[16 * first + _SEPARATOR] = table[16 * _SEPARATOR + first] = _SECOND
+    for firsts, seconds, what in known:
+        for first in firsts:
+            for second in seconds:
+                table[16 * first + second] |= what
+    return bytes(table)
+
+
+_VISIBLE = (_LETTER, _DIGIT, _SIGN, _QUOTE, _OTHER)
+_ALIKE = (
+    (_VISIBLE, (_SPACE, _TAB), _SECOND),
+    ((_LETTER,), (_DIGIT, _SIGN, _QUOTE), _SECOND),
+    ((_DIGIT,), (_LETTER, _SIGN, _QUOTE), _SECOND),
+    ((_SIGN, _QUOTE), (_DIGIT,), _SECOND),
+    # The last of several white-space characters: ` ?` of the next word, or `\s+(?!\S)`.
+    ((_SPACE, _TAB), (_LETTER, _SIGN, _QUOTE), _FIRST),
+    ((_TAB,), (_SIGN, _QUOTE), _SECOND),
+)
+# '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+, also after digits have
+# been split off.
+GPT2_SPLITS = _splits(
+    *_ALIKE,
+    (_VISIBLE, (_LINE,), _SECOND),
+    ((_LINE,), (_LETTER, _SIGN, _QUOTE), _FIRST | _SECOND),
+    ((_TAB,), (_LETTER,), _SECOND),
+    ((_SIGN,), (_LETTER,), _SECOND),
+)
+# (?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*
+# |\s*[\r\n]+|\s+(?!\S)|\s+, also with \p{N} or \p{N}+ instead of \p{N}{1,3}.
+GPT4_SPLITS = _splits(
+    *_ALIKE,
+    ((_LETTER, _DIGIT), (_LINE,), _SECOND),
+    ((_LINE,), _VISIBLE, _SECOND),
+    ((_SPACE, _TAB), (_DIGIT,), _FIRST | _SECOND),
+    ((_SPACE,), (_OTHER,), _FIRST),
+)
+
+
+def word_starts(data: bytes, splits: bytes) -> np.ndarray:
+    """Find bytes that begin a word of the tokenizer: not all of them, but no others.
+
+    data: UTF-8 with a separator before it and _PADDING separators after it.
     Returns bool (len(data),).
     """
+    kinds = np.frombuffer(bytearray(data.translate(_KINDS)), np.uint8)
+    _mark_wide_white(np.frombuffer(data, np.uint8), kinds)
+    pairs = (kinds[:-1] << 4 | kinds[1:]).tobytes().translate(splits)
+    known = np.frombuffer(pairs, np.uint8)
     starts = np.ones(len(data), bool)
-    # ` ?\p{L}+` and the like, and `\s+`: a word has one kind, but begins with the space before it.
-    starts[1:] = (kinds[1:] != kinds[:-1]) & (data[:-1] != ord(' '))
-    starts |= kinds == _SEPARATOR
-    # `\s+(?!\S)`: the last of several white-space characters before a word begins a new word.
-    white = kinds == _WHITE
-    starts[1:-1] |= white[:-2] & white[1:-1] & (kinds[2:] > _WHITE)
-    # If that character has several bytes, its last byte is now marked: mark its first byte instead.
-    starts[wide_first] |= starts[wide_last]
-    starts[wide_last] = False
-    # `'(?:[sdmt]|ll|ve|re)` has priority wherever a word would begin with the quote.
-    quotes = np.flatnonzero(data == ord("'"))
-    quotes = quotes[starts[quotes]]
-    second, third = data[quotes + 1], data[quotes + 2]
-    one = quotes[
-        (second == ord('s')) | (second == ord('d')) | (second == ord('m')) | (second == ord('t'))
-    ]
-    two = quotes[
-        (second == ord('l')) & (third == ord('l'))
-        | ((second == ord('v')) | (second == ord('r'))) & (third == ord('e'))
-    ]
-    starts[one + 1] = starts[two + 1] = False
-    starts[one + 2] = starts[two + 3] = True
+    starts[1:] = known & _SECOND
+    starts[:-1] |= (known & _FIRST).view(bool)
     return starts
+
+
+def _mark_wide_white(data: np.ndarray, kinds: np.ndarray):
+    """Decides, in place, which characters that begin with a byte of kind _WIDE are white space."""
+    first = np.flatnonzero(kinds == _WIDE)
+    kinds[first] = _OTHER
+    code = data[first].astype(np.uint32) << 16 | data[first + 1].astype(np.uint32) << 8
+    has_three = code >= 0xE00000
+    code |= np.where(has_three, data[first + 2], 0)
+    white = np.isin(code, _WIDE_CODES)
+    kinds[first[white]] = kinds[first[white] + 1] = _WHITE
+    kinds[first[white & has_three] + 2] = _WHITE

@@ -20,17 +20,16 @@ from nib.text.tokenizer import END_OF_TEXT
 
 PIECE = 1 << 16  # characters in a piece
 LONGEST = 1 << 18  # characters in a piece of a text that can hardly be cut
-CUTTING = 2  # version of how texts are cut into pieces
+CUTTING = 3  # version of how texts are cut into pieces
 VAL_FRACTION = 0.1
-# GPT-2's pre-tokenizer always begins a new word at white space that follows other text, and no word
-# before that place depends on what comes after it. Text cut there gives the same tokens.
-_BOUNDARY = re.compile(r'(?<=\S)[ \n]')
-# So it does at punctuation that follows a letter or a digit. Only characters that every version of
-# Unicode classifies alike.
-_PUNCTUATION = re.compile(
-    r'(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5])'  # Latin, kana, Chinese
-    r'[!-/:-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1f]'
-)
+# A byte pair tokenizer always begins a new word at a space that follows other text, and at the end
+# of a line that follows a letter or a digit. No word before that place depends on what comes after
+# it. Text cut there gives the same tokens.
+# Only characters that every version of Unicode classifies alike: Latin, kana, Chinese.
+_ALPHANUMERIC = '[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5]'
+_BOUNDARY = re.compile(rf'(?<=\S) |(?<={_ALPHANUMERIC})\n')
+# So it does at punctuation that follows a letter or a digit.
+_PUNCTUATION = re.compile(rf'(?<={_ALPHANUMERIC})[!-&(-/:-@\[-`{{-~\u3001\u3002\uff01\uff0c\uff1f]')
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,23 @@ def download(
     overall_seconds: limit for one whole response.
     Raises DownloadError, with the reason for each address, if none of them serves the file.
     """
-    reasons = []
+    reasons = []  # of each address
     for url in urls:
         try:
             content = _fetch(url, max_bytes, timeout, overall_seconds)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise _Refused('not the expected file (wrong SHA-256)')
         except _Refused as refused:
-            reasons.append(f'{urlsplit(url).netloc}: {refused}')
+            reasons.append(str(refused))
             continue
         with atomic_write(path) as file:
             file.write(content)
         return
-    raise DownloadError(f'could not download {path}: ' + '; '.join(reasons))
+    why = reasons[0]
+    if len(set(reasons)) > 1:
+        pairs = zip(urls, reasons, strict=True)
+        why = '; '.join(f'{urlsplit(url).netloc}: {reason}' for url, reason in pairs)
+    raise DownloadError(f'{path} could not be downloaded ({why})')
 
 
 def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_seconds: float) -> bytes:

@@ -1,7 +1,8 @@
 """A tokenizer.json of Hugging Face's tokenizers library, the format of most open models.
 
-The library encodes. Decoding is done here, token by token, as output while generating needs it: the
-bytes of a token do not depend on its neighbors. nib/text/tokenizer.py describes the methods.
+The library encodes, or for long texts nib/text/bpe.py, which asks it for each distinct word once.
+Decoding is done here, token by token, as output while generating needs it: the bytes of a token do
+not depend on its neighbors. nib/text/tokenizer.py describes the methods.
 """
 
 import functools
@@ -9,14 +10,24 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from nib.errors import UserError
+from nib.text.bpe import GPT2_SPLITS, GPT4_SPLITS, WordTable
 from nib.text.vocabulary import END_OF_TEXT, checked_ids, without_surrogates
 
 # Names of an end-of-text token, if no other file of the model names it.
 _ENDS = (END_OF_TEXT, '<|end_of_text|>', '</s>', '<eos>')
+# The patterns with which GPT-4, Llama 3, Qwen and train_bpe.py split a text. They differ in how
+# they write contractions and in how many digits make up a word.
+_GPT4_PATTERN = re.compile(
+    r"\(\?i:[a-z'|()?:\[\]]+\)"
+    + re.escape(r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}')
+    + r'(\{1,3\}|\+)?'
+    + re.escape(r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +59,21 @@ class HfTokenizer:
         known = [number for number in ids if number is not None and 0 <= number < len(tokens)]
         return cls(content, len(tokens), known[0] if known else None)
 
-    @property
+    @functools.cached_property
     def first_ids(self) -> list[int]:
         """The tokens in front of every text: the beginning-of-text token if the model has one."""
         library, _ = self._loaded()
-        return [number for number in library.encode('').ids if number != self.end_of_text]
+        text = library.encode('a', add_special_tokens=False).ids
+        whole = library.encode('a').ids
+        starts = range(len(whole) - len(text) + 1)
+        return next((whole[:i] for i in starts if whole[i : i + len(text)] == text), [])
+
+    @property
+    def between(self) -> list[int]:
+        """The tokens between two documents: end_of_text and first_ids, or one that is both."""
+        if self.end_of_text is None or self.first_ids == [self.end_of_text]:
+            return self.first_ids
+        return [self.end_of_text, *self.first_ids]
 
     @property
     def adds_space(self) -> bool:
@@ -64,16 +85,30 @@ class HfTokenizer:
         return self._encode([text])[0]
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Returns token ids, uint32.
+        """Returns token ids, uint16 or uint32.
 
         texts: pairs of a text and whether it ends a document. end_of_text follows a document, then
         the first_ids of the next one.
         """
-        texts = list(texts)
-        between = [] if self.end_of_text is None else [self.end_of_text]
-        between += self.first_ids
-        # A document is cut before white space. What continues it gets no further space.
+        words = _words(self.content, self.spells_end_of_text, tuple(self.between))
+        if words is None:
+            return self._by_library(list(texts))
+        table, added, normalize = words
+        parts, plain = [], []
+        for given, ends in texts:
+            text = without_surrogates(given)
+            normal = normalize(text)
+            if added.search(text) or normal is not text and added.search(normal):
+                parts += [table.encode(plain), self._by_library([(text, ends)])]
+                plain = []
+            else:
+                plain.append((normal.encode(), ends))
+        return np.concatenate([*parts, table.encode(plain)])
+
+    def _by_library(self, texts: list[tuple[str, bool]]) -> np.ndarray:
+        between = np.array(self.between, np.uint32)
         adds_space = self.adds_space
+        # A document is cut before white space. What continues it gets no further space.
         continues = [
             adds_space and text[:1].isspace() and not (number and texts[number - 1][1])
             for number, (text, _) in enumerate(texts)
@@ -89,7 +124,7 @@ class HfTokenizer:
             is_extra = continuing and text[0] != ' ' and self.decode_bytes(ids[:1]) == b' '
             parts.append(ids[1:] if is_extra else ids)
             if ends:
-                parts.append(np.array(between, np.uint32))
+                parts.append(between)
         return np.concatenate(parts)
 
     def decode(self, ids) -> str:
@@ -142,14 +177,9 @@ class HfTokenizer:
 @functools.lru_cache(maxsize=4)
 def _load(content: str, spells_end_of_text: bool) -> tuple:
     """Returns the library's tokenizer, and the bytes of every token by its id."""
+    tokenizers = import_library()
     try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise UserError(
-            'this tokenizer needs a package that is not installed: pip install tokenizers'
-        ) from error
-    try:
-        library = Tokenizer.from_str(content)
+        library = tokenizers.Tokenizer.from_str(content)
         decoder = json.loads(content).get('decoder')
     except Exception as error:  # the library has no class of its own for its errors
         raise UserError(f'not a valid tokenizer.json ({error})') from error
@@ -163,6 +193,78 @@ def _load(content: str, spells_end_of_text: bool) -> tuple:
     for token, number in vocabulary.items():
         tokens[number] = _bytes(token, steps, number in added)
     return library, tokens
+
+
+@functools.lru_cache(maxsize=1)
+def _words(content: str, spells_end_of_text: bool, between: tuple[int, ...]) -> tuple | None:
+    """Returns a word table, a pattern of the added tokens, and a function that normalizes text.
+
+    The table does not know the added tokens. Returns None if it cannot be used for this tokenizer.
+    """
+    library, tokens = _load(content, spells_end_of_text)
+    described = json.loads(library.to_str())
+    splits = _known_splits(described)
+    if splits is None:
+        return None
+    alone = described | {'added_tokens': [], 'normalizer': None, 'post_processor': None}
+    model = import_library().Tokenizer.from_str(json.dumps(alone))
+    dtype = np.uint16 if len(tokens) <= 1 << 16 else np.uint32
+
+    def encode_words(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = model.encode_batch_fast(words, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encoded]
+        return np.fromiter(chain.from_iterable(ids), dtype), np.array([*map(len, ids)], np.int64)
+
+    def normalize(text: str) -> str:
+        # No Unicode normalization changes ASCII.
+        is_normal = library.normalizer is None or text.isascii()
+        return text if is_normal else library.normalizer.normalize_str(text)
+
+    names = {
+        token.content
+        for token in library.get_added_tokens_decoder().values()
+        if not (token.special and spells_end_of_text)
+    }
+    names |= set(map(normalize, names))
+    added = re.compile('|'.join(map(re.escape, sorted(names))) or '(?!)')
+    return WordTable(encode_words, splits, between, dtype), added, normalize
+
+
+def _known_splits(described: dict) -> bytes | None:
+    """Returns where a tokenizer splits, for a word table; None if that is not known."""
+    model, normalizer = described['model'], described['normalizer']
+    if model['type'] != 'BPE' or model['dropout']:
+        return None
+    if normalizer and normalizer['type'] not in ('NFC', 'NFD', 'NFKC', 'NFKD'):
+        return None
+    first = described['pre_tokenizer'] or {}
+    match first.get('pretokenizers', [first]):
+        case [*digits, {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}]:
+            if all(step['type'] == 'Digits' for step in digits):
+                return GPT2_SPLITS
+        case [
+            {
+                'type': 'Split',
+                'pattern': {'Regex': pattern},
+                'behavior': 'Isolated',
+                'invert': False,
+            },
+            {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False},
+        ]:
+            if _GPT4_PATTERN.fullmatch(pattern):
+                return GPT4_SPLITS
+    return None
+
+
+def import_library():
+    """Returns the tokenizers library. Raises UserError if it is not installed."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(
+            'this tokenizer needs a package that is not installed: pip install tokenizers'
+        ) from error
+    return tokenizers
 
 
 def _steps(decoder: dict | None) -> list[dict]:

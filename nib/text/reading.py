@@ -73,7 +73,7 @@ def read_file(path: str | os.PathLike, say: Callable[[str], None]) -> Iterator[s
 
 def not_a_file(path: str | os.PathLike, mode: int) -> UserError:
     kind = 'folder' if stat.S_ISDIR(mode) else 'pipe' if stat.S_ISFIFO(mode) else 'device'
-    return UserError(f'{path} is a {kind}, not a file: save the text in a file, and name that')
+    return UserError(f'{path} is a {kind}, not a file: save the text in a file and name that file')
 
 
 def decode(

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nib.errors import UserError
+from nib.text.bpe import GPT2_SPLITS, WordTable
 from nib.text.download import DownloadError, download
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.vocabulary import (
@@ -156,9 +157,7 @@ class Gpt2Tokenizer:
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
         """Returns token ids, uint16. texts: pairs of a text and whether end_of_text follows it."""
-        return _word_table(load_gpt2(), self.end_of_text).encode(
-            (_utf8(text), ends) for text, ends in texts
-        )
+        return _gpt2_table(load_gpt2()).encode((_utf8(text), ends) for text, ends in texts)
 
     def decode(self, ids) -> str:
         """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
@@ -221,10 +220,12 @@ def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
     is_plain = tokenizer.end_of_text is None or tokenizer.spells_end_of_text
     first, *others = [text] if is_plain else text.split(END_OF_TEXT)
     try:
-        begin = tokenizer.first_ids if isinstance(tokenizer, HfTokenizer) else []
+        begin, between = [], [tokenizer.end_of_text]
+        if isinstance(tokenizer, HfTokenizer):
+            begin, between = tokenizer.first_ids, tokenizer.between
         ids = [*begin, *tokenizer.encode(first).tolist()]
         for part in others:
-            ids += [tokenizer.end_of_text, *begin, *tokenizer.encode(part).tolist()]
+            ids += [*between, *tokenizer.encode(part).tolist()]
     except UserError as error:
         if is_plain and END_OF_TEXT in text:
             raise UserError(
@@ -256,10 +257,17 @@ def _one_by_one(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> np.n
 
 
 @functools.lru_cache(maxsize=1)
-def _word_table(encoding, end_of_text: int):
-    from nib.text.bpe import WordTable  # imports tiktoken, which most runs do not need
+def _gpt2_table(encoding) -> WordTable:
+    end = Gpt2Tokenizer.end_of_text
 
-    return WordTable(encoding, end_of_text)
+    def encode_words(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        # One call, because a call costs more than a word. No word contains the mark between them.
+        text = END_OF_TEXT.join([*words, ''])
+        ids = encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+        ends = np.flatnonzero(ids == end)
+        return ids[ids != end], np.diff(ends, prepend=-1) - 1
+
+    return WordTable(encode_words, GPT2_SPLITS, [end], np.uint16)
 
 
 @functools.cache
@@ -271,31 +279,47 @@ def load_gpt2():
     """
     import tiktoken  # most runs do not need it
 
-    folder = Path(  # where tiktoken looks, in its order
-        os.environ.get('TIKTOKEN_CACHE_DIR')
-        or os.environ.get('DATA_GYM_CACHE_DIR')
-        or Path(tempfile.gettempdir(), 'data-gym-cache')
-    ).expanduser()
-    names = {file: hashlib.sha1((GPT2_URL + file).encode()).hexdigest() for file in GPT2_FILES}
+    stored = _gpt2_paths()
+    folder = stored['vocab.bpe'].parent
     try:
         for file, digest in GPT2_FILES.items():
-            path = folder / names[file]
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            if not _has_digest(stored[file], digest):
                 folder.mkdir(parents=True, exist_ok=True)
-                download([GPT2_URL + file], path, digest, max_bytes=2_000_000)
+                download([GPT2_URL + file], stored[file], digest, max_bytes=2_000_000)
     except OSError as error:
         raise UserError(
             f"GPT-2's vocabulary cannot be stored in {folder} ({error.strerror}); set the "
             f'environment variable TIKTOKEN_CACHE_DIR to another folder'
         ) from error
     except DownloadError as error:
-        wanted = ' and '.join(f'{GPT2_URL}{file} as {name}' for file, name in names.items())
+        wanted = ' and '.join(f'{GPT2_URL}{file} as {path.name}' for file, path in stored.items())
         raise DownloadError(
             f"GPT-2's vocabulary is missing ({error}); on a machine with a network, download "
             f'{wanted} into a folder, and set the environment variable TIKTOKEN_CACHE_DIR to it'
         ) from error
     os.environ['TIKTOKEN_CACHE_DIR'] = str(folder)  # if it were '', tiktoken would download again
     return tiktoken.get_encoding('gpt2')
+
+
+def is_gpt2_stored() -> bool:
+    """Returns whether load_gpt2 needs no network."""
+    stored = _gpt2_paths()
+    return all(_has_digest(stored[file], digest) for file, digest in GPT2_FILES.items())
+
+
+def _gpt2_paths() -> dict[str, Path]:
+    folder = Path(  # where tiktoken looks, in its order
+        os.environ.get('TIKTOKEN_CACHE_DIR')
+        or os.environ.get('DATA_GYM_CACHE_DIR')
+        or Path(tempfile.gettempdir(), 'data-gym-cache')
+    ).expanduser()
+    return {
+        file: folder / hashlib.sha1((GPT2_URL + file).encode()).hexdigest() for file in GPT2_FILES
+    }
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
 def _texts(ids: np.ndarray, end_of_text: int) -> list[np.ndarray]:

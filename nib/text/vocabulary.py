@@ -46,7 +46,7 @@ class VocabularyTokenizer:
         pieces = self._words(text) if self.are_words else self._longest(text)
         ids = [self._ids[piece] for piece in pieces]
         if text and not ids:
-            raise UserError(f'the text contains no token, such as {self._examples()}')
+            raise UserError(f'the text contains none of the tokens, such as {self._examples()}')
         return np.array(ids, np.uint32)
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:

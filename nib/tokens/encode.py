@@ -76,11 +76,13 @@ def _in_processes(
     batches: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: np.dtype, cores: int
 ) -> Iterator[Encoded]:
     # Forking a process that has threads (torch's, tqdm's) may hang, so processes are spawned.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'), _start_process)
+    pool = ProcessPoolExecutor(
+        cores, multiprocessing.get_context('spawn'), _start_process, (tokenizer, dtype)
+    )
     waiting = deque()  # pool.map would read all batches at once
     try:
         for batch in batches:
-            waiting.append(pool.submit(encode_batch, batch, tokenizer, dtype))
+            waiting.append(pool.submit(_encode, batch))
             if len(waiting) > 2 * cores:
                 yield waiting.popleft().result()
         while waiting:
@@ -94,7 +96,16 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_process():
+# Of a process that encodes. A tokenizer.json has megabytes, too much to send with each batch.
+_sent: list = []
+
+
+def _encode(batch: list[Piece]) -> Encoded:
+    return encode_batch(batch, *_sent)
+
+
+def _start_process(tokenizer: Tokenizer, dtype: np.dtype):
+    _sent[:] = tokenizer, dtype
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the library's threads: each core is in use
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -54,8 +54,8 @@ def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> Token
                     f'{error}; or use another text: --dataset=NAME, --fallback_dataset=NAME'
                 ) from error
             say(
-                f'*** TRAINING ON {fallback} INSTEAD OF {name}, WHICH COULD NOT BE DOWNLOADED: '
-                f'{error}; then repeat the command with --overwrite ***'
+                f'*** TRAINING ON {fallback} INSTEAD OF {name}, WHICH COULD NOT BE DOWNLOADED ***\n'
+                f'{error}; then repeat the command with --overwrite'
             )
             return _prepare(fallback, data_dir, values, say)
 

@@ -39,7 +39,7 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
         place / 'input.txt'
         for place in (here, folder, here.parent / 'shakespeare', here.parent / 'shakespeare_char')
     ]
-    path = Path(given) if given else next(filter(Path.exists, places), None) or _fetch(folder, here)
+    path = Path(given) if given else next(filter(Path.exists, places), None) or _fetch(folder)
     text, digest = _read(path)
     if not text:
         raise UserError(f'{path} is empty; use --input=PATH to name a text file')
@@ -74,16 +74,15 @@ def _read(path: Path) -> tuple[str, str]:
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fetch(folder: Path, here: Path) -> Path:
+def _fetch(folder: Path) -> Path:
     path = folder / 'input.txt'
     try:
         with locked(folder):
             if not path.exists():  # another process may have downloaded it meanwhile
-                download(URLS, path, SHA256, max_bytes=SIZE)
+                download(URLS, shown(path), SHA256, max_bytes=SIZE)
     except DownloadError as error:
         raise DownloadError(
-            f'{error}; download {URLS[0]} on another machine and save it as {here / "input.txt"}, '
-            f'or run {command(f"data/{here.name}/prepare.py")} --input=PATH'
+            f'{error}: download {URLS[0]} on another machine and save it under this name'
         ) from error
     except OSError as error:
         raise UserError(

@@ -29,7 +29,7 @@ def locked(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         while not lock.take():
             if not waiting:
-                print(f'waiting for {lock.holder()}, which prepares {folder}', file=sys.stderr)
+                print(f'waiting for {lock.holder()}, which is preparing {folder}', file=sys.stderr)
             waiting = True
             time.sleep(_POLL_SECONDS)
         lock.sign()

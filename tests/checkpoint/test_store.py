@@ -111,11 +111,15 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
         'store.save(sys.argv[1], 10, w, w, {})\n'
         'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
         'resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n'
-        'try: store.save(sys.argv[1], 20, w, w, {})\n'
-        'except ValueError as error: print(error)\n',
+        'for folder, step in ((sys.argv[1], 20), (sys.argv[2], 1)):\n'
+        '    try: store.save(folder, step, w, w, {})\n'
+        '    except ValueError as error: print(error)\n',
         tmp_path / 'run',
+        tmp_path / 'new',
     )
-    assert 'step 20 could not be written' in done.stdout, done.stderr
+    second, first = done.stdout.splitlines()
+    assert 'step 20 could not be written' in second and '--init_from=resume' in second, done.stderr
+    assert 'step 1 could not be written' in first and 'start again' in first
     assert store.load(tmp_path / 'run')[0].step == 10
     assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['latest', 'step-00000010']
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import threading
 import time
@@ -294,6 +295,26 @@ def test_a_trained_model_leaves_by_convert_py(train_here, tmp_path, run_main):
     assert '| dataset | tiny |' in card and 'nats per token' in card
     again = run_main(*convert)
     assert again.returncode == 2 and 'already exists' in again.stderr
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit on the size of files')
+def test_on_a_full_disk_nothing_is_left_behind(train_here, tmp_path, run_main):
+    import resource
+
+    train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1', '--mlp=gelu_erf')
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for to, dest in (('hf', 'new'), ('nanogpt', 'new'), ('gguf', 'new.gguf')):
+        path = tmp_path / 'models' / dest
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+            ended = run_main(
+                'convert.py', f'--out_dir={tmp_path / "run"}', f'--to={to}', f'--dest={path}'
+            )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert ended.returncode == 2 and ended.stderr.count('\n') == 1, ended.stderr
+        assert 'choose another path' in ended.stderr
+        assert not list(path.parent.iterdir())
 
 
 def test_a_run_says_at_its_start_that_it_cannot_be_written(train_here, tmp_path, run_main):

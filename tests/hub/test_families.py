@@ -195,9 +195,9 @@ def test_open_models_have_the_published_numbers_of_parameters(config, parameters
 def test_every_key_of_transformers_is_honoured_refused_or_harmless(kind):
     """A new key of transformers must be put into one of the tables."""
     family = gpt2.GPT2 if kind == 'gpt2' else llama.FAMILIES[kind]
-    special = gpt2.SPECIAL if kind == 'gpt2' else llama.ROTARY
-    special += llama.WINDOW * (kind in ('qwen2', 'qwen3'))
-    special += ('attention_bias', 'mlp_bias') * (kind in ('llama', 'qwen3'))
+    special = [*(gpt2.SPECIAL if kind == 'gpt2' else llama.ROTARY)]
+    special += [*llama.WINDOW] * (kind in ('qwen2', 'qwen3'))
+    special += ['attention_bias', 'mlp_bias'] * (kind in ('llama', 'qwen3'))
     config = CLASSES[kind][0]().to_dict()
     unknown = [
         key
@@ -218,6 +218,10 @@ REFUSED = {
         dict(add_cross_attention=True),
         dict(is_encoder_decoder=True),
         dict(quantization_config={'bits': 4}),
+        dict(scale_attn_weights=[False]),
+        dict(activation_function=['gelu_new']),
+        dict(layer_norm_epsilon=0.0),
+        dict(n_inner=0),
         dict(pruned_heads={'0': [1]}),
         dict(alibi=True),
         dict(n_layer='3'),
@@ -238,6 +242,7 @@ REFUSED = {
         dict(rope_parameters={'rope_type': ['llama3']}),
         dict(rope_parameters=LLAMA3 | {'high_freq_factor': 0.5}),
         dict(rope_parameters=LLAMA3 | {'factor': None}),
+        dict(rope_parameters={'rope_theta': False}),
         dict(partial_rotary_factor=0.5),
         dict(rope_scaling={'type': 'linear', 'factor': 2.0}),
         dict(sliding_window=8),
@@ -253,6 +258,10 @@ REFUSED = {
     'qwen2': [
         dict(layer_types=['full_attention', 'sliding_attention', 'full_attention']),
         dict(use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=None),
+        dict(max_window_layers='28'),
+        dict(num_hidden_layers='3'),
+        dict(layer_types=7),
+        dict(layer_types=[['full_attention']]),
     ],
     'qwen3': [dict(attention_bias=True), dict(mlp_bias=True)],
 }

@@ -9,14 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import ROOT
 
+from model import GPT, GPTConfig
+from nib import kernels
 from nib.errors import UserError
 from nib.files import command, script_path
-from nib.machine.compiling import pick_compile
+from nib.machine import compiling, device
+from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import (
     autocast,
     measure_flops,
@@ -47,6 +52,32 @@ def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):
     ):
         machine(monkeypatch, **there)
         assert pick_device('auto') == expected
+
+
+def test_the_reason_why_a_gpu_cannot_be_used_is_shown(monkeypatch, tmp_path):
+    def old_driver():
+        warnings.warn('The NVIDIA driver on your system is too old (found 11040)', stacklevel=1)
+        return False
+
+    device.gpu_trouble.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'is_available', old_driver)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # torch's own warning is not shown too
+        assert pick_device('auto') == 'cpu' or torch.backends.mps.is_available()
+    with warnings.catch_warnings(record=True):
+        assert 'update the driver' in device.describe_device('cpu')
+
+    device.gpu_trouble.cache_clear()
+    machine(monkeypatch)
+    assert device.describe_device('cpu').endswith('no GPU found)')
+    device.gpu_trouble.cache_clear()
+    (tmp_path / 'version').touch()
+    monkeypatch.setattr(device, 'NVIDIA_DRIVER', tmp_path / 'version')
+    monkeypatch.setattr(torch.version, 'cuda', None)
+    assert 'built without GPU support' in device.describe_device('cpu')
+    with pytest.raises(UserError, match='has no cuda devices.*install a build for CUDA'):
+        pick_device('cuda')
+    device.gpu_trouble.cache_clear()
 
 
 def test_a_device_that_is_not_there_is_refused_with_what_is(monkeypatch):
@@ -92,8 +123,8 @@ def test_float32_products_use_tf32_on_a_gpu_and_only_there(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', chosen.append)
     monkeypatch.setattr('nib.machine.device.keep_freed_memory', lambda: chosen.append('memory'))
-    for device, expected in (('cuda:1', ['high']), ('cpu', ['memory']), ('mps', [])):
-        prepare_device(device)
+    for name, expected in (('cuda:1', ['high']), ('cpu', ['memory']), ('mps', [])):
+        prepare_device(name)
         assert chosen == expected
         chosen.clear()
 
@@ -171,6 +202,39 @@ def test_compile_is_for_gpus_unless_asked_for_and_needs_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     for asked in (True, 'auto'):
         assert pick_compile(asked, 'cuda') == (False, 'no C compiler found: install gcc')
+
+
+def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
+    model, said = torch.nn.Linear(2, 1), []
+
+    def compiled(x, y):
+        model(x).sum().backward()
+        raise RuntimeError('CUDA out of memory')  # in the middle of a backward pass
+
+    monkeypatch.setattr(compiling, 'compile_function', lambda model: compiled)
+    batch = torch.ones(1, 2), torch.ones(1)
+    assert compile_model(model, batch, nullcontext(), said.append) is model
+    assert 'out of memory' in said[0] and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('chunk', [kernels.LOSS_CHUNK, 500], ids=['at once', 'in chunks'])
+def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, chunk):
+    monkeypatch.setattr(kernels, 'LOSS_CHUNK', chunk)
+    options = {
+        'position': 'rotary',
+        'norm': 'rms',
+        'qk_norm': True,
+        'mlp': 'swiglu',
+        'n_kv_head': 1,
+    }
+    more = {'tied_head': False, 'logit_cap': 15.0, 'dropout': 0.1, 'recompute': True}
+    model = GPT(GPTConfig(97, 16, n_layer=1, n_head=2, n_embd=32, **options, **more))
+    compiling.compile_function(model)  # kernels_fit() becomes a constant
+    idx = torch.zeros(2, 16, dtype=torch.long)
+    with autocast('bfloat16', 'cpu'):
+        found = torch._dynamo.explain(model)(idx, idx)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 def test_seeds_depend_on_every_counter_and_its_place():

@@ -50,8 +50,15 @@ def saved_bytes(config: GPTConfig, dtype: str) -> int:
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize(
     'changes',
-    [{}, MODERN, {'qk_norm': True}, {'position': 'rotary', 'mlp': 'relu2'}, {'dropout': 0.1}],
-    ids=['gpt2', 'modern', 'qk_norm', 'rotary', 'dropout'],
+    [
+        {},
+        MODERN,
+        {'qk_norm': True},
+        {'position': 'rotary', 'mlp': 'relu2'},
+        {'dropout': 0.1},
+        {'head_dim': 48, 'mlp_width': 96},
+    ],
+    ids=['gpt2', 'modern', 'qk_norm', 'rotary', 'dropout', 'wide heads'],
 )
 def test_a_layer_needs_the_activations_that_autograd_saves(changes, dtype, block_size):
     shape = {'vocab_size': 64, 'n_head': 4, 'n_embd': 128, 'block_size': block_size, **changes}
@@ -78,6 +85,31 @@ def test_the_estimate_for_a_gpu_is_what_an_h100_took():
         }
         plan = memory.plan_memory(GPTConfig(bias=False), values, compiled=True)
         assert plan.peak / GB == pytest.approx(measured, rel=0.05)
+
+
+def test_a_compiled_model_holds_all_logits_on_a_gpu():
+    """The trial step is not compiled, so the estimate must leave room for the compiled model."""
+    config = {'device': 'cuda:0', 'dtype': 'bfloat16', 'optimizer': 'adamw', 'batch_size': 64}
+    config |= {'gradient_accumulation_steps': 1}
+    eager, auto = (
+        memory.needed_memory(GPTConfig(), config | {'compile': compile})
+        for compile in (False, 'auto')
+    )
+    logits = 2 * 64 * 1024 * 50257
+    assert eager + logits / 2 < auto < eager + logits
+
+
+def test_sgd_keeps_one_number_per_weight_and_adamw_two():
+    for method, copies in (('adamw', 2), ('sgd', 1)):
+        values = {'device': 'cpu', 'dtype': 'float32', 'optimizer': method, 'batch_size': 1}
+        plan = memory.plan_memory(GPTConfig(), values | {'gradient_accumulation_steps': 1})
+        assert plan.optimizer == copies * plan.weights
+
+
+def test_memory_on_a_gpu_is_what_is_free_and_what_the_process_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (5e9, 24e9))
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda device: 2e9)
+    assert memory.available_memory('cuda:1') == 7e9
 
 
 def sizes_of(out_dir) -> tuple[int, int]:
@@ -163,7 +195,7 @@ def test_full_memory_is_one_line_with_sizes_that_fit(train_here, tmp_path, monke
 
     monkeypatch.setattr(training, 'train_step', fill)
     flags = ['--batch_size=1024', '--block_size=16', '--gradient_accumulation_steps=1']
-    monkeypatch.setattr(memory, 'available_memory', lambda device: 8e6)
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 27e6)
     done = train_here(tmp_path / 'run', *flags)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert 'memory of cpu is full: batch_size 1024' in done.stderr

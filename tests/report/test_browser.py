@@ -1,8 +1,11 @@
-"""The page in headless Chromium: drawing, zoom, switches, tables, phone. Needs playwright."""
+"""The page in headless Chromium: drawing, zoom, switches, tables, phone, print, refreshes."""
 
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -32,10 +35,23 @@ def browser():
 def open_page(browser, tmp_path):
     opened = []
 
-    def open_page(n_runs=1, width=1280):
+    def write_runs(n_runs):
         for number in range(n_runs):
             folder = tmp_path / f'run-{number}'
             folder.mkdir()
+            finding = {
+                'severity': 'warning',
+                'evidence': 'it rises',
+                'causes': ['a'],
+                'changes': [],
+            }
+            own = {
+                'eval/a': 0.5,
+                'eval/b': 0.6,
+                'loss/aux': 1.0,
+                'loss/own': 2.0,
+                'sample': 'To be',
+            }
             lines = [
                 {
                     'step': step,
@@ -43,6 +59,7 @@ def open_page(browser, tmp_path):
                     'loss/step': 2 + math.exp(-step / 20) + number / 10,
                     'grad_norm': 1 + step / 1000,
                     **({'loss/val': 2.5 - step / 1000 + number / 10} if step % 50 == 0 else {}),
+                    **({'finding/overfitting': finding, **own} if step == 100 else {}),
                 }
                 for step in range(0, 201, 10)
             ]
@@ -50,18 +67,30 @@ def open_page(browser, tmp_path):
                 ''.join(json.dumps(line) + '\n' for line in lines)
             )
             config = {'learning_rate': (number + 1) / 1000, 'grad_clip': 1.0, 'batch_size': 2}
-            config |= {'block_size': 8, 'gradient_accumulation_steps': 1}
-            (folder / 'config.json').write_text(json.dumps({'config': config}))
+            config |= {
+                'block_size': 8,
+                'gradient_accumulation_steps': 1,
+                'out_dir': f'runs/{number}',
+            }
+            start = {'step': 0, 'command': 'train.py ' + 'config/a.py ' * 20, 'commit': 40 * 'a'}
+            content = {'config': config, 'provenance': {'starts': [start]}}
+            (folder / 'config.json').write_text(json.dumps(content))
         runs = read_runs([tmp_path / f'run-{number}' for number in range(n_runs)])
         (tmp_path / 'page.html').write_text(build_page(runs, DEFAULTS), encoding='utf-8')
-        page = browser.new_page(viewport={'width': width, 'height': 900})
-        page.set_default_timeout(5000)
+        return f'file://{tmp_path / "page.html"}'
+
+    def open_page(n_runs=1, width=1280, scheme='light', url=None):
+        url = url or write_runs(n_runs)
+        size = {'width': width, 'height': 900}
+        page = browser.new_page(viewport=size, color_scheme=scheme)
+        page.set_default_timeout(60_000)
         errors = []
         page.on('pageerror', lambda error: errors.append(error))  # noqa: PLW0108
         opened.append((page, errors))
-        page.goto(f'file://{tmp_path / "page.html"}')
+        page.goto(url)
         return page
 
+    open_page.write_runs = write_runs
     yield open_page
     for page, errors in opened:
         page.close()
@@ -86,7 +115,7 @@ def test_points_are_drawn_where_their_values_are(open_page):
 def test_the_first_fall_is_left_out_until_it_is_asked_for(open_page):
     page = open_page()
     before = max(ticks(page, axis='y'))
-    page.get_by_label('all of the first fall').check()
+    page.get_by_label('include the first fall').check()
     assert max(ticks(page, axis='y')) > before
 
 
@@ -107,7 +136,7 @@ def test_dragging_zooms_all_charts_and_a_double_click_resets(open_page):
 
 def test_steps_tokens_and_hours(open_page):
     page = open_page()
-    across = page.get_by_label('across')
+    across = page.get_by_label('x axis')
     across.select_option('tokens')
     assert 2500 <= max(ticks(page)) <= 200 * 16
     across.select_option('hours')
@@ -134,6 +163,12 @@ def test_a_chart_has_a_table_of_its_values(open_page):
     page.locator('#gradient_norm summary').click()
     rows = page.locator('#gradient_norm tbody tr').all_inner_texts()
     assert len(rows) == 21 and rows[-1].split() == ['200', '1.2', '1.2']
+
+
+def test_the_number_of_a_finding_leads_to_it(open_page):
+    page = open_page()
+    page.locator('#gradient_norm .badge').click()
+    assert page.evaluate('location.hash') == '#finding-1'
 
 
 def test_the_table_of_runs_sorts_and_switches(open_page):
@@ -168,7 +203,103 @@ def test_a_refresh_keeps_the_zoom_the_switches_and_the_open_tables(open_page):
     assert page.locator('#gradient_norm tbody tr').count() == 21
 
 
+def test_a_page_that_follows_a_run_keeps_what_the_reader_did(open_page, tmp_path):
+    """The run goes on, is deleted, and the server ends."""
+    open_page.write_runs(2)
+    command = [sys.executable, '-u', ROOT / 'report.py', '--watch', '--port=0']
+    folders = [tmp_path / 'run-0', tmp_path / 'run-1']
+    with subprocess.Popen([*command, *folders], stdout=subprocess.PIPE, text=True) as served:
+        try:
+            page = open_page(url=served.stdout.readline().split()[0])
+            page.get_by_label('smoothing').fill('0.5')
+            page.get_by_label('from').fill('40')
+            page.get_by_role('checkbox', name='run-1').uncheck()
+            page.get_by_role('button', name='best loss').click()
+            page.get_by_role('button', name='best loss').click()
+            page.locator('#step_losses, #gradient_norm').last.scroll_into_view_if_needed()
+            box = page.locator('#gradient_norm .plot').bounding_box()
+            page.mouse.move(box['x'] + box['width'] / 2, box['y'] + 50)
+
+            def seen():
+                return {
+                    'tip': page.locator('#gradient_norm .tip').inner_text(),
+                    'smoothing': page.get_by_label('smoothing').input_value(),
+                    'from': page.get_by_label('from').input_value(),
+                    'ticks': ticks(page, '#gradient_norm')[:2],
+                    'switch': page.get_by_role('checkbox', name='run-1').is_checked(),
+                    'first': page.locator('.runs tbody th').first.inner_text().strip(),
+                }
+
+            page.locator('#live', has_text='live: follows').wait_for()
+            before, steps = seen(), page.locator('.runs tbody tr').first.inner_text()
+            scroll = page.evaluate('scrollY')
+            assert scroll > 100 and re.search(r'run-0.*\n1\.', before['tip'])
+            assert before['ticks'] == [50, 100] and before['first'] == 'run-1'
+            for folder in folders:
+                with open(folder / 'metrics.jsonl', 'a') as file:
+                    file.write(json.dumps({'step': 201, 'grad_norm': 1.2}) + '\n')
+            page.locator('.runs', has_text='201').wait_for()
+            assert page.locator('.runs tbody tr').first.inner_text() != steps
+            assert seen() == before and abs(page.evaluate('scrollY') - scroll) < 20
+            shutil.rmtree(folders[1])
+            page.locator('#live', has_text='run-1').wait_for()
+            assert seen() == before
+        finally:
+            served.kill()
+    page.locator('#live', has_text='no longer').wait_for()
+    assert seen() == before
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [1280, 390])
+@pytest.mark.parametrize('n_runs', [1, 10])
+def test_axe_finds_nothing(open_page, n_runs, width, scheme):
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright').Axe()
+    page = open_page(n_runs, width, scheme)
+    tables = "document.querySelectorAll('details:not(.data), #gradient_norm-data')"
+    page.evaluate(f'{tables}.forEach(one => one.open = true)')
+    page.locator('#gradient_norm-data tbody').wait_for()
+    found = axe.run(page)
+    assert found.response['passes'] and not found.violations_count, found.generate_report()
+
+
 @pytest.mark.parametrize('n_runs', [1, 10])
 def test_a_phone_shows_all_of_the_page(open_page, n_runs):
     page = open_page(n_runs, width=390)
     assert page.evaluate('document.documentElement.scrollWidth') == 390
+    # No number or word is broken: a cell without a space has one line.
+    broken = page.evaluate(
+        """() => [...document.querySelectorAll('td, th')].filter(cell => {
+            const range = document.createRange()
+            range.selectNodeContents(cell)
+            return range.getBoundingClientRect().height > 30
+                && !/[\\s/]/.test(cell.textContent.trim()) && !cell.closest('.origin')
+        }).map(cell => cell.textContent)"""
+    )
+    assert broken == []
+
+
+@pytest.mark.parametrize('n_runs', [1, 10])
+def test_a_printed_page_is_white_and_cuts_no_chart(open_page, n_runs):
+    page = open_page(n_runs, width=720, scheme='dark')
+    page.emulate_media(media='print')
+    style = page.evaluate(
+        """() => {
+            const one = name => getComputedStyle(document.querySelector(name))
+            const all = name => [...document.querySelectorAll(name)]
+            return {
+                ink: one('body').color,
+                back: one('body').backgroundColor,
+                card: one('.chart').backgroundColor,
+                curve: one('#gradient_norm path.c0').stroke,
+                toolbar: one('#toolbar').display,
+                breaks: [one('.chart').breakInside, one('h2').breakAfter],
+                tallest: Math.max(...all('.chart').map(chart => chart.offsetHeight)),
+                wide: all('.wide').map(box => box.scrollWidth).filter(width => width > 720),
+            }
+        }"""
+    )
+    assert style['back'] == 'rgba(0, 0, 0, 0)' and style['card'] == 'rgb(255, 255, 255)'
+    assert style['ink'] == 'rgb(27, 31, 36)' and style['curve'] == 'rgb(0, 114, 178)'
+    assert style['toolbar'] == 'none' and style['breaks'] == ['avoid', 'avoid']
+    assert style['tallest'] < 900 and style['wide'] == []  # in pixels of an A4 page

@@ -1,9 +1,16 @@
 """A sweep trains every combination, goes on after a failed run, and continues where it stopped."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import SMALL_RUN
+import torch
+from conftest import ROOT, SMALL_RUN
 
 import sweep
 
@@ -19,14 +26,28 @@ def test_the_product_of_all_values():
     assert found['learning_rate=1e-4_seed=2'] == ['config/x.py', '--learning_rate=1e-4', '--seed=2']
 
 
+def test_commas_separate_values_but_not_the_parts_of_an_existing_path(tmp_path):
+    path = tmp_path / 'a,b'
+    path.mkdir()
+    found = dict(sweep.combinations([f'--data_dir={path}', '--dataset=my text, other']))
+    assert list(found) == ['dataset=my_text', 'dataset=other']
+    assert found['dataset=other'] == [f'--data_dir={path}', '--dataset=other']
+
+
 @pytest.mark.parametrize(
     'flags, said',
     [
         (['--seed=1'], 'nothing to sweep'),
-        (['--seed=1,1'], 'given twice'),
+        (['--seed=1,1'], 'seed=1: two runs would be the same'),
+        (['--learning_rate=1e-3,0.001'], 'two runs would be the same'),
+        (['--seed=1,2', '--seed=3,4'], 'two runs would be the same'),
+        (['--seed=1,'], '--seed'),
+        (['--seed=1,2', '--init_from=resume'], '--sweep_dir'),
+        (['--seed=1,2', '--jobs=0'], '--jobs=0'),
+        (['--seed=1,2', '--jobs'], '--jobs'),
         (['--seed=1,2', '--out_dir=x'], '--sweep_dir'),
         (['--seed=1,2', '--jobs=1000'], '--jobs=1000'),
-        (['--seed=1,2', '--jobs=x'], '--jobs=x'),
+        (['--seed=1,2', '--jobs=x'], '--jobs'),
         (['--seed=1,x'], '--seed'),
         (['--sead=1,2'], 'did you mean --seed'),
     ],
@@ -37,6 +58,65 @@ def test_bad_input_is_one_line_before_the_first_run(tmp_path, run_main, flags, s
     assert not (tmp_path / 'sweep').exists()
 
 
+@pytest.mark.parametrize(
+    'device, visible, environments',
+    [
+        ('auto', '', [{'CUDA_VISIBLE_DEVICES': '0'}, {'CUDA_VISIBLE_DEVICES': '1'}]),
+        ('auto', '4,7,8', [{'CUDA_VISIBLE_DEVICES': '4'}, {'CUDA_VISIBLE_DEVICES': '7'}]),
+        ('cpu', '', [{'OMP_NUM_THREADS': '4'}] * 2),
+    ],
+)
+def test_each_job_has_its_own_gpu_or_its_share_of_the_cores(
+    monkeypatch, device, visible, environments
+):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(sweep, 'jobs', 2)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    assert sweep.find_environments(device) == environments
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes')
+def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
+    folder = tmp_path / 'sweep'
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--sweep_dir={folder}', '--seed=1,2,3']
+    jobs = min(2, len(os.sched_getaffinity(0)))
+
+    def start(*more):
+        command = [sys.executable, ROOT / 'sweep.py', *flags, f'--jobs={jobs}', *more]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def steps(number):
+        saved = [int(path.name[5:]) for path in folder.glob(f'seed={number}/step-*')]
+        return max(saved, default=-1)
+
+    def log(number):
+        return (folder / f'seed={number}.log').read_text()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = [steps(seed) for seed in (1, 2)]
+        started = start('--max_iters=1000000')
+        until = time.monotonic() + 200
+        while min(steps(seed) - before[seed - 1] for seed in range(1, jobs + 1)) < 50:
+            assert time.monotonic() < until and started.poll() is None
+            time.sleep(0.1)
+        os.kill(started.pid, number)  # and not to its runs, unlike Ctrl-C in a terminal
+        said = started.communicate(timeout=200)[0].splitlines()
+        assert started.returncode == 128 + number
+        assert said[-1].startswith(f'stopped by signal {int(number)}: 0 of 3 runs are finished')
+        assert len(said) == 3, said
+        for seed in range(1, jobs + 1):
+            assert f'stopped by signal {int(number)} after step' in log(seed)
+        assert not (folder / 'seed=3').exists()
+    assert log(1).count('resuming from') == 1
+    ended = start(f'--max_iters={max(steps(1), steps(2)) + 10}')
+    said = ended.communicate(timeout=200)[0]
+    assert ended.returncode == 0 and len(re.findall(r'seed=\d: best validation loss', said)) == 3
+    # No run holds its lock any more, and each has gone on from where it was.
+    assert log(1).count('resuming from') == 2 and 'resuming from' not in log(3)
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failed_run_and_continues(tmp_path, run_main, data_dir):
     folder = tmp_path / 'sweep'
@@ -45,7 +125,7 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(tmp_path, run_main, da
     done = run_main('sweep.py', *flags)
     assert done.returncode == 1, done.stdout + done.stderr
     assert 'learning_rate=1e30: exit code' in done.stdout
-    assert 'learning_rate=1e-2: done in' in done.stdout
+    assert 'learning_rate=1e-2: best validation loss' in done.stdout
     table = done.stdout[done.stdout.index('best loss') :]
     losses = [
         record['loss/val']

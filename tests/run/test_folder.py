@@ -42,6 +42,24 @@ linux = pytest.mark.skipif(
 )
 
 
+@linux
+def test_a_deleted_working_directory_is_one_line_or_no_trouble(data_dir, run_main, tmp_path):
+    """A relative out_dir has no place then; with an absolute one, the run goes on to its end."""
+    train = ['train.py', *SMALL_RUN, '--max_iters=2', '--eval_iters=1', f'--data_dir={data_dir}']
+    here, gone = Path.cwd(), tmp_path / 'gone'
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    try:
+        relative = run_main(*train, '--out_dir=run')
+        absolute = run_main(*train, f'--out_dir={tmp_path / "run"}')
+    finally:
+        os.chdir(here)
+    assert relative.returncode == 2 and 'directory has been deleted' in relative.stderr
+    assert len(relative.stderr.splitlines()) == 1
+    assert absolute.returncode == 0 and 'samples: ' in absolute.stdout, absolute.stderr
+
+
 @contextmanager
 def started(*command, env=None):
     """Starts a process, and kills it and its children at the end."""

@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+from datetime import datetime, timezone
 
 from conftest import records
 
+from nib.report.history import read_run
 from nib.run.folder import write_config
 from nib.run.provenance import find_commit
 
@@ -33,7 +35,18 @@ def test_a_resumed_run_keeps_its_earlier_starts(tmp_path):
     assert [start['step'] for start in starts] == [0, 10, 20]
 
 
-def test_the_commit_says_whether_files_have_changed(tmp_path):
+def test_the_duration_leaves_out_the_pause_before_a_resume(tmp_path):
+    lines = [{'step': step, 'time': 1e9 + 60 * step + 86400 * (step > 10)} for step in range(21)]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    dates = [datetime.fromtimestamp(seconds, timezone.utc) for seconds in (1e9, 1e9 + 87000)]
+    starts = [{'step': 10 * number, 'date': date.isoformat()} for number, date in enumerate(dates)]
+    content = {'config': {}, 'provenance': {'starts': starts}}
+    (tmp_path / 'config.json').write_text(json.dumps(content))
+    run = read_run(tmp_path)
+    assert run.elapsed[10] == 600 and run.seconds == 20 * 60  # and not a day more
+
+
+def test_the_commit_says_whether_files_have_changed(tmp_path, monkeypatch):
     assert find_commit(tmp_path) is None  # no repository
 
     def git(*command):
@@ -49,3 +62,5 @@ def test_the_commit_says_whether_files_have_changed(tmp_path):
     assert find_commit(tmp_path) == git('rev-parse', 'HEAD')
     (tmp_path / 'file').write_text('2')
     assert find_commit(tmp_path) == git('rev-parse', 'HEAD') + '-dirty'
+    monkeypatch.setenv('PATH', str(tmp_path))  # git is not installed
+    assert find_commit(tmp_path) is None

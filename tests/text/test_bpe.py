@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_tokenizers import split_like
 
-from nib.text import bpe, tokenizer
+from nib.text import bpe, hf_tokenizer, tokenizer
+from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import Gpt2Tokenizer
 
 END = 50256
@@ -136,6 +138,47 @@ def test_so_it_has_with_another_vocabulary(small_gpt2, texts):
     same_as_tiktoken(texts)
 
 
+SPLITS = ('gpt2', 'smollm', 'llama', 'qwen', 'ours')
+LIBRARY = {splits: split_like(splits) for splits in SPLITS}
+each_split = pytest.mark.parametrize('splits', SPLITS)
+
+
+def same_as_the_library(splits, texts):
+    """Fails if the word table is not used, or if its ids are not those of the library."""
+    library = LIBRARY[splits]
+    ours = HfTokenizer.read(library.to_str(), '<|end|>')
+    assert hf_tokenizer._words(ours.content, False, tuple(ours.between))
+    expected = []
+    for text, ends in texts:
+        expected += library.encode(text).ids + [ours.end_of_text] * ends
+    assert ours.encode_texts(texts).tolist() == expected
+
+
+@each_split
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
+def test_any_text_has_the_ids_of_the_tokenizers_library(splits, texts):
+    same_as_the_library(splits, texts)
+
+
+@each_split
+def test_added_tokens_and_characters_that_normalization_changes_have_them(splits):
+    texts = ['née', 'ne\u0301e', 'a née<|end|> b', 'e\u0301', '\u212b x', '<|end|><|end|>', '']
+    same_as_the_library(splits, [(text, number % 2 == 0) for number, text in enumerate(texts)])
+
+
+@each_split
+def test_every_ascii_character_between_any_two_others_has_them(splits):
+    beside = " \n1a'é\xa0"
+    texts = [
+        f'{before}{chr(point)}{after}x'
+        for point in range(128)
+        for before in beside
+        for after in beside
+    ]
+    same_as_the_library(splits, [(''.join(texts), False), *((text, False) for text in texts)])
+
+
 def around(character):
     """A text with a character beside every kind of neighbour."""
     c = character
@@ -171,9 +214,9 @@ def small_table(monkeypatch):
     monkeypatch.setattr(bpe, '_BITS', 6)
     monkeypatch.setattr(bpe, '_WORDS', 16)
     monkeypatch.setattr(bpe, '_TOGETHER', 100)
-    tokenizer._word_table.cache_clear()
+    tokenizer._gpt2_table.cache_clear()
     yield
-    tokenizer._word_table.cache_clear()
+    tokenizer._gpt2_table.cache_clear()
 
 
 @SAME_FIXTURE
@@ -185,7 +228,7 @@ def test_a_table_that_is_full_gives_the_same_ids(real_gpt2, small_table, texts):
 @pytest.mark.slow
 def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkeypatch):
     monkeypatch.setattr(bpe, '_BYTES', 400)
-    table = bpe.WordTable(tokenizer.load_gpt2(), END)
+    table = tokenizer._gpt2_table(tokenizer.load_gpt2())
     size = len(table.entries)
     most_words = most_bytes = restarts = 0
     for word in made_up_words(5000, 40):
@@ -202,13 +245,13 @@ def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkey
 
 
 def test_a_word_is_encoded_once(small_gpt2, monkeypatch):
-    table = bpe.WordTable(tokenizer.load_gpt2(), END)
+    table = tokenizer._gpt2_table(tokenizer.load_gpt2())
     words = ' '.join(made_up_words(3000, 30))
     asked = []
-    ask = table._tiktoken
-    monkeypatch.setattr(table, '_tiktoken', lambda text: asked.append(text) or ask(text))
+    ask = table.encode_words
+    monkeypatch.setattr(table, 'encode_words', lambda words: asked.extend(words) or ask(words))
     first = table.encode([(words.encode(), False)])
-    assert sum(map(len, asked)) < 3 * len(words.encode())
+    assert len(asked) == len(set(asked)) > 1000
     asked.clear()
     assert table.encode([(words.encode(), False)]).tolist() == first.tolist() and not asked
 

@@ -51,7 +51,7 @@ def test_they_travel_as_json(tokenizer):
     [
         (WORDS, 'the dog', ["--start: the text contains 'dog' (at offset 4)", '5 tokens', "'cat'"]),
         (WORDS, 'cats', ["'cats'"]),
-        (WORDS, ' ', ['contains no token']),
+        (WORDS, ' ', ['contains none of the tokens']),
         (CHARACTERS, 'abd', ["'d' (at offset 2)"]),
         (IDS, '\n', ['type ids from 0 to 999']),
         (IDS, '1 -2', ['type ids from 0 to 999']),

@@ -65,7 +65,10 @@ def test_a_failed_download_falls_back(values, no_network, monkeypatch):
     with pytest.raises(UserError, match='stdlib_char'):  # pretend_to_prepare writes nothing
         open_or_prepare(values, Ranks(), said.append)
     assert ran == ['stdlib_char']
-    assert 'TRAINING ON stdlib_char INSTEAD OF shakespeare_char' in said[1]
+    headline, remedy = said[1].splitlines()
+    assert 'TRAINING ON stdlib_char INSTEAD OF shakespeare_char' in headline
+    assert 'input.txt' in remedy and remedy.endswith('repeat the command with --overwrite')
+    assert len(said[1]) < 400
     with pytest.raises(Unavailable, match=r'no connection.*--fallback_dataset=NAME'):
         open_or_prepare(values | {'fallback_dataset': ''}, Ranks(), said.append)
 
@@ -179,7 +182,7 @@ time.sleep(60)
         data = wait_and_open(values)
         assert time.monotonic() - before > 0.3
     assert data.tokenizer.decode(data.train) == TEXT[: int(0.9 * len(TEXT))]
-    assert f'pid {first.pid}, which prepares {folder}' in capsys.readouterr().err
+    assert f'pid {first.pid}, which is preparing {folder}' in capsys.readouterr().err
 
 
 def wait_and_open(values):

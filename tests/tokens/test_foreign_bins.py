@@ -117,11 +117,11 @@ def trained(tmp_path, run_main):
         small = [*SMALL_RUN, f'--data_dir={tmp_path}', '--dataset=foreign', out_dir]
         done = run_main(training, *small, '--sample_tokens=4', *flags)
         assert done.returncode == 0, done.stderr
-        return done.stdout, lambda start: run_main(
+        return done.stdout, lambda *start: run_main(
             'sample.py',
             out_dir,
             '--device=cpu',
-            f'--start={start}',
+            *(f'--start={text}' for text in start),
             '--temperature=0',
             '--max_new_tokens=3',
             '--num_samples=1',
@@ -142,6 +142,7 @@ def test_a_model_without_texts_is_prompted_with_ids(trained):
     assert '--- sample\n 5 6 7 8' in said
     assert sample('5 6').stdout == '5 6 7 8 5\n'
     assert 'type ids from 0 to 8' in sample('hello').stderr
+    assert sample().stdout.startswith('0 ')  # there is no line break to start from
 
 
 def test_what_is_assumed_is_said(tmp_path):

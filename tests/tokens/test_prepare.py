@@ -6,12 +6,15 @@ import pickle
 import platform
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -590,3 +593,103 @@ def test_openwebtext_without_a_network_is_one_line(tmp_path):
     )
     for word in ('Skylion007/openwebtext', '--input=FOLDER'):
         assert word in done.stderr
+
+
+# -- a tokenizer trained on the text ---------------------------------------------------------------
+
+
+def prepare_bpe(run_main, path, folder, *flags):
+    return run_main(
+        'data/text/prepare.py', f'--input={path}', f'--out_dir={folder}', '--tokenizer=bpe', *flags
+    )
+
+
+def test_a_tokenizer_is_trained_on_the_training_split(tmp_path, run_main):
+    text = 'the old captain sails home. ' * 400 + 'zyxwvut ' * 100  # in the last tenth
+    (tmp_path / 'one.txt').write_text(text)
+    done = prepare_bpe(run_main, tmp_path / 'one.txt', tmp_path / 'a', '--vocab_size=270')
+    assert done.returncode == 0, done.stderr
+    prepare_bpe(run_main, tmp_path / 'one.txt', tmp_path / 'b', '--vocab_size=270')
+    for name in ('meta.json', 'train.bin', 'val.bin'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    data = open_dataset(tmp_path / 'a', 16)
+    assert text_of(tmp_path / 'a') == text and data.vocab_size == 270
+    assert data.meta['tokenizer']['kind'] == 'hf'
+    assert not any(b'zy' in data.tokenizer.decode_bytes([token]) for token in range(270))
+
+
+def test_what_a_trained_tokenizer_gains_is_told(notes, tmp_path, run_main, monkeypatch):
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))  # without GPT-2's files
+    done = prepare_bpe(run_main, notes, tmp_path / 'a', '--vocab_size=270')
+    assert done.returncode == 0, done.stderr
+    told = next(line for line in done.stdout.splitlines() if 'bytes per token' in line)
+    data = open_dataset(tmp_path / 'a', 16)
+    counts = data.meta['splits']['val']
+    ends = int((data.val == data.tokenizer.end_of_text).sum())
+    assert f': {counts["bytes"] / (counts["tokens"] - ends):.2f}; characters have 1.0' in told
+    assert "GPT-2's are not known" in told
+
+
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        (['--vocab_size=256'], 'expected 257'),
+        (['--vocab_size=100000000000'], 'to 1048576'),
+        (['--vocab_size=many'], "found 'many'"),
+        (['--vocab_size=5000'], 'or a longer text'),
+        (['--vocab_size=300', '--tokenizer=char'], 'leave --vocab_size out'),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_trained_is_refused(notes, tmp_path, run_main, flags, said):
+    done = prepare_bpe(run_main, notes, tmp_path / 'none', *flags)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith('note: ')]
+    assert done.returncode == 2 and len(errors) == 1 and said in errors[0]
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once(tmp_path):
+    path = tmp_path / 'long.txt'
+    path.write_text(' '.join(f'word{number * 7919 % 1000003}' for number in range(3_000_000)))
+    running = subprocess.Popen(
+        [
+            sys.executable,
+            WRITTEN,
+            f'--input={path}',
+            f'--out_dir={tmp_path / "a"}',
+            '--tokenizer=bpe',
+        ],
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(3)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=5)
+    assert running.returncode in (-signal.SIGINT, 130) and b'Traceback' not in said
+    assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.parametrize('kind', ['char', 'byte', 'gpt2', 'bpe'])
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(small_gpt2, tmp_path, run_main, kind):
+    """A distribution over bytes, as each tokenizer's tokens have it, and the uniform one."""
+    text = 'Ὦ Ῥωμαῖε! The thin theatre, the bell. ' * 100
+    (tmp_path / 'one.txt').write_text(text, encoding='utf-8')
+    size = ['--vocab_size=280'] if kind == 'bpe' else []
+    done = run_main(
+        'data/text/prepare.py',
+        f'--input={tmp_path / "one.txt"}',
+        f'--out_dir={tmp_path / "a"}',
+        f'--tokenizer={kind}',
+        *size,
+    )
+    assert done.returncode == 0, done.stderr
+    data = open_dataset(tmp_path / 'a', 16)
+    held_out = data.tokenizer.decode(data.val).encode()
+    assert held_out.decode() == text[int(0.9 * len(text)) :]
+    probabilities = np.arange(1, 257) / np.arange(1, 257).sum()
+    nats = [-np.log(probabilities[list(data.tokenizer.decode_bytes([t]))]).sum() for t in data.val]
+    expected = -np.log2(probabilities[list(held_out)]).mean()
+    assert data.bits_per_byte(float(np.mean(nats))) == pytest.approx(expected, rel=1e-9)
+    uniform = np.log(data.vocab_size)
+    assert data.bits_per_byte(uniform) == pytest.approx(
+        uniform / np.log(2) * len(data.val) / len(held_out)
+    )

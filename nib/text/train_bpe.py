@@ -1,0 +1,70 @@
+"""Trains a tokenizer on a text: byte-level byte pair encoding (Sennrich et al. 2016)."""
+
+import signal
+from collections.abc import Iterable, Iterator
+
+from nib.errors import UserError
+from nib.text.hf_tokenizer import HfTokenizer, import_library
+from nib.text.vocabulary import END_OF_TEXT
+
+# How a text is split into words, which merges do not cross. It splits as GPT-4 and Llama 3 do.
+PATTERN = (
+    r"(?i:'(?:[dmst]|ll|re|ve))"  # English contractions
+    r'|[^\r\n\p{L}\p{N}]?\p{L}+'  # letters, with the space or the sign before them
+    r'|\p{N}{1,3}'  # up to three digits
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*'  # signs, with a space before and line ends after them
+    r'|\s*[\r\n]+'  # line ends, with the spaces before them
+    r'|\s+(?!\S)'  # spaces, but the last one belongs to the word after it
+    r'|\s+'
+)
+SMALLEST, LARGEST = 257, 1 << 20  # tokens: every byte and END_OF_TEXT; what fits into memory
+# Time and memory grow with the text; the vocabulary hardly changes any more.
+MOST = 1 << 29  # characters
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
+    """Train a tokenizer on texts. The same texts always give the same tokenizer.
+
+    A merge needs a pair of tokens that occurs at least twice. END_OF_TEXT is the last token.
+    Raises UserError if the texts have too few pairs for vocab_size tokens.
+    """
+    library = import_library()
+    trained = library.Tokenizer(library.models.BPE())
+    trained.pre_tokenizer = library.pre_tokenizers.Sequence(
+        [
+            library.pre_tokenizers.Split(library.Regex(PATTERN), 'isolated'),
+            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trained.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Ctrl-C ends the process, as the library does not notice it and nothing has been written yet.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        trained.train_from_iterator(texts, trainer)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    trained.add_special_tokens([library.AddedToken(END_OF_TEXT, normalized=False)])
+    found = trained.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(
+            f'--vocab_size={vocab_size}: the text has repeated pairs for {found:,} tokens only; '
+            f'use --vocab_size={found} or less, or a longer text'
+        )
+    return HfTokenizer.read(trained.to_str())
+
+
+def spread(texts: Iterable[str], n_characters: int) -> Iterator[str]:
+    """Yield texts spread evenly over all of them, with MOST of their n_characters at most."""
+    share = min(1.0, MOST / max(1, n_characters))
+    read = taken = 0
+    for text in texts:
+        read += len(text)
+        if taken + len(text) <= share * read:
+            taken += len(text)
+            yield text
