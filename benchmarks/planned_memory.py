@@ -39,7 +39,7 @@ DEEP = '--n_layer=8 --n_embd=384 --n_head=6'
 WIDE = '--n_layer=4 --n_embd=512 --n_head=8'
 LARGE = '--n_embd=768 --n_head=12'
 ACCUMULATED = '--gradient_accumulation_steps=2'
-CONFIGS = (  # GAPS in nib/machine/memory.py was fitted to the first ten
+CONFIGS = (  # the results file says which were seen while the estimate was made
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=bfloat16',
     f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32',
     f'{MEDIUM} --block_size=512 --batch_size=8 --dtype=bfloat16 {ACCUMULATED}',

@@ -105,11 +105,13 @@ def heap_bytes(
     V, C, is_float32 = config.vocab_size, config.n_embd, dtype == 'float32'
     # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
     tables = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
-    # Small tensors split what the loss has freed: the next step's loss needs new memory. The casts
-    # of 16-bit types do this to the activations, and so do gradients that stay until the next pass.
-    gaps = 0.0 if is_float32 else GAPS * activations
+    # Small tensors split what the loss has freed: the next step's loss needs new memory. The same
+    # happens to activations, less so between the buffers of a float32 loss, and with gradients
+    # that stay until the next pass.
+    gaps = GAPS * activations
     if tokens * V > LOSS_CHUNK:
-        gaps = max(gaps, FLOAT * LOSS_CHUNK + 2 * (LOSS_CHUNK + V * C) * (not is_float32))
+        loss = FLOAT * LOSS_CHUNK + 2 * (LOSS_CHUNK + V * C) * (not is_float32)
+        gaps = loss if is_float32 else max(gaps, loss)
     gaps += GAPS * activations * accumulates
     keys = config.block_size if config.dropout and is_float32 else 0
     if not is_float32 and config.block_size > QUERY_BLOCK:
