@@ -166,8 +166,13 @@ def _explain(error: Exception) -> str | None:
             'a number is too large for this machine, use a smaller one; the message was: '
             f'{message[:200]}'
         )
-    if isinstance(error, FileNotFoundError) and not os.path.exists(os.curdir):
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd()
         return 'the working directory has been deleted: change to another one (cd)'
+    if isinstance(error, RuntimeError) and "can't start new thread" in message:
+        return (
+            'the system allows no more threads: raise the limit (ulimit -u, or the pids limit of '
+            'the container), or use fewer with OMP_NUM_THREADS=1'
+        )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; fix this, or choose another path'
     if re.search(NOT_WRITTEN, message):

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, SMALL_RUN, records, run_script, train
 
 from nib.checkpoint import store
-from nib.errors import UserError
+from nib.errors import UserError, call
+from nib.files import atomic_write
 from nib.run.folder import RunLock, write_config
 
 TIMED = (
@@ -324,3 +325,19 @@ tensorfile.read = blind
 from nib.errors import run_script
 run_script(train.main)
 """
+
+
+def test_a_system_that_allows_no_more_threads_is_one_line(capsys):
+    def start_thread(argv):
+        raise RuntimeError("can't start new thread")  # as Python says under ulimit -u
+
+    assert call(start_thread, []) == 2
+    said = capsys.readouterr().err
+    assert 'allows no more threads' in said and len(said.splitlines()) == 1
+
+
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path):
+    path = tmp_path / 'missing' / 'report.html'
+    with pytest.raises(OSError) as caught, atomic_write(path):
+        pass
+    assert caught.value.filename == str(path)
