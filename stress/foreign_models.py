@@ -38,7 +38,7 @@ from nib import errors
 from nib.checkpoint.start import read_weights
 from nib.errors import UserError, run_script
 
-cases: int = 1500  # number of cases to run
+cases: int = 1000  # number of cases to run
 seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
 result: str = ''  # file to write the table to; empty: standard output only

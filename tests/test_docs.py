@@ -176,7 +176,7 @@ LONG = {
     'python stress/corruption.py': 'damages 10,000 checkpoints',
     'python stress/datasets.py': 'starts 800 processes',
     'python stress/fuzz.py': 'runs 10,000 command lines',
-    'python stress/foreign_models.py': 'changes 1,500 models',
+    'python stress/foreign_models.py': 'changes 1,000 models',
     'python stress/encodings.py --cases=2000': 'prepares 2,000 texts',
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',
