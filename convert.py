@@ -4,6 +4,8 @@ python convert.py --out_dir=out-shakespeare-char --to=hf --dest=shakespeare
     a folder for transformers, vLLM, llama.cpp's converter and everything that reads such folders
 python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=nanoGPT/out
     ckpt.pt, which nanoGPT's sample.py and train.py continue
+python convert.py --out_dir=out-shakespeare-char --to=gguf --dest=shakespeare.gguf
+    a file for llama.cpp, Ollama and LM Studio
 python convert.py --init_from=nanoGPT/out/ckpt.pt --to=hf --dest=shakespeare
     the same for a model from elsewhere
 """
@@ -17,7 +19,7 @@ from typing import Literal
 import configurator
 from nib.checkpoint.start import Weights, read_model
 from nib.errors import UserError, run_script
-from nib.hub import huggingface, nanogpt
+from nib.hub import gguf, huggingface, nanogpt
 from nib.hub.card import model_card
 from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 
@@ -26,8 +28,9 @@ out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
 init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
-to: Literal['hf', 'nanogpt'] = 'hf'  # Hugging Face's format, or nanoGPT's ckpt.pt
-dest: str = ''  # the folder to write; it must not exist
+to: Literal['hf', 'nanogpt', 'gguf'] = 'hf'  # Hugging Face's format, nanoGPT's ckpt.pt, or GGUF
+dest: str = ''  # the folder to write, for GGUF the file; it must not exist
+dtype: Literal['f32', 'f16', 'bf16', 'q8_0'] = 'f32'  # of the matrices in GGUF
 
 
 def main(argv):
@@ -37,11 +40,15 @@ def main(argv):
         raise UserError('dest is empty: name the folder to write, --dest=FOLDER')
     if os.path.lexists(dest):
         raise UserError(f'dest {dest} already exists: choose another one')
+    if (to == 'gguf') != dest.endswith('.gguf'):
+        raise UserError(f'--to={to} does not fit dest {dest}: only GGUF files end in .gguf')
+    if to != 'gguf' and dtype != 'f32':
+        raise UserError(f'dtype is {dtype}, but --to={to} always writes float32: leave dtype out')
     # nanoGPT goes on with the state of the optimizer.
     read = ('model', 'optimizer') if to == 'nanogpt' else ('model',)
     weights = read_model(init_from, out_dir, which, read)
     tokenizer = tokenizer_from_json(weights.known_tokenizer())
-    (write_hf if to == 'hf' else write_nanogpt)(weights, tokenizer)
+    {'hf': write_hf, 'nanogpt': write_nanogpt, 'gguf': write_gguf}[to](weights, tokenizer)
     print(f'{weights.describe()}: written to {dest}')
 
 
@@ -62,6 +69,17 @@ def write_nanogpt(weights: Weights, tokenizer: Tokenizer):
     if weights.model.mlp == 'gelu':
         print(
             'nanoGPT computes GELU exactly, and this model its approximation: logits differ by '
+            'about a thousandth'
+        )
+
+
+def write_gguf(weights: Weights, tokenizer: Tokenizer):
+    """Writes a file that llama.cpp loads."""
+    weights = weights.crop_vocabulary(tokenizer.vocab_size)
+    gguf.write(dest, weights.model, weights.tensors['model'], tokenizer, dtype)
+    if weights.model.mlp == 'gelu_erf':
+        print(
+            'llama.cpp approximates GELU, and this model computes it exactly: logits differ by '
             'about a thousandth'
         )
 

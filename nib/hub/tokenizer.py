@@ -95,7 +95,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int):
         names = {'bos_token': begin[:1], 'eos_token': [] if end is None else [end]}
         tokens = {name: tokenizer.token(ids[0]) for name, ids in names.items() if ids}
     else:
-        content = _describe(tokenizer)
+        content = describe(tokenizer)
         has_end = tokenizer.end_of_text is not None
         tokens = dict.fromkeys(('bos_token', 'eos_token'), END_OF_TEXT) if has_end else {}
     (folder / 'tokenizer.json').write_bytes(content.encode())
@@ -108,7 +108,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int):
     (folder / 'tokenizer_config.json').write_text(content)
 
 
-def _describe(tokenizer: Tokenizer) -> str:
+def describe(tokenizer: Tokenizer) -> str:
     """Returns a tokenizer.json for one of our own tokenizers."""
     described = _without_end_of_text(tokenizer)
     if tokenizer.end_of_text is not None:

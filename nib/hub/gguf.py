@@ -1,0 +1,360 @@
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: weights, sizes and tokenizer in one file.
+
+The names of the tensors come from those of transformers, by the table of the gguf package.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPTConfig
+from nib.errors import UserError
+from nib.files import atomic_write
+from nib.hub import gpt2, huggingface, llama
+from nib.hub.tokenizer import describe
+from nib.text.hf_tokenizer import HfTokenizer, byte_names
+from nib.text.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    Tokenizer,
+)
+
+# How a tokenizer.json cuts text into words -> llama.cpp's name for it.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+MODERN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r'|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+WORDS = {
+    (GPT2_WORDS,): 'gpt-2',
+    (r'\p{N}', GPT2_WORDS): 'smollm',
+    (MODERN_WORDS.replace('DIGITS', ''),): 'qwen2',
+    (MODERN_WORDS.replace('DIGITS', '{1,3}'),): 'dbrx',
+    # With ignore_merges: a word that is a token is not split.
+    (MODERN_WORDS.replace('DIGITS', '{1,3}'), 'ignore_merges'): 'llama-bpe',
+}
+
+
+@dataclass
+class Vocabulary:
+    """A tokenizer as GGUF stores it.
+
+    Tokens are byte-level, as in GPT-2 (model 'gpt2'), or as SentencePiece has them ('llama').
+    """
+
+    tokens: list[str]
+    types: list[str]  # names of gguf.TokenType
+    end: int | None  # the end-of-text token
+    begin: int | None = None  # the token in front of every text
+    model: str = 'gpt2'
+    words: str = 'qwen2'  # irrelevant if no merge crosses a character
+    merges: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    adds_space: bool = False
+
+    def add_end(self):
+        """Adds an end-of-text token: llama.cpp would take an ordinary token for it."""
+        self.end = len(self.tokens)
+        self.tokens.append(END_OF_TEXT)
+        self.types.append('CONTROL')
+
+
+def write(
+    path: str,
+    config: GPTConfig,
+    tensors: Mapping[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    dtype: str,
+):
+    """Writes a model, with its tokenizer, so that llama.cpp loads it.
+
+    dtype: of the matrices, 'f32', 'f16', 'bf16' or 'q8_0'. Vectors and positions stay in float32.
+    Raises UserError, which names the key of GPTConfig or the part of the tokenizer, if llama.cpp
+    cannot express it.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(
+            '--to=gguf needs a package that is not installed: pip install gguf'
+        ) from error
+    if reason := why_not(config):
+        raise UserError(f'this model cannot be written for llama.cpp: {reason}')
+    vocabulary = read_vocabulary(tokenizer)
+    if vocabulary.end is None:
+        vocabulary.add_end()
+        config, tensors = _add_row(config, tensors)
+    architecture = pick(config)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        writer = gguf.GGUFWriter(file.name, architecture)
+        writer.add_type('model')
+        writer.add_name(Path(path).stem)
+        kind = f'{"ALL" if dtype == "f32" else "MOSTLY"}_{dtype.upper()}'
+        writer.add_file_type(gguf.LlamaFileType[kind])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_sizes(writer, config)
+        _add_vocabulary(writer, vocabulary, gguf.TokenType)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.n_layer)
+        for theirs, tensor in _rename(config, tensors).items():
+            layer, _, kind = theirs.rpartition('.')
+            name = f'{names.get_name(layer)}.{kind}'
+            is_matrix = tensor.dim() == 2 and name != 'position_embd.weight'
+            quantization = gguf.GGMLQuantizationType[dtype.upper() if is_matrix else 'F32']
+            if dtype == 'q8_0' and is_matrix and tensor.shape[1] % 32:  # its blocks have 32 weights
+                quantization = gguf.GGMLQuantizationType.F16
+            array = gguf.quantize(tensor.float().contiguous().numpy(), quantization)
+            writer.add_tensor(name, array, raw_dtype=quantization)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def pick(config: GPTConfig) -> str:
+    """Returns llama.cpp's name of the architecture that fits best.
+
+    Its llama can express most: biases, any width of a head, and scaled rotations.
+    """
+    if config.position == 'learned':
+        return 'gpt2'
+    family = llama.pick(config)
+    is_plain = config.head_width * config.n_head == config.n_embd and not config.rotary_scaling
+    return 'llama' if family is llama.QWEN2 and not is_plain else family.model_type
+
+
+def why_not(config: GPTConfig) -> str | None:
+    """Returns why a model cannot be written for llama.cpp; None if it can."""
+    if reason := huggingface.why_not(config):
+        return reason
+    architecture = pick(config)
+    if architecture == 'gpt2' and config.mlp == 'relu':
+        return 'mlp is relu, and its gpt2 can only express gelu'
+    if architecture == 'qwen3' and config.rotary_scaling:
+        return f'rotary_scaling is {config.rotary_scaling}, and its qwen3 has none'
+    return None
+
+
+def _rename(config: GPTConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors by transformers' names, in the layout of llama.cpp."""
+    if config.position == 'learned':
+        return replace(gpt2.GPT2, transposed=()).to_theirs(tensors, config, gpt2.BIASES)
+    biases = llama.ATTENTION[: 2 if config.bias else 1 if config.qkv_bias else 0]
+    biases += llama.MLP * config.bias
+    renamed = llama.pick(config).to_theirs(tensors, config, frozenset(biases))
+    if pick(config) == 'llama':
+        for name, tensor in renamed.items():
+            if re.search(r'\.(q|k)_proj\.', name):
+                # Its rotations turn dimensions 2i and 2i + 1, not i and i + D/2.
+                halves = tensor.unflatten(0, (-1, 2, config.head_width // 2))
+                renamed[name] = halves.transpose(1, 2).flatten(0, 2)
+    if config.rotary_scaling:
+        factor, low, high, length = config.rotary_scaling
+        exponents = -torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
+        turns = length * config.rotary_base**exponents / (2 * torch.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        renamed['rope_freqs.weight'] = 1 / (kept + (1 - kept) / factor)  # divides the frequencies
+    return renamed
+
+
+def _add_row(config: GPTConfig, tensors: Mapping[str, torch.Tensor]):
+    """Adds a token whose logit is the mean of the others, so it is never the most likely one."""
+    added = {
+        name: torch.cat((tensors[name], tensors[name].mean(0, keepdim=True)))
+        for name in tensors.keys() & {'transformer.wte.weight', 'lm_head.weight'}
+    }
+    return replace(config, vocab_size=config.vocab_size + 1), {**tensors, **added}
+
+
+def _add_sizes(writer, config: GPTConfig):
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.mlp_units)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
+    if config.position == 'learned':
+        writer.add_layer_norm_eps(gpt2.GPT2.write_fields(config)['layer_norm_epsilon'])
+        return
+    writer.add_layer_norm_rms_eps(llama.LLAMA.write_fields(config)['rms_norm_eps'])
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
+    writer.add_rope_dimension_count(config.head_width)
+    writer.add_rope_freq_base(config.rotary_base)
+
+
+def _add_vocabulary(writer, vocabulary: Vocabulary, types):
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.words if vocabulary.model == 'gpt2' else 'default')
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types([types[name] for name in vocabulary.types])
+    if vocabulary.model == 'gpt2':
+        # llama.cpp requires a merge. This one can never apply.
+        never = f'{END_OF_TEXT} {END_OF_TEXT}'
+        writer.add_token_merges(vocabulary.merges or [never])
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_unk_token_id(vocabulary.types.index('UNKNOWN'))
+    writer.add_add_space_prefix(vocabulary.adds_space)
+    writer.add_eos_token_id(vocabulary.end)
+    writer.add_bos_token_id(vocabulary.end if vocabulary.begin is None else vocabulary.begin)
+    writer.add_add_bos_token(vocabulary.begin is not None)
+    writer.add_add_eos_token(False)
+
+
+# -- tokenizers ------------------------------------------------------------------------------------
+
+
+def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """Returns a tokenizer as GGUF stores it.
+
+    Raises UserError, which names the part, if llama.cpp would cut text differently.
+    """
+    if isinstance(tokenizer, CharTokenizer):
+        return _from_characters(tokenizer)
+    if isinstance(tokenizer, HfTokenizer):
+        return _from_json(tokenizer, json.loads(tokenizer.content))
+    if isinstance(tokenizer, (ByteTokenizer, Gpt2Tokenizer)):
+        return _from_json(tokenizer, json.loads(describe(tokenizer)))
+    raise _refused(f'it is of the kind {tokenizer.to_json()["kind"]}')
+
+
+def _refused(reason: str) -> UserError:
+    return UserError(f'the tokenizer of this model cannot be written for llama.cpp: {reason}')
+
+
+def _from_characters(tokenizer: CharTokenizer) -> Vocabulary:
+    """Returns a byte-level BPE whose merges join the bytes of each character."""
+    names = {byte: name for name, byte in byte_names().items()}
+    try:
+        tokens = [''.join(names[b] for b in c.encode()) for c in tokenizer.characters]
+    except UnicodeEncodeError as error:
+        raise _refused(f'{tokenizer.characters[error.start]!r} is no Unicode character') from error
+    cuts = [(token[:i], token[i]) for token in tokens for i in range(1, len(token))]
+    vocabulary = Vocabulary(tokens, ['NORMAL'] * len(tokens), tokenizer.end_of_text)
+    vocabulary.merges = list(dict.fromkeys(' '.join(cut) for cut in cuts))
+    if tokenizer.has_end_of_text:
+        vocabulary.add_end()
+    return vocabulary
+
+
+def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
+    """Returns the vocabulary of a tokenizer.json."""
+    model = described['model']
+    kind = model.get('type', 'BPE')
+    if kind != 'BPE':
+        raise _refused(f'its model is {kind}, not BPE')
+    for key in ('continuing_subword_prefix', 'end_of_word_suffix', 'dropout'):
+        if model.get(key):
+            raise _refused(f'its {key} is {model[key]!r}')
+    size = tokenizer.vocab_size
+    tokens, types = [f'[unused {n}]' for n in range(size)], ['UNUSED'] * size
+    for token, number in model['vocab'].items():
+        tokens[number], types[number] = token, 'NORMAL'
+    for added in described.get('added_tokens', []):
+        number = added['id']
+        tokens[number] = added['content']
+        types[number] = 'CONTROL' if added['special'] else 'USER_DEFINED'
+        for flag in ('single_word', 'lstrip', 'rstrip'):
+            if added.get(flag):
+                raise _refused(f'its token {added["content"]!r} has {flag}')
+    vocabulary = Vocabulary(tokens, types, tokenizer.end_of_text)
+    if vocabulary.end is None and END_OF_TEXT in tokens:
+        vocabulary.end = tokens.index(END_OF_TEXT)
+    if isinstance(tokenizer, HfTokenizer) and tokenizer.first_ids:
+        if len(tokenizer.first_ids) > 1:
+            raise _refused('it begins every text with several tokens')
+        vocabulary.begin = tokenizer.first_ids[0]
+    merges = [tuple(m.split(' ') if isinstance(m, str) else m) for m in model['merges']]
+    vocabulary.merges = [' '.join(merge) for merge in merges]
+    if model.get('byte_fallback'):
+        _check_spaces(described)
+        vocabulary.model, vocabulary.adds_space = 'llama', tokenizer.adds_space
+        types[tokens.index(model['unk_token'])] = 'UNKNOWN'
+        for number, token in enumerate(tokens):
+            if re.fullmatch('<0x[0-9A-F]{2}>', token):
+                types[number] = 'BYTE'
+        vocabulary.scores = _scores(tokens, types, merges)
+    elif merges:
+        vocabulary.words = _words(described, bool(model.get('ignore_merges')))
+    return vocabulary
+
+
+def _words(described: dict, ignores_merges: bool) -> str:
+    """Returns llama.cpp's name for the way in which a byte-level tokenizer cuts text into words."""
+    if normalizer := described.get('normalizer'):
+        if normalizer != {'type': 'NFC'}:  # Qwen's: few texts are not normalized
+            raise _refused(f'its normalizer is {_short(normalizer)}')
+    if (described.get('decoder') or {}).get('type') != 'ByteLevel':
+        raise _refused(f'its decoder is {_short(described.get("decoder"))}')
+    patterns = tuple(_patterns(described.get('pre_tokenizer')))
+    key = (*patterns, 'ignore_merges') if ignores_merges else patterns
+    if key not in WORDS:
+        raise _refused(f'it cuts text into words by {" and ".join(key) or "no rule"}')
+    return WORDS[key]
+
+
+def _patterns(step) -> list[str]:
+    """Returns the regular expressions of a pre-tokenizer, one after the other."""
+    match step:
+        case {'type': 'Sequence', 'pretokenizers': list(parts)}:
+            return [pattern for part in parts for pattern in _patterns(part)]
+        case {'type': 'ByteLevel', 'add_prefix_space': False}:
+            return [GPT2_WORDS] if step.get('use_regex', True) else []
+        case {'type': 'Digits', 'individual_digits': True}:
+            return [r'\p{N}']
+        case {'type': 'Split', 'pattern': {'Regex': str(pattern)}, 'behavior': 'Isolated'}:
+            if not step.get('invert'):
+                return [pattern]
+    raise _refused(f'its pre_tokenizer is {_short(step)}')
+
+
+def _check_spaces(described: dict):
+    """Raises UserError unless a tokenizer like SentencePiece only replaces spaces before merging."""
+    normalizer = described.get('normalizer') or {}
+    parts = normalizer.get('normalizers', [normalizer]) if normalizer else []
+    replace_spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+    match described.get('pre_tokenizer'):
+        case None:
+            is_known = replace_spaces in parts
+        case {'type': 'Metaspace', 'replacement': '▁', 'split': False}:
+            is_known = True
+        case _:
+            is_known = False
+    others = [p for p in parts if p not in (replace_spaces, {'type': 'Prepend', 'prepend': '▁'})]
+    if others or not is_known:
+        steps = [described.get('pre_tokenizer'), normalizer or None]
+        raise _refused(f'its pre_tokenizer and normalizer are {_short(steps)}')
+
+
+def _scores(tokens: list[str], types: list[str], merges: list[tuple[str, str]]) -> list[float]:
+    """Returns scores whose order is that of the merges.
+
+    llama.cpp joins any two tokens whose text together is a token, highest score first. Raises
+    UserError unless the merges are all of these, those of a token one after the other.
+    """
+    order = list(dict.fromkeys(left + right for left, right in merges))
+    ranks = {token: rank for rank, token in enumerate(order)}
+    results = [ranks[left + right] for left, right in merges]
+    if results != sorted(results):
+        raise _refused('its merges are not in the order of their tokens, as in SentencePiece')
+    normal = {token for token, kind in zip(tokens, types) if kind == 'NORMAL'}
+    known = set(merges)
+    for token in normal:
+        for cut in range(1, len(token)):
+            parts = token[:cut], token[cut:]
+            if normal.issuperset(parts) and parts not in known:
+                raise _refused(f'it has no merge of {parts[0]!r} and {parts[1]!r}')
+    return [float(-ranks.get(token, 0)) for token in tokens]
+
+
+def _short(part) -> str:
+    return json.dumps(part, ensure_ascii=False)[:150]
