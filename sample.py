@@ -21,6 +21,7 @@ import torch
 
 import configurator
 from model import GPT
+from nib import int8
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation import check_sampling
@@ -45,7 +46,7 @@ top_p: float | None = None  # only the most likely tokens with this total probab
 seed: int = 1337  # a different seed gives different samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
 compile: bool | Literal['auto'] = False  # use torch.compile; for many thousand tokens on a GPU
 
 
@@ -72,6 +73,8 @@ def main(argv):
             f'{config.block_size:,}: shorten it, for example to its last {n_fitting:,} characters'
         )
     dtype_used, dtype_reason = pick_dtype(dtype, device)
+    if dtype == 'int8' and (reason := int8.why_not(device)):
+        raise UserError(f'--dtype=int8: {reason}')
     encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
     try:
         check_sampling(
@@ -81,9 +84,12 @@ def main(argv):
         raise UserError(str(error)) from error
     model = GPT(config)
     model.load_state_dict(weights.tensors['model'])
-    model.to(device, getattr(torch, dtype_used))
     if device == 'cpu' and model.num_params() < SMALL_MODEL:
         limit_threads(1)
+    if dtype == 'int8':
+        model = int8.quantize(model)
+    else:
+        model.to(device, getattr(torch, dtype_used))
     print(
         f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})',
         file=sys.stderr,

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.hub import gguf, huggingface
+from nib.int8 import quantize
 from nib.machine.device import pick_device, synchronize
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
 from nib.text.tokenizer import END_OF_TEXT, tokenizer_from_json
@@ -33,8 +34,6 @@ def generate_with_nibgpt(folder: Path, dtype: str, device: str) -> Callable:
     model = GPT(config)
     model.load_state_dict(tensors)
     if dtype == 'int8':
-        from nib.generation import quantize
-
         model = quantize(model)
     else:
         model.to(device, getattr(torch, dtype))
