@@ -7,6 +7,7 @@ it took. It uses the number of threads that was fastest in its first answer.
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -108,6 +109,7 @@ def generate_with_llama_cpp(folder: Path, dtype: str, device: str) -> Callable:
     llama.llama_backend_init()
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0 if device == 'cpu' else 999
+    parameters.use_extra_bufts = not os.environ.get('LLAMA_PLAIN')
     model = llama.llama_model_load_from_file(str(path).encode(), parameters)
     sampler = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
     for part in (
