@@ -143,8 +143,8 @@ class Window:
         candidates = [] if compile else [AmxCache, BagCache]
         cache_type = next((kind for kind in candidates if kind.pays(*shape)), KVCache)
         self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
-        one_row = len(prompts) == 1 and has_amx()
-        self.model = for_generation(model, None if compile else RowLinear if one_row else PackedLinear)
+        linear = RowLinear if len(prompts) == 1 and has_amx() else PackedLinear
+        self.model = for_generation(model, None if compile else linear)
         for block, cache in zip(self.model.transformer.h, self.caches, strict=True):
             block.attn.attend = cache.attend
         self.step = compile_function(next_logits, fullgraph=True) if compile else next_logits

@@ -43,7 +43,7 @@ def test_a_row_does_not_depend_on_the_size_of_other_rows():
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
 @torch.no_grad()
 def test_every_architecture_generates_with_8_bit_weights(config):
-    """Logits equal those of dequantized weights up to the rounding of inputs, with the cache too."""
+    """With the cache or not, logits equal those of dequantized weights up to rounding of inputs."""
     model = make_model(config, scale=0.05)
     quantized, dequantized = quantize(model), make_model(config, scale=0.05)
     for module in dequantized.modules():
