@@ -101,7 +101,7 @@ def largest(logits, k: int):
         return logits.topk(k)
     chunks = F.pad(logits, (0, -V % size), value=-math.inf).view(B, -1, size)
     chosen = chunks.amax(dim=-1).topk(k, sorted=False).indices[..., None]  # (B, k, 1)
-    ids = (chosen * size + torch.arange(size)).flatten(1)  # (B, k * size)
+    ids = (chosen * size + torch.arange(size, device='cpu')).flatten(1)  # (B, k * size)
     values, places = chunks.gather(1, chosen.expand(-1, -1, size)).flatten(1).topk(k)
     return values, ids.gather(1, places)
 
@@ -301,7 +301,9 @@ class AmxCache:
     @classmethod
     def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
         """Whether this cache is faster than the others and computes the same."""
-        return weight.device.type == 'cpu' and kernels_fit() and has_amx()
+        if weight.device.type != 'cpu' or weight.dtype not in (torch.float32, torch.bfloat16):
+            return False
+        return kernels_fit() and has_amx()
 
     def attend(self, q, k, v):
         """Like KVCache.attend(), for a whole window or for one token (T = 1) after earlier ones."""
@@ -316,7 +318,8 @@ class AmxCache:
             )
         q = q.view(B, k.shape[1], -1, D)  # heads that share keys are queries of one head
         k, v = self.keys[:, :, :n_seen], self.values[:, :, :n_seen]
-        if q.dtype == torch.bfloat16:
+        q = q.type_as(k)  # they differ inside autocast
+        if k.dtype == torch.bfloat16:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * K, ...)
@@ -474,7 +477,7 @@ class RowLinear:
         self.weight, self.bias = weight.detach(), bias
 
     def __call__(self, x):
-        if x.numel() > x.shape[-1]:  # the prompt
+        if x.numel() > x.shape[-1] or x.dtype != self.weight.dtype:  # a prompt, or autocast
             return F.linear(x, self.weight, self.bias)
         row = x.flatten()
         y = self.weight.mv(row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
