@@ -140,7 +140,7 @@ class Window:
         self.n_slots = min(config.block_size, longest + max_new_tokens)
 
         shape = config, len(prompts), self.n_slots, weight
-        candidates = [] if compile else [AmxCache, BagCache]
+        candidates: list[Any] = [] if compile else [AmxCache, BagCache]
         cache_type = next((kind for kind in candidates if kind.pays(*shape)), KVCache)
         self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
         linear = RowLinear if len(prompts) == 1 and has_amx() else PackedLinear
@@ -410,10 +410,10 @@ class BagCache:
 # -- the model that generates ---------------------------------------------------------------------
 
 
-def for_generation(module: nn.Module, linear: type | None):
+def for_generation(module: nn.Module, linear: Any):
     """A copy of the module without dropout. It shares all parameters except packed ones.
 
-    linear: PackedLinear or RowLinear, in place of linear layers where it pays.
+    linear: PackedLinear or RowLinear, in place of linear layers where it pays; None: neither.
     """
     if linear and isinstance(module, nn.Linear) and linear.pays(module.weight):
         return linear(module.weight, module.bias)

@@ -8,6 +8,7 @@ others. Products are integers; embeddings, norms and attention stay in float32.
 import copy
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ class Int8Linear(nn.Module):
         return y.mul_(scales) if self.bias is None else torch.addcmul(self.bias, y, scales)
 
 
-def _quantized(module: nn.Module) -> nn.Module:
+def _quantized(module: nn.Module) -> Any:
     if isinstance(module, nn.Linear):
         return Int8Linear(module.weight, module.bias)
     twin = copy.copy(module)
