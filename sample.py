@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 import configurator
+from nib import int8
 from nib.api import stream
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
@@ -43,7 +44,7 @@ top_p: float | None = None  # only the most likely tokens with this total probab
 seed: int = 1337  # a different seed gives different samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
 compile: bool | Literal['auto'] = False  # use torch.compile; for many thousand tokens on a GPU
 
 
@@ -64,13 +65,19 @@ def main(argv):
         prompt = default_prompt(tokenizer)
     prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
     dtype_used, dtype_reason = pick_dtype(dtype, device)
+    if dtype == 'int8' and (reason := int8.why_not(device)):
+        raise UserError(f'--dtype=int8: {reason}')
     encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
     check_sampling(
         [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
     )
-    model = weights.build().to(device, getattr(torch, dtype_used))
+    model = weights.build()
     if device == 'cpu' and model.num_params() < SMALL_MODEL:
         limit_threads(1)
+    if dtype == 'int8':
+        model = int8.quantize(model.float())
+    else:
+        model.to(device, getattr(torch, dtype_used))
     print(
         f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})',
         file=sys.stderr,

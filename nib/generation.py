@@ -76,7 +76,7 @@ def sample_tokens(logits, temperature, top_k, top_p, generator):
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / temperature, None
     if top_k is not None and top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k)  # (B, top_k)
+        logits, ids = largest(logits, top_k)  # (B, top_k)
     elif top_p is not None:
         logits, ids = logits.sort(dim=-1, descending=True)
     probs = logits.softmax(dim=-1)
@@ -86,6 +86,23 @@ def sample_tokens(logits, temperature, top_k, top_p, generator):
     noise = torch.empty_like(probs).exponential_(generator=generator)
     chosen = (probs / noise).argmax(dim=-1, keepdim=True)
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+
+
+def largest(logits, k: int):
+    """Returns the k largest of logits (B, V) in descending order, and their ids.
+
+    A CPU sorts a row as long as a vocabulary slowly. The k largest are in the k chunks with the
+    largest maxima, so only these chunks are sorted.
+    """
+    B, V = logits.shape
+    size = math.isqrt(V // k)
+    if logits.device.type != 'cpu' or size < 4:
+        return logits.topk(k)
+    chunks = F.pad(logits, (0, -V % size), value=-math.inf).view(B, -1, size)
+    chosen = chunks.amax(dim=-1).topk(k, sorted=False).indices[..., None]  # (B, k, 1)
+    ids = (chosen * size + torch.arange(size, device='cpu')).flatten(1)  # (B, k * size)
+    values, places = chunks.gather(1, chosen.expand(-1, -1, size)).flatten(1).topk(k)
+    return values, ids.gather(1, places)
 
 
 # -- the window and its caches --------------------------------------------------------------------
@@ -122,9 +139,11 @@ class Window:
         self.n_slots = min(config.block_size, longest + max_new_tokens)
 
         shape = config, len(prompts), self.n_slots, weight
-        cache_type = BagCache if not compile and BagCache.pays(*shape) else KVCache
+        candidates: list[Any] = [] if compile else [AmxCache, BagCache]
+        cache_type = next((kind for kind in candidates if kind.pays(*shape)), KVCache)
         self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
-        self.model = for_generation(model, packed=not compile)
+        linear = RowLinear if len(prompts) == 1 and has_amx() else PackedLinear
+        self.model = for_generation(model, None if compile else linear)
         for block, cache in zip(self.model.transformer.h, self.caches, strict=True):
             block.attn.attend = cache.attend
         self.step = compile_function(next_logits, fullgraph=True) if compile else next_logits
@@ -257,6 +276,59 @@ class KVCache:
         ).type_as(q)
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether this is an Intel processor with AMX, where the measured choice of kernels differs."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+class AmxCache:
+    """One layer's keys and values (B, K, n_slots, D) on an Intel processor with AMX.
+
+    A single query attends by a fused kernel in bfloat16. In float32, two batched products are
+    faster, if each dimension of the keys is contiguous.
+    """
+
+    this_pass: Pass  # set by Window before each forward pass
+
+    def __init__(self, config: GPTConfig, n_rows: int, n_slots: int, weight):
+        self.values = weight.new_zeros(n_rows, config.kv_heads, n_slots, config.head_width)
+        self.keys = torch.zeros_like(self.values)
+        if weight.dtype == torch.float32:
+            self.keys = self.keys.view(n_rows, config.kv_heads, -1, n_slots).transpose(2, 3)
+
+    @classmethod
+    def pays(cls, config: GPTConfig, n_rows: int, n_slots: int, weight) -> bool:
+        """Whether this cache is faster than the others and computes the same."""
+        if weight.device.type != 'cpu' or weight.dtype not in (torch.float32, torch.bfloat16):
+            return False
+        return kernels_fit() and has_amx()
+
+    def attend(self, q, k, v):
+        """Like KVCache.attend(), for a whole window or for one token (T = 1) after earlier ones."""
+        n_seen, mask = self.this_pass.n_seen, self.this_pass.mask
+        B, H, T, D = q.shape
+        self.keys[:, :, n_seen - T : n_seen], self.values[:, :, n_seen - T : n_seen] = k, v
+        if T > 1 and mask is None:
+            return attend(q, k, v)
+        if T > 1:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != H
+            )
+        q = q.view(B, k.shape[1], -1, D)  # heads that share keys are queries of one head
+        k, v = self.keys[:, :, :n_seen], self.values[:, :, :n_seen]
+        q = q.type_as(k)  # they differ inside autocast
+        if k.dtype == torch.bfloat16:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * K, ...)
+            scores = torch.bmm(q / math.sqrt(D), k.transpose(1, 2))
+            if mask is not None:
+                scores.view(B, H, n_seen).masked_fill_(~mask[:, 0], -math.inf)
+            y = torch.bmm(scores.softmax(dim=-1), v)
+        return y.view(B, H, 1, D)
+
+
 class BagCache:
     """A large KVCache on a CPU: a single query attends at memory bandwidth.
 
@@ -337,23 +409,26 @@ class BagCache:
 # -- the model that generates ---------------------------------------------------------------------
 
 
-def for_generation(module: nn.Module, packed: bool):
-    """A copy of the module without dropout. It shares all parameters except packed ones."""
-    if packed and isinstance(module, nn.Linear) and PackedLinear.pays(module.weight):
-        return PackedLinear(module.weight, module.bias)
+def for_generation(module: nn.Module, linear: Any):
+    """A copy of the module without dropout. It shares all parameters except packed ones.
+
+    linear: PackedLinear or RowLinear, in place of linear layers where it pays; None: neither.
+    """
+    if linear and isinstance(module, nn.Linear) and linear.pays(module.weight):
+        return linear(module.weight, module.bias)
     if isinstance(module, nn.Dropout):
         return nn.Identity()
     twin: Any = copy.copy(module)
     twin.training = False
-    twin._modules = {name: for_generation(child, packed) for name, child in module._modules.items()}
+    twin._modules = {name: for_generation(child, linear) for name, child in module._modules.items()}
     if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear):
         is_gelu = isinstance(module.activation, nn.GELU) and module.activation.approximate == 'tanh'
         if is_gelu:  # part of the packed product
             twin.c_fc.then, twin.activation = ('gelu', [], 'tanh'), nn.Identity()
-    if isinstance(module, GPT) and module.config.tied_head and packed:
+    if isinstance(module, GPT) and module.config.tied_head and linear:
         head = module.transformer.wte.weight
-        if PackedLinear.pays(head):
-            twin.lm_head = PackedLinear(head, None)
+        if linear.pays(head):
+            twin.lm_head = linear(head, None)
             twin.config = replace(module.config, tied_head=False)
     return twin
 
@@ -388,6 +463,28 @@ class PackedLinear:
         if weight.dtype == torch.float32:
             return weight.numel() >= cls.SMALLEST
         return weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()
+
+
+class RowLinear:
+    """A linear layer for one row at a time on an Intel processor with AMX.
+
+    A product of the plain matrix with a vector runs at memory bandwidth there, so that packing it
+    would only cost time.
+    """
+
+    def __init__(self, weight, bias):
+        self.weight, self.bias = weight.detach(), bias
+
+    def __call__(self, x):
+        if x.numel() > x.shape[-1] or x.dtype != self.weight.dtype:  # a prompt, or autocast
+            return F.linear(x, self.weight, self.bias)
+        row = x.flatten()
+        y = self.weight.mv(row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
+        return y.view(*x.shape[:-1], -1)
+
+    @classmethod
+    def pays(cls, weight) -> bool:
+        return weight.device.type == 'cpu'
 
 
 # -- the check ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from conftest import ROOT, SMALL_RUN, run_script
 
 import bench as bench_script
 import configurator
-from benchmarks import measure, planned_memory, sampling
+from benchmarks import generators, measure, planned_memory, sampling
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.tokens.dataset import open_dataset
@@ -135,6 +135,26 @@ def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
     for row in ('tokens/s', 'ms/step', 'peak memory, MB', 'generated tokens/s'):
         line = next(line for line in done.stdout.splitlines() if line.startswith(row))
         assert len(re.findall(r'\(.*?\)', line)) >= 2 or row.startswith('peak')
+
+
+@pytest.mark.slow
+def test_generation_beside_other_programs_is_measured_in_turns(tmp_path, run_main, monkeypatch):
+    done = run_main(generators, '--dtypes=int4')
+    assert done.returncode == 2 and 'choose among float32, bfloat16, int8' in done.stderr
+    shape = GPTConfig(vocab_size=300, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    contestants = {name: generators.CONTESTANTS[name] for name in ('transformers', 'nibGPT')}
+    contestants = {'missing': ('no_such_package', None, ('float32',)), **contestants}
+    monkeypatch.setattr(generators, 'SHAPES', {'gpt2': shape})
+    monkeypatch.setattr(generators, 'CONTESTANTS', contestants)
+    done = run_main(
+        generators, '--dtypes=float32', '--prompt_tokens=4', '--new_tokens=3', '--device=cpu'
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'missing is left out: no_such_package is not installed' in done.stderr
+    figures = rows(done.stdout)
+    assert list(figures) == [
+        f'float32: {row}' for row in ('tokens/s', 'first token, ms', 'step, ms', 'x the best other')
+    ]
 
 
 @pytest.mark.slow

@@ -160,6 +160,7 @@ NEEDS_NETWORK = {
     'python bench.py --dataset=shakespeare --batch_size=4 --gradient_accumulation_steps=1 '
     '--steps=2 --rounds=2 --new_tokens=0 --vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
     'python benchmarks/sampling.py --nanogpt=nanoGPT': 'needs a clone of nanoGPT',
+    'python benchmarks/generators.py': 'needs llama.cpp and CTranslate2',
     'python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER': 'needs a clone of nanoGPT',
     'python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT --rounds=5': 'needs a clone of nanoGPT',
 }

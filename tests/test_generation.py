@@ -59,18 +59,24 @@ def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
 def test_greedy_with_the_cache_equals_greedy_without_it(config, prompts, n):
     """Prompts of unequal lengths, within block_size and far past it, each as if it were alone.
 
-    Both caches of a CPU are tried.
+    All caches of a CPU are tried.
     """
     model = make_model(config)
     expected = [greedy_without_cache(model, p, n) for p in prompts]
-    assert generate(model, prompts, n, temperature=0.0) == expected
-    with pytest.MonkeyPatch.context() as patch:
-        use_bags(patch)
-        assert generate(model, prompts, n, temperature=0.0) == expected
+    for cache in CACHES:
+        with pytest.MonkeyPatch.context() as patch:
+            use_cache(cache, patch)
+            assert generate(model, prompts, n, temperature=0.0) == expected
 
 
-def use_bags(monkeypatch):
-    """The cache of large models, in blocks of which a small one fills several."""
+CACHES = ['plain', 'bags', 'amx']
+
+
+def use_cache(name, monkeypatch):
+    """One of the caches of a CPU; bags are in blocks of which a small model fills several."""
+    monkeypatch.setattr(generation, 'has_amx', lambda: name == 'amx')
+    if name != 'bags':
+        return
     monkeypatch.setattr(generation.BagCache, 'pays', lambda *shape: True)
     monkeypatch.setattr(generation.BagCache, 'BLOCK', 5)
     monkeypatch.setattr(generation, 'KVCache', None)
@@ -101,10 +107,11 @@ def test_the_cache_of_large_models_is_for_cpus_and_for_many_numbers_in_full_bloc
         (torch.float32, True, 0.03),
     ],
 )
+@pytest.mark.parametrize('cache', ['bags', 'amx'])
 def test_rows_of_unequal_length_in_a_large_models_cache_have_each_the_logits_of_its_text(
-    config, dtype, autocast, tolerance, monkeypatch
+    config, cache, dtype, autocast, tolerance, monkeypatch
 ):
-    use_bags(monkeypatch)
+    use_cache(cache, monkeypatch)
     model, texts = (
         make_model(config, scale=0.1).to(dtype),
         torch.randint(61, (2, config.block_size)).tolist(),
@@ -120,13 +127,12 @@ def test_rows_of_unequal_length_in_a_large_models_cache_have_each_the_logits_of_
             window.append(torch.tensor([texts[0][3 + i], texts[1][9 + i]]))
 
 
-@pytest.mark.parametrize('bags', [False, True], ids=['plain', 'bags'])
-def test_generation_is_on_the_models_device_whatever_the_default_one_is(bags, monkeypatch):
+@pytest.mark.parametrize('cache', CACHES)
+def test_generation_is_on_the_models_device_whatever_the_default_one_is(cache, monkeypatch):
     model = make_model()
     expected = generate(model, [[1], [2, 3]], 11, seed=1)
-    if bags:
-        use_bags(monkeypatch)
-        generation.BagCache._places.cache_clear()
+    use_cache(cache, monkeypatch)
+    generation.BagCache._places.cache_clear()
     with torch.device('meta'):
         assert generate(model, [[1], [2, 3]], 11, seed=1) == expected
 
@@ -146,16 +152,15 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
-@pytest.mark.parametrize('bags', [False, True], ids=['plain', 'bags'])
+@pytest.mark.parametrize('cache', CACHES)
 @pytest.mark.parametrize(
     'dtype, tolerance', [(torch.float64, 1e-6), (torch.float32, 1e-5)]
 )  # the rotary table is float32
-def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, bags, monkeypatch):
+def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, cache, monkeypatch):
     monkeypatch.setattr(
         generation.PackedLinear, 'SMALLEST', 1
     )  # where a CPU can, all matrices of float32 are packed
-    if bags:
-        use_bags(monkeypatch)
+    use_cache(cache, monkeypatch)
     model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
     cached, full = cached_and_uncached_logits(
         monkeypatch, model, torch.randint(61, (4,)).tolist(), 12
@@ -260,6 +265,17 @@ def test_a_row_ends_after_its_stop_sequence_while_others_go_on():
     assert rows[1][:1] == free[1][:1] and len(rows[1]) <= 30
     alone = generate(model, prompts[:1], 30, temperature=0.0, stop=[[stop[0]]])[0]
     assert alone == free[0][: free[0].index(stop[0]) + 1]
+
+
+@pytest.mark.parametrize('shape', [(1, 50257), (3, 1000), (2, 200)])
+@pytest.mark.parametrize('k', [1, 7, 100])
+def test_the_largest_logits_are_those_of_a_full_sort(shape, k):
+    torch.manual_seed(0)
+    logits = torch.randn(shape)
+    logits[0, 50:100] = logits[0].amax() + torch.arange(50)  # neighbors
+    expected, ids = logits.sort(dim=1, descending=True)
+    values, places = generation.largest(logits, k)
+    assert values.equal(expected[:, :k]) and places.equal(ids[:, :k])
 
 
 def test_sampling_draws_tokens_by_their_probability():
@@ -537,6 +553,7 @@ def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):
 
 def test_generation_that_fails_is_found(monkeypatch):
     monkeypatch.setattr(CausalSelfAttention, 'attend', None)
+    use_cache('plain', monkeypatch)
     monkeypatch.setattr(generation.KVCache, 'attend', lambda self, q, k: q)
     assert check_generation(make_model(), [1]).startswith('generate() fails with TypeError')
 

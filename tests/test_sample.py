@@ -96,6 +96,20 @@ def test_weights_of_another_precision_write_what_they_find_likeliest(out_dir, ru
         assert f'{dtype} (as requested)' in done.stderr
 
 
+def test_8_bit_weights_write_text_on_a_cpu_only(bytes_out_dir, sample, run_main, monkeypatch):
+    greedy = ['--start=é', '--temperature=0', '--dtype=int8']
+    done = sample(bytes_out_dir, *greedy)
+    assert done.returncode == 0 and 'int8 (as requested)' in done.stderr
+    assert done.stdout == sample(bytes_out_dir, *greedy, '--dtype=float32').stdout
+    monkeypatch.setattr(script, 'pick_device', lambda device: 'cuda')
+    done = run_main(script, f'--out_dir={bytes_out_dir}', '--dtype=int8')
+    assert done.returncode == 2 and '--dtype=int8: they need a CPU, and the device is cuda' in (
+        done.stderr
+    )
+    done = run_main('train.py', '--dtype=int8')
+    assert done.returncode == 2 and "--dtype: found 'int8'" in done.stderr
+
+
 def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys):
     def generate(compiled):
         raise RuntimeError('no Triton here\nand more')
