@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nib.kernels import (
+    GELU,
     IGNORED,
     attend_in_blocks,
     head_cross_entropy,
@@ -278,7 +279,7 @@ class SwiGLU(nn.Module):
 ACTIVATIONS: dict[
     str, Callable[[], nn.Module]
 ] = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
-    'gelu': lambda: nn.GELU(approximate='tanh'),
+    'gelu': GELU,
     'gelu_erf': nn.GELU,
     'relu': nn.ReLU,
     'relu2': SquaredReLU,
