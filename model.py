@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nib.kernels import (
-    GELU,
     IGNORED,
     attend_in_blocks,
     head_cross_entropy,
@@ -279,7 +278,7 @@ class SwiGLU(nn.Module):
 ACTIVATIONS: dict[
     str, Callable[[], nn.Module]
 ] = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
-    'gelu': GELU,
+    'gelu': lambda: nn.GELU(approximate='tanh'),
     'gelu_erf': nn.GELU,
     'relu': nn.ReLU,
     'relu2': SquaredReLU,

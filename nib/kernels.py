@@ -1,4 +1,4 @@
-"""Faster ways to compute what model.py defines: attention and GELU on a CPU, and the loss.
+"""Faster ways to compute what model.py defines: attention on a CPU, and the loss.
 
 You can read model.py without this file. Letters in shapes are those of model.py, and N is the
 number of tokens, B x T.
@@ -16,8 +16,6 @@ IGNORED = -1  # a target that the loss leaves out; what generate() yields for ro
 QUERY_BLOCK = 256  # queries per block in attend_in_blocks
 LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
 LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
-GELU_CHUNK = 3 << 16  # numbers that GELU computes at a time: they stay in the processor's cache
-GELU_SMALLEST = 1 << 14  # with fewer, the calls would take longer than the work
 SOFTMAX_CHUNK = 3 << 18  # logits in the cache at a time: 3 MiB
 FLOAT = 4  # bytes of a float32
 COLUMNS = 4096  # columns of the head's gradient added at a time, to avoid a large temporary
@@ -64,10 +62,10 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
     last position. If there is more than one block, the backward pass recomputes the weights of each
     block instead of keeping them in memory.
     """
-    k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
-    if not dropout:
-        return BlockAttention.apply(q, k, v)
     B, H, T, D = q.shape
+    k, v = share_heads(k, H), share_heads(v, H)
+    if T > QUERY_BLOCK and not dropout:
+        return LongAttention.apply(q, k, v)
     q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
     if T <= QUERY_BLOCK:
         return attend_block(q, k, v, dropout).view(B, H, T, D)
@@ -96,33 +94,26 @@ def block_weights(q, k):
     return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)).softmax(-1)
 
 
-class BlockAttention(torch.autograd.Function):
-    """attend_in_blocks() without dropout, for q, k and v of the same shape (B, H, T, D).
+class LongAttention(torch.autograd.Function):
+    """attend_in_blocks() of a long context without dropout: q, k and v (B, H, T, D).
 
-    The library's kernel computes the forward pass of a long context in half the time of blocks. Its
-    backward pass is the slower one, so blocks compute that.
+    The library's kernel computes the forward pass in half the time of blocks. Its backward pass is
+    slower than theirs, so blocks compute that.
     """
 
     @staticmethod
     def forward(ctx, q, k, v):
-        B, H, T, D = ctx.shape = q.shape
-        if T > QUERY_BLOCK:
-            ctx.save_for_backward(q, k, v)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
-        weights = block_weights(q, k)
-        ctx.save_for_backward(q, k, v, weights)
-        return (weights @ v).view(B, H, T, D)
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        q, k, v, *kept = ctx.saved_tensors
-        B, H, T, D = ctx.shape
-        q, k, v, grad_y = (part.reshape(B * H, T, D) for part in (q, k, v, grad_y))
+        B, H, T, D = grad_y.shape
+        q, k, v, grad_y = (part.reshape(B * H, T, D) for part in (*ctx.saved_tensors, grad_y))
         grad_q, grad_k, grad_v = (torch.empty_like(part) for part in (q, k, v))
-        for block, seen in reversed(blocks_of(T)):  # the last block sees all keys
-            weights = kept[0] if kept else block_weights(q[:, block], k[:, seen])
+        for block, seen in reversed(blocks_of(T)):  # the last block is first: it sees all keys
+            weights = block_weights(q[:, block], k[:, seen])
             grad_weights = grad_y[:, block] @ v[:, seen].transpose(1, 2)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_scores /= math.sqrt(D)
@@ -134,59 +125,6 @@ class BlockAttention(torch.autograd.Function):
                 else:
                     total[:, seen] += part
         return tuple(grad.view(B, H, T, D) for grad in (grad_q, grad_k, grad_v))
-
-
-# -- GELU -----------------------------------------------------------------------------------------
-
-
-class GELU(torch.nn.GELU):
-    """torch's GELU with the approximation by tanh, in half the time on a CPU."""
-
-    def __init__(self):
-        super().__init__(approximate='tanh')
-
-    def forward(self, x):
-        if x.device.type != 'cpu' or x.numel() < GELU_SMALLEST or torch.compiler.is_compiling():
-            return super().forward(x)
-        return ChunkedGELU.apply(x)
-
-
-class ChunkedGELU(torch.autograd.Function):
-    """GELU in chunks that stay in the processor's cache, without the slow tanh of torch's kernel.
-
-    GELU(x) = x s(v), where s is the logistic function and v = c (x + 0.044715 x^3), c^2 = 8 / pi.
-    Its slope is s(v) + (3 v - 2 c x) s'(v). The forward pass computes it as well and keeps it
-    instead of x, so the backward pass is one product.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        y, slope = torch.empty_like(x), torch.empty_like(x)
-        dtype, size = torch.promote_types(x.dtype, torch.float32), min(GELU_CHUNK, x.numel())
-        buffers = torch.empty(4, size, dtype=dtype)
-        c = math.sqrt(8 / math.pi)
-        for part, y_part, slope_part in zip(
-            *(tensor.view(-1).split(size) for tensor in (x, y, slope)), strict=True
-        ):
-            z, v, s, work = buffers[:, : len(part)]
-            z.copy_(part)
-            torch.mul(z, z, out=work)
-            torch.addcmul(z, z, work, value=0.044715, out=v).mul_(c)
-            torch.sigmoid(v, out=s)
-            y_part.copy_(torch.mul(z, s, out=work))
-            if ctx.needs_input_grad[0]:
-                v.add_(z, alpha=-2 * c / 3)
-                torch.ops.aten.sigmoid_backward.grad_input(v, s, grad_input=work)
-                slope_part.copy_(s.add_(work, alpha=3))
-        ctx.save_for_backward(slope)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        (slope,) = ctx.saved_tensors
-        return grad_y * slope
 
 
 # -- the loss -------------------------------------------------------------------------------------
