@@ -68,7 +68,8 @@ if job.get('model') == 'transformers':
             self.model = GPT2LMHeadModel(GPT2Config(
                 vocab_size=shape['vocab_size'], n_positions=shape['block_size'],
                 n_layer=shape['n_layer'], n_head=shape['n_head'], n_embd=shape['n_embd'],
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                bos_token_id=None, eos_token_id=None))
         def forward(self, x, y):
             return None, self.model(input_ids=x, labels=x).loss
     raw_model = Theirs()

@@ -30,7 +30,7 @@ from nib.tokens.dataset import open_dataset
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 sizes: str = 'small,10m,124m'  # of SIZES below, separated by commas
-dtype: str = 'bfloat16'  # of all contestants: bfloat16 or float32
+dtype: Literal['bfloat16', 'float32'] = 'bfloat16'  # of all contestants
 peers: str = 'nanogpt,nanogpt-compiled,transformers'  # each also with -compiled
 rounds: int = 12  # turns
 result: str = ''  # file to add the table to; empty: standard output only
@@ -42,7 +42,6 @@ SIZES = {
 }
 VOCAB_SIZES = {'small': 65, '10m': 65, '124m': 50257}
 STEPS = {'small': 10, '10m': 1, '124m': 1}  # in a turn
-NEEDS_SHAPE = 'expected nanogpt or transformers, each with or without -compiled'
 
 
 def main(argv):
@@ -53,22 +52,28 @@ def main(argv):
             raise UserError(f'--sizes: no size is named {size!r}; known: {", ".join(SIZES)}')
     for peer in peers.split(','):
         if peer.removesuffix('-compiled') not in ('nanogpt', 'transformers'):
-            raise UserError(f'--peers: {peer!r}: {NEEDS_SHAPE}')
-    if dtype not in ('bfloat16', 'float32') or rounds < 1:
-        raise UserError(f'--dtype={dtype} --rounds={rounds}: see the top of {__file__}')
-    lines = [
+            raise UserError(
+                f'--peers: no peer is named {peer!r}; known: nanogpt, transformers, and both with '
+                '-compiled at the end'
+            )
+    if rounds < 1:
+        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    heading = [
         f'training, {dtype}; {rounds} rounds in turns; {measure.describe_machine()}',
         f'{"size":8}{"peer":24}{"peer, tokens/s":>26}{"nibGPT, tokens/s":>26}{"ratio":>26}',
     ]
-    print('\n'.join(lines), flush=True)
+    write('\n'.join(heading))
     for size in sizes.split(','):
         with tempfile.TemporaryDirectory() as scratch:
             for line in measure_size(size, Path(scratch)):
-                lines.append(line)
-                print(line, flush=True)
+                write(line)
+
+
+def write(line: str):
+    print(line, flush=True)
     if result:
         with open(result, 'a') as file:
-            file.write('\n'.join(lines) + '\n\n')
+            file.write(line + '\n')
 
 
 def measure_size(size: str, scratch: Path):
@@ -105,7 +110,8 @@ def train_config(size: str) -> dict:
     """Returns the values of train.py's keys."""
     defaults = configurator.read_block(train.__file__).defaults
     device = pick_device('cpu')
-    changes = dict(device=device, dtype=dtype, compile=False, gradient_accumulation_steps=1)
+    changes = {'device': device, 'dtype': dtype, 'compile': False, 'prompt_tokens': 1}
+    changes |= {'gradient_accumulation_steps': 1}
     return settle_schedule(defaults | SIZES[size] | changes)
 
 

@@ -16,8 +16,6 @@ IGNORED = -1  # a target that the loss leaves out; what generate() yields for ro
 QUERY_BLOCK = 256  # queries per block in attend_in_blocks
 LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
 LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
-SOFTMAX_CHUNK = 3 << 18  # logits in the cache at a time: 3 MiB
-FLOAT = 4  # bytes of a float32
 COLUMNS = 4096  # columns of the head's gradient added at a time, to avoid a large temporary
 
 
@@ -180,13 +178,11 @@ class ChunkedLoss(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         head, V = pad_rows(weight.to(dtype)), len(weight)
-        # Chunks of equal size, as few as possible: each reads all of the head and its gradient.
-        n_chunks = -(-len(x) * len(head) * dtype.itemsize // (chunk_size * FLOAT))
-        rows = -(-len(x) // n_chunks)
+        rows = min(len(x), max(1, chunk_size // len(head)))
         logits = head.new_empty(rows, len(head))
-        # On a CPU, the softmax is computed in float32 in smaller parts, which stay in its cache.
-        few = rows if kind != 'cpu' else max(1, SOFTMAX_CHUNK // len(head))
-        work = torch.empty(min(few, rows), len(head), dtype=torch.float32, device=x.device)
+        log_probs = logits
+        if dtype != torch.float32:
+            log_probs = torch.empty_like(logits, dtype=torch.float32)
         losses = torch.empty(len(x), device=x.device)
         # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
         grad_x = grad_weight = None
@@ -195,22 +191,30 @@ class ChunkedLoss(torch.autograd.Function):
             grad_weight = torch.zeros_like(head, dtype=torch.float32)
 
         for first in range(0, len(x), rows):
-            chunk = x[first : first + rows].to(dtype, copy=True)
-            chunk_logits = logits[: len(chunk)]
-            torch.mm(chunk, head.t(), out=chunk_logits)
-            for start in range(0, len(chunk), few):
-                part = slice(first + start, first + min(start + few, len(chunk)))
-                part_logits = chunk_logits[start : start + few]
-                losses[part] = softmax_loss(part_logits, targets[part], V, cap, work)
+            part = slice(first, first + rows)
+            chunk, target = x[part].to(dtype, copy=True), targets[part, None]
+            logits, log_probs = logits[: len(chunk)], log_probs[: len(chunk)]
+            counted = target != IGNORED
+            target = target.clamp(min=0)
+            torch.mm(chunk, head.t(), out=logits)
+            log_probs.copy_(logits)
+            if cap:
+                bent = log_probs.div_(cap).tanh_().clone()  # model.soft_cap
+                log_probs.mul_(cap)
+            log_probs[:, V:] = -math.inf
+            torch.log_softmax(log_probs, dim=-1, out=log_probs)
+            losses[part] = (log_probs.gather(1, target) * -counted.float())[:, 0]
             if not with_gradients:
                 continue
-            part = slice(first, first + len(chunk))
-            counted = targets[part, None] != IGNORED
-            grad_x[part] = (chunk_logits @ head) * counted
+            minus_one_hot = -torch.ones_like(target, dtype=torch.float32)
+            grad = log_probs.exp_().scatter_add_(1, target, minus_one_hot)
+            if cap:
+                grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
+            logits.copy_(grad)
+            grad_x[part] = (logits @ head) * counted
             chunk *= counted
-            columns = chunk_logits.split(COLUMNS, dim=1)
-            for total, some in zip(grad_weight.split(COLUMNS), columns, strict=True):
-                total.add_(some.t() @ chunk)
+            for total, columns in zip(grad_weight.split(COLUMNS), logits.split(COLUMNS, dim=1)):
+                total.add_(columns.t() @ chunk)
 
         n_counted = (targets != IGNORED).sum()
         ctx.save_for_backward(grad_x, grad_weight[:V] if with_gradients else None, n_counted)
@@ -223,29 +227,3 @@ class ChunkedLoss(torch.autograd.Function):
         scale = grad_loss / n_counted
         grad_x = grad_x.mul_(scale).to(ctx.dtypes[0])
         return grad_x, grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None, None
-
-
-def softmax_loss(logits, targets, V: int, cap: float, work):
-    """Returns the losses (N) of logits (N, V and padding), which become the gradients of the sum.
-
-    work: a float32 buffer of the shape of the logits or longer. Targets may be IGNORED; the
-    gradients of their logits are not zero.
-    """
-    work = work[: len(logits)]
-    work.copy_(logits)
-    if cap:
-        bent = work.div_(cap).tanh_().clone()  # model.soft_cap
-        work.mul_(cap)
-    work[:, V:] = -math.inf
-    counted = targets[:, None] != IGNORED
-    target = targets[:, None].clamp(min=0)
-    largest = work.amax(dim=1, keepdim=True)
-    losses = largest - work.gather(1, target)
-    total = work.sub_(largest).exp_().sum(dim=1, keepdim=True)
-    losses += total.log()
-    work.div_(total)
-    work.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-    if cap:
-        work.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
-    logits.copy_(work)
-    return (losses * counted)[:, 0]

@@ -331,7 +331,7 @@ def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
     ids = torch.randint(50_000, (4, 512))  # 102 million logits
     with Largest() as largest:
         model(ids, ids).backward()
-    assert 50_000 * 200 < largest.seen <= kernels.LOSS_CHUNK
+    assert 50_000 * 300 < largest.seen <= kernels.LOSS_CHUNK
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
