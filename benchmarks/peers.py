@@ -13,6 +13,7 @@ drifts. Each peer is a process of its own, next to nibGPT's.
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
