@@ -142,6 +142,7 @@ NEEDS_NETWORK = {
     'python benchmarks/sampling.py --nanogpt=nanoGPT': 'needs a clone of nanoGPT',
     'python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER': 'needs a clone of nanoGPT',
     'python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT --rounds=5': 'needs a clone of nanoGPT',
+    'python benchmarks/peers.py --nanogpt=nanoGPT': 'needs a clone of nanoGPT',
 }
 NEEDS_GPU = {
     'python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt': (
