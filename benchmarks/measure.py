@@ -60,9 +60,9 @@ def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     ]
     for key in measured[names[-1]][0]:
         columns = [[turn[key] for turn in measured[name] if key in turn] for name in names]
-        cells = ''.join(f'{_spread(column) if column else "":>34}' for column in columns)
+        cells = ''.join(f'{spread(column) if column else "":>34}' for column in columns)
         if len(names) == 2 and all(columns):
-            cells += f'{_spread([second / first for first, second in zip(*columns)]):>28}'
+            cells += f'{spread([second / first for first, second in zip(*columns)]):>28}'
         lines.append(f'{key:30}{cells}')
     return '\n'.join(lines) + '\n'
 
@@ -72,7 +72,8 @@ def show(figure: float) -> str:
     return f'{figure:,.0f}' if figure >= 1000 else f'{figure:.4g}'
 
 
-def _spread(figures: Sequence[float]) -> str:
+def spread(figures: Sequence[float]) -> str:
+    """Returns 'median (lowest to highest)'."""
     low, middle, high = map(show, (min(figures), statistics.median(figures), max(figures)))
     return middle if low == high else f'{middle} ({low} to {high})'
 

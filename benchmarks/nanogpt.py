@@ -83,19 +83,42 @@ def start_training(values, data, clone: str) -> NanoGPT:
 NANOGPT_LOOP = """
 import contextlib, json, os, sys, time
 import numpy as np, torch
-from model import GPT, GPTConfig
 job = json.loads(sys.argv[1])
 device, kind = job['device'], job['device'].split(':')[0]
 B, T, micro_steps = job['batch_size'], job['block_size'], job['gradient_accumulation_steps']
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-context = contextlib.nullcontext() if kind == 'cpu' else torch.amp.autocast(
+as_it_is = contextlib.nullcontext()  # nanoGPT does not use autocast on a CPU
+context = as_it_is if kind == 'cpu' and not job.get('autocast') else torch.amp.autocast(
     device_type=kind, dtype=getattr(torch, job['dtype']))
 keys = 'block_size vocab_size n_layer n_head n_embd dropout bias'.split()
-raw_model = GPT(GPTConfig(**{key: job[key] for key in keys}))
+shape = {key: job[key] for key in keys}
+if job.get('model') == 'transformers':
+    from transformers import GPT2Config, GPT2LMHeadModel
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = GPT2LMHeadModel(GPT2Config(
+                vocab_size=shape['vocab_size'], n_positions=shape['block_size'],
+                n_layer=shape['n_layer'], n_head=shape['n_head'], n_embd=shape['n_embd'],
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                bos_token_id=None, eos_token_id=None))
+        def forward(self, x, y):
+            return None, self.model(input_ids=x, labels=x).loss
+    raw_model = Theirs()
+else:
+    from model import GPT, GPTConfig
+    raw_model = GPT(GPTConfig(**shape))
 raw_model.to(device)
 scaler = torch.amp.GradScaler(kind, enabled=job['dtype'] == 'float16')
-optimizer = raw_model.configure_optimizers(
-    job['weight_decay'], job['learning_rate'], (job['beta1'], job['beta2']), kind)
+if job.get('fused'):
+    groups = [
+        {'params': [p for p in raw_model.parameters() if (p.dim() >= 2) == is_matrix],
+         'weight_decay': decay} for is_matrix, decay in ((True, job['weight_decay']), (False, 0.0))]
+    optimizer = torch.optim.AdamW(
+        groups, job['learning_rate'], (job['beta1'], job['beta2']), fused=True)
+else:
+    optimizer = raw_model.configure_optimizers(
+        job['weight_decay'], job['learning_rate'], (job['beta1'], job['beta2']), kind)
 model = torch.compile(raw_model) if job['compile'] else raw_model
 
 def batch():

@@ -8,6 +8,7 @@ import functools
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,8 @@ COLUMNS = 4096  # columns of the head's gradient added at a time, to avoid a lar
 
 def share_heads(part, n_head: int):
     """Keys or values (B, K, T, D), repeated for the n_head / K query heads that share each."""
-    return part.repeat_interleave(n_head // part.shape[1], dim=1)
+    sharing = n_head // part.shape[1]
+    return part if sharing == 1 else part.repeat_interleave(sharing, dim=1)
 
 
 @functools.cache
@@ -60,23 +62,67 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
     """
     B, H, T, D = q.shape
     k, v = share_heads(k, H), share_heads(v, H)
+    if T > QUERY_BLOCK and not dropout:
+        return LongAttention.apply(q, k, v)
     q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
     if T <= QUERY_BLOCK:
         return attend_block(q, k, v, dropout).view(B, H, T, D)
-    ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
     blocks = [
-        checkpoint(attend_block, block, k[:, :end], v[:, :end], dropout, use_reentrant=False)
-        for block, end in zip(q.split(QUERY_BLOCK, dim=1), ends, strict=True)
+        checkpoint(attend_block, q[:, block], k[:, seen], v[:, seen], dropout, use_reentrant=False)
+        for block, seen in blocks_of(T)
     ]
     return torch.cat(blocks, dim=1).view(B, H, T, D)
 
 
+def blocks_of(T: int) -> list[tuple[slice, slice]]:
+    """The positions of each block of queries, and of the keys that it may look at."""
+    ends = [*range(QUERY_BLOCK, T, QUERY_BLOCK), T]
+    return [(slice(start, end), slice(end)) for start, end in zip([0, *ends], ends)]
+
+
 def attend_block(q, k, v, dropout):
     """Attention of the last Q positions of a context of S: q (N, Q, D), k and v (N, S, D)."""
+    return F.dropout(block_weights(q, k), dropout) @ v
+
+
+def block_weights(q, k):
+    """The weights (N, Q, S) of S keys for the last Q positions: q (N, Q, D), k (N, S, D)."""
     Q, (S, D) = q.shape[1], k.shape[1:]
     mask = torch.full((Q, S), -math.inf, dtype=q.dtype).triu(S - Q + 1)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)).softmax(-1)
+
+
+class LongAttention(torch.autograd.Function):
+    """attend_in_blocks() of a long context without dropout: q, k and v (B, H, T, D).
+
+    The library's kernel computes the forward pass in half the time of blocks. Its backward pass is
+    slower than theirs, so blocks compute that.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        B, H, T, D = grad_y.shape
+        q, k, v, grad_y = (part.reshape(B * H, T, D) for part in (*ctx.saved_tensors, grad_y))
+        grad_q, grad_k, grad_v = (torch.empty_like(part) for part in (q, k, v))
+        for block, seen in reversed(blocks_of(T)):  # the last block is first: it sees all keys
+            weights = block_weights(q[:, block], k[:, seen])
+            grad_weights = grad_y[:, block] @ v[:, seen].transpose(1, 2)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores /= math.sqrt(D)
+            grad_q[:, block] = grad_scores @ k[:, seen]
+            for total, left, right in ((grad_k, grad_scores, q), (grad_v, weights, grad_y)):
+                part = left.transpose(1, 2) @ right[:, block]
+                if seen.stop == T:
+                    total.copy_(part)
+                else:
+                    total[:, seen] += part
+        return tuple(grad.view(B, H, T, D) for grad in (grad_q, grad_k, grad_v))
 
 
 # -- the loss -------------------------------------------------------------------------------------

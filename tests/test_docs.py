@@ -163,6 +163,7 @@ NEEDS_NETWORK = {
     'python benchmarks/generators.py': 'needs llama.cpp and CTranslate2',
     'python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER': 'needs a clone of nanoGPT',
     'python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT --rounds=5': 'needs a clone of nanoGPT',
+    'python benchmarks/peers.py --nanogpt=nanoGPT': 'needs a clone of nanoGPT',
 }
 NEEDS_GPU = {
     'vllm serve shakespeare-hf': "is vLLM's command, and serves until Ctrl-C",

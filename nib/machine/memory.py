@@ -131,6 +131,8 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     size = FLOAT if dtype == 'float32' else 2
     on_cpu = device == 'cpu'
     in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
+    # Without copies, the values remain a part of the tensor of queries, keys and values.
+    has_views = in_blocks and config.block_size > QUERY_BLOCK and not config.dropout and KV == C
 
     # RMSNorm on a CPU is several operations, and keeps the normalized stream too.
     rms_parts = config.norm == 'rms' and on_cpu
@@ -139,9 +141,11 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     qkv = size * (Q + 2 * KV)
     if config.qk_norm and rms_parts:
         qkv += FLOAT * (Q + KV) * (2 if dtype != 'float32' else 1)
-    elif config.qk_norm and dtype != 'float32':
+    elif config.qk_norm and dtype != 'float32' and not has_views:
         qkv += size * (Q + 2 * KV) if in_blocks else FLOAT * (Q + KV)
-    if in_blocks:
+    if has_views:
+        qkv += size * (Q + KV) * is_new
+    elif in_blocks:
         qkv += 2 * size * (Q - KV)  # keys and values, repeated for the heads that share them
     else:
         qkv += size * (Q + KV + Q * on_cpu) * is_new
