@@ -132,7 +132,7 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     on_cpu = device == 'cpu'
     in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
     # Without copies, the values remain a part of the tensor of queries, keys and values.
-    has_views = in_blocks and config.block_size > QUERY_BLOCK and not config.dropout and KV == C
+    has_views = in_blocks and config.block_size > QUERY_BLOCK and not config.dropout and KV == Q
 
     # RMSNorm on a CPU is several operations, and keeps the normalized stream too.
     rms_parts = config.norm == 'rms' and on_cpu
