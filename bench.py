@@ -75,7 +75,7 @@ AXES = {
 SLOW = 700  # ms; an axis ends with the first step that takes longer
 # Keys that nanoGPT's code does not have; the config must leave them as GPT-2 has them.
 NOT_IN_NANOGPT = (
-    'n_kv_head position norm qk_norm mlp tied_head logit_cap zero_init optimizer'.split()
+    'n_kv_head position norm qk_norm smear mlp tied_head logit_cap zero_init optimizer'.split()
 )
 NANOGPT_KEYS = (
     'device dtype compile block_size batch_size gradient_accumulation_steps n_layer n_head n_embd '
