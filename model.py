@@ -50,6 +50,7 @@ class GPTConfig:
     norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 0.0  # added to the variance; 0 is 1e-5 in LayerNorm and 1e-6 in RMSNorm
     qk_norm: bool = False  # normalize queries and keys, head by head
+    smear: int = 0  # number of previous tokens whose embeddings are mixed into each position
     mlp: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'gelu'
     mlp_width: int = 0  # hidden units; 0 is 4C, and for SwiGLU two thirds of that
     tied_head: bool = True  # the output head is the token embedding itself
@@ -60,10 +61,11 @@ class GPTConfig:
     def __post_init__(self):
         # JSON has no tuples.
         object.__setattr__(self, 'rotary_scaling', tuple(self.rotary_scaling))
-        for name in 'vocab_size block_size n_layer n_head n_embd head_dim mlp_width'.split():
+        for name in 'vocab_size block_size n_layer n_head n_embd head_dim mlp_width smear'.split():
             # More layers would take hours to build; larger sizes would overflow the counts.
-            value, below = getattr(self, name), 10_000 if name == 'n_layer' else 1 << 31
-            least = 0 if name in ('head_dim', 'mlp_width') else 1
+            value = getattr(self, name)
+            below = 10_000 if name == 'n_layer' else 10 if name == 'smear' else 1 << 31
+            least = 0 if name in ('head_dim', 'mlp_width', 'smear') else 1
             if not least <= value < below:
                 raise ValueError(
                     f'{name} is {value}: it must be at least {least} and less than {below:,}'
@@ -169,6 +171,26 @@ def rotate(x, rotary):
     cos, sin = (part.type_as(x) for part in rotary)
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Smear(nn.Module):
+    """Adds the embeddings of the previous tokens, weighted by dimension, to that of each token.
+
+    Attention would otherwise spend a layer on finding these tokens. The weights start at 1/2.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.smear, config.n_embd))
+
+    def forward(self, x, positions):
+        """x (B, n + T, C): embeddings of T tokens at `positions`, after those of n before them."""
+        n = len(self.weight)
+        y = x[:, n:]
+        for i, weight in enumerate(self.weight, 1):
+            exists = (positions >= i).unsqueeze(-1)  # nothing comes before position 0
+            y = y + weight.type_as(x) * exists * x[:, n - i : -i]
+        return y
 
 
 class CausalSelfAttention(nn.Module):
@@ -329,6 +351,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.smear:
+            self.transformer['smear'] = Smear(config)
         if config.position == 'learned':
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -354,6 +378,8 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
+            elif isinstance(module, Smear):
+                nn.init.constant_(module.weight, 0.5)
 
     def forward(self, idx, targets=None):
         """Computes the logits, or the loss if targets are given.
@@ -375,8 +401,14 @@ class GPT(nn.Module):
         return F.cross_entropy(self.logits(x).float(), targets, ignore_index=IGNORED)
 
     def hidden_states(self, idx, positions):
-        """The residual stream (B, T, C) after the last norm, of idx (B, T) at positions (T)."""
-        x = self.transformer.wte(idx)  # (B, T, C)
+        """The residual stream (B, T, C) after the last norm, of idx (B, T) at positions (T).
+
+        With smear, idx may begin with up to `smear` tokens more, those before the first position.
+        """
+        missing = positions.shape[-1] + self.config.smear - idx.shape[1]
+        x = self.transformer.wte(F.pad(idx, (missing, 0)) if missing else idx)  # (B, T, C)
+        if self.config.smear:
+            x = self.transformer.smear(x, positions)
         rotary = None
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions)

@@ -85,6 +85,7 @@ bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2; False
 position: Literal['learned', 'rotary'] = 'learned'  # position encoding
 rotary_base: float = 10000.0  # base of the rotary frequencies; larger for longer contexts
 norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm, or the simpler RMSNorm
+smear: int = 0  # number of previous tokens whose embeddings are mixed into each position
 qk_norm: bool = False  # normalize queries and keys; more stable at high learning rates
 mlp: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'gelu'  # relu2 is squared ReLU
 mlp_width: int = 0  # hidden units of the MLP; 0: 4 * n_embd, and for swiglu two thirds of that

@@ -12,7 +12,7 @@ from nib.errors import UserError
 
 # Keys that nanoGPT's code does not have; the config must leave them as GPT-2 has them.
 NOT_IN_NANOGPT = (
-    'n_kv_head head_dim position norm qk_norm mlp mlp_width tied_head logit_cap zero_init '
+    'n_kv_head head_dim position norm qk_norm smear mlp mlp_width tied_head logit_cap zero_init '
     'optimizer'.split()
 )
 NANOGPT_KEYS = (

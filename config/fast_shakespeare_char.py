@@ -17,6 +17,7 @@ qk_norm = True  # without it training diverges at this learning rate
 mlp = 'swiglu'
 tied_head = False  # the embedding and the head need different updates
 zero_init = True
+smear = 2  # spares the first layer the search for the previous two characters
 
 if device == 'cpu':
     n_layer = 3  # fewer, larger operations

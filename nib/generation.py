@@ -135,7 +135,7 @@ class Window:
         longest = max(self.lengths)
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         self.tokens = torch.tensor(padded, device=weight.device)  # (B, slots in use)
-        self.unread = self.tokens  # (B, T), not in the caches yet
+        self.n_unread = longest  # the last tokens of each row, which are not in the caches yet
         self.n_slots = min(config.block_size, longest + max_new_tokens)
 
         shape = config, len(prompts), self.n_slots, weight
@@ -161,22 +161,24 @@ class Window:
         is_full = max(self.lengths) == size
         self.lengths = [(size // 2 if length == size else length) + 1 for length in self.lengths]
         self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)[:, -max(self.lengths) :]
-        self.unread = self.tokens if is_full else tokens[:, None]
+        self.n_unread = self.tokens.shape[1] if is_full else 1
 
     def next_logits(self):
         """Logits (B, V) of the next token of each row."""
-        n_tokens, T = self.tokens.shape[1], self.unread.shape[1]
+        n_tokens, T = self.tokens.shape[1], self.n_unread
+        smear = self.model.config.smear  # the number of earlier tokens that are needed, too
+        idx = F.pad(self.tokens, (smear, 0))[:, -T - smear :]  # (B, smear + T)
         slots = torch.arange(n_tokens - T, n_tokens, device=self.tokens.device)
         if n_tokens == T:  # each row's first slot
             lengths = torch.tensor(self.lengths, device=self.tokens.device)
             self.starts.copy_(n_tokens - lengths[:, None])
         if T == 1 and self.is_static:
-            return self._static_step(self.unread, slots)
+            return self._static_step(idx, slots)
         is_padded = min(self.lengths) < n_tokens
-        return self._read(self.unread, slots, n_tokens, is_padded or not kernels_fit())
+        return self._read(idx, slots, n_tokens, is_padded or not kernels_fit())
 
     def _static_step(self, idx, slots):
-        """Logits after idx (B, 1), with operations whose shapes are the same in every step."""
+        """Logits after idx (B, smear + 1), with operations of the same shapes in every step."""
         if not idx.is_cuda:
             return self._read(idx, slots, self.n_slots, True)
         if self.graph is None:
@@ -186,14 +188,14 @@ class Window:
         return self.graph(idx, slots)
 
     def _read(self, idx, slots, n_seen: int, is_masked: bool):
-        """Logits (B, V) after idx (B, T), whose keys and values are stored in slots (T)."""
+        """Logits (B, V) after idx (B, smear + T); keys and values of T tokens go to slots (T)."""
         this_pass, positions = Pass(slots, n_seen, None), slots
         if is_masked:
             positions = (slots - self.starts).clamp(min=0)  # (B, T)
             this_pass = self._masked_pass(slots, n_seen)
         for cache in self.caches:
             cache.this_pass = this_pass
-        return (self.step if idx.shape[1] == 1 else next_logits)(self.model, idx, positions)
+        return (self.step if len(slots) == 1 else next_logits)(self.model, idx, positions)
 
     def _masked_pass(self, slots, n_seen: int) -> Pass:
         """A pass for rows with padding, or with some of the n_seen slots not in use yet."""
@@ -208,14 +210,14 @@ class Window:
 
 
 def next_logits(model: GPT, idx, positions):
-    """Logits (B, V) of the token after the last of idx (B, T)."""
+    """Logits (B, V) of the token after the last of idx (B, smear + T), at positions (T)."""
     return model.logits(model.hidden_states(idx, positions)[:, -1])
 
 
 class StepGraph:
     """The decoding step as a CUDA graph: one launch instead of about 200.
 
-    read: a function of idx (B, 1) and slots (1) that returns logits (B, V). If it cannot be
+    read: a function of idx (B, smear + 1) and slots (1) that returns logits (B, V). If it cannot be
     captured, for example because a modified model synchronizes with the GPU, it is called directly.
     """
 

@@ -13,6 +13,7 @@ CHOICES = {
     'tied_head': False,
     'logit_cap': 5.0,
     'mlp': 'swiglu',
+    'smear': 2,
 }
 MODERN = GPTConfig(
     **{

@@ -108,7 +108,7 @@ def test_a_later_token_has_no_influence_on_an_earlier_logit(config):
         lambda module, args, out: embedded.append(out) or out.retain_grad()
     )
     model(torch.randint(61, (1, 16)))[0, 5].sum().backward()
-    influence = embedded[0].grad[0].abs().sum(dim=-1)
+    influence = embedded[0].grad[0, -16:].abs().sum(dim=-1)
     assert (influence[:6] > 0).all()
     assert (influence[6:] == 0).all()
 
@@ -347,12 +347,30 @@ def test_flops_by_layer_add_up_to_the_formula_for_the_whole(config):
     matrices = sum(
         p.numel()
         for n, p in model.named_parameters()
-        if p.dim() == 2 and embedding not in n and 'wpe' not in n
+        if p.dim() == 2 and embedding not in n and 'wpe' not in n and 'smear' not in n
     )
     assert (
         3 * sum(layers.values()) == 6 * matrices + 12 * 12 * 768 * 1024
     )  # PaLM, appendix B: 6N + 12LHQT
     assert len(layers) == 2 * 12 + 1
+
+
+def test_smear_adds_the_weighted_embeddings_of_the_previous_tokens():
+    model = make_model(replace(SMALL, smear=2))
+    ids = torch.randint(61, (3, 16))
+    x, weight = model.transformer.wte(ids), model.transformer.smear.weight
+    expected = torch.zeros_like(x)
+    for row in range(3):
+        for t in range(16):
+            expected[row, t] = x[row, t]
+            for back in (1, 2):
+                if t >= back:
+                    expected[row, t] += weight[back - 1] * x[row, t - back]
+    positions = torch.arange(16)
+    padded = model.transformer.wte(torch.nn.functional.pad(ids, (2, 0), value=7))
+    torch.testing.assert_close(model.transformer.smear(padded, positions), expected)
+    later = model.transformer.smear(x[:, 3:], positions[5:])  # the first two are earlier tokens
+    torch.testing.assert_close(later, expected[:, 5:])
 
 
 def test_crop_block_size_keeps_the_logits_of_shorter_inputs():

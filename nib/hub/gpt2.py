@@ -59,6 +59,7 @@ GPT2 = Family(
         'mlp': ('gelu', 'gelu_erf', 'relu'),
         'qk_norm': (False,),
         'logit_cap': (0.0,),
+        'smear': (0,),
     },
     prefix='transformer.',
     outer={

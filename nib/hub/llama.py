@@ -56,6 +56,7 @@ LLAMA = Family(
         'norm': ('rms',),
         'mlp': ('swiglu',),
         'logit_cap': (0.0,),
+        'smear': (0,),
         'qk_norm': (False,),
     },
     prefix='model.',

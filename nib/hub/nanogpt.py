@@ -233,6 +233,7 @@ def why_not(config: GPTConfig) -> str | None:
         'qk_norm': False,
         'tied_head': True,
         'logit_cap': 0.0,
+        'smear': 0,
         'mlp_units': 4 * config.n_embd,
         'kv_heads': config.n_head,
     }
