@@ -17,12 +17,12 @@ qk_norm = True  # without it training diverges at this learning rate
 mlp = 'swiglu'
 tied_head = False  # the embedding and the head need different updates
 zero_init = True
-smear = 2  # spares the first layer the search for the previous two characters
+smear = 2  # no layer has to look for the previous two characters
 
 if device == 'cpu':
-    n_layer = 3  # fewer, larger operations
+    n_layer = 2  # fewer, larger operations
     batch_size = 24
-    max_iters = 160
+    max_iters = 120
     log_interval = 10
 warmup_iters = 10
 lr_schedule = 'wsd'
