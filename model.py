@@ -184,8 +184,9 @@ class Smear(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.smear, config.n_embd))
 
     def forward(self, x, positions):
-        """x (B, n + T, C): embeddings of T tokens at `positions`, after those of n before them."""
-        n = len(self.weight)
+        """x: embeddings (B, up to n + T, C) of the last tokens, T of which are at `positions`."""
+        n, T = len(self.weight), positions.shape[-1]
+        x = F.pad(x, (0, 0, n + T - x.shape[1], 0))  # (B, n + T, C)
         y = x[:, n:]
         for i, weight in enumerate(self.weight, 1):
             exists = (positions >= i).unsqueeze(-1)  # nothing comes before position 0
@@ -405,8 +406,7 @@ class GPT(nn.Module):
 
         With smear, idx may begin with up to `smear` tokens more, those before the first position.
         """
-        missing = positions.shape[-1] + self.config.smear - idx.shape[1]
-        x = self.transformer.wte(F.pad(idx, (missing, 0)) if missing else idx)  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.smear:
             x = self.transformer.smear(x, positions)
         rotary = None

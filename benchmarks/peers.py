@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 import train
-from bench import NANOGPT_KEYS, Contestant
+from bench import Contestant
 from benchmarks import measure
-from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
+from benchmarks.nanogpt import NANOGPT_KEYS, NANOGPT_LOOP, NanoGPT
 from nib.errors import UserError, run_script
 from nib.machine.device import pick_device
 from nib.run.checks import settle_schedule

@@ -172,7 +172,10 @@ def command(script: str) -> str:
 def script_path(script: str) -> str:
     """Returns the path of a script of this project; of the running one, as the user typed it."""
     path, typed = ROOT / script, sys.argv[0]
-    return typed if os.path.realpath(typed) == os.path.realpath(path) else shown(path)
+    with suppress(FileNotFoundError):  # the working directory has been deleted
+        if os.path.realpath(typed) == os.path.realpath(path):
+            return typed
+    return shown(path)
 
 
 def read_json(path: Path) -> dict:

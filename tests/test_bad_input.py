@@ -402,7 +402,7 @@ FLAGS = {
         ['--out_dir=' + 'x' * 5000, '--init_from=resume'],
         ['File name too long', 'another path'],
     ),
-    'nothing to start from': (['--init_from=resum'], ["init_from 'resum'", "'resume'"]),
+    'nothing to start from': (['--init_from=resum'], ["'resum' is not a model", "'resume'"]),
     'no wandb project': (
         ['--wandb_log', '--wandb_project='],
         ['wandb_project is empty', '--wandb_project=NAME'],

@@ -68,6 +68,7 @@ RUN = {
     'python sample.py '
     '--out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1': SHORT_SAMPLE,
     'python sample.py --out_dir=out-notes': SHORT_SAMPLE,
+    'python sample.py --out_dir=out-shakespeare-char --dtype=int8': SHORT_SAMPLE,
     'python data/text/prepare.py --input=PATH/TO/NOTES --name=notes': [
         '--name=',
         '--out_dir=data/notes',

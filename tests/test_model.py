@@ -108,7 +108,7 @@ def test_a_later_token_has_no_influence_on_an_earlier_logit(config):
         lambda module, args, out: embedded.append(out) or out.retain_grad()
     )
     model(torch.randint(61, (1, 16)))[0, 5].sum().backward()
-    influence = embedded[0].grad[0, -16:].abs().sum(dim=-1)
+    influence = embedded[0].grad[0].abs().sum(dim=-1)
     assert (influence[:6] > 0).all()
     assert (influence[6:] == 0).all()
 

@@ -317,7 +317,8 @@ def test_a_variable_of_a_clusters_launcher_alone_means_one_process(monkeypatch, 
 def test_incomplete_or_wrong_variables_of_torchrun_are_refused(monkeypatch, name, value):
     for key, given in (COMPLETE | {name: value}).items():
         monkeypatch.delenv(key, raising=False) if given is None else monkeypatch.setenv(key, given)
-    with pytest.raises(UserError, match=f"{name} is '{value or ''}', but RANK=.*torchrun"):
+    said = f"is '{value}'" if value else 'is not set'
+    with pytest.raises(UserError, match=f'{name} {said}, but RANK=.*torchrun'):
         start_ranks('cpu')
 
 
