@@ -19,6 +19,7 @@ from typing import Literal
 import configurator
 from nib.checkpoint.start import Weights, read_model
 from nib.errors import UserError, run_script
+from nib.files import shown
 from nib.hub import gguf, huggingface, nanogpt
 from nib.hub.card import model_card
 from nib.text.tokenizer import Tokenizer
@@ -40,6 +41,13 @@ def main(argv):
         raise UserError('dest is empty: name the folder to write, --dest=FOLDER')
     if os.path.lexists(dest):
         raise UserError(f'dest {dest} already exists: choose another one')
+    parents = Path(os.path.abspath(dest)).parents
+    parent = next(folder for folder in parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(
+            f'dest {dest} cannot be written, because {shown(parent)} is not a folder that you can '
+            f'write to: choose another path'
+        )
     if (to == 'gguf') != dest.endswith('.gguf'):
         raise UserError(f'--to={to} does not fit dest {dest}: only GGUF files end in .gguf')
     if to != 'gguf' and dtype != 'f32':
@@ -56,7 +64,7 @@ def write_hf(weights: Weights, tokenizer: Tokenizer):
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load."""
     weights = weights.crop_vocabulary(tokenizer.vocab_size)
     state = weights.resumed.state if weights.resumed else {}
-    card = model_card(weights.name, weights.model, state)
+    card = model_card(weights.short_name, weights.model, tokenizer, state)
     huggingface.write(dest, weights.model, weights.tensors['model'], tokenizer, card)
 
 

@@ -119,3 +119,10 @@ def split_like(splits: str) -> Tokenizer:
     made.train_from_iterator(corpus * 3, trainer)
     made.add_tokens([AddedToken('née', normalized=True)])
     return made
+
+
+def qwen() -> Tokenizer:
+    """Like Qwen's: split_like('qwen') with the token that transformers' class for it needs."""
+    made = split_like('qwen')
+    made.add_special_tokens(['<|endoftext|>'])
+    return made

@@ -1,5 +1,6 @@
 """The weights that a run starts from: its own checkpoint, another run's, or an open model's."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ import torch
 
 from model import GPT, GPTConfig, Rotary
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import explain, is_run
+from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_run
 from nib.errors import UserError
 from nib.files import command
 from nib.hub import huggingface, nanogpt
@@ -31,6 +32,15 @@ class Weights:
     tensors: dict[str, dict[str, torch.Tensor]]  # 'model', and in a resumed run 'optimizer'
     # The checkpoint that the run continues: its own, or nanoGPT's.
     resumed: store.Checkpoint | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The name without where the folder or file is on this machine: run/step-100."""
+        path = Path(os.path.abspath(self.name))
+        if not path.exists():  # a hub id
+            return self.name
+        is_inside = path.is_file() or is_checkpoint(path)
+        return '/'.join(path.parts[-2:] if is_inside else path.parts[-1:])
 
     @property
     def continues_nanogpt(self) -> bool:
@@ -227,6 +237,8 @@ def read_weights(
         return _from_nanogpt(path, resumed=True)
     if (path / 'ckpt.pt').is_file():
         return _from_nanogpt(path / 'ckpt.pt', resumed=False)
+    if is_run(path):  # whose config.json is that of train.py
+        raise UserError(explain(name))
     is_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in '..'
     is_hub_id = is_hub_id and not is_run(path.parent)  # a step that it does not have
     if (path / 'config.json').is_file() or not path.exists() and (name in GPT2_NAMES or is_hub_id):

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from model import GPT, GPTConfig
+from nib.errors import UserError
+from nib.text.tokenizer import CharTokenizer, Tokenizer
 
 SHOWN = (  # keys of train.py that say how a model was trained
     *'dataset block_size batch_size gradient_accumulation_steps max_iters learning_rate'.split(),
@@ -12,7 +14,7 @@ SHOWN = (  # keys of train.py that say how a model was trained
 )
 
 
-def model_card(source: str, config: GPTConfig, state: Mapping) -> str:
+def model_card(source: str, config: GPTConfig, tokenizer: Tokenizer, state: Mapping) -> str:
     """Returns Markdown: what the model is, how it was trained, its loss, and how to use it.
 
     source: where the weights come from. state: that of the run's checkpoint; empty for others.
@@ -38,10 +40,12 @@ def model_card(source: str, config: GPTConfig, state: Mapping) -> str:
         "folder = '.'  # of this file",
         'tokenizer = AutoTokenizer.from_pretrained(folder)',
         'model = AutoModelForCausalLM.from_pretrained(folder)',
-        "ids = tokenizer('The', return_tensors='pt').input_ids",
-        'print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]))',
+        f"inputs = tokenizer({_prompt(tokenizer)!r}, return_tensors='pt')",
+        f'ids = model.generate(**inputs, max_new_tokens={min(50, config.block_size // 2)})[0]',
+        'print(tokenizer.decode(ids))',
         '```',
         '',
+        *_known_characters(tokenizer),
         '## Model',
         '',
         *_table(_architecture(config)),
@@ -53,6 +57,26 @@ def model_card(source: str, config: GPTConfig, state: Mapping) -> str:
     if loss is not None:
         lines += ['', '## Loss', '', f'The best validation loss was {loss:.4f} nats per token.']
     return '\n'.join([*lines, ''])
+
+
+def _prompt(tokenizer: Tokenizer) -> str:
+    try:
+        tokenizer.encode('The')
+        return 'The'
+    except UserError:  # unknown characters
+        return tokenizer.decode([0])
+
+
+def _known_characters(tokenizer: Tokenizer) -> list[str]:
+    """Returns a paragraph about the characters if the tokenizer refuses all others."""
+    if not isinstance(tokenizer, CharTokenizer):
+        return []
+    n = len(tokenizer.characters)
+    return [
+        f'The tokenizer only knows the {n} characters of the training text. For any other one,',
+        'it raises "Missing [UNK] token".',
+        '',
+    ]
 
 
 def _architecture(config: GPTConfig) -> dict:

@@ -61,9 +61,9 @@ class Repository:
                 'ConnectError': 'no connection',
             }.get(type(error).__name__, type(error).__name__)
         raise UserError(
-            f'{file} of {self.name} could not be downloaded from the Hugging Face hub ({reason}); '
-            f'download the repository elsewhere (hf download {self.name} --local-dir FOLDER) and '
-            f'name its folder: {self.flag}=FOLDER'
+            f'there is no folder {self.name}, and {file} of this name could not be downloaded from '
+            f'the Hugging Face hub ({reason}); download the repository elsewhere (hf download '
+            f'{self.name} --local-dir FOLDER) and name its folder: {self.flag}=FOLDER'
         )
 
     def read_json(self, file: str) -> dict:
@@ -73,7 +73,9 @@ class Repository:
             raise UserError(f'{self.name} has no {file}; download it again')
         try:
             found = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise UserError(f'{path} cannot be read ({error.strerror})') from error
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f'{path} is not JSON ({type(error).__name__}: {error}); download it again'
             ) from error
@@ -127,6 +129,11 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    try:
+        with path.open('rb'):  # safetensors does not say why it cannot open a file
+            pass
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror})') from error
     try:
         tensors = load_file(path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -15,24 +15,21 @@ from model import GPTConfig
 from nib.errors import UserError
 from nib.files import atomic_write
 from nib.hub import gpt2, huggingface, llama
-from nib.hub.tokenizer import describe
+from nib.hub.tokenizer import QWEN_WORDS, describe
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
 from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
 
 # How a tokenizer.json cuts text into words -> llama.cpp's name for it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA_WORDS = QWEN_WORDS.replace(r'\p{N}|', r'\p{N}{1,3}|')
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?i:'(?:[dmst]|ll|re|ve))"  # the same ones
-MODERN_WORDS = (
-    CONTRACTIONS[0] + r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*'
-    r'|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
 WORDS = {
     (GPT2_WORDS,): 'gpt-2',
     (r'\p{N}', GPT2_WORDS): 'smollm',
-    (MODERN_WORDS.replace('DIGITS', ''),): 'qwen2',
-    (MODERN_WORDS.replace('DIGITS', '{1,3}'),): 'dbrx',
+    (QWEN_WORDS,): 'qwen2',
+    (LLAMA_WORDS,): 'dbrx',
     # With ignore_merges: a word that is a token is not split.
-    (MODERN_WORDS.replace('DIGITS', '{1,3}'), 'ignore_merges'): 'llama-bpe',
+    (LLAMA_WORDS, 'ignore_merges'): 'llama-bpe',
 }
 
 
@@ -271,7 +268,8 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
     vocabulary.merges = [' '.join(merge) for merge in merges]
     if model.get('byte_fallback'):
         _check_spaces(described)
-        vocabulary.model, vocabulary.adds_space = 'llama', tokenizer.adds_space
+        vocabulary.model = 'llama'
+        vocabulary.adds_space = isinstance(tokenizer, HfTokenizer) and tokenizer.adds_space
         types[tokens.index(model['unk_token'])] = 'UNKNOWN'
         for number, token in enumerate(tokens):
             if re.fullmatch('<0x[0-9A-F]{2}>', token):

@@ -11,7 +11,7 @@ from nib.errors import UserError
 from nib.files import new_folder
 from nib.hub import gpt2, llama
 from nib.hub.files import Repository
-from nib.hub.tokenizer import read_tokenizer, write_tokenizer
+from nib.hub.tokenizer import is_qwen2, read_tokenizer, write_tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
 
 FAMILIES = {'gpt2': gpt2, **dict.fromkeys(llama.FAMILIES, llama)}  # model_type -> its module
@@ -57,7 +57,10 @@ def write(
 
     if reason := why_not(config):
         raise UserError(f'this model cannot be written for transformers: {reason}')
-    keys, theirs = (gpt2 if config.position == 'learned' else llama).write(config, tensors)
+    if config.position == 'learned':
+        keys, theirs = gpt2.write(config, tensors)
+    else:
+        keys, theirs = llama.write(config, tensors, as_qwen2=is_qwen2(tokenizer))
     begin = tokenizer.end_of_text
     if isinstance(tokenizer, HfTokenizer):
         begin = next(iter(tokenizer.first_ids), None)

@@ -108,20 +108,35 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
         special = special | {'mlp_bias': (bool,)}
     family.check_keys(config, special)
     base, scaling = _read_rotary(config)
-    has_bias = [bool(key in special and config.get(key)) for key in ('attention_bias', 'mlp_bias')]
-    in_file = ATTENTION * has_bias[0] + MLP * has_bias[1]
-    if family is QWEN2:
-        in_file = ATTENTION[:1]
+    attention, mlp = (bool(config.get(key)) for key in ('attention_bias', 'mlp_bias'))
+    has_qkv_bias = family is QWEN2
+    if attention and not mlp and _drop_zero_biases(config, tensors):
+        attention, has_qkv_bias = False, True
+    in_file = ATTENTION[:1] * has_qkv_bias + ATTENTION * attention + MLP * mlp
     special_fields = {name: allowed[0] for name, allowed in family.needs.items()} | {
         'rotary_base': base,
         'rotary_scaling': scaling,
-        'bias': any(has_bias),
-        'qkv_bias': family is QWEN2,
+        'bias': attention or mlp,
+        'qkv_bias': has_qkv_bias,
     }
     model = family.read_fields(config, special_fields)
     if family is not LLAMA:
         _check_window(config, model.n_layer)
     return model, family.to_ours(tensors, model, frozenset(in_file))
+
+
+def _drop_zero_biases(config: Mapping, tensors: dict[str, torch.Tensor]) -> bool:
+    """Removes the biases of the output projections if all are zero. Returns whether they were.
+
+    The attention of a Llama or Qwen3 has biases in all four projections, or in none.
+    """
+    names = [name for name in tensors if name.endswith('.self_attn.o_proj.bias')]
+    are_zero = not any(tensors[name].any() for name in names)
+    if not are_zero or len(names) != config.get('num_hidden_layers'):
+        return False
+    for name in names:
+        del tensors[name]
+    return True
 
 
 def _check_window(config: Mapping, n_layer: int):
@@ -178,9 +193,14 @@ def pick(config: GPTConfig) -> Family:
     return QWEN2 if config.qkv_bias and not config.bias else LLAMA
 
 
-def write(config: GPTConfig, tensors: Mapping[str, torch.Tensor]):
-    """Returns config.json and the tensors of the family that pick() names, which must fit."""
+def write(config: GPTConfig, tensors: Mapping[str, torch.Tensor], as_qwen2: bool):
+    """Returns config.json and the tensors of the family that pick() names, which must fit.
+
+    as_qwen2: if False, what would be a Qwen2 is a Llama whose output projections have zero biases.
+    """
     family = pick(config)
+    if family is QWEN2 and not as_qwen2:
+        family = LLAMA
     biases: tuple[str, ...] = ()
     rotary: dict[str, Any] = {'rope_type': 'default', 'rope_theta': config.rotary_base}
     if config.rotary_scaling:
@@ -193,8 +213,9 @@ def write(config: GPTConfig, tensors: Mapping[str, torch.Tensor]):
         'rope_scaling': rotary if config.rotary_scaling else None,
     }
     if family is LLAMA:
-        written |= {'attention_bias': config.bias, 'mlp_bias': config.bias}
-        biases = (ATTENTION + MLP) * config.bias
+        has_bias = config.bias or config.qkv_bias
+        written |= {'attention_bias': has_bias, 'mlp_bias': config.bias}
+        biases = ATTENTION * has_bias + MLP * config.bias
     elif family is QWEN2:
         biases = ATTENTION[:1]
     else:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from nib.errors import UserError
@@ -22,6 +23,12 @@ from nib.text.tokenizer import (
 # digest() of GPT-2's vocabulary.
 GPT2_DIGEST = '71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30'
 
+# How Qwen's tokenizers split a text into words.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r'|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+
 
 def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
     """Returns the tokenizer of a model as a checkpoint stores it; None if it is not known.
@@ -38,18 +45,21 @@ def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
         vocabulary = _read_vocabulary(repository.read_json('tokenizer.json'))
     elif vocab_size == Gpt2Tokenizer.vocab_size:
         return {'kind': 'gpt2'}
+    found: Gpt2Tokenizer | ByteTokenizer | CharTokenizer | HfTokenizer
     if vocabulary and digest(vocabulary) == GPT2_DIGEST:
-        return {'kind': 'gpt2'}
-    if path is None:
+        found = Gpt2Tokenizer()
+    elif path is None:
         return None
-    if own := _recognize(repository.read_json('tokenizer.json')):
-        return own.to_json()
-    found = read_file(path, repository)
-    if 0 < vocab_size < found.vocab_size:
-        raise UserError(
-            f'{path} belongs to another model: it has {found.vocab_size:,} tokens, but this model '
-            f'has embeddings for {vocab_size:,}'
-        )
+    else:
+        found = _recognize(repository.read_json('tokenizer.json')) or read_file(path, repository)
+        if 0 < vocab_size < found.vocab_size:
+            raise UserError(
+                f'{path} belongs to another model: it has {found.vocab_size:,} tokens, but this '
+                f'model has embeddings for {vocab_size:,}'
+            )
+    if repository.find('tokenizer_config.json'):
+        config = repository.read_json('tokenizer_config.json')
+        found = replace(found, spells_end_of_text=config.get('split_special_tokens') is True)
     return found.to_json()
 
 
@@ -65,9 +75,9 @@ def read_file(path: Path, repository: Repository) -> HfTokenizer:
         raise UserError(f'{path}: {error}') from error
 
 
-def _recognize(described: dict) -> Tokenizer | None:
+def _recognize(described: dict) -> CharTokenizer | ByteTokenizer | None:
     """Returns the tokenizer of characters or bytes that a tokenizer.json describes, or None."""
-    own: Tokenizer
+    own: CharTokenizer | ByteTokenizer
     match described.get('model'):
         case {'type': 'WordLevel', 'vocab': dict(vocabulary)}:
             characters = ''.join(sorted(token for token in vocabulary if len(token) == 1))
@@ -124,9 +134,45 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int):
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'model_max_length': block_size,
         'clean_up_tokenization_spaces': False,  # the text out is the text in
+        'split_special_tokens': tokenizer.spells_end_of_text,
     }
     content = json.dumps(config | tokens, indent=2) + '\n'
     (folder / 'tokenizer_config.json').write_text(content)
+
+
+def is_qwen2(tokenizer: Tokenizer) -> bool:
+    """Returns whether transformers' Qwen2Tokenizer encodes a text in the same way.
+
+    AutoTokenizer loads this class for every Qwen2 model, whatever tokenizer_config.json says. It
+    takes the tokens and merges from tokenizer.json, but neither the splits nor the normalizer.
+    """
+    if not isinstance(tokenizer, HfTokenizer):
+        return False
+    described = json.loads(tokenizer.content)
+    model = described['model']
+    others = set(model) - {'type', 'vocab', 'merges'}
+    match described:
+        case {
+            'model': {'type': 'BPE'},
+            'normalizer': {'type': 'NFC'},
+            'pre_tokenizer': {
+                'type': 'Sequence',
+                'pretokenizers': [
+                    {
+                        'type': 'Split',
+                        'pattern': {'Regex': pattern},
+                        'behavior': 'Isolated',
+                        'invert': False,
+                    },
+                    {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False},
+                ],
+            },
+            'decoder': {'type': 'ByteLevel'},
+            'added_tokens': list(added),
+        }:
+            has_end = any(token['content'] == END_OF_TEXT for token in added)  # else it adds one
+            return pattern == QWEN_WORDS and has_end and not any(map(model.get, others))
+    return False
 
 
 def describe(tokenizer: Tokenizer) -> str:
@@ -149,6 +195,14 @@ def _without_end_of_text(tokenizer: Tokenizer):
             'writing a tokenizer needs a package that is not installed: pip install tokenizers'
         ) from error
     if isinstance(tokenizer, CharTokenizer):
+        try:
+            tokenizer.characters.encode()
+        except UnicodeEncodeError as error:  # a surrogate
+            unknown = error.object[error.start]
+            raise UserError(
+                f'the tokenizer of this model cannot be written for transformers: it has '
+                f'{unknown!r}, which is no character'
+            ) from error
         vocabulary = {character: i for i, character in enumerate(tokenizer.characters)}
         described = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
         described.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')

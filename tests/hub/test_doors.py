@@ -1,17 +1,22 @@
 """The doors: hub ids, folders, files, tokenizers and scripts."""
 
+import errno
+import io
 import json
 import math
 import os
 import re
+import shutil
 import threading
 import time
+import unicodedata
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_tokenizers import byte_fallback, byte_level
+from small_tokenizers import byte_fallback, byte_level, qwen, split_like
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,12 +26,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from model import GPT
+from model import GPT, GPTConfig
 from nib.checkpoint.start import read_weights
 from nib.errors import UserError
+from nib.hub import huggingface
 from nib.hub import tokenizer as hub_tokenizer
 from nib.hub.files import Repository
-from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from nib.text.hf_tokenizer import HfTokenizer
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer, tokenizer_from_json
 from nib.tokens import borrow
 from nib.tokens.write import write_dataset
 
@@ -249,36 +256,89 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(copy, run_main)
     assert ended.returncode == 2 and 'belongs to another model' in ended.stderr
 
 
-TEXT = 'Two  words,\n\n\ta tab, don\'t "é" 🙂 <end>'
+TEXT = 'Two  words,\n\n\ta tab, don\'t "é" 🙂 <end>     1234 e\u0301 '
+SPLITS = 'gpt2', 'smollm', 'llama', 'ours', 'qwen'
 TOKENIZERS = {
     'char': CharTokenizer.train(TEXT),
     'char with end': CharTokenizer.train(TEXT, has_end_of_text=True),
     'byte': ByteTokenizer(),
     'gpt2': Gpt2Tokenizer(),
+    'like SentencePiece': HfTokenizer.read(byte_fallback().to_str()),
+    'byte-level': HfTokenizer.read(byte_level().to_str()),
+    **{f'splits like {name}': HfTokenizer.read(split_like(name).to_str()) for name in SPLITS},
+    'qwen': HfTokenizer.read(qwen().to_str()),
+}
+MODERN = GPTConfig(
+    n_layer=1, n_head=2, n_embd=4, bias=False, position='rotary', norm='rms', mlp='swiglu'
+)
+FAMILIES = {
+    'GPT2LMHeadModel': replace(MODERN, position='learned', norm='layer', mlp='gelu'),
+    'LlamaForCausalLM': MODERN,
+    'Qwen2ForCausalLM': replace(MODERN, qkv_bias=True),
+    'Qwen3ForCausalLM': replace(MODERN, qk_norm=True),
 }
 
 
 @pytest.mark.parametrize('name', TOKENIZERS)
 def test_a_written_tokenizer_gives_the_same_ids_and_the_same_text(name, tmp_path, request):
+    """With every family: AutoTokenizer picks its class by the family too."""
+    families = FAMILIES
+    if name == 'gpt2':  # a second for each family
+        request.getfixturevalue('real_gpt2')
+        families = {'Qwen2ForCausalLM': FAMILIES['Qwen2ForCausalLM']}
+    ours = TOKENIZERS[name]
+    first = ours.first_ids if isinstance(ours, HfTokenizer) else []
+    # Qwen's tokenizer joins letters and accents.
+    text = unicodedata.normalize('NFC', TEXT) if 'qwen' in name else TEXT
+    for family, shape in families.items():
+        folder = tmp_path / family
+        config = replace(shape, vocab_size=ours.vocab_size)
+        huggingface.write(folder, config, GPT(config).state_dict(), ours, 'A card.')
+        written = json.loads((folder / 'config.json').read_text())['architectures'][0]
+        is_qwen2 = family == 'Qwen2ForCausalLM'
+        assert written == ('LlamaForCausalLM' if is_qwen2 and name != 'qwen' else family)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        ids = theirs(TEXT).input_ids
+        assert ids == first + ours.encode(TEXT).tolist(), family
+        assert theirs.decode(ids[len(first) :]) == text, family
+        assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.end_of_text
+        if ours.end_of_text is not None:
+            assert theirs(theirs.eos_token).input_ids == [*first, ours.end_of_text]
+        found = hub_tokenizer.read_tokenizer(Repository(str(folder)), ours.vocab_size)
+        assert tokenizer_from_json(found).encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+        assert found == ours.to_json()
+    if not isinstance(ours, HfTokenizer):  # ours come back as themselves also from transformers
+        theirs.save_pretrained(tmp_path / 'again')
+        found = hub_tokenizer.read_tokenizer(Repository(str(tmp_path / 'again')), ours.vocab_size)
+        assert found == ours.to_json()
+
+
+@pytest.mark.parametrize('name', ['char', 'byte', 'gpt2', 'byte-level', 'qwen'])
+def test_a_tokenizer_that_spells_the_end_of_text_is_written_as_such(name, tmp_path, request):
     if name == 'gpt2':
         request.getfixturevalue('real_gpt2')
-    ours = TOKENIZERS[name]
-    hub_tokenizer.write_tokenizer(tmp_path, ours, 16)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    ids = theirs(TEXT).input_ids
-    assert ids == ours.encode(TEXT).tolist()
-    assert theirs.decode(ids) == TEXT
-    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.end_of_text
-    if ours.end_of_text is not None:
-        assert theirs('<|endoftext|>').input_ids == [ours.end_of_text]
-    # It comes back as itself, also after transformers has saved it.
-    theirs.save_pretrained(tmp_path / 'again')
-    for folder in (tmp_path, tmp_path / 'again'):
-        known = hub_tokenizer.read_tokenizer(Repository(str(folder)), ours.vocab_size)
-        assert known == ours.to_json()
+    ours = replace(TOKENIZERS[name], spells_end_of_text=True)
+    if name == 'char':
+        ours = CharTokenizer.train(TEXT + '<|endoftext|>', has_end_of_text=True)
+        ours = replace(ours, spells_end_of_text=True)
+    config = replace(FAMILIES['Qwen2ForCausalLM'], vocab_size=ours.vocab_size)
+    huggingface.write(tmp_path / 'hf', config, GPT(config).state_dict(), ours, 'A card.')
+    theirs = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    found = hub_tokenizer.read_tokenizer(Repository(str(tmp_path / 'hf')), ours.vocab_size)
+    assert found == ours.to_json()
+    text = f'a{theirs.eos_token}b'
+    ids = theirs(text, add_special_tokens=False).input_ids
+    assert ids == ours.encode(text).tolist() and len(ids) > 3
+    assert theirs.decode(ids) == text
 
 
-def test_a_trained_model_leaves_by_convert_py(train_here, tmp_path, run_main):
+def test_a_character_that_utf8_cannot_express_is_refused(tmp_path):
+    ours = CharTokenizer.train('a\udc80')
+    with pytest.raises(UserError, match=r"it has '\\udc80'"):
+        hub_tokenizer.write_tokenizer(tmp_path, ours, 16)
+
+
+def test_a_trained_model_leaves_by_convert_py(train_here, tmp_path, run_main, monkeypatch, capfd):
     train_here(tmp_path / 'run', '--max_iters=2', '--eval_iters=1', '--bias')
     convert = ['convert.py', f'--out_dir={tmp_path / "run"}', f'--dest={tmp_path / "hf"}']
     ended = run_main(*convert)
@@ -293,8 +353,54 @@ def test_a_trained_model_leaves_by_convert_py(train_here, tmp_path, run_main):
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
     card = (tmp_path / 'hf/README.md').read_text()
     assert '| dataset | tiny |' in card and 'nats per token' in card
+    assert f'from run/{start.name.rpartition("/")[2]}.' in card and str(tmp_path) not in card
+    assert f'{tokenizer.vocab_size} characters of the training text' in card
     again = run_main(*convert)
     assert again.returncode == 2 and 'already exists' in again.stderr
+    monkeypatch.chdir(tmp_path / 'hf')
+    exec(re.search('```python\n(.*?)```', card, re.DOTALL)[1], {})
+    assert capfd.readouterr().out.startswith('The')
+
+
+def test_files_that_cannot_be_read_or_written_are_named(train_here, tmp_path, run_main):
+    """The tests may run as root, who may do all that a file system can do."""
+    train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1')
+    convert = ['convert.py', f'--out_dir={tmp_path / "run"}']
+    (tmp_path / 'file').touch()
+    for to, dest in (('hf', 'file/new'), ('nanogpt', 'file/a/new'), ('gguf', 'file/new.gguf')):
+        ended = run_main(*convert, f'--to={to}', f'--dest={tmp_path / dest}')
+        assert ended.returncode == 2 and f'{tmp_path / "file"} is not a folder' in ended.stderr
+
+    assert run_main(*convert, f'--dest={tmp_path / "hf"}').returncode == 0
+    for file in ('model.safetensors', 'config.json'):
+        path = tmp_path / 'hf' / file
+        with pytest.MonkeyPatch.context() as patch:
+            refuse_to_open(patch, path)
+            ended = run_main('sample.py', f'--init_from={tmp_path / "hf"}', '--device=cpu')
+        assert ended.returncode == 2
+        assert f'{path} cannot be read (Permission denied)' in ended.stderr
+
+
+def refuse_to_open(patch, path):
+    """Opening this path fails as it does for another user."""
+    original = io.open
+
+    def refuse(file, *arguments, **options):
+        if str(file) == str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(file, *arguments, **options)
+
+    patch.setattr(io, 'open', refuse)
+
+
+def test_a_run_without_a_checkpoint_is_no_model(train_here, tmp_path, run_main):
+    train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1')
+    for step in (tmp_path / 'run').glob('step-*'):
+        shutil.rmtree(step)
+    for script in ('sample.py', 'convert.py'):
+        flags = [f'--dest={tmp_path / "hf"}'] if script == 'convert.py' else []
+        ended = run_main(script, f'--init_from={tmp_path / "run"}', *flags)
+        assert ended.returncode == 2 and 'contains no checkpoint yet' in ended.stderr
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit on the size of files')

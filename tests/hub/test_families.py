@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_tokenizers import qwen
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -21,6 +23,8 @@ from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.hub import gpt2, huggingface, llama
 from nib.hub.family import HARMLESS
+from nib.text.hf_tokenizer import HfTokenizer
+from nib.text.tokenizer import CharTokenizer
 
 V = 67  # tokens
 CLASSES = {
@@ -299,6 +303,32 @@ def test_bfloat16_in_shards_and_a_model_without_its_head(tmp_path):
         assert_same_logits(read(tmp_path / folder), exact, torch.randint(V, (2, 19)))
 
 
+@pytest.mark.parametrize('kind', ['llama', 'qwen3'])
+def test_biases_of_the_output_projections_are_left_out_only_if_all_are_zero(kind, tmp_path):
+    theirs = make(kind, head_dim=8, attention_bias=True)
+    biases = [layer.self_attn.o_proj.bias for layer in theirs.model.layers]
+    with torch.no_grad():
+        for bias in biases:
+            bias.zero_()
+    theirs.save_pretrained(tmp_path / 'zero')
+    ours = read(tmp_path / 'zero')
+    assert ours.config.qkv_bias and not ours.config.bias
+    assert_same_logits(ours, theirs, torch.randint(V, (2, 19)))
+
+    with torch.no_grad():
+        biases[1][0] = 3
+    theirs.save_pretrained(tmp_path / 'one')
+    ours = read(tmp_path / 'one')
+    assert ours.config.bias
+    assert_same_logits(ours, theirs, torch.randint(V, (2, 19)))
+
+    tensors = load_file(tmp_path / 'zero/model.safetensors')
+    del tensors['model.layers.1.self_attn.o_proj.bias']
+    save_file(tensors, tmp_path / 'zero/model.safetensors')
+    with pytest.raises(UserError, match='layers.1.self_attn.o_proj.bias is missing'):
+        read(tmp_path / 'zero')
+
+
 def test_gpt2_files_with_masks_and_without_the_prefix(tmp_path):
     """As OpenAI's GPT-2 is published."""
     theirs = make('gpt2')
@@ -324,6 +354,7 @@ WRITTEN = {
         MODERN,
         replace(MODERN, bias=True, tied_head=False, head_dim=12, n_kv_head=0),
         replace(MODERN, rotary_base=50.0, rotary_scaling=(4.0, 1.0, 3.0, 12.0), mlp_width=30),
+        replace(MODERN, qkv_bias=True),
     ],
     'Qwen2ForCausalLM': [
         replace(MODERN, qkv_bias=True),
@@ -340,25 +371,28 @@ WRITTEN = {
     'architecture, config', [(name, config) for name in WRITTEN for config in WRITTEN[name]]
 )
 def test_what_is_written_is_loaded_by_transformers_and_read_again(architecture, config, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from nib.text.tokenizer import CharTokenizer
-
+    tokenizer = CharTokenizer(''.join(map(chr, range(40, 40 + V))))
+    if architecture == 'Qwen2ForCausalLM':
+        tokenizer = HfTokenizer.read(qwen().to_str())
+        config = replace(config, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(1)
     ours = GPT(config).eval()
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    tokenizer = CharTokenizer(''.join(map(chr, range(40, 40 + V))))
     huggingface.write(tmp_path / 'out', config, ours.state_dict(), tokenizer, 'A card.')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
     assert type(theirs).__name__ == architecture
     ids = torch.randint(V, (2, 19))
     assert_same_logits(ours, theirs, ids)
     text = [int(tokens) for tokens in ours.generate([[1, 2, 3]], 16, temperature=0)]
-    made = theirs.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=16, do_sample=False)
+    prompt = torch.tensor([[1, 2, 3]])
+    made = theirs.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=-1)
     assert text == made[0, 3:].tolist()
-    assert_same_logits(read(tmp_path / 'out'), theirs, ids)
+    again = read(tmp_path / 'out')
+    assert_same_logits(again, theirs, ids)
+    if architecture != 'GPT2LMHeadModel':  # which has all biases
+        assert (again.config.bias, again.config.qkv_bias) == (config.bias, config.qkv_bias)
 
 
 @pytest.mark.parametrize(
