@@ -407,7 +407,7 @@ class GPT(nn.Module):
         With smear, idx may begin with up to `smear` tokens more, those before the first position.
         """
         x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.smear:
+        if self.config.smear:  # of the tokens before, too
             x = self.transformer.smear(x, positions)
         rotary = None
         if self.config.position == 'learned':

@@ -24,6 +24,7 @@ import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
 from nib.errors import UserError, run_script
+from nib.machine.threads import available_cores
 from nib.report.compare import compare
 from nib.report.history import read_run, read_runs
 from nib.report.page import write_report
@@ -128,7 +129,7 @@ def find_environments(device: str) -> list[dict]:
     import torch  # late, because the check of the arguments does not need it
 
     gpus = 0 if device == 'cpu' else torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = available_cores()
     most, unit = (gpus, 'GPUs') if gpus else (cores, 'CPU cores')
     if not 1 <= jobs <= most:
         raise UserError(f'--jobs={jobs}: expected 1 to {most}, the number of {unit}')
@@ -137,7 +138,8 @@ def find_environments(device: str) -> list[dict]:
     if gpus:
         visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus)))
         return [{'CUDA_VISIBLE_DEVICES': name.strip()} for name in visible.split(',')[:jobs]]
-    return [{'OMP_NUM_THREADS': str(max(1, cores // jobs))}] * jobs
+    threads = os.environ.get('OMP_NUM_THREADS') or max(1, cores // jobs)
+    return [{'OMP_NUM_THREADS': str(threads)}] * jobs
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -157,21 +159,30 @@ class Training:
         for number, handler in previous.items():
             if handler != signal.SIG_IGN:  # by nohup, for example
                 signal.signal(number, self.receive)
-        while self.active or waiting and not self.signal:
-            while waiting and self.free and not self.signal:
-                self.start(waiting.pop(0))
-            if self.signal and not told:
-                print('stopping: the active runs save (again: at once, without saving)', flush=True)
-                told = True
-            for job in [job for job in self.active if job[0].poll() is not None]:
-                self.active.remove(job)
-                self.end(*job)
-            time.sleep(0.1)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        try:
+            while self.active or waiting and not self.signal:
+                while waiting and self.free and not self.signal:
+                    self.start(waiting.pop(0))
+                if self.signal and not told:
+                    print('stopping: the active runs save (again: at once, unsaved)', flush=True)
+                    told = True
+                for job in [job for job in self.active if job[0].poll() is not None]:
+                    self.active.remove(job)
+                    self.end(*job)
+                time.sleep(0.1)
+        finally:  # no run outlives an error of the sweep
+            for process, *_ in self.active:
+                process.terminate()
+            for process, *_ in self.active:
+                process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def receive(self, number, frame):
-        """Passes a signal on to the active runs. Runs that have it already ignore the second."""
+        """Passes a signal on to the active runs.
+
+        Ctrl-C in a terminal reaches a run twice. It ignores a repeat within a second.
+        """
         self.signal = number
         for process, *_ in self.active:
             with suppress(ValueError):  # Windows sends Ctrl-C to all processes itself
@@ -192,7 +203,7 @@ class Training:
                 command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
             )
         self.active.append((process, run, environment, time.perf_counter()))
-        if self.signal:  # since the loop has looked
+        if self.signal:  # it arrived after the check in the loop
             self.receive(self.signal, None)
 
     def end(self, process, run: Planned, environment: dict, began: float):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from model import GPT, IGNORED, MLP, GPTConfig, attend, attend_by_definition, kernels_fit
 from nib.errors import UserError
+from nib.kernels import HAS_AMX
 from nib.machine.compiling import compile_function
 
 # Differences that check_generation() attributes to rounding, in standard deviations of the logits.
@@ -142,7 +143,7 @@ class Window:
         candidates: list[Any] = [] if compile else [AmxCache, BagCache]
         cache_type = next((kind for kind in candidates if kind.pays(*shape)), KVCache)
         self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
-        linear = RowLinear if len(prompts) == 1 and has_amx() else PackedLinear
+        linear = RowLinear if len(prompts) == 1 and HAS_AMX else PackedLinear
         self.model = for_generation(model, None if compile else linear)
         for block, cache in zip(self.model.transformer.h, self.caches, strict=True):
             block.attn.attend = cache.attend
@@ -278,12 +279,6 @@ class KVCache:
         ).type_as(q)
 
 
-@functools.cache
-def has_amx() -> bool:
-    """Whether this is an Intel processor with AMX, where the measured choice of kernels differs."""
-    return torch.cpu._is_amx_tile_supported()
-
-
 class AmxCache:
     """One layer's keys and values (B, K, n_slots, D) on an Intel processor with AMX.
 
@@ -304,7 +299,7 @@ class AmxCache:
         """Whether this cache is faster than the others and computes the same."""
         if weight.device.type != 'cpu' or weight.dtype not in (torch.float32, torch.bfloat16):
             return False
-        return kernels_fit() and has_amx()
+        return kernels_fit() and HAS_AMX
 
     def attend(self, q, k, v):
         """Like KVCache.attend(), for a whole window or for one token (T = 1) after earlier ones."""

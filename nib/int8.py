@@ -1,8 +1,8 @@
 """Linear layers with 8-bit weights, for generation on a CPU.
 
-Each row of a matrix is rounded to multiples of its largest absolute value / 127. The input of a
-product is rounded to 8 bits as well, row by row, so that the result of a row does not depend on the
-others. Products are integers; embeddings, norms and attention stay in float32.
+Each row of a matrix is rounded to multiples of its largest absolute value / 127. The rows of an
+input are scaled to the same range and then rounded together, so large values in one row do not make
+another less precise. Products are integers; embeddings, norms and attention stay in float32.
 """
 
 import copy
@@ -36,10 +36,10 @@ def quantize(model: GPT) -> GPT:
 def why_not(device: str) -> str | None:
     """Returns why products with 8-bit weights are not possible on a device; None if they are."""
     if device != 'cpu':
-        return f'they need a CPU, and the device is {device}: use --device=cpu or --dtype=bfloat16'
+        return f'8-bit products need a CPU, and the device is {device}: use --device=cpu or --dtype=bfloat16'
     has_operators = hasattr(torch.ops.quantized, 'linear_dynamic')
     if not has_operators or torch.backends.quantized.engine == 'none':
-        return f'torch {torch.__version__} has no products for them here: use --dtype=float32'
+        return f'torch {torch.__version__} has no 8-bit products here: use --dtype=float32'
     return None
 
 

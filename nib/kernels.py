@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that the loss leaves out; what generate() yields for rows that have ended
 QUERY_BLOCK = 256  # queries per block in attend_in_blocks
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # Intel; some kernels are faster only there
 LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
 LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
 COLUMNS = 4096  # columns of the head's gradient added at a time, to avoid a large temporary
@@ -62,7 +63,7 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
     """
     B, H, T, D = q.shape
     k, v = share_heads(k, H), share_heads(v, H)
-    if T > QUERY_BLOCK and not dropout:
+    if T > QUERY_BLOCK and not dropout and HAS_AMX:
         return LongAttention.apply(q, k, v)
     q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
     if T <= QUERY_BLOCK:
@@ -95,8 +96,8 @@ def block_weights(q, k):
 class LongAttention(torch.autograd.Function):
     """attend_in_blocks() of a long context without dropout: q, k and v (B, H, T, D).
 
-    The library's kernel computes the forward pass in half the time of blocks. Its backward pass is
-    slower than theirs, so blocks compute that.
+    On a processor with AMX, the library's kernel is faster than blocks in the forward pass only. In
+    the backward pass, blocks are faster. See docs/speed.md, "On Intel with AMX".
     """
 
     @staticmethod

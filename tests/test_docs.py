@@ -139,7 +139,6 @@ NEEDS_NETWORK = {
     'pip install tokenizers huggingface_hub': 'installs packages',
     'pip install "llama-cpp-python[server]" openai': 'installs packages',
     'pip install "lm_eval[hf]"': 'installs packages',
-    'pip install peft': 'installs packages',
     'pip install vllm': 'installs packages',
     'hf auth login': 'needs an account',
     'hf upload YOUR_NAME/shakespeare shakespeare-hf': 'needs an account',

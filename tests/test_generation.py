@@ -74,7 +74,7 @@ CACHES = ['plain', 'bags', 'amx']
 
 def use_cache(name, monkeypatch):
     """One of the caches of a CPU; bags are in blocks of which a small model fills several."""
-    monkeypatch.setattr(generation, 'has_amx', lambda: name == 'amx')
+    monkeypatch.setattr(generation, 'HAS_AMX', name == 'amx')
     if name != 'bags':
         return
     monkeypatch.setattr(generation.BagCache, 'pays', lambda *shape: True)

@@ -145,9 +145,11 @@ def test_with_zero_init_every_block_begins_as_the_identity():
     } == {'c_proj'}
 
 
-@pytest.mark.parametrize('T, heads, kv_heads', [(1, 2, 2), (40, 6, 3), (256, 2, 1), (600, 4, 4)])
-def test_attention_in_blocks_is_attention(T, heads, kv_heads):
+@pytest.mark.parametrize('has_amx', [False, True])
+@pytest.mark.parametrize('T, heads, kv_heads', [(1, 2, 2), (40, 6, 3), (256, 2, 1), (600, 4, 2)])
+def test_attention_in_blocks_is_attention(monkeypatch, T, heads, kv_heads, has_amx):
     """Values and gradients: to rounding in float64, to a few roundings in bfloat16."""
+    monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
     torch.manual_seed(0)
     q, k, v, g = (
         torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads)

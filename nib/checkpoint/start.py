@@ -152,6 +152,9 @@ class Weights:
         model.load_state_dict(copies, assign=True)
         if model.config.position == 'rotary':
             model.rotary = Rotary(model.config)
+        if any(buffer.is_meta for buffer in model.buffers()):  # of a changed model.py
+            model = GPT(weights.model)
+            model.load_state_dict(copies, assign=True)
         return model.eval()
 
     def crop_vocabulary(self, vocab_size: int) -> 'Weights':

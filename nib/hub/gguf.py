@@ -274,6 +274,8 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
         for number, token in enumerate(tokens):
             if re.fullmatch('<0x[0-9A-F]{2}>', token):
                 types[number] = 'BYTE'
+        if model.get('unk_token') not in tokens:
+            raise _refused(f'its unk_token is {model.get("unk_token")!r}')
         vocabulary.scores = _scores(tokens, types, merges)
     elif merges:
         vocabulary.words = _words(described, bool(model.get('ignore_merges')))
@@ -310,7 +312,7 @@ def _patterns(step) -> list[str]:
 
 
 def _check_spaces(described: dict):
-    """Raises UserError unless all that comes before the merges is to replace spaces."""
+    """Raises UserError unless the tokenizer only replaces spaces before it merges."""
     normalizer = described.get('normalizer') or {}
     parts = normalizer.get('normalizers', [normalizer]) if normalizer else []
     replace_spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}

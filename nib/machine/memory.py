@@ -11,7 +11,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.errors import UserError, is_full
-from nib.kernels import LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
+from nib.kernels import HAS_AMX, LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
 from nib.machine.device import synchronize
 
 FLOAT = 4  # bytes of a float32
@@ -31,7 +31,9 @@ class MemoryPlan:
     logits: float  # with what else the loss holds
     work: float  # on a CPU, temporary tensors and gaps of the heap
     update: float  # temporary tensors of the optimizer's step
-    adds_up: bool  # whether no part takes memory that another has freed, as on a CPU's heap
+    adds_up: (
+        bool  # whether no part can reuse memory that another part has freed, as on a CPU's heap
+    )
     accumulates: bool  # whether gradients exist beside all activations
 
     @property
@@ -132,7 +134,8 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     on_cpu = device == 'cpu'
     in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
     # Without copies, the values remain a part of the tensor of queries, keys and values.
-    has_views = in_blocks and config.block_size > QUERY_BLOCK and not config.dropout and KV == Q
+    is_long = config.block_size > QUERY_BLOCK and not config.dropout
+    has_views = in_blocks and is_long and KV == Q and HAS_AMX
 
     # RMSNorm on a CPU is several operations, and keeps the normalized stream too.
     rms_parts = config.norm == 'rms' and on_cpu

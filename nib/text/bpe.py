@@ -193,7 +193,7 @@ def _kind(byte: int) -> int:
 
 _KINDS = bytes(map(_kind, range(256)))
 
-# What is known about two neighboring bytes: a word always begins with the first, with the second.
+# What is known about two neighboring bytes: a word always begins at the first, or at the second.
 _FIRST, _SECOND = 1, 2
 
 

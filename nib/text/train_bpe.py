@@ -44,7 +44,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
         show_progress=False,
     )
     # Ctrl-C ends the process, as the library does not notice it and nothing has been written yet.
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    handler = signal.getsignal(signal.SIGINT)
+    if handler != signal.SIG_IGN:  # as in a background job
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         trained.train_from_iterator(texts, trainer)
     finally:
@@ -53,7 +55,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     found = trained.get_vocab_size()
     if found < vocab_size:
         raise UserError(
-            f'--vocab_size={vocab_size}: the text has repeated pairs for {found:,} tokens only; '
+            f'--vocab_size={vocab_size}: the text has enough repeated pairs for only {found:,} tokens; '
             f'use --vocab_size={found} or less, or a longer text'
         )
     return HfTokenizer.read(trained.to_str())
