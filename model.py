@@ -49,8 +49,8 @@ class GPTConfig:
     rotary_scaling: tuple = ()  # slows slow rotations for a longer context: see Rotary
     norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 0.0  # added to the variance; 0 is 1e-5 in LayerNorm and 1e-6 in RMSNorm
-    qk_norm: bool = False  # normalize queries and keys, head by head
     smear: int = 0  # number of previous tokens whose embeddings are mixed into each position
+    qk_norm: bool = False  # normalize queries and keys, head by head
     mlp: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'gelu'
     mlp_width: int = 0  # hidden units; 0 is 4C, and for SwiGLU two thirds of that
     tied_head: bool = True  # the output head is the token embedding itself

@@ -168,7 +168,7 @@ class Window:
         """Logits (B, V) of the next token of each row."""
         n_tokens, T = self.tokens.shape[1], self.n_unread
         smear = self.model.config.smear  # the number of earlier tokens that are needed, too
-        idx = F.pad(self.tokens, (smear, 0))[:, -T - smear :]  # (B, smear + T)
+        idx = F.pad(self.tokens, (smear, 0))[:, -T - smear :].contiguous()  # (B, smear + T)
         slots = torch.arange(n_tokens - T, n_tokens, device=self.tokens.device)
         if n_tokens == T:  # each row's first slot
             lengths = torch.tensor(self.lengths, device=self.tokens.device)

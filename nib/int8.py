@@ -36,7 +36,10 @@ def quantize(model: GPT) -> GPT:
 def why_not(device: str) -> str | None:
     """Returns why products with 8-bit weights are not possible on a device; None if they are."""
     if device != 'cpu':
-        return f'8-bit products need a CPU, and the device is {device}: use --device=cpu or --dtype=bfloat16'
+        return (
+            f'8-bit products need a CPU, and the device is {device}: use --device=cpu or '
+            f'--dtype=bfloat16'
+        )
     has_operators = hasattr(torch.ops.quantized, 'linear_dynamic')
     if not has_operators or torch.backends.quantized.engine == 'none':
         return f'torch {torch.__version__} has no 8-bit products here: use --dtype=float32'

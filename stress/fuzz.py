@@ -52,6 +52,7 @@ from benchmarks import measure
 from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
 from nib.text import tokenizer
+from nib.text.tokenizer import END_OF_TEXT, Gpt2Tokenizer
 from nib.tokens import dataset, unfinished
 from nib.tokens.write import write_char_dataset
 
@@ -285,7 +286,7 @@ def main(argv):
         'bytes',
         pat_str='.|\n',
         mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={},
+        special_tokens={END_OF_TEXT: Gpt2Tokenizer.end_of_text},
     )
     tokenizer.load_gpt2 = lambda: small
     with tempfile.TemporaryDirectory() as scratch:

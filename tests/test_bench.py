@@ -141,7 +141,7 @@ def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
 def test_generation_beside_other_programs_is_measured_in_turns(tmp_path, run_main, monkeypatch):
     done = run_main(generators, '--dtypes=int4')
     assert done.returncode == 2 and 'choose among float32, bfloat16, int8' in done.stderr
-    shape = GPTConfig(vocab_size=300, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    shape = GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=2, n_embd=16)
     contestants = {name: generators.CONTESTANTS[name] for name in ('transformers', 'nibGPT')}
     contestants = {'missing': ('no_such_package', None, ('float32',)), **contestants}
     monkeypatch.setattr(generators, 'SHAPES', {'gpt2': shape})

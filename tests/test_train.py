@@ -704,7 +704,7 @@ def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, 
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith('***')]
-    assert len(lines) == 1 and 'stdlib_char INSTEAD' in lines[0] and 'input.txt' in lines[0]
+    assert len(lines) == 1 and 'stdlib_char INSTEAD' in lines[0] and 'input.txt' in done.stdout
     assert (
         json.loads((tmp_path / 'run/config.json').read_text())['config']['dataset'] == 'stdlib_char'
     )

@@ -55,8 +55,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     found = trained.get_vocab_size()
     if found < vocab_size:
         raise UserError(
-            f'--vocab_size={vocab_size}: the text has enough repeated pairs for only {found:,} tokens; '
-            f'use --vocab_size={found} or less, or a longer text'
+            f'--vocab_size={vocab_size}: the text has enough repeated pairs for only {found:,} '
+            f'tokens; use --vocab_size={found} or less, or a longer text'
         )
     return HfTokenizer.read(trained.to_str())
 
