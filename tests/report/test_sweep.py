@@ -70,10 +70,13 @@ def test_each_job_has_its_own_gpu_or_its_share_of_the_cores(
     monkeypatch, device, visible, environments
 ):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(sweep, 'available_cores', lambda: 8)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(sweep, 'jobs', 2)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
     assert sweep.find_environments(device) == environments
+    monkeypatch.setenv('OMP_NUM_THREADS', '3')  # the user's own number stays
+    assert {e.get('OMP_NUM_THREADS', '3') for e in sweep.find_environments(device)} == {'3'}
 
 
 @pytest.mark.slow
