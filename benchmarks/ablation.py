@@ -22,7 +22,7 @@ from nib.report.history import read_run
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each variant
-steps: int = 160  # training steps per run
+steps: int = 120  # training steps per run
 result: str = ''  # file to write the table to; empty: standard output only
 
 IDEAS = {  # what is removed (what replaces it) -> flags
@@ -42,7 +42,8 @@ IDEAS = {  # what is removed (what replaces it) -> flags
     'warmup-stable-decay (cosine)': '--lr_schedule=cosine',
     'a batch of 24 (12, twice the steps)': '--batch_size=12 --max_iters={twice}',
     'a batch of 24 (48, half the steps)': '--batch_size=48 --max_iters={half}',
-    '3 layers (4)': '--n_layer=4',
+    '2 layers (3)': '--n_layer=3',
+    'the previous characters': '--smear=0',
     'bfloat16': '--dtype=float32',
 }
 
