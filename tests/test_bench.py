@@ -380,20 +380,10 @@ def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, f
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='Linux tells the memory of a process')
-@pytest.mark.parametrize(
-    'dtype',
-    [
-        pytest.param(
-            'float32',
-            marks=pytest.mark.xfail(
-                strict=False, reason='in some runs, the heap takes 0.13 GB more, 1/8 of all'
-            ),
-        ),
-        'bfloat16',
-    ],
-)
-def test_planned_memory_is_what_training_takes(dtype):
+# In some runs, float32 takes 1/8 more than in others.
+@pytest.mark.parametrize('dtype, bound', [('float32', 0.15), ('bfloat16', 0.1)])
+def test_planned_memory_is_what_training_takes(dtype, bound):
     """A size whose memory is mostly the model's; the benchmark measures many configs."""
     size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8'
     planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
-    assert planned == pytest.approx(measured, rel=0.1)
+    assert planned == pytest.approx(measured, rel=bound)

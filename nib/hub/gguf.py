@@ -270,20 +270,23 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
         _check_spaces(described)
         vocabulary.model = 'llama'
         vocabulary.adds_space = isinstance(tokenizer, HfTokenizer) and tokenizer.adds_space
+        if model.get('unk_token') not in tokens:
+            raise _refused(f'its unk_token is {model.get("unk_token")!r}')
         types[tokens.index(model['unk_token'])] = 'UNKNOWN'
         for number, token in enumerate(tokens):
             if re.fullmatch('<0x[0-9A-F]{2}>', token):
                 types[number] = 'BYTE'
-        if model.get('unk_token') not in tokens:
-            raise _refused(f'its unk_token is {model.get("unk_token")!r}')
         vocabulary.scores = _scores(tokens, types, merges)
-    elif merges:
-        vocabulary.words = _words(described, bool(model.get('ignore_merges')))
+    else:
+        vocabulary.words = _words(described, bool(merges), bool(model.get('ignore_merges')))
     return vocabulary
 
 
-def _words(described: dict, ignores_merges: bool) -> str:
-    """Returns llama.cpp's name for the way in which a byte-level tokenizer cuts text into words."""
+def _words(described: dict, has_merges: bool, ignores_merges: bool) -> str:
+    """Returns llama.cpp's name for the way in which a byte-level tokenizer cuts text into words.
+
+    Without merges, any way gives the same tokens: those of the bytes.
+    """
     normalizer = described.get('normalizer')
     if normalizer not in (None, {'type': 'NFC'}):  # Qwen's, which changes few texts
         raise _refused(f'its normalizer is {_short(normalizer)}')
@@ -291,6 +294,8 @@ def _words(described: dict, ignores_merges: bool) -> str:
         raise _refused(f'its decoder is {_short(described.get("decoder"))}')
     patterns = tuple(_patterns(described.get('pre_tokenizer')))
     key = (*patterns, 'ignore_merges') if ignores_merges else patterns
+    if not has_merges and not ignores_merges:
+        return Vocabulary.words
     if key not in WORDS:
         raise _refused(f'it cuts text into words by {" and ".join(key) or "no rule"}')
     return WORDS[key]

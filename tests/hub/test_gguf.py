@@ -17,6 +17,7 @@ from model import GPTConfig
 from nib.errors import UserError
 from nib.hub import gguf as hub_gguf
 from nib.hub.gguf import WORDS
+from nib.hub.tokenizer import describe
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     ByteTokenizer,
@@ -297,6 +298,23 @@ def test_a_tokenizer_that_llama_cpp_cannot_express_is_refused_by_name(word, chan
     change(described)
     with pytest.raises(UserError, match=word):
         hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), 321, 0))
+
+
+@pytest.mark.parametrize('change', [{'normalizer': {'type': 'Lowercase'}}, {'decoder': None}])
+def test_a_tokenizer_without_merges_is_checked_too(change):
+    described = json.loads(describe(ByteTokenizer()))
+    size = ByteTokenizer.vocab_size
+    hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), size, None))
+    with pytest.raises(UserError, match=next(iter(change))):
+        hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described | change), size, None))
+
+
+def test_sentencepiece_without_an_unknown_token_is_refused():
+    described = json.loads(byte_fallback().to_str())
+    described['model']['unk_token'] = None
+    size = len(described['model']['vocab'])
+    with pytest.raises(UserError, match='its unk_token is None'):
+        hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), size, 2))
 
 
 @pytest.mark.parametrize(

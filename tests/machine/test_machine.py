@@ -218,8 +218,12 @@ def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('chunk', [kernels.LOSS_CHUNK, 500], ids=['at once', 'in chunks'])
-def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, chunk):
+@pytest.mark.parametrize(
+    'chunk, T, dropout',
+    [(kernels.LOSS_CHUNK, 16, 0.1), (500, 16, 0.1), (kernels.LOSS_CHUNK, 300, 0.0)],
+    ids=['at once', 'in chunks', 'long context'],
+)
+def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, chunk, T, dropout):
     monkeypatch.setattr(kernels, 'LOSS_CHUNK', chunk)
     options = {
         'position': 'rotary',
@@ -228,10 +232,10 @@ def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, chunk):
         'mlp': 'swiglu',
         'n_kv_head': 1,
     }
-    more = {'tied_head': False, 'logit_cap': 15.0, 'dropout': 0.1, 'recompute': True}
-    model = GPT(GPTConfig(97, 16, n_layer=1, n_head=2, n_embd=32, **options, **more))
+    more = {'tied_head': False, 'logit_cap': 15.0, 'dropout': dropout, 'recompute': True}
+    model = GPT(GPTConfig(97, T, n_layer=1, n_head=2, n_embd=32, **options, **more))
     compiling.compile_function(model)  # kernels_fit() becomes a constant
-    idx = torch.zeros(2, 16, dtype=torch.long)
+    idx = torch.zeros(2, T, dtype=torch.long)
     with autocast('bfloat16', 'cpu'):
         found = torch._dynamo.explain(model)(idx, idx)
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
