@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import configurator
 from nib.api import Continuation, attention_maps, encode, generate, load
-from nib.checkpoint import store
+from nib.checkpoint import start, store
 from nib.errors import UserError
 from nib.hub import huggingface, nanogpt
 from nib.text.tokenizer import CharTokenizer
@@ -51,6 +51,25 @@ def test_a_checkpoint_of_nanogpt_is_loaded(tmp_path):
         model, tokenizer = load(str(name))
         idx = torch.tensor([encode(tokenizer, TEXT)])
         assert torch.equal(model(idx), original(idx))
+
+
+def test_a_changed_model_with_a_buffer_of_its_own_is_loaded(tmp_path, monkeypatch):
+    """Checkpoints do not hold a buffer that is not persistent, such as the slopes of ALiBi."""
+
+    class Changed(start.GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer('slopes', torch.arange(4.0), persistent=False)
+
+    original = make_model(dataclasses.replace(SMALL, vocab_size=len(CHARACTERS)))
+    huggingface.write(
+        str(tmp_path / 'm'), original.config, original.state_dict(), TOKENIZER, 'card'
+    )
+    monkeypatch.setattr(start, 'GPT', Changed)
+    model, _ = load(str(tmp_path / 'm'))
+    assert model.slopes.tolist() == [0, 1, 2, 3]
+    idx = torch.tensor([encode(TOKENIZER, TEXT)])
+    assert torch.equal(model(idx), original(idx))
 
 
 def test_a_run_is_loaded_and_writes_the_text_of_sample_py(train_here, run_main, tmp_path):

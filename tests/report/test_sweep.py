@@ -79,6 +79,20 @@ def test_each_job_has_its_own_gpu_or_its_share_of_the_cores(
     assert {e.get('OMP_NUM_THREADS', '3') for e in sweep.find_environments(device)} == {'3'}
 
 
+def test_no_run_outlives_an_error_of_the_sweep(monkeypatch):
+    def fail(seconds):
+        raise OSError('the log cannot be written')
+
+    before = signal.getsignal(signal.SIGTERM)
+    process = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    training = sweep.Training([])
+    training.active.append((process, None, {}, 0.0))
+    monkeypatch.setattr(sweep.time, 'sleep', fail)
+    with process, pytest.raises(OSError, match='the log'):
+        training.train_all([])
+    assert process.returncode != 0 and signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes')
 def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
