@@ -84,13 +84,17 @@ def test_no_run_outlives_an_error_of_the_sweep(monkeypatch):
         raise OSError('the log cannot be written')
 
     before = signal.getsignal(signal.SIGTERM)
-    process = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
     training = sweep.Training([])
     training.active.append((process, None, {}, 0.0))
     monkeypatch.setattr(sweep.time, 'sleep', fail)
-    with process, pytest.raises(OSError, match='the log'):
-        training.train_all([])
-    assert process.returncode != 0 and signal.getsignal(signal.SIGTERM) == before
+    try:
+        with pytest.raises(OSError, match='the log'):
+            training.train_all([])
+        assert process.poll() is not None and signal.getsignal(signal.SIGTERM) == before
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
