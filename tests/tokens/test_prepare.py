@@ -72,26 +72,37 @@ def test_train_py_can_prepare_a_dataset_in_its_own_process(given, tmp_path, caps
     assert text_of(tmp_path / 'romeo') == TEXT
 
 
-@pytest.mark.skipif(AT_HAND, reason='tiny Shakespeare is beside its script')
-def test_a_text_put_into_out_dir_is_taken_without_a_network(given, tmp_path):
-    given.rename(tmp_path / 'input.txt')
-    done = run_script(SHAKESPEARE, f'--out_dir={tmp_path}', env=NO_NETWORK)
-    assert done.returncode == 0, done.stderr
-    assert text_of(tmp_path) == TEXT
+@pytest.fixture
+def lonely_script(tmp_path, monkeypatch):
+    """A copy of the script with no text beside it, and no network."""
+    for name in NO_NETWORK:
+        monkeypatch.setenv(name, NO_NETWORK[name])
+    script = tmp_path / 'checkout/data/shakespeare_char/prepare.py'
+    script.parent.mkdir(parents=True)
+    return shutil.copy(SHAKESPEARE, script)
 
 
-@pytest.mark.skipif(AT_HAND, reason='tiny Shakespeare is beside its script')
-def test_without_a_network_the_error_names_every_address_and_how_to_mend_it(tmp_path):
-    done = run_script(SHAKESPEARE, f'--out_dir={tmp_path / "new"}', env=NO_NETWORK)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+def test_a_text_put_into_out_dir_is_taken_without_a_network(
+    lonely_script, run_main, given, tmp_path
+):
+    (tmp_path / 'new').mkdir()
+    given.rename(tmp_path / 'new/input.txt')
+    ended = run_main(lonely_script, f'--out_dir={tmp_path / "new"}')
+    assert ended.returncode == 0, ended.stderr
+    assert text_of(tmp_path / 'new') == TEXT
+
+
+def test_without_a_network_the_error_says_what_to_download_and_where_to_save_it(
+    lonely_script, run_main, tmp_path
+):
+    ended = run_main(lonely_script, f'--out_dir={tmp_path / "new"}')
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
     for word in (
-        'raw.githubusercontent.com',
-        'cdn.jsdelivr.net',
-        'storage.googleapis.com',
-        '--input=PATH',
-        'data/shakespeare_char/input.txt',
+        f'{tmp_path / "new/input.txt"} could not be downloaded (no connection)',
+        'download https://raw.githubusercontent.com/',
+        'on another machine and save it under this name',
     ):
-        assert word in done.stderr
+        assert word in ended.stderr
     assert list((tmp_path / 'new').iterdir()) == []
 
 
