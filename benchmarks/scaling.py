@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,11 +44,13 @@ FITTED = {
 # The sweep by hand: (layers, width, steps, block_size, batch_size, learning rate).
 BY_HAND = {
     10: [
+        (2, 128, 189, 128, 12, 0.015),
         (2, 128, 189, 64, 24, 0.018),
         (2, 128, 325, 64, 12, 0.012),
         (3, 192, 80, 64, 24, 0.012),
     ],
     20: [
+        (2, 128, 377, 128, 12, 0.015),
         (2, 128, 377, 64, 24, 0.018),
         (2, 128, 377, 64, 24, 0.024),
         (2, 128, 377, 128, 12, 0.012),
@@ -166,35 +169,31 @@ def fit(runs: list[dict]) -> tuple[Law, dict[str, float], dict[str, float]]:
         for key in ('parameters', 'tokens', 'loss')
     )
     best = (math.inf, torch.empty(0))
-    for alpha in (0.2, 0.4, 0.8):
-        for beta in (0.2, 0.4, 0.8):
-            start = [0.0, -0.3, 0.0, math.log(0.3), alpha, math.log(0.5), beta]
-            p = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-            solver = torch.optim.LBFGS([p], max_iter=2000, line_search_fn='strong_wolfe')
 
-            def error():
-                factors = torch.stack((torch.zeros_like(p[2]), p[2])).exp()[texts]  # noqa: B023
-                size = (p[3] - p[4] * (n / 1e5).log()).exp()  # noqa: B023
-                reading = (p[5] - p[6] * (tokens / 3e5).log()).exp()  # noqa: B023
-                predicted = p[:2].exp()[texts] + factors * (size + reading)  # noqa: B023
-                return 1e4 * torch.nn.functional.huber_loss(
-                    predicted.log(), losses.log(), delta=1e-2
-                )
+    def error(p: torch.Tensor) -> torch.Tensor:
+        factors = torch.stack((torch.zeros_like(p[2]), p[2])).exp()[texts]
+        size = (p[3] - p[4] * (n / 1e5).log()).exp()
+        reading = (p[5] - p[6] * (tokens / 3e5).log()).exp()
+        predicted = p[:2].exp()[texts] + factors * (size + reading)
+        return 1e4 * torch.nn.functional.huber_loss(predicted.log(), losses.log(), delta=1e-2)
 
-            def closure():
-                solver.zero_grad()  # noqa: B023
-                value = error()  # noqa: B023
-                value.backward()
-                return value
+    for alpha, beta in ((0.4, 0.4), (0.2, 0.8), (0.8, 0.2)):
+        start = [0.0, -0.3, 0.0, math.log(0.3), alpha, math.log(0.5), beta]
+        p = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        solver = torch.optim.LBFGS([p], max_iter=500, line_search_fn='strong_wolfe')
 
-            solver.step(closure)
-            best = min(best, (error().item(), p.detach()), key=lambda pair: pair[0])
-    p = best[1].tolist()
-    law = Law(
-        A=math.exp(p[3]) * 1e5 ** p[4], alpha=p[4], B=math.exp(p[5]) * 3e5 ** p[6], beta=p[6]
-    )
-    floors = {name: math.exp(p[i]) for i, name in enumerate(names)}
-    return law, floors, {names[0]: 1.0, names[1]: math.exp(p[2])}
+        def closure(p=p, solver=solver):
+            solver.zero_grad()
+            value = error(p)
+            value.backward()
+            return value
+
+        solver.step(closure)
+        best = min(best, (error(p).item(), p.detach()), key=lambda pair: pair[0])
+    q = best[1].tolist()
+    law = Law(A=math.exp(q[3]) * 1e5 ** q[4], alpha=q[4], B=math.exp(q[5]) * 3e5 ** q[6], beta=q[6])
+    floors = {name: math.exp(q[i]) for i, name in enumerate(names)}
+    return law, floors, {names[0]: 1.0, names[1]: math.exp(q[2])}
 
 
 def describe(runs, law: Law, floors, factors) -> str:
@@ -236,8 +235,11 @@ def draw(runs, law: Law, floors, factors):
                 if run['seconds'] == seconds and run['fitted']
             )
             if line:
-                predicted = [floors[name] + factors[name] * law.loss(*point) for point in line]
-                axis.plot([n for n, _ in line], predicted, '-', color=color, lw=1.2)
+                sizes, tokens = np.log(np.array(line)).T
+                between = np.linspace(sizes[0], sizes[-1])
+                curve = zip(np.exp(between), np.exp(np.interp(between, sizes, tokens)))
+                predicted = [floors[name] + factors[name] * law.loss(*point) for point in curve]
+                axis.plot(np.exp(between), predicted, '-', color=color, lw=1.2)
             for fitted, marker in ((True, 'o'), (False, 'x')):
                 points = [r for r in own if r['seconds'] == seconds and r['fitted'] == fitted]
                 label = f'{seconds} s' if fitted == (seconds in FITTED) else None
@@ -254,7 +256,8 @@ def draw(runs, law: Law, floors, factors):
         axis.set_title(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel('validation loss, nats per character')
-    axes[1].legend(title='time of one thread\no fitted, line: the law\nx other settings')
+    title = 'time of one thread\no fitted, line: law\nx by hand'
+    figure.legend(*axes[0].get_legend_handles_labels(), title=title, loc='outside right')
     figure.savefig(picture, dpi=110)
 
 
