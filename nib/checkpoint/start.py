@@ -51,8 +51,8 @@ class Weights:
         """Returns the config's values with this model's architecture.
 
         A resumed run keeps its plan, which is noted in origins, except for keys of the command
-        line. Raises UserError if the user has set a key to a value that contradicts the model. dropout
-        and recompute may differ, and in a new run, block_size may be smaller.
+        line. Raises UserError if the user has set a key to a value that contradicts the model.
+        dropout and recompute may differ, and in a new run, block_size may be smaller.
         """
         if self.resumed:
             values = self.keep_plan(values, origins)
