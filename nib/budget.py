@@ -162,7 +162,7 @@ class Planner:
     """
 
     config: Mapping
-    fixed: Mapping
+    fixed: dict
     data: TokenDataset
     room: float = math.inf
 
