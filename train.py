@@ -329,7 +329,8 @@ def main(argv):
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    compiled, reason = pick_compile(compile, t.device, t.flops(max_iters), t.peak_flops)
+    n_logits = t.batches.batch_size * t.batches.block_size * t.raw_model.config.vocab_size
+    compiled, reason = pick_compile(compile, t.device, t.flops(max_iters), t.peak_flops, n_logits)
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':
