@@ -7,8 +7,8 @@
 Every contestant has the same shape, batch, optimizer (AdamW in torch's fused kernel) and clipping.
 In bfloat16, the peers run inside torch.autocast, which is one line in anybody's loop. 'compiled' is
 torch.compile with its defaults. nibGPT is compiled if a long run with --compile=auto is; the time
-until it is ready, with three steps, is a line of its own. A turn is a few whole steps, short because the speed of a machine
-drifts. Each peer is a process of its own, next to nibGPT's.
+until it is ready, with three steps, is a line of its own. A turn is a few whole steps, short
+because the speed of a machine drifts. Each peer is a process of its own, next to nibGPT's.
 """
 
 import math
