@@ -26,6 +26,7 @@ from nib.kernels import (
     head_cross_entropy,
     is_causal_attention,
     share_heads,
+    tanh_gelu,
     uses_head_kernel,
 )
 
@@ -283,6 +284,16 @@ def kernels_fit() -> bool:
     return is_causal_attention(attention_scores)
 
 
+class TanhGELU(nn.GELU):
+    """GELU as in GPT-2: by the tanh approximation of Hendrycks and Gimpel 2016, section 2."""
+
+    def __init__(self):
+        super().__init__(approximate='tanh')
+
+    def forward(self, x):
+        return tanh_gelu(x)
+
+
 class SquaredReLU(nn.Module):
     """So et al. 2021."""
 
@@ -298,10 +309,8 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * x
 
 
-ACTIVATIONS: dict[
-    str, Callable[[], nn.Module]
-] = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
-    'gelu': lambda: nn.GELU(approximate='tanh'),
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {  # GPTConfig.mlp
+    'gelu': TanhGELU,
     'gelu_erf': nn.GELU,
     'relu': nn.ReLU,
     'relu2': SquaredReLU,

@@ -258,10 +258,9 @@ class Training:
         peak = peak_flops(self.device, self.dtype)
         return peak * self.ranks.world_size if peak else None
 
-    def peak_seconds(self, steps: int) -> float | None:
-        """Returns the time that `steps` steps would take at the peak rate, or None if unknown."""
-        flops = self.flops_per_token * self.tokens_per_step * steps
-        return flops / self.peak_flops if self.peak_flops else None
+    def flops(self, steps: int) -> float:
+        """Returns the FLOPs of `steps` steps, over all ranks."""
+        return self.flops_per_token * self.tokens_per_step * steps
 
     def compile_and_distribute(self, compiled: bool, say):
         """Compiles the model if requested, and distributes it if there are several ranks."""
@@ -330,7 +329,8 @@ def main(argv):
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    compiled, reason = pick_compile(compile, t.device, t.peak_seconds(max_iters))
+    n_logits = t.batches.batch_size * t.batches.block_size * t.raw_model.config.vocab_size
+    compiled, reason = pick_compile(compile, t.device, t.flops(max_iters), t.peak_flops, n_logits)
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':
