@@ -17,16 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import (
-    GPT,
-    IGNORED,
-    MLP,
-    GPTConfig,
-    RMSNorm,
-    attend,
-    attend_by_definition,
-    kernels_fit,
-)
+from model import GPT, IGNORED, MLP, GPTConfig, RMSNorm, attend, attend_by_definition, kernels_fit
 from nib.errors import UserError
 from nib.kernels import HAS_AMX
 from nib.machine.compiling import compile_function
