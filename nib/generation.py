@@ -407,7 +407,8 @@ class BagCache:
 
 
 def for_generation(module: nn.Module, linear: Any):
-    """A copy of the module without dropout. It shares all parameters except packed ones.
+    """A copy of the module without dropout. It shares all parameters except those it rewrites:
+    packed matrices, and the gains of RMSNorm on a CPU.
 
     linear: PackedLinear or RowLinear, in place of linear layers where it pays; None: neither.
     """
