@@ -257,7 +257,7 @@ def draw(runs, law: Law, floors, factors):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel('validation loss, nats per character')
     title = 'time of one thread\no fitted, line: law\nx by hand'
-    figure.legend(*axes[0].get_legend_handles_labels(), title=title, loc='outside right')
+    figure.legend(*axes[0].get_legend_handles_labels(), title=title, loc='outside right upper')
     figure.savefig(picture, dpi=110)
 
 

@@ -174,7 +174,7 @@ class Planner:
         # Longer runs can use a longer context, and larger batches with less noisy gradients.
         context = 2 ** round(math.log2(128 * (tokens / 6e5) ** (1 / 3)))
         context = min(max(64, context), 1024, len(self.data.val) - 1, n_train // 2)
-        keys = RECIPE | {
+        keys: dict = RECIPE | {
             'n_layer': n_layer,
             'n_embd': width,
             'n_head': max(1, width // (32 if width <= 256 else 64)),
