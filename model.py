@@ -159,19 +159,25 @@ class Rotary(nn.Module):
             frequencies *= kept + (1 - kept) / factor
         positions = torch.arange(config.block_size, dtype=torch.float64)
         angles = positions[:, None] * frequencies  # (block_size, D/2)
-        self.register_buffer('cos', angles.cos().float(), persistent=False)
-        self.register_buffer('sin', angles.sin().float(), persistent=False)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        self.register_buffer('cos', torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer('sin', torch.cat((-sin, sin), dim=-1), persistent=False)
 
     def forward(self, positions):
-        """cos and sin (1, T, D/2) of positions (T), or (B, 1, T, D/2) of positions (B, T)."""
+        """cos and sin (1, T, D) of positions (T), or (B, 1, T, D) of positions (B, T).
+
+        sin is negative in the first half, which rotate() subtracts.
+        """
         return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
 
 
 def rotate(x, rotary):
-    """Rotates x (B, H, T, D) by angles whose cos and sin are in `rotary`, in the dtype of x."""
+    """Rotates x (B, H, T, D) by angles whose cos and sin are in `rotary`, in the dtype of x.
+
+    roll() swaps the two halves of D.
+    """
     cos, sin = (part.type_as(x) for part in rotary)
-    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return x.roll(x.shape[-1] // 2, dims=-1) * sin + x * cos
 
 
 class Smear(nn.Module):

@@ -20,8 +20,9 @@ import torch
 
 import configurator
 from model import GPT
+from nib.budget import Stopwatch, plan
 from nib.checkpoint import store
-from nib.checkpoint.start import new_model, read_start
+from nib.checkpoint.start import PLANNED, new_model, read_start
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, UserError, run_script
 from nib.guard import MAX_REWINDS, BadSteps, describe, nonfinite_parameters, watch_outputs
 from nib.machine.compiling import compile_model, pick_compile
@@ -50,6 +51,8 @@ out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
 init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an open model, a ckpt.pt
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
+budget: str = ''  # time for the run, as in 10m: plans model, batches, rate and steps
+params: str = ''  # size of the model, as in 10M: the same
 seed: int = 1337  # for weights, data order and dropout
 # evaluation and checkpoints
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
@@ -321,6 +324,14 @@ def main(argv):
     globals().update(values)
     data = find_data(values, ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
+    if (budget or params) and not (eval_only or start and start.resumed):
+        watch = Stopwatch(Training.set_up, train_step, evaluate)
+        chosen, line = ranks.on_first(lambda: plan(config, origins, data, watch))
+        config, origins = config | chosen, origins | dict.fromkeys(chosen, PLANNED)
+        globals().update(chosen)
+        check_config(config, ranks.world_size)
+        book.say(line)
+    book.say_data(data, config['gradient_accumulation_steps'] * config['batch_size'] * block_size)
     t = Training.set_up(config, data, start, ranks)
     if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
         config |= fit_batch_size(t, config, book.say)  # the tokens per step stay
@@ -502,7 +513,6 @@ def find_data(values, ranks, book):
     data = open_or_prepare(values, ranks, book.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
-    book.say_data(data, gradient_accumulation_steps * batch_size * block_size)
     return data
 
 
