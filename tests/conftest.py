@@ -155,9 +155,17 @@ def run_main(monkeypatch, capfd):
 
 @pytest.fixture
 def train_here(data_dir, run_main):
-    """train_here(out_dir, *flags) trains the small model in this process."""
+    """train_here(out_dir, *flags, status=None) trains the small model in this process.
+
+    Fails the test if the run does not end with this status.
+    """
     import train as training
 
-    return lambda out_dir, *flags: run_main(
-        training, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags
-    )
+    def train_here(out_dir, *flags, status=None):
+        done = run_main(
+            training, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags
+        )
+        assert status in (None, done.returncode), done.stdout + done.stderr
+        return done
+
+    return train_here
