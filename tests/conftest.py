@@ -42,6 +42,18 @@ SMALL_RUN = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """Runs the slow tests first. The short ones then keep all processes busy to the end."""
+    items.sort(key=lambda item: not item.get_closest_marker('slow'))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config):
+    """Deals a few tests at a time. By default, one process could get most of the slow ones."""
+    if 'not slow' not in config.option.markexpr:
+        config.option.maxschedchunk = config.option.maxschedchunk or 4
+
+
 @pytest.fixture(autouse=True)
 def exact_products():
     """Switches off TF32 after each test: training on a GPU enables it for the whole process."""

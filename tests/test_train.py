@@ -62,7 +62,7 @@ def assert_equal_tensors(first, second):
             assert torch.equal(value, second[kind][name]), name
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def whole_run(data_dir, tmp_path_factory):
     """20 steps with dropout, accumulation and a schedule."""
     out_dir = tmp_path_factory.mktemp('whole') / 'run'
@@ -736,7 +736,7 @@ def test_importing_a_script_does_nothing():
     assert done.returncode == 0 and done.stdout == done.stderr == '', done.stderr
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def published_gpt2(data_dir, tmp_path_factory):
     """A folder in the format of Hugging Face's GPT-2, and their model; the weights are random."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -750,7 +750,7 @@ def published_gpt2(data_dir, tmp_path_factory):
     return folder, theirs
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def gpt2_data(tmp_path_factory):
     """A folder with a dataset 'tiny' in nanoGPT's format: only bins, of GPT-2's tokens."""
     folder = tmp_path_factory.mktemp('gpt2_data') / 'tiny'
