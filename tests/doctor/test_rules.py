@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, records, run_script
+from conftest import ROOT, SMALL_RUN, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import TRAIN, start_on_ranks
+from processes import TRAIN, Started, start_on_ranks
 
 import configurator
 import model
@@ -988,15 +988,14 @@ def test_the_doctor_names_what_a_config_of_the_lab_breaks(
 @pytest.mark.parametrize('name', ['wrong_initial_loss', 'val_leaked', 'generation_differs'])
 def test_the_doctor_names_what_a_config_of_the_lab_breaks_in_the_code(data_dir, tmp_path, name):
     """In a process of its own, as these change the project's functions."""
-    done = run_script(
-        'train.py',
-        f'config/lab/{name}.py',
+    flags = [
         *LAB_FLAGS,
         '--max_iters=2',
         '--warmup_iters=1',
         '--eval_interval=1000',
         f'--data_dir={data_dir}',
         f'--out_dir={tmp_path / "run"}',
-    )
-    assert done.returncode == 0 and name in done.stderr, done.stderr
+    ]
+    run = Started(tmp_path, TRAIN, f'config/lab/{name}.py', *flags)
+    assert run.end() == 0 and name in run.stderr, run.stderr
     assert name in [found for _, found in findings(tmp_path / 'run')]
