@@ -42,6 +42,18 @@ SMALL_RUN = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """Runs the slow tests first. The short ones then keep all processes busy to the end."""
+    items.sort(key=lambda item: not item.get_closest_marker('slow'))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config):
+    """Deals a few tests at a time. By default, one process could get most of the slow ones."""
+    if 'not slow' not in config.option.markexpr:
+        config.option.maxschedchunk = config.option.maxschedchunk or 4
+
+
 @pytest.fixture(autouse=True)
 def exact_products():
     """Switches off TF32 after each test: training on a GPU enables it for the whole process."""
@@ -155,9 +167,17 @@ def run_main(monkeypatch, capfd):
 
 @pytest.fixture
 def train_here(data_dir, run_main):
-    """train_here(out_dir, *flags) trains the small model in this process."""
+    """train_here(out_dir, *flags, status=None) trains the small model in this process.
+
+    Fails the test if the run does not end with this status.
+    """
     import train as training
 
-    return lambda out_dir, *flags: run_main(
-        training, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags
-    )
+    def train_here(out_dir, *flags, status=None):
+        done = run_main(
+            training, *SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags
+        )
+        assert status in (None, done.returncode), done.stdout + done.stderr
+        return done
+
+    return train_here

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL_RUN, run_script
+from conftest import ROOT, SMALL_RUN
 
 import bench as bench_script
 import configurator
@@ -40,10 +40,11 @@ class GPT(own.GPT):
 """
 
 
-def bench(*flags):
-    return run_script(
-        'bench.py', *SMALL, '--rounds=2', '--steps=6', '--new_tokens=8', '--prompt_tokens=4', *flags
-    )
+@pytest.fixture
+def bench(run_main):
+    """bench(*flags) measures the small model in this process."""
+    few = ['--rounds=2', '--steps=6', '--new_tokens=8', '--prompt_tokens=4']
+    return lambda *flags: run_main('bench.py', *SMALL, *few, *flags)
 
 
 def rows(text) -> dict[str, float]:
@@ -56,7 +57,7 @@ def rows(text) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_the_figures_of_a_config_add_up(data_dir, tmp_path):
+def test_the_figures_of_a_config_add_up(bench, data_dir, tmp_path):
     done = bench(
         '--dataset=tiny',
         f'--data_dir={data_dir}',
@@ -93,7 +94,7 @@ def test_the_parts_of_a_step_are_the_whole_step(data_dir):
 
 
 @pytest.mark.slow
-def test_without_its_dataset_a_config_is_measured_on_random_tokens(tmp_path):
+def test_without_its_dataset_a_config_is_measured_on_random_tokens(bench, tmp_path):
     done = bench('config/train_gpt2.py', f'--data_dir={tmp_path}', '--no-startup', '--new_tokens=0')
     assert done.returncode == 0, done.stderr
     assert 'random tokens' in done.stdout
@@ -102,7 +103,7 @@ def test_without_its_dataset_a_config_is_measured_on_random_tokens(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_missing_dataset_is_prepared_as_train_py_does(tmp_path):
+def test_a_missing_dataset_is_prepared_as_train_py_does(bench, tmp_path):
     done = bench(
         '--dataset=stdlib_char',
         '--prepare_dataset',
@@ -119,7 +120,7 @@ def test_a_missing_dataset_is_prepared_as_train_py_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_beside_nanogpt_both_are_measured_in_turns(data_dir, tmp_path):
+def test_beside_nanogpt_both_are_measured_in_turns(bench, data_dir, tmp_path):
     (tmp_path / 'clone').mkdir()
     (tmp_path / 'clone/model.py').write_text(STAND_IN.format(root=str(ROOT)))
     done = bench(
@@ -318,9 +319,9 @@ def test_a_table_has_medians_spreads_and_the_ratios_of_rounds():
 
 
 @pytest.mark.slow
-def test_a_config_with_a_warm_up_is_measured_with_its_start_up(data_dir):
+def test_a_config_with_a_warm_up_is_measured_with_its_start_up(data_dir, run_main):
     """The runs of a few steps that bench.py starts keep the schedule of the config's long run."""
-    done = run_script(
+    done = run_main(
         'bench.py',
         'config/train_shakespeare_char.py',
         '--dataset=tiny',

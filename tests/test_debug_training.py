@@ -1033,7 +1033,6 @@ def test_float16s_scale_is_taken_out_of_the_gradients(make_training, debug):
 # -- every way to start ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('config', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
 def test_every_config_file_runs(config, run_main, tmp_path, monkeypatch):
     """In a small size, on random tokens, and as a new model where it asks for published weights."""

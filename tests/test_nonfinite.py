@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, records, run_script
+from conftest import SMALL_RUN, records
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import start_on_ranks
 
 import train as training
 from model import GPT, GPTConfig
@@ -258,28 +259,18 @@ print(f'rank {os.environ["RANK"]}: exit {code}, finite {finite}, '
 @pytest.mark.slow
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_what_is_not_finite_on_one_rank_reaches_the_weights_of_none(data_dir, tmp_path, what):
-    (tmp_path / 'poisoned.py').write_text(POISONED_RANK.replace('WHAT', repr(what)))
-    launcher = [
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        '--nproc_per_node=2',
-        tmp_path / 'poisoned.py',
-    ]
-    done = run_script(
-        *launcher,
-        *SMALL_RUN,
-        f'--data_dir={data_dir}',
-        f'--out_dir={tmp_path / "run"}',
-        '--eval_interval=5',
-        env={'PYTHONPATH': str(ROOT)},
+    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--eval_interval=5']
+    started = start_on_ranks(
+        2, tmp_path, POISONED_RANK.replace('WHAT', repr(what)), *SMALL_RUN, *flags
     )
-    ranks = re.findall(r'rank \d: exit (\d), finite (\w+), ([0-9a-f]{64})', done.stdout)
-    assert len(ranks) == 2 and ranks[0] == ranks[1] and ranks[0][:2] == ('3', 'True'), (
-        done.stdout + done.stderr
+    assert [rank.end() for rank in started] == [0, 0]
+    said, errors = (
+        ''.join(getattr(rank, name) for rank in started) for name in ('stdout', 'stderr')
     )
-    assert 'step 5: loss or gradients not finite: not applied' in done.stderr
-    assert 'step 10: loss or gradients not finite, 3 steps in a row' in done.stderr
+    ranks = re.findall(r'rank \d: exit (\d), finite (\w+), ([0-9a-f]{64})', said)
+    assert len(ranks) == 2 and ranks[0] == ranks[1] and ranks[0][:2] == ('3', 'True'), said + errors
+    assert 'step 5: loss or gradients not finite: not applied' in errors
+    assert 'step 10: loss or gradients not finite, 3 steps in a row' in errors
     assert store.load(tmp_path / 'run')[0].step == 5
 
 

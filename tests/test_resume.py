@@ -7,7 +7,8 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, SMALL_RUN, records, run_script
+from conftest import SMALL_RUN, records
+from processes import start_on_ranks
 
 import train as training
 from nib.checkpoint import store
@@ -24,6 +25,8 @@ RUN = [
     '--eval_iters=1',
     '--keep_last=1',
 ]
+# Together, these chains of resumes cut a run after every step.
+EVERY_STEP = {'odd': list(range(1, STEPS, 2)), 'even': list(range(2, STEPS, 2))}
 CURVE = ('loss/step', 'grad_norm', 'learning_rate', 'loss/train', 'loss/val', 'loss/val_whole')
 
 
@@ -99,8 +102,8 @@ def run_cut(train_here):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_run_cut_at_any_step_equals_the_uninterrupted_one(run_cut, tmp_path, dtype):
     whole = run_cut(tmp_path / 'whole', [], f'--dtype={dtype}')
-    for step in range(1, STEPS):
-        assert run_cut(tmp_path / f'cut-{step}', [step], f'--dtype={dtype}') == whole, step
+    for name, cuts in EVERY_STEP.items():
+        assert run_cut(tmp_path / name, cuts, f'--dtype={dtype}') == whole, name
     assert run_cut(tmp_path / 'other', [], f'--dtype={dtype}', '--seed=1') != whole
 
 
@@ -149,9 +152,8 @@ def test_a_run_that_auto_compiles_equals_the_uninterrupted_one(run_cut, tmp_path
     assert compiled == [True] * 6
 
 
-ON_RANKS = f"""
+ON_RANKS = """
 import json, os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import test_resume
 import train as training
 from nib.checkpoint import store
@@ -165,10 +167,10 @@ for out_dir, steps in cuts.items():
     tokens, undo = test_resume.watch(steps, cut_rank=1)
     for number in range(len(steps) + 1):
         resume = ['--init_from=resume'] * (number > 0)
-        code = training.main([*SMALL_RUN, *flags, f'--out_dir={{out_dir}}', *resume])
+        code = training.main([*SMALL_RUN, *flags, f'--out_dir={out_dir}', *resume])
         assert code == (143 if number < len(steps) else 0), (out_dir, code)
     undo()
-    with open(f'{{out_dir}}/tokens-{{os.environ["RANK"]}}.json', 'w') as file:
+    with open(f'{out_dir}/tokens-{os.environ["RANK"]}.json', 'w') as file:
         json.dump(tokens, file)
 close(ranks)
 del ranks  # its groups' threads end here, not while Python itself ends
@@ -177,20 +179,9 @@ del ranks  # its groups' threads end here, not while Python itself ends
 
 def run_on_ranks(n, data_dir, folder, cuts, *flags):
     """Runs each of the cuts, {name: steps}, on n processes; only rank 1 gets the signals."""
-    script = folder / 'on_ranks.py'
-    script.write_text(ON_RANKS)
-    done = run_script(
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        f'--nproc_per_node={n}',
-        script,
-        json.dumps({str(folder / name): steps for name, steps in cuts.items()}),
-        f'--data_dir={data_dir}',
-        *RUN,
-        *flags,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    cuts = json.dumps({str(folder / name): steps for name, steps in cuts.items()})
+    ranks = start_on_ranks(n, folder, ON_RANKS, cuts, f'--data_dir={data_dir}', *RUN, *flags)
+    assert [rank.end() for rank in ranks] == [0] * n, ranks[0].stdout[-3000:] + ranks[0].stderr
 
 
 def tokens_of(out_dir):
@@ -199,9 +190,7 @@ def tokens_of(out_dir):
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_cut_by_a_signal_to_one_equals_the_uninterrupted_one(data_dir, tmp_path):
-    cuts = {'whole': [], 'chain': [1, 9, 10, 17, 23], 'inside': [[1, 1], [9, 2], [20, 3]]} | {
-        f'cut-{step}': [step] for step in range(1, STEPS)
-    }
+    cuts = {'whole': [], 'inside': [[1, 1], [9, 2], [20, 3]], 'once': [10], **EVERY_STEP}
     run_on_ranks(2, data_dir, tmp_path, cuts, '--gradient_accumulation_steps=8')
     whole, tokens = digests(tmp_path / 'whole'), tokens_of(tmp_path / 'whole')
     assert len(tokens[0]) == STEPS and tokens[0] != tokens[1]

@@ -20,7 +20,7 @@ from nib.text.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_json
 from nib.tokens.write import write_dataset
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def out_dir(data_dir, tmp_path_factory):
     """Checkpoints of steps 10 and 20; the best is made to be that of step 10."""
     folder = tmp_path_factory.mktemp('sample') / 'run'
@@ -29,7 +29,7 @@ def out_dir(data_dir, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def bytes_out_dir(tmp_path_factory):
     """A model that has learnt the one document it saw, byte by byte, and that it ends."""
     folder = tmp_path_factory.mktemp('bytes')

@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, records, run_script, train
+from conftest import ROOT, SMALL_RUN, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import TRAIN, Started, start_on_ranks
 
 import configurator
 import model
 from nib.doctor.rules import KEPT, Doctor, Line, LossWindow, mean_loss
 from nib.doctor.troubles import TROUBLES, Finding
 from nib.doctor.vitals import DataSigns, EvaluationSigns, StepSigns
+from nib.errors import EXIT_FINDING
 from nib.guard import Seen
 from nib.tokens import batches, find
 
@@ -924,22 +926,19 @@ def test_a_resumed_run_is_judged_by_how_it_began(run_main, data_dir, tmp_path, w
 
 @pytest.mark.slow
 def test_two_ranks_stop_together(data_dir, tmp_path):
-    done = train(
-        data_dir,
-        tmp_path / 'run',
+    flags = [
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path / "run"}',
         '--stop_on=warning',
         '--learning_rate=1',
         '--on_nonfinite=skip',
         '--eval_interval=2',
-        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
-        check=False,
-    )
-    assert (
-        done.returncode
-        and 'stopped by the doctor after step' in done.stdout
-        and 'which is saved' in done.stdout
-    ), done.stdout + done.stderr
-    assert done.stdout.count('verdict of the doctor') == 1
+    ]
+    ranks = start_on_ranks(2, tmp_path, TRAIN, *SMALL_RUN, *flags)
+    assert [rank.end() for rank in ranks] == [EXIT_FINDING] * 2, ranks[0].stderr
+    said = ranks[0].stdout
+    assert 'stopped by the doctor after step' in said and 'which is saved' in said
+    assert said.count('verdict of the doctor') == 1 and ranks[1].stdout == ''
     assert len(set(findings(tmp_path / 'run'))) == len(findings(tmp_path / 'run')) > 0
 
 
@@ -989,15 +988,14 @@ def test_the_doctor_names_what_a_config_of_the_lab_breaks(
 @pytest.mark.parametrize('name', ['wrong_initial_loss', 'val_leaked', 'generation_differs'])
 def test_the_doctor_names_what_a_config_of_the_lab_breaks_in_the_code(data_dir, tmp_path, name):
     """In a process of its own, as these change the project's functions."""
-    done = run_script(
-        'train.py',
-        f'config/lab/{name}.py',
+    flags = [
         *LAB_FLAGS,
         '--max_iters=2',
         '--warmup_iters=1',
         '--eval_interval=1000',
         f'--data_dir={data_dir}',
         f'--out_dir={tmp_path / "run"}',
-    )
-    assert done.returncode == 0 and name in done.stderr, done.stderr
+    ]
+    run = Started(tmp_path, TRAIN, f'config/lab/{name}.py', *flags)
+    assert run.end() == 0 and name in run.stderr, run.stderr
     assert name in [found for _, found in findings(tmp_path / 'run')]

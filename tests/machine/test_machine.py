@@ -15,6 +15,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import ROOT
+from processes import start_on_ranks
 
 from model import GPT, GPTConfig
 from nib import kernels
@@ -380,23 +381,8 @@ run_script(main)
 
 @pytest.mark.slow
 def test_two_ranks_agree(tmp_path):
-    (tmp_path / 'two.py').write_text(TWO)
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc_per_node=2',
-            str(tmp_path / 'two.py'),
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-    )
-    assert done.returncode == 0, done.stderr
+    ranks = start_on_ranks(2, tmp_path, TWO, tmp_path)
+    assert [rank.end() for rank in ranks] == [0, 0], ranks[0].stderr + ranks[1].stderr
     assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
 
 

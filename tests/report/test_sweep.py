@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN
+from conftest import SMALL_RUN
+from processes import PATIENCE, Started
 
 import sweep
 
@@ -97,6 +98,9 @@ def test_no_run_outlives_an_error_of_the_sweep(monkeypatch):
         process.wait()
 
 
+SWEEP = 'import sweep; from nib.errors import run_script; run_script(sweep.main)'
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes')
 def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
@@ -104,9 +108,8 @@ def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
     flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--sweep_dir={folder}', '--seed=1,2,3']
     jobs = min(2, len(os.sched_getaffinity(0)))
 
-    def start(*more):
-        command = [sys.executable, ROOT / 'sweep.py', *flags, f'--jobs={jobs}', *more]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def start(name, *more):
+        return Started(tmp_path / name, SWEEP, *flags, *more)
 
     def steps(number):
         saved = [int(path.name[5:]) for path in folder.glob(f'seed={number}/step-*')]
@@ -115,25 +118,26 @@ def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
     def log(number):
         return (folder / f'seed={number}.log').read_text()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number, active in ((signal.SIGTERM, jobs), (signal.SIGINT, 1)):
         before = [steps(seed) for seed in (1, 2)]
-        started = start('--max_iters=1000000')
-        until = time.monotonic() + 200
-        while min(steps(seed) - before[seed - 1] for seed in range(1, jobs + 1)) < 50:
-            assert time.monotonic() < until and started.poll() is None
+        started = start(number.name, '--max_iters=100000', f'--jobs={active}')
+        until = time.monotonic() + PATIENCE
+        while min(steps(seed) - before[seed - 1] for seed in range(1, active + 1)) < 10:
+            assert time.monotonic() < until and started.process.is_alive(), started.stderr
             time.sleep(0.1)
-        os.kill(started.pid, number)  # and not to its runs, unlike Ctrl-C in a terminal
-        said = started.communicate(timeout=200)[0].splitlines()
-        assert started.returncode == 128 + number
+        started.send(number)  # and not to its runs, unlike Ctrl-C in a terminal
+        assert started.end() == 128 + number
+        said = started.stdout.splitlines()
         assert said[-1].startswith(f'stopped by signal {int(number)}: 0 of 3 runs are finished')
         assert len(said) == 3, said
-        for seed in range(1, jobs + 1):
+        for seed in range(1, active + 1):
             assert f'stopped by signal {int(number)} after step' in log(seed)
         assert not (folder / 'seed=3').exists()
     assert log(1).count('resuming from') == 1
-    ended = start(f'--max_iters={max(steps(1), steps(2)) + 10}')
-    said = ended.communicate(timeout=200)[0]
-    assert ended.returncode == 0 and len(re.findall(r'seed=\d: best validation loss', said)) == 3
+    longer = f'--max_iters={max(steps(1), steps(2)) + 10}'
+    ended = start('to the end', longer, f'--jobs={jobs}')
+    assert ended.end() == 0
+    assert len(re.findall(r'seed=\d: best validation loss', ended.stdout)) == 3
     # No run holds its lock any more, and each has gone on from where it was.
     assert log(1).count('resuming from') == 2 and 'resuming from' not in log(3)
 

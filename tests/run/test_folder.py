@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL_RUN, records, run_script, train
+from processes import TRAIN, Started, start_on_ranks
 
 from nib.checkpoint import store
 from nib.errors import UserError, call
@@ -126,14 +127,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [[], ['--init_from=resume'], ['--overwrite']])
-def test_a_run_that_is_going_on_is_left_alone(data_dir, tmp_path, flags):
-    train(data_dir, tmp_path / 'run', '--max_iters=2')
+def test_a_run_that_is_going_on_is_left_alone(tmp_path, flags, train_here):
+    train_here(tmp_path / 'run', '--max_iters=2', status=0)
     with started('-c', HOLDER.replace('True', 'False'), tmp_path / 'run') as holder:
         wait_for(holder, '1')
         before = {
             path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()
         }
-        done = train(data_dir, tmp_path / 'run', *flags, check=False)
+        done = train_here(tmp_path / 'run', *flags)
         assert (
             done.returncode == 2
             and f'pid {holder.pid}' in done.stderr
@@ -152,28 +153,36 @@ def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_save
     data_dir, tmp_path, rank, name
 ):
     number, out_dir = getattr(signal, name), tmp_path / 'run'
-    with started(
-        *TORCHRUN,
-        'train.py',
-        *SMALL_RUN,
-        *ENDLESS,
-        f'--data_dir={data_dir}',
-        f'--out_dir={out_dir}',
-    ) as run:
-        wait_for(run, 'step 3: loss')
-        since = time.monotonic()
-        os.kill(ranks_of(run)[rank], number)
-        said, errors = run.communicate(timeout=60)
-        took = time.monotonic() - since
+    flags = [*SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={out_dir}']
+    ranks = start_on_ranks(2, tmp_path, TRAIN, *flags)
+    ranks[0].wait_for('step 3: loss')
+    since = time.monotonic()
+    ranks[rank].send(number)
+    assert [each.end() for each in ranks] == [128 + number] * 2, ranks[0].stderr
+    assert time.monotonic() - since < 10
+    assert_stopped(out_dir, number, ranks[0].stdout)
+
+
+def assert_stopped(out_dir, number, said):
     stopped_at = int(
         re.search(rf'stopped by signal {int(number)} after step (\d+), which is saved', said)[1]
     )
-    assert re.findall(r'exitcode  : (-?\d+)', errors) == [str(128 + number)] * 2, (
-        errors
-    )  # of both ranks
     assert store.load(out_dir)[0].step == stopped_at
     assert [path.name for path in out_dir.glob('step-*')] == [f'step-{stopped_at:08d}']
-    assert took < 10
+
+
+@linux
+@pytest.mark.slow
+def test_torchrun_sees_all_ranks_end_after_a_signal_to_one(data_dir, tmp_path):
+    """It sends a signal to the others as soon as the first has ended."""
+    out_dir = tmp_path / 'run'
+    flags = [*SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={out_dir}']
+    with started(*TORCHRUN, 'train.py', *flags) as run:
+        wait_for(run, 'step 3: loss')
+        os.kill(ranks_of(run)[1], signal.SIGINT)
+        said, errors = run.communicate(timeout=60)
+    assert re.findall(r'exitcode  : (-?\d+)', errors) == ['130'] * 2, errors  # of both ranks
+    assert_stopped(out_dir, signal.SIGINT, said)
 
 
 SLOW_DISK = """
@@ -194,20 +203,14 @@ sys.exit(train.main([*sys.argv[1:], '--init_from=resume']))
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_without_harm(data_dir, tmp_path):
     """The second signal comes while the checkpoint of the first one is being written."""
-    with started(
-        '-c',
-        SLOW_DISK,
-        *SMALL_RUN,
-        *ENDLESS,
-        f'--data_dir={data_dir}',
-        f'--out_dir={tmp_path / "run"}',
-    ) as run:
-        wait_for(run, 'step 4: loss')
-        run.send_signal(signal.SIGTERM)
-        wait_for(run, 'syncing')
-        time.sleep(1.2)
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(10) == 143
+    flags = [*SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}']
+    run = Started(tmp_path, SLOW_DISK, *flags)
+    run.wait_for('step 4: loss')
+    run.send(signal.SIGTERM)
+    run.wait_for('syncing')
+    time.sleep(1.2)  # within a second, the same signal counts as a repetition by the system
+    run.send(signal.SIGTERM)
+    assert run.end(10) == 143
     assert store.load(tmp_path / 'run')[0].step == 2
 
 
@@ -233,19 +236,20 @@ RESTARTED = ['--dropout=0.1', '--eval_interval=5', '--keep_last=9']
 def undisturbed(data_dir, tmp_path_factory):
     """What the restarted runs must equal."""
     out_dir = tmp_path_factory.mktemp('undisturbed') / 'whole'
-    done = train(data_dir, out_dir, *RESTARTED, launcher=TORCHRUN)
-    assert 'resuming' not in done.stdout
+    flags = [*SMALL_RUN, *RESTARTED, f'--data_dir={data_dir}', f'--out_dir={out_dir}']
+    ranks = start_on_ranks(2, out_dir.parent, TRAIN, *flags)
+    assert [rank.end() for rank in ranks] == [0, 0] and 'resuming' not in ranks[0].stdout
     return out_dir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
 def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
-    data_dir, tmp_path, undisturbed, rank
+    data_dir, tmp_path, undisturbed, rank, train_here
 ):
     """Curves and weights are as if nothing had happened; an old run in the folder stays deleted."""
     (tmp_path / 'dies.py').write_text(DIES_ONCE.format(root=str(ROOT), rank=rank))
-    train(data_dir, tmp_path / 'run', '--seed=3', '--max_iters=2', '--eval_interval=2')
+    train_here(tmp_path / 'run', '--seed=3', '--max_iters=2', '--eval_interval=2', status=0)
     launcher = [*TORCHRUN, '--max-restarts=1', tmp_path / 'dies.py']
     rank or launcher.remove('--standalone')  # either way
     done = run_script(
@@ -296,20 +300,15 @@ def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_p
 
 
 @pytest.mark.slow
-def test_ranks_that_read_different_checkpoints_do_not_train_together(data_dir, tmp_path):
+def test_ranks_that_read_different_checkpoints_do_not_train_together(
+    data_dir, tmp_path, train_here
+):
     """One process that cannot read the newest would take an older one."""
-    (tmp_path / 'blind.py').write_text(BLIND)
-    train(data_dir, tmp_path / 'run', '--eval_interval=5', '--max_iters=10', '--keep_last=2')
-    done = run_script(
-        *TORCHRUN,
-        tmp_path / 'blind.py',
-        *SMALL_RUN,
-        f'--data_dir={data_dir}',
-        f'--out_dir={tmp_path / "run"}',
-        '--init_from=resume',
-        env={'PYTHONPATH': str(ROOT)},
-    )
-    assert done.returncode != 0 and 'different steps, [10, 5] by rank' in done.stderr
+    train_here(tmp_path / 'run', '--eval_interval=5', '--max_iters=10', '--keep_last=2', status=0)
+    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--init_from=resume']
+    ranks = start_on_ranks(2, tmp_path, BLIND, *SMALL_RUN, *flags)
+    assert [rank.end() for rank in ranks] == [2, 2]
+    assert 'different steps, [10, 5] by rank' in ranks[0].stderr
     assert store.load(tmp_path / 'run')[0].step == 10
 
 

@@ -4,10 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, SMALL_RUN, run_script, train
+from conftest import SMALL_RUN, run_script
+from processes import Started
 
 from nib.checkpoint import store
 
@@ -51,10 +51,10 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir, small_disk):
+def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(small_disk, train_here):
     disk, remount = small_disk
     flags = ['--eval_interval=5', '--keep_every=5']
-    done = train(data_dir, disk / 'run', *flags, check=False)
+    done = train_here(disk / 'run', *flags)
     errors = [
         line for line in done.stderr.splitlines() if ', warning: ' not in line
     ]  # what the doctor has found aside
@@ -64,7 +64,7 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
     found, _ = store.load(disk / 'run', warn=pytest.fail)
     assert found.step in (5, 10, 15)
     remount('size=20m')
-    done = train(data_dir, disk / 'run', *flags, '--init_from=resume')
+    done = train_here(disk / 'run', *flags, '--init_from=resume', status=0)
     assert sorted(store.steps_after(disk / 'run', 0)) == [5, 10, 15, 20]
     assert [path.name for path in (disk / 'run').iterdir() if path.name.startswith('.')] == [
         '.lock'
@@ -72,56 +72,37 @@ def test_a_full_disk_ends_the_run_on_one_line_and_with_room_it_goes_on(data_dir,
 
 
 @pytest.mark.slow
-def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(data_dir, small_disk):
+def test_a_disk_that_cannot_be_written_is_one_line_before_the_first_step(small_disk, train_here):
     disk, remount = small_disk
     remount('ro')
-    done = train(data_dir, disk / 'run', check=False)
+    done = train_here(disk / 'run')
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert 'cannot be written' in done.stderr and 'step 1' not in done.stdout
 
 
 # Its files may have 100 kB: enough for metrics, too little for a checkpoint.
-CRAMPED = [
-    '-c',
-    (
-        'import resource, train\n'
-        'from nib.errors import run_script\n'
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-        'run_script(train.main)\n'
-    ),
-    *SMALL_RUN,
-    '--eval_interval=100000',
-]
+CRAMPED = """
+import resource, train
+from nib.errors import run_script
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+run_script(train.main)
+"""
 
 
 @pytest.mark.slow
 def test_a_last_save_that_fails_is_no_success(data_dir, tmp_path):
-    done = run_script(
-        *CRAMPED, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2'
-    )
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert 'step 2 could not be written' in done.stderr and 'samples:' not in done.stdout
+    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=2']
+    run = Started(tmp_path, CRAMPED, *SMALL_RUN, *flags)
+    assert run.end() == 2 and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert 'step 2 could not be written' in run.stderr and 'samples:' not in run.stdout
     assert not store.exists(tmp_path / 'run')
 
 
 @pytest.mark.slow
 def test_a_stopped_run_whose_save_fails_does_not_say_that_it_is_saved(data_dir, tmp_path):
-    run = subprocess.Popen(
-        [
-            sys.executable,
-            *CRAMPED,
-            f'--data_dir={data_dir}',
-            f'--out_dir={tmp_path / "run"}',
-            '--max_iters=100000',
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
-    next(line for line in run.stdout if line.startswith('step 2: loss'))
-    run.send_signal(signal.SIGTERM)
-    said, errors = run.communicate(timeout=60)
-    assert run.returncode == 2 and 'could not be written' in errors.splitlines()[-1]
-    assert 'is saved' not in said
+    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=10000']
+    run = Started(tmp_path, CRAMPED, *SMALL_RUN, *flags, '--eval_interval=100000')
+    run.wait_for('step 2: loss')
+    run.send(signal.SIGTERM)
+    assert run.end() == 2 and 'could not be written' in run.stderr.splitlines()[-1]
+    assert 'is saved' not in run.stdout

@@ -1,6 +1,7 @@
 """A run finds its dataset, prepares it, or says on one line why not; only a download falls back."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,7 @@ from nib.tokens.dataset import open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
 from nib.tokens.unfinished import locked
 
-AT_HAND = [ROOT / f'data/{name}/input.txt' for name in ('shakespeare', 'shakespeare_char')]
 TEXT = 'To be, or not to be: that is the question.\n' * 50
-
-no_text_here = pytest.mark.skipif(
-    any(path.exists() for path in AT_HAND), reason='tiny Shakespeare is beside its script'
-)
 
 
 @pytest.fixture
@@ -44,6 +40,14 @@ def values(tmp_path):
 
 
 @pytest.fixture
+def no_text_here(tmp_path, monkeypatch):
+    """Copies of the scripts, with no text beside them, prepare the datasets."""
+    folder = tmp_path / 'checkout/data'
+    shutil.copytree(ROOT / 'data', folder, ignore=shutil.ignore_patterns('input.txt', '*.bin'))
+    monkeypatch.setattr(find, 'SCRIPTS', folder)
+
+
+@pytest.fixture
 def no_network(monkeypatch):
     def fail(urls, path, sha256, max_bytes):
         raise DownloadError('no connection')
@@ -57,7 +61,7 @@ def refusal(values) -> str:
     return str(error.value)
 
 
-@no_text_here
+@pytest.mark.usefixtures('no_text_here')
 def test_a_failed_download_falls_back(values, no_network, monkeypatch):
     ran = []
     monkeypatch.setattr(find, '_prepare', pretend_to_prepare(find._prepare, ran))
@@ -83,7 +87,7 @@ def pretend_to_prepare(prepare, ran):
     return pretend
 
 
-@no_text_here
+@pytest.mark.usefixtures('no_text_here')
 @pytest.mark.parametrize(
     'content, words', [(b'caf\xe9 ' * 99, 'input.txt is not'), (b'', 'is empty'), (b'ab', 'longer')]
 )
@@ -95,13 +99,13 @@ def test_a_text_that_will_not_do_does_not_fall_back(values, tmp_path, content, w
     assert not (tmp_path / 'data/stdlib_char').exists()
 
 
-@no_text_here
+@pytest.mark.usefixtures('no_text_here')
 def test_a_folder_that_cannot_be_written_does_not_fall_back(values, tmp_path):
     (tmp_path / 'data').write_text('not a folder')
     assert 'cannot be written (Not a directory)' in refusal(values)
 
 
-@no_text_here
+@pytest.mark.usefixtures('no_text_here')
 @pytest.mark.skipif(sys.platform == 'win32', reason='has no RLIMIT_FSIZE')
 def test_a_full_disk_does_not_fall_back(values, tmp_path):
     import resource
