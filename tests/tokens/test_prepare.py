@@ -677,30 +677,3 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once(tmp_path):
     _, said = running.communicate(timeout=5)
     assert running.returncode in (-signal.SIGINT, 130) and b'Traceback' not in said
     assert not (tmp_path / 'a').exists()
-
-
-@pytest.mark.parametrize('kind', ['char', 'byte', 'gpt2', 'bpe'])
-def test_bits_per_byte_do_not_depend_on_the_tokenizer(small_gpt2, tmp_path, run_main, kind):
-    """A distribution over bytes, as each tokenizer's tokens have it, and the uniform one."""
-    text = 'Ὦ Ῥωμαῖε! The thin theatre, the bell. ' * 100
-    (tmp_path / 'one.txt').write_text(text, encoding='utf-8')
-    size = ['--vocab_size=280'] if kind == 'bpe' else []
-    done = run_main(
-        'data/text/prepare.py',
-        f'--input={tmp_path / "one.txt"}',
-        f'--out_dir={tmp_path / "a"}',
-        f'--tokenizer={kind}',
-        *size,
-    )
-    assert done.returncode == 0, done.stderr
-    data = open_dataset(tmp_path / 'a', 16)
-    held_out = data.tokenizer.decode(data.val).encode()
-    assert held_out.decode() == text[int(0.9 * len(text)) :]
-    probabilities = np.arange(1, 257) / np.arange(1, 257).sum()
-    nats = [-np.log(probabilities[list(data.tokenizer.decode_bytes([t]))]).sum() for t in data.val]
-    expected = -np.log2(probabilities[list(held_out)]).mean()
-    assert data.bits_per_byte(float(np.mean(nats))) == pytest.approx(expected, rel=1e-9)
-    uniform = np.log(data.vocab_size)
-    assert data.bits_per_byte(uniform) == pytest.approx(
-        uniform / np.log(2) * len(data.val) / len(held_out)
-    )
