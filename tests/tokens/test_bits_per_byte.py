@@ -19,7 +19,12 @@ from nib.tokens.write import write_dataset
 from train import evaluate
 
 BLOCK_SIZE = 16
-DOCUMENTS = ['Ὦ Ῥωμαῖε! The thin theatre, the bell.\n' * 30, ' the cat 🙂 sat', 'é' * 7, 'on the mat']
+DOCUMENTS = [
+    'Ὦ Ῥωμαῖε! The thin theatre, the bell.\n' * 30,
+    ' the cat 🙂 sat',
+    'é' * 7,
+    'on the mat',
+]
 
 
 class Unigram(torch.nn.Module):

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
