@@ -1,11 +1,21 @@
-"""Trains a tokenizer on a text: byte-level byte pair encoding (Sennrich et al. 2016)."""
+"""Trains a tokenizer on a text: byte-level byte pair encoding (Sennrich et al. 2016).
 
-import signal
-from collections.abc import Iterable, Iterator
+The words of the text are counted first, then merges are found among the distinct words. So time
+grows slowly with the text, and memory does not. The tokenizers library has a trainer with the same
+result, but it splits the text with a regular expression, which is ten times as slow, and keeps all
+distinct words.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
 
 from nib.errors import UserError
-from nib.text.hf_tokenizer import HfTokenizer, import_library
-from nib.text.vocabulary import END_OF_TEXT
+from nib.text.bpe import GPT4_SPLITS, WordTable
+from nib.text.hf_tokenizer import HfTokenizer, byte_names, import_library
+from nib.text.vocabulary import END_OF_TEXT, without_surrogates
 
 # How a text is split into words, which merges do not cross. It splits as GPT-4 and Llama 3 do.
 PATTERN = (
@@ -18,8 +28,10 @@ PATTERN = (
     r'|\s+'
 )
 SMALLEST, LARGEST = 257, 1 << 20  # tokens: every byte and END_OF_TEXT; what fits into memory
-# Time and memory grow with the text; the vocabulary hardly changes any more.
-MOST = 1 << 29  # characters
+_MOST_WORDS = 1 << 20  # distinct words; if there are more, rare ones make room for others
+_MOST_BYTES = 1 << 24  # of these words together
+_TOGETHER = 1 << 20  # characters counted at once
+_BITS = 20  # of a token id in the key of a pair
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
@@ -29,28 +41,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     Raises UserError if the texts have too few pairs for vocab_size tokens.
     """
     library = import_library()
-    trained = library.Tokenizer(library.models.BPE())
+    split = library.pre_tokenizers.Split(library.Regex(PATTERN), 'isolated')
+    words = Counter[str]()
+    for part, n in count_parts(texts).items():
+        for word, _ in split.pre_tokenize_str(part.decode()):
+            words[word] += n
+    tokens, merges = find_merges(words, vocab_size - 1)
+    trained = library.Tokenizer(
+        library.models.BPE({token: number for number, token in enumerate(tokens)}, merges)
+    )
     trained.pre_tokenizer = library.pre_tokenizers.Sequence(
-        [
-            library.pre_tokenizers.Split(library.Regex(PATTERN), 'isolated'),
-            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [split, library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     trained.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # Ctrl-C ends the process, as the library does not notice it and nothing has been written yet.
-    handler = signal.getsignal(signal.SIGINT)
-    if handler != signal.SIG_IGN:  # as in a background job
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        trained.train_from_iterator(texts, trainer)
-    finally:
-        signal.signal(signal.SIGINT, handler)
     trained.add_special_tokens([library.AddedToken(END_OF_TEXT, normalized=False)])
     found = trained.get_vocab_size()
     if found < vocab_size:
@@ -61,12 +64,138 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     return HfTokenizer.read(trained.to_str())
 
 
-def spread(texts: Iterable[str], n_characters: int) -> Iterator[str]:
-    """Yield texts spread evenly over all of them, with MOST of their n_characters at most."""
-    share = min(1.0, MOST / max(1, n_characters))
-    read = taken = 0
+def count_parts(texts: Iterable[str]) -> Counter[bytes]:
+    """Count the parts of texts. A part is a word of PATTERN, or several."""
+    counts, parts, seen = Counter[bytes](), [], np.zeros(0, np.int64)
+
+    def number(new: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        parts.extend(part.encode() for part in new)
+        return np.arange(len(parts) - len(new), len(parts)), np.ones(len(new), np.int64)
+
+    # Every part has one "token", which is its number.
+    table = WordTable(number, GPT4_SPLITS, [], np.uint32)
+    for group in _grouped(texts):
+        n = np.bincount(table.encode(group), minlength=len(parts))
+        n[: len(seen)] += seen
+        seen = n
+        if 4 * len(parts) > _MOST_WORDS or 4 * table.n_bytes > _MOST_BYTES:
+            counts = _add(counts, parts, seen)
+            table.clear()
+            parts.clear()
+            seen = seen[:0]
+    counts = _add(counts, parts, seen)
+    counts.pop(b'', None)  # what separates two texts
+    return counts
+
+
+def _grouped(texts: Iterable[str]) -> Iterator[list[tuple[bytes, bool]]]:
+    group, size = [], 0
     for text in texts:
-        read += len(text)
-        if taken + len(text) <= share * read:
-            taken += len(text)
-            yield text
+        group.append((without_surrogates(text).encode(), False))
+        size += len(text)
+        if size >= _TOGETHER:
+            yield group
+            group, size = [], 0
+    yield group
+
+
+def _add(counts: Counter[bytes], parts: list[bytes], seen: np.ndarray) -> Counter[bytes]:
+    """Adds counts of parts; returns the most frequent half of what fits if they are too many."""
+    for part, n in zip(parts, seen.tolist()):
+        counts[part] += n
+    if len(counts) <= _MOST_WORDS and sum(map(len, counts)) <= _MOST_BYTES:
+        return counts
+    ordered = counts.most_common(_MOST_WORDS // 2)  # of equal ones, the first seen
+    sizes = np.cumsum([len(part) for part, _ in ordered])
+    return Counter(dict(ordered[: np.searchsorted(sizes, _MOST_BYTES // 2)]))
+
+
+def find_merges(words: Mapping[str, int], vocab_size: int) -> tuple[list[str], list[tuple]]:
+    """Find the merges of byte pair encoding: again and again, the most frequent pair of tokens.
+
+    words: distinct words and how often they occur. Of equally frequent pairs, the one with the
+    smaller ids comes first.
+    Returns all tokens, which are the 256 bytes and the merged ones, and the pairs that were merged,
+    spelled in GPT-2's names of bytes. There are fewer than vocab_size if no pair occurs twice.
+    """
+    pairs = _Pairs(words)
+    names = sorted(byte_names())
+    tokens, numbers, merges = names, {name: number for number, name in enumerate(names)}, []
+    heap = [(-n, key) for key, n in pairs.counts.items()]
+    heapq.heapify(heap)
+    while heap and len(tokens) < vocab_size:
+        n, key = heapq.heappop(heap)
+        if -n != pairs.counts[key]:  # another merge has changed it
+            if pairs.counts[key] > 1:
+                heapq.heappush(heap, (-pairs.counts[key], key))
+            continue
+        if n > -2:
+            break
+        first, second = key >> _BITS, key & (1 << _BITS) - 1
+        token = tokens[first] + tokens[second]
+        if token not in numbers:  # else other merges lead to the same text
+            numbers[token] = len(tokens)
+            tokens.append(token)
+        merges.append((tokens[first], tokens[second]))
+        for new in pairs.merge(first, second, numbers[token]):
+            heapq.heappush(heap, (-pairs.counts[new], new))
+    return tokens, merges
+
+
+class _Pairs:
+    """The tokens of all distinct words one after the other, and where each pair of them is.
+
+    counts: pair -> how often it occurs in the text. A pair is first << _BITS | second.
+    Tokens of a word are a linked list, so a merge changes only its surroundings.
+    """
+
+    def __init__(self, words: Mapping[str, int]):
+        rank = np.empty(256, np.int32)
+        for number, name in enumerate(sorted(byte_names())):
+            rank[byte_names()[name]] = number
+        spelled = [word.encode() for word in words]
+        sizes = np.array([len(word) + 1 for word in spelled], np.int64)
+        data = np.frombuffer(b'\xff'.join([*spelled, b'']), np.uint8)
+        self.ids = np.where(data == 0xFF, -1, rank[data]).astype(np.int32)  # -1: between words
+        self.word = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        self.n = np.array([*words.values()], np.int64)
+        self.next = np.arange(1, len(data) + 1, dtype=np.int32)
+        self.previous = np.arange(-1, len(data) - 1, dtype=np.int32)
+        self.counts = Counter[int]()
+        self.places = defaultdict[int, list](list)
+        starts = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0)).astype(np.int32)
+        self._count(starts)
+
+    def _count(self, places: np.ndarray) -> list[int]:
+        """Counts the pairs that begin at places; returns them."""
+        keys, order, starts, sums = self._grouped(places)
+        for key, here, n in zip(keys, np.split(places[order], starts[1:]), sums):
+            self.counts[key] += n
+            self.places[key].append(here)
+        return keys
+
+    def _grouped(self, places: np.ndarray):
+        keys = self.ids[places].astype(np.int64) << _BITS | self.ids[self.next[places]]
+        order = np.argsort(keys, kind='stable')
+        keys = keys[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        sums = np.add.reduceat(self.n[self.word[places[order]]], starts) if len(keys) else keys
+        return keys[starts].tolist(), order, starts, sums.tolist()
+
+    def merge(self, first: int, second: int, token: int) -> list[int]:
+        """Replaces a pair by a token; returns the pairs that this has created."""
+        ids, following, previous = self.ids, self.next, self.previous
+        key = first << _BITS | second
+        places = np.concatenate(self.places.pop(key))
+        right = following[places]
+        valid = (ids[places] == first) & (ids[right] == second)
+        places = places[valid]
+        if first == second:
+            places = _every_other(np.sort(places), following)
+        right, left = following[places], previous[places]
+        after = following[right]
+        # Pairs that disappear, apart from the merged one: to the left and to the right of it. The
+        # left one may be the right one of another place.
+        is_end = ids[after] < 0
+        gone = right[~is_end]
+        ...
