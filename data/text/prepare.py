@@ -27,7 +27,7 @@ import configurator
 from nib.errors import UserError, run_script
 from nib.files import command, read_json, script_path, shown
 from nib.text import documents, inputs, train_bpe
-from nib.text.hf_tokenizer import import_library
+from nib.text.hf_tokenizer import HfTokenizer, import_library
 from nib.text.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -95,7 +95,7 @@ def main(argv):
     if not overwrite:
         check_replaceable(folder, found.sha256)
     if tokenizer == 'bpe':
-        trained = train_tokenizer(read_pieces, sum(found.lengths))
+        trained = train_tokenizer(read_pieces)
         encoder = replace(trained, spells_end_of_text=encoder.spells_end_of_text)
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
@@ -199,22 +199,21 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
     return chosen
 
 
-def train_tokenizer(read_pieces: Callable[[int], Iterator[Piece]], n_characters: int):
+def train_tokenizer(read_pieces: Callable[[int], Iterator[Piece]]) -> HfTokenizer:
     """Returns a tokenizer trained on the training split, and prints what it was trained on."""
     n_train = 0
 
     def texts():
         nonlocal n_train
-        train = (text for split, text, _ in read_pieces(0) if split == 'train')
-        for text in train_bpe.spread(train, n_characters):
-            n_train += len(text)
-            yield text
+        for split, text, _ in read_pieces(0):
+            if split == 'train':
+                n_train += len(text)
+                yield text
 
     started = time.perf_counter()
     trained = train_bpe.train_bpe(texts(), vocab_size)
     seconds = time.perf_counter() - started
-    part = ', spread over the training split' if n_characters > train_bpe.MOST else ''
-    print(f'trained {vocab_size:,} tokens on {n_train:,} characters{part}; {seconds:.1f} s')
+    print(f'trained {vocab_size:,} tokens on {n_train:,} characters; {seconds:.1f} s')
     return trained
 
 

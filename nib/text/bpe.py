@@ -51,9 +51,10 @@ class WordTable:
     ):
         self.encode_words, self.splits = encode_words, splits
         self.between, self.dtype = between, dtype
-        self._clear()
+        self.clear()
 
-    def _clear(self):
+    def clear(self):
+        """Forgets all words."""
         # Words too long for a key have their entries after the hash table's slots; long_words maps
         # each of them to its entry.
         self.places = 1 << _BITS
@@ -81,7 +82,7 @@ class WordTable:
     def _look_up(self, data: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Returns the token ids of the words data[start:end], one word for each start and end."""
         if self.n_words >= self.places // 2 or self.n_bytes >= _BYTES:
-            self._clear()
+            self.clear()
         # Overlapping: element i holds the eight bytes from byte i on.
         eight = np.ndarray(len(data) - 7, '<u8', data, strides=(1,))
         size = np.minimum(ends - starts, _LONGEST + 1)

@@ -31,7 +31,8 @@ SMALLEST, LARGEST = 257, 1 << 20  # tokens: every byte and END_OF_TEXT; what fit
 _MOST_WORDS = 1 << 20  # distinct words; if there are more, rare ones make room for others
 _MOST_BYTES = 1 << 24  # of these words together
 _TOGETHER = 1 << 20  # characters counted at once
-_BITS = 20  # of a token id in the key of a pair
+_BITS = 20  # of a token id in a pair
+_BETWEEN, _MERGED = -1, -2  # instead of a token id: between words; part of the token before it
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
@@ -156,7 +157,7 @@ class _Pairs:
         spelled = [word.encode() for word in words]
         sizes = np.array([len(word) + 1 for word in spelled], np.int64)
         data = np.frombuffer(b'\xff'.join([*spelled, b'']), np.uint8)
-        self.ids = np.where(data == 0xFF, -1, rank[data]).astype(np.int32)  # -1: between words
+        self.ids = np.where(data == 0xFF, _BETWEEN, rank[data]).astype(np.int32)
         self.word = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self.n = np.array([*words.values()], np.int64)
         self.next = np.arange(1, len(data) + 1, dtype=np.int32)
@@ -168,34 +169,49 @@ class _Pairs:
 
     def _count(self, places: np.ndarray) -> list[int]:
         """Counts the pairs that begin at places; returns them."""
-        keys, order, starts, sums = self._grouped(places)
-        for key, here, n in zip(keys, np.split(places[order], starts[1:]), sums):
+        keys, sums, groups = self._by_pair(places)
+        for key, n, here in zip(keys, sums, groups):
             self.counts[key] += n
             self.places[key].append(here)
         return keys
 
-    def _grouped(self, places: np.ndarray):
+    def _by_pair(self, places: np.ndarray) -> tuple[list[int], list[int], list[np.ndarray]]:
+        """Returns the pairs that begin at places, how often they occur in the text, and where."""
         keys = self.ids[places].astype(np.int64) << _BITS | self.ids[self.next[places]]
         order = np.argsort(keys, kind='stable')
-        keys = keys[order]
+        keys, places = keys[order], places[order]
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        sums = np.add.reduceat(self.n[self.word[places[order]]], starts) if len(keys) else keys
-        return keys[starts].tolist(), order, starts, sums.tolist()
+        sums = np.add.reduceat(self.n[self.word[places]], starts) if len(starts) else starts
+        ends = [*starts[1:].tolist(), len(places)]
+        groups = [places[start:end] for start, end in zip(starts.tolist(), ends)]
+        return keys[starts].tolist(), sums.tolist(), groups
 
     def merge(self, first: int, second: int, token: int) -> list[int]:
         """Replaces a pair by a token; returns the pairs that this has created."""
-        ids, following, previous = self.ids, self.next, self.previous
-        key = first << _BITS | second
+        ids, key = self.ids, first << _BITS | second
         places = np.concatenate(self.places.pop(key))
-        right = following[places]
-        valid = (ids[places] == first) & (ids[right] == second)
-        places = places[valid]
+        # Other merges have changed some of the places.
+        places = places[(ids[places] == first) & (ids[self.next[places]] == second)]
         if first == second:
-            places = _every_other(np.sort(places), following)
-        right, left = following[places], previous[places]
-        after = following[right]
-        # Pairs that disappear, apart from the merged one: to the left and to the right of it. The
-        # left one may be the right one of another place.
-        is_end = ids[after] < 0
-        gone = right[~is_end]
-        ...
+            places = self._every_other(np.sort(places))
+        left, right = self.previous[places], self.next[places]
+        after = self.next[right]
+        ids[right] = _MERGED
+        beside = left[ids[left] >= 0]  # not at the start of a word, nor in another of these places
+        ids[right] = second
+        has_after = ids[after] >= 0
+        gone, n_gone, _ = self._by_pair(np.concatenate([beside, right[has_after]]))
+        for pair, n in zip(gone, n_gone):
+            self.counts[pair] -= n
+        self.counts[key] = 0
+        ids[places], ids[right] = token, _MERGED
+        self.next[places], self.previous[after] = after, places
+        return self._count(np.concatenate([beside, places[has_after]]))
+
+    def _every_other(self, places: np.ndarray) -> np.ndarray:
+        """Returns the places, sorted, without those that overlap the one before: of aaa, the first."""
+        index = np.arange(len(places))
+        begins = np.ones(len(places), bool)
+        begins[1:] = places[1:] != self.next[places[:-1]]
+        run = np.maximum.accumulate(np.where(begins, index, 0))
+        return places[(index - run) % 2 == 0]
