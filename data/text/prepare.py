@@ -39,7 +39,7 @@ from nib.text.tokenizer import (
 from nib.tokens.borrow import read_tokenizer
 from nib.tokens.dataset import is_prepared
 from nib.tokens.encode import Piece
-from nib.tokens.write import write_dataset
+from nib.tokens.write import stored_tokenizer, write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
@@ -95,7 +95,8 @@ def main(argv):
     if not overwrite:
         check_replaceable(folder, found.sha256)
     if tokenizer == 'bpe':
-        trained = train_tokenizer(read_pieces)
+        source['trained_tokens'] = vocab_size
+        trained = stored_tokenizer(folder, source) or train_tokenizer(read_pieces)
         encoder = replace(trained, spells_end_of_text=encoder.spells_end_of_text)
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)

@@ -1,9 +1,8 @@
 """Trains a tokenizer on a text: byte-level byte pair encoding (Sennrich et al. 2016).
 
-The words of the text are counted first, then merges are found among the distinct words. So time
-grows slowly with the text, and memory does not. The tokenizers library has a trainer with the same
-result, but it splits the text with a regular expression, which is ten times as slow, and keeps all
-distinct words.
+The words of the text are counted first, then merges are found among the distinct words. So memory
+is bounded: rare words of a long text are dropped. The trainer of the tokenizers library finds the
+same merges, but it splits all of the text with a regular expression and keeps every distinct word.
 """
 
 import heapq
@@ -209,7 +208,7 @@ class _Pairs:
         return self._count(np.concatenate([beside, places[has_after]]))
 
     def _every_other(self, places: np.ndarray) -> np.ndarray:
-        """Returns the places, sorted, without those that overlap the one before: of aaa, the first."""
+        """Returns sorted places without those that overlap the one before: of aaa, the first."""
         index = np.arange(len(places))
         begins = np.ones(len(places), bool)
         begins[1:] = places[1:] != self.next[places[:-1]]

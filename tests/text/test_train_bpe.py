@@ -1,13 +1,13 @@
 """Tokenizers trained on a text: deterministic, exact, and what they are trained on."""
 
 import json
-from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CORPUS
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nib.errors import UserError
@@ -75,13 +75,65 @@ def test_a_text_with_too_few_pairs_is_refused_with_the_number_that_it_has():
     assert train_bpe.train_bpe(['abc'], 257).vocab_size == 257
 
 
-def test_of_a_long_text_pieces_spread_over_it_are_taken(monkeypatch):
-    texts = [f'{number:03}' * 10 for number in range(100)]
-    assert list(train_bpe.spread(texts, 3000)) == texts
-    monkeypatch.setattr(train_bpe, 'MOST', 1000)
-    taken = [int(text[:3]) for text in train_bpe.spread(texts, 3000)]
-    assert 32 <= len(taken) <= 33
-    assert all(3 <= after - before <= 4 for before, after in pairwise(taken))
+def by_the_library(texts, vocab_size) -> str:
+    """The tokenizers library's own trainer."""
+    trained = Tokenizer.from_str(train_bpe.train_bpe([''], 257).content)
+    trained.model = models.BPE()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    return json.loads(trained.to_str())['model']
+
+
+SOURCES = [path.read_text() for path in sorted(Path(train_bpe.__file__).parent.glob('*.py'))]
+
+
+@pytest.mark.parametrize('texts', [SOURCES, CORPUS, ['a' * n + ' ba' * n for n in range(40)]])
+def test_the_merges_are_those_of_the_library(texts):
+    expected = by_the_library(texts, 1500)
+    ours = train_bpe.train_bpe(texts, len(expected['vocab']) + 1)
+    assert json.loads(ours.content)['model'] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(words=st.lists(st.text('abc', max_size=9), max_size=30))
+def test_so_are_those_of_words_with_repeated_letters(words):
+    expected = by_the_library([' '.join(words)], 300)
+    if len(expected['merges']) + 256 > len(expected['vocab']):
+        return  # two merges with one text: the library merges the pairs of its first list only
+    ours = train_bpe.train_bpe([' '.join(words)], len(expected['vocab']) + 1)
+    assert json.loads(ours.content)['model'] == expected
+
+
+def test_words_are_counted_however_the_text_is_divided(monkeypatch):
+    expected = train_bpe.count_parts(SOURCES)
+    assert expected[b' return'] == sum(text.count(' return') for text in SOURCES)
+    monkeypatch.setattr(train_bpe, '_TOGETHER', 100)
+    assert train_bpe.count_parts(SOURCES) == expected
+    monkeypatch.setattr(train_bpe, '_MOST_BYTES', 4000)  # the table is cleared again and again
+    monkeypatch.setattr(train_bpe, '_add', lambda counts, *new: add_all(counts, *new))
+    assert train_bpe.count_parts(SOURCES) == expected
+
+
+def add_all(counts, parts, seen):
+    for part, n in zip(parts, seen.tolist()):
+        counts[part] += n
+    return counts
+
+
+@pytest.mark.parametrize('bound', [{'_MOST_WORDS': 100}, {'_MOST_BYTES': 500}])
+def test_of_too_many_words_the_frequent_ones_remain(monkeypatch, bound):
+    for name, most in bound.items():
+        monkeypatch.setattr(train_bpe, name, most)
+    monkeypatch.setattr(train_bpe, '_TOGETHER', 500)
+    rare = [f' the cat {number * 7919}' for number in range(2000)]
+    found = train_bpe.count_parts(rare)
+    assert len(found) <= 100 and sum(map(len, found)) <= 4000
+    assert found[b' the'] == found[b' cat'] == 2000
 
 
 def test_a_failure_to_read_the_text_is_the_failure_of_training():

@@ -21,6 +21,7 @@ from conftest import ROOT, run_script
 
 from nib.errors import UserError
 from nib.files import command
+from nib.text import train_bpe
 from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, encode_prompt, tokenizer_from_json
 from nib.tokens import borrow, encode, shakespeare, unfinished
 from nib.tokens.dataset import is_prepared, open_dataset
@@ -626,6 +627,29 @@ def test_a_tokenizer_is_trained_on_the_training_split(tmp_path, run_main):
     assert text_of(tmp_path / 'a') == text and data.vocab_size == 270
     assert data.meta['tokenizer']['kind'] == 'hf'
     assert not any(b'zy' in data.tokenizer.decode_bytes([token]) for token in range(270))
+
+
+def test_a_tokenizer_is_trained_once(tmp_path, run_main, monkeypatch):
+    (tmp_path / 'one.txt').write_text('the old captain sails home. ' * 400)
+    path, flags = tmp_path / 'one.txt', ['--vocab_size=270']
+    prepare_bpe(run_main, path, tmp_path / 'whole', *flags)
+    with (
+        monkeypatch.context() as stopped
+    ):  # a full disk: after the training, before the first token
+        stopped.setattr(unfinished.UnfinishedBins, 'add', lambda self, encoded: 1 / 0)
+        stopped.setattr(unfinished.UnfinishedBins, '__exit__', lambda *nothing: None)  # a kill
+        with pytest.raises(ZeroDivisionError):
+            prepare_bpe(run_main, path, tmp_path / 'a', *flags)
+    monkeypatch.setattr(train_bpe, 'train_bpe', None)
+    for _ in range(2):  # the second time, the dataset is complete
+        done = prepare_bpe(run_main, path, tmp_path / 'a', *flags)
+        assert done.returncode == 0, done.stderr
+        for name in ('meta.json', 'train.bin', 'val.bin'):
+            whole = (tmp_path / 'whole' / name).read_bytes()
+            assert (tmp_path / 'a' / name).read_bytes() == whole
+    monkeypatch.undo()
+    prepare_bpe(run_main, path, tmp_path / 'a', '--vocab_size=265')
+    assert open_dataset(tmp_path / 'a', 16).vocab_size == 265
 
 
 def test_what_a_trained_tokenizer_gains_is_told(notes, tmp_path, run_main, monkeypatch):
