@@ -1,6 +1,7 @@
 """How a script ends: errors of the user as one line, and the exit codes."""
 
 import errno
+import gc
 import io
 import os
 import re
@@ -84,6 +85,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
                 stream.reconfigure(errors='backslashreplace')
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by nib/startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not gc.isenabled():  # by nib/startup.py, too
+        gc.freeze()  # what has been imported is never garbage
+        gc.enable()
     exit_code = call(main, sys.argv[1:])
     if not hasattr(sys, 'ps1'):  # in a notebook, the process goes on
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,5 +1,6 @@
 """A run as one page: its charts show the records, whatever they are, and all text is escaped."""
 
+import gc
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 import configurator
 from nib.doctor import health
 from nib.report import charts, history
+from nib.report import page as pages
 from nib.report.charts import Chart, Series, badge_rows, show_number
 from nib.report.compare import compare
 from nib.report.page import SAMPLES, build_page, write_report
@@ -566,6 +569,71 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes():
         'learning rate', steps, [1 - step / 400_000 for step in steps], look='dashed'
     ).drawn()
     assert smooth.steps[0] == 0 and smooth.steps[-1] == 399_990 and smooth.look == 'dashed'
+
+
+@given(
+    st.lists(st.none() | st.integers(-3, 3) | st.floats(-9, 9), min_size=7, max_size=40),
+    st.integers(1, 7),
+)
+def test_a_bucket_keeps_its_extremes_its_median_and_its_first_gap(values, buckets):
+    series = Series('loss', range(0, 10 * len(values), 10), values)
+    ends = [bucket * len(values) // buckets for bucket in range(buckets + 1)]
+    for ranks, wanted in (
+        (lambda n: (0 * n, n - 1), lambda finite: [finite[0], finite[-1]]),
+        (lambda n: (n // 2,), lambda finite: [finite[len(finite) // 2]]),
+    ):
+        kept = set()
+        for start, end in pairwise(ends):
+            gaps = [index for index in range(start, end) if values[index] is None]
+            finite = [index for index in range(start, end) if values[index] is not None]
+            kept |= {*gaps[:1], *(wanted(sorted(finite, key=values.__getitem__)) if finite else ())}
+        thinned = series.chosen(buckets, ranks)
+        assert thinned.steps == [10 * index for index in sorted(kept)]
+        assert thinned.values == [values[index] for index in sorted(kept)]
+
+
+@given(st.lists(st.floats(0, 30) | st.just(0.0) | st.just(2000.0), max_size=3000))
+def test_times_between_those_of_the_page_are_right_within_a_pixel(pauses):
+    elapsed = dict(zip(range(0, 10 * len(pauses), 10), accumulate(pauses)))
+    times = pages.thin(elapsed)
+    assert len(times) <= 1002
+    if elapsed:
+        shown = np.interp(list(elapsed), list(times), list(times.values()))
+        times = list(elapsed.values())
+        assert np.abs(shown - times).max() <= times[-1] / 500
+
+
+def test_a_chart_of_many_runs_has_fewer_values_of_each():
+    noisy = [math.sin(step) for step in range(3000)]
+    few, many = (
+        Chart(
+            'a', 'A', '', tuple(Series('a', range(3000), noisy, run=str(n)) for n in range(count))
+        )
+        for count in (2, 50)
+    )
+    assert sum(len(one.steps) for one in few.drawn()) > 2 * 1000
+    assert sum(len(one.steps) for one in many.drawn()) < 3.1 * charts.CHART_BUCKETS
+    for one in many.drawn()[::2]:
+        assert min(one.values) == min(noisy) and max(one.values) == max(noisy)
+
+
+def test_a_long_run_makes_few_objects(tmp_path):
+    """An object for each value would make the page of 50 runs slow: the collector visits them."""
+    names = [f'update_ratio/{group}' for group in history.GROUPS]
+    names += ['loss/step', 'loss/mean', 'loss/max', 'grad_norm', 'mfu', 'noise_scale', 'clipped']
+    lines = [
+        {'step': step, 'time': 1e9 + step, **{name: math.sin(step) for name in names}}
+        for step in range(3000)
+    ]
+    folder = write_run(tmp_path / 'run', lines)
+    phases = []
+    gc.callbacks.append(lambda phase, info: phases.append(phase))
+    try:
+        page_of(folder)
+    finally:
+        gc.callbacks.pop()
+    made = phases.count('start') * gc.get_threshold()[0]
+    assert made < len(lines) * len(names) / 3
 
 
 # -- the parts of a chart --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -77,9 +78,8 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that has a record."""
-        steps = [max(values) for values in self.numbers.values() if values]
-        steps += [max(values) for values in self.texts.values() if values]
-        return max(steps, default=0)
+        recorded = [*self.numbers.values(), *self.texts.values()]
+        return max((next(reversed(values)) for values in recorded), default=0)
 
     def findings(self) -> list[Finding]:
         return [
@@ -181,22 +181,20 @@ def sort_records(path: Path) -> tuple[dict, dict, dict, int]:
     Each of the three maps a name to {step: value}, sorted by step. The last value of a step
     counts.
     """
-    numbers, texts, findings = {}, {}, {}
+    numbers, texts, findings = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     records, unread = read_records(path)
+    records.sort(key=lambda record: record['step'])
     for record in records:
         step = record.pop('step')
         for name, value in record.items():
-            if name.startswith('finding/') and isinstance(value, (str, dict)):
-                findings.setdefault(name, {})[step] = value
-            elif isinstance(value, str):
-                texts.setdefault(name, {})[step] = value
-            elif value is None or type(value) in (int, float):
+            if value is None or type(value) in (int, float):
                 finite = value is not None and abs(value) < 1e300
-                numbers.setdefault(name, {})[step] = value if finite else None
-    for kind in (numbers, texts, findings):
-        for name, values in kind.items():
-            kind[name] = dict(sorted(values.items()))
-    return numbers, texts, findings, unread
+                numbers[name][step] = value if finite else None
+            elif name.startswith('finding/') and isinstance(value, (str, dict)):
+                findings[name][step] = value
+            elif isinstance(value, str):
+                texts[name][step] = value
+    return dict(numbers), dict(texts), dict(findings), unread
 
 
 def read_runs(folders: Sequence) -> list[Run]:

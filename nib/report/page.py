@@ -5,9 +5,21 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nib.doctor.troubles import SEVERITIES, Finding
 from nib.files import atomic_write
-from nib.report.charts import DARK, LIGHT, SEVERITY_COLOURS, Flag, text, time_axis, to_html, to_json
+from nib.report.charts import (
+    BUCKETS,
+    DARK,
+    LIGHT,
+    SEVERITY_COLOURS,
+    Flag,
+    text,
+    time_axis,
+    to_html,
+    to_json,
+)
 from nib.report.compare import comparison_section
 from nib.report.history import Run, charts_of, memory_unit, read_runs
 from nib.report.pngs import save_png
@@ -87,10 +99,11 @@ def toolbar(runs, flags: Sequence[Flag]) -> str:
             units.discard('hours')
         if not run.tokens_per_step:
             units.discard('tokens')
+        times = thin(elapsed)
         data[run.name if len(runs) > 1 else ''] = {
             'tokens': run.tokens_per_step,
-            'steps': list(elapsed),
-            'hours': [round(seconds / 3600, 6) for seconds in elapsed.values()],
+            'steps': list(times),
+            'hours': [round(seconds / 3600, 6) for seconds in times.values()],
         }
     places = [[flag.run, flag.step, flag.number, flag.name, flag.severity] for flag in flags]
     content = to_json({'runs': data, 'units': sorted(units), 'flags': places})
@@ -108,6 +121,15 @@ def toolbar(runs, flags: Sequence[Flag]) -> str:
 <button type="reset">reset</button>
 <small>Drag over a chart to zoom in; double-click to zoom out.</small>
 <script type="application/json">{content}</script></form>"""
+
+
+def thin(elapsed: Mapping[int, float]) -> dict[int, float]:
+    """Returns times between which page.js interpolates, within 1/500 of the run's duration."""
+    seconds = np.array([*elapsed.values()])
+    buckets = (BUCKETS * seconds / (seconds.max(initial=0) or 1)).astype(int)
+    is_border = buckets[1:] != buckets[:-1]
+    kept = np.append(True, is_border) | np.append(is_border, True)  # ends of each bucket
+    return {step: time for (step, time), keep in zip(elapsed.items(), kept) if keep}
 
 
 def numbered_findings(runs) -> list[tuple[int, Run, Finding]]:

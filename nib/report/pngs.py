@@ -32,7 +32,7 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     from matplotlib.figure import Figure  # pyplot would keep figures and look for a display
     from matplotlib.lines import Line2D
 
-    axis, series = chart.axis(), [drawn for one in chart.series for drawn in one.drawn()]
+    axis, series = chart.axis(), chart.drawn()
     figure = Figure(figsize=(9, HEIGHT), dpi=150, layout='constrained')
     axes = figure.subplots()
     if chart.band:

@@ -182,3 +182,12 @@ def test_scripts_import_startup_before_everything_else(script):
     lines = (ROOT / f'{script}.py').read_text(encoding='utf-8').splitlines()
     first = next(line for line in lines if line.startswith(('import ', 'from ')))
     assert first.startswith('import nib.startup')
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows does not delete a working directory')
+def test_startup_works_in_a_deleted_working_directory(tmp_path):
+    program = f'import os, sys; os.rmdir({str(tmp_path)!r}); sys.path.insert(0, {str(ROOT)!r})'
+    program += '; import nib.startup, signal; print(signal.getsignal(signal.SIGINT))'
+    command = [sys.executable, '-c', program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and 'default_int_handler' in done.stdout, done.stderr
