@@ -6,6 +6,7 @@ same merges, but it splits all of the text with a regular expression and keeps e
 """
 
 import heapq
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -105,9 +106,12 @@ def _add(counts: Counter[bytes], parts: list[bytes], seen: np.ndarray) -> Counte
         counts[part] += n
     if len(counts) <= _MOST_WORDS and sum(map(len, counts)) <= _MOST_BYTES:
         return counts
-    ordered = counts.most_common(_MOST_WORDS // 2)  # of equal ones, the first seen
-    sizes = np.cumsum([len(part) for part, _ in ordered])
-    return Counter(dict(ordered[: np.searchsorted(sizes, _MOST_BYTES // 2)]))
+    # Of equally frequent ones, a sample of the whole text: the same checksums remain every time.
+    kept, n = list(counts), np.array([*counts.values()])
+    order = np.lexsort(([zlib.crc32(part) for part in kept], -n))[: _MOST_WORDS // 2]
+    sizes = np.array([*map(len, kept)])[order]
+    order = order[np.cumsum(sizes) <= _MOST_BYTES // 2]
+    return Counter({kept[number]: counts[kept[number]] for number in order.tolist()})
 
 
 def find_merges(words: Mapping[str, int], vocab_size: int) -> tuple[list[str], list[tuple]]:

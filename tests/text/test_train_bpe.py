@@ -138,6 +138,9 @@ def test_of_too_many_words_the_frequent_ones_remain(monkeypatch, bound):
     found = train_bpe.count_parts(rare)
     assert len(found) <= 100 and sum(map(len, found)) <= 4000
     assert found[b' the'] == found[b' cat'] == 2000
+    numbers = [int(part) // 7919 for part in found if part.strip().isdigit()]
+    assert min(numbers) < 500 and max(numbers) > 1500  # a sample of the others, from everywhere
+    assert sum(number < 1000 for number in numbers) > len(numbers) / 5
 
 
 def test_a_failure_to_read_the_text_is_the_failure_of_training():
