@@ -133,7 +133,7 @@ def add_all(counts, parts, seen):
 def test_of_too_many_words_the_frequent_ones_remain(monkeypatch, bound):
     for name, most in bound.items():
         monkeypatch.setattr(train_bpe, name, most)
-    monkeypatch.setattr(train_bpe, '_TOGETHER', 500)
+    monkeypatch.setattr(train_bpe, '_TOGETHER', 2000)
     rare = [f' the cat {number * 7919}' for number in range(2000)]
     found = train_bpe.count_parts(rare)
     assert len(found) <= 100 and sum(map(len, found)) <= 4000
