@@ -26,6 +26,7 @@ from nib.kernels import (
     head_cross_entropy,
     is_causal_attention,
     share_heads,
+    tanh_gelu,
     uses_head_kernel,
 )
 
@@ -158,19 +159,25 @@ class Rotary(nn.Module):
             frequencies *= kept + (1 - kept) / factor
         positions = torch.arange(config.block_size, dtype=torch.float64)
         angles = positions[:, None] * frequencies  # (block_size, D/2)
-        self.register_buffer('cos', angles.cos().float(), persistent=False)
-        self.register_buffer('sin', angles.sin().float(), persistent=False)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        self.register_buffer('cos', torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer('sin', torch.cat((-sin, sin), dim=-1), persistent=False)
 
     def forward(self, positions):
-        """cos and sin (1, T, D/2) of positions (T), or (B, 1, T, D/2) of positions (B, T)."""
+        """cos and sin (1, T, D) of positions (T), or (B, 1, T, D) of positions (B, T).
+
+        sin is negative in the first half, which rotate() subtracts.
+        """
         return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
 
 
 def rotate(x, rotary):
-    """Rotates x (B, H, T, D) by angles whose cos and sin are in `rotary`, in the dtype of x."""
+    """Rotates x (B, H, T, D) by angles whose cos and sin are in `rotary`, in the dtype of x.
+
+    roll() swaps the two halves of D.
+    """
     cos, sin = (part.type_as(x) for part in rotary)
-    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return x.roll(x.shape[-1] // 2, dims=-1) * sin + x * cos
 
 
 class Smear(nn.Module):
@@ -283,6 +290,16 @@ def kernels_fit() -> bool:
     return is_causal_attention(attention_scores)
 
 
+class TanhGELU(nn.GELU):
+    """GELU as in GPT-2: by the tanh approximation of Hendrycks and Gimpel 2016, section 2."""
+
+    def __init__(self):
+        super().__init__(approximate='tanh')
+
+    def forward(self, x):
+        return tanh_gelu(x)
+
+
 class SquaredReLU(nn.Module):
     """So et al. 2021."""
 
@@ -298,10 +315,8 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * x
 
 
-ACTIVATIONS: dict[
-    str, Callable[[], nn.Module]
-] = {  # GPTConfig.mlp; GELU as in GPT-2 (Hendrycks and Gimpel 2016)
-    'gelu': lambda: nn.GELU(approximate='tanh'),
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {  # GPTConfig.mlp
+    'gelu': TanhGELU,
     'gelu_erf': nn.GELU,
     'relu': nn.ReLU,
     'relu2': SquaredReLU,

@@ -20,8 +20,9 @@ import torch
 
 import configurator
 from model import GPT
+from nib.budget import Stopwatch, plan
 from nib.checkpoint import store
-from nib.checkpoint.start import new_model, read_start
+from nib.checkpoint.start import PLANNED, new_model, read_start
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, UserError, run_script
 from nib.guard import MAX_REWINDS, BadSteps, describe, nonfinite_parameters, watch_outputs
 from nib.machine.compiling import compile_model, pick_compile
@@ -50,6 +51,8 @@ out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
 init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an open model, a ckpt.pt
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
+budget: str = ''  # time for the run, as in 10m: plans model, batches, rate and steps
+params: str = ''  # size of the model, as in 10M: the same
 seed: int = 1337  # for weights, data order and dropout
 # evaluation and checkpoints
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
@@ -253,15 +256,19 @@ class Training:
         return tokens * self.micro_steps * self.ranks.world_size
 
     @property
+    def n_logits(self) -> int:
+        """Logits in a micro step."""
+        return self.batches.batch_size * self.batches.block_size * self.raw_model.config.vocab_size
+
+    @property
     def peak_flops(self) -> float | None:
         """Peak rate of all ranks together in FLOP/s, or None if unknown."""
         peak = peak_flops(self.device, self.dtype)
         return peak * self.ranks.world_size if peak else None
 
-    def peak_seconds(self, steps: int) -> float | None:
-        """Returns the time that `steps` steps would take at the peak rate, or None if unknown."""
-        flops = self.flops_per_token * self.tokens_per_step * steps
-        return flops / self.peak_flops if self.peak_flops else None
+    def flops(self, steps: int) -> float:
+        """Returns the FLOPs of `steps` steps, over all ranks."""
+        return self.flops_per_token * self.tokens_per_step * steps
 
     def compile_and_distribute(self, compiled: bool, say):
         """Compiles the model if requested, and distributes it if there are several ranks."""
@@ -322,6 +329,9 @@ def main(argv):
     globals().update(values)
     data = find_data(values, ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
+    if (budget or params) and not (eval_only or start and start.resumed):
+        config, origins = plan_run(config, origins, data, ranks, book)
+    book.say_data(data, config['gradient_accumulation_steps'] * config['batch_size'] * block_size)
     t = Training.set_up(config, data, start, ranks)
     if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
         config |= fit_batch_size(t, config, book.say)  # the tokens per step stay
@@ -330,7 +340,7 @@ def main(argv):
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    compiled, reason = pick_compile(compile, t.device, t.peak_seconds(max_iters))
+    compiled, reason = pick_compile(compile, t.device, t.flops(max_iters), t.peak_flops, t.n_logits)
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':
@@ -502,8 +512,18 @@ def find_data(values, ranks, book):
     data = open_or_prepare(values, ranks, book.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
-    book.say_data(data, gradient_accumulation_steps * batch_size * block_size)
     return data
+
+
+def plan_run(config, origins, data, ranks, book):
+    """Returns the config and its origins with the keys that --budget or --params chooses."""
+    watch = Stopwatch(Training.set_up, train_step, evaluate)
+    chosen, line = ranks.on_first(lambda: plan(config, origins, data, watch))
+    globals().update(chosen)
+    config = config | chosen
+    check_config(config, ranks.world_size)
+    book.say(line)
+    return config, origins | dict.fromkeys(chosen, PLANNED)
 
 
 def resume(t, state, start, config, book) -> dict:

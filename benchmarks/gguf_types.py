@@ -1,6 +1,6 @@
 """Compares a run, written as GGUF in every type, with itself: logits, greedy text, file size.
 
-    python benchmarks/gguf_types.py out-shakespeare-char out-modern-shakespeare-char
+    python benchmarks/gguf_types.py --runs=out-shakespeare-char,out-modern-shakespeare-char
 
 Needs llama-cpp-python, which compiles for a quarter of an hour. The text is that of the run's
 dataset: whole contexts from the beginning of its validation split.
@@ -17,17 +17,24 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import configurator
 from model import GPT
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.hub import gguf
 from nib.tokens.dataset import open_dataset
 
+runs: str = ''  # folders of runs, separated by commas
+
 CONTEXTS, GREEDY = 8, 100  # contexts to compare, tokens to generate
 TYPES = 'f32', 'f16', 'bf16', 'q8_0'
 
 
 def main(argv):
+    values, _ = configurator.configure(__file__, argv)
+    globals().update(values)
+    if not runs:
+        raise UserError('runs is empty: name the folders of runs, separated by commas')
     try:
         from llama_cpp import Llama, llama_cpp
     except ImportError as error:
@@ -40,7 +47,7 @@ def main(argv):
         return made
 
     llama_cpp.llama_model_default_params = defaults
-    for run in argv:
+    for run in runs.split(','):
         compare(run, Llama)
 
 

@@ -6,12 +6,15 @@
 
 Every contestant has the same shape, batch, optimizer (AdamW in torch's fused kernel) and clipping.
 In bfloat16, the peers run inside torch.autocast, which is one line in anybody's loop. 'compiled' is
-torch.compile with its defaults. A turn is a few whole steps, short because the speed of a machine
-drifts. Each peer is a process of its own, next to nibGPT's.
+torch.compile with its defaults. nibGPT is compiled if a long run with --compile=auto is; the time
+until it is ready, with three steps, is a line of its own. A turn is a few whole steps, short
+because the speed of a machine drifts. Each peer is a process of its own, next to nibGPT's.
 """
 
+import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +28,7 @@ from bench import Contestant
 from benchmarks import measure
 from benchmarks.nanogpt import NANOGPT_KEYS, NANOGPT_LOOP, NanoGPT
 from nib.errors import UserError, run_script
+from nib.machine.compiling import pick_compile
 from nib.machine.device import pick_device
 from nib.run.checks import settle_schedule
 from nib.tokens.dataset import open_dataset
@@ -78,14 +82,17 @@ def write(line: str):
 
 
 def measure_size(size: str, scratch: Path):
-    """Yields a line for each peer."""
+    """Yields a line about nibGPT and one for each peer."""
     values = train_config(size)
     rng = np.random.default_rng(0)
     for name in ('train.bin', 'val.bin'):  # as unevenly distributed as text
         tokens = rng.zipf(1.2, 200_000).clip(max=VOCAB_SIZES[size]) - 1
         tokens.astype(np.uint16).tofile(scratch / name)
     data = open_dataset(scratch, values['block_size'], VOCAB_SIZES[size])
+    started = time.perf_counter()
     ours = Contestant(values, data)
+    how = 'compiled' if values['compile'] else 'not compiled'
+    yield f'{size:8}nibGPT {how}, ready after {time.perf_counter() - started:.1f} s'
     for peer in peers.split(','):
         job = {key: values[key] for key in NANOGPT_KEYS if key in values} | {
             'model': peer.removesuffix('-compiled'),
@@ -111,9 +118,12 @@ def train_config(size: str) -> dict:
     """Returns the values of train.py's keys."""
     defaults = configurator.read_block(train.__file__).defaults
     device = pick_device('cpu')
-    changes = {'device': device, 'dtype': dtype, 'compile': False, 'prompt_tokens': 1}
+    shape = SIZES[size]
+    n_logits = shape['batch_size'] * shape['block_size'] * VOCAB_SIZES[size]
+    compiled, _ = pick_compile('auto', device, flops=math.inf, n_logits=n_logits)
+    changes = {'device': device, 'dtype': dtype, 'compile': compiled, 'prompt_tokens': 1}
     changes |= {'gradient_accumulation_steps': 1}
-    return settle_schedule(defaults | SIZES[size] | changes)
+    return settle_schedule(defaults | shape | changes)
 
 
 if __name__ == '__main__':

@@ -36,6 +36,7 @@ GROUPED = '--n_kv_head=2 --position=rotary --norm=rms'
 SMALL = '--n_layer=4 --n_embd=256 --n_head=4'
 MEDIUM = '--n_layer=6 --n_embd=384 --n_head=6'
 DEEP = '--n_layer=8 --n_embd=384 --n_head=6'
+TWELVE = '--n_layer=12 --n_embd=384 --n_head=6'
 WIDE = '--n_layer=4 --n_embd=512 --n_head=8'
 LARGE = '--n_embd=768 --n_head=12'
 ACCUMULATED = '--gradient_accumulation_steps=2'
@@ -67,7 +68,7 @@ CONFIGS = (  # the results file says which were seen while the estimate was made
     f'{MEDIUM} --block_size=256 --batch_size=32 --dtype=float32 --vocab_size=65',
     f'{LARGE} --n_layer=4 --block_size=256 --batch_size=4 --dtype=bfloat16 {MUON} {ACCUMULATED}',
     f'{MEDIUM} --block_size=256 --batch_size=8 --dtype=bfloat16 --mlp=relu2 --logit_cap=15',
-    f'{MEDIUM} --block_size=256 --batch_size=16 --dtype=float32 --recompute --vocab_size=1000',
+    f'{TWELVE} --block_size=256 --batch_size=16 --dtype=float32 --recompute --vocab_size=1000',
 )
 TINY = {'n_layer': 1, 'n_head': 1, 'n_kv_head': 0, 'n_embd': 32, 'block_size': 16, 'batch_size': 1}
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, IGNORED, MLP, GPTConfig, attend, attend_by_definition, kernels_fit
+from model import GPT, IGNORED, MLP, GPTConfig, RMSNorm, attend, attend_by_definition, kernels_fit
 from nib.errors import UserError
 from nib.kernels import HAS_AMX
 from nib.machine.compiling import compile_function
@@ -407,12 +407,15 @@ class BagCache:
 
 
 def for_generation(module: nn.Module, linear: Any):
-    """A copy of the module without dropout. It shares all parameters except packed ones.
+    """A copy of the module without dropout. It shares all parameters except those it rewrites:
+    packed matrices, and the gains of RMSNorm on a CPU.
 
     linear: PackedLinear or RowLinear, in place of linear layers where it pays; None: neither.
     """
     if linear and isinstance(module, nn.Linear) and linear.pays(module.weight):
         return linear(module.weight, module.bias)
+    if linear and isinstance(module, RMSNorm) and module.weight.device.type == 'cpu':
+        return FewRowNorm(module)
     if isinstance(module, nn.Dropout):
         return nn.Identity()
     twin: Any = copy.copy(module)
@@ -482,6 +485,20 @@ class RowLinear:
     @classmethod
     def pays(cls, weight) -> bool:
         return weight.device.type == 'cpu'
+
+
+class FewRowNorm:
+    """RMSNorm of a few rows on a CPU, in half as many operations as torch's."""
+
+    def __init__(self, norm: RMSNorm):
+        width = norm.normalized_shape[0]
+        self.weight = norm.weight.detach() * math.sqrt(width)
+        self.dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+        self.least = torch.tensor(math.sqrt(width * norm.eps), dtype=self.dtype, device='cpu')
+
+    def __call__(self, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype)
+        return (x * self.weight.type_as(x)).div_(length.hypot_(self.least))
 
 
 # -- the check ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Faster ways to compute what model.py defines: attention on a CPU, and the loss.
+"""Faster ways to compute what model.py defines: attention and GELU on a CPU, and the loss.
 
 You can read model.py without this file. Letters in shapes are those of model.py, and N is the
 number of tokens, B x T.
@@ -124,6 +124,22 @@ class LongAttention(torch.autograd.Function):
                 else:
                     total[:, seen] += part
         return tuple(grad.view(B, H, T, D) for grad in (grad_q, grad_k, grad_v))
+
+
+# -- GELU -----------------------------------------------------------------------------------------
+
+
+def tanh_gelu(x):
+    """GELU by its tanh approximation: x * (1 + tanh(u)) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    Compiled for a CPU, tanh takes half of the time of this function. As (1 + tanh(u)) / 2 is the
+    logistic function of 2u, whose exponential is fast, the compiler gets that.
+    """
+    if not (x.device.type == 'cpu' and torch.compiler.is_compiling()):
+        return F.gelu(x, approximate='tanh')
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    u = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+    return (z * torch.sigmoid(2 * u)).type_as(x)
 
 
 # -- the loss -------------------------------------------------------------------------------------

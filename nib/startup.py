@@ -1,17 +1,33 @@
 """Makes the imports of a script, which take seconds, faster and lets Ctrl-C end them quietly.
 
-A script imports this module first. run_script() then restores what is usual.
+A script imports this module first. run_script() then restores what is usual. It also notes when the
+script has started.
 """
 
 import gc
 import os
 import signal
 import sys
+import time
 
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''  # absolute
 _is_script = os.path.dirname(_main) == os.path.dirname(os.path.dirname(__file__))
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
+_started = time.perf_counter()
 if _is_script and not hasattr(sys, 'ps1'):  # a notebook has a prompt
     gc.disable()  # it takes a tenth of the time and finds nothing
     if _is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def started() -> float:
+    """Returns when this script started, on the clock of time.perf_counter().
+
+    If the process is not that of a script, such as a notebook, it returns the present.
+    """
+    return _started if _is_script else time.perf_counter()
+
+
+def seconds() -> float:
+    """Returns how long this script has been running."""
+    return time.perf_counter() - started()

@@ -309,7 +309,8 @@ def entropy_by_hand(attention, x, rotary, config) -> float:
             attention.k_norm(k[b, :, shared * D :][:, :D]),
         )
         if rotary is not None:  # two dimensions are one complex number, turned by its angle
-            turn = torch.complex(*(part[0] for part in rotary))  # (T, D / 2)
+            cos, sin = (part[0].chunk(2, dim=-1)[1] for part in rotary)  # (T, D / 2)
+            turn = torch.complex(cos.contiguous(), sin.contiguous())
             query, key = (torch.complex(*part.chunk(2, dim=1)) * turn for part in (query, key))
             query, key = (torch.cat((part.real, part.imag), dim=1) for part in (query, key))
         for t in range(x.shape[1]):

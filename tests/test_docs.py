@@ -59,6 +59,7 @@ RUN = {
     'python train.py config/modern_shakespeare_char.py': [*TINY_RUN, '--n_kv_head=1'],
     'python train.py config/fast_shakespeare_char.py': [*TINY_RUN, '--cooldown_iters=1'],
     'python train.py config/train_text.py --dataset=notes': TINY_RUN,
+    'python train.py config/train_text.py --dataset=notes --params=10M': TINY_RUN,
     'python train.py config/lab/lr_too_high.py --stop_on=warning': [*TINY_RUN, '--stop_on=never'],
     'python convert.py --out_dir=out-shakespeare-char --dest=shakespeare-hf': [],
     'python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=shakespeare-nanogpt': [],
@@ -96,6 +97,7 @@ RUN = {
 }
 # Commands that another test runs.
 ELSEWHERE = {
+    'python train.py config/train_text.py --dataset=notes --budget=10m': 'test_budget.py, 12 s',
     'python -c "import this" > zen.txt': 'test_chapter.py',
     'python data/text/prepare.py --input=zen.txt --name=zen': 'test_chapter.py',
     'python train.py config/zen.py --device=cpu': 'test_chapter.py',
@@ -184,6 +186,8 @@ LONG = {
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',
     'python benchmarks/busy_machine.py': 'takes a quiet machine for two minutes',
+    'python benchmarks/scaling.py': 'trains 60 models',
+    'python data/stdlib_char/prepare.py': 'test_train.py, as a fallback',
     'python benchmarks/ablation.py --text=data/shakespeare_char/input.txt': 'trains 54 models',
     'python data/text/prepare.py '
     '--input=FOLDER --name=code --tokenizer=byte': 'is a trial with a large text',

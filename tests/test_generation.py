@@ -193,6 +193,21 @@ def test_a_torch_without_the_operators_of_packed_matrices_generates_all_the_same
     torch.testing.assert_close(plain, packed, atol=0.02 * float(packed.std()), rtol=0)
 
 
+@pytest.mark.parametrize('size', [0.0, 1e-4, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize(
+    'dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)]
+)
+def test_the_rms_norm_of_generation_equals_that_of_the_model(dtype, tolerance, size):
+    """Also where eps counts: it is 1e-6."""
+    torch.manual_seed(0)
+    norm, x = model_file.RMSNorm(40, eps=1e-6).to(dtype), size * torch.randn(3, 2, 40, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    with torch.inference_mode():
+        y = generation.for_generation(norm, generation.PackedLinear)(x)
+        assert y.dtype == dtype and y.shape == x.shape
+        torch.testing.assert_close(y, norm(x), rtol=tolerance, atol=tolerance)
+
+
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     model = make_model(scale=0.05)
     first, again, other = (generate(model, [[1, 2]], 30, seed=seed)[0] for seed in (7, 7, 8))

@@ -278,6 +278,26 @@ def test_the_loss_in_chunks_of_bfloat16_follows_float32s(monkeypatch):
     )
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_gelu_for_the_compiler_is_as_exact_as_the_plain_one(monkeypatch, dtype):
+    x = torch.cat((torch.linspace(-12, 12, 4801), torch.tensor([-1e4, 1e4]))).to(dtype)
+    gradient = torch.linspace(-2, 2, len(x)).to(dtype)
+
+    def run(x, gradient):
+        x = x.clone().requires_grad_()
+        y = kernels.tanh_gelu(x)
+        y.backward(gradient)
+        return y.detach(), x.grad
+
+    exact = run(x.double(), gradient.double())
+    plain = run(x, gradient)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    for found, as_usual, true in zip(run(x, gradient), plain, exact):
+        assert found.dtype == dtype
+        bound = 2 * (as_usual - true).abs().max() + 1e-14 * true.abs().max()
+        assert (found - true).abs().max() <= bound
+
+
 @pytest.mark.slow
 def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
     monkeypatch.setattr(kernels, 'LOSS_CHUNK', 30 * 97)

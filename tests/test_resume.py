@@ -11,6 +11,7 @@ from conftest import ROOT, SMALL_RUN, records, run_script
 
 import train as training
 from nib.checkpoint import store
+from nib.machine import compiling
 
 STEPS = 24
 # Dropout, accumulation and a schedule. These flags win over those of SMALL_RUN.
@@ -126,10 +127,26 @@ def test_a_step_that_is_cut_between_its_micro_steps_is_done_again(train_here, tm
 
 
 @pytest.mark.slow
-def test_a_compiled_run_cut_and_resumed_equals_the_uninterrupted_compiled_one(run_cut, tmp_path):
-    whole = run_cut(tmp_path / 'whole', [], '--compile')
+def test_a_run_that_auto_compiles_equals_the_uninterrupted_one(run_cut, tmp_path, monkeypatch):
+    """The whole run is long enough for compilation to pay off; the steps left are not."""
+    compiled, flops, compile_model = [], training.Training.flops, training.compile_model
+
+    def make_long_enough(t, steps):
+        monkeypatch.setattr(compiling, 'SHORT_CPU_RUN', 0.99 * flops(t, STEPS))
+        return flops(t, steps)
+
+    def note(model, *args):
+        result = compile_model(model, *args)
+        compiled.append(result is not model)
+        return result
+
+    monkeypatch.setattr(compiling, 'HAS_AMX', True)
+    monkeypatch.setattr(training.Training, 'flops', make_long_enough)
+    monkeypatch.setattr(training, 'compile_model', note)
+    whole = run_cut(tmp_path / 'whole', [], '--compile=auto')
     for cuts in ([1], [10, 17]):
-        assert run_cut(tmp_path / f'cut-{cuts}', cuts, '--compile') == whole
+        assert run_cut(tmp_path / f'cut-{cuts}', cuts, '--compile=auto') == whole
+    assert compiled == [True] * 6
 
 
 ON_RANKS = f"""

@@ -20,6 +20,7 @@ from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # in openai-community/ on the hub
+PLANNED = 'planned'  # origin of the keys that --budget or --params has chosen
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,15 @@ class Weights:
     def continues_nanogpt(self) -> bool:
         return bool(self.resumed) and 'source' in self.resumed.state
 
-    def adopt(self, values: Mapping, origins: Mapping) -> dict:
+    def adopt(self, values: Mapping, origins: dict) -> dict:
         """Returns the config's values with this model's architecture.
 
-        Raises UserError if the user has set a key to a value that contradicts the model. dropout
-        and recompute may differ, and in a new run, block_size may be smaller.
+        A resumed run keeps its plan, which is noted in origins, except for keys of the command
+        line. Raises UserError if the user has set a key to a value that contradicts the model.
+        dropout and recompute may differ, and in a new run, block_size may be smaller.
         """
+        if self.resumed:
+            values = self.keep_plan(values, origins)
         adopted = dict(values)
         names = [field.name for field in fields(GPTConfig) if field.name in values]
         fixed = {name: getattr(self.model, name) for name in names}
@@ -89,6 +93,20 @@ class Weights:
                     f'--init_from=scratch and another --out_dir'
                 )
         return adopted
+
+    def keep_plan(self, values: Mapping, origins: dict) -> dict:
+        """Returns the values with what --budget or --params chose when the run began."""
+        before, chosen = self.resumed.state['config'], self.resumed.state.get('origins', {})
+        for key in ('budget', 'params'):
+            if origins.get(key) == 'command line' and values[key] != before.get(key, ''):
+                raise UserError(
+                    f'--{key} plans a new run, and {self.name} was begun with '
+                    f'{key} {before.get(key, "")!r}: leave it out, or change --max_iters instead'
+                )
+        kept = [key for key, origin in chosen.items() if origin == PLANNED and key in values]
+        kept = [key for key in kept if origins[key] != 'command line']
+        origins |= dict.fromkeys(kept, PLANNED)
+        return {**values, **{key: before[key] for key in kept}}
 
     def changes(self, config: Mapping) -> dict[str, list]:
         """Returns the keys that have changed since the checkpoint -> [value then, value now]."""

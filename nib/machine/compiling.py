@@ -9,25 +9,36 @@ from typing import Any
 import torch
 
 from model import kernels_fit
+from nib.kernels import HAS_AMX, LOSS_CHUNK
 
 SHORT_RUN = 15  # seconds at the peak rate; about a minute in practice, mostly spent compiling
+SHORT_CPU_RUN = 3e14  # FLOPs; about a quarter of an hour on two cores, a minute of it compiling
 
 
 def pick_compile(
-    compile: bool | str, device: str, peak_seconds: float | None = None
+    compile: bool | str,
+    device: str,
+    flops: float = 0.0,
+    peak_flops: float | None = None,
+    n_logits: int = 0,
 ) -> tuple[bool, str]:
     """Returns whether to compile the model, and the reason.
 
-    peak_seconds: duration of the run at the device's peak rate, if known.
+    flops: of the whole run, so that a resumed run chooses the same. peak_flops: the device's peak
+    rate in FLOP/s, if known. n_logits: those of a micro batch.
     """
     compiler = os.environ.get('CXX') or 'g++'
     reason = 'as requested'
     if compile == 'auto':
-        if not device.startswith('cuda'):
+        on_gpu = device.startswith('cuda')
+        if not on_gpu and not (device == 'cpu' and HAS_AMX):
             return False, 'no faster on a CPU'
-        if peak_seconds is not None and peak_seconds < SHORT_RUN:
+        if not on_gpu and n_logits > LOSS_CHUNK:  # the compiler unrolls the loss in chunks
+            return False, 'compilation would take minutes with this vocabulary'
+        # The rate of a CPU varies with its load, on which the choice must not depend.
+        if flops < (SHORT_RUN * (peak_flops or 0.0) if on_gpu else SHORT_CPU_RUN):
             return False, 'the run is too short for compilation to pay off'
-        compile, reason = True, 'faster on a GPU'
+        compile, reason = True, f'faster on {"a GPU" if on_gpu else "this CPU in a long run"}'
     if compile and not any(shutil.which(name) for name in (compiler, 'gcc', 'clang')):
         return False, 'no C compiler found: install gcc'
     return bool(compile), reason

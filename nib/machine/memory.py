@@ -110,10 +110,12 @@ def heap_bytes(
     # Small tensors split what the loss has freed: the next step's loss needs new memory. The same
     # happens to activations, less so between the buffers of a float32 loss, and with gradients
     # that stay until the next pass.
-    gaps = GAPS * activations
+    block, holes = backward_bytes(config, dtype)
+    gaps = max(GAPS * activations * (not config.recompute), tokens * block)
+    gaps += tokens * holes * config.recompute
     if tokens * V > LOSS_CHUNK:
         loss = FLOAT * LOSS_CHUNK + 2 * (LOSS_CHUNK + V * C) * (not is_float32)
-        gaps = loss if is_float32 else max(gaps, loss)
+        gaps = loss if is_float32 and not config.recompute else max(gaps, loss)
     gaps += GAPS * activations * accumulates
     keys = config.block_size if config.dropout and is_float32 else 0
     if not is_float32 and config.block_size > QUERY_BLOCK:
@@ -122,8 +124,37 @@ def heap_bytes(
     return tables + gaps + 4 * (FLOAT if is_float32 else 2) * tokens * config.n_head * keys
 
 
+def backward_bytes(config: GPTConfig, dtype: str) -> tuple[float, float]:
+    """Returns what the backward pass takes on a CPU's heap beside activations, in bytes per token.
+
+    The first number is for a block: gradients of weights split what a block has freed, so that the
+    next one needs new memory, and hidden units and their activation have gradients. The second is
+    the holes that the forward pass leaves with recompute: the input that each block keeps takes a
+    part of what its hidden units have freed, and those of the next block do not fit into the rest.
+    """
+    width = config.mlp_units * (2 if config.mlp == 'swiglu' else 1)
+    hidden = (FLOAT if dtype == 'float32' else 2) * width
+    holes = config.n_layer * max(0, hidden - FLOAT * config.n_embd)
+    return layer_bytes(config, 'cpu', dtype) + 2 * hidden, holes
+
+
 def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
-    """Returns the bytes per token that the backward pass needs, of all layers.
+    """Returns the bytes per token that the backward pass needs, of all layers."""
+    layer = layer_bytes(config, device, dtype)
+    last = norm_bytes(config, device) + (FLOAT if dtype == 'float32' else 2) * config.n_embd
+    if config.recompute:
+        return config.n_layer * FLOAT * config.n_embd + layer + last
+    return config.n_layer * layer + last
+
+
+def norm_bytes(config: GPTConfig, device: str) -> int:
+    """Returns the bytes per token that a normalization keeps."""
+    # RMSNorm on a CPU is several operations, and keeps the normalized stream too.
+    return FLOAT * config.n_embd * (2 if config.norm == 'rms' and device == 'cpu' else 1)
+
+
+def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
+    """Returns the bytes per token that the backward pass needs, of a layer.
 
     These are the inputs of each operation whose gradient depends on them. The residual stream is
     float32, matrix products are in `dtype`.
@@ -137,9 +168,8 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     is_long = config.block_size > QUERY_BLOCK and not config.dropout
     has_views = in_blocks and is_long and KV == Q and HAS_AMX
 
-    # RMSNorm on a CPU is several operations, and keeps the normalized stream too.
     rms_parts = config.norm == 'rms' and on_cpu
-    norm = FLOAT * C * (2 if rms_parts else 1)
+    norm = norm_bytes(config, device)
     is_new = config.qk_norm or config.position == 'rotary'  # queries and keys are new tensors
     qkv = size * (Q + 2 * KV)
     if config.qk_norm and rms_parts:
@@ -160,11 +190,7 @@ def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
     mlp = norm + size * C + size * hidden
     dropped = 2 * size * C if config.dropout else 0
-    layer = attention + mlp + dropped
-    last = norm + size * C
-    if config.recompute:
-        return config.n_layer * FLOAT * C + layer + last
-    return config.n_layer * layer + last
+    return attention + mlp + dropped
 
 
 def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled: bool) -> float:

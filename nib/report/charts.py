@@ -1,7 +1,7 @@
 """Charts as data. nib/report/page.js draws them on the page, nib/report/pngs.py as PNGs.
 
 There is no chart library on the page: with plotly 7.1, the same 14 charts of a run with 10,000 log
-lines are 7.5 MB instead of 0.4 MB and take 5 to 7 s instead of 0.3 s to open (Chromium, 2 cores).
+lines are 7.5 MB instead of 0.3 MB and take 5 to 7 s instead of 0.3 s to open (Chromium, 2 cores).
 """
 
 import json

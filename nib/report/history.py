@@ -78,8 +78,9 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that has a record."""
-        recorded = [*self.numbers.values(), *self.texts.values()]
-        return max((next(reversed(values)) for values in recorded), default=0)
+        last = [next(reversed(values)) for values in self.numbers.values()]
+        last += [next(reversed(values)) for values in self.texts.values()]
+        return max(last, default=0)
 
     def findings(self) -> list[Finding]:
         return [

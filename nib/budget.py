@@ -1,0 +1,336 @@
+"""One dial: the model and the run that make the best use of a time, on this machine and text.
+
+--budget=10m: the largest model is not the best one, because a smaller one reads more text in the
+same time. A scaling law predicts the loss of each size with the tokens that it would read, from its
+measured speed. --params=10M: the size is given, and the law says how many tokens it deserves.
+docs/scaling_laws.md explains the law and where its constants and the rules below come from.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from model import GPTConfig
+from nib import startup
+from nib.errors import UserError
+from nib.machine.compiling import pick_compile
+from nib.machine.device import synchronize
+from nib.machine.memory import (
+    USABLE,
+    available_memory,
+    batch_sizes,
+    needed_memory,
+    parameter_shapes,
+)
+from nib.tokens.dataset import TokenDataset
+
+SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
+COUNTS = {'': 1, 'k': 1e3, 'M': 1e6, 'B': 1e9}
+
+WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+EVALUATIONS = 4  # besides that of step 0
+ENDING = 2.0  # seconds of the last checkpoint, the doctor's verdict and the report
+CHECKS = 12  # steps that the doctor's measurements of the gradient's noise are worth
+SAMPLING = 0.0006  # seconds per layer and token of a printed sample
+MIN_STEPS = 20
+RATE = 0.015  # learning rate up to width 128
+BATCH = 1536  # tokens of a step, up to a million tokens
+
+# The ideas of config/fast_shakespeare_char.py.
+RECIPE = {
+    'optimizer': 'muon',
+    'muon_lr_ratio': 0.5,
+    'beta2': 0.99,
+    'position': 'rotary',
+    'qk_norm': True,
+    'mlp': 'swiglu',
+    'tied_head': False,
+    'zero_init': True,
+    'smear': 2,
+    'n_kv_head': 0,
+    'head_dim': 0,
+    'mlp_width': 0,
+    'lr_schedule': 'wsd',
+    'min_lr': 0.0,
+}
+
+
+def parse_duration(text: str) -> float:
+    """Returns the seconds of '90s', '10m', '1.5h' or '2d'. Raises UserError for another text."""
+    return _parse(text, SECONDS, '--budget', 'a time such as 90s, 10m or 2h')
+
+
+def parse_count(text: str) -> float:
+    """Returns the number of '300k', '10M', '1.5B' or '5000'. Raises UserError for another text."""
+    return _parse(text, COUNTS, '--params', 'a number of parameters such as 300k, 10M or 1.5B')
+
+
+def _parse(text: str, units: Mapping[str, float], flag: str, expected: str) -> float:
+    found = re.fullmatch(r'(\d+\.?\d*)([a-zA-Z]?)', text)
+    if not found or found[2] not in units or not float(found[1]):
+        raise UserError(f'{flag}={text}: expected {expected}')
+    return float(found[1]) * units[found[2]]
+
+
+# -- the law ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a model of N parameters (without embeddings) loses after D tokens: A/N^alpha + B/D^beta.
+
+    Hoffmann et al. 2022, section 3.3, without the floor, which differs between texts and decides
+    nothing. Repeated tokens are worth less than new ones: Muennighoff et al. 2023, section 3.1.
+    """
+
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    repeats: float = 15.4  # epochs after which another one is worth 1/e; not fitted here
+
+    def loss(self, n: float, tokens: float, unique: float = math.inf) -> float:
+        """Returns the predicted loss above the floor, in nats per token.
+
+        tokens: read in training, from a text of `unique` tokens.
+        """
+        return self.A / n**self.alpha + self.B / self.worth(tokens, unique) ** self.beta
+
+    def worth(self, tokens: float, unique: float) -> float:
+        """Returns the number of new tokens that teach as much."""
+        if tokens <= unique:
+            return tokens
+        epochs = tokens / unique - 1
+        return unique * (1 + self.repeats * (1 - math.exp(-epochs / self.repeats)))
+
+    def best_tokens(self, n: float) -> float:
+        """Returns the tokens with which N parameters make the best use of N * D FLOPs."""
+        ratio = self.beta * self.B / (self.alpha * self.A)
+        return (ratio * n**self.alpha) ** (1 / self.beta)
+
+
+LAW = Law(A=15.0, alpha=0.357, B=58.9, beta=0.387)  # fitted by benchmarks/scaling.py
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Measures models that are thrown away, with three functions of train.py."""
+
+    set_up: Callable  # Training.set_up
+    train_step: Callable
+    evaluate: Callable
+
+    def measure(
+        self, config: Mapping, data: TokenDataset, seconds: float, compiled: bool = False
+    ) -> tuple[float, float]:
+        """Returns the seconds of a training step and of an evaluation batch.
+
+        seconds: how long to measure steps; at least two are measured.
+        """
+        t = self.set_up({**config, 'on_nonfinite': 'skip'}, data)
+        t.optimizer.lr = config['learning_rate'] / 10
+        if compiled:
+            t.compile_and_distribute(True, lambda line: None)
+        n_warm, step = 2, 0  # the first steps are slower
+        started = time.perf_counter()
+        while step < n_warm + 2 or time.perf_counter() - started < seconds:
+            self.train_step(t, t.batches.micro_batches(step), step)
+            synchronize(t.device)
+            step += 1
+            if step == n_warm:
+                started = time.perf_counter()
+        per_step = (time.perf_counter() - started) / (step - n_warm)
+        for _ in range(2):  # the second one is warm
+            started, n_batches = time.perf_counter(), 4
+            batches = t.batches.eval_batches(data.val, n_batches)
+            self.evaluate(t.raw_model, batches, t.precision, t.ranks)
+        return per_step, (time.perf_counter() - started) / n_batches
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans runs on a dataset.
+
+    config: train.py's values with the device, dtype and ranks to use. fixed: the keys that the user
+    has set on the command line. room: bytes of memory to plan with.
+    """
+
+    config: Mapping
+    fixed: Mapping
+    data: TokenDataset
+    room: float = math.inf
+
+    def shape(self, width: int, tokens: float) -> dict:
+        """Returns the keys of a model of a width and of its batches, to train on about `tokens`."""
+        n_train, ranks = len(self.data.train), self.config.get('ranks', 1)
+        n_layer = max(2, width // 64)  # few and large operations are fast
+        width = self.fixed.get('n_embd', width)
+        # Longer runs can use a longer context, and larger batches with less noisy gradients.
+        context = 2 ** round(math.log2(128 * (tokens / 6e5) ** (1 / 3)))
+        context = min(max(64, context), 1024, len(self.data.val) - 1, n_train // 2)
+        keys = RECIPE | {
+            'n_layer': n_layer,
+            'n_embd': width,
+            'n_head': max(1, width // (32 if width <= 256 else 64)),
+            'dropout': 0.0 if tokens < 5 * n_train else 0.1,
+            'block_size': max(1, context),
+            'gradient_accumulation_steps': ranks,
+        }
+        keys = keys | self.fixed
+        sequences = BATCH * max(1.0, (tokens / 1e6) ** 0.5) / keys['block_size']
+        more = {
+            'batch_size': max(1, round(sequences / keys['gradient_accumulation_steps'])),
+            'rotary_base': 100.0 * max(1, keys['block_size'] // 64),
+            'learning_rate': float(f'{RATE * min(1.0, (128 / width) ** 0.75):.2g}'),
+        }
+        return self.fit_memory(keys | more | self.fixed)
+
+    def fit_memory(self, keys: dict) -> dict:
+        """Returns the keys with the largest batch_size for which the estimate fits the memory."""
+        values = {**self.config, **keys}
+        for sizes in batch_sizes(values) if self.room < math.inf else ():
+            if needed_memory(self.model(keys), values | sizes) <= USABLE * self.room:
+                return keys | sizes
+        return keys
+
+    def schedule(self, keys: dict, steps: int) -> dict:
+        """Returns the keys with those that depend on the number of steps."""
+        return (
+            keys
+            | {
+                'max_iters': steps,
+                'lr_decay_iters': steps,
+                'warmup_iters': min(steps // 10, max(10, steps // 50)),
+                'cooldown_iters': steps * 2 // 3,
+                'muon_momentum': 0.85 if steps < 1000 else 0.95,  # a short memory for a short run
+                'eval_interval': max(1, math.ceil(steps / EVALUATIONS)),
+                'eval_iters': max(1, steps // 100),
+            }
+            | self.fixed
+        )
+
+    def model(self, keys: Mapping) -> GPTConfig:
+        """Returns the model of the keys. Raises UserError if keys of the user contradict it."""
+        try:
+            return GPTConfig.pick({**self.config, **keys}, self.data.vocab_size)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def count(self, keys: Mapping, embeddings: bool) -> int:
+        """Returns the number of parameters, with or without embeddings and output head."""
+        shapes = parameter_shapes(self.model(keys))
+        return sum(s.numel() for name, s in shapes.items() if embeddings or '.h.' in name)
+
+    def nearest_width(self, params: float) -> int:
+        """Returns the width whose model has the number of parameters most similar to `params`."""
+
+        def distance(width: int) -> float:
+            return abs(math.log(self.count(self.shape(width, 1e6), embeddings=True) / params))
+
+        return min(WIDTHS, key=distance)
+
+    def for_size(self, params: float) -> dict:
+        """Returns the keys for a number of parameters and the tokens that it deserves."""
+        width = self.nearest_width(params)
+        n = self.count(self.shape(width, 1e6), embeddings=False)
+        # More than 16 epochs teach little more: Muennighoff et al. 2023, figure 1.
+        tokens = min(LAW.best_tokens(n), 16 * len(self.data.train))
+        keys = self.shape(width, tokens)
+        return self.schedule(keys, max(MIN_STEPS, round(tokens / tokens_per_step(keys))))
+
+    def for_time(self, ends: float, widths: Sequence[int], watch: Stopwatch) -> dict:
+        """Returns the keys of the run that ends in time and has the lowest predicted loss.
+
+        ends: on the clock of time.perf_counter(). The loss falls with the width and then rises,
+        because wide models read less.
+        """
+        budget = ends - time.perf_counter()
+        tokens, best, lowest = 3e5, widths[0], math.inf
+        for width in widths:
+            keys = self.shape(width, tokens)
+            speed = watch.measure({**self.config, **keys}, self.data, min(0.5, budget / 100))
+            read = max(1, self.steps_until(ends, keys, speed)) * tokens_per_step(keys)
+            loss = LAW.loss(self.count(keys, embeddings=False), read, len(self.data.train))
+            if loss >= lowest:
+                break
+            tokens, best, lowest = read, width, loss
+        # Once more, for longer, with the context and the batch for that many tokens.
+        keys = self.shape(best, tokens)
+        values = {**self.config, **keys}
+        compiled, _ = pick_compile(values['compile'], values['device'])
+        speed = watch.measure(values, self.data, min(3.0, budget / 40), compiled)
+        steps = self.steps_until(ends, keys, speed)
+        if steps < MIN_STEPS:
+            spent = budget - (ends - time.perf_counter())
+            needed = math.ceil(1.2 * (spent + self.seconds(keys, MIN_STEPS, speed)))
+            raise UserError(
+                f'the budget is too short for {MIN_STEPS} steps and the evaluation of '
+                f'{len(self.data.val):,} validation tokens on this machine: use at least '
+                f'--budget={needed + math.ceil(startup.seconds())}s'
+            )
+        return self.schedule(keys, steps)
+
+    def steps_until(self, ends: float, keys: dict, speed: tuple[float, float]) -> int:
+        """Returns the number of steps after which a run that begins now ends in time."""
+        none, thousand = (self.seconds(keys, steps, speed) for steps in (0, 1000))
+        return int(1000 * (ends - time.perf_counter() - none) / (thousand - none))
+
+    def seconds(self, keys: dict, steps: int, speed: tuple[float, float]) -> float:
+        """Returns how long a run takes after its plan.
+
+        speed: the seconds of a training step and of an evaluation batch.
+        """
+        keys, (step, batch) = self.schedule(keys, steps), speed
+        evaluations = 1 + math.ceil(steps / keys['eval_interval'])
+        batches = 2 * evaluations * keys['eval_iters']  # of both splits
+        batches += len(self.data.val) / (keys['batch_size'] * keys['block_size'])  # at the end
+        samples = self.config['sample_tokens'] * evaluations * keys['n_layer'] * SAMPLING
+        return (steps + CHECKS) * step + batches * batch + samples + ENDING
+
+
+def tokens_per_step(keys: Mapping) -> int:
+    return keys['batch_size'] * keys['gradient_accumulation_steps'] * keys['block_size']
+
+
+def plan(
+    config: Mapping, origins: Mapping, data: TokenDataset, watch: Stopwatch
+) -> tuple[dict, str]:
+    """Returns the keys that --budget or --params chooses, and a line about them.
+
+    config: train.py's values with the device, dtype and ranks to use. origins: where they come
+    from; those of the command line are kept. Raises UserError if the run is impossible.
+    """
+    ends = startup.started() + parse_duration(config['budget']) if config['budget'] else None
+    params = parse_count(config['params']) if config['params'] else None
+    if config['init_from'] != 'scratch':
+        raise UserError(
+            f'--budget and --params plan a new model, but init_from is {config["init_from"]!r}: '
+            f'leave one of them out'
+        )
+    fixed = {key: config[key] for key in origins if origins[key] == 'command line'}
+    if ends and (steps := {'max_iters', 'lr_decay_iters'} & fixed.keys()):
+        raise UserError(f'--budget sets the number of steps: leave out --{min(steps)}, or --budget')
+    room = math.inf
+    with suppress(UserError):  # unknown
+        room = available_memory(config['device'])
+    planner = Planner(config, fixed, data, room)
+    if ends:
+        widths = [planner.nearest_width(params)] if params else WIDTHS
+        keys = planner.for_time(ends, widths, watch)
+    else:
+        keys = planner.for_size(params)
+    tokens = tokens_per_step(keys) * keys['max_iters']
+    asked = ' and '.join(f'{key} {config[key]}' for key in ('budget', 'params') if config[key])
+    line = (
+        f'plan for {asked}: n_layer {keys["n_layer"]}, n_embd {keys["n_embd"]}, n_head '
+        f'{keys["n_head"]}, block_size {keys["block_size"]}, batch_size {keys["batch_size"]}, '
+        f'learning_rate {keys["learning_rate"]:g}, dropout {keys["dropout"]:g}, max_iters '
+        f'{keys["max_iters"]}: {tokens:,} tokens, {tokens / len(data.train):.2g} epochs'
+    )
+    return {key: value for key, value in keys.items() if key not in fixed}, line
