@@ -108,7 +108,8 @@ def _add(counts: Counter[bytes], parts: list[bytes], seen: np.ndarray) -> Counte
         return counts
     # Of equally frequent ones, a sample of the whole text: the same checksums remain every time.
     kept, n = list(counts), np.array([*counts.values()])
-    order = np.lexsort(([zlib.crc32(part) for part in kept], -n))[: _MOST_WORDS // 2]
+    checksums = np.array([zlib.crc32(part) for part in kept])
+    order = np.lexsort((checksums, -n))[: _MOST_WORDS // 2]
     sizes = np.array([*map(len, kept)])[order]
     order = order[np.cumsum(sizes) <= _MOST_BYTES // 2]
     return Counter({kept[number]: counts[kept[number]] for number in order.tolist()})
