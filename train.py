@@ -473,7 +473,7 @@ def finish(t, data, state, book, stop) -> int:
     loss = split_loss(t, data, 'val', None, stop)
     if number := stop.agreed():
         raise Stopped(number, at_end=True)
-    book.record_whole_validation(state.step, loss, data)
+    book.record_whole_validation(state.step, loss, data, block_size)
     if not math.isfinite(loss):
         return EXIT_NONFINITE
     return EXIT_FINDING if stopped_by_doctor else 0

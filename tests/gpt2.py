@@ -50,3 +50,4 @@ def small_gpt2(monkeypatch):
         special_tokens={'<|endoftext|>': 50256},
     )
     monkeypatch.setattr(tokenizer, 'load_gpt2', lambda: small)
+    monkeypatch.setattr(tokenizer, 'is_gpt2_stored', lambda: True)

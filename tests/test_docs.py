@@ -175,6 +175,7 @@ NEEDS_GPU = {
     'python train.py config/train_gpt2_24gb.py --batch_size=auto': 'trains GPT-2 for days',
 }
 LONG = {
+    'python benchmarks/tokenizer_losses.py --input=input.txt': 'trains five models',
     'python stress/planted_faults.py --text=data/shakespeare_char/input.txt': 'trains 438 models',
     'python stress/crash.py': 'kills 1,000 processes',
     'python stress/corruption.py': 'damages 10,000 checkpoints',

@@ -27,7 +27,7 @@ import configurator
 from nib.errors import UserError, run_script
 from nib.files import command, read_json, script_path, shown
 from nib.text import documents, inputs, train_bpe
-from nib.text.hf_tokenizer import import_library
+from nib.text.hf_tokenizer import HfTokenizer, import_library
 from nib.text.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -39,7 +39,7 @@ from nib.text.tokenizer import (
 from nib.tokens.borrow import read_tokenizer
 from nib.tokens.dataset import is_prepared
 from nib.tokens.encode import Piece
-from nib.tokens.write import write_dataset
+from nib.tokens.write import stored_tokenizer, write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
@@ -95,7 +95,10 @@ def main(argv):
     if not overwrite:
         check_replaceable(folder, found.sha256)
     if tokenizer == 'bpe':
-        trained = train_tokenizer(read_pieces, sum(found.lengths))
+        source['trained_tokens'] = vocab_size
+        trained = stored_tokenizer(folder, source) or train_tokenizer(
+            read_pieces, sum(found.lengths)
+        )
         encoder = replace(trained, spells_end_of_text=encoder.spells_end_of_text)
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
@@ -199,7 +202,9 @@ def choose_tokenizer(origins: Mapping[str, str]) -> Tokenizer:
     return chosen
 
 
-def train_tokenizer(read_pieces: Callable[[int], Iterator[Piece]], n_characters: int):
+def train_tokenizer(
+    read_pieces: Callable[[int], Iterator[Piece]], n_characters: int
+) -> HfTokenizer:
     """Returns a tokenizer trained on the training split, and prints what it was trained on."""
     n_train = 0
 

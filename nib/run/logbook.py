@@ -337,16 +337,15 @@ class Logbook:
             result = check_generation(t.raw_model, prompt, precision=t.precision)
             self._tell(self.doctor.see_generation(step, result))
 
-    def record_whole_validation(self, step: int, loss: float, data: TokenDataset):
-        """Records the loss on the whole validation split."""
-        evaluated = f'step {step}: val loss {data.describe_loss(loss)}'
+    def record_whole_validation(self, step: int, loss: float, data: TokenDataset, block_size: int):
+        """Records the loss on the whole validation split, in windows of block_size tokens."""
+        evaluated = f'step {step}: val loss {data.describe_loss(loss, block_size)}'
         if not self.metrics:  # --eval_only
             evaluated += f', perplexity {torch.tensor(loss).exp():.5g}'
         self.say(f'{evaluated} on the whole validation split')
         if self.metrics:
-            self.metrics.log(
-                step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': data.bits_per_byte(loss)}
-            )
+            bits = data.bits_per_byte(loss, block_size=block_size)
+            self.metrics.log(step, {'loss/val_whole': loss, 'bits_per_byte/val_whole': bits})
 
     def end_nonfinite(self, step: int, error: NotFinite) -> int:
         """Reports that the run ends because of a non-finite value; returns the exit code."""

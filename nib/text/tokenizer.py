@@ -236,6 +236,27 @@ def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
     return ids
 
 
+def count_bytes(tokenizer: Tokenizer, ids: np.ndarray, begins: bool) -> int:
+    """Returns how many bytes of text token ids stand for.
+
+    The tokens between documents have none, and neither has a space that encoding has added.
+    begins: whether the first of the ids begins a text.
+    Raises UserError if the tokenizer's library or files are missing.
+    """
+    if isinstance(tokenizer, Gpt2Tokenizer) and not is_gpt2_stored():
+        raise UserError("GPT-2's vocabulary is missing")  # not worth a download
+    between, adds_space = [tokenizer.end_of_text], False
+    if isinstance(tokenizer, HfTokenizer):
+        between, adds_space = [*between, *tokenizer.between], tokenizer.adds_space
+    ends = np.flatnonzero(np.isin(ids, [number for number in between if number is not None]))
+    n_bytes = 0
+    for start, end in zip([0, *(ends + 1)], [*ends, len(ids)]):
+        text = tokenizer.decode_bytes(ids[start:end])
+        n_bytes += len(text)
+        n_bytes -= adds_space and (start > 0 or begins) and text.startswith(b' ')
+    return n_bytes
+
+
 def _spelling(tokenizer) -> dict:
     return {'spells_end_of_text': True} if tokenizer.spells_end_of_text else {}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from nib.errors import UserError
 from nib.files import command
-from nib.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
+from nib.text.tokenizer import CharTokenizer, Tokenizer, count_bytes, tokenizer_from_json
 from nib.tokens import nanogpt_bins
 from nib.tokens.encode import SPLITS
 
@@ -47,19 +47,43 @@ class TokenDataset:
     def split(self, name: str) -> np.ndarray:
         return {'train': self.train, 'val': self.val}[name]
 
-    def bits_per_byte(self, loss: float, split: str = 'val') -> float | None:
+    def bits_per_byte(
+        self, loss: float, split: str = 'val', block_size: int | None = None
+    ) -> float | None:
         """Convert a loss in nats per token to bits per byte of UTF-8 text.
 
-        Bits per byte do not depend on the tokenizer. Returns None if the bytes were not counted.
+        They do not depend on the tokenizer: all nats over all bytes of the text. End-of-text tokens
+        have nats, but no bytes.
+        block_size: given if the loss is that of all windows of the split. Then the bytes are those
+        of the predicted tokens: not of the first token, nor of the incomplete last window. None:
+        the loss is that of a sample, which is taken to have the split's bytes per token.
+        Returns None if the bytes were not counted.
         """
-        counts = self.meta['splits'][split]
-        return loss / math.log(2) * counts['tokens'] / counts['bytes'] if counts['bytes'] else None
+        tokens, n_bytes, _ = self._count(split, block_size)
+        return loss / math.log(2) * tokens / n_bytes if n_bytes else None
 
-    def describe_loss(self, loss: float) -> str:
-        """Formats a validation loss for people."""
-        bits = self.bits_per_byte(loss)
+    def describe_loss(self, loss: float, block_size: int | None = None) -> str:
+        """Formats a validation loss for people. block_size: as for bits_per_byte."""
+        bits = self.bits_per_byte(loss, block_size=block_size)
+        *_, is_exact = self._count('val', block_size)
         described = f'{loss:.4f} nats per token'
-        return described if bits is None else f'{described} ({bits:.4f} bits per byte)'
+        if bits is None:
+            return described
+        return f'{described} ({"" if is_exact else "about "}{bits:.4f} bits per byte)'
+
+    def _count(self, split: str, block_size: int | None) -> tuple[int, int | None, bool]:
+        """Returns tokens, their bytes of text, and whether these are exactly the predicted ones."""
+        tokens, n_bytes = (self.meta['splits'][split][key] for key in ('tokens', 'bytes'))
+        if block_size is None or n_bytes is None:
+            return tokens, n_bytes, tokens == n_bytes  # a byte each
+        ids, n_predicted = self.split(split), (tokens - 1) // block_size * block_size
+        try:
+            # The text's own bytes, less the rest: a tokenizer may have normalized the text.
+            n_bytes -= count_bytes(self.tokenizer, ids[:1], begins=True)
+            n_bytes -= count_bytes(self.tokenizer, ids[1 + n_predicted :], begins=False)
+        except UserError:  # its library or its files are missing
+            return self._count(split, None)
+        return n_predicted, n_bytes, True
 
 
 def is_prepared(folder) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import FolderLock, atomic_write, clear_temporaries, sync_folder
+from nib.files import FolderLock, atomic_write, clear_temporaries, read_json, sync_folder
 from nib.tokens.encode import SPLITS, Encoded
 
 JOURNAL_SECONDS = 5.0  # between two writes of the journal
@@ -52,6 +52,13 @@ def remove_unfinished(folder: Path):
     clear_temporaries(folder, 'meta.json', journal.name)
     for path in _unfinished_files(folder):
         path.unlink(missing_ok=True)
+
+
+def read_key(folder: Path) -> dict:
+    """Returns the key of the incomplete bins in a folder; an empty dict if there are none."""
+    *_, journal = _unfinished_files(folder)
+    key = read_json(journal).get('key')
+    return key if isinstance(key, dict) else {}
 
 
 def _unfinished_files(folder: Path) -> list[Path]:
@@ -99,7 +106,7 @@ class UnfinishedBins:
                 self.files[split] = file
             for split, file in self.files.items():
                 self.digests[split] = self._rewind(file, self.done['tokens'][split])
-        self.saved = time.monotonic()
+        self.save()  # now, because the key may hold a tokenizer that took minutes to train
 
     def _read_journal(self, key: dict) -> dict | None:
         """Returns the journal, or None if it is missing, damaged, or does not fit key and bins."""
@@ -186,3 +193,5 @@ class UnfinishedBins:
                 file.close()
             if not self.done['pieces']:
                 self.paths[split].unlink()
+        if not self.done['pieces']:
+            self.journal.unlink(missing_ok=True)

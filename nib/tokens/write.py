@@ -3,17 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from nib.errors import UserError
 from nib.files import read_json
 from nib.text import documents
-from nib.text.tokenizer import CharTokenizer, Tokenizer
+from nib.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import FORMAT, sampled_digest
 from nib.tokens.encode import SPLITS, Piece, encode_all
-from nib.tokens.unfinished import UnfinishedBins, locked, remove_unfinished
+from nib.tokens.unfinished import UnfinishedBins, locked, read_key, remove_unfinished
 
 _CHUNK = 1 << 24  # bytes read at once
 
@@ -61,6 +63,15 @@ def write_dataset(
             remove_unfinished(folder)
             return existing
         return _write(folder, read_pieces, tokenizer, source, n_bytes)
+
+
+def stored_tokenizer(folder: Path, source: dict) -> Tokenizer | None:
+    """Returns the tokenizer of this source's dataset, even an incomplete one; None if none."""
+    for described in (read_json(folder / 'meta.json'), read_key(folder)):
+        if described.get('source') == json.loads(json.dumps(source)):
+            with suppress(UserError):
+                return tokenizer_from_json(described.get('tokenizer'))
+    return None
 
 
 def _read_intact(folder: Path, source: dict, tokenizer: Tokenizer) -> dict | None:

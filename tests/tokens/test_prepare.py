@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -22,6 +21,7 @@ from conftest import ROOT, run_script
 
 from nib.errors import UserError
 from nib.files import command
+from nib.text import train_bpe
 from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, encode_prompt, tokenizer_from_json
 from nib.tokens import borrow, encode, shakespeare, unfinished
 from nib.tokens.dataset import is_prepared, open_dataset
@@ -629,6 +629,29 @@ def test_a_tokenizer_is_trained_on_the_training_split(tmp_path, run_main):
     assert not any(b'zy' in data.tokenizer.decode_bytes([token]) for token in range(270))
 
 
+def test_a_tokenizer_is_trained_once(tmp_path, run_main, monkeypatch):
+    (tmp_path / 'one.txt').write_text('the old captain sails home. ' * 400)
+    path, flags = tmp_path / 'one.txt', ['--vocab_size=270']
+    prepare_bpe(run_main, path, tmp_path / 'whole', *flags)
+    with (
+        monkeypatch.context() as stopped
+    ):  # a full disk: after the training, before the first token
+        stopped.setattr(unfinished.UnfinishedBins, 'add', lambda self, encoded: 1 / 0)
+        stopped.setattr(unfinished.UnfinishedBins, '__exit__', lambda *nothing: None)  # a kill
+        with pytest.raises(ZeroDivisionError):
+            prepare_bpe(run_main, path, tmp_path / 'a', *flags)
+    monkeypatch.setattr(train_bpe, 'train_bpe', None)
+    for _ in range(2):  # the second time, the dataset is complete
+        done = prepare_bpe(run_main, path, tmp_path / 'a', *flags)
+        assert done.returncode == 0, done.stderr
+        for name in ('meta.json', 'train.bin', 'val.bin'):
+            whole = (tmp_path / 'whole' / name).read_bytes()
+            assert (tmp_path / 'a' / name).read_bytes() == whole
+    monkeypatch.undo()
+    prepare_bpe(run_main, path, tmp_path / 'a', '--vocab_size=265')
+    assert open_dataset(tmp_path / 'a', 16).vocab_size == 265
+
+
 def test_what_a_trained_tokenizer_gains_is_told(notes, tmp_path, run_main, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))  # without GPT-2's files
     done = prepare_bpe(run_main, notes, tmp_path / 'a', '--vocab_size=270')
@@ -677,30 +700,3 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once(tmp_path):
     _, said = running.communicate(timeout=5)
     assert running.returncode in (-signal.SIGINT, 130) and b'Traceback' not in said
     assert not (tmp_path / 'a').exists()
-
-
-@pytest.mark.parametrize('kind', ['char', 'byte', 'gpt2', 'bpe'])
-def test_bits_per_byte_do_not_depend_on_the_tokenizer(small_gpt2, tmp_path, run_main, kind):
-    """A distribution over bytes, as each tokenizer's tokens have it, and the uniform one."""
-    text = 'Ὦ Ῥωμαῖε! The thin theatre, the bell. ' * 100
-    (tmp_path / 'one.txt').write_text(text, encoding='utf-8')
-    size = ['--vocab_size=280'] if kind == 'bpe' else []
-    done = run_main(
-        'data/text/prepare.py',
-        f'--input={tmp_path / "one.txt"}',
-        f'--out_dir={tmp_path / "a"}',
-        f'--tokenizer={kind}',
-        *size,
-    )
-    assert done.returncode == 0, done.stderr
-    data = open_dataset(tmp_path / 'a', 16)
-    held_out = data.tokenizer.decode(data.val).encode()
-    assert held_out.decode() == text[int(0.9 * len(text)) :]
-    probabilities = np.arange(1, 257) / np.arange(1, 257).sum()
-    nats = [-np.log(probabilities[list(data.tokenizer.decode_bytes([t]))]).sum() for t in data.val]
-    expected = -np.log2(probabilities[list(held_out)]).mean()
-    assert data.bits_per_byte(float(np.mean(nats))) == pytest.approx(expected, rel=1e-9)
-    uniform = np.log(data.vocab_size)
-    assert data.bits_per_byte(uniform) == pytest.approx(
-        uniform / np.log(2) * len(data.val) / len(held_out)
-    )
