@@ -318,7 +318,7 @@ def main(argv):
     globals().update(values)
     dtype_used, reason = pick_dtype(dtype, device)
     ranks = start_ranks(device)  # rank 0 of 1 without torchrun
-    check_config(values, ranks.world_size)
+    check_config(values, ranks.world_size, planned=bool(budget or params))
     stop = StopSignal(ranks)
     book = Logbook(out_dir, ranks, stop)  # everything that the run prints and writes
     used = {'device': ranks.own_device(device), 'dtype': dtype_used, 'ranks': ranks.world_size}
@@ -327,9 +327,10 @@ def main(argv):
     # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
-    data = find_data(values, ranks, book)
+    planned = is_planned(start)
+    data = find_data(values, origins, planned, ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
-    if (budget or params) and not (eval_only or start and start.resumed):
+    if planned:
         config, origins = plan_run(config, origins, data, ranks, book)
     book.say_data(data, config['gradient_accumulation_steps'] * config['batch_size'] * block_size)
     t = Training.set_up(config, data, start, ranks)
@@ -501,14 +502,23 @@ def find_start(values, origins, book):
             f'{" with the config of the run (--print_config shows it)" * own}'
         )
         values = start.adopt(values, origins)
-    check_config(values, book.ranks.world_size)  # again, as a checkpoint may have brought its own
+    planned = is_planned(start)
+    check_config(values, book.ranks.world_size, planned)  # again: a checkpoint may bring its own
     values = settle_schedule(values)
-    check_schedule(values)
+    if not planned:
+        check_schedule(values)
     return start, values
 
 
-def find_data(values, ranks, book):
+def is_planned(start) -> bool:
+    """Returns whether --budget or --params is to choose keys, which are checked after that."""
+    return bool(budget or params) and not (eval_only or start and start.resumed)
+
+
+def find_data(values, origins, planned: bool, ranks, book):
     """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
+    if planned and origins['block_size'] != 'command line':
+        values = values | {'block_size': 1}  # the plan fits it to the text
     data = open_or_prepare(values, ranks, book.say)
     if sample_tokens:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from model import GPTConfig
 from nib import startup
@@ -25,12 +26,15 @@ from nib.machine.memory import (
     needed_memory,
     parameter_shapes,
 )
+from nib.run.checks import check_accumulation
 from nib.tokens.dataset import TokenDataset
 
 SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
 COUNTS = {'': 1, 'k': 1e3, 'M': 1e6, 'B': 1e9}
 
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+# Of --params, with steps of at most 2.4 times the parameters.
+FINE_WIDTHS = sorted({*WIDTHS, 48, 160, 224, 320, 448, 640, 896, 1792})
 EVALUATIONS = 4  # besides that of step 0
 ENDING = 2.0  # seconds of the last checkpoint, the doctor's verdict and the report
 CHECKS = 12  # steps that the doctor's measurements of the gradient's noise are worth
@@ -118,6 +122,14 @@ LAW = Law(A=15.0, alpha=0.357, B=58.9, beta=0.387)  # fitted by benchmarks/scali
 # -- the plan --------------------------------------------------------------------------------------
 
 
+class Speed(NamedTuple):
+    """Seconds of a training step, of an evaluation batch, and of compiling the model."""
+
+    step: float
+    batch: float
+    compiling: float = 0.0
+
+
 @dataclass(frozen=True)
 class Stopwatch:
     """Measures models that are thrown away, with three functions of train.py."""
@@ -127,16 +139,23 @@ class Stopwatch:
     evaluate: Callable
 
     def measure(
-        self, config: Mapping, data: TokenDataset, seconds: float, compiled: bool = False
-    ) -> tuple[float, float]:
-        """Returns the seconds of a training step and of an evaluation batch.
+        self, config: Mapping, data: TokenDataset, seconds: float, run_steps: int = 0
+    ) -> Speed:
+        """Measures the share of one rank in training steps and in an evaluation.
 
-        seconds: how long to measure steps; at least two are measured.
+        seconds: how long to measure steps; at least two are measured. run_steps: those of the run,
+        on which it depends whether the model is compiled; 0: it is not.
         """
-        t = self.set_up({**config, 'on_nonfinite': 'skip'}, data)
+        ranks = config.get('ranks', 1)
+        share = {'gradient_accumulation_steps': config['gradient_accumulation_steps'] // ranks}
+        t = self.set_up({**config, **share, 'on_nonfinite': 'skip'}, data)
         t.optimizer.lr = config['learning_rate'] / 10
-        if compiled:
-            t.compile_and_distribute(True, lambda line: None)
+        started = time.perf_counter()
+        if run_steps:
+            flops, peak = t.flops(run_steps) * ranks, t.peak_flops and t.peak_flops * ranks
+            compiled, _ = pick_compile(config['compile'], t.device, flops, peak, t.n_logits)
+            t.compile_and_distribute(compiled, lambda line: None)
+        compiling = time.perf_counter() - started
         n_warm, step = 2, 0  # the first steps are slower
         started = time.perf_counter()
         while step < n_warm + 2 or time.perf_counter() - started < seconds:
@@ -147,10 +166,10 @@ class Stopwatch:
                 started = time.perf_counter()
         per_step = (time.perf_counter() - started) / (step - n_warm)
         for _ in range(2):  # the second one is warm
-            started, n_batches = time.perf_counter(), 4
-            batches = t.batches.eval_batches(data.val, n_batches)
+            started = time.perf_counter()
+            batches = list(t.batches.eval_batches(data.val, 4))  # a short split has fewer
             self.evaluate(t.raw_model, batches, t.precision, t.ranks)
-        return per_step, (time.perf_counter() - started) / n_batches
+        return Speed(per_step, (time.perf_counter() - started) / len(batches), compiling)
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,7 @@ class Planner:
     """Plans runs on a dataset.
 
     config: train.py's values with the device, dtype and ranks to use. fixed: the keys that the user
-    has set on the command line. room: bytes of memory to plan with.
+    has set on the command line. room: bytes of memory for each rank.
     """
 
     config: Mapping
@@ -168,52 +187,76 @@ class Planner:
 
     def shape(self, width: int, tokens: float) -> dict:
         """Returns the keys of a model of a width and of its batches, to train on about `tokens`."""
-        n_train, ranks = len(self.data.train), self.config.get('ranks', 1)
-        n_layer = max(2, width // 64)  # few and large operations are fast
-        width = self.fixed.get('n_embd', width)
+        n_train = len(self.data.train)
         # Longer runs can use a longer context, and larger batches with less noisy gradients.
         context = 2 ** round(math.log2(128 * (tokens / 6e5) ** (1 / 3)))
         context = min(max(64, context), 1024, len(self.data.val) - 1, n_train // 2)
         keys: dict = RECIPE | {
-            'n_layer': n_layer,
+            'n_layer': max(2, width // 64),  # few and large operations are fast
             'n_embd': width,
-            'n_head': max(1, width // (32 if width <= 256 else 64)),
+            'n_head': self.heads(width),
             'dropout': 0.0 if tokens < 5 * n_train else 0.1,
             'block_size': max(1, context),
-            'gradient_accumulation_steps': ranks,
+            'gradient_accumulation_steps': self.config.get('ranks', 1),
         }
         keys = keys | self.fixed
         sequences = BATCH * max(1.0, (tokens / 1e6) ** 0.5) / keys['block_size']
         more = {
             'batch_size': max(1, round(sequences / keys['gradient_accumulation_steps'])),
             'rotary_base': 100.0 * max(1, keys['block_size'] // 64),
-            'learning_rate': float(f'{RATE * min(1.0, (128 / width) ** 0.75):.2g}'),
+            'learning_rate': float(f'{RATE * min(1.0, (128 / max(1, width)) ** 0.75):.2g}'),
         }
-        return self.fit_memory(keys | more | self.fixed)
+        return keys | more | self.fixed
+
+    def heads(self, width: int) -> int:
+        """Returns a number of heads that divides the width, with 32 or 64 dimensions in a head."""
+        each, shared = 32 if width <= 256 else 64, self.fixed.get('n_kv_head') or 1
+        numbers = [n for n in range(shared, width // 2 + 1, shared) if width % (2 * n) == 0]
+        return min(numbers, key=lambda n: abs(width / n - each), default=1)
+
+    def possible(self, widths: Sequence[int]) -> list[int]:
+        """Returns the widths that the user's keys allow. Raises UserError if they allow none."""
+        allowed, refused = [], None
+        for width in [self.fixed['n_embd']] if 'n_embd' in self.fixed else widths:
+            try:
+                self.model(self.shape(width, 1e6))
+                allowed.append(width)
+            except UserError as error:
+                refused = refused or error
+        if refused and not allowed:
+            raise refused
+        return allowed
 
     def fit_memory(self, keys: dict) -> dict:
-        """Returns the keys with the largest batch_size for which the estimate fits the memory."""
+        """Returns the keys with the largest batch_size for which the estimate fits the memory.
+
+        Raises UserError if none does.
+        """
         values = {**self.config, **keys}
-        for sizes in batch_sizes(values) if self.room < math.inf else ():
-            if needed_memory(self.model(keys), values | sizes) <= USABLE * self.room:
+        for sizes in batch_sizes(values):
+            agrees = sizes | self.fixed == self.fixed | sizes
+            if agrees and needed_memory(self.model(keys), values | sizes) <= USABLE * self.room:
                 return keys | sizes
-        return keys
+        raise UserError(
+            f'the memory of {values["device"]} is too small for n_embd {keys["n_embd"]} and '
+            f'block_size {keys["block_size"]}: use a smaller --block_size, or --recompute'
+        )
 
     def schedule(self, keys: dict, steps: int) -> dict:
         """Returns the keys with those that depend on the number of steps."""
-        return (
-            keys
-            | {
-                'max_iters': steps,
-                'lr_decay_iters': steps,
-                'warmup_iters': min(steps // 10, max(10, steps // 50)),
-                'cooldown_iters': steps * 2 // 3,
-                'muon_momentum': 0.85 if steps < 1000 else 0.95,  # a short memory for a short run
-                'eval_interval': max(1, math.ceil(steps / EVALUATIONS)),
-                'eval_iters': max(1, steps // 100),
-            }
-            | self.fixed
-        )
+        steps = self.fixed.get('max_iters', steps)
+        decay = self.fixed.get('lr_decay_iters', steps)
+        warmup = self.fixed.get('warmup_iters', min(decay // 10, max(10, decay // 50)))
+        chosen = {
+            'max_iters': steps,
+            'lr_decay_iters': decay,
+            'warmup_iters': warmup,
+            'cooldown_iters': max(0, min(decay - warmup, max(1, decay * 2 // 3))),
+            'muon_momentum': 0.85 if steps < 1000 else 0.95,  # a short memory for a short run
+            'eval_interval': max(1, math.ceil(steps / EVALUATIONS)),
+            'eval_iters': max(1, steps // 100),
+        }
+        return keys | chosen | self.fixed
 
     def model(self, keys: Mapping) -> GPTConfig:
         """Returns the model of the keys. Raises UserError if keys of the user contradict it."""
@@ -228,12 +271,20 @@ class Planner:
         return sum(s.numel() for name, s in shapes.items() if embeddings or '.h.' in name)
 
     def nearest_width(self, params: float) -> int:
-        """Returns the width whose model has the number of parameters most similar to `params`."""
+        """Returns the width whose model has the number of parameters most similar to `params`.
 
-        def distance(width: int) -> float:
-            return abs(math.log(self.count(self.shape(width, 1e6), embeddings=True) / params))
-
-        return min(WIDTHS, key=distance)
+        Raises UserError if it differs by more than half.
+        """
+        widths = self.possible(FINE_WIDTHS)
+        sizes = {w: self.count(self.shape(w, 1e6), embeddings=True) for w in widths}
+        width = min(widths, key=lambda w: abs(math.log(sizes[w] / params)))
+        if not 1 / 1.5 <= sizes[width] / params <= 1.5:
+            raise UserError(
+                f'--params={self.config["params"]}: the nearest model for this vocabulary has '
+                f'{sizes[width]:,} parameters; possible are '
+                + ', '.join(f'{n / 1e6:,.2f}M' for n in sizes.values())
+            )
+        return width
 
     def for_size(self, params: float) -> dict:
         """Returns the keys for a number of parameters and the tokens that it deserves."""
@@ -241,7 +292,7 @@ class Planner:
         n = self.count(self.shape(width, 1e6), embeddings=False)
         # More than 16 epochs teach little more: Muennighoff et al. 2023, figure 1.
         tokens = min(LAW.best_tokens(n), 16 * len(self.data.train))
-        keys = self.shape(width, tokens)
+        keys = self.fit_memory(self.shape(width, tokens))
         return self.schedule(keys, max(MIN_STEPS, round(tokens / tokens_per_step(keys))))
 
     def for_time(self, ends: float, widths: Sequence[int], watch: Stopwatch) -> dict:
@@ -251,9 +302,14 @@ class Planner:
         because wide models read less.
         """
         budget = ends - time.perf_counter()
-        tokens, best, lowest = 3e5, widths[0], math.inf
-        for width in widths:
-            keys = self.shape(width, tokens)
+        tokens, best, lowest = 3e5, 0, math.inf
+        for width in self.possible(widths):
+            try:
+                keys = self.fit_memory(self.shape(width, tokens))
+            except UserError:
+                if not best:
+                    raise
+                break  # wider models need more memory
             speed = watch.measure({**self.config, **keys}, self.data, min(0.5, budget / 100))
             read = max(1, self.steps_until(ends, keys, speed)) * tokens_per_step(keys)
             loss = LAW.loss(self.count(keys, embeddings=False), read, len(self.data.train))
@@ -261,37 +317,37 @@ class Planner:
                 break
             tokens, best, lowest = read, width, loss
         # Once more, for longer, with the context and the batch for that many tokens.
-        keys = self.shape(best, tokens)
-        values = {**self.config, **keys}
-        compiled, _ = pick_compile(values['compile'], values['device'])
-        speed = watch.measure(values, self.data, min(3.0, budget / 40), compiled)
+        keys = self.fit_memory(self.shape(best, tokens))
+        steps = max(1, round(tokens / tokens_per_step(keys)))
+        speed = watch.measure({**self.config, **keys}, self.data, min(3.0, budget / 40), steps)
         steps = self.steps_until(ends, keys, speed)
         if steps < MIN_STEPS:
-            spent = budget - (ends - time.perf_counter())
-            needed = math.ceil(1.2 * (spent + self.seconds(keys, MIN_STEPS, speed)))
+            needed = 1.2 * (startup.seconds() + self.seconds(keys, MIN_STEPS, speed))
             raise UserError(
                 f'the budget is too short for {MIN_STEPS} steps and the evaluation of '
                 f'{len(self.data.val):,} validation tokens on this machine: use at least '
-                f'--budget={needed + math.ceil(startup.seconds())}s'
+                f'--budget={math.ceil(needed)}s'
             )
         return self.schedule(keys, steps)
 
-    def steps_until(self, ends: float, keys: dict, speed: tuple[float, float]) -> int:
+    def steps_until(self, ends: float, keys: dict, speed: Speed) -> int:
         """Returns the number of steps after which a run that begins now ends in time."""
         none, thousand = (self.seconds(keys, steps, speed) for steps in (0, 1000))
         return int(1000 * (ends - time.perf_counter() - none) / (thousand - none))
 
-    def seconds(self, keys: dict, steps: int, speed: tuple[float, float]) -> float:
-        """Returns how long a run takes after its plan.
-
-        speed: the seconds of a training step and of an evaluation batch.
-        """
-        keys, (step, batch) = self.schedule(keys, steps), speed
+    def seconds(self, keys: dict, steps: int, speed: Speed) -> float:
+        """Returns how long a run takes after its plan."""
+        keys = self.schedule(keys, steps)
         evaluations = 1 + math.ceil(steps / keys['eval_interval'])
-        batches = 2 * evaluations * keys['eval_iters']  # of both splits
-        batches += len(self.data.val) / (keys['batch_size'] * keys['block_size'])  # at the end
+        train, val = (
+            math.ceil((len(tokens) - 1) // keys['block_size'] / keys['batch_size'])
+            for tokens in (self.data.train, self.data.val)
+        )
+        some = min(train, keys['eval_iters']) + min(val, keys['eval_iters'])
+        batches = (evaluations * some + val) / self.config.get('ranks', 1)  # at the end, all of val
         samples = self.config['sample_tokens'] * evaluations * keys['n_layer'] * SAMPLING
-        return (steps + CHECKS) * step + batches * batch + samples + ENDING
+        training = speed.compiling + (steps + CHECKS) * speed.step
+        return training + batches * speed.batch + samples + ENDING
 
 
 def tokens_per_step(keys: Mapping) -> int:
@@ -316,9 +372,19 @@ def plan(
     fixed = {key: config[key] for key in origins if origins[key] == 'command line'}
     if ends and (steps := {'max_iters', 'lr_decay_iters'} & fixed.keys()):
         raise UserError(f'--budget sets the number of steps: leave out --{min(steps)}, or --budget')
+    if 'gradient_accumulation_steps' in fixed:
+        check_accumulation(config, config.get('ranks', 1))
+    if origins['batch_size'] == 'command line (auto)':
+        raise UserError('--budget and --params choose the batch_size: leave out --batch_size=auto')
+    if fixed.get('optimizer', 'muon') != 'muon' and 'learning_rate' not in fixed:
+        raise UserError(
+            f'--budget and --params choose a learning rate for Muon: add --learning_rate for '
+            f'{fixed["optimizer"]}, or leave out --optimizer'
+        )
     room = math.inf
     with suppress(UserError):  # unknown
         room = available_memory(config['device'])
+        room /= config.get('ranks', 1) if config['device'] == 'cpu' else 1
     planner = Planner(config, fixed, data, room)
     if ends:
         widths = [planner.nearest_width(params)] if params else WIDTHS
@@ -328,9 +394,10 @@ def plan(
     tokens = tokens_per_step(keys) * keys['max_iters']
     asked = ' and '.join(f'{key} {config[key]}' for key in ('budget', 'params') if config[key])
     line = (
-        f'plan for {asked}: n_layer {keys["n_layer"]}, n_embd {keys["n_embd"]}, n_head '
-        f'{keys["n_head"]}, block_size {keys["block_size"]}, batch_size {keys["batch_size"]}, '
-        f'learning_rate {keys["learning_rate"]:g}, dropout {keys["dropout"]:g}, max_iters '
-        f'{keys["max_iters"]}: {tokens:,} tokens, {tokens / len(data.train):.2g} epochs'
+        f'plan for {asked}: {planner.count(keys, embeddings=True):,} parameters, n_layer '
+        f'{keys["n_layer"]}, n_embd {keys["n_embd"]}, n_head {keys["n_head"]}, block_size '
+        f'{keys["block_size"]}, batch_size {keys["batch_size"]}, learning_rate '
+        f'{keys["learning_rate"]:g}, dropout {keys["dropout"]:g}, max_iters {keys["max_iters"]}: '
+        f'{tokens:,} tokens, {tokens / len(data.train):.2g} epochs'
     )
     return {key: value for key, value in keys.items() if key not in fixed}, line

@@ -2,26 +2,36 @@
 
 import json
 import math
+import re
 import time
 
 import pytest
 import torch
 from conftest import ROOT
 
+import train
 from benchmarks import scaling
 from configurator import read_block
 from nib.budget import (
+    BATCH,
+    ENDING,
     LAW,
     MIN_STEPS,
     WIDTHS,
     Law,
     Planner,
+    Speed,
+    Stopwatch,
     parse_count,
     parse_duration,
     tokens_per_step,
 )
 from nib.errors import UserError
+from nib.machine import compiling
+from nib.machine.memory import USABLE, needed_memory
+from nib.run.checks import check_config
 from nib.tokens.dataset import open_dataset
+from nib.tokens.write import write_char_dataset
 
 
 @pytest.mark.parametrize(
@@ -76,18 +86,26 @@ def test_repeated_tokens_are_worth_less_but_never_harm():
 
 @pytest.mark.slow
 def test_the_constants_are_those_that_the_recorded_runs_give():
-    runs = json.loads((ROOT / scaling.result).read_text())
+    runs = json.loads((ROOT / 'benchmarks/results/scaling.json').read_text())
     fitted, floors, factors = scaling.fit([run for run in runs if run['fitted']])
     assert fitted.alpha == pytest.approx(LAW.alpha, abs=0.002)
     assert fitted.beta == pytest.approx(LAW.beta, abs=0.002)
     ratio = fitted.A / fitted.B
     assert ratio == pytest.approx(LAW.A / LAW.B, rel=0.02)
-    # Runs of twice the time, which were not fitted.
+    # Runs of twice the time with the dial's tokens per step, which were not fitted.
     for run in runs:
-        if run['seconds'] == 40 and run['n_layer'] == 2 and run['n_embd'] in (128, 192):
+        if run['seconds'] == 40 and run['batch_size'] * run['block_size'] == BATCH:
             name = run['dataset']
             law = floors[name] + factors[name] * fitted.loss(run['parameters'], run['tokens'])
             assert law == pytest.approx(run['loss'], abs=0.03), run
+
+
+def test_the_recorded_runs_are_those_of_the_benchmark():
+    runs = json.loads((ROOT / 'benchmarks/results/scaling.json').read_text())
+    for run in runs:
+        for key in scaling.MEASURED:
+            del run[key]
+    assert sorted(map(str, runs)) == sorted(map(str, scaling.all_runs()))
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -96,20 +114,25 @@ def test_the_constants_are_those_that_the_recorded_runs_give():
 class Machine:
     """A machine with a known speed: a step takes 1 ms per layer and the time of its FLOPs."""
 
-    def __init__(self, flops_per_second):
-        self.rate, self.measured = flops_per_second, []
+    def __init__(self, flops_per_second, compiling=0.0):
+        self.rate, self.compiling, self.measured = flops_per_second, compiling, []
 
-    def measure(self, config, data, seconds, compiled=False):
-        self.measured.append(config['n_embd'])
+    def measure(self, config, data, seconds, run_steps=0):
+        self.measured.append(config)
         flops = 6 * 12 * config['n_layer'] * config['n_embd'] ** 2 * tokens_per_step(config)
         step = 0.001 * config['n_layer'] + flops / self.rate
-        return step, step / 3
+        return Speed(step, step / 3, self.compiling if run_steps else 0.0)
 
 
 @pytest.fixture
 def planner(data_dir):
     config = {**read_block(str(ROOT / 'train.py')).defaults, 'device': 'cpu', 'dtype': 'float32'}
-    return lambda **fixed: Planner(config | fixed, fixed, open_dataset(data_dir / 'tiny', 64))
+
+    def make(room=math.inf, ranks=1, **fixed):
+        values = config | {'ranks': ranks} | fixed
+        return Planner(values, fixed, open_dataset(data_dir / 'tiny', 64), room)
+
+    return make
 
 
 def predicted(planner, keys) -> float:
@@ -138,7 +161,7 @@ def test_the_chosen_width_has_the_lowest_predicted_loss_of_all(planner):
 def test_the_planned_steps_and_evaluations_fill_the_time(planner):
     plan, machine = planner(sample_tokens=0), Machine(1e11)
     keys = plan.for_time(time.perf_counter() + 100, [128], machine)
-    step, batch = machine.measure(keys, None, 1)
+    step, batch, _ = machine.measure(keys, None, 1)
     evaluations = 2 * 5 * keys['eval_iters'] * batch  # at step 0 and after each quarter
     assert keys['max_iters'] / keys['eval_interval'] == pytest.approx(4, abs=0.01)
     assert keys['max_iters'] * step + evaluations == pytest.approx(98, rel=0.02)
@@ -158,13 +181,128 @@ def test_keys_of_the_user_are_kept_and_the_others_fit_them(planner):
 
 def test_params_choose_the_nearest_size_and_its_tokens(planner):
     plan = planner()
+    for params in (3e4, 1e5, 2e5, 5e5, 1e6, 2e6, 3e6, 5e6, 1e8):
+        keys = plan.for_size(params)
+        assert 1 / 1.5 < plan.count(keys, embeddings=True) / params < 1.5
     keys = plan.for_size(3e6)
-    assert plan.count(keys, embeddings=True) == pytest.approx(3e6, rel=0.5)
     larger = plan.for_size(3e8)
     assert larger['n_embd'] > keys['n_embd'] and larger['learning_rate'] < keys['learning_rate']
     # A text of 18,000 tokens is read 16 times at most.
     read = keys['max_iters'] * tokens_per_step(keys)
     assert read <= max(17 * len(plan.data.train), MIN_STEPS * tokens_per_step(keys))
+
+
+@pytest.mark.parametrize(
+    'fixed', [{}, {'gradient_accumulation_steps': 8}, {'batch_size': 6}, {'batch_size': 1}]
+)
+def test_what_is_measured_is_what_runs(planner, fixed):
+    machine = Machine(1e11)
+    plan = planner(room=1e9, **fixed)
+    keys = plan.for_time(time.perf_counter() + 60, WIDTHS[:4], machine)
+    assert fixed.items() <= keys.items()
+    for name in ('batch_size', 'gradient_accumulation_steps', 'n_embd', 'block_size'):
+        assert machine.measured[-1][name] == keys[name]
+
+
+def test_the_memory_ends_the_search(planner):
+    wide, ends = Machine(1e15), time.perf_counter() + 600
+    assert planner().for_time(ends, WIDTHS[:8], wide)['n_embd'] == WIDTHS[7]
+    room = 1e8
+    plan = planner(room=room)
+    keys = plan.for_time(ends, WIDTHS[:8], Machine(1e15))
+    assert keys['n_embd'] < WIDTHS[7]
+    assert needed_memory(plan.model(keys), plan.config | keys) <= USABLE * room
+    for refused in (
+        lambda: planner(room=1e5).for_time(ends, WIDTHS, wide),
+        lambda: planner(room=1e8).for_size(1e8),
+    ):
+        with pytest.raises(UserError, match='the memory of cpu is too small for n_embd'):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ('fixed', 'n_embd'),
+    [
+        ({'n_head': 6}, 96),
+        ({'n_head': 12}, 96),
+        ({'n_kv_head': 2}, 32),
+        ({'n_embd': 208}, 208),
+        ({'n_embd': 96, 'head_dim': 10}, 96),
+    ],
+)
+def test_widths_that_the_heads_do_not_divide_are_skipped(planner, fixed, n_embd):
+    plan = planner(**fixed)
+    keys = plan.for_time(time.perf_counter() + 10, WIDTHS[:6], Machine(1e9))
+    assert keys['n_embd'] == n_embd and fixed.items() <= keys.items()
+    assert plan.model(keys).n_head == keys['n_head']
+
+
+@pytest.mark.parametrize('fixed', [{'n_head': 7}, {'n_embd': 33}, {'n_embd': 0}, {'n_kv_head': -1}])
+def test_heads_that_divide_no_width_are_refused(planner, fixed):
+    with pytest.raises(UserError, match='n_embd|n_kv_head'):
+        planner(**fixed).for_time(time.perf_counter() + 10, WIDTHS, Machine(1e9))
+
+
+def test_no_size_is_planned_that_was_not_asked_for(planner):
+    assert planner(n_head=12).for_size(1.24e8)['n_embd'] % 24 == 0
+    for params, fixed in ((7e10, {}), (3e3, {}), (1e6, {'n_embd': 512})):
+        with pytest.raises(UserError, match='the nearest model for this vocabulary has .* param'):
+            planner(params='some', **fixed).for_size(params)
+
+
+def test_the_schedule_is_that_of_the_users_steps(planner):
+    keys = planner(max_iters=5000).for_size(1e7)
+    names = ('max_iters', 'lr_decay_iters', 'warmup_iters', 'cooldown_iters', 'eval_interval')
+    assert [keys[name] for name in names] == [5000, 5000, 100, 3333, 1250]
+    keys = planner(lr_decay_iters=300, warmup_iters=200).for_size(1e7)
+    assert (keys['lr_decay_iters'], keys['warmup_iters'], keys['cooldown_iters']) == (300, 200, 100)
+
+
+def test_compilation_takes_its_time_from_the_steps(planner):
+    ends = time.perf_counter() + 100
+    steps = [planner().for_time(ends, [128], Machine(1e11, c))['max_iters'] for c in (0.0, 49.0)]
+    assert steps[1] / steps[0] == pytest.approx(0.5, rel=0.02)
+
+
+def test_ranks_share_the_evaluations(planner):
+    keys, speed = planner().shape(128, 1e6), Speed(0.0, 1.0)
+    one, two = (planner(ranks=n).seconds(keys, 10_000, speed) for n in (1, 2))
+    assert (one - ENDING) / (two - ENDING) == pytest.approx(2)
+    # 10,000 steps: 5 evaluations of 100 batches of 1,000 windows each, but no more than there are.
+    plan = planner(batch_size=10, block_size=100)
+    windows = [(len(part) - 1) // 100 for part in (plan.data.train, plan.data.val)]
+    batches = [math.ceil(n / 10) for n in windows]
+    assert max(batches) < 100
+    spent = plan.seconds(plan.shape(128, 1e6), 10_000, speed)
+    assert spent - ENDING == pytest.approx(5 * sum(batches) + batches[1])
+
+
+def test_one_process_measures_the_share_of_one_rank(planner):
+    plan = planner(ranks=2, gradient_accumulation_steps=4, batch_size=3, n_embd=32, block_size=16)
+    config = {**plan.config, **plan.shape(32, 1e5)}
+    done = []
+
+    def step(t, micro_batches, step):
+        done.append((len(list(micro_batches)), t.micro_steps, t.ranks.world_size))
+        return train.train_step(t, t.batches.micro_batches(step), step)
+
+    watch = Stopwatch(train.Training.set_up, step, train.evaluate)
+    speed = watch.measure(config, plan.data, 0.0)
+    assert done == [(2, 2, 1)] * 4 and min(speed[:2]) > 0
+
+
+@pytest.mark.parametrize('steps', [100, 10**9])
+def test_the_plan_compiles_what_the_run_compiles(planner, monkeypatch, steps):
+    monkeypatch.setattr(compiling, 'HAS_AMX', True)
+    monkeypatch.setattr(compiling.shutil, 'which', lambda name: name)
+    asked = []
+    monkeypatch.setattr(
+        train.Training, 'compile_and_distribute', lambda t, compiled, say: asked.append(compiled)
+    )
+    plan = planner(n_embd=32, block_size=16, batch_size=2)
+    watch = Stopwatch(train.Training.set_up, train.train_step, train.evaluate)
+    watch.measure({**plan.config, **plan.shape(32, 1e5)}, plan.data, 0.0, steps)
+    assert asked == [steps == 10**9]
 
 
 # -- train.py --------------------------------------------------------------------------------------
@@ -185,7 +323,9 @@ def test_a_run_records_its_plan_and_keeps_it_when_resumed(data_dir, tmp_path, ru
     run += SHORT[1:]
     done = run_main('train.py', *run)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('plan for params 30k: n_layer 2, n_embd 32') == 1
+    assert re.search(
+        r'plan for params 30k: 3\d,\d\d\d parameters, n_layer 2, n_embd 32', done.stdout
+    )
     config, origins = saved(tmp_path / 'run')['config'], saved(tmp_path / 'run')['origins']
     # The plan wins over the file, and the command line over the plan.
     assert (config['n_layer'], config['learning_rate'], config['optimizer']) == (2, 0.015, 'muon')
@@ -194,13 +334,18 @@ def test_a_run_records_its_plan_and_keeps_it_when_resumed(data_dir, tmp_path, ru
 
     run.remove('--max_iters=20')
     for flags in (run, run[1:], [f'--out_dir={tmp_path / "run"}', f'--data_dir={data_dir}']):
-        done = run_main('train.py', *flags, '--init_from=resume', '--max_iters=22')
+        done = run_main(
+            'train.py', *flags, '--init_from=resume', '--max_iters=22', '--log_interval=1'
+        )
         assert done.returncode == 0, done.stderr
         assert 'plan for' not in done.stdout
         again = saved(tmp_path / 'run')
         same = ('n_layer', 'n_head', 'learning_rate', 'eval_interval', 'params')
         assert {key: again['config'][key] for key in same} == {key: config[key] for key in same}
         assert again['origins']['n_layer'] == 'planned'
+    logged = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
+    rates = {line['step']: line['learning_rate'] for line in logged if 'learning_rate' in line}
+    assert rates[21] > rates[22] > 0
 
     done = run_main('train.py', *run, '--init_from=resume', '--params=1M')
     assert done.returncode == 2 and 'was begun with params' in done.stderr
@@ -215,7 +360,10 @@ def test_a_run_records_its_plan_and_keeps_it_when_resumed(data_dir, tmp_path, ru
             ['--budget=1m', '--max_iters=5', '--warmup_iters=0'],
             '--budget sets the number of steps: leave out',
         ),
-        (['--params=30k', '--n_head=5'], 'n_embd 32 is not divisible by n_head 5'),
+        (['--params=30k', '--n_head=7'], 'n_embd 32 is not divisible by n_head 7'),
+        (['--params=70B'], 'the nearest model for this vocabulary has'),
+        (['--params=30k', '--batch_size=auto'], 'leave out --batch_size=auto'),
+        (['--params=30k', '--optimizer=adamw'], 'add --learning_rate for adamw'),
         (['--params=30k', '--warmup_iters=500', '--max_iters=9'], 'warmup_iters 500 is greater'),
     ],
 )
@@ -226,11 +374,32 @@ def test_an_impossible_plan_is_one_line(flags, message, data_dir, tmp_path, run_
     assert done.stderr.count('\n') == 1 and not (tmp_path / 'run').exists()
 
 
+def test_what_the_plan_chooses_is_checked_after_it(tmp_path, run_main):
+    write_char_dataset(tmp_path / 'short', 'A cat sees the dog. ' * 60, {'text': 'made up'})
+    file = tmp_path / 'own.py'
+    file.write_text('min_lr = 1e-4\ngradient_accumulation_steps = 3\nlog_interval = 1\n')
+    flags = [f'--out_dir={tmp_path / "run"}', f'--data_dir={tmp_path}', '--dataset=short']
+    flags += ['--params=30k', '--lr_schedule=wsd', '--learning_rate=1e-5', '--max_iters=4']
+    flags += ['--min_lr=auto', '--lr_decay_iters=auto', '--device=cpu', '--no-report']
+    # The warmup and block_size are defaults: 2,000 steps, and more than the 120 tokens of val.
+    done = run_main('train.py', str(file), *flags)
+    assert done.returncode == 0, done.stderr
+    config = saved(tmp_path / 'run')['config']
+    names = ('min_lr', 'lr_decay_iters', 'gradient_accumulation_steps', 'learning_rate')
+    assert [config[name] for name in names] == [0.0, 4, 1, 1e-5]
+    assert config['warmup_iters'] < 4 and config['block_size'] < 120
+    # A file's micro steps may not suit the processes.
+    check_config(config | {'gradient_accumulation_steps': 1}, 2, planned=True)
+    with pytest.raises(UserError, match='not a multiple of the number of processes'):
+        check_config(config | {'gradient_accumulation_steps': 1}, 2)
+
+
 @pytest.mark.slow
-def test_a_run_ends_when_its_budget_is_over(data_dir, tmp_path, run_main):
+def test_a_run_ends_when_its_budget_is_over(data_dir, tmp_path, run_main, monkeypatch):
+    # On the clock of this process, other programs take no time.
+    monkeypatch.setattr(time, 'perf_counter', time.process_time)
     started = time.perf_counter()
     flags = ['--dataset=tiny', '--device=cpu', f'--data_dir={data_dir}', '--block_size=16']
     done = run_main('train.py', *flags, f'--out_dir={tmp_path / "run"}', '--budget=12s')
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started == pytest.approx(12, rel=0.5)  # beside other tests
-    assert math.isfinite(saved(tmp_path / 'run')['config']['learning_rate'])
+    assert time.perf_counter() - started == pytest.approx(12, abs=2.5)

@@ -186,7 +186,7 @@ LONG = {
     'python benchmarks/saving.py --rounds=15': 'saves 124M parameters 30 times',
     'python benchmarks/loading.py': 'writes 20 GB',
     'python benchmarks/busy_machine.py': 'takes a quiet machine for two minutes',
-    'python benchmarks/scaling.py': 'trains 60 models',
+    'python benchmarks/scaling.py': 'trains 53 models',
     'python data/stdlib_char/prepare.py': 'test_train.py, as a fallback',
     'python benchmarks/ablation.py --text=data/shakespeare_char/input.txt': 'trains 54 models',
     'python data/text/prepare.py '

@@ -106,7 +106,10 @@ class Weights:
         kept = [key for key, origin in chosen.items() if origin == PLANNED and key in values]
         kept = [key for key in kept if origins[key] != 'command line']
         origins |= dict.fromkeys(kept, PLANNED)
-        return {**values, **{key: before[key] for key in kept}}
+        values = {**values, **{key: before[key] for key in kept}}
+        if 'lr_decay_iters' in kept and values['max_iters'] != before['max_iters']:
+            values['lr_decay_iters'] = values['max_iters']  # else further steps have the rate 0
+        return values
 
     def changes(self, config: Mapping) -> dict[str, list]:
         """Returns the keys that have changed since the checkpoint -> [value then, value now]."""

@@ -42,10 +42,11 @@ def settle_schedule(config: Mapping) -> dict:
     return settled
 
 
-def check_config(config: Mapping, world_size: int):
+def check_config(config: Mapping, world_size: int, planned: bool = False):
     """Raises UserError for the first impossible value of train.py's config.
 
-    Values that depend on the model or the data are checked there.
+    Values that depend on the model or the data are checked there. planned: whether --budget or
+    --params is still to choose the schedule and the batches, which are not checked then.
     """
     config = settle_schedule(config)
     for keys, least, below in (
@@ -58,11 +59,17 @@ def check_config(config: Mapping, world_size: int):
         for key in keys:
             if not least <= config[key] < below:
                 raise UserError(f'{key} is {config[key]}: it must be at least {least} and {limit}')
-    if config['init_from'] == 'scratch':  # other weights may bring a schedule
+    if config['init_from'] == 'scratch' and not planned:  # other weights may bring a schedule
         check_schedule(config)
     for key in ('out_dir', 'dataset') + ('wandb_project',) * config['wandb_log']:
         if not config[key]:
             raise UserError(f'{key} is empty: set it with --{key}=NAME')
+    if not planned:
+        check_accumulation(config, world_size)
+
+
+def check_accumulation(config: Mapping, world_size: int):
+    """Raises UserError if the processes cannot share the micro steps equally."""
     accumulation = config['gradient_accumulation_steps']
     if accumulation % world_size:
         multiple = math.ceil(accumulation / world_size) * world_size
