@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 
 import pytest
@@ -225,14 +224,14 @@ def test_the_memory_ends_the_search(planner):
     [
         ({'n_head': 6}, 96),
         ({'n_head': 12}, 96),
-        ({'n_kv_head': 2}, 32),
+        ({'n_kv_head': 6}, 96),
         ({'n_embd': 208}, 208),
         ({'n_embd': 96, 'head_dim': 10}, 96),
     ],
 )
 def test_widths_that_the_heads_do_not_divide_are_skipped(planner, fixed, n_embd):
     plan = planner(**fixed)
-    keys = plan.for_time(time.perf_counter() + 10, WIDTHS[:6], Machine(1e9))
+    keys = plan.for_time(time.perf_counter() + 60, WIDTHS[:4], Machine(1e11))
     assert keys['n_embd'] == n_embd and fixed.items() <= keys.items()
     assert plan.model(keys).n_head == keys['n_head']
 
@@ -323,9 +322,7 @@ def test_a_run_records_its_plan_and_keeps_it_when_resumed(data_dir, tmp_path, ru
     run += SHORT[1:]
     done = run_main('train.py', *run)
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r'plan for params 30k: 3\d,\d\d\d parameters, n_layer 2, n_embd 32', done.stdout
-    )
+    assert done.stdout.count('plan for params 30k: 28,768 parameters, n_layer 2, n_embd 32') == 1
     config, origins = saved(tmp_path / 'run')['config'], saved(tmp_path / 'run')['origins']
     # The plan wins over the file, and the command line over the plan.
     assert (config['n_layer'], config['learning_rate'], config['optimizer']) == (2, 0.015, 'muon')
@@ -360,7 +357,7 @@ def test_a_run_records_its_plan_and_keeps_it_when_resumed(data_dir, tmp_path, ru
             ['--budget=1m', '--max_iters=5', '--warmup_iters=0'],
             '--budget sets the number of steps: leave out',
         ),
-        (['--params=30k', '--n_head=7'], 'n_embd 32 is not divisible by n_head 7'),
+        (['--params=30k', '--n_head=11'], 'n_embd 32 is not divisible by n_head 11'),
         (['--params=70B'], 'the nearest model for this vocabulary has'),
         (['--params=30k', '--batch_size=auto'], 'leave out --batch_size=auto'),
         (['--params=30k', '--optimizer=adamw'], 'add --learning_rate for adamw'),
