@@ -341,7 +341,9 @@ def main(argv):
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    compiled, reason = pick_compile(compile, t.device, t.flops(max_iters), t.peak_flops, t.n_logits)
+    compiled, reason = pick_compile(
+        compile, t.device, t.flops(max_iters), t.peak_flops, t.n_logits, block_size
+    )
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':

@@ -414,7 +414,7 @@ def for_generation(module: nn.Module, linear: Any):
     """
     if linear and isinstance(module, nn.Linear) and linear.pays(module.weight):
         return linear(module.weight, module.bias)
-    if linear and isinstance(module, RMSNorm) and module.weight.device.type == 'cpu':
+    if linear and isinstance(module, RMSNorm) and FewRowNorm.pays(module.weight):
         return FewRowNorm(module)
     if isinstance(module, nn.Dropout):
         return nn.Identity()
@@ -499,6 +499,10 @@ class FewRowNorm:
     def __call__(self, x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype)
         return (x * self.weight.type_as(x)).div_(length.hypot_(self.least))
+
+    @classmethod
+    def pays(cls, weight) -> bool:
+        return weight.device.type == 'cpu' and weight.dtype != torch.float16  # it would overflow
 
 
 # -- the check ------------------------------------------------------------------------------------

@@ -10,8 +10,13 @@ import signal
 import sys
 import time
 
-_main = getattr(sys.modules['__main__'], '__file__', None) or ''  # absolute
-_is_script = os.path.dirname(_main) == os.path.dirname(os.path.dirname(__file__))
+_SCRIPTS = 'bench.py', 'convert.py', 'debug_training.py', 'sample.py', 'train.py'
+_main = getattr(sys.modules['__main__'], '__file__', None) or ''
+if os.path.isabs(_main):  # as it is of a script; and realpath needs no working directory then
+    _main = os.path.realpath(_main)
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+# Not another program that imports one of them, and may never call run_script().
+_is_script = _main in [os.path.join(_root, name) for name in _SCRIPTS]
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()
 if _is_script and not hasattr(sys, 'ps1'):  # a notebook has a prompt

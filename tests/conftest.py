@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import processes
 import pytest
 import torch
 
@@ -52,6 +53,13 @@ def pytest_xdist_make_scheduler(config):
     """Deals a few tests at a time. By default, one process could get most of the slow ones."""
     if 'not slow' not in config.option.markexpr:
         config.option.maxschedchunk = config.option.maxschedchunk or 4
+
+
+@pytest.fixture(autouse=True)
+def no_process_survives():
+    """Kills what a failed test leaves behind."""
+    yield
+    processes.kill_running()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = 'import train; from nib.errors import run_script; run_script(train.main)'
 PATIENCE = 200.0  # seconds to wait for a line or an end, on a busy machine
 IS_WINDOWS = os.name == 'nt'
+running: list = []  # processes of the current test
 context = multiprocessing.get_context('spawn' if IS_WINDOWS else 'forkserver')
 
 
@@ -37,6 +38,7 @@ class Started:
         self.process = context.Process(target=run, args=arguments, daemon=True)
         self.process.start()
         self.pid = self.process.pid
+        running.append(self.process)
 
     @property
     def stdout(self) -> str:
@@ -78,6 +80,12 @@ def start_on_ranks(n: int, folder: Path, program: str, *argv) -> list[Started]:
         )
         for rank in range(n)
     ]
+
+
+def kill_running():
+    """Kills the processes that a test has left behind, as if it failed."""
+    while running:
+        running.pop().kill()
 
 
 def start_server():

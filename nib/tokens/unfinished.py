@@ -193,5 +193,5 @@ class UnfinishedBins:
                 file.close()
             if not self.done['pieces']:
                 self.paths[split].unlink()
-        if not self.done['pieces']:
+        if not self.done['pieces'] and 'trained_tokens' not in self.done['key'].get('source', {}):
             self.journal.unlink(missing_ok=True)

@@ -200,6 +200,7 @@ def test_auto_compiles_if_it_pays_off_and_there_is_a_compiler(monkeypatch):
         assert pick_compile('auto', 'cpu')[0] is False
         assert pick_compile('auto', 'cpu', flops=1e16)[0] is has_amx
         assert pick_compile('auto', 'cpu', flops=1e16, n_logits=1 << 28)[0] is False
+        assert pick_compile('auto', 'cpu', flops=1e16, block_size=1024)[0] is False
         assert pick_compile(True, 'cpu') == (True, 'as requested')
     assert pick_compile('auto', 'cpu', flops=1e13) == too_short
     assert pick_compile('auto', 'mps', flops=1e16)[0] is False

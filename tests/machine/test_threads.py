@@ -1,5 +1,6 @@
 """nib/machine/threads.py: the cores of this process, and how its threads wait."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from nib import errors, startup
 from nib.machine import device, threads
 
 GROUPS = {  # files below / -> cores, of 8
@@ -177,11 +179,23 @@ def test_the_wait_for_a_core_is_that_which_another_process_causes():
             busy.kill()
 
 
-@pytest.mark.parametrize('script', ['train', 'sample', 'bench', 'debug_training'])
+@pytest.mark.parametrize('script', ['train', 'sample', 'bench', 'debug_training', 'convert'])
 def test_scripts_import_startup_before_everything_else(script):
     lines = (ROOT / f'{script}.py').read_text(encoding='utf-8').splitlines()
     first = next(line for line in lines if line.startswith(('import ', 'from ')))
     assert first.startswith('import nib.startup')
+    assert f'{script}.py' in startup._SCRIPTS
+
+
+def test_garbage_is_collected_again_when_main_runs(capsys):
+    gc.disable()
+    try:
+        with pytest.raises(SystemExit):
+            errors.run_script(lambda argv: print(gc.isenabled()))
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert capsys.readouterr().out == 'True\n'
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows does not delete a working directory')
