@@ -59,7 +59,7 @@ RUN = {
     'python train.py config/modern_shakespeare_char.py': [*TINY_RUN, '--n_kv_head=1'],
     'python train.py config/fast_shakespeare_char.py': [*TINY_RUN, '--cooldown_iters=1'],
     'python train.py config/train_text.py --dataset=notes': TINY_RUN,
-    'python train.py config/train_text.py --dataset=notes --params=10M': TINY_RUN,
+    'python train.py config/train_text.py --dataset=notes --params=10M': [*TINY_RUN, '--params=5k'],
     'python train.py config/lab/lr_too_high.py --stop_on=warning': [*TINY_RUN, '--stop_on=never'],
     'python convert.py --out_dir=out-shakespeare-char --dest=shakespeare-hf': [],
     'python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=shakespeare-nanogpt': [],
