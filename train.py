@@ -20,7 +20,7 @@ import torch
 
 import configurator
 from model import GPT
-from nib.budget import Stopwatch, plan
+from nib.budget import plan
 from nib.checkpoint import store
 from nib.checkpoint.start import PLANNED, new_model, read_start
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, UserError, run_script
@@ -38,6 +38,7 @@ from nib.machine.device import (
 from nib.machine.memory import explain_full_memory, fit_batch_size
 from nib.machine.ranks import Ranks, distribute, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
+from nib.machine.stopwatch import Stopwatch
 from nib.optim import Optimizer
 from nib.run.checks import check_config, check_schedule, settle_schedule
 from nib.run.folder import recall_config

@@ -19,8 +19,6 @@ from nib.budget import (
     WIDTHS,
     Law,
     Planner,
-    Speed,
-    Stopwatch,
     parse_count,
     parse_duration,
     tokens_per_step,
@@ -28,6 +26,7 @@ from nib.budget import (
 from nib.errors import UserError
 from nib.machine import compiling
 from nib.machine.memory import USABLE, needed_memory
+from nib.machine.stopwatch import Speed, Stopwatch
 from nib.run.checks import check_config
 from nib.tokens.dataset import open_dataset
 from nib.tokens.write import write_char_dataset
