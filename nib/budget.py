@@ -259,11 +259,14 @@ class Planner:
                     raise
                 break  # wider models need more memory
             speed = watch.measure({**self.config, **keys}, self.data, min(0.5, budget / 100))
-            read = max(1, self.steps_until(ends, keys, speed)) * tokens_per_step(keys)
+            steps = self.steps_until(ends, keys, speed)
+            read = max(1, steps) * tokens_per_step(keys)
             loss = LAW.loss(self.count(keys, embeddings=False), read, len(self.data.train))
             if loss >= lowest:
                 break
             tokens, best, lowest = read, width, loss
+            if steps < MIN_STEPS:
+                break  # wider models are slower
         # Once more, for longer, with the context and the batch for that many tokens.
         keys = self.fit_memory(self.shape(best, tokens))
         steps = max(1, round(tokens / tokens_per_step(keys)))

@@ -165,9 +165,12 @@ def test_the_planned_steps_and_evaluations_fill_the_time(planner):
     assert keys['max_iters'] * step + evaluations == pytest.approx(98, rel=0.02)
 
 
-def test_too_short_a_budget_says_what_is_enough(planner):
+@pytest.mark.parametrize('seconds', [1, -1])  # a second is over when training has been imported
+def test_too_short_a_budget_says_what_is_enough_without_trying_wider_models(planner, seconds):
+    machine = Machine(1e7)
     with pytest.raises(UserError, match=f'too short for {MIN_STEPS} steps .* --budget='):
-        planner().for_time(time.perf_counter() + 1, [128], Machine(1e7))
+        planner().for_time(time.perf_counter() + seconds, WIDTHS, machine)
+    assert {config['n_embd'] for config in machine.measured} == {WIDTHS[0]}
 
 
 def test_keys_of_the_user_are_kept_and_the_others_fit_them(planner):
