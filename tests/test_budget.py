@@ -398,4 +398,4 @@ def test_a_run_ends_when_its_budget_is_over(data_dir, tmp_path, run_main, monkey
     flags = ['--dataset=tiny', '--device=cpu', f'--data_dir={data_dir}', '--block_size=16']
     done = run_main('train.py', *flags, f'--out_dir={tmp_path / "run"}', '--budget=12s')
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started == pytest.approx(12, abs=2.5)
+    assert time.perf_counter() - started == pytest.approx(11, abs=3)  # 2 s are for the end
