@@ -259,9 +259,10 @@ class Planner:
                     raise
                 break  # wider models need more memory
             speed = watch.measure({**self.config, **keys}, self.data, min(0.5, budget / 100))
-            read = max(1, self.steps_until(ends, keys, speed)) * tokens_per_step(keys)
+            steps = self.steps_until(ends, keys, speed)
+            read = max(1, steps) * tokens_per_step(keys)
             loss = LAW.loss(self.count(keys, embeddings=False), read, len(self.data.train))
-            if loss >= lowest:
+            if loss >= lowest or best and steps < MIN_STEPS:
                 break
             tokens, best, lowest = read, width, loss
         # Once more, for longer, with the context and the batch for that many tokens.

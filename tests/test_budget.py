@@ -166,8 +166,10 @@ def test_the_planned_steps_and_evaluations_fill_the_time(planner):
 
 
 def test_too_short_a_budget_says_what_is_enough(planner):
+    machine = Machine(1e7)
     with pytest.raises(UserError, match=f'too short for {MIN_STEPS} steps .* --budget='):
-        planner().for_time(time.perf_counter() + 1, [128], Machine(1e7))
+        planner().for_time(time.perf_counter() + 1, WIDTHS, machine)
+    assert [each['n_embd'] for each in machine.measured] == [32, 64, 32]  # no wider ones
 
 
 def test_keys_of_the_user_are_kept_and_the_others_fit_them(planner):
