@@ -162,12 +162,12 @@ NEEDS_NETWORK = {
     'python bench.py --dataset=shakespeare --batch_size=4 --gradient_accumulation_steps=1 '
     '--steps=2 --rounds=2 --new_tokens=0 --vs_nanogpt=nanoGPT': 'needs a clone of nanoGPT',
     'python benchmarks/sampling.py --nanogpt=nanoGPT': 'needs a clone of nanoGPT',
-    'python benchmarks/generators.py': 'needs llama.cpp and CTranslate2',
-    'python benchmarks/generators.py --prompt_tokens=256 --new_tokens=30 --rounds=5': 'the same',
+    'python benchmarks/generators.py --prompt_tokens=256 --new_tokens=30 '
+    '--rounds=5': 'needs CTranslate2',
     'python benchmarks/generators.py --prompt_tokens=900 --new_tokens=20 --rounds=4 '
-    '--dtypes=float32,bfloat16': 'the same',
+    '--dtypes=float32,bfloat16': 'needs CTranslate2',
     'python benchmarks/generators.py --prompt_tokens=256 --new_tokens=30 --rounds=5 '
-    '--shape=smollm2': 'the same',
+    '--shape=smollm2': 'needs CTranslate2',
     'python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER': 'needs a clone of nanoGPT',
     'python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT --rounds=5': 'needs a clone of nanoGPT',
     'python benchmarks/peers.py --nanogpt=nanoGPT': 'needs a clone of nanoGPT',
