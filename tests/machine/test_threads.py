@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -188,6 +189,7 @@ def test_scripts_import_startup_before_everything_else(script):
 
 
 def test_garbage_is_collected_again_when_main_runs(capsys):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     gc.disable()
     try:
         with pytest.raises(SystemExit):
@@ -195,6 +197,8 @@ def test_garbage_is_collected_again_when_main_runs(capsys):
     finally:
         gc.enable()
         gc.unfreeze()
+        for number, handler in handlers.items():  # run_script() ignores signals at the end
+            signal.signal(number, handler)
     assert capsys.readouterr().out == 'True\n'
 
 
