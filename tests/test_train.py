@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -497,16 +498,15 @@ def test_low_precision_follows_float32(tmp_path, dtype, whole_run, train_here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', ['float16'])
-def test_a_float16_run_keeps_its_loss_scale_when_resumed(tmp_path, dtype, train_here):
-    train_here(tmp_path / 'whole', f'--dtype={dtype}', '--eval_interval=5', status=0)
-    train_here(
-        tmp_path / 'cut', f'--dtype={dtype}', '--eval_interval=5', '--max_iters=10', status=0
-    )
-    assert store.load(tmp_path / 'cut')[0].state['train']['scaler']['scale'] > 0
-    train_here(
-        tmp_path / 'cut', f'--dtype={dtype}', '--eval_interval=5', '--init_from=resume', status=0
-    )
+def test_a_float16_run_keeps_its_loss_scale_when_resumed(tmp_path, monkeypatch, train_here):
+    scaler = partial(torch.amp.GradScaler, growth_interval=8)  # the scale doubles twice in 20 steps
+    monkeypatch.setattr(torch.amp, 'GradScaler', scaler)
+    flags = '--dtype=float16', '--eval_interval=5'
+    train_here(tmp_path / 'whole', *flags, status=0)
+    train_here(tmp_path / 'cut', *flags, '--max_iters=10', status=0)
+    train_here(tmp_path / 'cut', *flags, '--init_from=resume', status=0)
+    scales = [store.load(tmp_path / run)[0].state['train']['scaler'] for run in ('whole', 'cut')]
+    assert scales[0] == scales[1] and scales[0]['scale'] > 65536
     assert_equal_tensors(tensors_of(tmp_path / 'cut'), tensors_of(tmp_path / 'whole'))
 
 
