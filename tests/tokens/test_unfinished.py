@@ -242,3 +242,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / 'taken').write_text('a file')
     with pytest.raises(UserError, match='taken.*--out_dir'):
         write(tmp_path / 'taken')
+
+
+@pytest.mark.parametrize('source, is_kept', [({'trained_tokens': 300}, True), (SOURCE, False)])
+def test_a_stop_before_the_first_piece_keeps_a_trained_tokenizer_and_nothing_else(
+    tmp_path, source, is_kept
+):
+    key = {'source': source, 'tokenizer': 'took minutes'}
+    with pytest.raises(KeyboardInterrupt), unfinished.UnfinishedBins(tmp_path, key, itemsize=2):
+        raise KeyboardInterrupt
+    assert unfinished.read_key(tmp_path) == (key if is_kept else {})
+    assert not list(tmp_path.glob('*.unfinished')) and not list(tmp_path.glob('.*.bin*'))
