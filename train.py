@@ -53,7 +53,7 @@ init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an ope
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
 budget: str = ''  # time for the run, as in 10m: plans model, batches, rate and steps
-params: str = ''  # size of the model, as in 10M: the same
+params: str = ''  # size of the model, as in 10M: plans the rest
 seed: int = 1337  # for weights, data order and dropout
 # evaluation and checkpoints
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint

@@ -85,7 +85,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
                 stream.reconfigure(errors='backslashreplace')
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by nib/startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not gc.isenabled():  # by nib/startup.py, too
+    if not gc.isenabled():  # disabled by nib/startup.py
         gc.freeze()  # what has been imported is never garbage
         gc.enable()
     exit_code = call(main, sys.argv[1:])

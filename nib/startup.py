@@ -1,7 +1,7 @@
 """Makes the imports of a script, which take seconds, faster and lets Ctrl-C end them quietly.
 
-A script imports this module first. run_script() then restores what is usual. It also notes when the
-script has started.
+A script imports this module first. run_script() then restores the usual behavior. It also
+records when the script started.
 """
 
 import gc
@@ -20,7 +20,7 @@ _is_script = _main in [os.path.join(_root, name) for name in _SCRIPTS]
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()
 if _is_script and not hasattr(sys, 'ps1'):  # a notebook has a prompt
-    gc.disable()  # it takes a tenth of the time and finds nothing
+    gc.disable()  # a tenth of the import time, and it finds nothing
     if _is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
