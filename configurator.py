@@ -41,7 +41,7 @@ NO_SETTLING: Settle = MappingProxyType({})
 NO_COMMENTS: Comments = MappingProxyType({})
 PYTHON_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool}
 # How a person names a type, where it is not the name of a choice.
-IN_WORDS = {int: 'an integer', float: 'a number', str: 'a text', bool: 'True or False'}
+IN_WORDS = {int: ['an integer'], float: ['a number'], str: ['a text'], bool: ['True', 'False']}
 RESERVED = ('help', 'print_config', 'include')
 TEXTS = ('start', 'stop')  # keys whose value is a text, in which ~ is not a home folder
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
@@ -282,7 +282,7 @@ def describe(kind: Type) -> str:
 
 def in_words(kind: Type) -> str:
     """Returns the type as an error message names it."""
-    *first, last = [IN_WORDS.get(part) or repr(part) for part in kind]
+    *first, last = [word for part in kind for word in IN_WORDS.get(part, [repr(part)])]
     return f'{", ".join(first)} or {last}' if first else last
 
 

@@ -402,7 +402,10 @@ FLAGS = {
         ['--out_dir=' + 'x' * 5000, '--init_from=resume'],
         ['File name too long', 'another path'],
     ),
-    'nothing to start from': (['--init_from=resum'], ["'resum' is not a model", "'resume'"]),
+    'nothing to start from': (
+        ['--init_from=resum'],
+        ["'resum' is not a model", "'resume'", 'no such folder'],
+    ),
     'no wandb project': (
         ['--wandb_log', '--wandb_project='],
         ['wandb_project is empty', '--wandb_project=NAME'],
@@ -499,6 +502,12 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     assert contents(place) == before
 
 
+def test_an_impossible_model_is_told_before_its_dataset_is_prepared(run_main, place):
+    out_dir = f'--out_dir={place / "new"}'
+    ended = try_to_train(run_main, place, out_dir, '--dataset=none', '--n_head=5')
+    assert_refused(ended, ['n_embd 32 is not divisible by n_head 5'])
+
+
 def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
     flags = [f'--out_dir={place / "new"}', '--init_from=resume']
     assert_refused(try_to_train(run_main, place, *flags), ['new: no such folder', 'train first'])
@@ -587,7 +596,7 @@ WEIGHTS = {
     'another shape': (
         None,
         ['--n_layer=3'],
-        ['n_layer 1, but command line says 3', '--init_from=scratch'],
+        ['n_layer 1, but the command line says 3', '--init_from=scratch'],
     ),
     'another tokenizer': (None, ['--dataset=tiny'], ['another tokenizer', '--tokenizer=gpt2']),
     'no weights': (

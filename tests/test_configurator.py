@@ -220,6 +220,7 @@ def test_last_of_a_repeated_flag_wins():
         ('--learning_rate=' + '9' * 400, ['expected a number']),
         ('--learning_rate=__import__("os")', ['expected a number']),
         ('--verbose=1', ['expected True or False']),
+        ('--compile=maybe', ["expected True, False or 'auto'"]),
         ('--dtype=bf16', ["'bf16'", "'float32', 'bfloat16' or 16"]),
         ('--dtype=bfloat', ["did you mean 'bfloat16'?"]),
         (

@@ -87,8 +87,9 @@ class Weights:
                         f'of {self.name}: use at most --block_size={own}'
                     )
             else:
+                place = origins[key].replace('command line', 'the command line')
                 raise UserError(
-                    f'{self.name} was trained with {key} {own}, but {origins[key]} says '
+                    f'{self.name} was trained with {key} {own}, but {place} says '
                     f'{values[key]}: leave {key} out, or train a new model with '
                     f'--init_from=scratch and another --out_dir'
                 )
@@ -271,7 +272,7 @@ def read_weights(
         )
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
-    instead = explain(name)
+    instead = explain(name, may_train=False)
     if path.exists() and name in GPT2_NAMES:
         instead = f'{path.resolve()} hides the model of this name: use openai-community/{name}'
     raise UserError(

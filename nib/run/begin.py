@@ -1,7 +1,9 @@
 """How a run begins: its config, the weights that it starts from, its dataset and its plan."""
 
+from model import GPTConfig
 from nib.budget import plan
 from nib.checkpoint.start import PLANNED, Weights, read_start
+from nib.errors import UserError
 from nib.machine.device import pick_dtype
 from nib.machine.ranks import Ranks
 from nib.machine.stopwatch import Stopwatch
@@ -31,6 +33,8 @@ def begin(
     values = settle_schedule(values)
     if not planned:
         check_schedule(values)
+    if not planned and not start:
+        check_model(values)
     data = find_data(values, origins, planned, ranks, book)
     config = values | {
         'device': device,
@@ -69,6 +73,14 @@ def find_start(values, origins, book) -> tuple[Weights | None, dict]:
         )
         values = start.adopt(values, origins)
     return start, values
+
+
+def check_model(values):
+    """Raises UserError if the model is impossible, before a dataset is prepared for it."""
+    try:
+        GPTConfig.pick(values, vocab_size=1)  # that of the dataset is not known yet
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def find_data(values, origins, planned: bool, ranks, book) -> TokenDataset:
