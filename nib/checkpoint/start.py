@@ -101,7 +101,7 @@ class Weights:
         for key in ('budget', 'params'):
             if origins.get(key) == 'command line' and values[key] != before.get(key, ''):
                 raise UserError(
-                    f'--{key} plans a new run, and {self.name} was begun with '
+                    f'--{key} plans a new run, but {self.name} was begun with '
                     f'{key} {before.get(key, "")!r}: leave it out, or change --max_iters instead'
                 )
         kept = [key for key, origin in chosen.items() if origin == PLANNED and key in values]
@@ -136,9 +136,9 @@ class Weights:
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
-                f'{self.name} needs tokens of another tokenizer ({kind}, '
-                f'vocabulary {self.model.vocab_size}) than those of dataset {data.name} '
-                f'(vocabulary {data.vocab_size}): prepare your text with its tokenizer, '
+                f'{self.name} has another tokenizer ({kind}, vocabulary '
+                f'{self.model.vocab_size}) than dataset {data.name} (vocabulary '
+                f"{data.vocab_size}): prepare your text with the model's tokenizer, "
                 f'{command("data/text/prepare.py")} --input=PATH --tokenizer={borrowed}'
             )
 

@@ -125,13 +125,14 @@ def open_dataset(folder, block_size: int, vocab_size: int = 0) -> TokenDataset:
             f'{folder} has a vocabulary of {tokenizer.vocab_size} tokens, but vocab_size is '
             f'{vocab_size}: leave vocab_size out'
         )
-    for split in SPLITS:
-        if len(bins[split]) < block_size + 1:
-            smaller = f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else ''
-            raise UserError(
-                f'{folder / split}.bin has {len(bins[split]):,} tokens, fewer than block_size + 1 '
-                f'= {block_size + 1:,}: use a longer text{smaller}'
-            )
+    split = min(SPLITS, key=lambda split: len(bins[split]))
+    n = len(bins[split])
+    if n < block_size + 1:
+        smaller = f' or --block_size={n - 1}' if n > 1 else ''
+        raise UserError(
+            f'{folder / split}.bin has {n:,} tokens, fewer than block_size + 1 = '
+            f'{block_size + 1:,}: use a longer text{smaller}'
+        )
     digests = [found[split].get('sha256') or found[split]['sampled_sha256'] for split in SPLITS]
     identity = '\n'.join([*digests, str(tokenizer.vocab_size)])
     return TokenDataset(
