@@ -392,7 +392,7 @@ FLAGS = {
     ),
     'no such device': (['--device=cuda:99'], ['--device=cuda:99', 'try --device=auto']),
     'what is no device': (['--device=abacus'], ['--device=abacus', "'cpu', 'cuda'"]),
-    'a block longer than the text': (['--block_size=100000'], ['train.bin has', '--block_size=']),
+    'a block longer than the text': (['--block_size=100000'], ['val.bin has', '--block_size=']),
     'a model larger than the memory': (
         ['--n_embd=2000000000', '--n_head=1'],
         ['the memory is full', 'a smaller model'],
@@ -746,7 +746,7 @@ def test_a_bad_prompt_is_told(run_main, place, flags, words):
         (['--new_tokens=-1'], ['new_tokens is -1', 'at least 0']),
         (['--n_embd=33'], ['n_embd 33', 'try n_embd 32']),
         (['--vs_nanogpt={place}'], ['place', 'clone of karpathy/nanoGPT']),
-        (['--block_size=1000000'], ['train.bin has', '--block_size=']),
+        (['--block_size=1000000'], ['val.bin has', '--block_size=']),
     ],
 )
 def test_a_bad_benchmark_is_told(run_main, place, flags, words):
