@@ -13,7 +13,7 @@ from nib import guard
 from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
 from nib.doctor import vitals
-from nib.doctor.rules import Doctor
+from nib.doctor.doctor import Doctor
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
