@@ -32,7 +32,7 @@ def data_dir_of(data: TokenDataset) -> str:
 
 
 def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> TokenDataset:
-    """Open a run's dataset. The first rank prepares it if it is missing; the others wait.
+    """Opens a run's dataset. The first rank prepares it if it is missing; the others wait.
 
     values: train.py's config. Only if the dataset cannot be downloaded, its fallback_dataset is
     used instead, and a resumed run never prepares one. ranks: the Ranks of the run. say: prints a
