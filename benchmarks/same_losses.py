@@ -1,4 +1,4 @@
-"""Checks that a change to the code keeps every loss: train two revisions, compare bit for bit.
+"""Checks that a change to the code keeps every loss: trains two revisions and compares them.
 
     python benchmarks/same_losses.py --base=main             the working tree against branch main
     python benchmarks/same_losses.py --base=main --timing    tokens/s of both, measured in turns
@@ -118,7 +118,7 @@ def choose_cases(known: dict) -> dict:
 
 
 def compare_losses(chosen: dict[str, Case], old: Path, scratch: Path) -> tuple[str, bool]:
-    """Trains all cases with both revisions; return the table and whether everything is equal."""
+    """Trains all cases with both revisions; returns the table and whether everything is equal."""
     lines, same = [f'{"case":38}{"compared":>9}  {base} and the working tree'], True
     print(lines[-1], flush=True)
     for name, count, difference in compare_all(chosen, old, scratch):
@@ -206,7 +206,7 @@ def compare_bins(old: Path, new: Path) -> tuple[int, str]:
 
 
 def measure_speed(chosen: dict[str, str], old: Path, scratch: Path) -> str:
-    """Trains every config with both revisions in turns; return a table of their speeds."""
+    """Trains every config with both revisions in turns; returns a table of their speeds."""
     lines = [
         f'{rounds} rounds on {device}; new / old: median (lowest to highest)',
         f'{"config":24}{"old tokens/s":>14}{"new tokens/s":>14}{"speed":>26}{"whole process":>26}',
