@@ -9,7 +9,7 @@ import math
 import statistics
 
 from nib.doctor import health
-from nib.doctor.vitals import PROBE_LENGTH
+from nib.doctor.texts import PROBE_LENGTH
 
 # -- rules for the data ----------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ import model
 from nib.doctor import rules
 from nib.doctor.doctor import KEPT, Doctor, Line, LossWindow
 from nib.doctor.rules import mean_loss
+from nib.doctor.texts import DataSigns
 from nib.doctor.troubles import TROUBLES, Finding
-from nib.doctor.vitals import DataSigns, EvaluationSigns, StepSigns
+from nib.doctor.vitals import EvaluationSigns, StepSigns
 from nib.errors import EXIT_FINDING
 from nib.guard import Seen
 from nib.tokens import batches, find
