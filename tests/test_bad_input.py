@@ -508,6 +508,11 @@ def test_an_impossible_model_is_told_before_its_dataset_is_prepared(run_main, pl
     assert_refused(ended, ['n_embd 32 is not divisible by n_head 5'])
 
 
+def test_a_first_run_without_a_config_is_told_of_a_small_one(run_main, tmp_path):
+    ended = run_main('train.py', f'--out_dir={tmp_path / "out"}', f'--data_dir={tmp_path}')
+    assert_refused(ended, ['a small run to begin with', 'config/train_shakespeare_char.py'])
+
+
 def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
     flags = [f'--out_dir={place / "new"}', '--init_from=resume']
     assert_refused(try_to_train(run_main, place, *flags), ['new: no such folder', 'train first'])
