@@ -318,7 +318,7 @@ def main(argv):
 
     # The dataset, and the start: new weights, another model's, or this run's latest checkpoint.
     watch = Stopwatch(Training.set_up, train_step, evaluate)  # for --budget
-    config, origins, data, start = begin(values, origins, ranks, book, watch)
+    config, origins, data, start = begin(values, origins, book, watch)
     # From now on, the variables at the top of this file hold this run's values.
     globals().update({key: config[key] for key in values})
 

@@ -5,7 +5,6 @@ from nib.budget import plan
 from nib.checkpoint.start import PLANNED, Weights, read_start
 from nib.errors import UserError
 from nib.machine.device import pick_dtype
-from nib.machine.ranks import Ranks
 from nib.machine.stopwatch import Stopwatch
 from nib.run.checks import check_config, check_schedule, settle_schedule
 from nib.run.logbook import Logbook
@@ -14,13 +13,14 @@ from nib.tokens.find import data_dir_of, open_or_prepare
 
 
 def begin(
-    values: dict, origins: dict, ranks: Ranks, book: Logbook, watch: Stopwatch
+    values: dict, origins: dict, book: Logbook, watch: Stopwatch
 ) -> tuple[dict, dict, TokenDataset, Weights | None]:
     """Returns the config, where its values come from, the dataset and the weights (None: new ones).
 
     values, origins: those of configurator.configure. watch: for --budget. Raises UserError if a
     value is impossible, or if weights or dataset are missing or do not fit.
     """
+    ranks = book.ranks
     dtype, reason = pick_dtype(values['dtype'], values['device'])
     may_plan = bool(values['budget'] or values['params'])
     check_config(values, ranks.world_size, may_plan)
@@ -35,7 +35,7 @@ def begin(
         check_schedule(values)
     if not planned and not start:
         check_model(values)
-    data = find_data(values, origins, planned, ranks, book)
+    data = find_data(values, origins, planned, book)
     config = values | {
         'device': device,
         'dtype': dtype,
@@ -83,11 +83,11 @@ def check_model(values):
         raise UserError(str(error)) from error
 
 
-def find_data(values, origins, planned: bool, ranks, book) -> TokenDataset:
+def find_data(values, origins, planned: bool, book) -> TokenDataset:
     """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
     if planned and origins['block_size'] != 'command line':
         values = values | {'block_size': 1}  # the plan fits it to the text
-    data = open_or_prepare(values, ranks, book.say)
+    data = open_or_prepare(values, book.ranks, book.say)
     if values['sample_tokens']:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
     return data
