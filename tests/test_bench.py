@@ -207,7 +207,7 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
     assert point['MFLOP/token'] == pytest.approx(3 * sum(model.flops_per_token().values()) / 1e6)
     assert point['% of it'] == pytest.approx(100 * point['tokens/s'] / point['at matrix rate'])
     assert 50 < point['before model, MB'] <= point['peak memory, MB'] < len(room) / 1e6
-    with pytest.raises(UserError, match='train.bin has'):
+    with pytest.raises(UserError, match='val.bin has'):
         bench_script.in_fresh_process(
             bench_script.measure_point, bench_script.as_flags(values, block_size=1_000_000)
         )

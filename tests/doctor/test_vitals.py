@@ -15,18 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
-from nib.doctor import vitals
-from nib.doctor.vitals import (
-    KEPT,
-    PROBE_LENGTH,
-    SAMPLE,
-    SEARCHED,
-    EvaluationSigns,
-    Vitals,
-    examine_data,
-    gradient_noise,
-    sample,
-)
+from nib.doctor.texts import PARTS, PROBE_LENGTH, SEARCHED, examine_data
+from nib.doctor.vitals import KEPT, SAMPLE, EvaluationSigns, Vitals, gradient_noise, sample
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
 
@@ -481,7 +471,7 @@ def test_short_texts_are_looked_at_whole(n_train, n_val):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         found = examine_data(train, val, 2)
-    assert found.sampled <= max(vitals.PARTS, n_train) and found.used == 2
+    assert found.sampled <= max(PARTS, n_train) and found.used == 2
     assert all(map(math.isfinite, (found.entropy, found.distance, found.usual_distance)))
     assert found.leaked == (1.0 if n_val >= PROBE_LENGTH else 0.0)
 

@@ -86,7 +86,7 @@ def test_no_run_outlives_an_error_of_the_sweep(monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
-    training = sweep.Training([])
+    training = sweep.Sweep([])
     training.active.append((process, None, {}, 0.0))
     monkeypatch.setattr(sweep.time, 'sleep', fail)
     try:
