@@ -119,10 +119,7 @@ def train_config(size: str) -> dict:
     defaults = configurator.read_block(train.__file__).defaults
     device = pick_device('cpu')
     shape = SIZES[size]
-    n_logits = shape['batch_size'] * shape['block_size'] * VOCAB_SIZES[size]
-    compiled, _ = pick_compile(
-        'auto', device, flops=math.inf, n_logits=n_logits, block_size=shape['block_size']
-    )
+    compiled, _ = pick_compile('auto', device, flops=math.inf)
     changes = {'device': device, 'dtype': dtype, 'compile': compiled, 'prompt_tokens': 1}
     changes |= {'gradient_accumulation_steps': 1}
     return settle_schedule(defaults | shape | changes)
