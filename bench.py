@@ -128,7 +128,7 @@ def settle_compile(values, vocab_size: int) -> dict:
     sequences = values['batch_size'] * values['gradient_accumulation_steps']
     flops = flops_per_token * sequences * values['block_size'] * values['max_iters']
     peak = peak_flops(values['device'], values['dtype'])
-    compiled, _ = pick_compile(values['compile'], values['device'], flops, peak)
+    compiled, _ = pick_compile(values['compile'], values['device'], flops, peak, model)
     return values | {'compile': compiled}
 
 

@@ -337,7 +337,8 @@ def main(argv):
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    compiled, reason = pick_compile(compile, t.device, t.flops(max_iters), t.peak_flops)
+    flops, model = t.flops(max_iters), t.raw_model.config
+    compiled, reason = pick_compile(compile, t.device, flops, t.peak_flops, model)
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':

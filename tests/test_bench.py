@@ -381,7 +381,9 @@ def test_the_model_is_compiled_if_the_run_of_the_config_is(max_iters, monkeypatc
         bench_script, 'pick_compile', lambda *choice: asked.append(choice) or (0, '')
     )
     bench_script.settle_compile(values, size)
-    assert asked == [('auto', 'cpu', training.flops(max_iters), training.peak_flops)]
+    assert asked == [
+        ('auto', 'cpu', training.flops(max_iters), training.peak_flops, training.raw_model.config)
+    ]
 
 
 @pytest.mark.parametrize(
