@@ -254,11 +254,6 @@ class Training:
         return tokens * self.micro_steps * self.ranks.world_size
 
     @property
-    def n_logits(self) -> int:
-        """Logits in a micro step."""
-        return self.batches.batch_size * self.batches.block_size * self.raw_model.config.vocab_size
-
-    @property
     def peak_flops(self) -> float | None:
         """Peak rate of all ranks together in FLOP/s, or None if unknown."""
         peak = peak_flops(self.device, self.dtype)
@@ -330,9 +325,8 @@ def main(argv):
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    compiled, reason = pick_compile(
-        compile, t.device, t.flops(max_iters), t.peak_flops, t.n_logits, block_size
-    )
+    flops, model = t.flops(max_iters), t.raw_model.config
+    compiled, reason = pick_compile(compile, t.device, flops, t.peak_flops, model)
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':

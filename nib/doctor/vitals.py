@@ -240,7 +240,7 @@ class Vitals:
     def _noise_scale(self) -> float | None:
         """Returns the gradient noise scale in batches of a step; None if float16 has overflowed."""
         tokens = self.batches.batch_size * self.batches.block_size
-        k = min(max(4, 8192 // tokens), 32)  # more of the small batches, which are noisier
+        k = min(max(4, 6144 // tokens), 32)  # more of the small batches, which are noisier
         micro_batches = (self.batches.batch(i, 0) for i in range(k))
         scale = gradient_noise(self.model, self.scaler, micro_batches, self.precision)
         scale /= self.batches.micro_steps * self.batches.world_size  # micro batches in a step
