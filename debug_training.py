@@ -29,7 +29,7 @@ from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
-from nib.run.checks import check_config
+from nib.run.checks import check_config, check_schedule, settle_schedule
 from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
@@ -61,6 +61,8 @@ def main(argv):
     start = read_start(values['init_from'], values['out_dir'], warn)
     if start:
         values = start.adopt(values, origins)
+    values = settle_schedule(values)
+    check_schedule(values)
     if values['dataset']:
         data = open_dataset(values)
     else:
@@ -119,10 +121,10 @@ class Microscope:
         self.shown = 24 if self.has_text else 8  # tokens to show
         self.training = train.Training.set_up(self.values, data, start)
         self.model, self.precision = self.training.model, self.training.precision
-        self.device, self.data_step = values['device'], 0
+        self.device, self.steps_done, self.data_step = values['device'], 0, 0
         if start and start.resumed:
             saved = start.resumed.state['train']
-            self.data_step = saved['step'] + saved['passed_over']
+            self.steps_done, self.data_step = saved['step'], saved['step'] + saved['passed_over']
         self.batch_size = batch_size
         self.n_sequences, self.n_positions = self.fit_batch(values['batch_tokens'], least)
 
@@ -146,6 +148,12 @@ class Microscope:
         x, y = self.training.batches.batch(self.data_step + number, 0)
         part = slice(self.n_sequences), slice(self.n_positions)
         return x[part].contiguous(), y[part].contiguous()
+
+    @property
+    def scheduled_rate(self) -> float:
+        """The learning rate that train.py would use for this step."""
+        vars(train).update(settle_schedule(self.values))  # get_lr reads train.py's config
+        return train.get_lr(self.steps_done)
 
     @property
     def has_memory(self) -> bool:

@@ -210,6 +210,7 @@ def test_a_run_of_nanogpt_goes_on_at_its_own_step_and_rate(nano, data, tmp_path,
     assert 'from the first micro batch of step 10' in said, examined.stderr
     assert f'AdamW step at the full learning rate {CONFIG["learning_rate"]:g} changes' in said
     assert 'AdamW has no state yet' not in said
+    assert f'train.py takes this step at the learning rate {learning_rate(10):.4g} of the' in said
 
     found, tensors = store.load(tmp_path / 'run')
     assert found.step == 20 and found.state['config']['beta2'] == 0.99
