@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/...    eight GPUs, or CPU processes
 
 Read this file from top to bottom: the config, the learning rate, the evaluation, one training step,
-what a step needs, main, the loop, and the functions that they call.
+what a step needs, main, the run, the loop, and the functions that they call.
 """
 
 import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
@@ -321,14 +321,20 @@ def main(argv):
     ranks = start_ranks(device)  # rank 0 of 1 without torchrun
     check_config(values, ranks.world_size, planned=bool(budget or params))
     stop = StopSignal(ranks)
-    book = Logbook(out_dir, ranks, stop)  # everything that the run prints and writes
     used = {'device': ranks.own_device(device), 'dtype': dtype_used, 'ranks': ranks.world_size}
-    book.say_machine(**used, reason=reason)
+    with Logbook(out_dir, ranks, stop) as book:  # everything that the run prints and writes
+        book.say_machine(**used, reason=reason)
+        exit_code = run(values, origins, used, book, stop)
+    ranks.close()
+    return exit_code
 
+
+def run(values, origins, used, book, stop) -> int:
+    """Sets up what a step needs, trains and evaluates; returns the exit code."""
     # The start: new weights, another model's, or this run's latest checkpoint.
     start, values = find_start(values, origins, book)
     globals().update(values)
-    planned = is_planned(start)
+    planned, ranks = is_planned(start), book.ranks
     data = find_data(values, origins, planned, ranks, book)
     config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
     if planned:
@@ -365,7 +371,6 @@ def main(argv):
             explain_full_memory(error, t, config)
             raise
         book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
-    ranks.close()
     return exit_code
 
 
