@@ -62,6 +62,7 @@ def main(argv):
     if start:
         values = start.adopt(values, origins)
     values = settle_schedule(values)
+    check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
     check_schedule(values)
     if values['dataset']:
         data = open_dataset(values)
