@@ -96,13 +96,15 @@ def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
 
     start: the weights, whose vocabulary is used; None for a new model.
     """
-    size = start.model.vocab_size if start else values['vocab_size'] or VOCAB_SIZE
+    tokenizer = tokenizer_from_json(start.tokenizer) if start and start.tokenizer else None
+    size = values['vocab_size'] or VOCAB_SIZE
+    if start:  # an open model may have more embeddings than its tokenizer has tokens
+        size = tokenizer.vocab_size if tokenizer else start.model.vocab_size
     if size < 2:
         raise UserError(f'vocab_size is {size}: random tokens need at least 2')
     n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # enough for a few steps
     seed_everything(values['seed'], 'random tokens')
     tokens = torch.randint(size, (n,)).numpy()
-    tokenizer = tokenizer_from_json(start.tokenizer) if start and start.tokenizer else None
     data = TokenDataset('random tokens', Path(), tokens, tokens, size, tokenizer, {}, '')
     return data, start and replace(start, resumed=None)
 

@@ -18,6 +18,7 @@ from nib.errors import UserError
 from nib.text.bpe import GPT2_SPLITS, GPT4_SPLITS, WordTable
 from nib.text.vocabulary import END_OF_TEXT, checked_ids, without_surrogates
 
+_MOST = 1 << 24  # tokens; more is a damaged file
 # Names of an end-of-text token, if no other file of the model names it.
 _ENDS = (END_OF_TEXT, '<|end_of_text|>', '</s>', '<eos>')
 # The patterns with which GPT-4, Llama 3, Qwen and train_bpe.py split a text. They differ in how
@@ -188,7 +189,10 @@ def _load(content: str, spells_end_of_text: bool) -> tuple:
     vocabulary = library.get_vocab(with_added_tokens=True)
     added = {number: token.content for number, token in library.get_added_tokens_decoder().items()}
     steps = _steps(decoder)
-    tokens = [b''] * (1 + max(vocabulary.values(), default=-1))  # ids may have gaps
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= _MOST:
+        raise UserError(f'not a valid tokenizer.json (it has the id {largest:,})')
+    tokens = [b''] * (1 + largest)  # ids may have gaps
     for token, number in vocabulary.items():
         tokens[number] = _bytes(token, steps, number in added)
     return library, tokens

@@ -244,6 +244,9 @@ def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
     for number in range(20):
         (notes / f'{number}.txt').write_text(f'{number}: é, 🙂 the cat\n{end}' * 20)
 
+    debug = ['debug_training.py', f'--init_from={model}', '--dataset=', '--device=cpu']
+    ended = run_main(*debug, '--batch_size=2', '--block_size=8', '--overfit_steps=1')
+    assert ended.returncode == 0, ended.stderr
     data = tmp_path / 'mine'
     prepare = ['data/text/prepare.py', f'--input={notes}', f'--out_dir={data}']
     ended = run_main(*prepare, f'--tokenizer={model}')

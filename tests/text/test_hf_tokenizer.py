@@ -142,11 +142,14 @@ def test_gaps_between_ids_and_ids_outside_the_vocabulary():
 def test_what_cannot_be_used_is_refused_in_one_line():
     wordpiece = Tokenizer(models.WordPiece({'a': 0, '##b': 1}, unk_token='a'))
     wordpiece.decoder = decoders.WordPiece()
+    huge = json.loads(byte_level().to_str())
+    huge['model']['vocab']['x'] = 1 << 31
     for content, words in (
         ('{', 'not a valid tokenizer.json'),
         ('[]', 'not a valid tokenizer.json'),
         (wordpiece.to_str(), "the decoder 'WordPiece'"),
         (Tokenizer(models.BPE()).to_str(), 'the decoder None'),
+        (json.dumps(huge), 'it has the id 2,147,483,648'),
     ):
         with pytest.raises(UserError, match=words) as raised:
             HfTokenizer.read(content)
