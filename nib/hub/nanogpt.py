@@ -89,6 +89,8 @@ def _interpret(path: Path, found) -> NanoCheckpoint:
     config = {}
     for key in CONFIG.keys() & given.keys():
         kind, value = CONFIG[key], given[key]
+        if value == 'auto':  # an older convert.py may have written it
+            continue
         is_number = type(value) in (int, float) and (kind is float or value % 1 == 0)
         if not (type(value) is str if kind is str else is_number):
             raise UserError(
