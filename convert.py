@@ -22,6 +22,7 @@ from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.hub import gguf, huggingface, nanogpt
 from nib.hub.card import model_card
+from nib.run.checks import settle_schedule
 from nib.text.tokenizer import Tokenizer
 
 # which model
@@ -72,7 +73,8 @@ def write_nanogpt(weights: Weights, tokenizer: Tokenizer):
     """Writes ckpt.pt, and meta.pkl for a model of characters."""
     state: dict = weights.resumed.state if weights.resumed else {'step': 0}
     train_script = Path(__file__).with_name('train.py')
-    config = configurator.read_block(str(train_script)).defaults | state.get('config', {})
+    defaults = configurator.read_block(str(train_script)).defaults
+    config = settle_schedule(defaults | state.get('config', {}))
     nanogpt.write_folder(Path(dest), weights.model, weights.tensors, tokenizer, state, config)
     if weights.model.mlp == 'gelu':
         print(

@@ -29,7 +29,7 @@ from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
-from nib.run.checks import check_config, refuse_plan
+from nib.run.checks import check_config, check_schedule, refuse_plan, settle_schedule
 from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
@@ -62,6 +62,9 @@ def main(argv):
     start = read_start(values['init_from'], values['out_dir'], warn)
     if start:
         values = start.adopt(values, origins)
+    values = settle_schedule(values)
+    check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
+    check_schedule(values)
     if values['dataset']:
         data = open_dataset(values)
     else:
@@ -94,13 +97,15 @@ def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
 
     start: the weights, whose vocabulary is used; None for a new model.
     """
-    size = start.model.vocab_size if start else values['vocab_size'] or VOCAB_SIZE
+    tokenizer = tokenizer_from_json(start.tokenizer) if start and start.tokenizer else None
+    size = values['vocab_size'] or VOCAB_SIZE
+    if start:  # an open model may have more embeddings than its tokenizer has tokens
+        size = tokenizer.vocab_size if tokenizer else start.model.vocab_size
     if size < 2:
         raise UserError(f'vocab_size is {size}: random tokens need at least 2')
     n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # enough for a few steps
     seed_everything(values['seed'], 'random tokens')
     tokens = torch.randint(size, (n,)).numpy()
-    tokenizer = tokenizer_from_json(start.tokenizer) if start and start.tokenizer else None
     data = TokenDataset('random tokens', Path(), tokens, tokens, size, tokenizer, {}, '')
     return data, start and replace(start, resumed=None)
 
@@ -120,10 +125,10 @@ class Microscope:
         self.shown = 24 if self.has_text else 8  # tokens to show
         self.training = train.Training.set_up(self.values, data, start)
         self.model, self.precision = self.training.model, self.training.precision
-        self.device, self.data_step = values['device'], 0
+        self.device, self.steps_done, self.data_step = values['device'], 0, 0
         if start and start.resumed:
             saved = start.resumed.state['train']
-            self.data_step = saved['step'] + saved['passed_over']
+            self.steps_done, self.data_step = saved['step'], saved['step'] + saved['passed_over']
         self.batch_size = batch_size
         self.n_sequences, self.n_positions = self.fit_batch(values['batch_tokens'], least)
 
@@ -147,6 +152,12 @@ class Microscope:
         x, y = self.training.batches.batch(self.data_step + number, 0)
         part = slice(self.n_sequences), slice(self.n_positions)
         return x[part].contiguous(), y[part].contiguous()
+
+    @property
+    def scheduled_rate(self) -> float:
+        """The learning rate that train.py would use for this step."""
+        vars(train).update(settle_schedule(self.values))  # get_lr reads train.py's config
+        return train.get_lr(self.steps_done)
 
     @property
     def has_memory(self) -> bool:

@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/...    eight GPUs, or CPU processes
 
 Read this file from top to bottom: the config, the learning rate, the evaluation, one training step,
-what a step needs, main, the loop, and the functions that it calls.
+what a step needs, main, the run, the loop, and the functions that they call.
 """
 
 import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
@@ -309,18 +309,25 @@ def main(argv):
     )
     ranks = start_ranks(values['device'])  # rank 0 of 1 without torchrun
     stop = StopSignal(ranks)
-    book = Logbook(values['out_dir'], ranks, stop)  # everything that the run prints and writes
+    # Everything that the run prints and writes:
+    with Logbook(values['out_dir'], ranks, stop) as book:
+        exit_code = run(values, origins, book, stop)
+    ranks.close()
+    return exit_code
 
+
+def run(values, origins, book, stop) -> int:
+    """Sets up what a step needs, trains and evaluates; returns the exit code."""
     # The dataset, and the start: new weights, another model's, or this run's latest checkpoint.
     watch = Stopwatch(Training.set_up, train_step, evaluate)  # for --budget
     config, origins, data, start = begin(values, origins, book, watch)
     # From now on, the variables at the top of this file hold this run's values.
     globals().update({key: config[key] for key in values})
 
-    t = Training.set_up(config, data, start, ranks)
+    t = Training.set_up(config, data, start, book.ranks)
     if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
         config |= fit_batch_size(t, config, book.say)  # the tokens per step stay
-        batches = BatchLoader.from_config(config, data, ranks, t.device)
+        batches = BatchLoader.from_config(config, data, book.ranks, t.device)
         t = replace(t, batches=batches, micro_steps=batches.micro_steps)
     state = TrainState()
     changes = resume(t, state, start, config, book)
@@ -347,7 +354,6 @@ def main(argv):
             explain_full_memory(error, t, config)
             raise
         book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
-    ranks.close()
     return exit_code
 
 

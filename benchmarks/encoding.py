@@ -4,13 +4,17 @@
     python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER
 
 The scripts are data/openwebtext/prepare.py of both. They get the same documents as a .jsonl file,
-and their bins must be equal, byte for byte. nanoGPT's script runs as it is in the clone, with three
+and their bins must be equal, byte for byte. With --tokenizer=PATH, a tokenizer.json, nibGPT's table
+of words is compared with the batch encoding of the tokenizers library instead.
+
+nanoGPT's script runs as it is in the clone, with three
 changes: It reads these documents. It starts no other processes, because eight of them would share
 the core. And it writes at most as many shards as there are documents to validate on, because it
 fails if there are fewer documents than its 1,024 shards.
 """
 
 import filecmp
+import hashlib
 import json
 import os
 import shutil
@@ -24,16 +28,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import numpy as np
+
 import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
-from nib.text import documents, inputs
+from nib.text import documents, hf_tokenizer, inputs
+from nib.text.hf_tokenizer import import_library
+from nib.tokens.borrow import read_tokenizer
+from nib.tokens.encode import batched
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 input: str = ''  # files and folders of text, separated by commas: .txt, .md, .jsonl, .parquet
 field: str = 'text'  # the field of .jsonl and .parquet rows that holds the text
 megabytes: float = 100.0  # maximum size of the text to encode
-rounds: int = 3  # turns of each script
+rounds: int = 3  # turns of each contestant
+tokenizer: str = ''  # a tokenizer.json: compare with its library, and not with nanoGPT
 parts: bool = True  # also measure the peak memory on a tenth and three tenths of the text
 result: str = ''  # file to write the table to; empty: standard output only
 
@@ -73,10 +83,6 @@ print('seconds', time.perf_counter() - started - sum(loading))
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    theirs = Path(nanogpt) / 'data/openwebtext/prepare.py'
-    code = theirs.read_text() if nanogpt and theirs.exists() else ''
-    if PROCESSES not in code or SHARDS not in code:
-        raise UserError(f'--nanogpt={nanogpt}: expected the path of a clone of karpathy/nanoGPT')
     if not input:
         raise UserError(
             '--input=PATH is missing: name the files and folders that hold the text to encode'
@@ -86,6 +92,66 @@ def main(argv):
     if not hasattr(os, 'sched_setaffinity'):
         raise UserError('this needs Linux, where a process can be kept on one core')
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # child processes inherit it
+    table = compare_with_library() if tokenizer else compare_with_nanogpt()
+    print(table)
+    if result:
+        Path(result).write_text(table)
+
+
+def compare_with_library() -> str:
+    """Returns a table of the speeds at which two libraries encode the same texts.
+
+    Raises UserError if their ids differ.
+    """
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    files, _ = inputs.find_files([os.path.expanduser(name) for name in input.split(',')])
+    pieces = [('', text, False) for text, _ in documents.read_documents(files, field)]
+    ends = np.cumsum([len(text.encode()) for _, text, _ in pieces])
+    pieces = pieces[: int(np.searchsorted(ends, megabytes * 1e6)) + 1]
+    n_bytes = int(ends[len(pieces) - 1])
+    batches = [[text for _, text, _ in batch] for batch, _ in batched(pieces)]
+    del pieces
+
+    ours = read_tokenizer(tokenizer)
+
+    def by_library(texts):
+        encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+        return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encoded])
+
+    def by_table(texts):
+        return ours.encode_texts([(text, False) for text in texts])
+
+    contestants = {'tokenizers': by_library, 'nibGPT': by_table}
+    turns, digests = {name: [] for name in contestants}, set()
+    for _ in range(rounds):
+        for name, encode in contestants.items():
+            # Both remember the words of texts that they have encoded.
+            library = import_library().Tokenizer.from_file(tokenizer)
+            hf_tokenizer._words.cache_clear()
+            digest, started = hashlib.sha256(), time.perf_counter()
+            for texts in batches:
+                digest.update(encode(texts).astype('<u4').tobytes())
+            seconds = time.perf_counter() - started
+            turns[name].append({'s': seconds, 'MB/s': n_bytes / 1e6 / seconds})
+            digests.add(digest.hexdigest())
+    if len(digests) > 1:
+        raise UserError('the ids differ')
+    return (
+        f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; '
+        f'{n_bytes / 1e6:.1f} MB of UTF-8, vocabulary {ours.vocab_size:,}; equal ids\n\n'
+        f'{measure.make_table(turns)}'
+    )
+
+
+def compare_with_nanogpt() -> str:
+    """Returns a table of the speed and the memory of both scripts. Raises UserError if one fails.
+
+    Their bins must be equal.
+    """
+    theirs = Path(nanogpt) / 'data/openwebtext/prepare.py'
+    code = theirs.read_text() if nanogpt and theirs.exists() else ''
+    if PROCESSES not in code or SHARDS not in code:
+        raise UserError(f'--nanogpt={nanogpt}: expected the path of a clone of karpathy/nanoGPT')
     contestants = {
         'nanoGPT': (NANOGPT, theirs),
         'nibGPT': (NIBGPT, ROOT / 'data/openwebtext/prepare.py'),
@@ -125,10 +191,7 @@ def main(argv):
                 figures = take_turn(*contestant, scratch / 'part.jsonl', size, scratch / name)
                 peaks.append(f'{name} {figures["peak memory MB"]:.0f}')
             lines.append(f'peak memory MB on {size / 1e6:.0f} MB of text: {", ".join(peaks)}\n')
-    table = '\n'.join(lines)
-    print(table)
-    if result:
-        Path(result).write_text(table)
+    return '\n'.join(lines)
 
 
 def write_documents(path: Path, most: int) -> tuple[int, int]:

@@ -193,6 +193,10 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
+def _escape(character: re.Match) -> str:
+    return repr(character[0])[1:-1]
+
+
 def _fail(sentence: str) -> int:
     """Prints an error as one line on standard error and returns the exit code."""
     # The processes of a run usually fail alike, and the first one prints the error. When it has
@@ -203,7 +207,8 @@ def _fail(sentence: str) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(PATIENCE)
-    line = ' '.join(sentence.splitlines())
+    # Files from elsewhere may contain escape sequences, which change the terminal.
+    line = re.sub(r'[\x00-\x1f\x7f-\x9f]', _escape, ' '.join(sentence.splitlines()))
     if len(line) > MAX_LINE:  # a very long value; the end of the line says what to type
         line = f'{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}'
     try_to_write(sys.stdout, '')  # what is still to be written, such as on a full disk

@@ -44,24 +44,24 @@ case: int = -1  # the number of a case to run alone; -1 for all
 result: str = ''  # file to write the table to; empty: standard output only
 
 SECONDS = 20  # limit for a case, of processor time
-VOCAB_SIZE, CONTEXT = 41, 12
+VOCAB_SIZE, CONTEXT = 67, 19
 TOLERANCE = 1e-5  # of the largest logit
 GPT2 = dict(
     vocab_size=VOCAB_SIZE,
     n_positions=CONTEXT,
-    n_embd=16,
-    n_layer=2,
-    n_head=2,
+    n_embd=24,
+    n_layer=3,
+    n_head=3,
     bos_token_id=0,
     eos_token_id=0,
 )
 LLAMA = dict(
     vocab_size=VOCAB_SIZE,
     max_position_embeddings=CONTEXT,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
+    hidden_size=36,
+    intermediate_size=52,
+    num_hidden_layers=3,
+    num_attention_heads=6,
     num_key_value_heads=2,
 )
 LLAMA3 = {
@@ -70,11 +70,11 @@ LLAMA3 = {
     'factor': 4.0,
     'low_freq_factor': 1.0,
     'high_freq_factor': 3.0,
-    'original_max_position_embeddings': 8,
+    'original_max_position_embeddings': 12,
 }
 MODELS = {
     'gpt2': transformers.GPT2Config(**GPT2),
-    'gpt2 untied': transformers.GPT2Config(**GPT2, tie_word_embeddings=False, n_inner=20),
+    'gpt2 untied': transformers.GPT2Config(**GPT2, tie_word_embeddings=False, n_inner=41),
     'llama': transformers.LlamaConfig(**LLAMA),
     'llama 3': transformers.LlamaConfig(**LLAMA, rope_parameters=LLAMA3, tie_word_embeddings=True),
     'llama biases': transformers.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
@@ -119,9 +119,9 @@ WORDS = [
     'linear', 'yarn', 'llama3', 'gpt2', 'llama', 'qwen2', 'qwen3', 'mistral', 'gpt_neo', 'x', '',
     '1', 'é',
 ]  # fmt: skip
-NUMBERS = [-1, 0, 1, 2, 3, 4, 8, 12, 16, 24, 41, 64, 1000, 10**6, 10**12, 10**400]
+NUMBERS = [-1, 0, 1, 2, 3, 4, 6, 8, 12, 19, 24, 36, 52, 67, 1000, 10**6, 10**12, 10**400]
 FLOATS = [-1.0, 0.0, 1e-6, 1e-5, 0.1, 0.5, 1.0, 2.0, 100.0, 1e308, float('nan'), float('inf')]
-NESTED = [None, [], {}, [None], {'x': None}, [[]], {'rope_type': None}, ['full_attention'] * 2]
+NESTED = [None, [], {}, [None], {'x': None}, [[]], {'rope_type': None}, ['full_attention'] * 3]
 BAD = ('another model', 'no clear line', 'harmless, but refused', 'too long')
 OUTCOMES = ('equal', 'as unchanged', 'refused', *BAD)
 

@@ -77,6 +77,18 @@ def byte_fallback() -> Tokenizer:
     return made
 
 
+def metaspace(scheme: str = 'first') -> Tokenizer:
+    """Like newer files of Llama 2 and Mistral, whose pre-tokenizer writes the spaces as ▁.
+
+    scheme: 'first' adds a space to the first piece of a text, 'always' also after special tokens;
+    neither adds one in front of another.
+    """
+    described = json.loads(byte_fallback().to_str()) | {'normalizer': None}
+    made = Tokenizer.from_str(json.dumps(described))
+    made.pre_tokenizer = pre_tokenizers.Metaspace('▁', prepend_scheme=scheme, split=False)
+    return made
+
+
 def split_like(splits: str) -> Tokenizer:
     """A byte-level tokenizer that splits a text as a family of open models does."""
     made = Tokenizer(models.BPE())

@@ -1,5 +1,6 @@
 """The benchmark: what it prints adds up, and it measures train.py's own step."""
 
+import os
 import re
 import sys
 import time
@@ -14,6 +15,7 @@ from benchmarks import generators, measure, planned_memory, sampling
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.machine import compiling
+from nib.text.train_bpe import train_bpe
 from nib.tokens.dataset import open_dataset
 
 SMALL = [flag for flag in SMALL_RUN if not flag.startswith('--dataset')]
@@ -321,6 +323,19 @@ def test_a_table_has_medians_spreads_and_the_ratios_of_rounds():
 
 
 @pytest.mark.slow
+def test_encoding_is_compared_with_the_tokenizers_library(run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'sched_setaffinity', lambda process, cores: None, raising=False)
+    monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')
+    text = 'the cat sat on the mat, and the dog sat too.\n' * 500
+    (tmp_path / 'text.txt').write_text(text)
+    (tmp_path / 'tokenizer.json').write_text(train_bpe([text], 280).content)
+    flags = [f'--input={tmp_path / "text.txt"}', f'--tokenizer={tmp_path / "tokenizer.json"}']
+    done = run_main('benchmarks/encoding.py', *flags, '--rounds=2')
+    assert done.returncode == 0, done.stderr
+    assert '0.0 MB of UTF-8, vocabulary 280; equal ids' in done.stdout
+    assert re.search(r'^MB/s( +[\d.]+ \(.*\)){3}$', done.stdout, re.MULTILINE), done.stdout
+
+
 def test_a_config_with_a_warm_up_is_measured_with_its_start_up(data_dir, run_main):
     """The runs of a few steps that bench.py starts keep the schedule of the config's long run."""
     done = run_main(

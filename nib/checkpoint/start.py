@@ -64,13 +64,15 @@ class Weights:
             fixed['optimizer'] = before.get('optimizer', 'adamw')
             if self.continues_nanogpt:  # train as it did
                 adopted |= {
-                    key: value for key, value in before.items() if origins.get(key) == 'default'
+                    key: value
+                    for key, value in before.items()
+                    if origins.get(key, '').startswith('default')  # or 'default (auto)'
                 }
             # The schedule stays as it was, unless the user sets it or changes what it depends on.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
                 is_same = before.get(depends_on) == values[depends_on]
                 is_number = type(before.get(key)) in (int, float)
-                if origins[key] == 'default' and is_same and is_number:
+                if origins[key].startswith('default') and is_same and is_number:
                     adopted[key] = before[key]
             if origins['batch_size'].endswith('(auto)'):  # chosen once
                 for key in ('batch_size', 'gradient_accumulation_steps'):

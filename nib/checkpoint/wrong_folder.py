@@ -48,6 +48,10 @@ def explain(path, may_train: bool = True) -> str:
         return f'{path} is not the folder of a run; did you mean {_typed(run)}?'
     if path.is_file() and is_hugging_face(path.parent):
         return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
+    if path.suffix == '.gguf':
+        return f'{path} is a GGUF file, which can be written, but not read; use the original model'
+    if 'huggingface.co' in path.parts:
+        return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*path.parts[-2:]))}'
     if path.is_file():
         instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
         return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'

@@ -29,6 +29,7 @@ HARMLESS = re.compile(
     re.VERBOSE,
 )
 REQUIRED = object()  # a key without a default
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Family:
                 continue
             elif value not in (None, False, '') and value != [] and value != {}:
                 raise UserError(
-                    f'config.json: the key {key} ({str(value)[:80]}) is not known and may change '
+                    f'config.json: the key {key} ({value!r:.80}) is not known and may change '
                     f'the model; if it does not, delete it from config.json in a local copy'
                 )
         named = config.get('architectures') or [self.architecture]
@@ -185,12 +186,14 @@ class Family:
                 renamed[pair.ours] = pair.join([tensors.pop(n, None) for n in pair.theirs])
             else:
                 renamed[pair.ours] = torch.zeros(pair.shape)
-        head = tensors.pop('lm_head.weight', None)  # a copy of the embedding
-        if head is not None and not torch.equal(head, renamed['transformer.wte.weight']):
-            raise UserError(
-                'the tensor lm_head.weight differs from the embedding, although config.json says '
-                'tie_word_embeddings'
-            )
+        if 'lm_head.weight' in tensors:  # a copy of the embedding
+            head = tensors.pop('lm_head.weight')
+            check_numbers('lm_head.weight', head)
+            if not torch.equal(head, renamed['transformer.wte.weight']):
+                raise UserError(
+                    'the tensor lm_head.weight differs from the embedding, although config.json '
+                    'says tie_word_embeddings'
+                )
         for name in tensors:
             if not self.ignored.search(name):
                 raise UserError(f'the tensor {name} is not part of {self.architecture}')
@@ -210,6 +213,17 @@ class Family:
         return {name: tensor.contiguous() for name, tensor in renamed.items()}
 
 
+def check_numbers(name: str, tensor: torch.Tensor):
+    """Raises UserError if a tensor is quantized, or contains NaN or infinity."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(
+            f'the tensor {name} has dtype {tensor.dtype}: quantized weights are not supported; use '
+            f'a version of the model in bfloat16, float16 or float32'
+        )
+    if not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise UserError(f'the tensor {name} contains NaN or infinite numbers; download it again')
+
+
 @dataclass(frozen=True)
 class Pair:
     """A tensor of model.py and its counterparts, which it stacks by rows."""
@@ -223,7 +237,10 @@ class Pair:
     transposed: bool  # a matrix of theirs is (inputs, outputs)
 
     def join(self, parts: list[torch.Tensor | None]) -> torch.Tensor:
-        """Returns our tensor. Raises UserError if a part is missing or has another shape."""
+        """Returns our tensor.
+
+        Raises UserError if a part is missing, has another shape or dtype, or is not finite.
+        """
         joined = []
         for name, part, rows in zip(self.theirs, parts, self.rows, strict=True):
             shape = (rows, *self.shape[1:])
@@ -235,6 +252,7 @@ class Pair:
                     f'the tensor {name} has shape {tuple(part.shape)}, but by config.json it '
                     f'should have {expected}'
                 )
+            check_numbers(name, part)
             joined.append(part.t() if self.transposed else part)
         return joined[0].contiguous() if len(joined) == 1 else torch.cat(joined)
 

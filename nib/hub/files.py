@@ -11,7 +11,6 @@ from nib.errors import UserError
 
 INDEX = 'model.safetensors.index.json'
 PICKLES = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Repository:
                 'GatedRepoError': 'access must be granted on its page; then: hf auth login',
                 'RepositoryNotFoundError': 'no such repository, or it is private: hf auth login',
                 'ConnectError': 'no connection',
+                'HFValidationError': 'an id is OWNER/NAME, of letters, digits, dots, - and _',
             }.get(type(error).__name__, type(error).__name__)
         raise UserError(
             f'there is no folder {self.name}, and {file} of this name could not be downloaded from '
@@ -135,15 +135,8 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f'{path} is damaged or incomplete ({type(error).__name__}: {error}); download it again'
         ) from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and not name.endswith('.bias'):  # GPT-2 has masks of bytes
-            raise UserError(
-                f'{path}: {name} has dtype {tensor.dtype}: quantized weights are not supported; '
-                f'use a version of the model in bfloat16, float16 or float32'
-            )
-    return tensors

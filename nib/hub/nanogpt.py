@@ -13,6 +13,7 @@ import torch
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.files import new_folder, read_json
+from nib.hub.family import check_numbers
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     END_OF_TEXT,
@@ -25,12 +26,15 @@ from nib.tokens import nanogpt_bins
 
 SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')  # of model_args
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and as nanoGPT pads it
-# Keys of its config that train.py has, too, with the same meaning.
-CONFIG = (
-    *'dataset batch_size gradient_accumulation_steps dropout eval_interval'.split(),
-    *'max_iters learning_rate weight_decay beta1 beta2 grad_clip'.split(),
-    *'warmup_iters lr_decay_iters min_lr'.split(),
-)
+ARGUMENTS = (*SIZES, 'dropout')
+# Keys of its config that train.py has, too, with the same meaning, and their types.
+CONFIG: dict[str, type] = {
+    'dataset': str,
+    **dict.fromkeys('batch_size gradient_accumulation_steps eval_interval'.split(), int),
+    **dict.fromkeys('max_iters warmup_iters lr_decay_iters'.split(), int),
+    **dict.fromkeys('dropout learning_rate min_lr weight_decay'.split(), float),
+    **dict.fromkeys('beta1 beta2 grad_clip'.split(), float),
+}
 PREFIXES = ('_orig_mod.', 'module.')  # of torch.compile and of DistributedDataParallel
 MOMENTS = ('exp_avg', 'exp_avg_sq', 'step')  # names of AdamW's state, in torch and in nib/optim.py
 
@@ -62,6 +66,17 @@ def read(path: Path) -> NanoCheckpoint:
             f'nanoGPT, which contains only tensors, numbers and strings; for other models use '
             f'model.safetensors'
         ) from error
+    try:
+        return _interpret(path, found)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # values of a wrong type
+        raise UserError(
+            f'{path} is not a valid checkpoint of nanoGPT ({type(error).__name__}: {error})'
+        ) from error
+
+
+def _interpret(path: Path, found) -> NanoCheckpoint:
     match found:
         case {'model': dict(state), 'model_args': dict(arguments)} if set(SIZES) <= set(arguments):
             pass
@@ -70,15 +85,27 @@ def read(path: Path) -> NanoCheckpoint:
     weights = {_strip(name): tensor for name, tensor in state.items()}
     weights = {name: t for name, t in weights.items() if not name.endswith('.attn.bias')}  # masks
     model = _read_model(path, arguments, weights)
-    config = {key: found['config'][key] for key in CONFIG if key in (found.get('config') or {})}
-    if (found.get('config') or {}).get('decay_lr') is False:
+    given, step = found.get('config') or {}, found.get('iter_num', 0)
+    config = {}
+    for key in CONFIG.keys() & given.keys():
+        kind, value = CONFIG[key], given[key]
+        if value == 'auto':  # an older convert.py may have written it
+            continue
+        is_number = type(value) in (int, float) and (kind is float or value % 1 == 0)
+        if not (type(value) is str if kind is str else is_number):
+            raise UserError(
+                f'{path}: in its config, {key} is {value!r:.80}, expected {kind.__name__}'
+            )
+        config[key] = kind(value)
+    if type(step) is not int or step < 0:
+        raise UserError(f'{path}: iter_num is {step!r:.80}, expected the number of steps')
+    if given.get('decay_lr') is False:
         config |= {'lr_schedule': 'constant', 'warmup_iters': 0}
-    loss = found.get('best_val_loss')
     return NanoCheckpoint(
         model=model,
         tensors={'model': weights, 'optimizer': _read_moments(path, found, model, weights)},
-        step=int(found.get('iter_num', 0)),
-        best_val_loss=None if loss is None else float(loss),
+        step=step,
+        best_val_loss=None if found.get('best_val_loss') is None else float(found['best_val_loss']),
         config=config,
         tokenizer=find_tokenizer(path, str(config.get('dataset', '')), model.vocab_size),
     )
@@ -96,6 +123,12 @@ def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -
     is_tied = head is None or embedding is not None and torch.equal(head, embedding)
     if is_tied:
         weights.pop('lm_head.weight', None)
+    for key in arguments.keys() - set(ARGUMENTS):
+        if arguments[key] not in (None, False):
+            raise UserError(
+                f'{path}: model_args has {key} {arguments[key]!r:.80}: a modified nanoGPT is not '
+                f'supported'
+            )
     sizes = {name: arguments[name] for name in SIZES}
     if not all(type(size) is (bool if name == 'bias' else int) for name, size in sizes.items()):
         raise UserError(f'{path}: model_args is {sizes}, which are not all integers')
@@ -112,6 +145,10 @@ def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -
                 f'{path}: {name} is {have}, but by model_args it should be {wanted}: a modified '
                 f'nanoGPT is not supported'
             )
+        try:
+            check_numbers(name, weights[name])
+        except UserError as error:
+            raise UserError(f'{path}: {error}') from error
     return config
 
 
@@ -159,7 +196,10 @@ def find_tokenizer(path: Path, dataset: str, vocab_size: int) -> dict | None:
     datas = path.parent.parent / 'data', path.parent / 'data', Path('data')
     for folder in (path.parent, *(data / dataset for data in datas if dataset)):
         if described := read_json(folder / 'meta.json').get('tokenizer'):
-            tokenizer = tokenizer_from_json(described)
+            try:
+                tokenizer = tokenizer_from_json(described)
+            except UserError as error:
+                raise UserError(f'{folder / "meta.json"}: {error}') from error
         elif (folder / 'meta.pkl').exists():
             tokenizer = nanogpt_bins.read_tokenizer(folder, 0)
         else:
@@ -210,7 +250,7 @@ def write_folder(
                 {**group, 'weight_decay': decay, 'params': list(part)} for decay, part in decays
             ],
         },
-        'model_args': {name: getattr(model, name) for name in (*SIZES, 'dropout')},
+        'model_args': {name: getattr(model, name) for name in ARGUMENTS},
         'iter_num': state['step'],
         'best_val_loss': state.get('train', {}).get('best_val_loss') or 1e9,
         'config': {key: config[key] for key in CONFIG},

@@ -109,7 +109,11 @@ def _read_vocabulary(described: dict) -> dict | None:
     """Returns the vocabulary of a tokenizer.json with its added tokens; None if it has none."""
     match described:
         case {'model': {'vocab': dict(vocabulary)}, 'added_tokens': list(added)}:
-            return vocabulary | {token['content']: token['id'] for token in added}
+            for token in added:
+                match token:
+                    case {'content': str(content), 'id': number}:
+                        vocabulary[content] = number
+            return vocabulary
     return None
 
 

@@ -67,6 +67,7 @@ def describe_batch(training) -> Iterator[str]:
         f'{count(len(x), "sequence")} of {count(x.shape[1], "token")}, from the first micro batch '
         f'of step {training.data_step}{cut}.'
     )
+    yield from describe_rate(training)
     yield f'  input     {training.show_tokens(x[0, : training.shown])} ...'
     yield f'  target    {training.show_tokens(y[0, : training.shown])} ...'
     share = inspection.shifted_share(x, y)
@@ -75,6 +76,19 @@ def describe_batch(training) -> Iterator[str]:
         yield note(
             'Random tokens contain nothing to learn: on new ones, no model is better than a '
             'uniform guess, with a loss of ln(vocab_size). But these tokens can be memorized.'
+        )
+
+
+def describe_rate(training) -> Iterator[str]:
+    """Yields the learning rate of the step in train.py, if it is not that of the updates below."""
+    done, steps = training.steps_done, training.values['max_iters']
+    rate, full = training.scheduled_rate, training.values['learning_rate']
+    if done >= steps:
+        yield f'The run has done all its {count(steps, "step")}: train.py would not take this one.'
+    elif rate != full:
+        yield (
+            f'train.py takes this step at the learning rate {rate:.4g} of the schedule, and the '
+            f'updates below are those at the full rate, {full:g}.'
         )
 
 

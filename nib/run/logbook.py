@@ -38,7 +38,8 @@ class Logbook:
     """The output of one run. All ranks call the same methods; only rank 0 prints and writes.
 
     Call open() before the first step, note() after every step, log() if a log line is due, save(),
-    record_evaluation() and see_bad_steps() as they occur, and close() at the end.
+    record_evaluation() and see_bad_steps() as they occur, and close() at the end. As a context
+    manager, it gives out_dir back.
     """
 
     def __init__(self, out_dir: str, ranks: Ranks, stop: StopSignal):
@@ -47,12 +48,27 @@ class Logbook:
         self.say, self.warn = self.console.say, self.console.warn
         self.saved = 0  # step of the last checkpoint; step 0 is never saved
         self.rewinds = 0  # since the last checkpoint
-        self.metrics: Metrics | None = None  # set by open(), on rank 0 only
+        self.metrics: Metrics | None = None  # set by open(), on rank 0 only, and so is the writer
+        self.writer: CheckpointWriter | None = None
         self._lock = RunLock(out_dir)
         self._is_new = False  # whether this run replaces what out_dir contains
         self._first_step = 0  # that of the checkpoint in out_dir from which this run continues
         # Speed is measured from this time and step on.
         self._clock, self._clock_step = 0.0, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Gives the folder back, however the run ends: in a notebook, the process goes on."""
+        try:
+            if self.writer:
+                self.writer.close()  # completes the last checkpoint if the run has failed
+        except Exception as failure:
+            self.warn(f'error: {failure}')
+        finally:
+            self.console.close()
+            self._lock.release()
 
     # -- before the first step --------------------------------------------------------------------
 
@@ -398,8 +414,6 @@ class Logbook:
             write_after_run(self.out_dir, defaults, self.say, self.warn)
         if self.saved and not exit_code:
             self.say(f'samples: {command("sample.py")} --out_dir={shlex.quote(self.out_dir)}')
-        self.console.close()
-        self._lock.release()
 
     def _tell(self, findings: list[Finding]):
         """Prints and records findings of the doctor, and stops the run if stop_on says so."""

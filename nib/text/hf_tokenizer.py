@@ -18,6 +18,7 @@ from nib.errors import UserError
 from nib.text.bpe import GPT2_SPLITS, GPT4_SPLITS, WordTable
 from nib.text.vocabulary import END_OF_TEXT, checked_ids, without_surrogates
 
+_MOST = 1 << 24  # tokens; more is a damaged file
 # Names of an end-of-text token, if no other file of the model names it.
 _ENDS = (END_OF_TEXT, '<|end_of_text|>', '</s>', '<eos>')
 # The patterns with which GPT-4, Llama 3, Qwen and train_bpe.py split a text. They differ in how
@@ -87,7 +88,8 @@ class HfTokenizer:
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
         """Returns token ids, uint16 or uint32.
 
-        texts: pairs of a text and whether it ends a document. end_of_text follows a document, then
+        texts: pairs of a text and whether it ends a document. The first one begins a document, and
+        what follows a text that does not end one continues it. end_of_text follows a document, then
         the first_ids of the next one.
         """
         words = _words(self.content, self.spells_end_of_text, tuple(self.between))
@@ -107,25 +109,23 @@ class HfTokenizer:
 
     def _by_library(self, texts: list[tuple[str, bool]]) -> np.ndarray:
         between = np.array(self.between, np.uint32)
-        adds_space = self.adds_space
-        # A document is cut before white space. What continues it gets no further space.
-        continues = [
-            adds_space and text[:1].isspace() and not (number and texts[number - 1][1])
-            for number, (text, _) in enumerate(texts)
-        ]
-        encoded = self._encode(
-            [
-                text.removeprefix(' ') if continuing else text
-                for (text, _), continuing in zip(texts, continues)
-            ]
-        )
+        begins = [True, *(ends for _, ends in texts[:-1])]
+        beginnings = [text for (text, _), is_beginning in zip(texts, begins) if is_beginning]
+        encoded = iter(self._encode(beginnings))
         parts = [np.empty(0, np.uint32)]
-        for (text, ends), continuing, ids in zip(texts, continues, encoded):
-            is_extra = continuing and text[0] != ' ' and self.decode_bytes(ids[:1]) == b' '
-            parts.append(ids[1:] if is_extra else ids)
+        for (text, ends), is_beginning in zip(texts, begins):
+            parts.append(next(encoded) if is_beginning else self._encode_continuation(text))
             if ends:
                 parts.append(between)
         return np.concatenate(parts)
+
+    def _encode_continuation(self, text: str) -> np.ndarray:
+        """Encodes the rest of a document, which gets no space as its beginning does."""
+        for before in ('a', '.'):  # at least one of them shares no token with the text
+            own, ids = self._encode([before, before + text])
+            if np.array_equal(ids[: len(own)], own):
+                return ids[len(own) :]
+        return self.encode(text)
 
     def decode(self, ids) -> str:
         """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
@@ -189,7 +189,10 @@ def _load(content: str, spells_end_of_text: bool) -> tuple:
     vocabulary = library.get_vocab(with_added_tokens=True)
     added = {number: token.content for number, token in library.get_added_tokens_decoder().items()}
     steps = _steps(decoder)
-    tokens = [b''] * (1 + max(vocabulary.values(), default=-1))  # ids may have gaps
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= _MOST:
+        raise UserError(f'not a valid tokenizer.json (it has the id {largest:,})')
+    tokens = [b''] * (1 + largest)  # ids may have gaps
     for token, number in vocabulary.items():
         tokens[number] = _bytes(token, steps, number in added)
     return library, tokens

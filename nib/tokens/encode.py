@@ -22,6 +22,8 @@ BATCH = 1 << 20  # characters sent to a process at once
 SERIAL_BATCHES = 4  # encoded by this process first: starting others takes longer than that
 
 Piece = tuple[str, str, bool]  # split, text, whether a document ends with it
+# Pieces, and the split of the document that the first of them continues; '' if it begins one.
+Batch = tuple[list[Piece], str]
 
 
 @dataclass
@@ -31,40 +33,53 @@ class Encoded:
     pieces: int = 0
     ids: dict[str, bytes] = field(default_factory=dict)  # split -> bytes to append to its bin
     n_bytes: dict[str, int] = field(default_factory=dict)  # split -> bytes of UTF-8 text
+    unfinished: str = ''  # as in Batch, for the piece after these
 
 
-def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[Encoded]:
+def encode_all(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, unfinished: str = ''
+) -> Iterator[Encoded]:
     """Encode pieces in order; the end-of-text token follows every document.
 
-    Raises UserError if a process that encodes is killed.
+    unfinished: as in Batch. Raises UserError if a process that encodes is killed.
     """
     cores = available_cores()
-    batches = batched(pieces)
+    batches = batched(pieces, unfinished)
     for batch in islice(batches, SERIAL_BATCHES if cores > 1 else None):
-        yield encode_batch(batch, tokenizer, dtype)
+        yield encode_batch(*batch, tokenizer, dtype)
     first = next(batches, None)
     if first is not None:
         yield from _in_processes(chain([first], batches), tokenizer, dtype, cores)
 
 
-def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def batched(pieces: Iterable[Piece], unfinished: str = '') -> Iterator[Batch]:
     """Group pieces until they have BATCH characters: sending one costs more than encoding it."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[1])
         if size >= BATCH:
-            yield batch
-            batch, size = [], 0
+            yield batch, unfinished
+            batch, size, unfinished = [], 0, _unfinished(batch)
     if batch:
-        yield batch
+        yield batch, unfinished
 
 
-def encode_batch(batch: list[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
-    done = Encoded(len(batch))
+def _unfinished(pieces: list[Piece]) -> str:
+    split, _, ends = pieces[-1]
+    return '' if ends else split
+
+
+def encode_batch(
+    pieces: list[Piece], unfinished: str, tokenizer: Tokenizer, dtype: np.dtype
+) -> Encoded:
+    """Encode a batch; see Batch for the first two arguments."""
+    done = Encoded(len(pieces), unfinished=_unfinished(pieces))
     for split in SPLITS:
-        texts = [(text, ends) for into, text, ends in batch if into == split]
+        texts = [(text, ends) for into, text, ends in pieces if into == split]
         if texts:
+            if split == unfinished:
+                texts.insert(0, ('', False))  # the beginning, which is in an earlier batch
             done.ids[split] = tokenizer.encode_texts(texts).astype(dtype, copy=False).tobytes()
             done.n_bytes[split] = sum(
                 len(text.encode('utf-8', 'surrogatepass')) for text, _ in texts
@@ -73,7 +88,7 @@ def encode_batch(batch: list[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> E
 
 
 def _in_processes(
-    batches: Iterator[list[Piece]], tokenizer: Tokenizer, dtype: np.dtype, cores: int
+    batches: Iterator[Batch], tokenizer: Tokenizer, dtype: np.dtype, cores: int
 ) -> Iterator[Encoded]:
     # Forking a process that has threads (torch's, tqdm's) may hang, so processes are spawned.
     pool = ProcessPoolExecutor(
@@ -100,8 +115,8 @@ def _in_processes(
 _sent: list = []
 
 
-def _encode(batch: list[Piece]) -> Encoded:
-    return encode_batch(batch, *_sent)
+def _encode(batch: Batch) -> Encoded:
+    return encode_batch(*batch, *_sent)
 
 
 def _start_process(tokenizer: Tokenizer, dtype: np.dtype):

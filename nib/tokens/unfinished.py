@@ -93,6 +93,7 @@ class UnfinishedBins:
             'pieces': 0,
             'tokens': dict.fromkeys(SPLITS, 0),
             'bytes': dict.fromkeys(SPLITS, 0),
+            'unfinished': '',
         }
         self.files, self.digests = {}, {}
         with _writing(self.folder):
@@ -119,7 +120,8 @@ class UnfinishedBins:
             counts += [done[what][split] for what in ('tokens', 'bytes') for split in SPLITS]
             if not all(type(count) is int and count >= 0 for count in counts):
                 return None
-            return done if done['key'] == json.loads(json.dumps(key)) else None
+            is_known = done['unfinished'] in ('', *SPLITS)
+            return done if is_known and done['key'] == json.loads(json.dumps(key)) else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -146,6 +148,7 @@ class UnfinishedBins:
                 'pieces': self.done['pieces'] + encoded.pieces,
                 'tokens': tokens,
                 'bytes': n_bytes,
+                'unfinished': encoded.unfinished,
             }
             if time.monotonic() - self.saved > JOURNAL_SECONDS:
                 self.save()

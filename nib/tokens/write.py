@@ -119,7 +119,9 @@ def _write(
             leave=False,
             disable=None,
         ) as bar:
-            for encoded in encode_all(read_pieces(unfinished.done['pieces']), tokenizer, dtype):
+            pieces = read_pieces(unfinished.done['pieces'])
+            begun = unfinished.done['unfinished']
+            for encoded in encode_all(pieces, tokenizer, dtype, begun):
                 unfinished.add(encoded)
                 bar.update(sum(encoded.n_bytes.values()))
         splits = {

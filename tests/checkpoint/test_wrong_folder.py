@@ -47,6 +47,8 @@ WRONG = {
     'more': 'not a run, but contains runs: name one of them: more/out-c',
     'empty': 'not a run, because it contains no checkpoint; train first: ',
     'empty/x.txt': 'is a file, not the folder of a run',
+    'no/model.gguf': 'no/model.gguf is a GGUF file, which can be written, but not read',
+    'https://huggingface.co/owner/name': 'name OWNER/NAME only, owner/name',
 }
 
 

@@ -177,13 +177,40 @@ def test_damaged_shards_are_named(copy):
             read_weights(str(folder), print)
 
 
-def test_quantized_tensors_are_refused(copy):
+@pytest.mark.parametrize('name', ['wte.weight', 'h.1.ln_1.bias'])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda tensor: tensor.to(torch.int8), 'quantized'),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), 'quantized'),
+        (lambda tensor: tensor * math.nan, 'NaN or infinite'),
+        (lambda tensor: tensor - math.inf, 'NaN or infinite'),
+    ],
+)
+def test_tensors_without_usable_numbers_are_refused(change, words, name, copy):
     folder = copy('whole')
     tensors = load_file(folder / 'model.safetensors')
-    tensors['transformer.wte.weight'] = tensors['transformer.wte.weight'].to(torch.int8)
+    tensors[f'transformer.{name}'] = change(tensors[f'transformer.{name}'])
     save_file(tensors, folder / 'model.safetensors')
-    with pytest.raises(UserError, match='quantized'):
+    with pytest.raises(UserError, match=f'the tensor transformer.{name} .*{words}'):
         read_weights(str(folder), print)
+
+
+@pytest.mark.parametrize('added', [[{'id': 'x'}], [1, 2], [{'content': [], 'id': 1}]])
+def test_added_tokens_that_are_none_are_refused(added, copy):
+    folder = copy('whole')
+    described = json.loads(byte_level().to_str()) | {'added_tokens': added}
+    (folder / 'tokenizer.json').write_text(json.dumps(described))
+    with pytest.raises(UserError, match='not a valid tokenizer.json'):
+        read_weights(str(folder), print)
+
+
+def test_a_name_that_is_no_hub_id_says_how_one_looks(run_main, tmp_path):
+    for name in ('owner/a name', 'owner/name:main', 'owner/näme', 'owner/name/', 'a/\x1b[31m\x85'):
+        ended = run_main('convert.py', f'--init_from={name}', f'--dest={tmp_path / "x"}')
+        assert ended.returncode == 2 and 'an id is OWNER/NAME' in ended.stderr, name
+        assert ended.stderr.count('\n') == 1 and not (tmp_path / 'x').exists()
+        assert '\x1b' not in ended.stderr  # which would change the terminal
 
 
 def test_another_vocabulary_of_the_same_size_is_not_gpt2s(copy, run_main):
@@ -217,6 +244,9 @@ def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
     for number in range(20):
         (notes / f'{number}.txt').write_text(f'{number}: é, 🙂 the cat\n{end}' * 20)
 
+    debug = ['debug_training.py', f'--init_from={model}', '--dataset=', '--device=cpu']
+    ended = run_main(*debug, '--batch_size=2', '--block_size=8', '--overfit_steps=1')
+    assert ended.returncode == 0, ended.stderr
     data = tmp_path / 'mine'
     prepare = ['data/text/prepare.py', f'--input={notes}', f'--out_dir={data}']
     ended = run_main(*prepare, f'--tokenizer={model}')

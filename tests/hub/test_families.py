@@ -25,31 +25,14 @@ from nib.hub import gpt2, huggingface, llama
 from nib.hub.family import HARMLESS
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import CharTokenizer
+from stress.foreign_models import GPT2, LLAMA, LLAMA3
+from stress.foreign_models import VOCAB_SIZE as V
 
-V = 67  # tokens
 CLASSES = {
     'gpt2': (GPT2Config, GPT2LMHeadModel),
     'llama': (LlamaConfig, LlamaForCausalLM),
     'qwen2': (Qwen2Config, Qwen2ForCausalLM),
     'qwen3': (Qwen3Config, Qwen3ForCausalLM),
-}
-GPT2 = dict(vocab_size=V, n_positions=19, n_embd=24, n_layer=3, n_head=3)
-LLAMA = dict(
-    vocab_size=V,
-    max_position_embeddings=19,
-    hidden_size=36,
-    intermediate_size=52,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-)
-LLAMA3 = {
-    'rope_type': 'llama3',
-    'rope_theta': 50.0,
-    'factor': 4.0,
-    'low_freq_factor': 1.0,
-    'high_freq_factor': 3.0,
-    'original_max_position_embeddings': 12,
 }
 MODELS = {
     'gpt2': ('gpt2', {}),

@@ -32,8 +32,8 @@ CONFIG = dict(
     beta2=0.99,
     grad_clip=1.0,
     warmup_iters=4,
-    lr_decay_iters=20,
-    min_lr=1e-3,
+    lr_decay_iters=24,
+    min_lr=2e-3,
     decay_lr=True,
     device='cuda',
 )
@@ -116,7 +116,7 @@ class NanoGPT(nn.Module):
 def learning_rate(step):
     if step < 4:
         return 1e-2 * (step + 1) / 5
-    return 1e-3 + 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)) * 9e-3
+    return 2e-3 + 0.5 * (1 + math.cos(math.pi * (step - 4) / 20)) * 8e-3
 
 
 def train(model, optimizer, batches, first, last):
@@ -210,6 +210,7 @@ def test_a_run_of_nanogpt_goes_on_at_its_own_step_and_rate(nano, data, tmp_path,
     assert 'from the first micro batch of step 10' in said, examined.stderr
     assert f'AdamW step at the full learning rate {CONFIG["learning_rate"]:g} changes' in said
     assert 'AdamW has no state yet' not in said
+    assert f'train.py takes this step at the learning rate {learning_rate(10):.4g} of the' in said
 
     found, tensors = store.load(tmp_path / 'run')
     assert found.step == 20 and found.state['config']['beta2'] == 0.99
@@ -296,12 +297,43 @@ def test_a_padded_gpt2_samples_only_tokens_that_have_text(tmp_path):
         torch.testing.assert_close(model(ids), nano(ids)[..., :50257], atol=1e-4, rtol=1e-4)
 
 
+def changed(*keys):
+    """A damage: the value at these keys is another one."""
+
+    def change(path):
+        checkpoint = torch.load(path, weights_only=True)
+        *parents, last, value = keys
+        place = checkpoint
+        for key in parents:
+            place = place[key]
+        place[last] = value
+        torch.save(checkpoint, path)
+
+    return change
+
+
+WEIGHT = 'transformer.h.0.mlp.c_fc.weight'
 BAD = {
     'code': (lambda path: path.write_bytes(pickle.dumps(print)), 'UnpicklingError'),
     'cut': (lambda path: path.write_bytes(path.read_bytes()[:5000]), 'cannot be read'),
     'empty': (lambda path: path.write_bytes(b''), 'cannot be read'),
     'a list': (lambda path: torch.save([1], path), 'not a checkpoint of nanoGPT'),
     'no sizes': (lambda path: torch.save({'model': {}, 'model_args': {}}, path), 'model_args'),
+    'steps': (changed('iter_num', 'five'), "iter_num is 'five'"),
+    'negative steps': (changed('iter_num', -5), 'iter_num is -5'),
+    'a loss': (changed('best_val_loss', 'low'), 'not a valid checkpoint.*low'),
+    'a config': (changed('config', [1]), 'not a valid checkpoint'),
+    'a rate': (changed('config', 'learning_rate', 'high'), "learning_rate is 'high'"),
+    'a count': (changed('config', 'max_iters', 20.5), 'max_iters is 20.5, expected int'),
+    'a dataset': (changed('config', 'dataset', 7), 'dataset is 7, expected str'),
+    'an optimizer': (changed('optimizer', [1]), 'not a valid checkpoint'),
+    'no moments': (changed('optimizer', 'state', {n: {} for n in range(15)}), 'exp_avg'),
+    'no tensor': (changed('model', WEIGHT, [1.0]), 'not a valid checkpoint'),
+    'no name': (changed('model', 3, torch.zeros(1)), 'not a valid checkpoint'),
+    'NaN': (changed('model', WEIGHT, torch.full((128, 32), math.nan)), 'NaN or infinite'),
+    'int8': (changed('model', WEIGHT, torch.zeros(128, 32, dtype=torch.int8)), 'quantized'),
+    'a key of a fork': (changed('model_args', 'rope', True), 'model_args has rope True'),
+    'a tensor of a fork': (changed('model', 'rope', torch.zeros(1)), 'rope .* no such tensor'),
 }
 
 

@@ -119,6 +119,30 @@ def test_a_damaged_config_json_stops_no_run(tmp_path, content):
     ]
 
 
+def test_a_run_that_fails_in_a_notebook_gives_its_folder_back(train_here, tmp_path, monkeypatch):
+    """Although its frames are still alive: a notebook keeps the last exception, for %debug."""
+    import train as training
+
+    def fail(t, micro_batches, step):
+        if step == 15:
+            raise ZeroDivisionError('a bug')
+        return train_step(t, micro_batches, step)
+
+    train_step, kept = training.train_step, []
+    run = training.run
+    monkeypatch.setattr(training, 'run', lambda *parts: kept.append(parts) or run(*parts))
+    monkeypatch.setattr(training, 'train_step', fail)
+    with pytest.raises(ZeroDivisionError) as failed:
+        train_here(tmp_path)
+    train_here(tmp_path, '--init_from=resume', '--n_layer=7', status=2)
+    with pytest.raises(ZeroDivisionError) as again:
+        train_here(tmp_path, '--init_from=resume')
+    monkeypatch.setattr(training, 'train_step', train_step)
+    done = train_here(tmp_path, '--init_from=resume', status=0)
+    assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout
+    assert failed.value is not again.value and len(kept) == 4
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='file cannot be written'):

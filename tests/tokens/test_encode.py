@@ -9,8 +9,13 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_tokenizers import byte_fallback, byte_level, metaspace
 
 from nib.errors import UserError
+from nib.text import documents
+from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer
 from nib.tokens import encode
 from nib.tokens.encode import BATCH, SERIAL_BATCHES, SPLITS, encode_all, encode_batch
@@ -49,7 +54,10 @@ def joined(results) -> dict[str, bytes]:
 
 def test_the_end_of_text_follows_every_document_and_bytes_are_counted():
     done = encode_batch(
-        [('train', 'né', False), ('val', 'v', True), ('train', 'w', True)], ByteTokenizer(), UINT16
+        [('train', 'né', False), ('val', 'v', True), ('train', 'w', True)],
+        '',
+        ByteTokenizer(),
+        UINT16,
     )
     assert done.pieces == 3 and done.n_bytes == {'train': 4, 'val': 1}
     assert done.ids == {
@@ -60,7 +68,7 @@ def test_the_end_of_text_follows_every_document_and_bytes_are_counted():
 
 def test_ids_above_65535_take_four_bytes():
     tokenizer = CharTokenizer(''.join(map(chr, range(65_600))))
-    done = encode_batch([('train', chr(65_599), False)], tokenizer, np.dtype('<u4'))
+    done = encode_batch([('train', chr(65_599), False)], '', tokenizer, np.dtype('<u4'))
     assert done.ids == {'train': (65_599).to_bytes(4, 'little')}
 
 
@@ -68,7 +76,7 @@ def test_small_pieces_go_together(monkeypatch):
     monkeypatch.setattr(encode, 'BATCH', 10)
     sizes = [
         [len(piece[1]) for piece in batch]
-        for batch in encode.batched(('train', 'x' * n, True) for n in (4, 4, 4, 30, 1, 1))
+        for batch, _ in encode.batched(('train', 'x' * n, True) for n in (4, 4, 4, 30, 1, 1))
     ]
     assert sizes == [[4, 4, 4], [30], [1, 1]]
 
@@ -96,8 +104,62 @@ def test_one_core_starts_no_process(monkeypatch):
 def test_many_processes_give_what_one_gives():
     count = SERIAL_BATCHES + 9
     assert joined(encode_all(pieces(count), ByteTokenizer(), UINT16)) == joined(
-        encode_batch([piece], ByteTokenizer(), UINT16) for piece in pieces(count)
+        encode_batch([piece], '', ByteTokenizer(), UINT16) for piece in pieces(count)
     )
+
+
+SENTENCEPIECE = {
+    'prepend': byte_fallback(),
+    'first': metaspace('first'),
+    'always': metaspace('always'),
+    'byte level': byte_level(),
+}
+# What a tokenizer treats differently at the start of a text. No special token comes before white
+# space, where a document may be cut: some tokenizers begin a new text after a special token.
+words = st.sampled_from(
+    ['the', 'cat,', 'sat.', 'née', '12', '▁', '🙂', '<s>the', 'a</s>b', '<|begin|>1', '<0x41>']
+)
+spaces = st.sampled_from([' ', '  ', '\n', ' \n', '\t', ''])
+special = st.sampled_from(['', ' ', '\n', '<s>', '</s>', ' <s>', '<|begin|>'])
+texts = st.lists(st.tuples(spaces, words, spaces).map(''.join), max_size=8).map(''.join)
+
+
+@pytest.mark.parametrize('kind', SENTENCEPIECE)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(SPLITS), texts | special), max_size=6), st.data())
+def test_cut_documents_have_the_tokens_that_the_library_gives_the_whole_ones(kind, texts, data):
+    library = SENTENCEPIECE[kind]
+    tokenizer = HfTokenizer.read(library.to_str(), '</s>')
+    expected = dict.fromkeys(SPLITS, b'')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, 'PIECE', 3)
+        patch.setattr(documents, 'LONGEST', 100)
+        patch.setattr(encode, 'BATCH', data.draw(st.integers(1, 30)))
+        patch.setattr(encode, 'SERIAL_BATCHES', 1000)
+        pieces = []
+        for split, text in texts:
+            pieces += [(split, *piece) for piece in documents.cut([(text, True)])]
+            if text:
+                ids = library.encode(text, add_special_tokens=False).ids
+                expected[split] += np.array([*ids, *tokenizer.between], UINT16).tobytes()
+        whole = list(encode_all(pieces, tokenizer, UINT16))
+        assert joined(whole) == expected
+        if whole:  # a stopped run continues after any batch
+            n_done = data.draw(st.integers(1, len(whole)))
+            rest = pieces[sum(done.pieces for done in whole[:n_done]) :]
+            more = encode_all(rest, tokenizer, UINT16, whole[n_done - 1].unfinished)
+            assert joined([*whole[:n_done], *more]) == expected
+
+
+@pytest.mark.parametrize('kind', SENTENCEPIECE)
+def test_empty_documents_are_between_the_same_tokens(kind):
+    library = SENTENCEPIECE[kind]
+    tokenizer = HfTokenizer.read(library.to_str(), '</s>')
+    texts = ['', ' ', '', 'the cat', '', ' the']
+    ids = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    expected = np.concatenate([[*part, *tokenizer.between] for part in ids])
+    found = tokenizer.encode_texts([(text, True) for text in texts])
+    assert found.tolist() == expected.tolist()
 
 
 def test_texts_are_read_only_as_fast_as_they_are_encoded():

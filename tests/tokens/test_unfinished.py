@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from small_tokenizers import byte_fallback
 
 from nib.errors import UserError
+from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import ByteTokenizer
-from nib.tokens import unfinished
+from nib.tokens import encode, unfinished
 from nib.tokens.dataset import is_prepared, open_dataset
 from nib.tokens.write import write_dataset
 
@@ -101,6 +104,23 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_if_never_stopped(whole, 
     assert starts == [25]
     assert contents(tmp_path) == contents(whole)
     assert meta == json.loads((whole / 'meta.json').read_text())
+
+
+def test_a_run_goes_on_within_a_document(tmp_path, monkeypatch):
+    """A tokenizer like SentencePiece puts a space in front of a document, not of the rest of it."""
+    monkeypatch.setattr(encode, 'BATCH', 1)
+    tokenizer = HfTokenizer.read(byte_fallback().to_str(), '</s>')
+    pieces = [('val', ' the cat', False), ('train', ' the', False), ('train', ' cat', True)]
+
+    def stopping(start):
+        yield from pieces[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, stopping, tokenizer, SOURCE)
+    write_dataset(tmp_path, lambda start: iter(pieces[start:]), tokenizer, SOURCE)
+    ids = np.fromfile(tmp_path / 'train.bin', '<u2')
+    assert ids.tolist() == [*tokenizer.encode(' the cat'), *tokenizer.between]
 
 
 @pytest.fixture(scope='module')
