@@ -8,19 +8,34 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import numpy as np
 import processes
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from nib import errors
+from nib.machine import ranks
 from nib.tokens.write import write_char_dataset
 
 pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
 torch.set_num_threads(1)  # the models of the tests are too small for more
+for name in (*ranks.VARIABLES, 'COLUMNS'):  # of a cluster's launcher or the user's shell
+    os.environ.pop(name, None)
+# The same examples in each run, however long the machine takes for them.
+settings.register_profile(
+    'repeatable',
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile('repeatable')
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model and a run that take a second, exact enough to compare with formulas.
@@ -44,6 +59,19 @@ SMALL_RUN = [
 ]
 
 
+def pytest_configure():
+    """Makes the tests independent of the shell that starts them, and repeats random examples."""
+    for name in (*ranks.VARIABLES, 'LOCAL_WORLD_SIZE', 'TORCHELASTIC_RUN_ID', 'COLUMNS'):
+        os.environ.pop(name, None)
+    with suppress(ImportError):  # a bare machine with a GPU, for test_gpu.py
+        from hypothesis import HealthCheck, settings
+
+        checks = HealthCheck.too_slow, HealthCheck.function_scoped_fixture
+        options = {'derandomize': True, 'deadline': None, 'suppress_health_check': checks}
+        settings.register_profile('repeatable', **options)
+        settings.load_profile('repeatable')
+
+
 def pytest_collection_modifyitems(items):
     """Runs the slow tests first. The short ones then keep all processes busy to the end."""
     items.sort(key=lambda item: not item.get_closest_marker('slow'))
@@ -54,6 +82,14 @@ def pytest_xdist_make_scheduler(config):
     """Deals a few tests at a time. By default, one process could get most of the slow ones."""
     if 'not slow' not in config.option.markexpr:
         config.option.maxschedchunk = config.option.maxschedchunk or 4
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Seeds each test alike, whichever tests its process has run before."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +134,7 @@ def run_script(*command, folder=ROOT, **options):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=processes.PATIENCE,
         **options,
     )
 

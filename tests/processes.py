@@ -15,9 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = 'import train; from nib.errors import run_script; run_script(train.main)'
-PATIENCE = 200.0  # seconds to wait for a line or an end, on a busy machine
+PATIENCE = 600.0  # seconds until a test fails that waits for a line or an end: a hang
 IS_WINDOWS = os.name == 'nt'
 running: list = []  # processes of the current test
+held: list = []  # sockets that keep its ports
 context = multiprocessing.get_context('spawn' if IS_WINDOWS else 'forkserver')
 
 
@@ -70,10 +71,7 @@ class Started:
 
 def start_on_ranks(n: int, folder: Path, program: str, *argv) -> list[Started]:
     """Starts the program on n ranks, as torchrun does, but does not watch them."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    shared = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': n}
+    shared = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': n}
     return [
         Started(
             folder / f'rank-{rank}', program, *argv, env=shared | {'RANK': rank, 'LOCAL_RANK': rank}
@@ -82,10 +80,21 @@ def start_on_ranks(n: int, folder: Path, program: str, *argv) -> list[Started]:
     ]
 
 
+def free_port() -> int:
+    """Returns a port on which only this test's programs will listen."""
+    free = socket.socket()
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that they can
+    free.bind(('127.0.0.1', 0))
+    held.append(free)
+    return free.getsockname()[1]
+
+
 def kill_running():
-    """Kills the processes that a test has left behind, as if it failed."""
+    """Kills the processes that a test has left behind, as if it failed, and frees its ports."""
     while running:
         running.pop().kill()
+    while held:
+        held.pop().close()
 
 
 def start_server():

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 from conftest import ROOT, records, run_script
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import configurator
@@ -531,7 +531,6 @@ values = st.one_of(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 @given(
     st.lists(st.dictionaries(names, values, max_size=6), max_size=8),
     st.dictionaries(st.sampled_from(['max_iters', 'grad_clip', 'optimizer', 'n_layer']), values),

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from conftest import run_script
+from processes import PATIENCE
 
 from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
@@ -39,7 +40,7 @@ def damage(out_dir, step):
 def slow_disk(monkeypatch):
     """An event: nothing reaches the disk before it is set."""
     ready, fsync = threading.Event(), os.fsync
-    monkeypatch.setattr(os, 'fsync', lambda descriptor: ready.wait(30) and fsync(descriptor))
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: ready.wait(PATIENCE) and fsync(descriptor))
     yield ready
     ready.set()
 

@@ -669,7 +669,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(configs, data_signs, st.booleans(), st.lists(steps | evaluations, max_size=15))
 def test_no_signs_confuse_it(config, data, trained, shown):
     doctor = Doctor(CONFIG | config, data, 1000, 10_000, trained)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from processes import PATIENCE
 
 from nib.errors import UserError
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer
@@ -146,7 +147,7 @@ def test_processes_end_with_the_one_that_started_them():
     run.kill()
     run.wait()
     run.stdout.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while living(run.pid):
         assert time.monotonic() < deadline, 'processes are left behind'
         time.sleep(0.05)
