@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import numpy as np
 import processes
 import pytest
 import torch

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
@@ -21,6 +20,7 @@ import pytest
 from conftest import ROOT, records, run_script
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import PATIENCE
 
 import configurator
 from nib.doctor import health
@@ -938,7 +938,7 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
         def get(path=''):
-            with direct.open(address + path, timeout=10) as answer:
+            with direct.open(address + path, timeout=PATIENCE) as answer:
                 assert answer.headers['Content-Type'] == 'text/html; charset=utf-8'
                 return answer.read().decode()
 
@@ -960,9 +960,8 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
             get()
         shutil.move(tmp_path / 'away', run)
         assert Page(get()).charts
-        time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0 and errors == ''
     finally:
         process.kill()
