@@ -119,8 +119,11 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def run_script(*command, folder=ROOT, **options):
-    """Runs `python command...` in the project's folder; returns the finished process."""
+def run_script(*command, folder=ROOT, python=None, **options):
+    """Runs `python command...` in the project's folder; returns the finished process.
+
+    python: another one than fast_python(), which has imported torch.
+    """
     environment = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
@@ -128,7 +131,7 @@ def run_script(*command, folder=ROOT, **options):
         **options.pop('env', {}),
     }
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [python or processes.fast_python(), *map(str, command)],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -141,6 +144,8 @@ def run_script(*command, folder=ROOT, **options):
 def train(data_dir, out_dir, *flags, launcher=(), **options):
     """Trains the small model; fails the test if the run fails, unless check=False."""
     check = options.pop('check', True)
+    if launcher:  # torchrun is the parent of its processes
+        options['python'] = sys.executable
     done = run_script(
         *launcher,
         'train.py',

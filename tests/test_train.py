@@ -745,6 +745,7 @@ def test_importing_a_script_does_nothing():
         'assert set(os.listdir()) - before <= {"__pycache__"}; '
         'assert not torch.cuda.is_initialized(); assert train.max_iters == 600000; '
         'assert "torch._dynamo" not in sys.modules',  # importing the compiler takes a second
+        python=sys.executable,
     )
     assert done.returncode == 0 and done.stdout == done.stderr == '', done.stderr
 

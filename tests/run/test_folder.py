@@ -279,6 +279,7 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
         f'--out_dir={tmp_path / "run"}',
         *RESTARTED,
         '--overwrite',
+        python=sys.executable,  # torchrun is the parent of its processes
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 
 import numpy as np
@@ -226,5 +227,6 @@ def test_a_tokenizer_needs_tiktoken_only_once_it_encodes():
         '-c',
         'import sys; from nib.text.tokenizer import *; Gpt2Tokenizer(); '
         'sys.exit("tiktoken" in sys.modules)',
+        python=sys.executable,
     )
     assert done.returncode == 0, done.stderr
