@@ -404,6 +404,6 @@ def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, f
 @pytest.mark.parametrize('dtype, bound', [('float32', 0.15), ('bfloat16', 0.1)])
 def test_planned_memory_is_what_training_takes(dtype, bound):
     """A size whose memory is mostly the model's; the benchmark measures many configs."""
-    size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8'
+    size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8 --vocab_size=5000'
     planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
     assert planned == pytest.approx(measured, rel=bound)

@@ -800,6 +800,7 @@ def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # of other tests
 @pytest.mark.filterwarnings('error')
 def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     pytest.importorskip('matplotlib')
