@@ -199,12 +199,14 @@ def read_block(path: str) -> Block:
 
 
 def read_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns comments by line: those after code, and those on a line of their own.
+    """Returns a block's comments by line: those after code, and those on a line of their own.
 
     Rulers of dashes become ''.
     """
     trailing, standalone = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.start[1] == 0 and token.string in ('async', 'class', 'def'):
+            break  # after the block
         if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip():
             trailing[token.start[0]] = token.string.lstrip('#').strip()
         elif token.type == tokenize.COMMENT:

@@ -17,7 +17,6 @@ import numpy as np
 import processes
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from nib import errors
 from nib.doctor import rules
@@ -26,16 +25,6 @@ from nib.tokens.write import write_char_dataset
 
 pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
 torch.set_num_threads(1)  # the models of the tests are too small for more
-for name in (*ranks.VARIABLES, 'COLUMNS'):  # of a cluster's launcher or the user's shell
-    os.environ.pop(name, None)
-# The same examples in each run, however long the machine takes for them.
-settings.register_profile(
-    'repeatable',
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile('repeatable')
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model and a run that take a second, exact enough to compare with formulas.
@@ -75,6 +64,12 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     """Runs the slow tests first. The short ones then keep all processes busy to the end."""
     items.sort(key=lambda item: not item.get_closest_marker('slow'))
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what has been imported, a sixth of a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -197,7 +197,6 @@ def test_garbage_is_collected_again_when_main_runs(capsys):
             errors.run_script(lambda argv: print(gc.isenabled()))
     finally:
         gc.enable()
-        gc.unfreeze()
         for number, handler in handlers.items():  # run_script() ignores signals at the end
             signal.signal(number, handler)
     assert capsys.readouterr().out == 'True\n'
