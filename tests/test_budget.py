@@ -297,18 +297,24 @@ def test_ranks_share_the_evaluations(planner):
     assert spent - ENDING == pytest.approx(5 * sum(batches) + batches[1])
 
 
-def test_one_process_measures_the_share_of_one_rank(planner):
+def test_one_process_measures_the_share_of_one_rank(planner, clock):
     plan = planner(ranks=2, gradient_accumulation_steps=4, batch_size=3, n_embd=32, block_size=16)
     config = {**plan.config, **plan.shape(32, 1e5)}
     done = []
 
     def step(t, micro_batches, step):
         done.append((len(list(micro_batches)), t.micro_steps, t.ranks.world_size))
+        clock.now += 3.0
         return train.train_step(t, t.batches.micro_batches(step), step)
 
-    watch = Stopwatch(train.Training.set_up, step, train.evaluate)
+    def evaluate(model, batches, precision, ranks):
+        clock.now += 8.0
+        return train.evaluate(model, batches, precision, ranks)
+
+    watch = Stopwatch(train.Training.set_up, step, evaluate)
     speed = watch.measure(config, plan.data, 0.0)
-    assert done == [(2, 2, 1)] * 4 and min(speed[:2]) > 0
+    assert done == [(2, 2, 1)] * 4
+    assert speed == (3.0, 8.0 / 4, 0.0)  # four batches in an evaluation
 
 
 @pytest.mark.parametrize('steps', [100, 10**9])

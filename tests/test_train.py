@@ -709,6 +709,7 @@ def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
         tmp_path / 'run',
         '--compile',
         '--max_iters=2',
+        python=sys.executable,  # the compiler reads some variables when it is imported
         env={'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no-compiler')},
     )
     assert 'not compiled (no C compiler found' in done.stdout
@@ -720,6 +721,7 @@ def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
         tmp_path / 'run2',
         '--compile',
         '--max_iters=2',
+        python=sys.executable,  # the compiler reads some variables when it is imported
         env={'CXX': str(broken), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')},
     )
     assert 'compile failed, continuing without it' in done.stdout
