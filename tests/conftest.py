@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,14 @@ SMALL_RUN = [
 ]
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Makes the tests independent of the shell that starts them, and repeats random examples."""
     for name in (*ranks.VARIABLES, 'LOCAL_WORLD_SIZE', 'TORCHELASTIC_RUN_ID', 'COLUMNS'):
         os.environ.pop(name, None)
+    if not hasattr(config, 'workerinput'):  # the processes of pytest-xdist share it
+        compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        config.add_cleanup(compiled.cleanup)
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = compiled.name  # not what other versions left
     with suppress(ImportError):  # a bare machine with a GPU, for test_gpu.py
         from hypothesis import HealthCheck, settings
 
