@@ -9,6 +9,7 @@ docs/scaling_laws.md explains the law and where its constants and the rules belo
 import math
 import re
 import time
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -283,8 +284,9 @@ class Planner:
 
     def steps_until(self, ends: float, keys: dict, speed: Speed) -> int:
         """Returns the number of steps after which a run that begins now ends in time."""
-        none, thousand = (self.seconds(keys, steps, speed) for steps in (0, 1000))
-        return int(1000 * (ends - time.perf_counter() - none) / (thousand - none))
+        left = ends - time.perf_counter()
+        more = bisect_right(range(1 << 40), left, key=lambda n: self.seconds(keys, n, speed))
+        return more - 1
 
     def seconds(self, keys: dict, steps: int, speed: Speed) -> float:
         """Returns how long a run takes after its plan."""

@@ -43,6 +43,7 @@ from nib.tokens.write import write_char_dataset
 kills: int = 1000  # SIGKILLs at random moments: half hit train.py, half a process that only saves
 stops: int = 600  # signals at random moments: half without a console, half inside long steps
 seed: int = 0  # determines the moments
+limit: float = 10.0  # seconds from a signal to the end of the process, on a machine that is idle
 folder: str = ''  # where to write the runs; empty: the system's folder for temporary files
 result: str = ''  # also write the table to this file
 
@@ -473,7 +474,6 @@ def kill_training(
 
 LONG = 40  # micro steps of a long step
 MICRO_STEP = 0.02  # seconds that each of them takes at least
-LIMIT = 10.0  # seconds from a signal to the end of the process
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CONSOLES = ('tee', 'unread pipe', 'full disk', 'closed', 'terminal')
 STOPPED = {  # what is stopped -> flags of the runs
@@ -533,7 +533,7 @@ def stop_training(
         saved = max(store.steps_after(out_dir, 0), default=0)
         lost = max(record['step'] for record in records) - saved
         counts['steps lost'] += lost
-        if lost or 'end' not in records[-1] or seconds > LIMIT:
+        if lost or 'end' not in records[-1] or seconds > limit:
             troubles.append(f'{where}: {lost} steps lost, {seconds:.1f} s, {records[-1]}')
     return counts
 

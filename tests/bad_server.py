@@ -9,6 +9,13 @@ import pytest
 
 CONTENT = b'To be, or not to be: that is the question.\n' * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+# Limits of a download that are reached only by the pages which are there to reach them.
+PATIENT = {'timeout': (600, 600), 'overall_seconds': 600}
+LIMITS = {
+    'stalled': PATIENT | {'timeout': (600, 0.3)},
+    'silent': PATIENT | {'timeout': (600, 0.3)},
+    'drip': PATIENT | {'overall_seconds': 0.7},
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,10 +51,10 @@ class Handler(BaseHTTPRequestHandler):
     def stalled(self):
         self.begin(len(CONTENT))
         self.wfile.write(CONTENT[:50_000])
-        self.server.over.wait(30)
+        self.server.over.wait()
 
     def silent(self):
-        self.server.over.wait(30)
+        self.server.over.wait()
 
     def drip(self):
         """A byte at a time, each within the timeout for silence."""

@@ -1,5 +1,6 @@
 """Shared by the tests: a small dataset, and the scripts as a user runs them."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -7,15 +8,20 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import processes
 import pytest
 import torch
 
 from nib import errors
+from nib.doctor import rules
+from nib.machine import ranks
 from nib.tokens.write import write_char_dataset
 
 pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
@@ -43,9 +49,32 @@ SMALL_RUN = [
 ]
 
 
+def pytest_configure(config):
+    """Makes the tests independent of the shell that starts them, and repeats random examples."""
+    for name in (*ranks.VARIABLES, 'LOCAL_WORLD_SIZE', 'TORCHELASTIC_RUN_ID', 'COLUMNS'):
+        os.environ.pop(name, None)
+    if not hasattr(config, 'workerinput'):  # the processes of pytest-xdist share it
+        compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        config.add_cleanup(compiled.cleanup)
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = compiled.name  # not what other versions left
+    with suppress(ImportError):  # a bare machine with a GPU, for test_gpu.py
+        from hypothesis import HealthCheck, settings
+
+        checks = HealthCheck.too_slow, HealthCheck.function_scoped_fixture
+        options = {'derandomize': True, 'deadline': None, 'suppress_health_check': checks}
+        settings.register_profile('repeatable', **options)
+        settings.load_profile('repeatable')
+
+
 def pytest_collection_modifyitems(items):
     """Runs the slow tests first. The short ones then keep all processes busy to the end."""
     items.sort(key=lambda item: not item.get_closest_marker('slow'))
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what has been imported, a sixth of a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
@@ -53,6 +82,14 @@ def pytest_xdist_make_scheduler(config):
     """Deals a few tests at a time. By default, one process could get most of the slow ones."""
     if 'not slow' not in config.option.markexpr:
         config.option.maxschedchunk = config.option.maxschedchunk or 4
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Seeds each test alike, whichever tests its process has run before."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +120,11 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def run_script(*command, folder=ROOT, **options):
-    """Runs `python command...` in the project's folder; returns the finished process."""
+def run_script(*command, folder=ROOT, python=None, **options):
+    """Runs `python command...` in the project's folder; returns the finished process.
+
+    python: another one than fast_python(), which has imported torch.
+    """
     environment = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
@@ -92,12 +132,12 @@ def run_script(*command, folder=ROOT, **options):
         **options.pop('env', {}),
     }
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [python or processes.fast_python(), *map(str, command)],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=processes.PATIENCE,
         **options,
     )
 
@@ -105,6 +145,8 @@ def run_script(*command, folder=ROOT, **options):
 def train(data_dir, out_dir, *flags, launcher=(), **options):
     """Trains the small model; fails the test if the run fails, unless check=False."""
     check = options.pop('check', True)
+    if launcher:  # torchrun is the parent of its processes
+        options['python'] = sys.executable
     done = run_script(
         *launcher,
         'train.py',
@@ -139,6 +181,8 @@ def run_main(monkeypatch, capfd):
     makes to its process are undone.
     """
     monkeypatch.setenv('WANDB_MODE', 'offline')
+    # It is true, but no fault of the run, whenever other programs take the cores.
+    monkeypatch.setattr(rules.Doctor, 'throughput_collapse', lambda doctor: None)
     caught = (
         signal.SIGINT,
         signal.SIGTERM,

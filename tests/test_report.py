@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
@@ -19,8 +18,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 from conftest import ROOT, records, run_script
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from processes import PATIENCE
 
 import configurator
 from nib.doctor import health
@@ -531,7 +531,6 @@ values = st.one_of(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 @given(
     st.lists(st.dictionaries(names, values, max_size=6), max_size=8),
     st.dictionaries(st.sampled_from(['max_iters', 'grad_clip', 'optimizer', 'n_layer']), values),
@@ -801,6 +800,7 @@ def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # of other tests
 @pytest.mark.filterwarnings('error')
 def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     pytest.importorskip('matplotlib')
@@ -939,7 +939,7 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
         def get(path=''):
-            with direct.open(address + path, timeout=10) as answer:
+            with direct.open(address + path, timeout=PATIENCE) as answer:
                 assert answer.headers['Content-Type'] == 'text/html; charset=utf-8'
                 return answer.read().decode()
 
@@ -961,9 +961,8 @@ def test_watch_follows_the_run_until_ctrl_c(tmp_path, run_main):
             get()
         shutil.move(tmp_path / 'away', run)
         assert Page(get()).charts
-        time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0 and errors == ''
     finally:
         process.kill()

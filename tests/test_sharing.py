@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-import socket
 import string
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, run_script
+from processes import free_port
 from small_models import SMALL, make_model
 from test_docs import read_blocks
 
@@ -57,9 +57,7 @@ def test_the_server_of_llama_cpp_streams_to_the_client_of_openai(
     for name in ('NO_PROXY', 'no_proxy'):
         monkeypatch.setenv(name, 'localhost')
     gguf.write('shakespeare.gguf', model.config, model.state_dict(), TOKENIZER, 'f32')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = block('sh', 'llama_cpp.server').splitlines()[1].replace('8000', port)
     log = tmp_path / 'log.txt'
     with log.open('w') as output:

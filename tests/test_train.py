@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, records, run_script, train
-from processes import TRAIN, Started, start_on_ranks
+from processes import PATIENCE, TRAIN, Started, start_on_ranks
 
 import train as training
 from model import GPT, GPTConfig
@@ -151,7 +151,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_di
             run.send_signal(signal.SIGINT)
             break
     rest = run.stdout.read()
-    assert run.wait(60) == 130
+    assert run.wait(PATIENCE) == 130
     assert '--init_from=resume' in rest
     stopped_at = int(re.search(r'stopped by signal 2 after step (\d+)', rest)[1])
     assert store.load(out_dir)[0].step == stopped_at
@@ -317,20 +317,23 @@ def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path, train_h
     train_here(tmp_path / 'run', *flags, status=0)
     again = ['--init_from=resume', '--eval_only', '--batch_size=1']
     run = Started(tmp_path, SLOW_EVALUATION, *SMALL_RUN, *flags, *again)
-    run.wait_for('model: ')
-    time.sleep(0.5)
+    run.wait_for('reading')
     run.send(signal.SIGTERM)
     assert run.end() == 143
     assert 'in the last evaluation' in run.stdout and 'whole validation split' not in run.stdout
     assert store.load(tmp_path / 'run')[0].step == 2
 
 
+# Its first batch takes until the signal comes.
 SLOW_EVALUATION = """
 import sys, time, train
 from nib.tokens import batches
-quick = batches.cut_windows
+stop, quick = train.StopSignal(train.Ranks()), batches.cut_windows
+train.StopSignal = lambda ranks: stop
 def slow(*arguments):
-    time.sleep(0.1)
+    print('reading', flush=True)
+    while not stop.number:
+        time.sleep(0.01)
     return quick(*arguments)
 batches.cut_windows = slow
 sys.exit(train.main(sys.argv[1:]))
@@ -541,12 +544,22 @@ def test_weights_that_are_not_finite_are_not_saved_on_ctrl_c(data_dir, tmp_path)
         '--max_iters=100000',
         '--lr_decay_iters=100000',
     ]
-    run = Started(tmp_path, TRAIN, *SMALL_RUN, *flags)
-    run.wait_for('step 1: loss')
-    time.sleep(1)  # many steps
+    run = Started(tmp_path, TELLS_STEPS, *SMALL_RUN, *flags)
+    run.wait_for('begins step 9')
     run.send(signal.SIGINT)
     assert run.end() == 3 and 'Nothing is saved' in run.stderr
     assert not store.exists(tmp_path / 'run')
+
+
+TELLS_STEPS = """
+import sys, train
+original = train.train_step
+def train_step(t, micro_batches, step):
+    print('begins step', step, flush=True)
+    return original(t, micro_batches, step)
+train.train_step = train_step
+sys.exit(train.main(sys.argv[1:]))
+"""
 
 
 def wandb_history(out_dir) -> list[dict]:
@@ -696,6 +709,7 @@ def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
         tmp_path / 'run',
         '--compile',
         '--max_iters=2',
+        python=sys.executable,  # the compiler reads some variables when it is imported
         env={'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no-compiler')},
     )
     assert 'not compiled (no C compiler found' in done.stdout
@@ -707,6 +721,7 @@ def test_compile_falls_back_where_it_cannot_work(data_dir, tmp_path):
         tmp_path / 'run2',
         '--compile',
         '--max_iters=2',
+        python=sys.executable,  # the compiler reads some variables when it is imported
         env={'CXX': str(broken), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')},
     )
     assert 'compile failed, continuing without it' in done.stdout
@@ -732,6 +747,7 @@ def test_importing_a_script_does_nothing():
         'assert set(os.listdir()) - before <= {"__pycache__"}; '
         'assert not torch.cuda.is_initialized(); assert train.max_iters == 600000; '
         'assert "torch._dynamo" not in sys.modules',  # importing the compiler takes a second
+        python=sys.executable,
     )
     assert done.returncode == 0 and done.stdout == done.stderr == '', done.stderr
 

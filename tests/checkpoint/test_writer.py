@@ -2,11 +2,13 @@
 
 import errno
 import os
+import sys
 import threading
 
 import pytest
 import torch
 from conftest import run_script
+from processes import PATIENCE
 
 from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
@@ -39,7 +41,7 @@ def damage(out_dir, step):
 def slow_disk(monkeypatch):
     """An event: nothing reaches the disk before it is set."""
     ready, fsync = threading.Event(), os.fsync
-    monkeypatch.setattr(os, 'fsync', lambda descriptor: ready.wait(30) and fsync(descriptor))
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: ready.wait(PATIENCE) and fsync(descriptor))
     yield ready
     ready.set()
 
@@ -116,7 +118,7 @@ raise RuntimeError('something else')
 
 @pytest.mark.slow
 def test_a_program_that_fails_elsewhere_finishes_its_save_before_it_ends(tmp_path):
-    done = run_script('-c', ENDING, tmp_path / 'run')
+    done = run_script('-c', ENDING, tmp_path / 'run', python=sys.executable)
     assert done.returncode == 1 and 'something else' in done.stderr
     assert newest(tmp_path / 'run') == (10, 1.0)
 
@@ -124,7 +126,7 @@ def test_a_program_that_fails_elsewhere_finishes_its_save_before_it_ends(tmp_pat
 @pytest.mark.slow
 def test_a_program_that_fails_elsewhere_tells_of_a_failed_save_too(tmp_path):
     (tmp_path / 'run').write_text('a file is in the way')
-    done = run_script('-c', ENDING, tmp_path / 'run')
+    done = run_script('-c', ENDING, tmp_path / 'run', python=sys.executable)
     assert done.returncode == 1 and 'something else' in done.stderr
     assert 'error: the checkpoint of step 10 could not be written' in done.stderr.splitlines()[-1]
 

@@ -5,17 +5,16 @@ import platform
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from processes import start_on_ranks
+from processes import Started, start_on_ranks
 
 from model import GPT, GPTConfig
 from nib import kernels
@@ -172,20 +171,27 @@ def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
     assert peak_flops('cuda', 'float16') == 125e12
 
 
-def test_the_rate_of_a_device_is_measured_in_a_tenth_of_a_second():
-    """No faster than a product that is timed by hand, but for noise, and not by an order slower."""
+def test_the_rate_of_a_device_is_measured_in_a_tenth_of_a_second(monkeypatch):
+    """The products are real. On the clock, the first one takes a second longer than the others."""
     measure_flops.cache_clear()
-    before, started = torch.get_rng_state(), time.perf_counter()
+    product, sizes, clock = torch.Tensor.__matmul__, [], SimpleNamespace(now=50.0)
+    clock.perf_counter = lambda: clock.now
+
+    def timed(a, b):
+        clock.now += 1e-5 + 2 * len(a) ** 3 / 5e10 + (not sizes)
+        sizes.append((a.dtype, *a.shape, *b.shape))
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, '__matmul__', timed)
+    monkeypatch.setattr(device, 'time', clock)
+    before = torch.get_rng_state()
     rate = measure_flops('cpu', 'float32')
-    assert 0.1 < time.perf_counter() - started < 2
-    matrix, times = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)), []
-    for _ in range(10):
-        started = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - started)
-    assert 0.2 < rate / (2 * 512**3 / min(times)) < 5
+    assert sizes[0] == (torch.float32, 256, 256, 256, 256) and sizes[-1][1] == 512
+    assert rate == pytest.approx(2 * 512**3 / (1e-5 + 2 * 512**3 / 5e10))
+    assert 1.1 < clock.now - 50.0 < 1.2
     assert torch.equal(torch.get_rng_state(), before)  # losses do not depend on it
     assert measure_flops('cpu', 'float32') == rate  # measured once
+    measure_flops.cache_clear()
 
 
 def test_auto_compiles_if_it_pays_off_and_there_is_a_compiler(monkeypatch):
@@ -263,29 +269,27 @@ def test_seeds_depend_on_every_counter_and_its_place():
     not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc',
     reason='is about glibc',
 )
-def test_freed_memory_is_kept_for_the_next_tensors():
+def test_freed_memory_is_kept_for_the_next_tensors(tmp_path):
     """Blocks of 36 MB, whose pages glibc would otherwise get from the system each time."""
-    program = (
-        'import resource, sys, torch; from nib.machine.device import prepare_device\n'
-        'if sys.argv[1:]: prepare_device(sys.argv[1])\n'
-        'for turn in range(40):\n'  # the first leave gaps that are a little too small
-        '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
-        '    torch.ones(9 << 20)\n'
-        'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)'
-    )
-    faults = [
-        int(
-            subprocess.run(
-                [sys.executable, '-c', program, *device],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for device in ([], ['mps'], ['cpu'])
-    ]
+    runs = [Started(tmp_path / str(n), FAULTS, *devices) for n, devices in enumerate(DEVICES)]
+    assert [run.end() for run in runs] == [0, 0, 0]
+    faults = [int(run.stdout) for run in runs]
     assert 10 * faults[2] < min(faults[:2])
+
+
+DEVICES = [], ['mps'], ['cpu']
+FAULTS = """
+import resource, sys, torch
+from nib.machine.device import prepare_device
+if sys.argv[1:]:
+    prepare_device(sys.argv[1])
+faults = []
+for turn in range(50):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(9 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[-10:]))  # the first blocks leave gaps that are a little too small
+"""
 
 
 def test_one_process_is_rank_0_of_1(monkeypatch):
@@ -390,17 +394,24 @@ def test_two_ranks_agree(tmp_path):
     assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
 
 
+# Tells how many seconds are over on its clock, and waits for a signal, three times.
 SIGNALLED = """
-import sys, time
+import time
+from types import SimpleNamespace
+from nib.machine import signals
 from nib.machine.ranks import Ranks
-from nib.machine.signals import StopSignal
-stop = StopSignal(Ranks())
-stop.__enter__()
-print('ready', flush=True)
-while not stop.number:
-    time.sleep(0.01)
-print('heard', stop.number, flush=True)
-time.sleep(60)
+clock, heard = SimpleNamespace(monotonic=lambda: clock.now), []
+signals.time = clock
+class Stop(signals.StopSignal):
+    def _receive(self, number, frame):
+        super()._receive(number, frame)
+        heard.append(number)
+with Stop(Ranks()) as stop:
+    for n, seconds in enumerate((0.0, 0.9, 1.1), 1):
+        clock.now = 1000.0 + seconds
+        print(f'{seconds} s, stop {stop.number}', flush=True)
+        while len(heard) < n:
+            time.sleep(0.01)
 """
 
 
@@ -460,31 +471,15 @@ def test_a_step_is_cut_before_its_next_micro_batch():
     assert list(stop.cut_short(['a'])) == []
 
 
-@pytest.mark.slow
-def test_a_signal_is_remembered_and_a_second_one_ends_at_once():
-    run = subprocess.Popen(
-        [sys.executable, '-c', SIGNALLED],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert run.stdout.readline() == 'ready\n'
-        run.send_signal(signal.SIGTERM)
-        assert run.stdout.readline() == 'heard 15\n'
-        assert run.stderr.readline() == '\n' and run.stderr.readline().startswith(
-            'signal 15: stopping and saving'
-        )
-        run.send_signal(signal.SIGTERM)  # within the second's grace: torchrun's echo of the first
-        with pytest.raises(subprocess.TimeoutExpired):
-            run.wait(1.2)
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(20) == 143
-    finally:
-        run.kill()
-        run.stdout.close()
-        run.stderr.close()
+def test_a_signal_is_remembered_and_a_second_one_ends_at_once(tmp_path):
+    """Within a second, it counts as torchrun's echo of the first."""
+    run = Started(tmp_path, SIGNALLED)
+    for line in ('0.0 s, stop 0\n', '0.9 s, stop 15\n', '1.1 s, stop 15\n'):
+        run.wait_for(line)
+        run.send(signal.SIGTERM)
+    assert run.end() == 143
+    (said,) = run.stderr.splitlines()[1:]
+    assert run.stderr.startswith('\n') and said.startswith('signal 15: stopping and saving')
 
 
 def test_the_resume_command_names_the_folder_only(monkeypatch):

@@ -14,6 +14,7 @@ from conftest import SMALL_RUN
 from processes import PATIENCE, Started
 
 import sweep
+from nib.machine.threads import available_cores
 
 
 def test_the_product_of_all_values():
@@ -85,7 +86,7 @@ def test_no_run_outlives_an_error_of_the_sweep(monkeypatch):
         raise OSError('the log cannot be written')
 
     before = signal.getsignal(signal.SIGTERM)
-    process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+    process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])
     training = sweep.Sweep([])
     training.active.append((process, None, {}, 0.0))
     monkeypatch.setattr(sweep.time, 'sleep', fail)
@@ -106,7 +107,7 @@ SWEEP = 'import sweep; from nib.errors import run_script; run_script(sweep.main)
 def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
     folder = tmp_path / 'sweep'
     flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--sweep_dir={folder}', '--seed=1,2,3']
-    jobs = min(2, len(os.sched_getaffinity(0)))
+    jobs = min(2, available_cores())
 
     def start(name, *more):
         return Started(tmp_path / name, SWEEP, *flags, *more)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, SMALL_RUN, records
+from processes import PATIENCE
 
 from nib import errors
 from nib.checkpoint import store
@@ -68,7 +69,7 @@ def test_a_reader_that_does_not_read_costs_a_second_and_not_the_run():
         started = time.monotonic()
         for _ in range(2000):  # three times what the pipe takes
             output.write(LINE)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60  # and not a second for each of 1,300 lines
         for _ in range(600):
             assert lines.readline() == LINE
         output.write('read again\n')
@@ -177,7 +178,7 @@ def test_ctrl_c_ends_a_pipeline_with_everything_saved(data_dir, tmp_path):
         next(line for line in run.stdout if line.startswith('step 3: loss'))
         os.killpg(run.pid, signal.SIGINT)
         run.stdout.close()
-        run.wait(60)
+        run.wait(PATIENCE)
     assert (tmp_path / 'status').read_text() == '130\n'
     step, end = store.load(tmp_path / 'run')[0].step, records(tmp_path / 'run')[-1]['end']
     assert f'stopped by signal 2 after step {step}, which is saved; to resume: ' in end

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL_RUN, records, run_script, train
-from processes import TRAIN, Started, start_on_ranks
+from processes import PATIENCE, TRAIN, Started, free_port, start_on_ranks
 
 from nib.checkpoint import store
 from nib.errors import UserError, call
@@ -36,7 +36,7 @@ from nib.run.folder import RunLock
 lock = RunLock(sys.argv[1])
 lock.take(True)
 print(1, flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 linux = pytest.mark.skipif(
@@ -173,26 +173,45 @@ def test_a_run_that_is_going_on_is_left_alone(tmp_path, flags, train_here):
 @pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 1])
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
-def test_a_signal_to_any_one_rank_ends_all_within_ten_seconds_with_the_step_saved(
+def test_a_signal_to_any_one_rank_ends_all_after_this_step_or_the_next_with_it_saved(
     data_dir, tmp_path, rank, name
 ):
     number, out_dir = getattr(signal, name), tmp_path / 'run'
     flags = [*SMALL_RUN, *ENDLESS, f'--data_dir={data_dir}', f'--out_dir={out_dir}']
-    ranks = start_on_ranks(2, tmp_path, TRAIN, *flags)
+    ranks = start_on_ranks(2, tmp_path, TELLS_ITS_STEP, *flags)
     ranks[0].wait_for('step 3: loss')
     since = time.monotonic()
     ranks[rank].send(number)
     assert [each.end() for each in ranks] == [128 + number] * 2, ranks[0].stderr
-    assert time.monotonic() - since < 10
-    assert_stopped(out_dir, number, ranks[0].stdout)
+    assert time.monotonic() - since < 60  # much less than any timeout of the communication
+    stopped_at = assert_stopped(out_dir, number, ranks[0].stdout)
+    heard_in = int(re.search(r'signal in step (\d+)', ranks[rank].stdout)[1])
+    assert heard_in <= stopped_at <= heard_in + 1
 
 
-def assert_stopped(out_dir, number, said):
+TELLS_ITS_STEP = """
+import os, sys, train
+from nib.machine.signals import StopSignal
+original, receive, begun = train.train_step, StopSignal._receive, [0]
+def train_step(t, micro_batches, step):
+    begun[0] = step + 1
+    return original(t, micro_batches, step)
+def tell(stop, number, frame):
+    receive(stop, number, frame)
+    os.write(1, f'signal in step {begun[0]}\\n'.encode())
+train.train_step, StopSignal._receive = train_step, tell
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def assert_stopped(out_dir, number, said) -> int:
+    """Returns the step after which the run has stopped, if it is saved, and nothing else is."""
     stopped_at = int(
         re.search(rf'stopped by signal {int(number)} after step (\d+), which is saved', said)[1]
     )
     assert store.load(out_dir)[0].step == stopped_at
     assert [path.name for path in out_dir.glob('step-*')] == [f'step-{stopped_at:08d}']
+    return stopped_at
 
 
 @linux
@@ -204,7 +223,7 @@ def test_torchrun_sees_all_ranks_end_after_a_signal_to_one(data_dir, tmp_path):
     with started(*TORCHRUN, 'train.py', *flags) as run:
         wait_for(run, 'step 3: loss')
         os.kill(ranks_of(run)[1], signal.SIGINT)
-        said, errors = run.communicate(timeout=60)
+        said, errors = run.communicate(timeout=PATIENCE)
     assert re.findall(r'exitcode  : (-?\d+)', errors) == ['130'] * 2, errors  # of both ranks
     assert_stopped(out_dir, signal.SIGINT, said)
 
@@ -215,7 +234,7 @@ sync = os.fsync
 def slow(descriptor):
     if 'step-' in os.readlink(f'/proc/self/fd/{descriptor}'):
         print('syncing', flush=True)
-        time.sleep(60)
+        time.sleep(3600)
     sync(descriptor)
 train.main([*sys.argv[1:], '--max_iters=2', '--eval_interval=2'])
 os.fsync = slow
@@ -234,7 +253,7 @@ def test_a_second_signal_ends_at_once_without_harm(data_dir, tmp_path):
     run.wait_for('syncing')
     time.sleep(1.2)  # within a second, the same signal counts as a repetition by the system
     run.send(signal.SIGTERM)
-    assert run.end(10) == 143
+    assert run.end() == 143
     assert store.load(tmp_path / 'run')[0].step == 2
 
 
@@ -275,7 +294,8 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
     (tmp_path / 'dies.py').write_text(DIES_ONCE.format(root=str(ROOT), rank=rank))
     train_here(tmp_path / 'run', '--seed=3', '--max_iters=2', '--eval_interval=2', status=0)
     launcher = [*TORCHRUN, '--max-restarts=1', tmp_path / 'dies.py']
-    rank or launcher.remove('--standalone')  # either way
+    if rank == 0:  # either way
+        launcher[launcher.index('--standalone')] = f'--master-port={free_port()}'
     done = run_script(
         *launcher,
         *SMALL_RUN,
@@ -283,6 +303,7 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
         f'--out_dir={tmp_path / "run"}',
         *RESTARTED,
         '--overwrite',
+        python=sys.executable,  # torchrun is the parent of its processes
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout
@@ -304,6 +325,7 @@ def test_after_a_killed_rank_torchrun_restarts_the_run_and_it_goes_on_by_itself(
 def test_a_restart_does_not_take_another_launchs_run_for_its_own(data_dir, tmp_path):
     """Without --standalone, all launches have the same name."""
     launcher = [item for item in TORCHRUN if item != '--standalone']
+    launcher.append(f'--master-port={free_port()}')  # the usual one may be taken
     train(data_dir, tmp_path / 'run', '--max_iters=2', launcher=launcher)
     before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
     done = train(

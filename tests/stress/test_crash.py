@@ -20,7 +20,8 @@ def test_no_stop_and_no_kill_loses_more_than_what_was_not_saved_yet(tmp_path):
     memory = (
         '/dev/shm' if os.path.isdir('/dev/shm') else tmp_path
     )  # as a disk takes its time over each sync
-    done = run_script('stress/crash.py', '--kills=24', '--stops=4', f'--folder={memory}')
+    flags = ['--kills=24', '--stops=4', '--limit=120', f'--folder={memory}']
+    done = run_script('stress/crash.py', *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith('violations: 0\n')
     cut = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import split_like
 
@@ -111,8 +111,7 @@ PARTS = [
     '9' * 300,
 ]
 TEXTS = st.text() | st.lists(st.sampled_from(PARTS), max_size=12).map(''.join)
-SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-MORE = settings(SAME_FIXTURE, max_examples=400)
+MORE = settings(max_examples=400)
 
 
 def same_as_tiktoken(texts):
@@ -132,7 +131,6 @@ def test_any_text_has_the_ids_of_tiktoken(real_gpt2, texts):
     same_as_tiktoken(texts)
 
 
-@SAME_FIXTURE
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
 def test_so_it_has_with_another_vocabulary(small_gpt2, texts):
     same_as_tiktoken(texts)
@@ -155,7 +153,7 @@ def same_as_the_library(splits, texts):
 
 
 @each_split
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
 def test_any_text_has_the_ids_of_the_tokenizers_library(splits, texts):
     same_as_the_library(splits, texts)
@@ -219,7 +217,6 @@ def small_table(monkeypatch):
     tokenizer._gpt2_table.cache_clear()
 
 
-@SAME_FIXTURE
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=8))
 def test_a_table_that_is_full_gives_the_same_ids(real_gpt2, small_table, texts):
     same_as_tiktoken([*texts, *texts])

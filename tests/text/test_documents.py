@@ -9,14 +9,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nib.errors import UserError
 from nib.text import documents, inputs, reading
 from nib.text.tokenizer import Gpt2Tokenizer
 
-SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 SPACES = ' \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000'
 # Texts that are hard to cut: all kinds of white space, contractions, numbers, several alphabets.
 TANGLED = st.lists(
@@ -205,7 +204,6 @@ def pieces_of(text, monkeypatch, piece, chunk, longest=1 << 18) -> list[str]:
     return [text for text, _ in pieces]
 
 
-@SAME_FIXTURE
 @given(TANGLED, st.integers(1, 9), st.integers(1, 20))
 def test_a_text_cut_in_pieces_has_the_tokens_of_the_whole(
     small_gpt2, monkeypatch, text, piece, chunk
@@ -218,7 +216,6 @@ def test_a_text_cut_in_pieces_has_the_tokens_of_the_whole(
     ).tolist()
 
 
-@SAME_FIXTURE
 @given(TANGLED, st.integers(1, 9))
 def test_so_it_has_with_the_real_gpt2(real_gpt2, monkeypatch, text, piece):
     tokenizer = Gpt2Tokenizer()
@@ -228,7 +225,6 @@ def test_so_it_has_with_the_real_gpt2(real_gpt2, monkeypatch, text, piece):
     ).tolist()
 
 
-@SAME_FIXTURE
 @given(TANGLED, st.integers(1, 9))
 def test_where_a_text_is_cut_does_not_depend_on_how_it_was_read(monkeypatch, text, piece):
     assert pieces_of(text, monkeypatch, piece, 3) == pieces_of(text, monkeypatch, piece, 1000)
@@ -245,7 +241,6 @@ DENSE = st.lists(
 ).map(''.join)
 
 
-@SAME_FIXTURE
 @given(DENSE, st.integers(1, 9))
 def test_text_cut_at_punctuation_has_the_tokens_of_the_whole(real_gpt2, monkeypatch, text, piece):
     tokenizer, longest = Gpt2Tokenizer(), len(text) - 1
@@ -257,7 +252,6 @@ def test_text_cut_at_punctuation_has_the_tokens_of_the_whole(real_gpt2, monkeypa
     ).tolist()
 
 
-@SAME_FIXTURE
 @given(DENSE | TANGLED, st.integers(1, 9), st.integers(10, 20))
 def test_where_a_dense_text_is_cut_does_not_depend_on_how_it_was_read(
     monkeypatch, text, piece, longest

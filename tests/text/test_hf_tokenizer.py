@@ -33,7 +33,7 @@ texts = st.lists(
 
 
 @each_kind
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=texts)
 def test_ids_and_texts_equal_those_of_transformers(kind, text):
     ids = OURS[kind].encode(text)
@@ -48,7 +48,7 @@ def test_ids_and_texts_equal_those_of_transformers(kind, text):
 
 
 @each_kind
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=texts)
 def test_the_bytes_of_single_tokens_are_those_of_the_whole(kind, text):
     ours = OURS[kind]

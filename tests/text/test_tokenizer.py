@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import sys
 import time
 
 import numpy as np
 import pytest
 from conftest import run_script
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nib.errors import UserError
@@ -23,8 +24,6 @@ ANY_CHARACTER = st.text(st.characters(exclude_categories=()))  # lone surrogates
 TYPED = st.lists(
     st.sampled_from(['the bee', ' ', '\n', '€', '🙂', "don't", '<|endoftext|>', '<|', 'x'])
 ).map(''.join)
-# A fixture that is set up once for all examples is what is meant here.
-SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 NO_NETWORK = dict.fromkeys(('https_proxy', 'HTTPS_PROXY'), 'http://127.0.0.1:1')
 
 
@@ -43,7 +42,6 @@ def test_bytes_come_back(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@SAME_FIXTURE
 @given(st.text() | TYPED)
 def test_gpt2_tokens_come_back(small_gpt2, text):
     tokenizer = Gpt2Tokenizer()
@@ -52,7 +50,6 @@ def test_gpt2_tokens_come_back(small_gpt2, text):
     assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
 
 
-@SAME_FIXTURE
 @given(st.text() | TYPED)
 def test_tokens_of_the_real_gpt2_come_back(real_gpt2, text):
     assert Gpt2Tokenizer().decode(Gpt2Tokenizer().encode(text)) == text
@@ -222,7 +219,7 @@ def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_wh
     )
     for word in ('TIKTOKEN_CACHE_DIR', *addresses, *names):
         assert word in done.stderr
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 def test_a_tokenizer_needs_tiktoken_only_once_it_encodes():
@@ -230,5 +227,6 @@ def test_a_tokenizer_needs_tiktoken_only_once_it_encodes():
         '-c',
         'import sys; from nib.text.tokenizer import *; Gpt2Tokenizer(); '
         'sys.exit("tiktoken" in sys.modules)',
+        python=sys.executable,
     )
     assert done.returncode == 0, done.stderr

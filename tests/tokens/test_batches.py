@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import records
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nib.errors import UserError
@@ -38,14 +38,12 @@ def starts(loader, step, micro_step=0):
     n=st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 1023, 1025, 4096, 5000])),
     key=KEYS,
 )
-@settings(deadline=None)
 def test_a_permutation_takes_every_value_once(n, key):
     with np.errstate(all='raise'):
         assert sorted(permute(np.arange(n, dtype=np.uint64), n, key).tolist()) == list(range(n))
 
 
 @given(n=st.integers(1, 2**48), key=KEYS, data=st.data())
-@settings(deadline=None)
 def test_a_permuted_value_does_not_depend_on_the_others_asked_for(n, key, data):
     positions = np.array(
         data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=9)), dtype=np.uint64
@@ -92,7 +90,6 @@ def test_offsets_reach_the_last_token_and_never_past_it():
 
 
 @given(n_tokens=st.integers(2, 300), block_size=st.integers(1, 40), seed=st.integers(0, 2**31))
-@settings(deadline=None)
 def test_any_text_longer_than_a_block_gives_whole_windows(n_tokens, block_size, seed):
     loader = make_loader(
         max(n_tokens, block_size + 1), block_size=block_size, batch_size=50, seed=seed

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import PATIENCE
 from small_tokenizers import byte_fallback, byte_level, metaspace
 
 from nib.errors import UserError
@@ -208,7 +209,7 @@ def test_processes_end_with_the_one_that_started_them():
     run.kill()
     run.wait()
     run.stdout.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while living(run.pid):
         assert time.monotonic() < deadline, 'processes are left behind'
         time.sleep(0.05)

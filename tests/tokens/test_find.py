@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SMALL_RUN
+from processes import PATIENCE
 
 import configurator
 from nib.checkpoint import store
@@ -17,7 +19,7 @@ from nib.errors import UserError
 from nib.files import FolderLock
 from nib.machine.ranks import Ranks
 from nib.text.download import DownloadError
-from nib.tokens import find, shakespeare
+from nib.tokens import find, shakespeare, unfinished
 from nib.tokens.dataset import open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
 from nib.tokens.unfinished import locked
@@ -167,7 +169,10 @@ def test_a_run_in_out_dir_is_noticed_before_data_is_prepared(train_here, tmp_pat
 # -- several processes -----------------------------------------------------------------------------
 
 
-def test_a_second_process_waits_says_so_and_uses_what_the_first_has_made(values, tmp_path, capsys):
+def test_a_second_process_waits_says_so_and_uses_what_the_first_has_made(
+    values, tmp_path, monkeypatch, capsys
+):
+    """The first one goes on as soon as the second one waits."""
     folder = tmp_path / 'data/shakespeare_char'
     program = f"""
 import sys, time
@@ -176,15 +181,24 @@ from nib.tokens.unfinished import locked
 from nib.tokens.write import write_char_dataset
 with locked(Path({str(folder)!r})):
     print('locked', flush=True)
-    time.sleep(0.5)
+    sys.stdin.readline()
 write_char_dataset({str(folder)!r}, {TEXT!r}, {{}})
-time.sleep(60)
+time.sleep(3600)
 """
+    pauses = []
     with started('-c', program) as first:
         assert first.stdout.readline() == 'locked\n'
-        before = time.monotonic()
+
+        def pause(seconds):
+            if not pauses:
+                first.stdin.write('go on\n')
+                first.stdin.flush()
+            pauses.append(seconds)
+            time.sleep(seconds)
+
+        monkeypatch.setattr(unfinished, 'time', SimpleNamespace(sleep=pause))
         data = wait_and_open(values)
-        assert time.monotonic() - before > 0.3
+    assert pauses
     assert data.tokenizer.decode(data.train) == TEXT[: int(0.9 * len(TEXT))]
     assert f'pid {first.pid}, which is preparing {folder}' in capsys.readouterr().err
 
@@ -203,6 +217,7 @@ def start(*command):
         [sys.executable, *command],
         cwd=ROOT,
         text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
@@ -226,7 +241,7 @@ from pathlib import Path
 from nib.tokens.unfinished import locked
 with locked(Path({str(tmp_path)!r})):
     print('locked', flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
     with started('-c', program) as holder:
         assert holder.stdout.readline() == 'locked\n'
@@ -278,7 +293,7 @@ def test_three_runs_started_together_prepare_the_dataset_once(tmp_path):
                 assert line, run.stdout.read()
         lock.release(remove=True)
         for run in runs:
-            _, errors = run.communicate(timeout=200)
+            _, errors = run.communicate(timeout=PATIENCE)
             assert run.returncode == 0, errors
     finally:
         for run in runs:
