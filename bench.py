@@ -7,9 +7,10 @@
     git clone https://github.com/karpathy/nanoGPT
     python bench.py config/train_shakespeare_char.py --vs_nanogpt=nanoGPT
 
-It accepts every key of train.py. --vs_nanogpt also measures nanoGPT's code, in turns, with the same
-model and batch. --growth measures how speed and memory change with width, depth, context and batch.
---plan measures nothing, and prints what the whole run would take.
+It accepts every key of train.py except --budget and --params. It compiles the model if train.py
+would, for a run of max_iters steps. --vs_nanogpt also measures nanoGPT's code, in turns, with the
+same model and batch. --growth measures how speed and memory change with width, depth, context and
+batch. --plan measures nothing, and prints what the whole run would take.
 """
 
 import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
@@ -27,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import configurator
 import train
@@ -34,6 +36,7 @@ from benchmarks import growth as growing
 from benchmarks import measure
 from benchmarks.nanogpt import NanoGPT, start_training
 from benchmarks.plan import describe_plan
+from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
 from nib.machine.compiling import pick_compile
 from nib.machine.device import (
@@ -45,7 +48,7 @@ from nib.machine.device import (
     synchronize,
 )
 from nib.machine.ranks import Ranks
-from nib.run.checks import check_config, settle_schedule
+from nib.run.checks import check_config, refuse_plan, settle_schedule
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
 
@@ -104,11 +107,29 @@ def read_config(argv) -> dict:
             '--batch_size=auto: use a number here; train.py prints the one that it takes'
         )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
-    values['compile'], _ = pick_compile(values['compile'], values['device'])
+    refuse_plan(values, origins)
     check_config(values, world_size=1)
     values = settle_schedule(values)  # so that a run of a few steps keeps the config's schedule
     globals().update(values)
     return values
+
+
+def settle_compile(values, vocab_size: int) -> dict:
+    """Returns the values with the choice of train.py in place of --compile=auto.
+
+    Raises UserError if the model is impossible.
+    """
+    try:
+        model = GPTConfig.pick(values, vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with torch.device('meta'):  # shapes only
+        flops_per_token = 3 * sum(GPT(model).flops_per_token().values())
+    sequences = values['batch_size'] * values['gradient_accumulation_steps']
+    flops = flops_per_token * sequences * values['block_size'] * values['max_iters']
+    peak = peak_flops(values['device'], values['dtype'])
+    compiled, _ = pick_compile(values['compile'], values['device'], flops, peak, model)
+    return values | {'compile': compiled}
 
 
 def warn(line: str):
@@ -155,6 +176,7 @@ def describe_config_plan(values) -> str:
         vocab_size = open_dataset(folder, values['block_size'], values['vocab_size']).vocab_size
     else:
         warn(f'{folder} is not prepared: assuming a vocabulary of {VOCAB_SIZE:,}')
+    values = settle_compile(values, vocab_size)
     names = [name.strip() for name in devices.split(',') if name.strip()]
     return describe_plan(values, vocab_size, names, mfu, price_per_hour)
 
@@ -166,6 +188,7 @@ def measure_config(values) -> str:
     """Returns the table of a config's speed, the parts of its step, and its memory."""
     with tempfile.TemporaryDirectory() as scratch:
         data = find_data(values, Path(scratch))
+        values = settle_compile(values, data.vocab_size)
         contestants: dict[str, NanoGPT | Contestant] = {}
         if vs_nanogpt:
             contestants['nanoGPT'] = start_training(values, data, vs_nanogpt)
@@ -397,6 +420,7 @@ def measure_growth(values) -> tuple[str, Callable]:
     this config, if that is an integer, until a step is SLOW or the memory is full.
     """
     growing.check_picture(growth)
+    values['compile'], _ = pick_compile(values['compile'], values['device'])  # for all points
     measured = growing.measure(
         AXES, values, SLOW, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
     )

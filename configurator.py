@@ -1,7 +1,7 @@
 """The config of the scripts: annotated assignments, overridden by Python files and flags.
 
-The block of assignments at the top of a script is the schema, for example
-`batch_size: int = 12  # sequences per micro step`. Values come from, in this order:
+The block of assignments at the top of a script says which keys exist (nib/schema.py). Values come
+from, in this order:
 
     the defaults, then config files (python train.py config/a.py config/b.py), then --key=value
 
@@ -13,49 +13,24 @@ to the first file.
 """
 
 import ast
-import difflib
-import io
 import os
-import re
-import shutil
 import sys
-import textwrap
-import tokenize
 import traceback
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from nib.errors import UserError
+from nib.hints import check_file, print_columns, print_help, suggest_key
+from nib.schema import Block, Type, fit, in_words, read_block, read_python, read_text
 
-# The type of a key is a tuple of alternatives: Python types, None and literal values.
-# `int | None` is (int, None), and `bool | Literal['auto']` is (bool, 'auto').
-Type = tuple
 Settle = Mapping[str, Callable]
 Recall = Callable[[Mapping, Mapping], tuple[Mapping, str]]
 Comments = Mapping[str, str]
 NO_SETTLING: Settle = MappingProxyType({})
 NO_COMMENTS: Comments = MappingProxyType({})
-PYTHON_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool}
-# How a person names a type, where it is not the name of a choice.
-IN_WORDS = {int: 'an integer', float: 'a number', str: 'a text', bool: 'True or False'}
-RESERVED = ('help', 'print_config', 'include')
 TEXTS = ('start', 'stop')  # keys whose value is a text, in which ~ is not a home folder
-CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-
-
-@dataclass(frozen=True)
-class Block:
-    """The config block of a script."""
-
-    defaults: dict[str, object]
-    types: dict[str, Type]
-    comments: dict[str, str]
-    headings: dict[str, str]  # first key of a group -> the comment line above it
-    doc: str  # first paragraph of the script's docstring
 
 
 def configure(
@@ -158,173 +133,7 @@ def settle_keys(values, origins, settle, keys):
             origins[key] += f' ({before})'
 
 
-# ---------------------------------------------------------------------------
-# The schema: a script's block
-
-
-def read_block(path: str) -> Block:
-    """Reads a script's config block from its source, without importing or running it."""
-    source, tree = read_python(path)
-    trailing, standalone = read_comments(source)
-    block = Block({}, {}, {}, {}, (ast.get_docstring(tree) or '').split('\n\n')[0])
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            break
-        if not (
-            isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value
-        ):
-            continue
-        key, where = node.target.id, f'{path}:{node.lineno}: {node.target.id}'
-        if key in RESERVED or key.startswith('_'):
-            raise UserError(
-                f'{where}: this name cannot be a key ({", ".join(RESERVED)} and _names are '
-                f'reserved)'
-            )
-        try:
-            block.types[key] = read_type(node.annotation)
-            default = ast.literal_eval(node.value)
-        except ValueError:
-            raise UserError(
-                f'{where}: found {ast.unparse(node)}, expected a literal default and a type'
-                " made of int, float, str, bool, None and Literal['a', 'b'], joined by |"
-            ) from None
-        block.defaults[key] = fit(default, block.types[key], where)
-        block.comments[key] = trailing.get(node.end_lineno, '')
-        line = node.lineno - 1
-        while standalone.get(line) == '':  # a ruler
-            line -= 1
-        if line in standalone:
-            block.headings[key] = standalone[line]
-    return block
-
-
-def read_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns a block's comments by line: those after code, and those on a line of their own.
-
-    Rulers of dashes become ''.
-    """
-    trailing, standalone = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.start[1] == 0 and token.string in ('async', 'class', 'def'):
-            break  # after the block
-        if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip():
-            trailing[token.start[0]] = token.string.lstrip('#').strip()
-        elif token.type == tokenize.COMMENT:
-            standalone[token.start[0]] = token.string.strip('#-= ')
-    return trailing, standalone
-
-
-def read_type(node: ast.expr) -> Type:
-    match node:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return read_type(left) + read_type(right)
-        case ast.Constant(value=None):
-            return (None,)
-        case ast.Name(id=name) if name in PYTHON_TYPES:
-            return (PYTHON_TYPES[name],)
-        case ast.Subscript(value=ast.Name(id='Literal'), slice=choices):
-            choices = ast.literal_eval(choices)
-            return choices if isinstance(choices, tuple) else (choices,)
-    raise ValueError(ast.unparse(node))
-
-
-# ---------------------------------------------------------------------------
-# Values
-
-
-def fit(value: object, kind: Type, where: str) -> object:
-    """Returns the value converted to one of the type's alternatives.
-
-    True is not an int, but 1 may become a float, and 1e3 an int. Raises UserError if nothing fits.
-    """
-    for alternative in kind:
-        if type(value) is alternative or (
-            type(value) is type(alternative) and value == alternative
-        ):
-            return value
-    if type(value) is int and float in kind and abs(value) <= sys.float_info.max:
-        return float(value)
-    if type(value) is float and int in kind and value.is_integer():
-        return int(value)
-    choices = [choice for choice in kind if isinstance(choice, str)]
-    hint = suggest(value, choices, '{!r}') if isinstance(value, str) else ''
-    raise UserError(f'{where}: found {show(value)}, expected {in_words(kind)}{hint}')
-
-
-def read_text(text: str, kind: Type, where: str) -> object:
-    """Returns the value that a flag's text stands for.
-
-    If the type includes str, quotes are part of the text. Raises UserError if it does not fit.
-    """
-    readings = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about escapes such as '\d'
-            readings.append(ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass
-    if str in kind:
-        readings = [reading for reading in readings if not isinstance(reading, str)]
-    if text.lower() in ('true', 'false'):
-        readings.append(text.lower() == 'true')
-    if float in kind and text.lower().lstrip('+-') in ('inf', 'nan'):
-        readings.append(float(text))
-    for reading in readings:
-        try:
-            return fit(reading, kind, where)
-        except UserError:
-            pass
-    return fit(text, kind, where)
-
-
-def describe(kind: Type) -> str:
-    """Returns the type as it is written in a script."""
-    return ' | '.join(part.__name__ if isinstance(part, type) else repr(part) for part in kind)
-
-
-def in_words(kind: Type) -> str:
-    """Returns the type as an error message names it."""
-    *first, last = [IN_WORDS.get(part) or repr(part) for part in kind]
-    return f'{", ".join(first)} or {last}' if first else last
-
-
-def show(value: object) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # a user's own class, or an int with more digits than Python prints
-        text = f'a value of type {type(value).__name__}'
-    return text if len(text) <= 80 else text[:77] + '...'
-
-
-def suggest(name: str, names: Sequence[str], form: str = '{}') -> str:
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f'; did you mean {form.format(nearest[0])}?' if nearest else ''
-
-
-def suggest_key(name: str, types: Mapping[str, Type], comments: Comments, form='{}') -> str:
-    """Returns a hint: keys with these initials or a similar spelling, or one that means this."""
-    keys = [key for key in types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
-    keys = keys or difflib.get_close_matches(name, types, n=2, cutoff=0.66)
-    keys = keys or find_by_meaning(name, types, comments)
-    return f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
-
-
-def find_by_meaning(name: str, types: Mapping[str, Type], comments: Comments) -> list[str]:
-    """Returns the key whose name, choices and comment contain most of a name's parts, if half."""
-    parts = [part for part in name.lower().split('_') if len(part) > 2]
-
-    def n_found(key: str) -> int:
-        choices = [choice for choice in types[key] if isinstance(choice, str)]
-        text = ' '.join([key.replace('_', ' '), *choices, comments.get(key, '')])
-        return sum(bool(re.search(rf'\b{re.escape(part)}', text.lower())) for part in parts)
-
-    # Of several, the one with the shortest comment.
-    best = max(types, key=lambda key: (n_found(key), -len(comments.get(key, '').split())))
-    return [best] if parts and 2 * n_found(best) >= len(parts) else []
-
-
-# ---------------------------------------------------------------------------
-# Flags and files
+# -- flags and files -------------------------------------------------------------------------------
 
 
 def parse_argv(
@@ -369,38 +178,6 @@ def is_value(item: str, kind: Type) -> bool:
     except UserError:
         return False
     return not item.startswith('--') and not item.endswith('.py')
-
-
-def check_file(path: str, types: Mapping[str, Type]) -> str:
-    """Returns the path of a config file. Raises UserError with a hint if it is not one."""
-    if os.path.exists(path) and path.endswith('.py'):
-        return path
-    if os.path.exists(path):  # a text or a run's folder, for which the user forgot the flag
-        hint = ' (flags are written --key=value)'
-        if 'input' in types:
-            hint = f'; did you mean --input={path}?'
-        elif 'out_dir' in types and os.path.isdir(path):
-            hint = f'; did you mean --out_dir={path}?'
-        raise UserError(f'{path}: not a config file, because its name does not end in .py{hint}')
-    flag = path.lstrip('-')
-    if flag.partition('=')[0].replace('-', '_') in types:
-        raise UserError(f'{path}: no such config file; did you mean --{flag}?')
-    candidates = list_python(os.path.dirname(path)) + list_python(CONFIG_FOLDER)
-    nearby = {os.path.basename(file): file for file in candidates}
-    nearest = difflib.get_close_matches(os.path.basename(path), nearby, n=1)
-    hint = (
-        f'; did you mean {nearby[nearest[0]]}?' if nearest else ' (flags are written --key=value)'
-    )
-    raise UserError(f'{path}: no such config file{hint}')
-
-
-def list_python(folder: str) -> list[str]:
-    try:
-        names = sorted(os.listdir(folder or '.'))
-    except (OSError, ValueError):
-        return []
-    shown = os.path.relpath(folder) if os.path.isabs(folder) else folder
-    return [os.path.join(shown, name) for name in names if name.endswith('.py')]
 
 
 class Namespace(dict):
@@ -497,62 +274,3 @@ def run_file(
         for name, place in namespace.places.items()
         if name in types and name in namespace
     }
-
-
-def read_python(path: str) -> tuple[str, ast.Module]:
-    """Returns the source of a Python file and its syntax tree. Raises UserError if it has none."""
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            source = file.read()
-        return source, ast.parse(source, path)
-    except SyntaxError as error:
-        reason = (
-            f':{error.lineno or 1}: SyntaxError: {error.msg}; a config file is Python code, such '
-            f'as: batch_size = 12'
-        )
-    except UnicodeDecodeError as error:
-        reason = f': found bytes that are not UTF-8 ({error.reason}), expected a Python file'
-    except (OSError, ValueError, MemoryError, RecursionError) as error:
-        reason = f': cannot be read: {getattr(error, "strerror", None) or error}'
-    raise UserError(path + reason)
-
-
-# ---------------------------------------------------------------------------
-# Output of --help and --print_config
-
-
-def print_help(script: str, block: Block, positional: str) -> None:
-    """Prints what the script does, its usage and its keys, fitted to the terminal's width."""
-    width = max(20, shutil.get_terminal_size().columns)
-    usage = f'usage: python {os.path.relpath(script)} [{positional} ...] [--key=value ...]'
-    usage = textwrap.fill(f'{usage} [--print_config]', width, subsequent_indent=' ' * 7)
-    print(textwrap.fill(' '.join(block.doc.split()), width), usage, sep='\n\n', end='\n\n')
-    keys = {
-        key: f'  --{key}: {describe(block.types[key])} = {default!r}'
-        for key, default in block.defaults.items()
-    }
-    # A comment stands beside its key if both have room, else below it.
-    beside = [len(key) for key in keys.values() if 2 * len(key) < width]
-    column = max(beside, default=0) + 2 if width >= 60 else 6
-    for number, (key, shown) in enumerate(keys.items()):
-        if key in block.headings:
-            print('\n' * (number > 0) + textwrap.fill(block.headings[key], width))
-        margin = ' ' * column
-        comment = textwrap.wrap(
-            block.comments[key],
-            width,
-            initial_indent=margin,
-            subsequent_indent=margin,
-            break_on_hyphens=False,
-        )
-        if comment and len(shown) <= column - 2:
-            comment[0] = shown + comment[0][len(shown) :]
-        else:
-            comment.insert(0, textwrap.fill(shown, width, subsequent_indent=' ' * 6))
-        print('\n'.join(comment))
-
-
-def print_columns(rows: Sequence[tuple[str, str]]) -> None:
-    width = max((len(left) for left, right in rows if right and len(left) <= 56), default=0)
-    for left, right in rows:
-        print(f'{left:{width}}  {right}'.rstrip())

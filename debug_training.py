@@ -8,8 +8,8 @@
     python debug_training.py config/train_gpt2.py --dataset=
         uses random tokens instead of a dataset
 
-Accepts every key of train.py, but does not evaluate, compile or save. The steps are those of
-train.py. Each one is undone, and nothing is written to out_dir.
+Accepts every key of train.py except --budget and --params, but does not evaluate, compile or save.
+The steps are those of train.py. Each one is undone, and nothing is written to out_dir.
 """
 
 import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
@@ -29,7 +29,7 @@ from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
-from nib.run.checks import check_config
+from nib.run.checks import check_config, refuse_plan
 from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
@@ -52,6 +52,7 @@ def main(argv):
     )
     globals().update(values)
     values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
+    refuse_plan(values, origins)
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
     for key, least in (('batch_tokens', 0), ('overfit_steps', 1)):
         if not least <= values[key] < 1 << 31:

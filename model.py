@@ -13,7 +13,7 @@ Letters in shapes:
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -29,6 +29,7 @@ from nib.kernels import (
     tanh_gelu,
     uses_head_kernel,
 )
+from nib.model_checks import check_shape
 
 
 @dataclass(frozen=True)
@@ -60,49 +61,8 @@ class GPTConfig:
     recompute: bool = False  # keep only the inputs of blocks; recompute the rest in backward
 
     def __post_init__(self):
-        # JSON has no tuples.
-        object.__setattr__(self, 'rotary_scaling', tuple(self.rotary_scaling))
-        for name in 'vocab_size block_size n_layer n_head n_embd head_dim mlp_width smear'.split():
-            # More layers would take hours to build; larger sizes would overflow the counts.
-            value = getattr(self, name)
-            below = 10_000 if name == 'n_layer' else 10 if name == 'smear' else 1 << 31
-            least = 0 if name in ('head_dim', 'mlp_width', 'smear') else 1
-            if not least <= value < below:
-                raise ValueError(
-                    f'{name} is {value}: it must be at least {least} and less than {below:,}'
-                )
-        for name, kind in get_type_hints(type(self)).items():
-            choices, value = get_args(kind), getattr(self, name)
-            if get_origin(kind) is Literal and value not in choices:
-                raise ValueError(f'{name} is {value!r}: it must be one of {", ".join(choices)}')
-        if self.n_embd % self.n_head and not self.head_dim:
-            nearest = self.n_embd // self.n_head * self.n_head or self.n_head
-            raise ValueError(
-                f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}: '
-                f'try n_embd {nearest}'
-            )
-        if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
-            shared = math.gcd(self.n_head, self.n_kv_head)
-            raise ValueError(
-                f'n_head {self.n_head} is not divisible by n_kv_head '
-                f'{self.n_kv_head}: try n_kv_head {shared}'
-            )
-        if self.position == 'rotary' and self.head_width % 2:
-            name = 'head_dim' if self.head_dim else 'n_embd / n_head'
-            raise ValueError(
-                f'{name} is {self.head_width}: rotary positions turn pairs of dimensions, so it '
-                f'must be even: try head_dim {self.head_width + 1}'
-            )
-        if self.position == 'rotary' and not 0.0 < self.rotary_base < math.inf:
-            raise ValueError(f'rotary_base is {self.rotary_base}: it must be a positive number')
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and less than 1')
-        if not 0.0 <= self.norm_eps < math.inf:
-            raise ValueError(f'norm_eps is {self.norm_eps}: it must be at least 0')
-        if not 0.0 <= self.logit_cap < math.inf:
-            raise ValueError(
-                f'logit_cap is {self.logit_cap}: it must be 0 (none) or a positive number'
-            )
+        object.__setattr__(self, 'rotary_scaling', tuple(self.rotary_scaling))  # JSON has lists
+        check_shape(self)
 
     @classmethod
     def pick(cls, values: Mapping, vocab_size: int) -> 'GPTConfig':

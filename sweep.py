@@ -41,6 +41,8 @@ SIGNALS = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGUSR
 
 @dataclass(frozen=True)
 class Planned:
+    """A run of the sweep."""
+
     folder: Path
     flags: list[str]  # of train.py
     values: dict  # of all keys
@@ -60,13 +62,13 @@ def main(argv):
     environments = find_environments(runs[0].values['device'])
     Path(sweep_dir).mkdir(parents=True, exist_ok=True)
     print(f'{len(runs)} runs, {jobs} at a time; their logs are {Path(sweep_dir, "*.log")}')
-    training = Training(environments)
-    training.train_all(runs)
+    sweep = Sweep(environments)
+    sweep.train_all(runs)
     finished = [run.folder for run in runs if is_finished(run)]
-    if training.signal:
+    if sweep.signal:
         done = f'{len(finished)} of {len(runs)} runs are finished'
-        print(f'stopped by signal {training.signal}: {done}; the same command continues')
-        return 128 + training.signal
+        print(f'stopped by signal {sweep.signal}: {done}; the same command continues')
+        return 128 + sweep.signal
     folders = [run.folder for run in runs if is_run(run.folder)]
     if folders:
         page = Path(sweep_dir, 'comparison.html')
@@ -145,7 +147,7 @@ def find_environments(device: str) -> list[dict]:
 # -- training --------------------------------------------------------------------------------------
 
 
-class Training:
+class Sweep:
     """Trains runs, as many at a time as there are environments, until a signal stops it."""
 
     def __init__(self, environments: list[dict]):
@@ -164,7 +166,8 @@ class Training:
                 while waiting and self.free and not self.signal:
                     self.start(waiting.pop(0))
                 if self.signal and not told:
-                    print('stopping: the active runs save (again: at once, unsaved)', flush=True)
+                    print('stopping: the active runs save (a second signal ends them at once)')
+                    sys.stdout.flush()
                     told = True
                 for job in [job for job in self.active if job[0].poll() is not None]:
                     self.active.remove(job)

@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/...    eight GPUs, or CPU processes
 
 Read this file from top to bottom: the config, the learning rate, the evaluation, one training step,
-what a step needs, main, the loop, and the functions that they call.
+what a step needs, main, the loop, and the functions that it calls.
 """
 
 import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
@@ -20,9 +20,8 @@ import torch
 
 import configurator
 from model import GPT
-from nib.budget import plan
 from nib.checkpoint import store
-from nib.checkpoint.start import PLANNED, new_model, read_start
+from nib.checkpoint.start import new_model
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, UserError, run_script
 from nib.guard import MAX_REWINDS, BadSteps, describe, nonfinite_parameters, watch_outputs
 from nib.machine.compiling import compile_model, pick_compile
@@ -31,7 +30,6 @@ from nib.machine.device import (
     has_bfloat16,
     peak_flops,
     pick_device,
-    pick_dtype,
     prepare_device,
     seed_everything,
 )
@@ -40,11 +38,10 @@ from nib.machine.ranks import Ranks, distribute, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
 from nib.machine.stopwatch import Stopwatch
 from nib.optim import Optimizer
-from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.begin import begin, resume
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
-from nib.tokens.find import data_dir_of, open_or_prepare
 
 # The defaults train GPT-2 (124M) on OpenWebText.
 # run
@@ -257,11 +254,6 @@ class Training:
         return tokens * self.micro_steps * self.ranks.world_size
 
     @property
-    def n_logits(self) -> int:
-        """Logits in a micro step."""
-        return self.batches.batch_size * self.batches.block_size * self.raw_model.config.vocab_size
-
-    @property
     def peak_flops(self) -> float | None:
         """Peak rate of all ranks together in FLOP/s, or None if unknown."""
         peak = peak_flops(self.device, self.dtype)
@@ -312,28 +304,19 @@ class TrainState:
 
 
 def main(argv):
-    # The config: from now on, the variables at the top of this file hold this run's values.
     values, origins = configurator.configure(
         __file__, argv, settle={'device': pick_device}, recall=recall_config
     )
-    globals().update(values)
-    dtype_used, reason = pick_dtype(dtype, device)
-    ranks = start_ranks(device)  # rank 0 of 1 without torchrun
-    check_config(values, ranks.world_size, planned=bool(budget or params))
+    ranks = start_ranks(values['device'])  # rank 0 of 1 without torchrun
     stop = StopSignal(ranks)
-    book = Logbook(out_dir, ranks, stop)  # everything that the run prints and writes
-    used = {'device': ranks.own_device(device), 'dtype': dtype_used, 'ranks': ranks.world_size}
-    book.say_machine(**used, reason=reason)
+    book = Logbook(values['out_dir'], ranks, stop)  # everything that the run prints and writes
 
-    # The start: new weights, another model's, or this run's latest checkpoint.
-    start, values = find_start(values, origins, book)
-    globals().update(values)
-    planned = is_planned(start)
-    data = find_data(values, origins, planned, ranks, book)
-    config = values | used | {'dataset': data.name, 'data_dir': data_dir_of(data)}
-    if planned:
-        config, origins = plan_run(config, origins, data, ranks, book)
-    book.say_data(data, config['gradient_accumulation_steps'] * config['batch_size'] * block_size)
+    # The dataset, and the start: new weights, another model's, or this run's latest checkpoint.
+    watch = Stopwatch(Training.set_up, train_step, evaluate)  # for --budget
+    config, origins, data, start = begin(values, origins, book, watch)
+    # From now on, the variables at the top of this file hold this run's values.
+    globals().update({key: config[key] for key in values})
+
     t = Training.set_up(config, data, start, ranks)
     if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
         config |= fit_batch_size(t, config, book.say)  # the tokens per step stay
@@ -342,9 +325,8 @@ def main(argv):
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    compiled, reason = pick_compile(
-        compile, t.device, t.flops(max_iters), t.peak_flops, t.n_logits, block_size
-    )
+    flops, model = t.flops(max_iters), t.raw_model.config
+    compiled, reason = pick_compile(compile, t.device, flops, t.peak_flops, model)
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':
@@ -481,77 +463,6 @@ def finish(t, data, state, book, stop) -> int:
     if not math.isfinite(loss):
         return EXIT_NONFINITE
     return EXIT_FINDING if stopped_by_doctor else 0
-
-
-# -- what main calls -------------------------------------------------------------------------------
-
-
-def find_start(values, origins, book):
-    """Returns the weights to start from (None: new ones) and the values, fitted to their model.
-
-    Raises UserError if init_from names nothing usable, or a key contradicts the weights.
-    """
-    if book.restarted_by_torchrun():  # the command line is still that of the first start
-        values = values | {'init_from': 'resume'}
-    if values['init_from'] == 'resume' and not eval_only:
-        book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
-    elif not overwrite and not eval_only:
-        book.check_new()
-    start = read_start(values['init_from'], out_dir, book.warn)
-    if start:
-        own = any(origin.startswith('checkpoint') for origin in origins.values())
-        book.say(
-            f'{"resuming" if start.resumed else "starting"} from {start.name}'
-            f'{" with the config of the run (--print_config shows it)" * own}'
-        )
-        values = start.adopt(values, origins)
-    planned = is_planned(start)
-    check_config(values, book.ranks.world_size, planned)  # again: a checkpoint may bring its own
-    values = settle_schedule(values)
-    if not planned:
-        check_schedule(values)
-    return start, values
-
-
-def is_planned(start) -> bool:
-    """Returns whether --budget or --params is to choose keys, which are checked after that."""
-    return bool(budget or params) and not (eval_only or start and start.resumed)
-
-
-def find_data(values, origins, planned: bool, ranks, book):
-    """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
-    if planned and origins['block_size'] != 'command line':
-        values = values | {'block_size': 1}  # the plan fits it to the text
-    data = open_or_prepare(values, ranks, book.say)
-    if sample_tokens:
-        data.tokenizer.decode([0])  # raises UserError now if its files are missing
-    return data
-
-
-def plan_run(config, origins, data, ranks, book):
-    """Returns the config and its origins with the keys that --budget or --params chooses."""
-    watch = Stopwatch(Training.set_up, train_step, evaluate)
-    chosen, line = ranks.on_first(lambda: plan(config, origins, data, watch))
-    globals().update(chosen)
-    config = config | chosen
-    check_config(config, ranks.world_size)
-    book.say(line)
-    return config, origins | dict.fromkeys(chosen, PLANNED)
-
-
-def resume(t, state, start, config, book) -> dict:
-    """Restores the checkpoint of a resumed run; returns the changed keys and both their values."""
-    if not start or not start.resumed:
-        return {}
-    state.restore(t, start.resumed, start.tensors)
-    config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
-    changes = start.changes(config)
-    if changes:
-        pairs = (f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items())
-        book.say(f'changed since the checkpoint: {", ".join(pairs)}')
-    if state.step >= max_iters and not eval_only:
-        book.say(f'all {max_iters} steps are done; to continue training, raise --max_iters')
-    return changes
 
 
 if __name__ == '__main__':

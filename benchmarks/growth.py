@@ -19,7 +19,7 @@ def measure(
     slow: float,
     measure_point: Callable[[dict[str, int]], dict[str, float]],
 ) -> Growth:
-    """Measure along each axis, doubling the sizes, from an eighth of the config's own size.
+    """Measures along each axis, doubling the sizes, from an eighth of the config's own size.
 
     axes: the config keys that change together on each axis; the first one gives a point's size.
     own: the config's own sizes, a point on every axis.
@@ -61,7 +61,7 @@ def make_table(growth: Growth) -> str:
 
 
 def check_picture(path: str):
-    """Raise UserError if no plot can be saved to this path, before minutes of measuring."""
+    """Raises UserError if no plot can be saved to this path, before minutes of measuring."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

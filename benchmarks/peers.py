@@ -6,9 +6,9 @@
 
 Every contestant has the same shape, batch, optimizer (AdamW in torch's fused kernel) and clipping.
 In bfloat16, the peers run inside torch.autocast, which is one line in anybody's loop. 'compiled' is
-torch.compile with its defaults. nibGPT is compiled if a long run with --compile=auto is; the time
-until it is ready, with three steps, is a line of its own. A turn is a few whole steps, short
-because the speed of a machine drifts. Each peer is a process of its own, next to nibGPT's.
+torch.compile with its defaults. nibGPT is compiled if a long run with --compile=auto is. The time
+until a contestant is ready, with three steps, is a line of its own. A turn is a few whole steps,
+short because the speed of a machine drifts. Each peer is a process of its own, next to nibGPT's.
 """
 
 import math
@@ -104,7 +104,9 @@ def measure_size(size: str, scratch: Path):
             'steps': STEPS[size],
             'new_tokens': 0,
         }
+        started = time.perf_counter()
         theirs = NanoGPT('nanogpt', nanogpt, NANOGPT_LOOP, job)
+        yield f'{size:8}{peer}, ready after {time.perf_counter() - started:.1f} s'
         pairs = []
         for _ in range(rounds):
             seconds = ours.time_steps(STEPS[size]) / STEPS[size]
@@ -119,10 +121,7 @@ def train_config(size: str) -> dict:
     defaults = configurator.read_block(train.__file__).defaults
     device = pick_device('cpu')
     shape = SIZES[size]
-    n_logits = shape['batch_size'] * shape['block_size'] * VOCAB_SIZES[size]
-    compiled, _ = pick_compile(
-        'auto', device, flops=math.inf, n_logits=n_logits, block_size=shape['block_size']
-    )
+    compiled, _ = pick_compile('auto', device, flops=math.inf)
     changes = {'device': device, 'dtype': dtype, 'compile': compiled, 'prompt_tokens': 1}
     changes |= {'gradient_accumulation_steps': 1}
     return settle_schedule(defaults | shape | changes)

@@ -1,4 +1,4 @@
-"""Check that a change to the code keeps every loss: train two revisions, compare bit for bit.
+"""Checks that a change to the code keeps every loss: trains two revisions and compares them.
 
     python benchmarks/same_losses.py --base=main             the working tree against branch main
     python benchmarks/same_losses.py --base=main --timing    tokens/s of both, measured in turns
@@ -106,7 +106,7 @@ def main(argv):
 
 
 def choose_cases(known: dict) -> dict:
-    """Return the cases that --cases names, or all."""
+    """Returns the cases that --cases names, or all."""
     names = [name.strip() for name in cases.split(',') if name.strip()]
     for name in names:
         if name not in known:
@@ -118,7 +118,7 @@ def choose_cases(known: dict) -> dict:
 
 
 def compare_losses(chosen: dict[str, Case], old: Path, scratch: Path) -> tuple[str, bool]:
-    """Train all cases with both revisions; return the table and whether everything is equal."""
+    """Trains all cases with both revisions; returns the table and whether everything is equal."""
     lines, same = [f'{"case":38}{"compared":>9}  {base} and the working tree'], True
     print(lines[-1], flush=True)
     for name, count, difference in compare_all(chosen, old, scratch):
@@ -138,7 +138,7 @@ def compare_all(chosen: dict[str, Case], old: Path, scratch: Path) -> Iterator[R
 
 
 def compare_case(name: str, case: Case, old: Path, scratch: Path) -> Iterator[Row]:
-    """Compare a case; if it is resumed, also when the new revision resumes the old one's run."""
+    """Compares a case; if it is resumed, also when the new revision resumes the old one's run."""
     folder = scratch / 'run'
     shutil.rmtree(folder, ignore_errors=True)
     if case.cut:
@@ -157,7 +157,7 @@ def compare_case(name: str, case: Case, old: Path, scratch: Path) -> Iterator[Ro
 
 
 def train(tree: Path, case: Case, out_dir: Path, scratch: Path, part: str):
-    """Run one part of a case with the revision in `tree`, on the bins of the old revision."""
+    """Runs one part of a case with the revision in `tree`, on the bins of the old revision."""
     command = [sys.executable]
     if case.ranks > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={case.ranks}']
@@ -167,7 +167,7 @@ def train(tree: Path, case: Case, out_dir: Path, scratch: Path, part: str):
 
 
 def read_values(out_dir: Path) -> dict[str, object]:
-    """Return what a run has logged, in order: 'step 3 loss/step' -> value."""
+    """Returns what a run has logged, in order: 'step 3 loss/step' -> value."""
     values = {}
     for line in (out_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
         record = json.loads(line)
@@ -178,7 +178,7 @@ def read_values(out_dir: Path) -> dict[str, object]:
 
 
 def compare(old: dict[str, object], new: dict[str, object]) -> tuple[int, str]:
-    """Return how many values were compared and the first difference, '' if there is none.
+    """Returns how many values were compared and the first difference, '' if there is none.
 
     The values are compared as printed, which tells any two numbers apart.
     """
@@ -192,7 +192,7 @@ def compare(old: dict[str, object], new: dict[str, object]) -> tuple[int, str]:
 
 
 def compare_bins(old: Path, new: Path) -> tuple[int, str]:
-    """Return the bytes compared and a sentence if train.bin or val.bin differs."""
+    """Returns the bytes compared and a sentence if train.bin or val.bin differs."""
     size = 0
     for name in ('train.bin', 'val.bin'):
         before, after = ((folder / 'shakespeare_char' / name).read_bytes() for folder in (old, new))
@@ -206,7 +206,7 @@ def compare_bins(old: Path, new: Path) -> tuple[int, str]:
 
 
 def measure_speed(chosen: dict[str, str], old: Path, scratch: Path) -> str:
-    """Train every config with both revisions in turns; return a table of their speeds."""
+    """Trains every config with both revisions in turns; returns a table of their speeds."""
     lines = [
         f'{rounds} rounds on {device}; new / old: median (lowest to highest)',
         f'{"config":24}{"old tokens/s":>14}{"new tokens/s":>14}{"speed":>26}{"whole process":>26}',
@@ -229,7 +229,7 @@ def measure_speed(chosen: dict[str, str], old: Path, scratch: Path) -> str:
 
 
 def time_run(tree: Path, flags: str, scratch: Path) -> tuple[float, float]:
-    """Return a run's tokens/s, the median of all logged lines but the first, and its seconds."""
+    """Returns a run's tokens/s, the median of all logged lines but the first, and its seconds."""
     command = [sys.executable, 'train.py', *flags.split(), f'--device={device}', '--compile=False']
     command += [f'--data_dir={scratch / "data-old"}', f'--out_dir={scratch / "run"}', '--overwrite']
     started = time.perf_counter()
@@ -242,7 +242,7 @@ def time_run(tree: Path, flags: str, scratch: Path) -> tuple[float, float]:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> str:
-    """Show the ratio of each round, because a machine's speed drifts: median, lowest, highest."""
+    """Shows the ratio of each round, because a machine's speed drifts: median, lowest, highest."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     return f'{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})'
 
@@ -251,7 +251,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> str:
 
 
 def check_out(reference: str, folder: Path) -> Path:
-    """Write the files of a git reference to a folder; the repository itself is not touched."""
+    """Writes the files of a git reference to a folder; the repository itself is not touched."""
     command = ['git', 'archive', '--format=zip', reference]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     if done.returncode:
@@ -262,7 +262,7 @@ def check_out(reference: str, folder: Path) -> Path:
 
 
 def run(command: Sequence[str], tree: Path, **variables: str):
-    """Run a script of a revision. Raises UserError with the end of its output if it fails."""
+    """Runs a script of a revision. Raises UserError with the end of its output if it fails."""
     done = subprocess.run(
         command,
         cwd=tree,
@@ -278,7 +278,7 @@ def run(command: Sequence[str], tree: Path, **variables: str):
 
 
 def make_text() -> str:
-    """Return 47,000 characters with something to learn: digits written out, and squares."""
+    """Returns 47,000 characters with something to learn: digits written out, and squares."""
     digits = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
     lines = []
     for number in range(1900):

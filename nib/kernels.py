@@ -8,6 +8,7 @@ import functools
 import math
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -108,22 +109,35 @@ class LongAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        B, H, T, D = grad_y.shape
-        q, k, v, grad_y = (part.reshape(B * H, T, D) for part in (*ctx.saved_tensors, grad_y))
-        grad_q, grad_k, grad_v = (torch.empty_like(part) for part in (q, k, v))
-        for block, seen in reversed(blocks_of(T)):  # the last block is first: it sees all keys
-            weights = block_weights(q[:, block], k[:, seen])
-            grad_weights = grad_y[:, block] @ v[:, seen].transpose(1, 2)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_scores /= math.sqrt(D)
-            grad_q[:, block] = grad_scores @ k[:, seen]
-            for total, left, right in ((grad_k, grad_scores, q), (grad_v, weights, grad_y)):
-                part = left.transpose(1, 2) @ right[:, block]
-                if seen.stop == T:
-                    total.copy_(part)
-                else:
-                    total[:, seen] += part
-        return tuple(grad.view(B, H, T, D) for grad in (grad_q, grad_k, grad_v))
+        return attention_gradients(*ctx.saved_tensors, grad_y)
+
+
+@torch.library.custom_op('nib::attention_gradients', mutates_args=())
+def attention_gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, all (B, H, T, D). The compiler would unroll the blocks."""
+    B, H, T, D = grad_y.shape
+    q, k, v, grad_y = (part.reshape(B * H, T, D) for part in (q, k, v, grad_y))
+    grad_q, grad_k, grad_v = (part.new_empty(part.shape) for part in (q, k, v))
+    for block, seen in reversed(blocks_of(T)):  # the last block is first: it sees all keys
+        weights = block_weights(q[:, block], k[:, seen])
+        grad_weights = grad_y[:, block] @ v[:, seen].transpose(1, 2)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_scores /= math.sqrt(D)
+        grad_q[:, block] = grad_scores @ k[:, seen]
+        for total, left, right in ((grad_k, grad_scores, q), (grad_v, weights, grad_y)):
+            part = left.transpose(1, 2) @ right[:, block]
+            if seen.stop == T:
+                total.copy_(part)
+            else:
+                total[:, seen] += part
+    return grad_q.view(B, H, T, D), grad_k.view(B, H, T, D), grad_v.view(B, H, T, D)
+
+
+@attention_gradients.register_fake
+def _(q, k, v, grad_y):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 # -- GELU -----------------------------------------------------------------------------------------
@@ -194,49 +208,13 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, cap, with_gradients, chunk_size):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        head, V = pad_rows(weight.to(dtype)), len(weight)
-        rows = min(len(x), max(1, chunk_size // len(head)))
-        logits = head.new_empty(rows, len(head))
-        log_probs = logits
-        if dtype != torch.float32:
-            log_probs = torch.empty_like(logits, dtype=torch.float32)
-        losses = torch.empty(len(x), device=x.device)
-        # Sums, not means, until backward: a mean's tiny gradients would vanish in float16.
-        grad_x = grad_weight = None
-        if with_gradients:
-            grad_x = torch.zeros_like(x, dtype=torch.float32)
-            grad_weight = torch.zeros_like(head, dtype=torch.float32)
-
-        for first in range(0, len(x), rows):
-            part = slice(first, first + rows)
-            chunk, target = x[part].to(dtype, copy=True), targets[part, None]
-            logits, log_probs = logits[: len(chunk)], log_probs[: len(chunk)]
-            counted = target != IGNORED
-            target = target.clamp(min=0)
-            torch.mm(chunk, head.t(), out=logits)
-            log_probs.copy_(logits)
-            if cap:
-                bent = log_probs.div_(cap).tanh_().clone()  # model.soft_cap
-                log_probs.mul_(cap)
-            log_probs[:, V:] = -math.inf
-            torch.log_softmax(log_probs, dim=-1, out=log_probs)
-            losses[part] = (log_probs.gather(1, target) * -counted.float())[:, 0]
-            if not with_gradients:
-                continue
-            minus_one_hot = -torch.ones_like(target, dtype=torch.float32)
-            grad = log_probs.exp_().scatter_add_(1, target, minus_one_hot)
-            if cap:
-                grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
-            logits.copy_(grad)
-            grad_x[part] = (logits @ head) * counted
-            chunk *= counted
-            for total, columns in zip(grad_weight.split(COLUMNS), logits.split(COLUMNS, dim=1)):
-                total.add_(columns.t() @ chunk)
-
+        loss, grad_x, grad_weight = loss_in_chunks(
+            x, weight, targets, cap, with_gradients, chunk_size, dtype
+        )
         n_counted = (targets != IGNORED).sum()
-        ctx.save_for_backward(grad_x, grad_weight[:V] if with_gradients else None, n_counted)
+        ctx.save_for_backward(grad_x, grad_weight, n_counted)
         ctx.dtypes = x.dtype, weight.dtype
-        return losses.sum() / n_counted
+        return loss / n_counted
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -244,3 +222,65 @@ class ChunkedLoss(torch.autograd.Function):
         scale = grad_loss / n_counted
         grad_x = grad_x.mul_(scale).to(ctx.dtypes[0])
         return grad_x, grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None, None
+
+
+@torch.library.custom_op('nib::loss_in_chunks', mutates_args=())
+def loss_in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float,
+    with_gradients: bool,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the losses, and its gradients for x and weight, empty without with_gradients.
+
+    Sums, not means: a mean's tiny gradients would vanish in float16. The compiler would unroll the
+    chunks.
+    """
+    head, V = pad_rows(weight.to(dtype)), len(weight)
+    rows = min(len(x), max(1, chunk_size // len(head)))
+    logits = head.new_empty(rows, len(head))
+    log_probs = logits
+    if dtype != torch.float32:
+        log_probs = torch.empty_like(logits, dtype=torch.float32)
+    losses = torch.empty(len(x), device=x.device)
+    grad_x = torch.zeros(x.shape if with_gradients else 0, device=x.device)
+    grad_weight = torch.zeros(head.shape if with_gradients else 0, device=x.device)
+
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        chunk, target = x[part].to(dtype, copy=True), targets[part, None]
+        logits, log_probs = logits[: len(chunk)], log_probs[: len(chunk)]
+        counted = target != IGNORED
+        target = target.clamp(min=0)
+        torch.mm(chunk, head.t(), out=logits)
+        log_probs.copy_(logits)
+        if cap:
+            bent = log_probs.div_(cap).tanh_().clone()  # model.soft_cap
+            log_probs.mul_(cap)
+        log_probs[:, V:] = -math.inf
+        torch.log_softmax(log_probs, dim=-1, out=log_probs)
+        losses[part] = (log_probs.gather(1, target) * -counted.float())[:, 0]
+        if not with_gradients:
+            continue
+        minus_one_hot = -torch.ones_like(target, dtype=torch.float32)
+        grad = log_probs.exp_().scatter_add_(1, target, minus_one_hot)
+        if cap:
+            grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
+        logits.copy_(grad)
+        grad_x[part] = (logits @ head) * counted
+        chunk *= counted
+        for total, columns in zip(grad_weight.split(COLUMNS), logits.split(COLUMNS, dim=1)):
+            total.add_(columns.t() @ chunk)
+
+    return losses.sum(), grad_x, grad_weight[:V]
+
+
+@loss_in_chunks.register_fake
+def _(x, weight, targets, cap, with_gradients, chunk_size, dtype):
+    shapes = (x.shape, weight.shape) if with_gradients else (0, 0)
+    return x.new_empty((), dtype=torch.float32), *(
+        x.new_empty(shape, dtype=torch.float32) for shape in shapes
+    )

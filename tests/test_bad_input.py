@@ -393,7 +393,7 @@ FLAGS = {
     ),
     'no such device': (['--device=cuda:99'], ['--device=cuda:99', 'try --device=auto']),
     'what is no device': (['--device=abacus'], ['--device=abacus', "'cpu', 'cuda'"]),
-    'a block longer than the text': (['--block_size=100000'], ['train.bin has', '--block_size=']),
+    'a block longer than the text': (['--block_size=100000'], ['val.bin has', '--block_size=']),
     'a model larger than the memory': (
         ['--n_embd=2000000000', '--n_head=1'],
         ['the memory is full', 'a smaller model'],
@@ -403,7 +403,10 @@ FLAGS = {
         ['--out_dir=' + 'x' * 5000, '--init_from=resume'],
         ['File name too long', 'another path'],
     ),
-    'nothing to start from': (['--init_from=resum'], ["'resum' is not a model", "'resume'"]),
+    'nothing to start from': (
+        ['--init_from=resum'],
+        ["'resum' is not a model", "'resume'", 'no such folder'],
+    ),
     'no wandb project': (
         ['--wandb_log', '--wandb_project='],
         ['wandb_project is empty', '--wandb_project=NAME'],
@@ -500,6 +503,17 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     assert contents(place) == before
 
 
+def test_an_impossible_model_is_told_before_its_dataset_is_prepared(run_main, place):
+    out_dir = f'--out_dir={place / "new"}'
+    ended = try_to_train(run_main, place, out_dir, '--dataset=none', '--n_head=5')
+    assert_refused(ended, ['n_embd 32 is not divisible by n_head 5'])
+
+
+def test_a_first_run_without_a_config_is_told_of_a_small_one(run_main, tmp_path):
+    ended = run_main('train.py', f'--out_dir={tmp_path / "out"}', f'--data_dir={tmp_path}')
+    assert_refused(ended, ['a small run to begin with', 'config/train_shakespeare_char.py'])
+
+
 def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
     flags = [f'--out_dir={place / "new"}', '--init_from=resume']
     assert_refused(try_to_train(run_main, place, *flags), ['new: no such folder', 'train first'])
@@ -591,7 +605,7 @@ WEIGHTS = {
     'another shape': (
         None,
         ['--n_layer=3'],
-        ['n_layer 1, but command line says 3', '--init_from=scratch'],
+        ['n_layer 1, but the command line says 3', '--init_from=scratch'],
     ),
     'another tokenizer': (None, ['--dataset=tiny'], ['another tokenizer', '--tokenizer=gpt2']),
     'no weights': (
@@ -741,7 +755,7 @@ def test_a_bad_prompt_is_told(run_main, place, flags, words):
         (['--new_tokens=-1'], ['new_tokens is -1', 'at least 0']),
         (['--n_embd=33'], ['n_embd 33', 'try n_embd 32']),
         (['--vs_nanogpt={place}'], ['place', 'clone of karpathy/nanoGPT']),
-        (['--block_size=1000000'], ['train.bin has', '--block_size=']),
+        (['--block_size=1000000'], ['val.bin has', '--block_size=']),
     ],
 )
 def test_a_bad_benchmark_is_told(run_main, place, flags, words):

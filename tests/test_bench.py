@@ -10,10 +10,12 @@ from conftest import ROOT, SMALL_RUN
 
 import bench as bench_script
 import configurator
+import train
 from benchmarks import generators, measure, planned_memory, sampling
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.guard import BadSteps
+from nib.machine import compiling
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset
@@ -47,7 +49,7 @@ class GPT(own.GPT):
 @pytest.fixture
 def bench(run_main):
     """bench(*flags) measures the small model in this process."""
-    few = ['--rounds=2', '--steps=6', '--new_tokens=8', '--prompt_tokens=4']
+    few = ['--rounds=2', '--steps=6', '--new_tokens=8', '--prompt_tokens=4', '--no-compile']
     return lambda *flags: run_main('bench.py', *SMALL, *few, *flags)
 
 
@@ -226,7 +228,7 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
     assert point['MFLOP/token'] == pytest.approx(3 * sum(model.flops_per_token().values()) / 1e6)
     assert point['% of it'] == pytest.approx(100 * point['tokens/s'] / point['at matrix rate'])
     assert 50 < point['before model, MB'] <= point['peak memory, MB'] < len(room) / 1e6
-    with pytest.raises(UserError, match='train.bin has'):
+    with pytest.raises(UserError, match='val.bin has'):
         bench_script.in_fresh_process(
             bench_script.measure_point, bench_script.as_flags(values, block_size=1_000_000)
         )
@@ -384,6 +386,25 @@ def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
     assert 3000 < int(megabytes['at the peak']) < 15_000
 
 
+@pytest.mark.parametrize('max_iters', [1000, 10**9])
+def test_the_model_is_compiled_if_the_run_of_the_config_is(max_iters, monkeypatch, data_dir):
+    monkeypatch.setattr(compiling, 'HAS_AMX', True)
+    monkeypatch.setattr(compiling.shutil, 'which', lambda name: name)
+    values = bench_script.read_config([*SMALL, f'--max_iters={max_iters}', '--lr_decay_iters=auto'])
+    assert values['compile'] == 'auto'
+    assert bench_script.settle_compile(values, 97)['compile'] is (max_iters == 10**9)
+    training = train.Training.set_up(values, open_dataset(data_dir / 'tiny', 16))
+    size = training.raw_model.config.vocab_size
+    asked = []
+    monkeypatch.setattr(
+        bench_script, 'pick_compile', lambda *choice: asked.append(choice) or (0, '')
+    )
+    bench_script.settle_compile(values, size)
+    assert asked == [
+        ('auto', 'cpu', training.flops(max_iters), training.peak_flops, training.raw_model.config)
+    ]
+
+
 @pytest.mark.parametrize(
     'flag, words',
     [
@@ -391,6 +412,8 @@ def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
         ('--mfu=0', 'more than 0'),
         ('--batch_size=auto', 'use a number here'),
         ('--price_per_hour=-1', 'at least 0'),
+        ('--params=10M', "params is '10M' (command line): only train.py plans runs; leave it out"),
+        ('--n_head=5', 'n_embd 768 is not divisible by n_head 5'),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, flag, words):

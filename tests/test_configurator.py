@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import configurator
 from configurator import configure, read_block, resolve
+from nib import hints
 from nib.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 ROOT = Path(configurator.__file__).parent
@@ -220,6 +221,7 @@ def test_last_of_a_repeated_flag_wins():
         ('--learning_rate=' + '9' * 400, ['expected a number']),
         ('--learning_rate=__import__("os")', ['expected a number']),
         ('--verbose=1', ['expected True or False']),
+        ('--compile=maybe', ["expected True, False or 'auto'"]),
         ('--dtype=bf16', ["'bf16'", "'float32', 'bfloat16' or 16"]),
         ('--dtype=bfloat', ["did you mean 'bfloat16'?"]),
         (
@@ -391,7 +393,7 @@ def test_missing_file_names_the_nearest(config, tmp_path, monkeypatch):
     config('seed = 2', 'mine.py')
     (tmp_path / 'config').mkdir()
     config('seed = 3', 'config/train_shakespeare.py')
-    monkeypatch.setattr(configurator, 'CONFIG_FOLDER', str(tmp_path / 'config'))
+    monkeypatch.setattr(hints, 'CONFIG_FOLDER', str(tmp_path / 'config'))
     assert complaint('mime.py') == 'mime.py: no such config file; did you mean mine.py?'
     for typed in (
         'config/train_shakespear.py',

@@ -1095,6 +1095,10 @@ def test_mistakes_are_one_line(debug, tmp_path):
         (['--init_from=nowhere'], "expected 'scratch'"),
         (['--init_from=resume', f'--out_dir={tmp_path}'], 'train first'),
         (['--learning_rate=-1'], 'learning_rate is -1'),
+        (
+            ['--budget=10m'],
+            "budget is '10m' (command line): only train.py plans runs; leave it out",
+        ),
         (['--explian'], 'did you mean --explain?'),
     ):
         done = debug(*flags)

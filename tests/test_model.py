@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from model import GPT, GPTConfig
 from nib import kernels
@@ -336,24 +338,56 @@ def test_recomputing_blocks_changes_no_gradient(config):
 
 
 def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
-    """The largest tensor that a step makes, seen by torch's own dispatcher."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **kwargs or {})
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.seen = max(self.seen, tensor.numel())
-            return out
-
+    """The largest block of memory that a step allocates, seen by torch's profiler."""
     model = GPT(GPTConfig(vocab_size=50_000, block_size=512, n_layer=1, n_head=1, n_embd=8))
     ids = torch.randint(50_000, (4, 512))  # 102 million logits
-    with Largest() as largest:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(ids, ids).backward()
-    assert 50_000 * 300 < largest.seen <= kernels.LOSS_CHUNK
+    largest = max(event.self_cpu_memory_usage for event in profiler.events()) / 4
+    assert 50_000 * 300 < largest <= kernels.LOSS_CHUNK
+
+
+def traced_size(function, *inputs) -> int:
+    """The number of operators in a function and its gradients, as the compiler sees them."""
+
+    def with_gradients(*inputs):
+        out = function(*inputs)
+        return torch.autograd.grad(out.sum(), inputs)
+
+    return len(make_fx(with_gradients)(*inputs).graph.nodes)
+
+
+def test_the_compiler_sees_neither_chunks_nor_blocks():
+    """It would unroll them, which takes minutes for GPT-2."""
+    x, weight, targets = (
+        torch.randn(40, 8, requires_grad=True),
+        torch.randn(97, 8, requires_grad=True),
+        torch.randint(97, (40,)),
+    )
+    one, ten = (
+        traced_size(lambda *xw: kernels.ChunkedLoss.apply(*xw, targets, 0.0, True, size), x, weight)
+        for size in (40 * 97, 4 * 97)
+    )
+    assert one == ten
+    short, long = (
+        traced_size(kernels.LongAttention.apply, *torch.randn(3, 1, 2, T, 4, requires_grad=True))
+        for T in (300, 900)
+    )
+    assert short == long
+
+
+@pytest.mark.parametrize('with_gradients', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_operators_are_what_the_compiler_is_told(dtype, with_gradients):
+    """Shapes, types and strides, and that they change and return none of their inputs."""
+    x, weight, targets = torch.randn(40, 8), torch.randn(97, 8), torch.randint(97, (40,))
+    tests = ('test_schema', 'test_faketensor')
+    loss = x, weight, targets, 0.0, with_gradients, 4 * 97, dtype
+    torch.library.opcheck(kernels.loss_in_chunks, loss, test_utils=tests)
+    qkv = torch.randn(4, 300, 6, 8, dtype=dtype).transpose(1, 2).split(2, dim=1)
+    torch.library.opcheck(
+        kernels.attention_gradients, (*qkv, torch.randn_like(qkv[0])), test_utils=tests
+    )
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)

@@ -87,8 +87,9 @@ class Weights:
                         f'of {self.name}: use at most --block_size={own}'
                     )
             else:
+                place = origins[key].replace('command line', 'the command line')
                 raise UserError(
-                    f'{self.name} was trained with {key} {own}, but {origins[key]} says '
+                    f'{self.name} was trained with {key} {own}, but {place} says '
                     f'{values[key]}: leave {key} out, or train a new model with '
                     f'--init_from=scratch and another --out_dir'
                 )
@@ -100,7 +101,7 @@ class Weights:
         for key in ('budget', 'params'):
             if origins.get(key) == 'command line' and values[key] != before.get(key, ''):
                 raise UserError(
-                    f'--{key} plans a new run, and {self.name} was begun with '
+                    f'--{key} plans a new run, but {self.name} was begun with '
                     f'{key} {before.get(key, "")!r}: leave it out, or change --max_iters instead'
                 )
         kept = [key for key, origin in chosen.items() if origin == PLANNED and key in values]
@@ -135,9 +136,9 @@ class Weights:
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
-                f'{self.name} needs tokens of another tokenizer ({kind}, '
-                f'vocabulary {self.model.vocab_size}) than those of dataset {data.name} '
-                f'(vocabulary {data.vocab_size}): prepare your text with its tokenizer, '
+                f'{self.name} has another tokenizer ({kind}, vocabulary '
+                f'{self.model.vocab_size}) than dataset {data.name} (vocabulary '
+                f"{data.vocab_size}): prepare your text with the model's tokenizer, "
                 f'{command("data/text/prepare.py")} --input=PATH --tokenizer={borrowed}'
             )
 
@@ -271,7 +272,7 @@ def read_weights(
         )
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
-    instead = explain(name)
+    instead = explain(name, may_train=False)
     if path.exists() and name in GPT2_NAMES:
         instead = f'{path.resolve()} hides the model of this name: use openai-community/{name}'
     raise UserError(

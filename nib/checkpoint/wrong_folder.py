@@ -35,8 +35,11 @@ def is_hugging_face(folder: Path) -> bool:
     return bool({'model_type', 'architectures'} & read_json(folder / 'config.json').keys())
 
 
-def explain(path) -> str:
-    """Returns a sentence about a path that is not the folder of a run with a checkpoint."""
+def explain(path, may_train: bool = True) -> str:
+    """Returns a sentence about a path that is not the folder of a run with a checkpoint.
+
+    may_train: whether a command that trains a run into this folder would help.
+    """
     path, whole = Path(path), Path(os.path.abspath(path))
     if is_checkpoint(whole):
         return f'{path} is a single checkpoint of a run; did you mean {_typed(run_of(whole))}?'
@@ -48,14 +51,16 @@ def explain(path) -> str:
     if path.is_file():
         instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
         return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'
-    train_first = f'train first: {command("train.py")} CONFIG --out_dir={_typed(path)}'
+    train_first = (
+        f'; train first: {command("train.py")} CONFIG --out_dir={_typed(path)}' * may_train
+    )
     runs = _runs_in(path)
     if not path.is_dir():
         runs = _runs_in(path.parent)
         near = difflib.get_close_matches(path.name, [run.name for run in runs], n=1)
         if near:
             return f'{path}: no such folder; did you mean {_typed(path.with_name(near[0]))}?'
-        return f'{path}: no such folder; {train_first}{_list(runs, "; existing runs: ")}'
+        return f'{path}: no such folder{train_first}{_list(runs, "; existing runs: ")}'
     if is_run(path):
         return (
             f'{path} contains no checkpoint yet: a run saves one at each evaluation, '
@@ -77,7 +82,7 @@ def explain(path) -> str:
         )
     if runs:
         return f'{path} is not a run, but contains runs: name one of them{_list(runs, ": ")}'
-    return f'{path} is not a run, because it contains no checkpoint; {train_first}'
+    return f'{path} is not a run, because it contains no checkpoint{train_first}'
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from model import kernels_fit
-from nib.kernels import HAS_AMX, LOSS_CHUNK, QUERY_BLOCK
+from model import GPTConfig, kernels_fit
+from nib.kernels import HAS_AMX, QUERY_BLOCK
 
 SHORT_RUN = 15  # seconds at the peak rate; about a minute in practice, mostly spent compiling
-SHORT_CPU_RUN = 3e14  # FLOPs; about a quarter of an hour on two cores, a minute of it compiling
+SHORT_CPU_RUN = 6e14  # FLOPs; a quarter of an hour on two cores, up to a minute of it compiling
 
 
 def pick_compile(
@@ -20,13 +20,12 @@ def pick_compile(
     device: str,
     flops: float = 0.0,
     peak_flops: float | None = None,
-    n_logits: int = 0,
-    block_size: int = 0,
+    model: GPTConfig | None = None,
 ) -> tuple[bool, str]:
     """Returns whether to compile the model, and the reason.
 
     flops: of the whole run, so that a resumed run chooses the same. peak_flops: the device's peak
-    rate in FLOP/s, if known. n_logits: those of a micro batch. block_size: the context length.
+    rate in FLOP/s, if known. model: to refuse one that the compiler takes minutes for.
     """
     compiler = os.environ.get('CXX') or 'g++'
     reason = 'as requested'
@@ -34,9 +33,9 @@ def pick_compile(
         on_gpu = device.startswith('cuda')
         if not on_gpu and not (device == 'cpu' and HAS_AMX):
             return False, 'no faster on a CPU'
-        # The compiler unrolls chunks of the loss and blocks of attention.
-        if not on_gpu and (n_logits > LOSS_CHUNK or block_size > QUERY_BLOCK):
-            return False, 'compilation takes minutes with a large vocabulary or a long context'
+        if not on_gpu and model and model.dropout and model.block_size > QUERY_BLOCK:
+            # The compiler unrolls attend_in_blocks().
+            return False, 'compilation takes minutes with dropout and a long context'
         # The rate of a CPU varies with its load, on which the choice must not depend.
         if flops < (SHORT_RUN * (peak_flops or 0.0) if on_gpu else SHORT_CPU_RUN):
             return False, 'the run is too short for compilation to pay off'

@@ -41,9 +41,8 @@ class Stopwatch:
         started = time.perf_counter()
         if run_steps:
             flops, peak = t.flops(run_steps) * ranks, t.peak_flops and t.peak_flops * ranks
-            compiled, _ = pick_compile(
-                config['compile'], t.device, flops, peak, t.n_logits, config['block_size']
-            )
+            model = t.raw_model.config
+            compiled, _ = pick_compile(config['compile'], t.device, flops, peak, model)
             t.compile_and_distribute(compiled, lambda line: None)
         compiling = time.perf_counter() - started
         n_warm, step = 2, 0  # the first steps are slower

@@ -1,5 +1,6 @@
 """How many cores this process may use, and how torch's threads wait when the cores are taken."""
 
+import atexit
 import functools
 import math
 import os
@@ -80,6 +81,9 @@ class Yielding:
         self._waited = waited
         self._interval = interval
         self._additional: threading.Event | None = None  # set: the additional threads end
+        # Held during an operation of torch. If Python ended meanwhile, torch would abort.
+        self._busy = threading.Lock()
+        atexit.register(self._busy.acquire, timeout=1.0)
 
     @property
     def is_active(self) -> bool:
@@ -97,17 +101,17 @@ class Yielding:
             before = now
             if calm == 0 and not self._additional:
                 self._additional = threading.Event()
-                threading.Thread(target=_keep, args=[self._additional], daemon=True).start()
+                threading.Thread(target=self._keep, args=[self._additional], daemon=True).start()
             elif calm >= CALM and self._additional:
                 self._additional.set()
                 self._additional = None
 
+    def _keep(self, end: threading.Event):
+        import torch  # not in the processes that prepare a dataset
 
-def _keep(end: threading.Event):
-    import torch  # not in the processes that prepare a dataset
-
-    torch.zeros(1 << 20).add_(1)  # large enough for a thread on each core; this thread keeps them
-    end.wait()
+        with self._busy:  # large enough for a thread on each core; this thread keeps them
+            torch.zeros(1 << 20).add_(1)
+        end.wait()
 
 
 @functools.cache

@@ -150,7 +150,7 @@ def show_fact(value) -> str:
 
 
 def read_run(folder, name: str = '') -> Run:
-    """Read a run, skipping damaged records and counting them.
+    """Reads a run, skipping damaged records and counting them.
 
     name: shown on the page; empty: the folder's name.
     Raises UserError if the folder does not contain a run.
@@ -177,7 +177,7 @@ def read_run(folder, name: str = '') -> Run:
 
 
 def sort_records(path: Path) -> tuple[dict, dict, dict, int]:
-    """Return the numbers, texts and findings of metrics.jsonl, and its number of bad lines.
+    """Returns the numbers, texts and findings of metrics.jsonl, and its number of bad lines.
 
     Each of the three maps a name to {step: value}, sorted by step. The last value of a step
     counts.

@@ -31,7 +31,7 @@ SAMPLES = 6  # at most, for each run
 
 
 def write_report(folders: Sequence, defaults: Mapping, page, png: bool = False) -> int:
-    """Write the page and, with png, each chart as a PNG into a folder named like the page.
+    """Writes the page and, with png, each chart as a PNG into a folder named like the page.
 
     defaults: the default values of train.py's keys.
     Returns the number of PNGs. Raises ImportError, after writing the page, without matplotlib.
@@ -48,7 +48,7 @@ def write_report(folders: Sequence, defaults: Mapping, page, png: bool = False) 
 
 
 def write_after_run(out_dir, defaults: Mapping, say: Callable, warn: Callable):
-    """Write the report at the end of a run. If that fails, it is only a warning."""
+    """Writes the report at the end of a run. If that fails, it prints a warning."""
     page = Path(out_dir) / 'report.html'
     try:
         write_report([out_dir], defaults, page)
@@ -58,7 +58,7 @@ def write_after_run(out_dir, defaults: Mapping, say: Callable, warn: Callable):
 
 
 def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -> str:
-    """Return the whole page as HTML, with all text from files escaped."""
+    """Returns the whole page as HTML, with all text from files escaped."""
     charts, flags, here = charts_of(runs), flags_of(runs), Path(__file__)
     title = ', '.join(run.name for run in runs) if len(runs) <= 3 else f'{len(runs)} runs'
     figures = ''.join(map(to_html, charts))

@@ -25,7 +25,7 @@ NAMED = 24  # findings at most in the legend, which should not be taller than th
 
 
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
-    """Save a chart as a PNG that looks like the one of nib/report/page.js.
+    """Saves a chart as a PNG that looks like the one of nib/report/page.js.
 
     Raises ImportError if matplotlib is missing.
     """

@@ -68,6 +68,15 @@ def check_config(config: Mapping, world_size: int, planned: bool = False):
         check_accumulation(config, world_size)
 
 
+def refuse_plan(values: Mapping, origins: Mapping):
+    """Raises UserError if the command or a config file sets --budget or --params."""
+    for key in ('budget', 'params'):
+        if values[key] and not origins[key].startswith('checkpoint'):  # of a run that was planned
+            raise UserError(
+                f'{key} is {values[key]!r} ({origins[key]}): only train.py plans runs; leave it out'
+            )
+
+
 def check_accumulation(config: Mapping, world_size: int):
     """Raises UserError if the processes cannot share the micro steps equally."""
     accumulation = config['gradient_accumulation_steps']

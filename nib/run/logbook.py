@@ -13,7 +13,8 @@ from nib import guard
 from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
 from nib.doctor import vitals
-from nib.doctor.rules import Doctor
+from nib.doctor.doctor import Doctor
+from nib.doctor.texts import examine_data
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
@@ -144,7 +145,7 @@ class Logbook:
         # Without DistributedDataParallel, because only this rank inspects the model.
         local_model = getattr(t.model, 'module', t.model)
         self.vitals = vitals.Vitals(local_model, t.optimizer, t.scaler, t.batches, t.precision)
-        vital_signs = vitals.examine_data(self.data.train, self.data.val, self.data.vocab_size)
+        vital_signs = examine_data(self.data.train, self.data.val, self.data.vocab_size)
         self.doctor = Doctor(
             config,
             vital_signs,

@@ -24,7 +24,7 @@ class Metrics:
     run. An empty wandb_project means no wandb.
 
     What cannot be written does not stop the run, but `warn` prints a line. Records of metrics.jsonl
-    are kept for the next attempt; TensorBoard and wandb are not used any more.
+    are kept for the next attempt; TensorBoard and wandb are no longer used.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Metrics:
             call(*arguments)
             return True
         except Exception as error:
-            self._warn(f'{name} does not work any more: {type(error).__name__}: {error}')
+            self._warn(f'{name} no longer works: {type(error).__name__}: {error}')
             return False
 
     def close(self):

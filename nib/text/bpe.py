@@ -1,4 +1,4 @@
-"""Fast byte pair encoding: the tokenizer encodes each distinct word once, a table does the rest.
+"""Fast byte pair encoding: each distinct word is encoded once and then looked up in a table.
 
 A byte pair tokenizer splits a text into words and encodes each of them independently (Radford et
 al. 2019, section 2.2), so a word always has the same tokens. A few words make up most of any text.
@@ -64,7 +64,7 @@ class WordTable:
         self._store(self.between)
 
     def encode(self, texts: Iterable[tuple[bytes, bool]]) -> np.ndarray:
-        """Encode texts, one after the other.
+        """Encodes texts, one after the other.
 
         texts: pairs of UTF-8 bytes and whether a document ends with them.
         Returns token ids, in self.dtype.
@@ -240,7 +240,7 @@ GPT4_SPLITS = _splits(
 
 
 def word_starts(data: bytes, splits: bytes) -> np.ndarray:
-    """Find bytes that begin a word of the tokenizer: not all of them, but no others.
+    """Finds bytes that begin a word of the tokenizer: not all of them, but no others.
 
     data: UTF-8 with a separator before it and _PADDING separators after it.
     Returns bool (len(data),).

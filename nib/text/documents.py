@@ -49,7 +49,7 @@ def read_documents(
     split: bool = True,
     noted: Counter[str] | None = None,
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of all documents in these files. Empty documents are skipped.
+    """Yields the pieces of all documents in these files. Empty documents are skipped.
 
     A .txt or .md file is one document; in other files every row is one, whose text is in `field`.
     split: whether a document also ends at each END_OF_TEXT in its text, and the line with it.
@@ -103,11 +103,11 @@ def _without_line_end(text: str, begins: bool) -> str:
 
 
 def cut(chunks: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    """Recut documents into pieces that tokenize independently.
+    """Cuts documents into pieces that can be tokenized independently.
 
-    A piece has PIECE characters, and more up to the next white space. If there is none within
-    LONGEST, it ends at punctuation, or else has LONGEST characters; only a single word of that
-    length has other tokens than if it were whole. Empty documents are left out.
+    A piece ends at the first white space after PIECE characters. If there is none within LONGEST
+    characters, it ends at punctuation, otherwise after LONGEST characters. Only a word of that
+    length gets other tokens than it would as a whole. Empty documents are left out.
 
     chunks: (text, ends) as for pieces, but cut anywhere.
     """
@@ -134,7 +134,7 @@ def cut(chunks: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
 
 
 def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool, known: str = '') -> Survey:
-    """Count documents, characters and bytes in one pass. Raises UserError if there are none.
+    """Counts documents, characters and bytes in one pass. Raises UserError if there are none.
 
     known: the characters that the text should consist of; empty: any.
     """
@@ -160,7 +160,7 @@ def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool, known: str
 
 
 def choose_val(lengths: Sequence[int]) -> set[int]:
-    """Choose the documents of the validation split.
+    """Chooses the documents of the validation split.
 
     Takes documents in a shuffled order while they fit into VAL_FRACTION of all characters, and at
     least one. The choice depends only on the lengths. Returns the documents' indices.
@@ -178,7 +178,7 @@ def choose_val(lengths: Sequence[int]) -> set[int]:
 def split_documents(
     pieces: Iterable[tuple[str, bool]], val: set[int]
 ) -> Iterator[tuple[str, str, bool]]:
-    """Yield (split, text, ends) for every piece. val: indices of the validation documents."""
+    """Yields (split, text, ends) for every piece. val: indices of the validation documents."""
     document = 0
     for text, ends in pieces:
         yield ('val' if document in val else 'train'), text, ends
@@ -186,7 +186,7 @@ def split_documents(
 
 
 def split_text(texts: Iterable[str], length: int) -> Iterator[tuple[str, str, bool]]:
-    """Split one text into a training part and a validation part, where nanoGPT splits it.
+    """Splits one text into a training part and a validation part, where nanoGPT splits it.
 
     texts: the pieces of the text. length: its characters.
     Yields (split, text, False): no end-of-text token follows.
@@ -219,7 +219,7 @@ class StoredTexts:
     """
 
     def __init__(self, folder: Path, texts: Iterable[str]):
-        """Store the texts on the disk of `folder`, which need not exist yet.
+        """Stores the texts on the disk of `folder`, which need not exist yet.
 
         Raises UserError if they cannot be written.
         """

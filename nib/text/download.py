@@ -28,7 +28,7 @@ def download(
     timeout: tuple[float, float] = (5, 15),
     overall_seconds: float = 120.0,
 ):
-    """Download a file, trying the addresses in order. It is written completely or not at all.
+    """Downloads a file, trying the addresses in order. It is written completely or not at all.
 
     sha256: the digest that the file must have; any other content is rejected.
     timeout: seconds to connect, and to wait for the next bytes of a response.

@@ -15,7 +15,7 @@ ENDINGS = ('.txt', '.md', *rows.READERS)
 def find_files(
     inputs: Sequence[str | os.PathLike], endings: Sequence[str] = ENDINGS
 ) -> tuple[list[Path], Counter[str]]:
-    """Find the files to read.
+    """Finds the files to read.
 
     inputs: files and folders. Folders are searched recursively, and so are links to folders, but
     not hidden files and folders.

@@ -1,7 +1,8 @@
 r"""Reads text from bytes by one rule, for prepare scripts and prompts alike, and says what it did.
 
 A byte-order mark decides the encoding and is removed. Without one, the text must be UTF-8. The
-line endings \r\n and \r become \n. What is not text is refused, with a command that converts it.
+line endings \r\n and \r become \n. Other content is refused, and the error has a command that
+converts it.
 """
 
 import codecs
@@ -57,7 +58,7 @@ _NAMED = {
 
 
 def read_file(path: str | os.PathLike, say: Callable[[str], None]) -> Iterator[str]:
-    """Yield the text of a regular file in chunks; see decode.
+    """Yields the text of a regular file in chunks; see decode.
 
     Raises UserError if the file cannot be read, or is a pipe or device, which could block forever.
     """
@@ -79,10 +80,10 @@ def not_a_file(path: str | os.PathLike, mode: int) -> UserError:
 def decode(
     stream: BinaryIO, path: str | os.PathLike | None, say: Callable[[str], None]
 ) -> Iterator[str]:
-    """Yield the text of a stream in chunks, with `\n` as the only line ending.
+    """Yields the text of a stream in chunks, with `\n` as the only line ending.
 
     path: of the file, for messages; None: standard input.
-    say: is told once about each thing that is not as in the file, after the last chunk.
+    say: called after the last chunk, once for each way in which the text differs from the file.
     Raises UserError if the stream is not text: what it seems to be, and how to convert it.
     """
     content = stream.read(_HEAD)
@@ -138,7 +139,7 @@ def plain(text: str, say: Callable[[str], None]) -> str:
 
 
 def advice(path: str | os.PathLike | None, ending: str = '') -> str:
-    """Returns how to make text of a file. ending: what it should be named; empty: as it is."""
+    """Returns how to convert a file to text. ending: of its real type; empty: that of its name."""
     ending = ending or os.path.splitext(path or '')[1].lower()
     if ending not in _CONVERTERS:
         return f'if it is plain text, copy it: {_command("cp {file} {stem}.txt", path)}'
@@ -198,7 +199,8 @@ def _not_text(path, encoding: str, content: bytes, at: int, marked: bool = False
 def _unmarked_encoding(content: bytes) -> str | None:
     """Returns the encoding of UTF-16 or UTF-32 without a byte-order mark, as iconv names it.
 
-    It decodes as such, and some of it is ASCII: that of other bytes, read two at a time, is not.
+    The bytes can be decoded with it, and the result has ASCII characters. Other bytes, read two at
+    a time, have hardly any.
     """
     if b'\0' not in content and len(content.translate(None, _CONTROLS)) == len(content):
         return None

@@ -12,7 +12,7 @@ _TOGETHER = 1000  # rows of a .parquet file read at once
 
 
 def read_rows(file: Path, field: str, say: Callable[[str], None]) -> Iterator[str]:
-    """Yield the text of every row of a .jsonl or .parquet file as it is, also if it is empty.
+    """Yields the text of every row of a .jsonl or .parquet file as it is, also if it is empty.
 
     say: see reading.decode.
     Raises UserError, which names the file and the row, if something cannot be read.

@@ -179,7 +179,7 @@ Tokenizer = (
 
 
 def tokenizer_from_json(data: dict) -> Tokenizer:
-    """Create the tokenizer that to_json() described. Raises UserError if data is not valid."""
+    """Creates the tokenizer that to_json() described. Raises UserError if data is not valid."""
     spells = isinstance(data, dict) and data.get('spells_end_of_text') is True
     match data:
         case {'kind': 'char', 'characters': str(characters)}:
@@ -211,7 +211,7 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
-    """Encode a text that a person typed.
+    """Encodes a text that a person typed.
 
     END_OF_TEXT in it stands for the end-of-text token, unless the tokenizer lacks or spells it. A
     beginning-of-text token comes first if the tokenizer has one.
@@ -293,7 +293,7 @@ def _gpt2_table(encoding) -> WordTable:
 
 @functools.cache
 def load_gpt2():
-    """Load tiktoken's GPT-2 encoding, downloading its two files if they are missing.
+    """Loads tiktoken's GPT-2 encoding, downloading its two files if they are missing.
 
     tiktoken's own download has no timeout and would hang on a network that drops packets.
     Raises DownloadError if the files are missing and cannot be downloaded.

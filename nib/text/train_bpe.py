@@ -23,7 +23,7 @@ MOST = 1 << 29  # characters
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
-    """Train a tokenizer on texts. The same texts always give the same tokenizer.
+    """Trains a tokenizer on texts. The same texts always give the same tokenizer.
 
     A merge needs a pair of tokens that occurs at least twice. END_OF_TEXT is the last token.
     Raises UserError if the texts have too few pairs for vocab_size tokens.
@@ -62,7 +62,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
 
 
 def spread(texts: Iterable[str], n_characters: int) -> Iterator[str]:
-    """Yield texts spread evenly over all of them, with MOST of their n_characters at most."""
+    """Yields texts spread evenly over all of them, with MOST of their n_characters at most."""
     share = min(1.0, MOST / max(1, n_characters))
     read = taken = 0
     for text in texts:

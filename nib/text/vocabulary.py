@@ -140,7 +140,7 @@ def checked_ids(ids, vocab_size: int) -> np.ndarray:
 
 
 def without_surrogates(text: str) -> str:
-    """Replace surrogate pairs by their character, and lone surrogates by U+FFFD."""
+    """Replaces surrogate pairs by their character, and lone surrogates by U+FFFD."""
     try:
         text.encode()
         return text

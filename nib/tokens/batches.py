@@ -128,12 +128,12 @@ class BatchLoader:
         return np.frombuffer(digest, dtype='<u8')
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x and y, int64 (batch_size, block_size) on the device; y is x shifted by one."""
+        """Returns x and y, int64 (batch_size, block_size) on the device; y is x shifted by one."""
         starts = self.starts(step, micro_step)
         return cut_windows(self.tokens, starts, self.block_size, self.device, self.vocab_size)
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches of a step in order.
+        """Yields the batches of a step in order.
 
         The next batch, even of the next step, is prepared when the caller asks to continue, while
         a GPU is still working on the previous one. A CPU gains nothing from this.
@@ -169,7 +169,7 @@ def eval_batches(
     device: str = 'cpu',
     vocab_size: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield this rank's evaluation batches: x and y, int64 (<= batch_size, block_size).
+    """Yields this rank's evaluation batches: x and y, int64 (<= batch_size, block_size).
 
     The windows are fixed: all of the split without its incomplete last one or, with max_batches,
     windows spread evenly over it. Together the ranks read every window once.

@@ -10,7 +10,7 @@ from nib.tokens import nanogpt_bins
 
 
 def read_tokenizer(name: str) -> Tokenizer:
-    """Read the tokenizer that --tokenizer names.
+    """Reads the tokenizer that --tokenizer names.
 
     name: the folder of a dataset, of a run (its best or latest checkpoint is read), of a checkpoint
     or of an open model; a tokenizer.json; or a hub id.

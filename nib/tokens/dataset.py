@@ -50,7 +50,7 @@ class TokenDataset:
     def bits_per_byte(
         self, loss: float, split: str = 'val', block_size: int | None = None
     ) -> float | None:
-        """Convert a loss in nats per token to bits per byte of UTF-8 text.
+        """Converts a loss in nats per token to bits per byte of UTF-8 text.
 
         They do not depend on the tokenizer: all nats over all bytes of the text. End-of-text tokens
         have nats, but no bytes.
@@ -91,7 +91,7 @@ def is_prepared(folder) -> bool:
 
 
 def open_dataset(folder, block_size: int, vocab_size: int = 0) -> TokenDataset:
-    """Open and check a dataset.
+    """Opens and checks a dataset.
 
     vocab_size: the number of tokens, for bins without a description; 0: GPT-2's tokens.
     Raises UserError if a file is missing or invalid, which says how to recreate it, or if a split
@@ -125,13 +125,14 @@ def open_dataset(folder, block_size: int, vocab_size: int = 0) -> TokenDataset:
             f'{folder} has a vocabulary of {tokenizer.vocab_size} tokens, but vocab_size is '
             f'{vocab_size}: leave vocab_size out'
         )
-    for split in SPLITS:
-        if len(bins[split]) < block_size + 1:
-            smaller = f' or --block_size={len(bins[split]) - 1}' if len(bins[split]) > 1 else ''
-            raise UserError(
-                f'{folder / split}.bin has {len(bins[split]):,} tokens, fewer than block_size + 1 '
-                f'= {block_size + 1:,}: use a longer text{smaller}'
-            )
+    split = min(SPLITS, key=lambda split: len(bins[split]))
+    n = len(bins[split])
+    if n < block_size + 1:
+        smaller = f' or --block_size={n - 1}' if n > 1 else ''
+        raise UserError(
+            f'{folder / split}.bin has {n:,} tokens, fewer than block_size + 1 = '
+            f'{block_size + 1:,}: use a longer text{smaller}'
+        )
     digests = [found[split].get('sha256') or found[split]['sampled_sha256'] for split in SPLITS]
     identity = '\n'.join([*digests, str(tokenizer.vocab_size)])
     return TokenDataset(
@@ -300,7 +301,7 @@ def _read(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path, offset: int):
-    """Raise UserError if an id is not in the vocabulary. offset: of the first id in the file."""
+    """Raises UserError if an id is not in the vocabulary. offset: of the first id in the file."""
     if ids.size and ids.max() >= vocab_size:
         at = int((ids >= vocab_size).argmax())
         raise UserError(

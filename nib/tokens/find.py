@@ -32,7 +32,7 @@ def data_dir_of(data: TokenDataset) -> str:
 
 
 def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> TokenDataset:
-    """Open a run's dataset. The first rank prepares it if it is missing; the others wait.
+    """Opens a run's dataset. The first rank prepares it if it is missing; the others wait.
 
     values: train.py's config. Only if the dataset cannot be downloaded, its fallback_dataset is
     used instead, and a resumed run never prepares one. ranks: the Ranks of the run. say: prints a
@@ -97,7 +97,8 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
         raise UserError(f'{missing} is missing{_advise(name, data_dir)}')
     if not values['prepare_dataset']:
         others = ', '.join(_prepared(data_dir))
-        here = f' (prepared: {others})' if others else ''
+        first = f'{command("train.py")} config/train_shakespeare_char.py'
+        here = f' (prepared: {others})' if others else f'; a small run to begin with: {first}'
         raise Unavailable(
             f'{missing} is missing: prepare it with {prepare_command(folder)}, or name another '
             f'dataset, --dataset=NAME{here}'

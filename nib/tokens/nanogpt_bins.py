@@ -20,7 +20,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of bins without a meta.json: that of meta.pkl, else GPT-2's.
+    """Returns the tokenizer of bins without a meta.json: that of meta.pkl, else GPT-2's.
 
     vocab_size: the number of tokens, if there is no meta.pkl; 0: GPT-2's. 50,257 tokens without
     texts are GPT-2's.

@@ -7,8 +7,9 @@ from conftest import ROOT
 import configurator
 import debug_training
 import train as training
-from nib.doctor.rules import Doctor
-from nib.doctor.vitals import Vitals, examine_data
+from nib.doctor.doctor import Doctor
+from nib.doctor.texts import examine_data
+from nib.doctor.vitals import Vitals
 from nib.lessons import examination, walkthrough
 from nib.machine.device import pick_device
 from nib.optim import Optimizer

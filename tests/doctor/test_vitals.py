@@ -18,18 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
-from nib.doctor import vitals
-from nib.doctor.vitals import (
-    KEPT,
-    PROBE_LENGTH,
-    SAMPLE,
-    SEARCHED,
-    EvaluationSigns,
-    Vitals,
-    examine_data,
-    gradient_noise,
-    sample,
-)
+from nib.doctor.texts import PARTS, PROBE_LENGTH, SEARCHED, examine_data
+from nib.doctor.vitals import KEPT, SAMPLE, EvaluationSigns, Vitals, gradient_noise, sample
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
 
@@ -311,10 +301,10 @@ def test_noise_scale_at_its_ends():
 def test_noise_of_the_model_is_that_of_its_batches_gradients(micro_steps):
     model, optimizer, batches, vital_signs = make(
         micro_steps=micro_steps, batch_size=64
-    )  # 512 tokens, so 16 batches
+    )  # 512 tokens, so 12 batches
     val_batch = batches.batch(99, 0)
     gradients = []
-    for i in range(16):
+    for i in range(12):
         loss = model(*batches.batch(i, 0))
         gradients.append(
             np.concatenate(
@@ -328,10 +318,10 @@ def test_noise_of_the_model_is_that_of_its_batches_gradients(micro_steps):
             )
         )
     products = np.array(gradients) @ np.array(gradients).T
-    signal = (products.sum() - products.trace()) / (16 * 15)
+    signal = (products.sum() - products.trace()) / (12 * 11)
     shown = vital_signs.evaluate(1, 1, 2.0, 2.0, val_batch)
     assert shown.noise_scale == pytest.approx(
-        (products.trace() / 16 - signal) / signal / micro_steps, rel=1e-3
+        (products.trace() / 12 - signal) / signal / micro_steps, rel=1e-3
     )
     assert all(p.grad is None for p in model.parameters())
 
@@ -484,7 +474,7 @@ def test_short_texts_are_looked_at_whole(n_train, n_val):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         found = examine_data(train, val, 2)
-    assert found.sampled <= max(vitals.PARTS, n_train) and found.used == 2
+    assert found.sampled <= max(PARTS, n_train) and found.used == 2
     assert all(map(math.isfinite, (found.entropy, found.distance, found.usual_distance)))
     assert found.leaked == (1.0 if n_val >= PROBE_LENGTH else 0.0)
 

@@ -198,15 +198,18 @@ def test_auto_compiles_if_it_pays_off_and_there_is_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: '/usr/bin/' + name)
     too_short = False, 'the run is too short for compilation to pay off'
     assert pick_compile('auto', 'cuda')[0] is True
-    assert pick_compile('auto', 'cuda', 3600e15, 1e15, 1 << 28) == (True, 'faster on a GPU')
+    assert pick_compile('auto', 'cuda', 3600e15, 1e15) == (True, 'faster on a GPU')
     assert pick_compile('auto', 'cuda', 5e15, 1e15) == too_short
     assert pick_compile(True, 'cuda', 5e15, 1e15) == (True, 'as requested')
     for has_amx in (False, True):
         monkeypatch.setattr(compiling, 'HAS_AMX', has_amx)
         assert pick_compile('auto', 'cpu')[0] is False
         assert pick_compile('auto', 'cpu', flops=1e16)[0] is has_amx
-        assert pick_compile('auto', 'cpu', flops=1e16, n_logits=1 << 28)[0] is False
-        assert pick_compile('auto', 'cpu', flops=1e16, block_size=1024)[0] is False
+        for dropout, T in ((0.0, 1024), (0.1, 256), (0.1, 1024)):
+            model = GPTConfig(block_size=T, dropout=dropout)
+            unrolled = dropout > 0 and T > kernels.QUERY_BLOCK
+            assert pick_compile('auto', 'cpu', 1e16, None, model)[0] is (has_amx and not unrolled)
+            assert pick_compile('auto', 'cuda', 0.0, None, model)[0] is True
         assert pick_compile(True, 'cpu') == (True, 'as requested')
     assert pick_compile('auto', 'cpu', flops=1e13) == too_short
     assert pick_compile('auto', 'mps', flops=1e16)[0] is False

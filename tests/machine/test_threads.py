@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from processes import PATIENCE
 
 from nib import errors, startup
@@ -124,6 +124,28 @@ def test_while_cores_are_taken_there_are_more_threads_than_cores(two_threads):
     finally:
         waited[0] = None
         looking.join()
+
+
+# Ends while another thread is inside an operation of torch, here one that takes long.
+ENDS_AT_ONCE = """
+import itertools, threading, time, torch
+from nib.machine import threads
+zeros = torch.zeros
+torch.zeros = lambda n: zeros(64 * n)
+seconds = itertools.count()
+yielding = threads.Yielding(lambda: float(next(seconds)), interval=0.01)
+threading.Thread(target=yielding.run, daemon=True).start()
+while not yielding.is_active:
+    time.sleep(0.001)
+time.sleep(0.01)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_may_end_while_a_thread_is_being_added():
+    """Otherwise torch aborts the process, whose exit code is then wrong."""
+    done = run_script('-c', ENDS_AT_ONCE)
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 @pytest.mark.parametrize('chosen', [{}, {'GOMP_SPINCOUNT': '7'}, {'OMP_WAIT_POLICY': 'ACTIVE'}])

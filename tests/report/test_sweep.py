@@ -87,7 +87,7 @@ def test_no_run_outlives_an_error_of_the_sweep(monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])
-    training = sweep.Training([])
+    training = sweep.Sweep([])
     training.active.append((process, None, {}, 0.0))
     monkeypatch.setattr(sweep.time, 'sleep', fail)
     try:

@@ -140,7 +140,7 @@ def test_a_service_that_fails_is_dropped_with_one_warning(tmp_path):
     metrics.close()
     assert len(records(tmp_path)) == 2
     assert [line.split()[0] for line in said] == ['TensorBoard', 'wandb']
-    assert all('does not work any more: BrokenPipeError: its process' in line for line in said)
+    assert all('no longer works: BrokenPipeError: its process' in line for line in said)
 
 
 # -- whole runs ------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""The output of --help and --print_config, and hints at what a user may have meant."""
+
+import difflib
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nib.errors import UserError
+from nib.schema import Block, Type, describe
+
+CONFIG_FOLDER = str(Path(__file__).resolve().parents[1] / 'config')
+
+
+def print_help(script: str, block: Block, positional: str) -> None:
+    """Prints what the script does, its usage and its keys, fitted to the terminal's width."""
+    width = max(20, shutil.get_terminal_size().columns)
+    usage = f'usage: python {os.path.relpath(script)} [{positional} ...] [--key=value ...]'
+    usage = textwrap.fill(f'{usage} [--print_config]', width, subsequent_indent=' ' * 7)
+    print(textwrap.fill(' '.join(block.doc.split()), width), usage, sep='\n\n', end='\n\n')
+    keys = {
+        key: f'  --{key}: {describe(block.types[key])} = {default!r}'
+        for key, default in block.defaults.items()
+    }
+    # A comment stands beside its key if both have room, else below it.
+    beside = [len(key) for key in keys.values() if 2 * len(key) < width]
+    column = max(beside, default=0) + 2 if width >= 60 else 6
+    for number, (key, shown) in enumerate(keys.items()):
+        if key in block.headings:
+            print('\n' * (number > 0) + textwrap.fill(block.headings[key], width))
+        margin = ' ' * column
+        comment = textwrap.wrap(
+            block.comments[key],
+            width,
+            initial_indent=margin,
+            subsequent_indent=margin,
+            break_on_hyphens=False,
+        )
+        if comment and len(shown) <= column - 2:
+            comment[0] = shown + comment[0][len(shown) :]
+        else:
+            comment.insert(0, textwrap.fill(shown, width, subsequent_indent=' ' * 6))
+        print('\n'.join(comment))
+
+
+def print_columns(rows: Sequence[tuple[str, str]]) -> None:
+    width = max((len(left) for left, right in rows if right and len(left) <= 56), default=0)
+    for left, right in rows:
+        print(f'{left:{width}}  {right}'.rstrip())
+
+
+# -- hints -----------------------------------------------------------------------------------------
+
+
+def suggest_key(
+    name: str, types: Mapping[str, Type], comments: Mapping[str, str], form='{}'
+) -> str:
+    """Returns a hint: keys with these initials or a similar spelling, or one that means this."""
+    keys = [key for key in types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
+    keys = keys or difflib.get_close_matches(name, types, n=2, cutoff=0.66)
+    keys = keys or find_by_meaning(name, types, comments)
+    return f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
+
+
+def find_by_meaning(name: str, types: Mapping[str, Type], comments: Mapping[str, str]) -> list[str]:
+    """Returns the key whose name, choices and comment contain most of a name's parts, if half."""
+    parts = [part for part in name.lower().split('_') if len(part) > 2]
+
+    def n_found(key: str) -> int:
+        choices = [choice for choice in types[key] if isinstance(choice, str)]
+        text = ' '.join([key.replace('_', ' '), *choices, comments.get(key, '')])
+        return sum(bool(re.search(rf'\b{re.escape(part)}', text.lower())) for part in parts)
+
+    # Of several, the one with the shortest comment.
+    best = max(types, key=lambda key: (n_found(key), -len(comments.get(key, '').split())))
+    return [best] if parts and 2 * n_found(best) >= len(parts) else []
+
+
+def check_file(path: str, types: Mapping[str, Type]) -> str:
+    """Returns the path of a config file. Raises UserError with a hint if it is not one."""
+    if os.path.exists(path) and path.endswith('.py'):
+        return path
+    if os.path.exists(path):  # a text or a run's folder, for which the user forgot the flag
+        hint = ' (flags are written --key=value)'
+        if 'input' in types:
+            hint = f'; did you mean --input={path}?'
+        elif 'out_dir' in types and os.path.isdir(path):
+            hint = f'; did you mean --out_dir={path}?'
+        raise UserError(f'{path}: not a config file, because its name does not end in .py{hint}')
+    flag = path.lstrip('-')
+    if flag.partition('=')[0].replace('-', '_') in types:
+        raise UserError(f'{path}: no such config file; did you mean --{flag}?')
+    candidates = list_python(os.path.dirname(path)) + list_python(CONFIG_FOLDER)
+    nearby = {os.path.basename(file): file for file in candidates}
+    nearest = difflib.get_close_matches(os.path.basename(path), nearby, n=1)
+    hint = (
+        f'; did you mean {nearby[nearest[0]]}?' if nearest else ' (flags are written --key=value)'
+    )
+    raise UserError(f'{path}: no such config file{hint}')
+
+
+def list_python(folder: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder or '.'))
+    except (OSError, ValueError):
+        return []
+    shown = os.path.relpath(folder) if os.path.isabs(folder) else folder
+    return [os.path.join(shown, name) for name in names if name.endswith('.py')]

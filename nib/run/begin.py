@@ -1,0 +1,113 @@
+"""How a run begins: its config, the weights that it starts from, its dataset and its plan."""
+
+from model import GPTConfig
+from nib.budget import plan
+from nib.checkpoint.start import PLANNED, Weights, read_start
+from nib.errors import UserError
+from nib.machine.device import pick_dtype
+from nib.machine.stopwatch import Stopwatch
+from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.logbook import Logbook
+from nib.tokens.dataset import TokenDataset
+from nib.tokens.find import data_dir_of, open_or_prepare
+
+
+def begin(
+    values: dict, origins: dict, book: Logbook, watch: Stopwatch
+) -> tuple[dict, dict, TokenDataset, Weights | None]:
+    """Returns the config, where its values come from, the dataset and the weights (None: new ones).
+
+    values, origins: those of configurator.configure. watch: for --budget. Raises UserError if a
+    value is impossible, or if weights or dataset are missing or do not fit.
+    """
+    ranks = book.ranks
+    dtype, reason = pick_dtype(values['dtype'], values['device'])
+    may_plan = bool(values['budget'] or values['params'])
+    check_config(values, ranks.world_size, may_plan)
+    device = ranks.own_device(values['device'])
+    book.say_machine(device, dtype, ranks.world_size, reason)
+    start, values = find_start(values, origins, book)
+    # A plan chooses keys that are checked only after that.
+    planned = may_plan and not (values['eval_only'] or start and start.resumed)
+    check_config(values, ranks.world_size, planned)  # again: a checkpoint may bring its own
+    values = settle_schedule(values)
+    if not planned:
+        check_schedule(values)
+    if not planned and not start:
+        check_model(values)
+    data = find_data(values, origins, planned, book)
+    config = values | {
+        'device': device,
+        'dtype': dtype,
+        'ranks': ranks.world_size,
+        'dataset': data.name,
+        'data_dir': data_dir_of(data),
+    }
+    if planned:
+        chosen, line = ranks.on_first(lambda: plan(config, origins, data, watch))
+        config, origins = config | chosen, origins | dict.fromkeys(chosen, PLANNED)
+        check_config(config, ranks.world_size)
+        book.say(line)
+    sequences = config['gradient_accumulation_steps'] * config['batch_size']
+    book.say_data(data, sequences * config['block_size'])
+    return config, origins, data, start
+
+
+def find_start(values, origins, book) -> tuple[Weights | None, dict]:
+    """Returns the weights to start from (None: new ones) and the values, fitted to their model.
+
+    Raises UserError if init_from names nothing usable, or a key contradicts the weights.
+    """
+    if book.restarted_by_torchrun():  # the command line is still that of the first start
+        values = values | {'init_from': 'resume'}
+    if values['init_from'] == 'resume' and not values['eval_only']:
+        book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
+    elif not values['overwrite'] and not values['eval_only']:
+        book.check_new()
+    start = read_start(values['init_from'], values['out_dir'], book.warn)
+    if start:
+        own = any(origin.startswith('checkpoint') for origin in origins.values())
+        book.say(
+            f'{"resuming" if start.resumed else "starting"} from {start.name}'
+            f'{" with the config of the run (--print_config shows it)" * own}'
+        )
+        values = start.adopt(values, origins)
+    return start, values
+
+
+def check_model(values):
+    """Raises UserError if the model is impossible, before a dataset is prepared for it."""
+    try:
+        GPTConfig.pick(values, vocab_size=1)  # that of the dataset is not known yet
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def find_data(values, origins, planned: bool, book) -> TokenDataset:
+    """Returns the dataset; only a new run may prepare it. Raises UserError if there is none."""
+    if planned and origins['block_size'] != 'command line':
+        values = values | {'block_size': 1}  # the plan fits it to the text
+    data = open_or_prepare(values, book.ranks, book.say)
+    if values['sample_tokens']:
+        data.tokenizer.decode([0])  # raises UserError now if its files are missing
+    return data
+
+
+def resume(t, state, start: Weights | None, config: dict, book) -> dict:
+    """Restores the checkpoint of a resumed run; returns the changed keys and both their values.
+
+    t: train.py's Training. state: its TrainState.
+    """
+    if not start or not start.resumed:
+        return {}
+    state.restore(t, start.resumed, start.tensors)
+    config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
+    changes = start.changes(config)
+    if changes:
+        pairs = (f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items())
+        book.say(f'changed since the checkpoint: {", ".join(pairs)}')
+    if state.step >= config['max_iters'] and not config['eval_only']:
+        book.say(
+            f'all {config["max_iters"]} steps are done; to continue training, raise --max_iters'
+        )
+    return changes
