@@ -80,8 +80,6 @@ def read_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.start[1] == 0 and token.string in ('async', 'class', 'def'):
             break  # after the block
-        if token.start[1] == 0 and token.string in ('async', 'class', 'def'):
-            break  # after the block
         if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip():
             trailing[token.start[0]] = token.string.lstrip('#').strip()
         elif token.type == tokenize.COMMENT:
