@@ -917,9 +917,8 @@ def test_several_runs_begin_with_a_table(tmp_path):
 
 def test_starting_needs_neither_torch_nor_matplotlib():
     """The page appears quickly, and train.py, which imports the same modules, starts quickly."""
-    done = run_script(
-        '-c', 'import report, sys; sys.exit(bool({"torch", "matplotlib"} & set(sys.modules)))'
-    )
+    code = 'import report, sys; sys.exit(bool({"torch", "matplotlib"} & set(sys.modules)))'
+    done = run_script('-c', code, python=sys.executable)
     assert done.returncode == 0, done.stderr
 
 

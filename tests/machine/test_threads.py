@@ -144,7 +144,7 @@ time.sleep(0.01)
 @pytest.mark.slow
 def test_a_process_may_end_while_a_thread_is_being_added():
     """Otherwise torch aborts the process, whose exit code is then wrong."""
-    done = run_script('-c', ENDS_AT_ONCE)
+    done = run_script('-c', ENDS_AT_ONCE, python=sys.executable)
     assert (done.returncode, done.stderr) == (0, '')
 
 
