@@ -65,6 +65,7 @@ def main(argv):
     values = settle_schedule(values)
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
     check_schedule(values)
+    vars(train).update(values)  # which get_lr reads
     if values['dataset']:
         data = open_dataset(values)
     else:
@@ -156,7 +157,6 @@ class Microscope:
     @property
     def scheduled_rate(self) -> float:
         """The learning rate that train.py would use for this step."""
-        vars(train).update(settle_schedule(self.values))  # get_lr reads train.py's config
         return train.get_lr(self.steps_done)
 
     @property

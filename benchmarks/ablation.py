@@ -22,7 +22,7 @@ from nib.report.history import read_run
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each variant
-steps: int = 120  # training steps per run
+steps: int = 104  # training steps per run
 result: str = ''  # file to write the table to; empty: standard output only
 
 IDEAS = {  # what is removed (what replaces it) -> flags

@@ -137,7 +137,7 @@ def compare_with_library() -> str:
     if len(digests) > 1:
         raise UserError('the ids differ')
     return (
-        f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; '
+        f'{rounds} round{"s" * (rounds > 1)} in turns, on one core; {measure.describe_machine()}; '
         f'{n_bytes / 1e6:.1f} MB of UTF-8, vocabulary {ours.vocab_size:,}; equal ids\n\n'
         f'{measure.make_table(turns)}'
     )
@@ -177,7 +177,7 @@ def compare_with_nanogpt() -> str:
                     raise UserError(f'the two {split} differ')
         lines = [
             (
-                f'{rounds} rounds in turns, on one core; {measure.describe_machine()}; '
+                f'{rounds} round{"s" * (rounds > 1)} in turns, on one core; {measure.describe_machine()}; '
                 f'{n_documents:,} documents, {n_bytes / 1e6:.1f} MB of UTF-8'
             ),
             'train.bin and val.bin equal byte for byte',

@@ -52,7 +52,7 @@ def measure(
 
 
 def make_table(growth: Growth) -> str:
-    """Format the figures as text, one block of rows per axis."""
+    """Formats the figures as text, one block of rows per axis."""
     blocks = []
     for points in growth.values():
         rows = [points[0], *([show(figure) for figure in point.values()] for point in points)]
@@ -78,7 +78,7 @@ def check_picture(path: str):
 
 
 def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: Mapping[str, str]):
-    """Plot a column of panels for each axis: speed, its share of the matrix rate, and memory.
+    """Plots a column of panels for each axis: speed, its share of the matrix rate, and memory.
 
     own: the config's own size on each axis, which is marked with a ring. labels: of the axes.
     """

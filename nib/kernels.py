@@ -109,14 +109,15 @@ class LongAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        return attention_gradients(*ctx.saved_tensors, grad_y)
+        compiling = torch.compiler.is_compiling()
+        compute = attention_gradients_operator if compiling else attention_gradients
+        return compute(*ctx.saved_tensors, grad_y)
 
 
-@torch.library.custom_op('nib::attention_gradients', mutates_args=())
 def attention_gradients(
     q: Tensor, k: Tensor, v: Tensor, grad_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, all (B, H, T, D). The compiler would unroll the blocks."""
+    """The gradients of q, k and v, all (B, H, T, D)."""
     B, H, T, D = grad_y.shape
     q, k, v, grad_y = (part.reshape(B * H, T, D) for part in (q, k, v, grad_y))
     grad_q, grad_k, grad_v = (part.new_empty(part.shape) for part in (q, k, v))
@@ -135,7 +136,14 @@ def attention_gradients(
     return grad_q.view(B, H, T, D), grad_k.view(B, H, T, D), grad_v.view(B, H, T, D)
 
 
-@attention_gradients.register_fake
+# The compiler would unroll the blocks. Otherwise the function is called, because the first call of
+# an operator imports the compiler, which takes a second.
+attention_gradients_operator = torch.library.custom_op(
+    'nib::attention_gradients', attention_gradients, mutates_args=()
+)
+
+
+@attention_gradients_operator.register_fake
 def _(q, k, v, grad_y):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -208,7 +216,8 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, cap, with_gradients, chunk_size):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        loss, grad_x, grad_weight = loss_in_chunks(
+        compute = loss_operator if torch.compiler.is_compiling() else loss_in_chunks
+        loss, grad_x, grad_weight = compute(
             x, weight, targets, cap, with_gradients, chunk_size, dtype
         )
         n_counted = (targets != IGNORED).sum()
@@ -224,7 +233,6 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_x, grad_weight.mul_(scale).to(ctx.dtypes[1]), None, None, None, None
 
 
-@torch.library.custom_op('nib::loss_in_chunks', mutates_args=())
 def loss_in_chunks(
     x: Tensor,
     weight: Tensor,
@@ -236,8 +244,7 @@ def loss_in_chunks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the losses, and its gradients for x and weight, empty without with_gradients.
 
-    Sums, not means: a mean's tiny gradients would vanish in float16. The compiler would unroll the
-    chunks.
+    Sums, not means: a mean's tiny gradients would vanish in float16.
     """
     head, V = pad_rows(weight.to(dtype)), len(weight)
     rows = min(len(x), max(1, chunk_size // len(head)))
@@ -278,7 +285,11 @@ def loss_in_chunks(
     return losses.sum(), grad_x, grad_weight[:V]
 
 
-@loss_in_chunks.register_fake
+# For the compiler, as attention_gradients_operator.
+loss_operator = torch.library.custom_op('nib::loss_in_chunks', loss_in_chunks, mutates_args=())
+
+
+@loss_operator.register_fake
 def _(x, weight, targets, cap, with_gradients, chunk_size, dtype):
     shapes = (x.shape, weight.shape) if with_gradients else (0, 0)
     return x.new_empty((), dtype=torch.float32), *(

@@ -492,6 +492,7 @@ def stop_training(
     """Stops and resumes train.py until it ends, then compares it with an uninterrupted run."""
     flags, expected, duration = train_whole(scratch, *STOPPED[kind])
     is_long, out_dir = kind == 'long steps', scratch / 'run'
+    began = scratch / 'micro-steps.txt'  # when each one did
     counts: dict[str, float] = dict.fromkeys(
         ('stops', 'steps lost', 'slowest stop, seconds', 'runs that ended', 'of these, different'),
         0,
@@ -502,7 +503,8 @@ def stop_training(
         argv = [*flags, f'--out_dir={out_dir}', *resume]
         keyboard, screen = os.openpty()
         process = fork(
-            lambda: train_on(console, argv, keyboard, screen, is_long), scratch / 'run.txt'
+            lambda: train_on(console, argv, keyboard, screen, began if is_long else None),
+            scratch / 'run.txt',
         )
         os.close(screen)
         number = 0
@@ -535,11 +537,18 @@ def stop_training(
         counts['steps lost'] += lost
         if lost or 'end' not in records[-1] or seconds > limit:
             troubles.append(f'{where}: {lost} steps lost, {seconds:.1f} s, {records[-1]}')
+        if is_long:
+            late = sum(float(line) > since for line in began.read_text().split())
+            if late > 2:  # one may begin before the signal arrives
+                troubles.append(f'{where}: {late} micro steps after it')
     return counts
 
 
-def train_on(console: str, argv: list[str], keyboard: int, screen: int, is_long: bool):
-    """Runs train.py as a script on this console and ends the process like Python."""
+def train_on(console: str, argv: list[str], keyboard: int, screen: int, began: Path | None):
+    """Runs train.py as a script on this console and ends the process like Python.
+
+    began: makes micro steps long, and writes to this file when each one begins.
+    """
     os.close(keyboard)
     os.setsid()
     if console == 'closed':
@@ -549,9 +558,17 @@ def train_on(console: str, argv: list[str], keyboard: int, screen: int, is_long:
     elif console != 'file':
         for number in (1, 2):
             os.dup2(open_console(console, screen), number)
-    if is_long:
+    if began:
         seed_everything = train.seed_everything  # every micro step calls it once
-        train.seed_everything = lambda *numbers: time.sleep(MICRO_STEP) or seed_everything(*numbers)
+
+        def seed_slowly(*numbers):
+            with began.open('a') as file:
+                file.write(f'{time.perf_counter()}\n')
+            time.sleep(MICRO_STEP)
+            seed_everything(*numbers)
+
+        began.write_text('')
+        train.seed_everything = seed_slowly
     sys.argv = ['train.py', *argv]
     try:
         run_script(train.main)

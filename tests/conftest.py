@@ -181,7 +181,7 @@ def run_main(monkeypatch, capfd):
     makes to its process are undone.
     """
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    # It is true, but no fault of the run, whenever other programs take the cores.
+    # throughput_collapse is true, but no fault of the run, if other programs take the cores.
     others = [rule for rule in rules.STEP_RULES if rule is not rules.throughput_collapse]
     monkeypatch.setattr(rules, 'STEP_RULES', others)
     caught = (

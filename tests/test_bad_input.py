@@ -545,7 +545,7 @@ sys.exit(errors.call(train.main, sys.argv[1:]))
 
 @pytest.mark.slow
 def test_accumulation_that_ranks_cannot_share_is_told_once(place, tmp_path):
-    """By the first of two processes, because both fail alike. torchrun then ends the second."""
+    """By the first of two processes, because both fail alike."""
     before = contents(place)
     flags = [f'--data_dir={place / "data"}', f'--out_dir={place / "run"}', '--overwrite']
     flags.append('--gradient_accumulation_steps=3')
@@ -580,7 +580,7 @@ def test_the_exit_code_that_a_shell_sees_is_2(place):
         ('sample.py', ['--out_dir=nowhere']),
         ('bench.py', ['--steps=0']),
     ):
-        done = run_script(script, *flags, '--device=cpu')
+        done = run_script(script, *flags, '--device=cpu', python=sys.executable)
         assert_refused(done, [])
 
 

@@ -1,12 +1,13 @@
 """The model against transformers' GPT-2 and Qwen3, and against arithmetic by hand."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run_script
 from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -349,12 +350,20 @@ def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
 
 def traced_size(function, *inputs) -> int:
     """The number of operators in a function and its gradients, as the compiler sees them."""
+    from torch._dynamo.backends.common import aot_autograd  # takes a second
+    from torch._functorch.aot_autograd import make_boxed_func
 
-    def with_gradients(*inputs):
-        out = function(*inputs)
-        return torch.autograd.grad(out.sum(), inputs)
+    sizes = []
 
-    return len(make_fx(with_gradients)(*inputs).graph.nodes)
+    def count(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    torch.compile(function, backend=backend, fullgraph=True)(*inputs).sum().backward()
+    assert len(sizes) == 2
+    return sum(sizes)
 
 
 def test_the_compiler_sees_neither_chunks_nor_blocks():
@@ -370,10 +379,32 @@ def test_the_compiler_sees_neither_chunks_nor_blocks():
     )
     assert one == ten
     short, long = (
-        traced_size(kernels.LongAttention.apply, *torch.randn(3, 1, 2, T, 4, requires_grad=True))
+        traced_size(
+            kernels.LongAttention.apply,
+            *torch.randn(3, 1, 2, T, 4, requires_grad=True),
+        )
         for T in (300, 900)
     )
     assert short == long
+
+
+WITHOUT_THE_COMPILER = """
+import sys, torch
+from nib import kernels
+x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
+targets = torch.randint(97, (40,))
+kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 97).backward()
+qkv = torch.randn(3, 1, 2, 300, 4, requires_grad=True)
+kernels.LongAttention.apply(*qkv).sum().backward()
+sys.exit('torch._dynamo' in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_without_compilation_the_compiler_is_not_imported():
+    """That takes a second. An operator's first call would do it."""
+    done = run_script('-c', WITHOUT_THE_COMPILER, python=sys.executable)
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 @pytest.mark.parametrize('with_gradients', [True, False])
@@ -383,10 +414,10 @@ def test_the_operators_are_what_the_compiler_is_told(dtype, with_gradients):
     x, weight, targets = torch.randn(40, 8), torch.randn(97, 8), torch.randint(97, (40,))
     tests = ('test_schema', 'test_faketensor')
     loss = x, weight, targets, 0.0, with_gradients, 4 * 97, dtype
-    torch.library.opcheck(kernels.loss_in_chunks, loss, test_utils=tests)
+    torch.library.opcheck(kernels.loss_operator, loss, test_utils=tests)
     qkv = torch.randn(4, 300, 6, 8, dtype=dtype).transpose(1, 2).split(2, dim=1)
     torch.library.opcheck(
-        kernels.attention_gradients, (*qkv, torch.randn_like(qkv[0])), test_utils=tests
+        kernels.attention_gradients_operator, (*qkv, torch.randn_like(qkv[0])), test_utils=tests
     )
 
 

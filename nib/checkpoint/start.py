@@ -62,18 +62,15 @@ class Weights:
         if self.resumed:  # the checkpoint contains the state of its optimizer
             before = self.resumed.state['config']
             fixed['optimizer'] = before.get('optimizer', 'adamw')
+            default = {key for key in origins if origins[key].startswith('default')}
             if self.continues_nanogpt:  # train as it did
-                adopted |= {
-                    key: value
-                    for key, value in before.items()
-                    if origins.get(key, '').startswith('default')  # or 'default (auto)'
-                }
+                adopted |= {key: value for key, value in before.items() if key in default}
             # The schedule stays as it was, unless the user sets it or changes what it depends on.
             for key, depends_on in (('min_lr', 'learning_rate'), ('lr_decay_iters', 'max_iters')):
-                is_same = before.get(depends_on) == values[depends_on]
+                is_same = before.get(depends_on) == adopted[depends_on]
                 is_number = type(before.get(key)) in (int, float)
-                if origins[key].startswith('default') and is_same and is_number:
-                    adopted[key] = before[key]
+                if key in default:
+                    adopted[key] = before[key] if is_same and is_number else values[key]
             if origins['batch_size'].endswith('(auto)'):  # chosen once
                 for key in ('batch_size', 'gradient_accumulation_steps'):
                     adopted[key] = before[key]

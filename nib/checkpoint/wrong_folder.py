@@ -51,7 +51,8 @@ def explain(path, may_train: bool = True) -> str:
     if path.suffix == '.gguf':
         return f'{path} is a GGUF file, which can be written, but not read; use the original model'
     if 'huggingface.co' in path.parts:
-        return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*path.parts[-2:]))}'
+        name = path.parts[path.parts.index('huggingface.co') + 1 :][:2]
+        return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'
     if path.is_file():
         instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
         return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'

@@ -70,7 +70,7 @@ def read(path: Path) -> NanoCheckpoint:
         return _interpret(path, found)
     except UserError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:  # values of a wrong type
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # wrong types
         raise UserError(
             f'{path} is not a valid checkpoint of nanoGPT ({type(error).__name__}: {error})'
         ) from error
@@ -87,8 +87,8 @@ def _interpret(path: Path, found) -> NanoCheckpoint:
     model = _read_model(path, arguments, weights)
     given, step = found.get('config') or {}, found.get('iter_num', 0)
     config = {}
-    for key in CONFIG.keys() & given.keys():
-        kind, value = CONFIG[key], given[key]
+    for key, kind in CONFIG.items():
+        value = given.get(key, 'auto')
         if value == 'auto':  # an older convert.py may have written it
             continue
         is_number = type(value) in (int, float) and (kind is float or value % 1 == 0)

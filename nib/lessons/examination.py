@@ -87,8 +87,8 @@ def describe_rate(training) -> Iterator[str]:
         yield f'The run has done all its {count(steps, "step")}: train.py would not take this one.'
     elif rate != full:
         yield (
-            f'train.py takes this step at the learning rate {rate:.4g} of the schedule, and the '
-            f'updates below are those at the full rate, {full:g}.'
+            f'train.py uses the scheduled learning rate {rate:.4g} for this step; the updates '
+            f'below use the full rate, {full:g}.'
         )
 
 

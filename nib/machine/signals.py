@@ -117,7 +117,7 @@ class StopSignal:
 
 def _announce(number: int):
     """Prints a line from a signal handler, where print() is not safe, unless that would wait."""
-    line = f'\nsignal {number}: stopping and saving (a second signal ends it at once)\n'
+    line = f'\nsignal {number}: stopping and saving (a second signal ends the run at once)\n'
     with suppress(OSError, ValueError, AttributeError):  # there is no console
         descriptor = sys.stderr.fileno()
         if os.name == 'nt' or select.select([], [descriptor], [], 0)[1]:

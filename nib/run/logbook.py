@@ -39,7 +39,7 @@ class Logbook:
 
     Call open() before the first step, note() after every step, log() if a log line is due, save(),
     record_evaluation() and see_bad_steps() as they occur, and close() at the end. As a context
-    manager, it gives out_dir back.
+    manager, it releases out_dir.
     """
 
     def __init__(self, out_dir: str, ranks: Ranks, stop: StopSignal):
@@ -60,10 +60,12 @@ class Logbook:
         return self
 
     def __exit__(self, *error):
-        """Gives the folder back, however the run ends: in a notebook, the process goes on."""
+        """Releases the folder, however the run ends: in a notebook, the process goes on."""
         try:
             if self.writer:
                 self.writer.close()  # completes the last checkpoint if the run has failed
+            if self.metrics:
+                self.metrics.close()
         except Exception as failure:
             self.warn(f'error: {failure}')
         finally:

@@ -117,6 +117,8 @@ class Metrics:
             return False
 
     def close(self):
+        if self.file.closed:
+            return
         self.file.close()
         if self.writer is not None:
             self._works('TensorBoard', self.writer.close)

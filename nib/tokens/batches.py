@@ -20,7 +20,7 @@ _TOGETHER = 1024  # sequences placed at once: numpy needs little more time than 
 
 
 def permute(positions: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Apply a pseudo-random permutation of range(n) to positions.
+    """Applies a pseudo-random permutation of range(n) to positions.
 
     key: uint64 (6,), one word per round. Returns uint64, in the shape of positions.
     Values outside range(n) go through the network again until they are inside (cycle walking: Black

@@ -39,7 +39,7 @@ class Encoded:
 def encode_all(
     pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, unfinished: str = ''
 ) -> Iterator[Encoded]:
-    """Encode pieces in order; the end-of-text token follows every document.
+    """Encodes pieces in order; the end-of-text token follows every document.
 
     unfinished: as in Batch. Raises UserError if a process that encodes is killed.
     """
@@ -53,7 +53,7 @@ def encode_all(
 
 
 def batched(pieces: Iterable[Piece], unfinished: str = '') -> Iterator[Batch]:
-    """Group pieces until they have BATCH characters: sending one costs more than encoding it."""
+    """Groups pieces until they have BATCH characters: sending one costs more than encoding it."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -73,7 +73,7 @@ def _unfinished(pieces: list[Piece]) -> str:
 def encode_batch(
     pieces: list[Piece], unfinished: str, tokenizer: Tokenizer, dtype: np.dtype
 ) -> Encoded:
-    """Encode a batch; see Batch for the first two arguments."""
+    """Encodes a batch; see Batch for the first two arguments."""
     done = Encoded(len(pieces), unfinished=_unfinished(pieces))
     for split in SPLITS:
         texts = [(text, ends) for into, text, ends in pieces if into == split]

@@ -24,7 +24,7 @@ SIZE = 1_115_394  # bytes
 
 
 def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str], Tokenizer]):
-    """Prepares the dataset of a script data/NAME/prepare.py and print what it contains.
+    """Prepares the dataset of a script data/NAME/prepare.py and prints what it contains.
 
     given: path of the text. If empty, the text is the first input.txt found in the script's folder,
     in out_dir, or in the folder of the other Shakespeare script. If there is none, it is downloaded

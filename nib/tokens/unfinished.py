@@ -134,7 +134,7 @@ class UnfinishedBins:
         return digest
 
     def add(self, encoded: Encoded):
-        """Append an encoded batch, and update the journal every few seconds."""
+        """Appends an encoded batch, and updates the journal every few seconds."""
         tokens, n_bytes = dict(self.done['tokens']), dict(self.done['bytes'])
         with _writing(self.folder):
             for split, ids in encoded.ids.items():
@@ -154,7 +154,7 @@ class UnfinishedBins:
                 self.save()
 
     def save(self):
-        """Sync the bins to disk, then write the journal."""
+        """Syncs the bins to disk, then writes the journal."""
         with _writing(self.folder):
             for file in self.files.values():
                 file.flush()
@@ -164,7 +164,7 @@ class UnfinishedBins:
         self.saved = time.monotonic()
 
     def finish(self, meta: dict):
-        """Write meta.json and rename the bins.
+        """Writes meta.json and renames the bins.
 
         A crash in between leaves at most one bin, which cannot be mistaken for a dataset.
         """

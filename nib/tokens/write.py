@@ -21,7 +21,7 @@ _CHUNK = 1 << 24  # bytes read at once
 
 
 def write_char_dataset(folder, text: str, source: dict) -> dict:
-    """Write a character dataset of one text, split by position.
+    """Writes a character dataset of one text, split by position.
 
     source: where the text comes from, recorded in meta.json.
     Returns the content of meta.json. Raises UserError if the text is too short.
@@ -30,7 +30,7 @@ def write_char_dataset(folder, text: str, source: dict) -> dict:
 
 
 def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
-    """Write a dataset of one text in memory, split by position; see write_char_dataset."""
+    """Writes a dataset of one text in memory, split by position; see write_char_dataset."""
 
     def read_pieces(start):
         pieces = (piece for piece, _ in documents.cut([(text, True)]))
@@ -46,7 +46,7 @@ def write_dataset(
     source: dict,
     n_bytes: int | None = None,
 ) -> dict:
-    """Encode pieces of text on all cores and write the bins and meta.json.
+    """Encodes pieces of text on all cores and write the bins and meta.json.
 
     read_pieces(n): yields the pieces from index n on.
     source: where the text comes from, recorded in meta.json. It must differ for different texts: a

@@ -49,6 +49,8 @@ WRONG = {
     'empty/x.txt': 'is a file, not the folder of a run',
     'no/model.gguf': 'no/model.gguf is a GGUF file, which can be written, but not read',
     'https://huggingface.co/owner/name': 'name OWNER/NAME only, owner/name',
+    'https://huggingface.co/owner/name/tree/main': 'name OWNER/NAME only, owner/name',
+    'https://huggingface.co/gpt2': 'name OWNER/NAME only, gpt2',
 }
 
 

@@ -210,7 +210,22 @@ def test_a_run_of_nanogpt_goes_on_at_its_own_step_and_rate(nano, data, tmp_path,
     assert 'from the first micro batch of step 10' in said, examined.stderr
     assert f'AdamW step at the full learning rate {CONFIG["learning_rate"]:g} changes' in said
     assert 'AdamW has no state yet' not in said
-    assert f'train.py takes this step at the learning rate {learning_rate(10):.4g} of the' in said
+    assert f'train.py uses the scheduled learning rate {learning_rate(10):.4g} for this step' in said
+
+    # The schedule follows a rate and a number of steps of one's own.
+    own = run_main(
+        training,
+        '--device=cpu',
+        f'--init_from={path}',
+        f'--out_dir={tmp_path / "own"}',
+        f'--data_dir={data.folder.parent}',
+        '--learning_rate=3e-4',
+        '--max_iters=12',
+        '--no-report',
+    )
+    assert own.returncode == 0, own.stderr
+    config = json.loads((tmp_path / 'own/config.json').read_text())['config']
+    assert (config['min_lr'], config['lr_decay_iters']) == (pytest.approx(3e-5), 12)
 
     found, tensors = store.load(tmp_path / 'run')
     assert found.step == 20 and found.state['config']['beta2'] == 0.99
@@ -333,6 +348,7 @@ BAD = {
     'NaN': (changed('model', WEIGHT, torch.full((128, 32), math.nan)), 'NaN or infinite'),
     'int8': (changed('model', WEIGHT, torch.zeros(128, 32, dtype=torch.int8)), 'quantized'),
     'a key of a fork': (changed('model_args', 'rope', True), 'model_args has rope True'),
+    'a tensor for a number': (changed('model_args', 'rope', torch.ones(2)), 'RuntimeError'),
     'a tensor of a fork': (changed('model', 'rope', torch.zeros(1)), 'rope .* no such tensor'),
 }
 

@@ -141,6 +141,7 @@ def test_a_run_that_fails_in_a_notebook_gives_its_folder_back(train_here, tmp_pa
     done = train_here(tmp_path, '--init_from=resume', status=0)
     assert 'resuming from' in done.stdout and 'step-00000010' in done.stdout
     assert failed.value is not again.value and len(kept) == 4
+    assert all(book.metrics.file.closed for _, _, book, _ in kept if book.metrics)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
