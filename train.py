@@ -309,8 +309,7 @@ def main(argv):
     )
     ranks = start_ranks(values['device'])  # rank 0 of 1 without torchrun
     stop = StopSignal(ranks)
-    # Everything that the run prints and writes:
-    with Logbook(values['out_dir'], ranks, stop) as book:
+    with Logbook(values['out_dir'], ranks, stop) as book:  # all that the run prints and writes
         exit_code = run(values, origins, book, stop)
     ranks.close()
     return exit_code
