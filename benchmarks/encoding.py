@@ -177,7 +177,8 @@ def compare_with_nanogpt() -> str:
                     raise UserError(f'the two {split} differ')
         lines = [
             (
-                f'{rounds} round{"s" * (rounds > 1)} in turns, on one core; {measure.describe_machine()}; '
+                f'{rounds} round{"s" * (rounds > 1)} in turns, on one core; '
+                f'{measure.describe_machine()}; '
                 f'{n_documents:,} documents, {n_bytes / 1e6:.1f} MB of UTF-8'
             ),
             'train.bin and val.bin equal byte for byte',

@@ -62,7 +62,7 @@ def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         columns = [[turn[key] for turn in measured[name] if key in turn] for name in names]
         cells = ''.join(f'{spread(column) if column else "":>34}' for column in columns)
         if len(names) == 2 and all(columns):
-            cells += f'{spread([second / first for first, second in zip(*columns)]):>28}'
+            cells += f' {spread([second / first for first, second in zip(*columns)]):>27}'
         lines.append(f'{key:30}{cells}')
     return '\n'.join(lines) + '\n'
 

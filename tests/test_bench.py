@@ -347,11 +347,11 @@ def test_encoding_is_compared_with_the_tokenizers_library(run_main, tmp_path, mo
     monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')
     text = 'the cat sat on the mat, and the dog sat too.\n' * 500
     (tmp_path / 'text.txt').write_text(text)
-    (tmp_path / 'tokenizer.json').write_text(train_bpe([text], 280).content)
+    (tmp_path / 'tokenizer.json').write_text(train_bpe([text], 270).content)
     flags = [f'--input={tmp_path / "text.txt"}', f'--tokenizer={tmp_path / "tokenizer.json"}']
     done = run_main('benchmarks/encoding.py', *flags, '--rounds=2')
     assert done.returncode == 0, done.stderr
-    assert '0.0 MB of UTF-8, vocabulary 280; equal ids' in done.stdout
+    assert '0.0 MB of UTF-8, vocabulary 270; equal ids' in done.stdout
     assert re.search(r'^MB/s( +[\d.]+ \(.*\)){3}$', done.stdout, re.MULTILINE), done.stdout
 
 
@@ -442,6 +442,6 @@ def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, f
 @pytest.mark.parametrize('dtype, bound', [('float32', 0.15), ('bfloat16', 0.1)])
 def test_planned_memory_is_what_training_takes(dtype, bound):
     """A size whose memory is mostly the model's; the benchmark measures many configs."""
-    size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8 --vocab_size=5000'
+    size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8'
     planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
     assert planned == pytest.approx(measured, rel=bound)

@@ -206,7 +206,9 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
     assert 'from the first micro batch of step 10' in done.stdout and 't = 11' in explained.stdout
     assert 'The run has done all its 10 steps: train.py would not take this one.' in done.stdout
     scheduled = 3e-4 + 0.5 * (1 + math.cos(math.pi * 6 / 16)) * 2.7e-3
-    assert f'at the learning rate {scheduled:.4g} of the schedule' in explained.stdout
+    assert f'uses the scheduled learning rate {scheduled:.4g} for this step' in ' '.join(
+        explained.stdout.split()
+    )
     assert 'values below 0.0002 or above 0.1 are marked.' in ' '.join(done.stdout.split())
     apart = re.search(r'^difference .*v and w +(.*)$', explained.stdout, re.MULTILINE)[1].split()
     assert len(apart) == 3 and all(float(figure) < 1e-6 for figure in apart)

@@ -351,6 +351,8 @@ def folder(shared, monkeypatch, run_main):
                 )
             )
         succeed(run_main('train.py', 'config/train_text.py', '--dataset=notes', *TINY_RUN))
+        own = ['--input=PATH/TO/NOTES', '--tokenizer=out-shakespeare-char', '--out_dir=data/more']
+        succeed(run_main('data/text/prepare.py', *own))
     return shared
 
 

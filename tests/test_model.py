@@ -379,10 +379,7 @@ def test_the_compiler_sees_neither_chunks_nor_blocks():
     )
     assert one == ten
     short, long = (
-        traced_size(
-            kernels.LongAttention.apply,
-            *torch.randn(3, 1, 2, T, 4, requires_grad=True),
-        )
+        traced_size(kernels.LongAttention.apply, *torch.randn(3, 1, 2, T, 4, requires_grad=True))
         for T in (300, 900)
     )
     assert short == long

@@ -210,7 +210,9 @@ def test_a_run_of_nanogpt_goes_on_at_its_own_step_and_rate(nano, data, tmp_path,
     assert 'from the first micro batch of step 10' in said, examined.stderr
     assert f'AdamW step at the full learning rate {CONFIG["learning_rate"]:g} changes' in said
     assert 'AdamW has no state yet' not in said
-    assert f'train.py uses the scheduled learning rate {learning_rate(10):.4g} for this step' in said
+    assert (
+        f'train.py uses the scheduled learning rate {learning_rate(10):.4g} for this step' in said
+    )
 
     # The schedule follows a rate and a number of steps of one's own.
     own = run_main(
