@@ -355,6 +355,7 @@ def test_encoding_is_compared_with_the_tokenizers_library(run_main, tmp_path, mo
     assert re.search(r'^MB/s( +[\d.]+ \(.*\)){3}$', done.stdout, re.MULTILINE), done.stdout
 
 
+@pytest.mark.slow
 def test_a_config_with_a_warm_up_is_measured_with_its_start_up(data_dir, run_main):
     """The runs of a few steps that bench.py starts keep the schedule of the config's long run."""
     done = run_main(

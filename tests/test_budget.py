@@ -420,6 +420,7 @@ def test_what_the_plan_chooses_is_checked_after_it(tmp_path, run_main):
         check_config(config | {'gradient_accumulation_steps': 1}, 2)
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_budget_is_over(data_dir, tmp_path, run_main, clock, monkeypatch):
     """The run is real. On the clock, a forward pass takes 10 ms and the time of its FLOPs."""
     forward = GPT.forward

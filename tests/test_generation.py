@@ -369,6 +369,7 @@ def every_architecture():
         )
 
 
+@pytest.mark.slow
 def test_every_architecture_generates_what_whole_passes_find_most_likely():
     """Prompts of unequal lengths, past a full context."""
     for seed, config in enumerate(every_architecture()):

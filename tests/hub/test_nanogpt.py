@@ -168,6 +168,7 @@ def nano(data):
     return NanoGPT(data.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_run_of_nanogpt_goes_on_at_its_own_step_and_rate(nano, data, tmp_path, run_main):
     """The losses of steps 11 to 20 are those of the uninterrupted loop, on the same batches."""
     import train as training

@@ -471,6 +471,7 @@ def test_a_step_is_cut_before_its_next_micro_batch():
     assert list(stop.cut_short(['a'])) == []
 
 
+@pytest.mark.slow
 def test_a_signal_is_remembered_and_a_second_one_ends_at_once(tmp_path):
     """Within a second, it counts as torchrun's echo of the first."""
     run = Started(tmp_path, SIGNALLED)

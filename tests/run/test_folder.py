@@ -99,6 +99,7 @@ def ranks_of(process) -> list[int]:
     return sorted((int(pid) for pid in children if rank(pid) >= 0), key=rank)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_the_first_ones_host_and_pid(tmp_path):
     with started('-c', HOLDER, tmp_path) as holder:
         wait_for(holder, '1')

@@ -21,6 +21,7 @@ def test_150_changed_models_are_computed_like_transformers_or_refused(run_main, 
     assert min(equal, refused) > 30
 
 
+@pytest.mark.slow
 def test_another_model_and_a_refusal_without_a_name_are_seen(run_main, monkeypatch):
     """A reader that ignores the activation, and one that does not say what is wrong."""
     flags = [PROGRAM, '--cases=60', '--seed=2']

@@ -186,6 +186,7 @@ def test_a_character_that_is_missing_is_named_from_another_process_too():
         list(encode_all(pieces(SERIAL_BATCHES + 7), CharTokenizer(' x12345678'), UINT16))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run_with_one_line():
     last = [('train', 'last', False)]
     with pytest.raises(UserError, match='killed'):
