@@ -166,8 +166,8 @@ class Sweep:
                 while waiting and self.free and not self.signal:
                     self.start(waiting.pop(0))
                 if self.signal and not told:
-                    print('stopping: the active runs save (a second signal ends them at once)')
-                    sys.stdout.flush()
+                    line = 'stopping: the active runs save (a second signal ends them at once)'
+                    print(line, flush=True)
                     told = True
                 for job in [job for job in self.active if job[0].poll() is not None]:
                     self.active.remove(job)

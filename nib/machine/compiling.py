@@ -25,8 +25,7 @@ def pick_compile(
     """Returns whether to compile the model, and the reason.
 
     flops: of the whole run, so that a resumed run chooses the same. peak_flops: the device's peak
-    rate in FLOP/s, if known. model: not compiled if that would take
-    minutes.
+    rate in FLOP/s, if known. model: not compiled if that would take minutes.
     """
     compiler = os.environ.get('CXX') or 'g++'
     reason = 'as requested'

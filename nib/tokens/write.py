@@ -46,7 +46,7 @@ def write_dataset(
     source: dict,
     n_bytes: int | None = None,
 ) -> dict:
-    """Encodes pieces of text on all cores and write the bins and meta.json.
+    """Encodes pieces of text on all cores and writes the bins and meta.json.
 
     read_pieces(n): yields the pieces from index n on.
     source: where the text comes from, recorded in meta.json. It must differ for different texts: a
