@@ -38,7 +38,7 @@ from benchmarks.nanogpt import NanoGPT, start_training
 from benchmarks.plan import describe_plan
 from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
-from nib.machine.compiling import pick_compile
+from nib.machine.compiling import has_compiler, pick_compile
 from nib.machine.device import (
     measure_flops,
     peak_flops,
@@ -124,11 +124,7 @@ def settle_compile(values, vocab_size: int) -> dict:
     except ValueError as error:
         raise UserError(str(error)) from error
     with torch.device('meta'):  # shapes only
-        flops_per_token = 3 * sum(GPT(model).flops_per_token().values())
-    sequences = values['batch_size'] * values['gradient_accumulation_steps']
-    flops = flops_per_token * sequences * values['block_size'] * values['max_iters']
-    peak = peak_flops(values['device'], values['dtype'])
-    compiled, _ = pick_compile(values['compile'], values['device'], flops, peak, model)
+        compiled, _ = pick_compile(values, GPT(model))
     return values | {'compile': compiled}
 
 
@@ -420,7 +416,7 @@ def measure_growth(values) -> tuple[str, Callable]:
     this config, if that is an integer, until a step is SLOW or the memory is full.
     """
     growing.check_picture(growth)
-    values['compile'], _ = pick_compile(values['compile'], values['device'])  # for all points
+    values['compile'] = values['compile'] is True and has_compiler()  # auto: these runs are short
     measured = growing.measure(
         AXES, values, SLOW, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
     )

@@ -23,7 +23,7 @@ from nib.api import stream
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation import check_sampling
-from nib.machine.compiling import explain_failure, pick_compile
+from nib.machine.compiling import NO_COMPILER, explain_failure, has_compiler
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.text import reading
 from nib.text.tokenizer import Tokenizer, encode_prompt
@@ -100,11 +100,11 @@ def main(argv):
 
 
 def can_compile(generate: Callable) -> bool:
-    """Returns whether to compile generation, after a trial with two tokens.
+    """Returns whether generation can be compiled, after a trial with two tokens.
 
-    If the user wants to compile but cannot, prints the reason on standard error.
+    If it cannot, prints the reason on standard error.
     """
-    chosen, reason = pick_compile(compile, device)
+    chosen, reason = has_compiler(), NO_COMPILER
     if chosen:
         try:
             list(itertools.islice(generate(True), 2))

@@ -34,7 +34,7 @@ from nib.machine.device import (
     seed_everything,
 )
 from nib.machine.memory import explain_full_memory, fit_batch_size
-from nib.machine.ranks import Ranks, distribute, start_ranks
+from nib.machine.ranks import Ranks, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
 from nib.machine.stopwatch import Stopwatch
 from nib.optim import Optimizer
@@ -259,19 +259,12 @@ class Training:
         peak = peak_flops(self.device, self.dtype)
         return peak * self.ranks.world_size if peak else None
 
-    def flops(self, steps: int) -> float:
-        """Returns the FLOPs of `steps` steps, over all ranks."""
-        return self.flops_per_token * self.tokens_per_step * steps
-
     def compile_and_distribute(self, compiled: bool, say):
         """Compiles the model if requested, and distributes it if there are several ranks."""
+        batch = self.batches.batch(0, 0)
         if compiled:
-            batch = self.batches.batch(0, 0)
             self.model = compile_model(self.model, batch, self.precision, say)
-        if self.ranks.world_size > 1:
-            batch = self.batches.batch(0, 0)
-            rank = self.ranks.local_rank
-            self.model = distribute(self.model, rank, self.device, batch, self.precision)
+        self.model = self.ranks.distribute(self.model, self.device, batch, self.precision)
 
 
 @dataclass
@@ -331,8 +324,7 @@ def run(values, origins, book, stop) -> int:
     state = TrainState()
     changes = resume(t, state, start, config, book)
     del start  # free its copy of the weights
-    flops, model = t.flops(max_iters), t.raw_model.config
-    compiled, reason = pick_compile(compile, t.device, flops, t.peak_flops, model)
+    compiled, reason = pick_compile(config, t.raw_model)
     book.say_model(t, compiled, reason)
     if not eval_only:
         if init_from != 'resume':

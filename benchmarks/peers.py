@@ -11,7 +11,6 @@ until a contestant is ready, with three steps, is a line of its own. A turn is a
 short because the speed of a machine drifts. Each peer is a process of its own, next to nibGPT's.
 """
 
-import math
 import sys
 import tempfile
 import time
@@ -24,11 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 import train
-from bench import Contestant
+from bench import Contestant, settle_compile
 from benchmarks import measure
 from benchmarks.nanogpt import NANOGPT_KEYS, NANOGPT_LOOP, NanoGPT
 from nib.errors import UserError, run_script
-from nib.machine.compiling import pick_compile
 from nib.machine.device import pick_device
 from nib.run.checks import settle_schedule
 from nib.tokens.dataset import open_dataset
@@ -121,10 +119,10 @@ def train_config(size: str) -> dict:
     defaults = configurator.read_block(train.__file__).defaults
     device = pick_device('cpu')
     shape = SIZES[size]
-    compiled, _ = pick_compile('auto', device, flops=math.inf)
-    changes = {'device': device, 'dtype': dtype, 'compile': compiled, 'prompt_tokens': 1}
+    changes = {'device': device, 'dtype': dtype, 'prompt_tokens': 1}
     changes |= {'gradient_accumulation_steps': 1}
-    return settle_schedule(defaults | shape | changes)
+    values = settle_schedule(defaults | shape | changes)
+    return settle_compile(values, VOCAB_SIZES[size])  # of a run with GPT-2's 600,000 steps
 
 
 if __name__ == '__main__':

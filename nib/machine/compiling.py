@@ -3,46 +3,59 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from model import GPTConfig, kernels_fit
+from model import GPT, kernels_fit
 from nib.kernels import HAS_AMX, QUERY_BLOCK
+from nib.machine.device import peak_flops
 
 SHORT_RUN = 15  # seconds at the peak rate; about a minute in practice, mostly spent compiling
 SHORT_CPU_RUN = 6e14  # FLOPs; a quarter of an hour on two cores, up to a minute of it compiling
+NO_COMPILER = 'no C compiler found: install gcc'
 
 
-def pick_compile(
-    compile: bool | str,
-    device: str,
-    flops: float = 0.0,
-    peak_flops: float | None = None,
-    model: GPTConfig | None = None,
-) -> tuple[bool, str]:
-    """Returns whether to compile the model, and the reason.
+def pick_compile(config: Mapping, model: GPT) -> tuple[bool, str]:
+    """Returns whether to compile the model of a run, and the reason.
 
-    flops: of the whole run, so that a resumed run chooses the same. peak_flops: the device's peak
-    rate in FLOP/s, if known. model: not compiled if that would take minutes.
+    config: train.py's values with the device, dtype and ranks to use. The choice depends on the
+    whole run and not on the load of the machine, so that a resumed run chooses the same.
     """
-    compiler = os.environ.get('CXX') or 'g++'
-    reason = 'as requested'
-    if compile == 'auto':
+    device, chosen, reason = config['device'], config['compile'], 'as requested'
+    if chosen == 'auto':
         on_gpu = device.startswith('cuda')
         if not on_gpu and not (device == 'cpu' and HAS_AMX):
             return False, 'no faster on a CPU'
-        if not on_gpu and model and model.dropout and model.block_size > QUERY_BLOCK:
-            # The compiler unrolls attend_in_blocks().
+        if not on_gpu and model.config.dropout and model.config.block_size > QUERY_BLOCK:
+            # The compiler unrolls attend_in_blocks(), which takes minutes.
             return False, 'compilation takes minutes with dropout and a long context'
-        # The rate of a CPU varies with its load, on which the choice must not depend.
-        if flops < (SHORT_RUN * (peak_flops or 0.0) if on_gpu else SHORT_CPU_RUN):
+        shortest = SHORT_CPU_RUN
+        if on_gpu:
+            peak = peak_flops(device, config['dtype']) or 0.0
+            shortest = SHORT_RUN * peak * config.get('ranks', 1)
+        if run_flops(config, model) < shortest:
             return False, 'the run is too short for compilation to pay off'
-        compile, reason = True, f'faster on {"a GPU" if on_gpu else "this CPU in a long run"}'
-    if compile and not any(shutil.which(name) for name in (compiler, 'gcc', 'clang')):
-        return False, 'no C compiler found: install gcc'
-    return bool(compile), reason
+        chosen, reason = True, f'faster on {"a GPU" if on_gpu else "this CPU in a long run"}'
+    if chosen and not has_compiler():
+        return False, NO_COMPILER
+    return bool(chosen), reason
+
+
+def run_flops(config: Mapping, model: GPT) -> int:
+    """Returns the FLOPs of a run's training steps, over all ranks.
+
+    A backward pass takes twice as many as a forward pass.
+    """
+    sequences = config['batch_size'] * config['gradient_accumulation_steps']
+    tokens = sequences * config['block_size'] * config['max_iters']
+    return 3 * sum(model.flops_per_token().values()) * tokens
+
+
+def has_compiler() -> bool:
+    """Returns whether torch.compile finds a C compiler."""
+    return any(shutil.which(name) for name in (os.environ.get('CXX') or 'g++', 'gcc', 'clang'))
 
 
 def compile_function(function: Callable, **options) -> Any:

@@ -74,6 +74,29 @@ class Ranks:
             raise UserError(answer[1])
         return answer[0]
 
+    def distribute(
+        self, model: torch.nn.Module, device: str, batch: tuple[torch.Tensor, torch.Tensor], context
+    ) -> torch.nn.Module:
+        """Returns the model as DistributedDataParallel, which averages gradients over all ranks.
+
+        A single process gets the model itself. context: of forward passes.
+
+        DistributedDataParallel fixes the order of its sums only after the first pass, so two passes
+        are run here. Otherwise the first step of a resumed run would round differently from the
+        same step of an uninterrupted run.
+        """
+        if self.world_size == 1:
+            return model
+        distributed = torch.nn.parallel.DistributedDataParallel(
+            model, [self.local_rank] if device.startswith('cuda') else None
+        )
+        for _ in range(2):
+            with context:
+                loss = distributed(*batch)
+            loss.backward()
+        distributed.zero_grad(set_to_none=True)
+        return distributed
+
     def close(self):
         if self.world_size > 1:
             dist.destroy_process_group()
@@ -139,27 +162,3 @@ def _read_environment() -> tuple[int, int, int]:
             f'torchrun, which sets {", ".join(VARIABLES)}; for a single process, unset RANK'
         )
     return int(found['RANK']), int(found['LOCAL_RANK']), int(found['WORLD_SIZE'])
-
-
-def distribute(
-    model: torch.nn.Module,
-    local_rank: int,
-    device: str,
-    batch: tuple[torch.Tensor, torch.Tensor],
-    context,
-) -> torch.nn.Module:
-    """Returns the model as DistributedDataParallel, which averages the gradients over all ranks.
-
-    DistributedDataParallel fixes the order of its sums only after the first pass, so two passes are
-    run here. Otherwise the first step of a resumed run would round differently from the same step
-    of an uninterrupted run.
-    """
-    distributed = torch.nn.parallel.DistributedDataParallel(
-        model, [local_rank] if device.startswith('cuda') else None
-    )
-    for _ in range(2):
-        with context:
-            loss = distributed(*batch)
-        loss.backward()
-    distributed.zero_grad(set_to_none=True)
-    return distributed

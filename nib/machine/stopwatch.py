@@ -40,9 +40,7 @@ class Stopwatch:
         t.optimizer.lr = config['learning_rate'] / 10
         started = time.perf_counter()
         if run_steps:
-            flops, peak = t.flops(run_steps) * ranks, t.peak_flops and t.peak_flops * ranks
-            model = t.raw_model.config
-            compiled, _ = pick_compile(config['compile'], t.device, flops, peak, model)
+            compiled, _ = pick_compile({**config, 'max_iters': run_steps}, t.raw_model)
             t.compile_and_distribute(compiled, lambda line: None)
         compiling = time.perf_counter() - started
         n_warm, step = 2, 0  # the first steps are slower

@@ -195,28 +195,42 @@ def test_the_rate_of_a_device_is_measured_in_a_tenth_of_a_second(monkeypatch):
 
 
 def test_auto_compiles_if_it_pays_off_and_there_is_a_compiler(monkeypatch):
-    monkeypatch.setattr(shutil, 'which', lambda name: '/usr/bin/' + name)
     too_short = False, 'the run is too short for compilation to pay off'
-    assert pick_compile('auto', 'cuda')[0] is True
-    assert pick_compile('auto', 'cuda', 3600e15, 1e15) == (True, 'faster on a GPU')
-    assert pick_compile('auto', 'cuda', 5e15, 1e15) == too_short
-    assert pick_compile(True, 'cuda', 5e15, 1e15) == (True, 'as requested')
+    sizes = {'batch_size': 4, 'gradient_accumulation_steps': 2, 'block_size': 8}
+
+    def pick(compile, device, flops=0.0, ranks=1, **shape):
+        with torch.device('meta'):
+            model = GPT(
+                GPTConfig(**{'block_size': 8, 'n_layer': 1, 'n_head': 2, 'n_embd': 64} | shape)
+            )
+        per_step = 3 * sum(model.flops_per_token().values()) * 4 * 2 * 8
+        max_iters = -(-flops // per_step)
+        asked = {'compile': compile, 'device': device, 'dtype': 'bfloat16', 'max_iters': max_iters}
+        return pick_compile({**sizes, **asked, 'ranks': ranks}, model)
+
+    monkeypatch.setattr(shutil, 'which', lambda name: '/usr/bin/' + name)
+    monkeypatch.setattr(compiling, 'peak_flops', lambda device, dtype: None)
+    assert pick('auto', 'cuda') == (True, 'faster on a GPU')
+    monkeypatch.setattr(compiling, 'peak_flops', lambda device, dtype: 1e15)
+    assert pick('auto', 'cuda', 3600e15) == (True, 'faster on a GPU')
+    assert pick('auto', 'cuda', 5e15) == pick('auto', 'cuda', 60e15, ranks=8) == too_short
+    assert pick(True, 'cuda', 5e15) == (True, 'as requested')
     for has_amx in (False, True):
         monkeypatch.setattr(compiling, 'HAS_AMX', has_amx)
-        assert pick_compile('auto', 'cpu')[0] is False
-        assert pick_compile('auto', 'cpu', flops=1e16)[0] is has_amx
+        assert pick('auto', 'cpu')[0] is False
+        assert pick('auto', 'cpu', 1e16)[0] is has_amx
         for dropout, T in ((0.0, 1024), (0.1, 256), (0.1, 1024)):
-            model = GPTConfig(block_size=T, dropout=dropout)
             unrolled = dropout > 0 and T > kernels.QUERY_BLOCK
-            assert pick_compile('auto', 'cpu', 1e16, None, model)[0] is (has_amx and not unrolled)
-            assert pick_compile('auto', 'cuda', 0.0, None, model)[0] is True
-        assert pick_compile(True, 'cpu') == (True, 'as requested')
-    assert pick_compile('auto', 'cpu', flops=1e13) == too_short
-    assert pick_compile('auto', 'mps', flops=1e16)[0] is False
-    assert pick_compile(False, 'cuda') == (False, 'as requested')
+            chosen, _ = pick('auto', 'cpu', 1e16, dropout=dropout, block_size=T)
+            assert chosen is (has_amx and not unrolled)
+            assert pick('auto', 'cuda', 3600e15, dropout=dropout, block_size=T)[0] is True
+        assert pick(True, 'cpu') == (True, 'as requested')
+    assert pick('auto', 'cpu', 1e13) == too_short
+    assert pick('auto', 'mps', 1e16)[0] is False
+    assert pick(False, 'cuda') == (False, 'as requested')
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     for asked in (True, 'auto'):
-        assert pick_compile(asked, 'cuda') == (False, 'no C compiler found: install gcc')
+        assert pick(asked, 'cuda', 3600e15) == (False, 'no C compiler found: install gcc')
 
 
 def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
