@@ -36,7 +36,7 @@ from benchmarks import growth as growing
 from benchmarks import measure
 from benchmarks.nanogpt import NanoGPT, start_training
 from benchmarks.plan import describe_plan
-from model import GPT, GPTConfig
+from model import GPT
 from nib.errors import UserError, run_script
 from nib.machine.compiling import has_compiler, pick_compile
 from nib.machine.device import (
@@ -48,7 +48,7 @@ from nib.machine.device import (
     synchronize,
 )
 from nib.machine.ranks import Ranks
-from nib.run.checks import check_config, refuse_plan, settle_schedule
+from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
 
@@ -119,12 +119,9 @@ def settle_compile(values, vocab_size: int) -> dict:
 
     Raises UserError if the model is impossible.
     """
-    try:
-        model = GPTConfig.pick(values, vocab_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     with torch.device('meta'):  # shapes only
-        compiled, _ = pick_compile(values, GPT(model))
+        model = GPT(pick_model(values, vocab_size))
+    compiled, _ = pick_compile(values, model)
     return values | {'compile': compiled}
 
 

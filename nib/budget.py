@@ -25,7 +25,7 @@ from nib.machine.memory import (
     parameter_shapes,
 )
 from nib.machine.stopwatch import Speed, Stopwatch
-from nib.run.checks import check_accumulation
+from nib.run.checks import check_accumulation, pick_model
 from nib.tokens.dataset import TokenDataset
 
 SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
@@ -209,10 +209,7 @@ class Planner:
 
     def model(self, keys: Mapping) -> GPTConfig:
         """Returns the model of the keys. Raises UserError if keys of the user contradict it."""
-        try:
-            return GPTConfig.pick({**self.config, **keys}, self.data.vocab_size)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return pick_model({**self.config, **keys}, self.data.vocab_size)
 
     def count(self, keys: Mapping, embeddings: bool) -> int:
         """Returns the number of parameters, with or without embeddings and output head."""

@@ -500,6 +500,8 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     assert_refused(
         ended, ['was trained with optimizer adamw', 'command line says muon', '--init_from=scratch']
     )
+    ended = try_to_train(run_main, place, '--init_from=resume', '--dropout=2')
+    assert_refused(ended, ['dropout is 2.0: it must be at least 0 and less than 1'])
     assert contents(place) == before
 
 

@@ -16,6 +16,7 @@ from nib.errors import UserError
 from nib.files import command
 from nib.hub import huggingface, nanogpt
 from nib.machine.device import seed_everything
+from nib.run.checks import pick_model
 from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 
@@ -194,19 +195,13 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
 
     Raises UserError if the shape is impossible, or if `start` does not fit the dataset.
     """
-    try:
-        if start is None:
-            model_config = GPTConfig.pick(config, data.vocab_size)
-        else:  # adopt() has given the config this model's other keys
-            trained = {key: config[key] for key in ('dropout', 'recompute')}
-            model_config = replace(start.model, **trained)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model_config = pick_model(config, data.vocab_size)
     if start is None:
         seed_everything(config['seed'])
         return GPT(model_config)
     start.check_dataset(data)
-    model = GPT(model_config)
+    # adopt() has given the config this model's other keys.
+    model = GPT(replace(start.model, dropout=config['dropout'], recompute=config['recompute']))
     model.load_state_dict(start.tensors['model'])
     model.crop_block_size(config['block_size'])
     return model

@@ -1,12 +1,10 @@
 """How a run begins: its config, the weights that it starts from, its dataset and its plan."""
 
-from model import GPTConfig
 from nib.budget import plan
 from nib.checkpoint.start import PLANNED, Weights, read_start
-from nib.errors import UserError
 from nib.machine.device import pick_dtype
 from nib.machine.stopwatch import Stopwatch
-from nib.run.checks import check_config, check_schedule, settle_schedule
+from nib.run.checks import check_config, check_schedule, pick_model, settle_schedule
 from nib.run.logbook import Logbook
 from nib.tokens.dataset import TokenDataset
 from nib.tokens.find import data_dir_of, open_or_prepare
@@ -34,7 +32,7 @@ def begin(
     if not planned:
         check_schedule(values)
     if not planned and not start:
-        check_model(values)
+        pick_model(values, vocab_size=1)  # before a dataset is prepared for an impossible model
     data = find_data(values, origins, planned, book)
     config = values | {
         'device': device,
@@ -73,14 +71,6 @@ def find_start(values, origins, book) -> tuple[Weights | None, dict]:
         )
         values = start.adopt(values, origins)
     return start, values
-
-
-def check_model(values):
-    """Raises UserError if the model is impossible, before a dataset is prepared for it."""
-    try:
-        GPTConfig.pick(values, vocab_size=1)  # that of the dataset is not known yet
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def find_data(values, origins, planned: bool, book) -> TokenDataset:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from model import GPTConfig
 from nib.errors import UserError
 
 COUNTS = (
@@ -75,6 +76,14 @@ def refuse_plan(values: Mapping, origins: Mapping):
             raise UserError(
                 f'{key} is {values[key]!r} ({origins[key]}): only train.py plans runs; leave it out'
             )
+
+
+def pick_model(config: Mapping, vocab_size: int) -> GPTConfig:
+    """Returns the model of train.py's config. Raises UserError if it is impossible."""
+    try:
+        return GPTConfig.pick(config, vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_accumulation(config: Mapping, world_size: int):
