@@ -333,8 +333,7 @@ def plan(
         )
     room = math.inf
     with suppress(UserError):  # unknown
-        room = available_memory(config['device'])
-        room /= config.get('ranks', 1) if config['device'] == 'cpu' else 1
+        room = available_memory(config['device'], config.get('ranks', 1))
     planner = Planner(config, fixed, data, room)
     if ends:
         widths = [planner.nearest_width(params)] if params else WIDTHS

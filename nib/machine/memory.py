@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from model import GPT, GPTConfig
 from nib.errors import UserError, is_full
 from nib.kernels import HAS_AMX, LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
+from nib.machine.cgroup import memory_left
 from nib.machine.device import synchronize
 
 FLOAT = 4  # bytes of a float32
@@ -219,7 +219,7 @@ def fit_batch_size(t, config: Mapping, say: Callable[[str], None]) -> dict[str, 
     size is taken if a step with it, which changes nothing, does not fill the memory. Returns
     batch_size and gradient_accumulation_steps. Raises UserError if no size fits.
     """
-    room = available_memory(t.device) / (t.ranks.world_size if t.device == 'cpu' else 1)
+    room = available_memory(t.device, t.ranks.world_size)
     for sizes in batch_sizes(config):
         needed = needed_memory(t.raw_model.config, {**config, **sizes})
         is_smallest = sizes['batch_size'] == 1
@@ -287,7 +287,7 @@ def explain_full_memory(error: Exception, t, config: Mapping):
     """Raises UserError with the keys and values that would fit, if the error is full memory."""
     if not is_full(error):
         return
-    room = available_memory(t.device) / (t.ranks.world_size if t.device == 'cpu' else 1)
+    room = available_memory(t.device, t.ranks.world_size)
     tries = []
     for recompute in (False, True)[config['recompute'] :]:
         changes = {'recompute': recompute}
@@ -310,48 +310,21 @@ def explain_full_memory(error: Exception, t, config: Mapping):
 # -- how much memory there is ----------------------------------------------------------------------
 
 
-def available_memory(device: str) -> float:
-    """Returns the bytes that this process can use on the device, with those it has on a GPU.
+def available_memory(device: str, ranks: int = 1) -> float:
+    """Returns the bytes that a process can use on the device, with those it has on a GPU.
 
-    On a CPU this is what the system and the control group (of a container, for example) leave.
-    Raises UserError if unknown.
+    On a CPU this is what the system and the control group (of a container, for example) leave, in
+    equal parts for all ranks. Raises UserError if unknown.
     """
     if device.startswith('cuda'):
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device == 'mps':
         return torch.mps.recommended_max_memory()
-    rooms = control_group_rooms()
+    left = list(memory_left())
     with suppress(OSError), open('/proc/meminfo') as file:
-        rooms += [1024 * int(line.split()[1]) for line in file if line.startswith('MemAvailable')]
-    if not rooms and hasattr(os, 'sysconf'):  # macOS
-        rooms = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
-    if not rooms:
+        left += [1024 * int(line.split()[1]) for line in file if line.startswith('MemAvailable')]
+    if not left and hasattr(os, 'sysconf'):  # macOS
+        left = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    if not left:
         raise UserError('the memory of this machine is unknown: set --batch_size to a number')
-    return min(rooms)
-
-
-def control_group_rooms(
-    own: Path = Path('/proc/self/cgroup'), root: Path = Path('/sys/fs/cgroup')
-) -> list[int]:
-    """Returns the bytes that the limits of this process's control groups on Linux leave.
-
-    What cannot be dropped, in contrast to cached files, counts as used.
-    """
-    rooms = []
-    with suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = line.split(':', 2)
-            if not controllers:  # version 2
-                base, limit, used = root, 'memory.max', 'anon'
-            elif 'memory' in controllers.split(','):
-                base, limit, used = root / 'memory', 'memory.limit_in_bytes', 'total_rss'
-            else:
-                continue
-            folder = base / path.lstrip('/')
-            for group in [folder, *folder.parents][: len(folder.parts) - len(base.parts) + 1]:
-                with suppress(OSError, ValueError, KeyError):  # 'max' means no limit
-                    stat = dict(
-                        row.split() for row in (group / 'memory.stat').read_text().splitlines()
-                    )
-                    rooms.append(int((group / limit).read_text()) - int(stat[used]))
-    return rooms
+    return min(left) / ranks

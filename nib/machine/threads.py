@@ -5,9 +5,11 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from nib.machine.cgroup import cpu_quotas
 
 SETTINGS = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')  # how threads wait, if the user decides it
 INTERVAL = 0.25  # seconds between two looks
@@ -15,18 +17,16 @@ TAKEN = 0.05  # share of the time without a core; alone it is 0.002 at most
 CALM = 8  # looks in a row that must find the cores free
 
 
-def available_cores(root: Path = Path('/')) -> int:
+def available_cores() -> int:
     """Returns how many cores this process may use, at least 1.
 
     On Linux, this respects its affinity and the CPU quota of its cgroup, such as a container's.
-
-    root: folder with proc/ and sys/.
     """
     if hasattr(os, 'sched_getaffinity'):
         cores = len(os.sched_getaffinity(0))
     else:  # macOS, Windows
         cores = os.cpu_count() or 1
-    return max(1, min([cores, *map(math.ceil, _quotas(root))]))
+    return max(1, min([cores, *map(math.ceil, cpu_quotas())]))
 
 
 def seconds_without_core(thread: int | None = None) -> float | None:
@@ -41,27 +41,6 @@ def seconds_without_core(thread: int | None = None) -> float | None:
         path = f'/proc/self/task/{thread or threading.get_native_id()}/schedstat'
         return int(Path(path).read_text().split()[1]) / 1e9
     return None
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    """Yields the CPU quotas of this process's cgroup and of those that contain it, in cores."""
-    with suppress(OSError):
-        for line in (root / 'proc/self/cgroup').read_text().splitlines():
-            _, controllers, path = line.split(':', 2)
-            if controllers and 'cpu' not in controllers.split(','):
-                continue
-            # In a container, the path may be the one outside. Then only the top folder exists.
-            base = root / 'sys/fs/cgroup' / ('cpu' if controllers else '')
-            for part in (path, *map(str, PurePosixPath(path).parents)):
-                folder = base / part.lstrip('/')
-                with suppress(OSError, ValueError, ZeroDivisionError):
-                    if controllers:  # version 1
-                        quota = int((folder / 'cpu.cfs_quota_us').read_text())
-                        period = int((folder / 'cpu.cfs_period_us').read_text())
-                    else:  # version 2: 'max 100000' is no limit
-                        quota, period = map(int, (folder / 'cpu.max').read_text().split())
-                    if quota > 0:
-                        yield quota / period
 
 
 class Yielding:

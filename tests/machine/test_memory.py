@@ -156,7 +156,9 @@ def test_the_largest_batch_that_fits_keeps_the_tokens_per_step(train_here, tmp_p
     config = {'device': 'cpu', 'dtype': 'float32', 'optimizer': 'adamw', 'batch_size': 6}
     config |= {'gradient_accumulation_steps': 4}
     needed = memory.needed_memory(GPTConfig(**model), config)
-    monkeypatch.setattr(memory, 'available_memory', lambda device: 1.01 * needed / memory.USABLE)
+    monkeypatch.setattr(
+        memory, 'available_memory', lambda device, ranks: 1.01 * needed / memory.USABLE
+    )
     assert train_here(tmp_path / 'estimate', *auto).returncode == 0
     assert sizes_of(tmp_path / 'estimate') == (6, 4)
 
@@ -177,7 +179,7 @@ def test_a_run_with_an_automatic_batch_size_resumes_exactly(
     chosen = ['--batch_size=8', '--gradient_accumulation_steps=3', *auto[1:]]
     assert train_here(tmp_path / 'chosen', *chosen, '--max_iters=6').returncode == 0
     assert train_here(tmp_path / 'auto', *auto, '--max_iters=3').returncode == 0
-    monkeypatch.setattr(memory, 'available_memory', lambda device: 0)
+    monkeypatch.setattr(memory, 'available_memory', lambda device, ranks: 0)
     done = train_here(tmp_path / 'auto', *auto, '--max_iters=6', '--init_from=resume')
     assert done.returncode == 0, done.stderr
     assert sizes_of(tmp_path / 'auto') == (8, 3)
@@ -210,7 +212,7 @@ def test_full_memory_is_one_line_with_sizes_that_fit(train_here, tmp_path, monke
 
     monkeypatch.setattr(training, 'train_step', fill)
     flags = ['--batch_size=1024', '--block_size=16', '--gradient_accumulation_steps=1']
-    monkeypatch.setattr(memory, 'available_memory', lambda device: 21e6)
+    monkeypatch.setattr(memory, 'available_memory', lambda device, ranks: 21e6)
     done = train_here(tmp_path / 'run', *flags)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert 'memory of cpu is full: batch_size 1024' in done.stderr
@@ -246,17 +248,3 @@ def test_what_is_wrong_with_a_gpu_is_one_line_with_a_remedy(capsys, message, wor
     line = capsys.readouterr().err
     assert line.startswith('error: ') and line.count('\n') == 1
     assert words in line and message in line
-
-
-@pytest.mark.parametrize('version', [1, 2])
-def test_the_limit_of_a_control_group_counts_what_cannot_be_dropped(tmp_path, version):
-    own, root = tmp_path / 'cgroup', tmp_path / 'fs'
-    own.write_text('0::/a/b\n' if version == 2 else '5:cpu,memory:/a/b\n4:pids:/a/b\n')
-    base = root if version == 2 else root / 'memory'
-    limit, used = ('memory.max', 'anon') if version == 2 else ('memory.limit_in_bytes', 'total_rss')
-    for folder, most, now in (('a', '1000', 300), ('a/b', 'max' if version == 2 else '5000', 100)):
-        (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / folder / limit).write_text(most + '\n')
-        (base / folder / 'memory.stat').write_text(f'{used} {now}\nfile 600\n')
-    assert min(memory.control_group_rooms(own, root)) == 700
-    assert memory.control_group_rooms(tmp_path / 'nothing', root) == []

@@ -16,68 +16,6 @@ from processes import PATIENCE
 from nib import errors, startup
 from nib.machine import device, threads
 
-GROUPS = {  # files below / -> cores, of 8
-    'no cgroup': ({}, 8),
-    'version 2, no limit': ({'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': 'max 100000'}, 8),
-    'version 2, in a container': (
-        {'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': '250000 100000'},
-        3,
-    ),
-    'version 2, limited by a group above': (
-        {
-            'proc/self/cgroup': '0::/a/b',
-            'sys/fs/cgroup/a/cpu.max': '200000 100000',
-            'sys/fs/cgroup/a/b/cpu.max': 'max 100000',
-        },
-        2,
-    ),
-    'version 1': (
-        {
-            'proc/self/cgroup': '5:memory:/x\n4:cpu,cpuacct:/x',
-            'sys/fs/cgroup/cpu/x/cpu.cfs_quota_us': '50000',
-            'sys/fs/cgroup/cpu/x/cpu.cfs_period_us': '100000',
-        },
-        1,
-    ),
-    'version 1, the path of another namespace': (
-        {
-            'proc/self/cgroup': '4:cpuacct,cpu:/docker/1f',
-            'sys/fs/cgroup/cpu/cpu.cfs_quota_us': '400000',
-            'sys/fs/cgroup/cpu/cpu.cfs_period_us': '100000',
-        },
-        4,
-    ),
-    'version 1, no limit': (
-        {
-            'proc/self/cgroup': '4:cpu:/',
-            'sys/fs/cgroup/cpu/cpu.cfs_quota_us': '-1',
-            'sys/fs/cgroup/cpu/cpu.cfs_period_us': '100000',
-        },
-        8,
-    ),
-    'more than there are': ({'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': '9 1'}, 8),
-    'damaged': ({'proc/self/cgroup': '0::/', 'sys/fs/cgroup/cpu.max': 'many'}, 8),
-}
-
-
-@pytest.mark.parametrize('files, cores', GROUPS.values(), ids=GROUPS)
-def test_cores_respect_affinity_and_the_quota_of_the_cgroup(files, cores, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: set(range(8)), raising=False)
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + '\n')
-    assert threads.available_cores(tmp_path) == cores
-
-
-def test_cores_are_known_without_affinity(tmp_path, monkeypatch):
-    """As on macOS and Windows."""
-    monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
-    monkeypatch.setattr(os, 'cpu_count', lambda: 6)
-    assert threads.available_cores(tmp_path) == 6
-    monkeypatch.setattr(os, 'cpu_count', lambda: None)
-    assert threads.available_cores(tmp_path) == 1
-
 
 @pytest.fixture
 def two_threads():
