@@ -2,7 +2,7 @@
 
 from nib.budget import plan
 from nib.checkpoint.start import PLANNED, Weights, read_start
-from nib.machine.device import pick_dtype
+from nib.machine.device import describe_device, pick_dtype
 from nib.machine.stopwatch import Stopwatch
 from nib.run.checks import check_config, check_schedule, pick_model, settle_schedule
 from nib.run.logbook import Logbook
@@ -23,7 +23,8 @@ def begin(
     may_plan = bool(values['budget'] or values['params'])
     check_config(values, ranks.world_size, may_plan)
     device = ranks.own_device(values['device'])
-    book.say_machine(device, dtype, ranks.world_size, reason)
+    processes = f'{ranks.world_size} process{"es" * (ranks.world_size > 1)}'
+    book.say(f'device {describe_device(device)}, {processes}, dtype {dtype} ({reason})')
     start, values = find_start(values, origins, book)
     # A plan chooses keys that are checked only after that.
     planned = may_plan and not (values['eval_only'] or start and start.resumed)
@@ -46,8 +47,11 @@ def begin(
         config, origins = config | chosen, origins | dict.fromkeys(chosen, PLANNED)
         check_config(config, ranks.world_size)
         book.say(line)
-    sequences = config['gradient_accumulation_steps'] * config['batch_size']
-    book.say_data(data, sequences * config['block_size'])
+    tokens = config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
+    book.say(
+        f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation '
+        f'tokens, vocabulary {data.vocab_size}; {tokens:,} tokens per step'
+    )
     return config, origins, data, start
 
 

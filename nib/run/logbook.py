@@ -74,18 +74,6 @@ class Logbook:
 
     # -- before the first step --------------------------------------------------------------------
 
-    def say_machine(self, device: str, dtype: str, ranks: int, reason: str):
-        """Prints a line about the machine. reason: why this dtype was chosen."""
-        processes = f'{ranks} process{"es" * (ranks > 1)}'
-        self.say(f'device {describe_device(device)}, {processes}, dtype {dtype} ({reason})')
-
-    def say_data(self, data: TokenDataset, tokens_per_step: int):
-        """Prints a line about the dataset."""
-        self.say(
-            f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation '
-            f'tokens, vocabulary {data.vocab_size}; {tokens_per_step:,} tokens per step'
-        )
-
     def say_model(self, training, compiled: bool, reason: str):
         """Prints a line about the model. reason: why it is compiled or not."""
         n_params = training.raw_model.num_params()
@@ -142,15 +130,7 @@ class Logbook:
 
     def _open(self, changes, step):
         config, t = self.config, self.training
-        self.metrics = Metrics(
-            self.out_dir,
-            step,
-            config,
-            tensorboard=config['tensorboard'],
-            wandb_project=config['wandb_project'] if config['wandb_log'] else '',
-            wandb_run_name=config['wandb_run_name'],
-            warn=self.warn,
-        )
+        self.metrics = Metrics(self.out_dir, step, config, self.warn)
         # Only now is it certain that this run can start. After its first save, these are deleted.
         if self._is_new:
             store.set_aside(self.out_dir)

@@ -21,27 +21,18 @@ class Metrics:
     """Writes records under the same names to metrics.jsonl, TensorBoard and wandb.
 
     Use it on rank 0 only. A run that resumes from `step` drops the later records of an interrupted
-    run. An empty wandb_project means no wandb.
+    run. config: train.py's, which says whether to use TensorBoard and wandb.
 
     What cannot be written does not stop the run, but `warn` prints a line. Records of metrics.jsonl
     are kept for the next attempt; TensorBoard and wandb are no longer used.
     """
 
-    def __init__(
-        self,
-        out_dir,
-        step: int,
-        config: dict,
-        tensorboard: bool = False,
-        wandb_project: str = '',
-        wandb_run_name: str = '',
-        warn: Callable[[str], None] = print,
-    ):
+    def __init__(self, out_dir, step: int, config: dict, warn: Callable[[str], None] = print):
         # wandb may refuse to start, so the TensorBoard writer, which writes at once, comes last.
-        writer = _summary_writer() if tensorboard else None
+        writer = _summary_writer() if config['tensorboard'] else None
         self.wandb = self.writer = None
-        if wandb_project:
-            self.wandb = _wandb(out_dir, step, config, wandb_project, wandb_run_name)
+        if config['wandb_log']:
+            self.wandb = _wandb(out_dir, step, config)
         if writer:
             folder = str(Path(out_dir) / 'tensorboard')
             self.writer = writer(folder, purge_step=step + 1 if step else 0)
@@ -157,7 +148,7 @@ def _summary_writer():
     return SummaryWriter
 
 
-def _wandb(out_dir, step: int, config: dict, project: str, name: str):
+def _wandb(out_dir, step: int, config: dict):
     try:
         import wandb
     except ImportError as error:
@@ -170,8 +161,8 @@ def _wandb(out_dir, step: int, config: dict, project: str, name: str):
     run_id = kept if re.fullmatch(r'[\w-]{1,64}', kept) else secrets.token_hex(4)
     try:
         run = wandb.init(
-            project=project,
-            name=name or None,
+            project=config['wandb_project'],
+            name=config['wandb_run_name'] or None,
             config=config,
             dir=str(out_dir),
             id=run_id,

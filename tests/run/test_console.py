@@ -19,6 +19,7 @@ from nib.run.metrics import Metrics
 
 unix = pytest.mark.skipif(sys.platform == 'win32', reason='uses Unix pipes and devices')
 LINE = 'x' * 99 + '\n'
+ALONE = {'tensorboard': False, 'wandb_log': False}  # metrics.jsonl, and nothing else
 
 
 def broken_pipe():
@@ -110,7 +111,7 @@ def test_a_run_whose_disk_is_full_keeps_its_records_until_there_is_room(tmp_path
     import resource
 
     said = []
-    metrics = Metrics(tmp_path, 0, {}, warn=said.append)
+    metrics = Metrics(tmp_path, 0, ALONE, said.append)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
@@ -133,7 +134,7 @@ def test_a_service_that_fails_is_dropped_with_one_warning(tmp_path):
         add_scalar = close = log
 
     said = []
-    metrics = Metrics(tmp_path, 0, {}, warn=said.append)
+    metrics = Metrics(tmp_path, 0, ALONE, said.append)
     metrics.wandb = metrics.writer = Broken()
     for step in (1, 2):
         metrics.log(step, {'loss/step': 1.0})

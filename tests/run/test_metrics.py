@@ -14,6 +14,8 @@ from nib.errors import UserError
 from nib.run.console import Console
 from nib.run.metrics import Metrics
 
+ALONE = {'tensorboard': False, 'wandb_log': False}  # metrics.jsonl, and nothing else
+
 
 def read(out_dir):
     """Returns the records without their times."""
@@ -85,20 +87,20 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tm
 
 
 def test_records_are_json_even_of_numbers_that_are_not(tmp_path):
-    metrics = Metrics(tmp_path, 0, {})
+    metrics = Metrics(tmp_path, 0, ALONE)
     metrics.log(1, {'loss/step': 2.5, 'grad_norm': math.nan})
     metrics.close()
     assert read(tmp_path) == [{'step': 1, 'loss/step': 2.5, 'grad_norm': None}]
 
 
 def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):
-    metrics = Metrics(tmp_path, 0, {})
+    metrics = Metrics(tmp_path, 0, ALONE)
     for step in range(1, 8):
         metrics.log(step, {'loss/step': float(step)})
     metrics.close()
     with open(tmp_path / 'metrics.jsonl', 'a') as file:
         file.write('{"step": 8, "loss/st')  # what a crash leaves
-    metrics = Metrics(tmp_path, 4, {})
+    metrics = Metrics(tmp_path, 4, ALONE)
     metrics.log(5, {'loss/step': 50.0})
     metrics.close()
     assert [(r['step'], r['loss/step']) for r in read(tmp_path)] == [
@@ -112,17 +114,16 @@ def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):
 
 def test_a_new_run_starts_a_new_file(tmp_path):
     for value in (1.0, 2.0):
-        metrics = Metrics(tmp_path, 0, {})
+        metrics = Metrics(tmp_path, 0, ALONE)
         metrics.log(1, {'loss/step': value})
         metrics.close()
     assert read(tmp_path) == [{'step': 1, 'loss/step': 2.0}]
 
 
 @pytest.mark.parametrize(
-    'package, flags',
-    [('torch.utils.tensorboard', {'tensorboard': True}), ('wandb', {'wandb_project': 'p'})],
+    'package, key', [('torch.utils.tensorboard', 'tensorboard'), ('wandb', 'wandb_log')]
 )
-def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch, package, flags):
+def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch, package, key):
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     with pytest.raises(UserError, match=f'pip install {package.split(".")[-1]}'):
-        Metrics(tmp_path, 0, {}, **flags)
+        Metrics(tmp_path, 0, ALONE | {key: True})
