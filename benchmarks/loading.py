@@ -20,7 +20,7 @@ import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
 from nib.machine.device import peak_memory
-from nib.tokens.batches import BatchLoader, eval_batches
+from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import SPLITS, open_dataset
 
 rounds: int = 5  # measurements of each, in turns, each in a new process
@@ -94,11 +94,9 @@ def time_loading(path: Path) -> dict[str, float]:
     before, started = peak_memory('cpu'), time.perf_counter()
     data = open_dataset(path, BLOCK_SIZE)
     opened = time.perf_counter()
-    next(eval_batches(data.val, BLOCK_SIZE, BATCH_SIZE, vocab_size=data.vocab_size))
+    batches = BatchLoader(data.train, BLOCK_SIZE, BATCH_SIZE, 1, 1, vocab_size=data.vocab_size)
+    next(batches.eval_batches(data.val))
     evaluated = time.perf_counter()
-    batches = BatchLoader(
-        data.train, BLOCK_SIZE, BATCH_SIZE, 1, 'train', 1, vocab_size=data.vocab_size
-    )
     for step in range(N_BATCHES):
         batches.batch(step, 0)
     return {

@@ -153,7 +153,7 @@ def test_the_table_has_the_figures_of_a_step_made_by_hand(debug, make_training, 
     assert done.returncode == 0, done.stderr
     training = make_training(*flags)
     values, data = training.values, training.data
-    x, y = BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(0, 0)
+    x, y = BatchLoader(data.train, 16, 4, values['seed'], 1).batch(0, 0)
     model = new_model(values, data, None)
     rms = {name: float((p.detach() ** 2).mean().sqrt()) for name, p in model.named_parameters()}
     assert_rows_agree(
@@ -199,7 +199,7 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
             key: tensors['optimizer'][f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')
         }
     data = debug_training.open_dataset(values | {'data_dir': str(data_dir)})
-    x, y = BatchLoader(data.train, 16, 4, values['seed'], 'train', 2).batch(10, 0)
+    x, y = BatchLoader(data.train, 16, 4, values['seed'], 2).batch(10, 0)
     assert_rows_agree(
         done.stdout, model, *step_by_hand(model, x, y, optimizer, values['grad_clip'])
     )
@@ -837,8 +837,7 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
     values, data = training.values, training.data
     model = new_model(values, data, None).eval()
     batches = [
-        BatchLoader(data.train, 16, 4, values['seed'], 'train', 1).batch(step, 0)
-        for step in range(3)
+        BatchLoader(data.train, 16, 4, values['seed'], 1).batch(step, 0) for step in range(3)
     ]
     x, y = batches[0]
     losses = F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction='none')

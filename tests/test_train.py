@@ -26,7 +26,7 @@ from nib.doctor import vitals
 from nib.doctor.troubles import Finding
 from nib.machine.device import autocast, seed_everything
 from nib.machine.ranks import Ranks
-from nib.tokens.batches import BatchLoader, eval_batches
+from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset
 
 SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -216,7 +216,7 @@ def test_a_run_is_what_its_config_says(data_dir, tmp_path, train_here):
         betas=(0.8, 0.9),
         foreach=False,
     )
-    batches = BatchLoader(data.train, 16, 4, 5, 'train', 2)
+    batches = BatchLoader(data.train, 16, 4, 5, 2)
     for step, lr in enumerate((5e-3, 1e-2, 1e-3 + 9e-3 / 2)):  # half of the cosine
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -299,7 +299,7 @@ def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
     for rank in (0, 1):
         seed_everything(1337, 0, rank, 0)
         losses.append(
-            model(*BatchLoader(data.train, 16, 4, 1337, 'train', 1, rank, 2).batch(0, 0)).item()
+            model(*BatchLoader(data.train, 16, 4, 1337, 1, Ranks(rank, rank, 2)).batch(0, 0)).item()
         )
     logged = next(r['loss/step'] for r in records(tmp_path / 'run') if 'loss/step' in r)
     assert logged == pytest.approx(sum(losses) / 2, abs=1e-5)
@@ -478,8 +478,8 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     tokens = torch.randint(31, (16 * 7 + 1,)).numpy()
     precision = autocast('float32', 'cpu')
     together, in_parts = (
-        training.evaluate(model, eval_batches(tokens, 16, size), precision, Ranks())
-        for size in (7, 4)
+        training.evaluate(model, loader.eval_batches(tokens), precision, Ranks())
+        for loader in (BatchLoader(tokens, 16, size, 0, 1) for size in (7, 4))
     )
     assert model.training
     x = torch.from_numpy(tokens)

@@ -243,7 +243,7 @@ class Vitals:
         k = min(max(4, 6144 // tokens), 32)  # more of the small batches, which are noisier
         micro_batches = (self.batches.batch(i, 0) for i in range(k))
         scale = gradient_noise(self.model, self.scaler, micro_batches, self.precision)
-        scale /= self.batches.micro_steps * self.batches.world_size  # micro batches in a step
+        scale /= self.batches.micro_steps * self.batches.ranks.world_size  # micro batches in a step
         return None if math.isnan(scale) else scale
 
     def _core_wait(self) -> float | None:

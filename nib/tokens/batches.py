@@ -61,22 +61,19 @@ class BatchLoader:
         block_size: int,
         batch_size: int,
         seed: int,
-        split: str,
         micro_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: Ranks = Ranks(),
         device: str = 'cpu',
         vocab_size: int | None = None,
     ):
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self.seed, self.split, self.micro_steps = seed, split, micro_steps
-        self.rank, self.world_size = rank, world_size
-        self.device, self.vocab_size = device, vocab_size
+        self.seed, self.micro_steps = seed, micro_steps
+        self.ranks, self.device, self.vocab_size = ranks, device, vocab_size
         # One window fewer than would fit leaves room for an offset that differs between epochs.
         self.n_windows = max(1, (len(tokens) - block_size) // block_size)
         self._ahead = {}  # (step, micro step) -> the batch prepared for it
         # Offsets are computed for a group of batches at a time; the last group is kept.
-        self._group_size = max(1, min(_TOGETHER, self.n_windows) // (batch_size * world_size))
+        self._group_size = max(1, min(_TOGETHER, self.n_windows) // (batch_size * ranks.world_size))
         self._group = -1
         self._starts = np.empty((0, batch_size), dtype=np.int64)
 
@@ -88,10 +85,8 @@ class BatchLoader:
             block_size=config['block_size'],
             batch_size=config['batch_size'],
             seed=config['seed'],
-            split='train',
             micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            ranks=ranks,
             device=device,
             vocab_size=data.vocab_size,
         )
@@ -106,8 +101,8 @@ class BatchLoader:
 
     def _compute_starts(self, batch: int) -> np.ndarray:
         """Offsets (_group_size, batch_size) of this rank's batches from `batch` on."""
-        first = (batch * self.world_size + self.rank) * self.batch_size
-        stride = np.uint64(self.world_size * self.batch_size)
+        first = (batch * self.ranks.world_size + self.ranks.rank) * self.batch_size
+        stride = np.uint64(self.ranks.world_size * self.batch_size)
         rows = np.arange(self._group_size, dtype=np.uint64)[:, None] * stride
         numbers = np.uint64(first) + rows + np.arange(self.batch_size, dtype=np.uint64)
         epochs, positions = numbers // self.n_windows, numbers % self.n_windows
@@ -123,14 +118,16 @@ class BatchLoader:
     def _key(self, epoch: int) -> np.ndarray:
         """Returns uint64 (1 + _ROUNDS,): the key of an epoch's offset and those of its order."""
         digest = hashlib.blake2b(
-            repr((self.seed, self.split, epoch)).encode(), digest_size=8 * (1 + _ROUNDS)
+            repr((self.seed, 'train', epoch)).encode(), digest_size=8 * (1 + _ROUNDS)
         ).digest()
         return np.frombuffer(digest, dtype='<u8')
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns x and y, int64 (batch_size, block_size) on the device; y is x shifted by one."""
-        starts = self.starts(step, micro_step)
-        return cut_windows(self.tokens, starts, self.block_size, self.device, self.vocab_size)
+        return self._cut(self.tokens, self.starts(step, micro_step))
+
+    def _cut(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return cut_windows(tokens, starts, self.block_size, self.device, self.vocab_size)
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields the batches of a step in order.
@@ -145,40 +142,19 @@ class BatchLoader:
             )
             self._ahead = {following: self.batch(*following)}
 
-    def eval_batches(self, tokens: np.ndarray, max_batches: int | None = None):
-        """Returns this rank's share of an evaluation on `tokens`: eval_batches below."""
-        return eval_batches(
-            tokens,
-            self.block_size,
-            self.batch_size,
-            max_batches,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=self.device,
-            vocab_size=self.vocab_size,
-        )
+    def eval_batches(
+        self, tokens: np.ndarray, max_batches: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields this rank's evaluation batches: x and y, int64 (<= batch_size, block_size).
 
-
-def eval_batches(
-    tokens: np.ndarray,
-    block_size: int,
-    batch_size: int,
-    max_batches: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    device: str = 'cpu',
-    vocab_size: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields this rank's evaluation batches: x and y, int64 (<= batch_size, block_size).
-
-    The windows are fixed: all of the split without its incomplete last one or, with max_batches,
-    windows spread evenly over it. Together the ranks read every window once.
-    """
-    starts = eval_starts(len(tokens), block_size, max_batches and max_batches * batch_size)
-    for first in range(rank * batch_size, len(starts), world_size * batch_size):
-        yield cut_windows(
-            tokens, np.array(starts[first : first + batch_size]), block_size, device, vocab_size
-        )
+        tokens: ids (n,) of a split. The windows are fixed: all of the split without its incomplete
+        last one or, with max_batches, windows spread evenly over it. Together the ranks read every
+        window once.
+        """
+        size, max_windows = self.batch_size, max_batches and max_batches * self.batch_size
+        starts = eval_starts(len(tokens), self.block_size, max_windows)
+        for first in range(self.ranks.rank * size, len(starts), self.ranks.world_size * size):
+            yield self._cut(tokens, np.array(starts[first : first + size]))
 
 
 def eval_starts(

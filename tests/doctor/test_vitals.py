@@ -36,7 +36,7 @@ def make(method='adamw', micro_steps=1, batch_size=4, **changes):
     )
     assert all(p.numel() <= SAMPLE for p in model.parameters())
     optimizer = Optimizer(model, method, betas=(0.9, 0.95))
-    batches = BatchLoader(TOKENS, model.config.block_size, batch_size, 0, 'train', micro_steps)
+    batches = BatchLoader(TOKENS, model.config.block_size, batch_size, 0, micro_steps)
     return model, optimizer, batches, Vitals(model, optimizer, NO_SCALER, batches, nullcontext())
 
 

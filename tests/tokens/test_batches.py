@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nib.errors import UserError
-from nib.tokens.batches import BatchLoader, eval_batches, eval_starts, permute
+from nib.machine.ranks import Ranks
+from nib.tokens.batches import BatchLoader, eval_starts, permute
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6).map(
     lambda words: np.array(words, dtype=np.uint64)
@@ -25,7 +26,7 @@ def own_place(n):
 
 
 def make_loader(n_tokens=24 * 16 + 5, **changes):
-    options = dict(block_size=16, batch_size=4, seed=1, split='train', micro_steps=3)
+    options = dict(block_size=16, batch_size=4, seed=1, micro_steps=3)
     return BatchLoader(own_place(n_tokens), **{**options, **changes})
 
 
@@ -102,7 +103,7 @@ def test_targets_are_the_inputs_one_token_later_and_both_are_the_file_s(tmp_path
     content = np.random.default_rng(0).integers(1000, size=500, dtype=np.uint16)
     content.tofile(tmp_path / 'train.bin')
     tokens = np.memmap(tmp_path / 'train.bin', dtype='<u2', mode='r')
-    loader = BatchLoader(tokens, block_size=16, batch_size=4, seed=1, split='train', micro_steps=1)
+    loader = BatchLoader(tokens, block_size=16, batch_size=4, seed=1, micro_steps=1)
     x, y = loader.batch(7, 0)
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, 16)
     assert torch.equal(x[:, 1:], y[:, :-1])
@@ -111,11 +112,10 @@ def test_targets_are_the_inputs_one_token_later_and_both_are_the_file_s(tmp_path
         assert y[row].tolist() == content[start + 1 : start + 17].tolist()
 
 
-@pytest.mark.parametrize('change', [{'seed': 2}, {'split': 'val'}])
-def test_another_seed_or_split_gives_another_order(change):
+def test_another_seed_gives_another_order():
     orders = [
         [starts(loader, step) for step in range(5)]
-        for loader in (make_loader(), make_loader(**change))
+        for loader in (make_loader(), make_loader(seed=2))
     ]
     assert orders[0] != orders[1]
 
@@ -124,7 +124,7 @@ def test_another_seed_or_split_gives_another_order(change):
 def test_the_order_of_sequences_is_the_same_for_any_number_of_ranks(world_size):
     alone = make_loader(micro_steps=4)
     ranks = [
-        make_loader(micro_steps=4 // world_size, rank=rank, world_size=world_size)
+        make_loader(micro_steps=4 // world_size, ranks=Ranks(rank, rank, world_size))
         for rank in range(world_size)
     ]
     for step in range(8):  # across the first epoch's end
@@ -183,33 +183,31 @@ def test_an_id_outside_the_vocabulary_is_named_by_whoever_asks(tmp_path):
     content[321] = 77
     content.tofile(tmp_path / 'train.bin')
     tokens = np.memmap(tmp_path / 'train.bin', dtype='<u2', mode='r')
-    loader = BatchLoader(
-        tokens, block_size=16, batch_size=40, seed=1, split='train', micro_steps=1, vocab_size=77
-    )
+    loader = BatchLoader(tokens, 16, batch_size=40, seed=1, micro_steps=1, vocab_size=77)
     for ask in (
         lambda: loader.batch(0, 0),
         lambda: next(loader.micro_batches(0)),
-        lambda: list(eval_batches(tokens, 16, 4, vocab_size=77)),
+        lambda: list(loader.eval_batches(tokens)),
     ):
         with pytest.raises(UserError, match='train.bin: token id 77 at offset 321'):
             ask()
 
 
-def windows_of(ranks, *arguments, **options):
-    return [
-        [
-            row
-            for x, _ in eval_batches(*arguments, rank=rank, world_size=ranks, **options)
-            for row in x[:, 0].tolist()
-        ]
-        for rank in range(ranks)
-    ]
+def evaluated(n_tokens, ranks=1, max_batches=None):
+    """The inputs of the evaluation batches of three windows, for each rank."""
+    loaders = [make_loader(batch_size=3, ranks=Ranks(n, n, ranks)) for n in range(ranks)]
+    batches = [loader.eval_batches(own_place(n_tokens), max_batches) for loader in loaders]
+    return [[x for x, _ in own] for own in batches]
+
+
+def windows_of(*arguments):
+    return [[row for x in own for row in x[:, 0].tolist()] for own in evaluated(*arguments)]
 
 
 @pytest.mark.parametrize('ranks', [1, 2, 3])
 @pytest.mark.parametrize('n_tokens', [17, 16 * 10, 16 * 10 + 1, 16 * 10 + 9])
 def test_evaluation_reads_every_window_once_over_all_ranks(ranks, n_tokens):
-    shares = windows_of(ranks, own_place(n_tokens), 16, 3)
+    shares = windows_of(n_tokens, ranks)
     everything = [start for share in shares for start in share]
     # Independently: every multiple of 16 whose window and its last target are there.
     assert sorted(everything) == [
@@ -218,15 +216,12 @@ def test_evaluation_reads_every_window_once_over_all_ranks(ranks, n_tokens):
 
 
 def test_evaluation_gives_out_batches_in_turn_and_a_last_one_as_large_as_is_left():
-    sizes = [
-        [len(x) for x, _ in eval_batches(own_place(16 * 11 + 1), 16, 3, rank=rank, world_size=2)]
-        for rank in (0, 1)
-    ]
+    sizes = [[len(x) for x in own] for own in evaluated(16 * 11 + 1, 2)]
     assert sizes == [[3, 3], [3, 2]]
 
 
 def test_evaluation_targets_are_the_inputs_one_token_later():
-    for x, y in eval_batches(own_place(16 * 11 + 1), 16, 3):
+    for x, y in make_loader().eval_batches(own_place(16 * 11 + 1)):
         assert torch.equal(y, x + 1)
 
 
@@ -244,9 +239,9 @@ def test_a_short_evaluation_spreads_distinct_windows_over_the_split(
 
 
 def test_a_short_evaluation_is_the_same_for_any_number_of_ranks():
-    expected = sorted(windows_of(1, own_place(5000), 16, 3, max_batches=5)[0])
+    expected = sorted(windows_of(5000, 1, 5)[0])
     assert len(expected) == 15
-    assert sorted(chain(*windows_of(4, own_place(5000), 16, 3, max_batches=5))) == expected
+    assert sorted(chain(*windows_of(5000, 4, 5))) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

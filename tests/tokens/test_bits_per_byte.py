@@ -13,7 +13,7 @@ from nib.text import hf_tokenizer, tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import ByteTokenizer, Gpt2Tokenizer
 from nib.text.train_bpe import train_bpe
-from nib.tokens.batches import eval_batches
+from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset
 from nib.tokens.write import write_dataset
 from train import evaluate
@@ -47,7 +47,7 @@ def write(folder, encoder, documents=DOCUMENTS):
 
 
 def whole_loss(data, probabilities) -> float:
-    batches = eval_batches(data.val, BLOCK_SIZE, batch_size=3)
+    batches = BatchLoader(data.train, BLOCK_SIZE, 3, 0, 1).eval_batches(data.val)
     return evaluate(Unigram(probabilities), batches, torch.autocast('cpu', enabled=False), Ranks())
 
 

@@ -219,7 +219,7 @@ def test_a_large_bin_with_a_bad_id_in_a_sample_is_refused(small_is_large, folder
 def test_a_bad_id_between_the_samples_is_met_by_the_batch_that_holds_it(small_is_large, folder):
     put_id(folder, 100, 500)
     data = dataset.open_dataset(folder, BLOCK_SIZE)
-    batches = BatchLoader(data.train, BLOCK_SIZE, 1, 1, 'train', 1, vocab_size=data.vocab_size)
+    batches = BatchLoader(data.train, BLOCK_SIZE, 1, 1, 1, vocab_size=data.vocab_size)
     with pytest.raises(UserError, match='train.bin: token id 500 at offset 100'):
         for step in range(2 * batches.n_windows):
             batches.batch(step, 0)
