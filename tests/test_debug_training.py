@@ -788,17 +788,14 @@ def test_marks_are_where_the_ranges_end():
 def test_adamw_by_hand_is_torchs(gradients, start, lr, beta1, beta2, decay):
     weight = torch.nn.Parameter(torch.tensor([start], dtype=torch.float64))
     optimizer = torch.optim.AdamW([weight], lr=lr, betas=(beta1, beta2), weight_decay=decay)
-    m = v = 0.0
-    for t, gradient in enumerate(gradients, start=1):
-        step = walkthrough.adamw_by_hand(
-            weight.item(), gradient, m, v, t, lr, (beta1, beta2), 1e-8, decay
-        )
+    by_hand = walkthrough.AdamWByHand(lr, beta1, beta2, decay)
+    for gradient in gradients:
+        step = by_hand.step(weight.item(), gradient)
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
-        m, v = step.m, step.v
         assert step.after == pytest.approx(weight.item(), abs=1e-9, rel=1e-9)
         theirs = [optimizer.state[weight][key].item() for key in ('exp_avg', 'exp_avg_sq')]
-        assert [m, v] == pytest.approx(theirs, abs=1e-9)
+        assert [step.m, step.v] == pytest.approx(theirs, abs=1e-9)
 
 
 def test_finite_differences_against_derivatives_by_hand():

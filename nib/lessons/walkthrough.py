@@ -24,6 +24,7 @@ PARAMETERS = (
 )
 # The step of finite differences: in float64, neither rounding nor curvature matters.
 SMALL = 1e-5
+EPS = 1e-8  # of AdamW, as in nib/optim.py
 
 
 # -- by hand ---------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ SMALL = 1e-5
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """One weight in one step of AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+    """One weight in one step of AdamW."""
 
     before: float
     gradient: float
@@ -47,31 +48,26 @@ class AdamWStep:
         return self.before + self.decay + self.update
 
 
-def adamw_by_hand(
-    weight: float,
-    gradient: float,
-    m: float,
-    v: float,
-    t: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> AdamWStep:
-    """Computes step t, counted from 1, in Python floats. m, v: after step t - 1; 0 at the start."""
-    m = betas[0] * m + (1 - betas[0]) * gradient
-    v = betas[1] * v + (1 - betas[1]) * gradient**2
-    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
-    return AdamWStep(
-        weight,
-        gradient,
-        m,
-        v,
-        m_hat,
-        v_hat,
-        -lr * weight_decay * weight,
-        -lr * m_hat / (math.sqrt(v_hat) + eps),
-    )
+@dataclass
+class AdamWByHand:
+    """AdamW for one weight, in Python floats (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    m: float = 0.0  # after t steps, and so is v
+    v: float = 0.0
+    t: int = 0
+
+    def step(self, weight: float, gradient: float) -> AdamWStep:
+        self.t += 1
+        self.m = self.beta1 * self.m + (1 - self.beta1) * gradient
+        self.v = self.beta2 * self.v + (1 - self.beta2) * gradient**2
+        m_hat, v_hat = self.m / (1 - self.beta1**self.t), self.v / (1 - self.beta2**self.t)
+        decay = -self.lr * self.weight_decay * weight
+        update = -self.lr * m_hat / (math.sqrt(v_hat) + EPS)
+        return AdamWStep(weight, gradient, self.m, self.v, m_hat, v_hat, decay, update)
 
 
 @torch.no_grad()
@@ -308,17 +304,17 @@ def explain_adamw(
     part, state = next(
         (part, state) for part in optimizer.parts for p, state in part.state() if p is parameter
     )
-    lr, (beta1, beta2), eps, decay = optimizer.lr, part.betas, 1e-8, part.weight_decay
+    lr, (beta1, beta2), decay = optimizer.lr, part.betas, part.weight_decay
     m, v = float(state['exp_avg'][index]), float(state['exp_avg_sq'][index])
-    first = int(state['step']) + 1
+    by_hand = AdamWByHand(lr, beta1, beta2, decay, m, v, int(state['step']))
+    first = by_hand.t + 1
     hand, torchs = [], []
-    for t, micro_batches in enumerate(steps, start=first):
+    for micro_batches in steps:
         training.accumulate(micro_batches)
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         gradient, weight = float(parameter.grad[index]), float(parameter[index].detach())
         model.zero_grad(set_to_none=True)
-        hand.append(adamw_by_hand(weight, gradient, m, v, t, lr, (beta1, beta2), eps, decay))
-        m, v = hand[-1].m, hand[-1].v
+        hand.append(by_hand.step(weight, gradient))
         training.step(optimizer, micro_batches)  # changes the tensors of the state
         tensors = (state['exp_avg'], state['exp_avg_sq'], parameter.detach())
         torchs.append([float(tensor[index]) for tensor in tensors])
@@ -351,7 +347,7 @@ def explain_adamw(
     yield figures('m_hat', f'm / (1 - {beta1:g}^t)', 'm_hat', '{:.6e}')
     yield figures('v_hat', f'v / (1 - {beta2:g}^t)', 'v_hat', '{:.6e}')
     yield figures('decay', f'-{lr:g} * {decay:g} w', 'decay', '{:.8f}')
-    yield figures('update', f'-{lr:g} m_hat / (sqrt(v_hat) + {eps:g})', 'update', '{:.8f}')
+    yield figures('update', f'-{lr:g} m_hat / (sqrt(v_hat) + {EPS:g})', 'update', '{:.8f}')
     yield figures('w by hand', 'w + decay + update', 'after', '{:.8f}')
     yield row(
         'w by torch',
