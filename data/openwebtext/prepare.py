@@ -18,12 +18,11 @@ import numpy as np
 
 import configurator
 from nib.errors import UserError, run_script
-from nib.files import shown
 from nib.text import documents, inputs
 from nib.text.download import DownloadError
 from nib.text.rows import READERS, read_rows
 from nib.text.tokenizer import Gpt2Tokenizer
-from nib.tokens.write import write_dataset
+from nib.tokens.write import describe, write_dataset
 
 input: str = ''  # .jsonl or .parquet files or folders, a document per row; empty: download
 field: str = 'text'  # the field of a row that contains its text
@@ -65,11 +64,8 @@ def main(argv):
         'documents': {split: len(rows) for split, rows in splits.items()},
     }
     meta = write_dataset(folder, read_pieces, Gpt2Tokenizer(), source, texts.n_bytes)
+    print(describe(folder, f'{len(texts):,} documents', meta))
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
-    print(
-        f'{shown(folder)}: {len(texts):,} documents, vocabulary {meta["vocab_size"]:,}, '
-        f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
-    )
     if not input and tokens != EXPECTED:
         print(
             f'note: nanoGPT published {EXPECTED["train"]:,} and {EXPECTED["val"]:,} tokens; '

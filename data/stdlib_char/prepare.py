@@ -9,8 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
-from nib.files import shown
-from nib.tokens.write import write_char_dataset
+from nib.tokens.write import describe, write_char_dataset
 
 out_dir: str = ''  # output folder; empty: this file's folder
 
@@ -35,12 +34,8 @@ def main(argv):
         'sha256': hashlib.sha256(text.encode()).hexdigest(),
     }
     meta = write_char_dataset(folder, text, source)
-    tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
-    print(
-        f'{shown(folder)}: {len(text):,} characters of {len(sources)} files of Python '
-        f'{platform.python_version()}, vocabulary {meta["vocab_size"]}, '
-        f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
-    )
+    of = f'{len(sources)} files of Python {platform.python_version()}'
+    print(describe(folder, f'{len(text):,} characters of {of}', meta))
 
 
 def read_sources(library: Path) -> list[str]:

@@ -39,7 +39,7 @@ from nib.text.tokenizer import (
 from nib.tokens.borrow import read_tokenizer
 from nib.tokens.dataset import is_prepared
 from nib.tokens.encode import Piece
-from nib.tokens.write import stored_tokenizer, write_dataset
+from nib.tokens.write import describe, stored_tokenizer, write_dataset
 
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
@@ -104,13 +104,8 @@ def main(argv):
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
         note(f'the validation split has {share:.0%} of the text, as documents are not split')
-    tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
-    print(
-        f'{shown(folder)}: {len(found.lengths):,} document{"s" * several}, '
-        f'{sum(found.lengths):,} characters, '
-        f'vocabulary {meta["vocab_size"]:,}, '
-        f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
-    )
+    content = f'{len(found.lengths):,} document{"s" * several}, {sum(found.lengths):,} characters'
+    print(describe(folder, content, meta))
     if tokenizer == 'bpe':
         print(compare(encoder, read_pieces))
     if sum(found.lengths) < LITTLE:

@@ -12,7 +12,7 @@ from nib.text import reading
 from nib.text.download import DownloadError, download
 from nib.text.tokenizer import END_OF_TEXT, Tokenizer
 from nib.tokens.unfinished import locked
-from nib.tokens.write import write_text
+from nib.tokens.write import describe, write_text
 
 URLS = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
@@ -50,11 +50,7 @@ def prepare(script: str, given: str, out_dir: str, make_tokenizer: Callable[[str
             f'using it anyway',
             file=sys.stderr,
         )
-    tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
-    print(
-        f'{shown(folder)}: {len(text):,} characters, vocabulary {meta["vocab_size"]:,}, '
-        f'{tokens["train"]:,} training and {tokens["val"]:,} validation tokens'
-    )
+    print(describe(folder, f'{len(text):,} characters', meta))
 
 
 def _read(path: Path) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nib.errors import UserError
-from nib.files import read_json
+from nib.files import read_json, shown
 from nib.text import documents
 from nib.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import FORMAT, sampled_digest
@@ -63,6 +63,15 @@ def write_dataset(
             remove_unfinished(folder)
             return existing
         return _write(folder, read_pieces, tokenizer, source, n_bytes)
+
+
+def describe(folder: Path, content: str, meta: dict) -> str:
+    """Returns a line about a dataset. content: what it was made from. meta: its meta.json."""
+    train, val = (meta['splits'][split]['tokens'] for split in SPLITS)
+    return (
+        f'{shown(folder)}: {content}, vocabulary {meta["vocab_size"]:,}, {train:,} training and '
+        f'{val:,} validation tokens'
+    )
 
 
 def stored_tokenizer(folder: Path, source: dict) -> Tokenizer | None:
