@@ -39,14 +39,7 @@ from benchmarks.plan import describe_plan
 from model import GPT
 from nib.errors import UserError, run_script
 from nib.machine.compiling import has_compiler, pick_compile
-from nib.machine.device import (
-    measure_flops,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    synchronize,
-)
+from nib.machine.device import measure_flops, peak_memory, pick_device, pick_dtype, synchronize
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
@@ -69,13 +62,6 @@ price_per_hour: float = 0.0  # plan: of one device, in your currency; 0: no cost
 VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
 ROOT = Path(__file__).resolve().parent
 WARM_UP = 3  # steps that are not measured
-AXES = {
-    'width': ('n_embd', 'n_head', 'n_kv_head'),
-    'depth': ('n_layer',),
-    'context': ('block_size',),
-    'batch': ('batch_size',),
-}
-SLOW = 700  # ms; an axis ends with the first step that takes longer
 
 
 def main(argv):
@@ -268,7 +254,7 @@ class Contestant:
         self.prompt = data.val[: values['prompt_tokens']].tolist()
         self.tokens = self.training.tokens_per_step
         self.step = 0
-        self.peak = peak_flops(self.device, values['dtype'])
+        self.peak = self.training.peak_flops
         self.time_steps(WARM_UP)
         # Measured now, before generation and other measurements add to it.
         self.memory = peak_memory(self.device)
@@ -407,32 +393,25 @@ def time_run(argv) -> dict[str, float]:
 
 
 def measure_growth(values) -> tuple[str, Callable]:
-    """Returns the table of speed and memory along each of AXES, and the function that draws it.
+    """Returns the table of speed and memory along each axis, and the function that draws it.
 
     On each axis, one size of the model or the batch is 1/8, 1/4, 1/2, 1, 2, ... of its value in
-    this config, if that is an integer, until a step is SLOW or the memory is full.
+    this config, if that is an integer, until a step is slow or the memory is full.
     """
     growing.check_picture(growth)
     values['compile'] = values['compile'] is True and has_compiler()  # auto: these runs are short
     measured = growing.measure(
-        AXES, values, SLOW, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
+        values, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
     )
-    labels = {
-        'width': f'width (heads of {values["n_embd"] // values["n_head"]})',
-        'depth': 'depth (layers)',
-        'context': 'context (tokens)',
-        'batch': 'batch (sequences)',
-    }
     what = (
         f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, '
         f'batch {values["batch_size"]}, and one of these changed; {values["dtype"]}, '
         f'compile {"on" if values["compile"] else "off"}'
     )
     machine = measure.describe_machine(values['device'])
-    own_sizes = {axis: values[keys[0]] for axis, keys in AXES.items()}
     return (
         f'{what}\n{machine}\n\n{growing.make_table(measured)}',
-        lambda: growing.draw(measured, growth, f'{what}\n{machine}', own_sizes, labels),
+        lambda: growing.draw(measured, growth, f'{what}\n{machine}', values),
     )
 
 

@@ -13,26 +13,28 @@ STEP, SPEED, LIMIT, SHARE = 'ms/step', 'tokens/s', 'at matrix rate', '% of it'
 MEMORY, BEFORE = 'peak memory, MB', 'before model, MB'
 
 
-def measure(
-    axes: Mapping[str, Sequence[str]],
-    own: Mapping[str, int],
-    slow: float,
-    measure_point: Callable[[dict[str, int]], dict[str, float]],
-) -> Growth:
+# The config keys that change together on each axis; the first one gives a point's size.
+AXES = {
+    'width': ('n_embd', 'n_head', 'n_kv_head'),
+    'depth': ('n_layer',),
+    'context': ('block_size',),
+    'batch': ('batch_size',),
+}
+SLOW = 700  # ms; an axis ends with the first step that takes longer
+
+
+def measure(config: Mapping, measure_point: Callable[[dict[str, int]], dict[str, float]]) -> Growth:
     """Measures along each axis, doubling the sizes, from an eighth of the config's own size.
 
-    axes: the config keys that change together on each axis; the first one gives a point's size.
-    own: the config's own sizes, a point on every axis.
-    slow: milliseconds; an axis ends after a slower step.
     measure_point: returns the figures of the config with these sizes, or raises UserError if it
     does not fit into memory, which ends the axis too.
     """
     growth: dict[str, list] = {}
     own_point = measure_point({})
-    for axis, keys in axes.items():
+    for axis, keys in AXES.items():
         points = growth[axis] = []
         for power in range(-3, 12):
-            scaled = {key: own[key] * 2.0**power for key in keys}
+            scaled = {key: config[key] * 2.0**power for key in keys}
             if not all(size.is_integer() for size in scaled.values()):
                 continue
             sizes = {key: int(size) for key, size in scaled.items()}
@@ -46,7 +48,7 @@ def measure(
                 break
             points.append({axis: size, **point})
             print(f'{axis} {size}: {point[SPEED]:,.0f} tokens/s', file=sys.stderr, flush=True)
-            if power >= 0 and point[STEP] > slow:
+            if power >= 0 and point[STEP] > SLOW:
                 break
     return growth
 
@@ -77,20 +79,27 @@ def check_picture(path: str):
         )
 
 
-def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: Mapping[str, str]):
+def draw(growth: Growth, path: str, title: str, config: Mapping):
     """Plots a column of panels for each axis: speed, its share of the matrix rate, and memory.
 
-    own: the config's own size on each axis, which is marked with a ring. labels: of the axes.
+    The config's own size on each axis is marked with a ring.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    labels = {
+        'width': f'width (heads of {config["n_embd"] // config["n_head"]})',
+        'depth': 'depth (layers)',
+        'context': 'context (tokens)',
+        'batch': 'batch (sequences)',
+    }
     figure = Figure(figsize=(10, 6.4), layout='constrained')
     figure.suptitle(title, fontsize=10)
     rows = figure.subplots(3, len(growth), sharex='col', sharey='row')
     for column, (axis, points) in zip(rows.T, growth.items()):
         sizes = [point[axis] for point in points]
-        own_point = points[sizes.index(own[axis])]
+        own = config[AXES[axis][0]]
+        own_point = points[sizes.index(own)]
         panels = (
             (SPEED, 'tab:blue', LIMIT, 'FLOPs alone, at the rate\nof a large matrix product'),
             (SHARE, 'tab:red', None, ''),
@@ -103,7 +112,7 @@ def draw(growth: Growth, path: str, title: str, own: Mapping[str, int], labels: 
             figures = [point[measured] for point in points]
             panel.plot(sizes, figures, 'o-', color=colour, markersize=4)
             ring = {'markersize': 9, 'color': 'black', 'fillstyle': 'none'}
-            panel.plot(own[axis], own_point[measured], 'o', **ring)
+            panel.plot(own, own_point[measured], 'o', **ring)
             panel.grid(color='0.9')
         panel.set_xscale('log', base=2)
         panel.set_xticks(sizes[::-2])
