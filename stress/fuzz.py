@@ -23,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,31 +73,23 @@ MAINS = {
     'bench.py': bench.main,
     'report.py': report.main,
 }
-TINY = [
-    '--device=cpu',
-    '--data_dir=data',
-    '--dataset=tiny',
-    '--n_layer=1',
-    '--n_head=2',
-    '--n_embd=8',
-    '--block_size=8',
-    '--batch_size=2',
-    '--gradient_accumulation_steps=1',
-    '--lr_decay_iters=2',
-    '--warmup_iters=1',
-    '--learning_rate=1e-2',
-]
+TINY = (
+    '--device=cpu --data_dir=data --dataset=tiny --n_layer=1 --n_head=2 --n_embd=8 --block_size=8 '
+    '--batch_size=2 --gradient_accumulation_steps=1 --lr_decay_iters=2 --warmup_iters=1 '
+    '--learning_rate=1e-2'
+).split()
+RESUME = ['--init_from=resume', '--out_dir=run', '--max_iters=3']
+PUBLISHED = (
+    '--device=cpu --data_dir=data --dataset=gpt2 --batch_size=2 --gradient_accumulation_steps=1 '
+    '--out_dir=new --init_from=published --max_iters=1 --eval_iters=1 --warmup_iters=1'
+).split()
 TRAIN = [*TINY, '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--log_interval=1']
 BASE = {
     'train.py': [*TRAIN, '--out_dir=new'],
     'sample.py': ['--device=cpu', '--out_dir=run', '--max_new_tokens=3'],
     'bench.py': [
         *TINY,
-        '--rounds=1',
-        '--steps=1',
-        '--new_tokens=2',
-        '--prompt_tokens=2',
-        '--no-startup',
+        *'--rounds=1 --steps=1 --new_tokens=2 --prompt_tokens=2 --no-startup'.split(),
     ],
     'report.py': ['--out_dir=run', '--no-png'],
     PREPARE['text']: ['--input=texts'],
@@ -109,113 +102,24 @@ TYPES = {script: configurator.read_block(str(ROOT / script)).types for script in
 TYPES['report.py'].pop('watch')  # it serves until Ctrl-C
 # Larger values of these keys only make a run longer, so they get small or invalid values.
 WORK = {
-    'max_iters',
-    'eval_iters',
-    'sample_tokens',
-    'gradient_accumulation_steps',
-    'num_samples',
-    'max_new_tokens',
-    'rounds',
-    'steps',
-    'new_tokens',
+    *'max_iters eval_iters sample_tokens gradient_accumulation_steps num_samples'.split(),
+    *'max_new_tokens rounds steps new_tokens'.split(),
 }
-NUMBERS = [
-    '0',
-    '1',
-    '2',
-    '3',
-    '-0',
-    '-1',
-    '1.5',
-    '1e-400',
-    'nan',
-    'inf',
-    '-inf',
-    '1e400',
-    '-1e400',
-    'None',
-    'True',
-    '',
-    'abc',
-]
-LARGE = [
-    '7',
-    '8',
-    '17',
-    '64',
-    '1000',
-    '1e3',
-    '100000',
-    '2147483647',
-    '1e9',
-    '1e18',
-    '1e308',
-    '9' * 400,
-    '-' + '9' * 50,
-    '0x10',
-]
+NUMBERS = '0 1 2 3 -0 -1 1.5 1e-400 nan inf -inf 1e400 -1e400 None True'.split() + ['', 'abc']
+LARGE = '7 8 17 64 1000 1e3 100000 2147483647 1e9 1e18 1e308'.split()
+LARGE += ['9' * 400, '-' + '9' * 50, '0x10']
 TEXTS = [
-    '',
-    'x',
-    '-',
-    '--',
-    '.',
-    'run',
-    'new',
-    'data',
-    'texts',
-    'texts/a.txt',
-    'published',
-    'data/tiny',
-    'run/latest',
-    'best',
-    '2',
-    '/dev/null',
-    '/dev/full',
-    '/proc/self/mem',
-    '~',
-    '~nobody',
-    'x' * 300,
-    'x' * 5000,
-    'x/' * 2000,
-    'é€🙂',
-    '\udcff',
-    '\ud800',
-    'a\nb',
-    '\t',
-    '"',
-    "'",
-    "'a'",
-    '[]',
-    '()',
-    '{}',
-    '%s',
-    '{0}',
-    '$(touch canary)',
-    "__import__('os').mkdir('canary')",
-    'FILE:',
-    'FILE:.',
-    'FILE:texts/a.txt',
-    'FILE:nowhere',
-    'The ',
-    '<|endoftext|>',
-    'auto',
-    'cpu',
-    'cuda',
-    'cuda:7',
-    'cpu:1',
-    'meta',
-    'resume',
-    'scratch',
-    'gpt2',
-    '9' * 5000,
-    'none',
-    'tiny',
-    'shakespeare_char',
-    'text',
-    'stdlib',
-    ',',
-    'texts,nowhere',
+    *('', 'x', '-', '--', '.'),
+    *'run new data texts texts/a.txt published data/tiny run/latest best 2'.split(),
+    *'/dev/null /dev/full /proc/self/mem ~ ~nobody'.split(),
+    *('x' * 300, 'x' * 5000, 'x/' * 2000),
+    *('é€🙂', '\udcff', '\ud800', 'a\nb', '\t'),
+    *('"', "'", "'a'", '[]', '()', '{}', '%s', '{0}'),
+    *('$(touch canary)', "__import__('os').mkdir('canary')"),
+    *'FILE: FILE:. FILE:texts/a.txt FILE:nowhere'.split(),
+    *('The ', '<|endoftext|>'),
+    *'auto cpu cuda cuda:7 cpu:1 meta resume scratch gpt2'.split(),
+    *('9' * 5000, 'none', 'tiny', 'shakespeare_char', 'text', 'stdlib', ',', 'texts,nowhere'),
 ]
 CONFIGS = [
     '',
@@ -313,16 +217,13 @@ def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
         while running and (number is None or len(running) >= (os.cpu_count() or 1)):
             process, status = os.wait()
             number_ended, made, folder = running.pop(process)
-            os.killpg(process, signal.SIGKILL) if is_alive(
-                process
-            ) else None  # its child processes may still run
-            code, said = (
-                os.waitstatus_to_exitcode(status),
-                folder.with_suffix('.said').read_text(errors='replace'),
-            )
-            bad = judge(code, said) or (
-                'code of an argument ran' if (folder / 'canary').exists() else ''
-            )
+            with suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)  # its child processes may still run
+            code = os.waitstatus_to_exitcode(status)
+            said = folder.with_suffix('.said').read_text(errors='replace')
+            bad = judge(code, said)
+            if not bad and (folder / 'canary').exists():
+                bad = 'code of an argument ran'
             ended.append((made.kind, code, bad))
             if bad or case >= 0:
                 print(f'case {number_ended}: {made.script} {made.argv!a}')
@@ -333,20 +234,9 @@ def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
             folder = scratch / str(number)
             made = make_case(random.Random(f'{seed}/{number}'))
             shutil.copytree(ground, folder, symlinks=True)
-            running[fork(lambda _: play(made), folder, folder.with_suffix('.said'))] = (
-                number,
-                made,
-                folder,
-            )
+            process = fork(lambda _: play(made), folder, folder.with_suffix('.said'))
+            running[process] = number, made, folder
     return ended
-
-
-def is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-        return True
-    except OSError:
-        return False
 
 
 def judge(code: int, said: str) -> str:
@@ -356,9 +246,9 @@ def judge(code: int, said: str) -> str:
         return 'traceback'
     if code == 2 and (len(errors) != 1 or not said.endswith(errors[0] + '\n')):
         return 'not one line'
-    return (
-        '' if code in (0, 2, 3) else 'too long' if code == -signal.SIGALRM else 'another exit code'
-    )
+    if code == -signal.SIGALRM:
+        return 'too long'
+    return '' if code in (0, 2, 3) else 'another exit code'
 
 
 def make_table(ended, seconds: float) -> str:
@@ -397,10 +287,7 @@ def fork(work: Callable[[Path], None], folder: Path, said: Path) -> int:
         os.setpgid(0, 0)
         folder.mkdir(exist_ok=True)
         os.chdir(folder)
-        os.environ |= {
-            'HOME': str(folder),
-            'PATH': '',
-        }  # no PATH, so no compiler, which would be slow
+        os.environ |= {'HOME': str(folder), 'PATH': ''}  # so no compiler, which would be slow
         os.environ.pop('CXX', None)
         for descriptor, path, flags in (
             (0, os.devnull, os.O_RDONLY),
@@ -436,17 +323,15 @@ def play(made: Case):
 
 
 def make_case(draw: random.Random) -> Case:
-    return draw.choices(
-        [
-            case_of_flags,
-            case_of_dataset,
-            case_of_run,
-            case_of_report,
-            case_of_published,
-            case_of_text,
-        ],
-        [10, 3, 4, 2, 2, 4],
-    )[0](draw)
+    kinds = {
+        case_of_flags: 10,
+        case_of_dataset: 3,
+        case_of_run: 4,
+        case_of_report: 2,
+        case_of_published: 2,
+        case_of_text: 4,
+    }
+    return draw.choices(list(kinds), list(kinds.values()))[0](draw)
 
 
 def case_of_flags(draw) -> Case:
@@ -455,32 +340,22 @@ def case_of_flags(draw) -> Case:
     flags = []
     for _ in range(draw.randint(1, 3)):
         flags += random_flag(draw, types)
-    config = (
-        draw.choice(CONFIGS).encode('utf-8', 'surrogatepass')
-        if draw.random() < 0.8
-        else draw.randbytes(50)
-    )
+    if draw.random() < 0.8:
+        config = draw.choice(CONFIGS).encode('utf-8', 'surrogatepass')
+    else:
+        config = draw.randbytes(50)
     if draw.random() < 0.2:
-        files = [
-            'config.py',
-            'config.py',
-            'nowhere.py',
-            'texts',
-            'texts/a.txt',
-            str(ROOT / 'config/train_shakespeare_char.py'),
-        ]
+        files = 'config.py config.py nowhere.py texts texts/a.txt'.split()
+        files.append(str(ROOT / 'config/train_shakespeare_char.py'))
         flags.insert(draw.randint(0, len(flags)), draw.choice(files))
     if script.startswith('data'):  # never write into the project's own folder
-        flags.append(
-            '--out_dir='
-            + draw.choice(['new', 'new', 'data/tiny', 'texts/a.txt', '/dev/null', 'é', 'x' * 300])
-        )
-    return Case(
-        f'flags of {script}',
-        script,
-        BASE[script] + flags,
-        lambda: Path('config.py').write_bytes(config),
-    )
+        folders = ['new', 'new', 'data/tiny', 'texts/a.txt', '/dev/null', 'é', 'x' * 300]
+        flags.append(f'--out_dir={draw.choice(folders)}')
+
+    def write_config():
+        Path('config.py').write_bytes(config)
+
+    return Case(f'flags of {script}', script, BASE[script] + flags, write_config)
 
 
 def random_flag(draw, types: dict) -> list[str]:
@@ -495,25 +370,21 @@ def random_flag(draw, types: dict) -> list[str]:
     if draw.random() < 0.1:  # a misspelled key
         at = draw.randrange(len(key))
         key = key[:at] + draw.choice(['', 'x', '-', 'é', key[at] * 2]) + key[at + 1 :]
-    forms = [
-        '--{key}={value}',
-        '--{key} {value}',
-        '--{key}',
-        '--no-{key}',
-        '{key}={value}',
-        '-{key}={value}',
-    ]
-    form = draw.choices(forms, [10, 3, 1, 1, 1, 1])[0]
+    forms = {
+        '--{key}={value}': 10,
+        '--{key} {value}': 3,
+        '--{key}': 1,
+        '--no-{key}': 1,
+        '{key}={value}': 1,
+        '-{key}={value}': 1,
+    }
+    form = draw.choices(list(forms), list(forms.values()))[0]
     return [part.format(key=key, value=value) for part in form.split(' ')]
 
 
 def case_of_dataset(draw) -> Case:
-    name, files = draw.choice(
-        [
-            ('tiny', ['train.bin', 'val.bin', 'meta.json']),
-            ('nano', ['train.bin', 'val.bin', 'meta.pkl']),
-        ]
-    )
+    name, meta = draw.choice([('tiny', 'meta.json'), ('nano', 'meta.pkl')])
+    files = ('train.bin', 'val.bin', meta)
     damage = random_damage(draw, [f'data/{name}/{file}' for file in files])
     large = draw.choice([100, 1 << 26])  # bins of this many bytes or more are not read completely
 
@@ -521,53 +392,26 @@ def case_of_dataset(draw) -> Case:
         dataset.LARGE = large
         damage()
 
-    resumes = (
-        ['--init_from=resume', '--out_dir=run', '--max_iters=3']
-        if name == 'tiny' and draw.random() < 0.3
-        else []
-    )
-    return Case(
-        'damaged dataset',
-        'train.py',
-        [*TRAIN, '--out_dir=new', f'--dataset={name}', *resumes],
-        prepare,
-    )
+    argv = [*TRAIN, '--out_dir=new', f'--dataset={name}']
+    if name == 'tiny' and draw.random() < 0.3:
+        argv += RESUME
+    return Case('damaged dataset', 'train.py', argv, prepare)
 
 
 def case_of_run(draw) -> Case:
-    folder = 'run/step-00000002/'
-    damage = random_damage(
-        draw,
-        [
-            'run/latest',
-            'run/best',
-            'run/config.json',
-            'run/metrics.jsonl',
-            'run/wandb_id',
-            folder + 'state.json',
-            folder + 'model.safetensors',
-            folder + 'optimizer.safetensors',
-            'run/step-00000001/state.json',
-            'run/step-00000001',
-            folder,
-        ],
-    )
+    files = 'latest best config.json metrics.jsonl wandb_id step-00000002/state.json'.split()
+    files += ['step-00000002/model.safetensors', 'step-00000002/optimizer.safetensors']
+    files += ['step-00000001/state.json', 'step-00000001', 'step-00000002/']
+    damage = random_damage(draw, [f'run/{file}' for file in files])
+    sample_flags = [
+        *BASE['sample.py'],
+        draw.choice(['--which=best', '--which=latest', '--which=2']),
+    ]
+    resume_flags = [*TRAIN, *RESUME, *draw.choice([[], ['--wandb_log']])]
     script, argv = draw.choice(
         [
-            (
-                'sample.py',
-                [*BASE['sample.py'], draw.choice(['--which=best', '--which=latest', '--which=2'])],
-            ),
-            (
-                'train.py',
-                [
-                    *TRAIN,
-                    '--out_dir=run',
-                    '--init_from=resume',
-                    '--max_iters=3',
-                    *draw.choice([[], ['--wandb_log']]),
-                ],
-            ),
+            ('sample.py', sample_flags),
+            ('train.py', resume_flags),
             ('train.py', [*TRAIN, '--out_dir=new', '--init_from=run']),
             ('train.py', [*TRAIN, '--out_dir=run', '--overwrite']),
         ]
@@ -576,60 +420,33 @@ def case_of_run(draw) -> Case:
 
 
 def case_of_report(draw) -> Case:
-    damage = random_damage(
-        draw,
-        [
-            'run/config.json',
-            'run/metrics.jsonl',
-            'other/config.json',
-            'other/metrics.jsonl',
-            'run/report.html',
-        ],
-    )
+    files = [
+        f'{run}/{file}' for run in ('run', 'other') for file in ('config.json', 'metrics.jsonl')
+    ]
+    damage = random_damage(draw, [*files, 'run/report.html'])
     flags = draw.choice([[], [], ['--out_dir=run,other'], ['--png']])
     return Case('damaged run, its report', 'report.py', [*BASE['report.py'], *flags], damage)
 
 
 def case_of_published(draw) -> Case:
     damage = random_damage(draw, ['published/config.json', 'published/model.safetensors'])
-    argv = [
-        '--device=cpu',
-        '--data_dir=data',
-        '--dataset=gpt2',
-        '--batch_size=2',
-        '--gradient_accumulation_steps=1',
-        '--out_dir=new',
-        '--init_from=published',
-        '--max_iters=1',
-        '--eval_iters=1',
-        '--warmup_iters=1',
-    ]
-    return Case('damaged published weights', 'train.py', argv, damage)
+    return Case('damaged published weights', 'train.py', PUBLISHED, damage)
 
 
 def case_of_text(draw) -> Case:
     what = draw.choice(['texts', 'texts', 'texts', 'journal', 'prompt', 'shakespeare'])
     if what == 'prompt':
-        return Case(
-            'damaged prompt',
-            'sample.py',
-            [*BASE['sample.py'], '--start=FILE:texts/prompt.txt'],
-            random_damage(draw, ['texts/prompt.txt']),
-        )
+        argv = [*BASE['sample.py'], '--start=FILE:texts/prompt.txt']
+        return Case('damaged prompt', 'sample.py', argv, random_damage(draw, ['texts/prompt.txt']))
     if what == 'shakespeare':
         script = PREPARE[draw.choice(['shakespeare_char', 'shakespeare'])]
-        return Case(
-            'damaged text',
-            script,
-            ['--input=texts/a.txt', '--out_dir=new'],
-            random_damage(draw, ['texts/a.txt']),
-        )
+        argv = ['--input=texts/a.txt', '--out_dir=new']
+        return Case('damaged text', script, argv, random_damage(draw, ['texts/a.txt']))
     if what == 'journal':
         files = ('.journal.json', '.train.bin.unfinished', '.val.bin.unfinished')
         damage = random_damage(draw, [f'stopped/{file}' for file in files])
-        return Case(
-            'damaged journal', PREPARE['text'], ['--input=texts', '--out_dir=stopped'], damage
-        )
+        argv = ['--input=texts', '--out_dir=stopped']
+        return Case('damaged journal', PREPARE['text'], argv, damage)
     file = draw.choice(['a.txt', 'b.md', 'rows.jsonl', 'rows.parquet', 'rows.parquet'])
     argv = [
         f'--input=texts/{file}',
@@ -675,25 +492,14 @@ def change_bytes(draw, path: Path):
     content = path.read_bytes()
     start, stop = sorted(draw.choices(range(len(content) + 1), k=2))
     how = draw.choice(
-        [
-            'cut',
-            'flip',
-            'flip',
-            'insert',
-            'take out',
-            'repeat',
-            'empty',
-            'noise',
-            'nest',
-            'remove',
-            'folder',
-            'link',
-            'null',
-        ]
+        'cut flip flip insert take_out repeat empty noise nest remove folder link null'.split()
     )
     if how in ('remove', 'folder', 'link'):
         path.unlink()
-        path.mkdir() if how == 'folder' else path.symlink_to(path.name) if how == 'link' else None
+        if how == 'folder':
+            path.mkdir()
+        elif how == 'link':
+            path.symlink_to(path.name)
         return
     flipped = bytearray(content)
     for _ in range(draw.randint(1, 4) if content else 0):
@@ -703,7 +509,7 @@ def change_bytes(draw, path: Path):
             'cut': content[:stop],
             'flip': flipped,
             'insert': content[:start] + draw.randbytes(draw.randint(1, 9)) + content[start:],
-            'take out': content[:start] + content[stop:],
+            'take_out': content[:start] + content[stop:],
             'repeat': content + content[start:stop],
             'empty': b'',
             'noise': draw.randbytes(draw.randint(1, 200)),
@@ -740,25 +546,13 @@ def make_ground(folder: Path):
     Path('run/wandb_id').write_text('0123abcd\n')
     Path('published').mkdir()
     model = GPT(GPTConfig(vocab_size=50257, block_size=8, n_layer=1, n_head=2, n_embd=4))
-    tensors = {
-        key: value.t().contiguous()
-        if key.endswith(('attn.weight', 'proj.weight', 'fc.weight'))
-        else value
-        for key, value in model.state_dict().items()
-    }
+    tensors = model.state_dict()
+    for key in tensors:
+        if key.endswith(('attn.weight', 'proj.weight', 'fc.weight')):
+            tensors[key] = tensors[key].t().contiguous()
     safetensors.torch.save_file(tensors, 'published/model.safetensors')
-    Path('published/config.json').write_text(
-        json.dumps(
-            {
-                'model_type': 'gpt2',
-                'vocab_size': 50257,
-                'n_positions': 8,
-                'n_embd': 4,
-                'n_layer': 1,
-                'n_head': 2,
-            }
-        )
-    )
+    sizes = {'vocab_size': 50257, 'n_positions': 8, 'n_embd': 4, 'n_layer': 1, 'n_head': 2}
+    Path('published/config.json').write_text(json.dumps({'model_type': 'gpt2', **sizes}))
     Path('texts').mkdir()
     for name in ('a.txt', 'b.md'):
         Path('texts', name).write_text(text + 'é€🙂')
