@@ -48,25 +48,12 @@ folder: str = ''  # where to write the runs; empty: the system's folder for temp
 result: str = ''  # also write the table to this file
 
 SAVE_INTERVAL = 2  # steps between saves in the killed runs of train.py
-RUN = [
-    '--dataset=tiny',
-    '--device=cpu',
-    '--n_layer=1',
-    '--n_head=2',
-    '--n_embd=32',
-    '--block_size=16',
-    '--batch_size=2',
-    '--gradient_accumulation_steps=1',
-    '--dropout=0.1',
-    '--max_iters=60',
-    '--lr_decay_iters=60',
-    '--warmup_iters=4',
-    f'--eval_interval={SAVE_INTERVAL}',
-    '--eval_iters=1',
-    '--log_interval=1',
-    '--learning_rate=1e-2',
-    '--keep_every=20',
-]
+RUN = (
+    '--dataset=tiny --device=cpu --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 '
+    '--gradient_accumulation_steps=1 --dropout=0.1 --max_iters=60 --lr_decay_iters=60 '
+    f'--warmup_iters=4 --eval_interval={SAVE_INTERVAL} --eval_iters=1 --log_interval=1 '
+    '--learning_rate=1e-2 --keep_every=20'
+).split()
 
 
 def main(argv):
@@ -92,35 +79,23 @@ def main(argv):
             stop_training(stops // 2, random.Random(seed + 2), Path(scratch) / name, troubles, name)
             for name in STOPPED
         ]
-    table = (
-        '\n'.join(
-            [
-                measure.describe_machine(),
-                '',
-                f'{"cut at every operation of":46}' + ''.join(f'{way:>12}' for way in WAYS),
-                *rows,
-                '',
-                f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
-                *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
-                f'{"runs that ended, after kills and resumes":46}{"":>12}{training["ended"]:>12,}',
-                (
-                    f'{"of these, with other weights than uninterrupted":46}{"":>11}'
-                    f'{training["differ"]:>12,}'
-                ),
-                '',
-                f'{"stopped by a signal at random":46}'
-                + ''.join(f'{name:>16}' for name in STOPPED),
-                *(
-                    f'{key:46}' + ''.join(f'{counts[key]:>16,.3g}' for counts in stopped)
-                    for key in stopped[0]
-                ),
-                '',
-                f'violations: {len(troubles)}',
-                *troubles[:20],
-            ]
-        )
-        + '\n'
-    )
+    lines = [
+        measure.describe_machine(),
+        '',
+        f'{"cut at every operation of":46}' + ''.join(f'{way:>12}' for way in WAYS),
+        *rows,
+        '',
+        f'{"killed at random":46}{"saving":>12}{"train.py":>12}',
+        *(f'{key:46}{saving[key]:>12,}{training[key]:>12,}' for key in COUNTED),
+        f'{"runs that ended, after kills and resumes":46}{"":>12}{training["ended"]:>12,}',
+        f'{"of these, with other weights than uninterrupted":46}{"":>11}{training["differ"]:>12,}',
+        '',
+        f'{"stopped by a signal at random":46}' + ''.join(f'{name:>16}' for name in STOPPED),
+    ]
+    for key in stopped[0]:
+        lines.append(f'{key:46}' + ''.join(f'{counts[key]:>16,.3g}' for counts in stopped))
+    lines += ['', f'violations: {len(troubles)}', *troubles[:20], '']
+    table = '\n'.join(lines)
     print(table, end='')
     if result:
         Path(result).write_text(table)
@@ -476,13 +451,10 @@ LONG = 40  # micro steps of a long step
 MICRO_STEP = 0.02  # seconds that each of them takes at least
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CONSOLES = ('tee', 'unread pipe', 'full disk', 'closed', 'terminal')
+STEPS = f'--eval_interval=1000 --gradient_accumulation_steps={LONG} --max_iters=6'
 STOPPED = {  # what is stopped -> flags of the runs
     'broken consoles': ['--eval_interval=1000'],
-    'long steps': [
-        '--eval_interval=1000',
-        f'--gradient_accumulation_steps={LONG}',
-        '--max_iters=6',
-    ],
+    'long steps': STEPS.split(),
 }
 
 
