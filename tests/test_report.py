@@ -24,7 +24,7 @@ from processes import PATIENCE
 
 import configurator
 from nib.doctor import health
-from nib.report import charts, history
+from nib.report import charts, curves, history
 from nib.report import page as pages
 from nib.report.charts import Chart, Series, badge_rows, show_number
 from nib.report.compare import compare
@@ -618,7 +618,7 @@ def test_a_chart_of_many_runs_has_fewer_values_of_each():
 
 def test_a_long_run_makes_few_objects(tmp_path):
     """An object for each value would make the page of 50 runs slow: the collector visits them."""
-    names = [f'update_ratio/{group}' for group in history.GROUPS]
+    names = [f'update_ratio/{group}' for group in curves.GROUPS]
     names += ['loss/step', 'loss/mean', 'loss/max', 'grad_norm', 'mfu', 'noise_scale', 'clipped']
     lines = [
         {'step': step, 'time': 1e9 + step, **{name: math.sin(step) for name in names}}
@@ -792,7 +792,7 @@ def test_the_healthy_band_is_that_of_the_examination(tmp_path, optimizers, band)
         )
         for n, optimizer in enumerate(optimizers)
     ]
-    (chart,) = [chart for chart in history.charts_of(runs) if chart.key == 'update_ratios']
+    (chart,) = [chart for chart in curves.charts_of(runs) if chart.key == 'update_ratios']
     assert chart.band == band
 
 

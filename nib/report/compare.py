@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nib.report.charts import DASHES, Axis, Chart, Series, show_number, text
-from nib.report.history import Run, show_seconds, style_of_run
+from nib.report.curves import style_of_run
+from nib.report.history import Run, show_seconds
 
 # Differ between runs, but are not what an experiment varies.
 NOT_COMPARED = ('out_dir', 'init_from', 'overwrite', 'wandb_run_name', 'ranks')

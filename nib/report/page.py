@@ -21,7 +21,8 @@ from nib.report.charts import (
     to_json,
 )
 from nib.report.compare import comparison_section
-from nib.report.history import Run, charts_of, memory_unit, read_runs
+from nib.report.curves import charts_of, memory_unit
+from nib.report.history import Run, read_runs
 from nib.report.pngs import save_png
 
 SAMPLES = 6  # at most, for each run
