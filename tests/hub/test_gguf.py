@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from model import GPTConfig
 from nib.errors import UserError
 from nib.hub import gguf as hub_gguf
-from nib.hub.gguf import WORDS
+from nib.hub import gguf_vocabulary
+from nib.hub.gguf_vocabulary import WORDS
 from nib.hub.tokenizer import describe
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
@@ -241,7 +242,11 @@ TOKENIZERS = {
     'sentencepiece': lambda: HfTokenizer.read(byte_fallback().to_str(), '</s>'),
     'smollm by digits': smollm,
     'other spelling': lambda: word_bpe(
-        by_pattern(WORDS_OF['dbrx'].replace(hub_gguf.CONTRACTIONS[0], hub_gguf.CONTRACTIONS[1]))
+        by_pattern(
+            WORDS_OF['dbrx'].replace(
+                gguf_vocabulary.CONTRACTIONS[0], gguf_vocabulary.CONTRACTIONS[1]
+            )
+        )
     ),
     **{
         name: lambda words=words: word_bpe(
@@ -294,19 +299,19 @@ REFUSED = {
 
 @pytest.mark.parametrize('word, change', REFUSED.items())
 def test_a_tokenizer_that_llama_cpp_cannot_express_is_refused_by_name(word, change):
-    described = json.loads(word_bpe(by_pattern(hub_gguf.GPT2_WORDS)).content)
+    described = json.loads(word_bpe(by_pattern(gguf_vocabulary.GPT2_WORDS)).content)
     change(described)
     with pytest.raises(UserError, match=word):
-        hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), 321, 0))
+        gguf_vocabulary.read_vocabulary(HfTokenizer(json.dumps(described), 321, 0))
 
 
 @pytest.mark.parametrize('change', [{'normalizer': {'type': 'Lowercase'}}, {'decoder': None}])
 def test_a_tokenizer_without_merges_is_checked_too(change):
     described = json.loads(describe(ByteTokenizer()))
     size = ByteTokenizer.vocab_size
-    hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), size, None))
+    gguf_vocabulary.read_vocabulary(HfTokenizer(json.dumps(described), size, None))
     with pytest.raises(UserError, match=next(iter(change))):
-        hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described | change), size, None))
+        gguf_vocabulary.read_vocabulary(HfTokenizer(json.dumps(described | change), size, None))
 
 
 def test_sentencepiece_without_an_unknown_token_is_refused():
@@ -314,7 +319,7 @@ def test_sentencepiece_without_an_unknown_token_is_refused():
     described['model']['unk_token'] = None
     size = len(described['model']['vocab'])
     with pytest.raises(UserError, match='its unk_token is None'):
-        hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), size, 2))
+        gguf_vocabulary.read_vocabulary(HfTokenizer(json.dumps(described), size, 2))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +327,7 @@ def test_sentencepiece_without_an_unknown_token_is_refused():
 )
 def test_tokenizers_without_text_are_refused(tokenizer, word):
     with pytest.raises(UserError, match=word):
-        hub_gguf.read_vocabulary(tokenizer)
+        gguf_vocabulary.read_vocabulary(tokenizer)
 
 
 def test_merges_that_sentencepiece_would_not_have_are_refused():
@@ -331,7 +336,7 @@ def test_merges_that_sentencepiece_would_not_have_are_refused():
     size = len(described['model']['vocab'])
     described['model']['vocab']['the'] = size
     with pytest.raises(UserError, match="no merge of '▁' and 'the'"):
-        hub_gguf.read_vocabulary(HfTokenizer(json.dumps(described), size + 1, 2))
+        gguf_vocabulary.read_vocabulary(HfTokenizer(json.dumps(described), size + 1, 2))
 
 
 # -- convert.py ------------------------------------------------------------------------------------
