@@ -1,6 +1,6 @@
 """What `bench.py --plan` prints: the memory, the FLOPs, the time and the cost of a run.
 
-Nothing is trained. Memory is estimated by nib/machine/memory.py. The time is that of the run's
+Nothing is trained. Memory is estimated by nib/machine/memory_plan.py. The time is that of the run's
 FLOPs at a stated share of a device's peak rate (MFU), without evaluations and checkpoints.
 """
 
@@ -11,7 +11,8 @@ import torch
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.machine.device import look_up_peak, measure_flops, peak_flops
-from nib.machine.memory import available_memory, plan_memory
+from nib.machine.memory import available_memory
+from nib.machine.memory_plan import plan_memory
 
 PARTS = {
     'weights': 'weights',

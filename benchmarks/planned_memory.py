@@ -24,7 +24,7 @@ from benchmarks import measure
 from model import GPTConfig
 from nib.errors import UserError, run_script
 from nib.machine.device import peak_memory
-from nib.machine.memory import plan_memory
+from nib.machine.memory_plan import plan_memory
 
 result: str = ''  # file that the table is also written to
 only: str = ''  # flags of train.py, separated by spaces; measure this config only

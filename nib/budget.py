@@ -17,13 +17,8 @@ from dataclasses import dataclass
 from model import GPTConfig
 from nib import startup
 from nib.errors import UserError
-from nib.machine.memory import (
-    USABLE,
-    available_memory,
-    batch_sizes,
-    needed_memory,
-    parameter_shapes,
-)
+from nib.machine.memory import USABLE, available_memory, batch_sizes, needed_memory
+from nib.machine.memory_plan import parameter_shapes
 from nib.machine.stopwatch import Speed, Stopwatch
 from nib.run.checks import check_accumulation, pick_model
 from nib.tokens.dataset import TokenDataset

@@ -13,7 +13,7 @@ import train as training
 from model import GPT, GPTConfig
 from nib import errors
 from nib.checkpoint import store
-from nib.machine import memory
+from nib.machine import memory, memory_plan
 from nib.machine.device import autocast
 
 MODERN = {
@@ -69,7 +69,7 @@ def test_a_layer_needs_the_activations_that_autograd_saves(changes, dtype, block
     if dtype == 'bfloat16':  # the copies of a layer's matrices, which plan_memory counts
         matrices = [p for p in GPT(one).transformer.h.parameters() if p.dim() == 2]
         saved -= 2 * sum(p.numel() for p in matrices) / (SEQUENCES * block_size)
-    planned = [memory.activation_bytes(config, 'cpu', dtype) for config in (one, two)]
+    planned = [memory_plan.activation_bytes(config, 'cpu', dtype) for config in (one, two)]
     assert planned[1] - planned[0] == pytest.approx(saved, rel=0.03)
 
 
@@ -85,7 +85,7 @@ def test_the_estimate_for_a_gpu_is_what_an_h100_took():
             'dtype': 'bfloat16',
             'optimizer': 'adamw',
         }
-        plan = memory.plan_memory(GPTConfig(bias=False), values, compiled=True)
+        plan = memory_plan.plan_memory(GPTConfig(bias=False), values, compiled=True)
         assert plan.peak / GB == pytest.approx(measured, rel=0.05)
 
 
@@ -98,7 +98,7 @@ def test_the_estimate_with_recompute_is_what_this_cpu_took():
         config = ['--device=cpu', '--gradient_accumulation_steps=1', *flags.split()]
         values = bench.read_config(config)
         model = GPTConfig.pick(values, values['vocab_size'] or 50304)
-        plan = memory.plan_memory(model, values)
+        plan = memory_plan.plan_memory(model, values)
         assert plan.peak / 1e6 == pytest.approx(float(measured.replace(',', '')), rel=0.12), flags
 
 
@@ -117,7 +117,7 @@ def test_a_compiled_model_holds_all_logits_on_a_gpu():
 def test_sgd_keeps_one_number_per_weight_and_adamw_two():
     for method, copies in (('adamw', 2), ('sgd', 1)):
         values = {'device': 'cpu', 'dtype': 'float32', 'optimizer': method, 'batch_size': 1}
-        plan = memory.plan_memory(GPTConfig(), values | {'gradient_accumulation_steps': 1})
+        plan = memory_plan.plan_memory(GPTConfig(), values | {'gradient_accumulation_steps': 1})
         assert plan.optimizer == copies * plan.weights
 
 

@@ -1,0 +1,203 @@
+"""An estimate of the memory that training takes, by part, from the shapes of a model alone."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from model import GPT, GPTConfig
+from nib.kernels import HAS_AMX, LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
+
+FLOAT = 4  # bytes of a float32
+MUON_COPIES = 18  # bytes per number while Muon orthogonalizes a matrix
+GAPS = 0.4  # share of a CPU's activations that do not fit into gaps of the heap
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that the training steps of one process take, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # of a micro batch, with the 16-bit copies of the weights
+    logits: float  # with what else the loss holds
+    work: float  # on a CPU, temporary tensors and gaps of the heap
+    update: float  # temporary tensors of the optimizer's step
+    adds_up: (
+        bool  # whether no part can reuse memory that another part has freed, as on a CPU's heap
+    )
+    accumulates: bool  # whether gradients exist beside all activations
+
+    @property
+    def peak(self) -> float:
+        """The most that exists at a time.
+
+        The backward pass frees the activations of a layer when it adds its gradients. So a GPU's
+        peak is at its beginning, or after its end. On a CPU's heap, small tensors take parts of
+        what large ones have freed, which then is too small for the next large ones.
+        """
+        forward = self.activations + self.logits + self.work
+        backward = self.gradients + self.update
+        if self.adds_up:
+            used = forward + backward
+        else:
+            used = max(forward + self.gradients * self.accumulates, backward)
+        return self.weights + self.optimizer + used
+
+
+def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> MemoryPlan:
+    """Estimates the memory of training steps.
+
+    values: train.py's config with the device, dtype and ranks to use. compiled: whether the model
+    is compiled, which matters on a GPU.
+    """
+    device, dtype, ranks = values['device'], values['dtype'], values.get('ranks', 1)
+    sizes = parameter_shapes(config)
+    n_params = sum(shape.numel() for shape in sizes.values())
+    matrices = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
+    muon = matrices if values['optimizer'] == 'muon' else []
+    n_muon = sum(s.numel() for s in muon)
+    # Muon updates all matrices of a shape at once, with float32 and 16-bit copies.
+    groups: dict[tuple, int] = {}
+    for shape in muon:
+        key = tuple(sorted(shape))
+        groups[key] = groups.get(key, 0) + shape.numel()
+    states = 1 if values['optimizer'] == 'sgd' else 2
+    accumulates = values['gradient_accumulation_steps'] > ranks
+    tokens = values['batch_size'] * config.block_size
+    activations = tokens * activation_bytes(config, device, dtype)
+    if dtype != 'float32':  # autocast keeps its copies until the backward pass
+        activations += 2 * sum(s.numel() for s in matrices)
+    work = 0.0
+    if device == 'cpu':
+        work = heap_bytes(config, tokens, activations, dtype, accumulates)
+    return MemoryPlan(
+        weights=FLOAT * n_params,
+        # Several ranks also have the buckets in which they exchange gradients.
+        gradients=FLOAT * n_params * (2 if ranks > 1 else 1),
+        optimizer=FLOAT * (states * (n_params - n_muon) + n_muon),
+        activations=activations,
+        logits=loss_bytes(config, tokens, device, dtype, compiled),
+        work=work,
+        update=MUON_COPIES * max(groups.values(), default=0),
+        adds_up=device == 'cpu',
+        accumulates=accumulates,
+    )
+
+
+@functools.cache
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Returns the shapes of a model's parameters by name, without making the model."""
+    with torch.device('meta'):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def heap_bytes(
+    config: GPTConfig, tokens: int, activations: float, dtype: str, accumulates: bool
+) -> float:
+    """Returns the bytes that training takes on a CPU's heap beside what it keeps."""
+    V, C, is_float32 = config.vocab_size, config.n_embd, dtype == 'float32'
+    # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
+    tables = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
+    # Small tensors split what the loss has freed: the next step's loss needs new memory. The same
+    # happens to activations, less so between the buffers of a float32 loss, and with gradients
+    # that stay until the next pass.
+    block, holes = backward_bytes(config, dtype)
+    gaps = max(GAPS * activations * (not config.recompute), tokens * block)
+    gaps += tokens * holes * config.recompute
+    if tokens * V > LOSS_CHUNK:
+        loss = FLOAT * LOSS_CHUNK + 2 * (LOSS_CHUNK + V * C) * (not is_float32)
+        gaps = loss if is_float32 and not config.recompute else max(gaps, loss)
+    gaps += GAPS * activations * accumulates
+    keys = config.block_size if config.dropout and is_float32 else 0
+    if not is_float32 and config.block_size > QUERY_BLOCK:
+        keys = QUERY_BLOCK
+    # The last term is attention weights and their gradients.
+    return tables + gaps + 4 * (FLOAT if is_float32 else 2) * tokens * config.n_head * keys
+
+
+def backward_bytes(config: GPTConfig, dtype: str) -> tuple[float, float]:
+    """Returns what the backward pass takes on a CPU's heap beside activations, in bytes per token.
+
+    The first number is for a block: gradients of weights split what a block has freed, so that the
+    next one needs new memory, and hidden units and their activation have gradients. The second is
+    the holes that the forward pass leaves with recompute: the input that each block keeps takes a
+    part of what its hidden units have freed, and those of the next block do not fit into the rest.
+    """
+    width = config.mlp_units * (2 if config.mlp == 'swiglu' else 1)
+    hidden = (FLOAT if dtype == 'float32' else 2) * width
+    holes = config.n_layer * max(0, hidden - FLOAT * config.n_embd)
+    return layer_bytes(config, 'cpu', dtype) + 2 * hidden, holes
+
+
+def activation_bytes(config: GPTConfig, device: str, dtype: str) -> float:
+    """Returns the bytes per token that the backward pass needs, of all layers."""
+    layer = layer_bytes(config, device, dtype)
+    last = norm_bytes(config, device) + (FLOAT if dtype == 'float32' else 2) * config.n_embd
+    if config.recompute:
+        return config.n_layer * FLOAT * config.n_embd + layer + last
+    return config.n_layer * layer + last
+
+
+def norm_bytes(config: GPTConfig, device: str) -> int:
+    """Returns the bytes per token that a normalization keeps."""
+    # RMSNorm on a CPU is several operations, and keeps the normalized stream too.
+    return FLOAT * config.n_embd * (2 if config.norm == 'rms' and device == 'cpu' else 1)
+
+
+def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
+    """Returns the bytes per token that the backward pass needs, of a layer.
+
+    These are the inputs of each operation whose gradient depends on them. The residual stream is
+    float32, matrix products are in `dtype`.
+    """
+    C, W = config.n_embd, config.mlp_units
+    Q, KV = config.n_head * config.head_width, config.kv_heads * config.head_width
+    size = FLOAT if dtype == 'float32' else 2
+    on_cpu = device == 'cpu'
+    in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
+    # Without copies, the values remain a part of the tensor of queries, keys and values.
+    is_long = config.block_size > QUERY_BLOCK and not config.dropout
+    has_views = in_blocks and is_long and KV == Q and HAS_AMX
+
+    rms_parts = config.norm == 'rms' and on_cpu
+    norm = norm_bytes(config, device)
+    is_new = config.qk_norm or config.position == 'rotary'  # queries and keys are new tensors
+    qkv = size * (Q + 2 * KV)
+    if config.qk_norm and rms_parts:
+        qkv += FLOAT * (Q + KV) * (2 if dtype != 'float32' else 1)
+    elif config.qk_norm and dtype != 'float32' and not has_views:
+        qkv += size * (Q + 2 * KV) if in_blocks else FLOAT * (Q + KV)
+    if has_views:
+        qkv += size * (Q + KV) * is_new
+    elif in_blocks:
+        qkv += 2 * size * (Q - KV)  # keys and values, repeated for the heads that share them
+    else:
+        qkv += size * (Q + KV + Q * on_cpu) * is_new
+    if on_cpu and (not in_blocks or config.block_size <= QUERY_BLOCK):
+        # The attention weights: one copy in blocks; with dropout three, as there is no kernel.
+        copies = 3 if config.dropout else int(in_blocks)
+        qkv += copies * size * config.n_head * config.block_size
+    attention = norm + size * C + qkv + size * Q
+    hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
+    mlp = norm + size * C + size * hidden
+    dropped = 2 * size * C if config.dropout else 0
+    return attention + mlp + dropped
+
+
+def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled: bool) -> float:
+    """Returns the bytes that the loss of a micro batch holds at its peak, beside the gradients."""
+    V, C = config.vocab_size, config.n_embd
+    size = FLOAT if dtype == 'float32' else 2
+    copy = 0 if dtype == 'float32' else size * V * C
+    if compiled and device != 'cpu':
+        return size * tokens * V  # the compiler fuses the rest
+    chunk = LOSS_CHUNK_GPU if device.startswith('cuda') else LOSS_CHUNK
+    if tokens * V <= chunk:
+        # Logits, and in float32 their logarithmic softmax and its gradients; the copied head.
+        return (size + 2 * FLOAT) * tokens * V + 2 * copy + FLOAT * V * C
+    # A chunk of logits and of their softmax, the copied head, and the gradients of both inputs.
+    rows = max(1, chunk // V)
+    return (size + FLOAT * (dtype != 'float32')) * rows * V + copy + FLOAT * (tokens * C + V * C)
