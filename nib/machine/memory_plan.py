@@ -25,9 +25,8 @@ class MemoryPlan:
     logits: float  # with what else the loss holds
     work: float  # on a CPU, temporary tensors and gaps of the heap
     update: float  # temporary tensors of the optimizer's step
-    adds_up: (
-        bool  # whether no part can reuse memory that another part has freed, as on a CPU's heap
-    )
+    # Whether no part can reuse memory that another part has freed, as on a CPU's heap.
+    adds_up: bool
     accumulates: bool  # whether gradients exist beside all activations
 
     @property
