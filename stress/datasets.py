@@ -29,7 +29,8 @@ import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
 from nib.text import documents
-from nib.text.tokenizer import ByteTokenizer, Gpt2Tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.tokenizer import ByteTokenizer
 from nib.tokens import encode, unfinished
 from nib.tokens.dataset import open_dataset
 from nib.tokens.write import write_dataset

@@ -52,8 +52,9 @@ import train
 from benchmarks import measure
 from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
-from nib.text import tokenizer
-from nib.text.tokenizer import END_OF_TEXT, Gpt2Tokenizer
+from nib.text import gpt2
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.tokenizer import END_OF_TEXT
 from nib.tokens import dataset, unfinished
 from nib.tokens.write import write_char_dataset
 
@@ -192,7 +193,7 @@ def main(argv):
         mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={END_OF_TEXT: Gpt2Tokenizer.end_of_text},
     )
-    tokenizer.load_gpt2 = lambda: small
+    gpt2.load_gpt2 = lambda: small
     with tempfile.TemporaryDirectory() as scratch:
         ground = Path(scratch) / 'ground'
         if wait(fork(make_ground, ground, Path(scratch) / 'ground said')):

@@ -3,7 +3,7 @@
 import pytest
 
 from nib.errors import UserError
-from nib.text import tokenizer
+from nib.text import gpt2, tokenizer
 
 MERGES = [
     b'th',
@@ -26,7 +26,7 @@ MERGES = [
 def real_gpt2():
     """Skips a test where GPT-2's two files are neither at hand nor to be had."""
     try:
-        tokenizer.load_gpt2()
+        gpt2.load_gpt2()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -49,5 +49,6 @@ def small_gpt2(monkeypatch):
         mergeable_ranks=ranks,
         special_tokens={'<|endoftext|>': 50256},
     )
-    monkeypatch.setattr(tokenizer, 'load_gpt2', lambda: small)
-    monkeypatch.setattr(tokenizer, 'is_gpt2_stored', lambda: True)
+    monkeypatch.setattr(gpt2, 'load_gpt2', lambda: small)
+    for module in (gpt2, tokenizer):
+        monkeypatch.setattr(module, 'is_gpt2_stored', lambda: True)

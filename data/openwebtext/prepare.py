@@ -20,8 +20,8 @@ import configurator
 from nib.errors import UserError, run_script
 from nib.text import documents, inputs
 from nib.text.download import DownloadError
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.rows import READERS, read_rows
-from nib.text.tokenizer import Gpt2Tokenizer
 from nib.tokens.write import describe, write_dataset
 
 input: str = ''  # .jsonl or .parquet files or folders, a document per row; empty: download

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import run_script
-from nib.text.tokenizer import Gpt2Tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.tokens import shakespeare
 
 input: str = ''  # path of the text; empty: input.txt in one of these folders, else download

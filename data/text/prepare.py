@@ -27,15 +27,9 @@ import configurator
 from nib.errors import UserError, run_script
 from nib.files import command, read_json, script_path, shown
 from nib.text import documents, inputs, train_bpe
+from nib.text.gpt2 import Gpt2Tokenizer, is_gpt2_stored
 from nib.text.hf_tokenizer import HfTokenizer, import_library
-from nib.text.tokenizer import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    Tokenizer,
-    is_gpt2_stored,
-)
+from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from nib.tokens.borrow import read_tokenizer
 from nib.tokens.dataset import is_prepared
 from nib.tokens.encode import Piece

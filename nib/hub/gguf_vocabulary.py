@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from nib.errors import UserError
 from nib.hub.tokenizer import QWEN_WORDS, describe
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
-from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Gpt2Tokenizer, Tokenizer
+from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 
 # How a tokenizer.json cuts text into words -> llama.cpp's name for it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -8,17 +8,9 @@ from pathlib import Path
 
 from nib.errors import UserError
 from nib.hub.files import Repository
+from nib.text.gpt2 import GPT2_FILES, GPT2_URL, Gpt2Tokenizer, load_gpt2
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
-from nib.text.tokenizer import (
-    END_OF_TEXT,
-    GPT2_FILES,
-    GPT2_URL,
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    Tokenizer,
-    load_gpt2,
-)
+from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 
 # digest() of GPT-2's vocabulary.
 GPT2_DIGEST = '71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30'

@@ -16,7 +16,7 @@ import numpy as np
 
 from nib.errors import UserError
 from nib.text.bpe import GPT2_SPLITS, GPT4_SPLITS, WordTable
-from nib.text.vocabulary import END_OF_TEXT, checked_ids, without_surrogates
+from nib.text.vocabulary import END_OF_TEXT, checked_ids, spelling, without_surrogates
 
 _MOST = 1 << 24  # tokens; more is a damaged file
 # Names of an end-of-text token, if no other file of the model names it.
@@ -149,7 +149,7 @@ class HfTokenizer:
             'end_of_text': self.end_of_text,
             'content': self.content,
         }
-        return described | ({'spells_end_of_text': True} if self.spells_end_of_text else {})
+        return described | spelling(self)
 
     def token(self, number: int) -> str:
         """Returns the name of a token in the file."""

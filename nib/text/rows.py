@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nib.errors import UserError
 from nib.text import reading
-from nib.text.tokenizer import without_surrogates
+from nib.text.vocabulary import without_surrogates
 
 _TOGETHER = 1000  # rows of a .parquet file read at once
 

@@ -146,3 +146,16 @@ def without_surrogates(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+def utf8(text: str) -> bytes:
+    """Returns UTF-8, in which surrogates are replaced as by without_surrogates()."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return without_surrogates(text).encode()
+
+
+def spelling(tokenizer) -> dict:
+    """Returns what to_json() says about END_OF_TEXT in a text."""
+    return {'spells_end_of_text': True} if tokenizer.spells_end_of_text else {}

@@ -4,8 +4,9 @@ import pickle
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, without_surrogates
-from nib.text.vocabulary import IdTokenizer, VocabularyTokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.tokenizer import CharTokenizer, Tokenizer
+from nib.text.vocabulary import IdTokenizer, VocabularyTokenizer, without_surrogates
 
 _MOST = 1 << 24  # tokens in a vocabulary
 

@@ -32,8 +32,9 @@ from nib.errors import UserError
 from nib.hub import huggingface
 from nib.hub import tokenizer as hub_tokenizer
 from nib.hub.files import Repository
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
-from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer, tokenizer_from_json
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_json
 from nib.tokens import borrow
 from nib.tokens.write import write_dataset
 

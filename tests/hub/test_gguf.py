@@ -19,14 +19,9 @@ from nib.hub import gguf as hub_gguf
 from nib.hub import gguf_vocabulary
 from nib.hub.gguf_vocabulary import WORDS
 from nib.hub.tokenizer import describe
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
-from nib.text.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    IdTokenizer,
-    encode_prompt,
-)
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer, encode_prompt
 
 SMALL = GPTConfig(vocab_size=67, block_size=19, n_layer=3, n_head=4, n_embd=32, bias=False)
 MODERN = replace(SMALL, position='rotary', norm='rms', mlp='swiglu', n_kv_head=2)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import split_like
 
-from nib.text import bpe, hf_tokenizer, tokenizer
+from nib.text import bpe, gpt2, hf_tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
-from nib.text.tokenizer import Gpt2Tokenizer
 
 END = 50256
 # Edge cases of the pattern and the table's sizes, and characters of every kind and UTF-8 length.
@@ -117,9 +117,7 @@ MORE = settings(max_examples=400)
 def same_as_tiktoken(texts):
     """Fails if the ids of texts, each with whether it ends, differ from tiktoken's."""
     expected = [
-        id
-        for text, ends in texts
-        for id in tokenizer.load_gpt2().encode_ordinary(text) + [END] * ends
+        id for text, ends in texts for id in gpt2.load_gpt2().encode_ordinary(text) + [END] * ends
     ]
     ids = Gpt2Tokenizer().encode_texts(texts)
     assert ids.dtype == np.uint16 and ids.tolist() == expected
@@ -212,9 +210,9 @@ def small_table(monkeypatch):
     monkeypatch.setattr(bpe, '_BITS', 6)
     monkeypatch.setattr(bpe, '_WORDS', 16)
     monkeypatch.setattr(bpe, '_TOGETHER', 100)
-    tokenizer._gpt2_table.cache_clear()
+    gpt2._gpt2_table.cache_clear()
     yield
-    tokenizer._gpt2_table.cache_clear()
+    gpt2._gpt2_table.cache_clear()
 
 
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=8))
@@ -225,7 +223,7 @@ def test_a_table_that_is_full_gives_the_same_ids(real_gpt2, small_table, texts):
 @pytest.mark.slow
 def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkeypatch):
     monkeypatch.setattr(bpe, '_BYTES', 400)
-    table = tokenizer._gpt2_table(tokenizer.load_gpt2())
+    table = gpt2._gpt2_table(gpt2.load_gpt2())
     size = len(table.entries)
     most_words = most_bytes = restarts = 0
     for word in made_up_words(5000, 40):
@@ -242,7 +240,7 @@ def test_a_table_grows_no_further_than_its_bound(small_gpt2, small_table, monkey
 
 
 def test_a_word_is_encoded_once(small_gpt2, monkeypatch):
-    table = tokenizer._gpt2_table(tokenizer.load_gpt2())
+    table = gpt2._gpt2_table(gpt2.load_gpt2())
     words = ' '.join(made_up_words(3000, 30))
     asked = []
     ask = table.encode_words

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nib.errors import UserError
 from nib.text import documents, inputs, reading
-from nib.text.tokenizer import Gpt2Tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
 
 SPACES = ' \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000'
 # Texts that are hard to cut: all kinds of white space, contractions, numbers, several alphabets.

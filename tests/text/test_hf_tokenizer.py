@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from nib.errors import UserError
 from nib.hub.tokenizer import write_tokenizer
 from nib.text import documents, hf_tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
-from nib.text.tokenizer import Gpt2Tokenizer, encode_prompt, tokenizer_from_json
+from nib.text.tokenizer import encode_prompt, tokenizer_from_json
 from nib.tokens import borrow
 
 BUILT = {'byte_level': byte_level(), 'byte_fallback': byte_fallback(), 'metaspace': metaspace()}

@@ -12,13 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nib.errors import UserError
-from nib.text.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    encode_prompt,
-    tokenizer_from_json,
-)
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer, encode_prompt, tokenizer_from_json
 
 ANY_CHARACTER = st.text(st.characters(exclude_categories=()))  # lone surrogates too
 TYPED = st.lists(
@@ -208,7 +203,7 @@ def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_wh
     began = time.monotonic()
     done = run_script(
         '-c',
-        'from nib.errors import run_script; from nib.text.tokenizer import Gpt2Tokenizer; '
+        'from nib.errors import run_script; from nib.text.gpt2 import Gpt2Tokenizer; '
         'run_script(lambda argv: Gpt2Tokenizer().encode("x"))',
         env={**NO_NETWORK, 'TIKTOKEN_CACHE_DIR': str(tmp_path)},
     )

@@ -10,8 +10,9 @@ from small_tokenizers import byte_fallback, qwen
 
 from nib.machine.ranks import Ranks
 from nib.text import hf_tokenizer, tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
-from nib.text.tokenizer import ByteTokenizer, Gpt2Tokenizer
+from nib.text.tokenizer import ByteTokenizer
 from nib.text.train_bpe import train_bpe
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset

@@ -13,7 +13,8 @@ import pytest
 from benchmarks import loading
 from nib.errors import UserError
 from nib.text import documents
-from nib.text.tokenizer import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer
 from nib.tokens import dataset, encode
 from nib.tokens.batches import BatchLoader
 from nib.tokens.write import write_char_dataset, write_dataset, write_text

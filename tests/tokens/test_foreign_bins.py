@@ -9,7 +9,8 @@ from conftest import SMALL_RUN
 
 from nib.errors import UserError
 from nib.machine.ranks import Ranks
-from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.tokenizer import CharTokenizer
 from nib.text.vocabulary import IdTokenizer, VocabularyTokenizer
 from nib.tokens.dataset import open_dataset
 from nib.tokens.find import open_or_prepare

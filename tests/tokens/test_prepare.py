@@ -23,7 +23,8 @@ from processes import Started
 from nib.errors import UserError
 from nib.files import command
 from nib.text import train_bpe
-from nib.text.tokenizer import CharTokenizer, Gpt2Tokenizer, encode_prompt, tokenizer_from_json
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.tokenizer import CharTokenizer, encode_prompt, tokenizer_from_json
 from nib.tokens import borrow, encode, shakespeare, unfinished
 from nib.tokens.dataset import is_prepared, open_dataset
 
@@ -592,8 +593,8 @@ def test_pages_that_will_not_do_are_named(small_gpt2, pages, tmp_path, name, con
 def test_openwebtext_without_a_network_is_one_line(tmp_path):
     """The vocabulary is not what is missing here."""
     program = (
-        'import runpy, sys; from nib import errors; from nib.text import tokenizer\n'
-        'tokenizer.Gpt2Tokenizer.encode = lambda self, text: None\n'
+        'import runpy, sys; from nib import errors; from nib.text import gpt2\n'
+        'gpt2.Gpt2Tokenizer.encode = lambda self, text: None\n'
         f'errors.run_script(lambda argv: runpy.run_path({str(OPENWEBTEXT)!r})["main"]'
         f'(["--out_dir={tmp_path / "owt"}"]))'
     )
