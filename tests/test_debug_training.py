@@ -19,7 +19,7 @@ import model as model_file
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.start import new_model
-from nib.doctor import health, inspection
+from nib.doctor import health, inspection, out_of_range
 from nib.lessons import examination, walkthrough
 from nib.machine.device import autocast, pick_device
 from nib.tokens.batches import BatchLoader
@@ -664,9 +664,10 @@ def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
     ):
         # falling, stuck at the entropy of 3, rising again, hardly moving
         assert (
-            'the loop works' in health.judge_memorizing(dict(enumerate(losses)), goal)[0].remedy
+            'the loop works'
+            in out_of_range.judge_memorizing(dict(enumerate(losses)), goal)[0].remedy
         ) == works
-    assert health.judge_memorizing({0: 4.0, 10: 2.0}, goal) == []
+    assert out_of_range.judge_memorizing({0: 4.0, 10: 2.0}, goal) == []
 
 
 def test_numbers_that_are_not_finite_are_seen(make_training):
@@ -721,8 +722,8 @@ def test_marks_are_where_the_ranges_end():
         (limits[1] * 1.01, 'update too large'),
         (limits[0] * 0.99, 'update too small'),
     ):
-        assert health.mark_parameter(row(ratio), limits) == mark
-        assert health.mark_parameter(row(ratio, shape=(4,)), limits) == ''
+        assert out_of_range.mark_parameter(row(ratio), limits) == mark
+        assert out_of_range.mark_parameter(row(ratio, shape=(4,)), limits) == ''
     large = {'attention': 0.2, 'mlp': 0.05, 'head': 9.0, 'embedding': 9.0}
     for name, wanted in (
         ('h.0.attn.c_proj.weight', limits),
@@ -732,10 +733,10 @@ def test_marks_are_where_the_ranges_end():
     ):
         assert health.limits_of(row(0.3, name), large, limits) == wanted
     embedding = health.limits_of(row(0.3, 'wte.weight'), large, limits)
-    assert health.mark_parameter(row(limits[0] * 0.99), embedding) == ''
-    assert health.mark_parameter(row(0.0), embedding) == 'update too small'
-    assert health.mark_parameter(row(None), limits) == ''
-    assert health.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
+    assert out_of_range.mark_parameter(row(limits[0] * 0.99), embedding) == ''
+    assert out_of_range.mark_parameter(row(0.0), embedding) == 'update too small'
+    assert out_of_range.mark_parameter(row(None), limits) == ''
+    assert out_of_range.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
     assert (
         health.update_limits(0.9, first=True, trained=True)[0] == 0.0
     )  # fine-tuning may take small steps
@@ -759,9 +760,9 @@ def test_marks_are_where_the_ranges_end():
         (math.nan, 'nan'),
     ):
         assert found in ''.join(
-            finding.what for finding in health.judge_grad_norm(norm, health.GRAD_NORM)
+            finding.what for finding in out_of_range.judge_grad_norm(norm, health.GRAD_NORM)
         )
-        assert bool(found) == bool(health.judge_grad_norm(norm, health.GRAD_NORM))
+        assert bool(found) == bool(out_of_range.judge_grad_norm(norm, health.GRAD_NORM))
     assert health.grad_norm_limits(12, 768, fresh=True) == (0.1, 96.0)
     assert (
         health.grad_norm_limits(12, 768, fresh=False)
@@ -769,8 +770,8 @@ def test_marks_are_where_the_ranges_end():
         == (0.1, 10.0)
     )
     assert (
-        health.judge_start(3.0, 65, None) == []
-        and 'worse' in health.judge_start(4.2, 65, None)[0].remedy
+        out_of_range.judge_start(3.0, 65, None) == []
+        and 'worse' in out_of_range.judge_start(4.2, 65, None)[0].remedy
     )
 
 
