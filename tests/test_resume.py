@@ -132,12 +132,10 @@ def test_a_step_that_is_cut_between_its_micro_steps_is_done_again(train_here, tm
 @pytest.mark.slow
 def test_a_run_that_auto_compiles_equals_the_uninterrupted_one(run_cut, tmp_path, monkeypatch):
     """The whole run is long enough for compilation to pay off; the steps left are not."""
-    compiled, run_flops, compile_model = [], compiling.run_flops, training.compile_model
+    compiled, compile_model = [], training.compile_model
 
-    def make_long_enough(config, model):
-        whole = run_flops({**config, 'max_iters': STEPS}, model)
-        monkeypatch.setattr(compiling, 'SHORT_CPU_RUN', 0.99 * whole)
-        return run_flops(config, model)
+    def long_enough(config, model):
+        return 1.01 * compiling.SHORT_CPU_RUN * config['max_iters'] / STEPS
 
     def note(model, *args):
         result = compile_model(model, *args)
@@ -145,7 +143,7 @@ def test_a_run_that_auto_compiles_equals_the_uninterrupted_one(run_cut, tmp_path
         return result
 
     monkeypatch.setattr(compiling, 'HAS_AMX', True)
-    monkeypatch.setattr(compiling, 'run_flops', make_long_enough)
+    monkeypatch.setattr(compiling, 'run_flops', long_enough)
     monkeypatch.setattr(training, 'compile_model', note)
     whole = run_cut(tmp_path / 'whole', [], '--compile=auto')
     for cuts in ([1], [10, 17]):
