@@ -65,5 +65,5 @@ def test_every_architecture_generates_with_8_bit_weights(config):
 
 
 def test_8_bit_weights_need_a_cpu():
-    with pytest.raises(UserError, match='need a CPU, and the device is meta'):
+    with pytest.raises(UserError, match='need a CPU, but the device is meta'):
         quantize(make_model().to('meta'))

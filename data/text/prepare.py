@@ -103,7 +103,7 @@ def main(argv):
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
-        note(f'the validation split has {share:.0%} of the text, as documents are not split')
+        note(f'the validation split has {share:.0%} of the text, because documents are kept whole')
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
         f'{shown(folder)}: {len(found.lengths):,} document{"s" * several}, '
@@ -235,9 +235,9 @@ def compare(trained: Tokenizer, read_pieces: Callable[[int], Iterator[Piece]]) -
     figures.append(f'characters have {n_bytes / size:.2f}')
     if is_gpt2_stored():
         n_gpt2 = len(Gpt2Tokenizer().encode_texts(texts))
-        figures.append(f'GPT-2 with its 50,257 tokens has {n_bytes / n_gpt2:.2f}')
+        figures.append(f'GPT-2 (50,257 tokens) has {n_bytes / n_gpt2:.2f}')
     else:
-        figures.append("GPT-2's are not known, as its vocabulary is not on this machine")
+        figures.append("GPT-2's vocabulary is not on this machine, so it is not compared")
     return f'bytes per token on validation text: {"; ".join(figures)}'
 
 
@@ -277,7 +277,7 @@ def fit_tokenizer(
     if tokenizer == 'char':
         encoder = CharTokenizer(found.characters, several)
     if n_marks:
-        does = 'ends a document' if divide else 'stays characters, in prompts too'
+        does = 'ends a document' if divide else 'stays characters, also in prompts'
         note(f'{END_OF_TEXT} occurs {n_marks:,} time{"s" * (n_marks > 1)} in the text: each {does}')
         encoder = replace(encoder, spells_end_of_text=not divide)
     if several and encoder.end_of_text is None:

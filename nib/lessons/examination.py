@@ -253,9 +253,8 @@ def explain_updates(training) -> Iterator[str]:
             f'Healthy here: {healthy}. '
         )
     text += (
-        'As in the doctor, an update is too large only if that of all attention matrices together '
-        'is, or that of all MLPs. Embeddings and head are not judged, because a batch contains few '
-        'of their rows. '
+        'Updates are too large if those of all attention matrices together are, or those of all '
+        'MLPs. Embeddings and head are not judged, because a batch contains few of their rows. '
     )
     if values['optimizer'] == 'muon':
         least, most = update_limits(training, 'muon')
@@ -413,6 +412,6 @@ def report_memorizing(training, steps: int) -> Report:
         f'frequency of each token, but does not look at the input, gets no lower than '
         f'{entropy:.3f} nats, the entropy of the targets. Two thirds of that, and of the first '
         f'loss, requires learning which token follows which. A loop that cannot memorize one batch '
-        f'will not learn a text. That it can says nothing about new text.'
+        f'will not learn a text. But memorizing says nothing about new text.'
     )
     return health.judge_memorizing(losses, goal)
