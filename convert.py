@@ -10,7 +10,7 @@ python convert.py --init_from=nanoGPT/out/ckpt.pt --to=hf --dest=shakespeare
     the same for a model from elsewhere
 """
 
-import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import os
 from pathlib import Path

@@ -6,7 +6,7 @@ echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 python sample.py --init_from=gpt2 --start="The meaning of life is"
 """
 
-import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import itertools
 import os

@@ -45,13 +45,13 @@ input: str = ''  # files and folders, separated by commas; hidden files in folde
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
 tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', 'bpe', a run, dataset, model or tokenizer.json
 vocab_size: int = 4096  # tokens of --tokenizer=bpe, which is trained on the text
-replace_missing: str = ''  # a character for those that its tokenizer lacks; empty: refuse the text
-end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text becomes
-name: str = ''  # of the dataset, which is written to data/NAME; empty: named after the input
+replace_missing: str = ''  # replaces characters that are not in the vocabulary; empty: refuse them
+end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text is
+name: str = ''  # name of the dataset, written to data/NAME; empty: that of the input
 out_dir: str = ''  # output folder; empty: data/NAME
-overwrite: bool = False  # replace the dataset of another text
+overwrite: bool = False  # replace an existing dataset of another text
 
-LITTLE = 100_000  # characters; a model memorizes a shorter text
+LITTLE = 100_000  # characters; a shorter text is soon memorized
 SAMPLE = 1 << 22  # characters of the validation split on which tokenizers are compared
 
 
