@@ -49,8 +49,8 @@ out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
 init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an open model, a ckpt.pt
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
-budget: str = ''  # time for the run, such as 10m; chooses model, batch, learning rate, steps
-params: str = ''  # size of the model, such as 10M; chooses the rest
+budget: str = ''  # time for the run (90s, 10m, 2h); chooses model, batch, rate and steps
+params: str = ''  # size of the model (300k, 10M); chooses the rest
 seed: int = 1337  # for weights, data order and dropout
 # evaluation and checkpoints
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
