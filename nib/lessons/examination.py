@@ -410,8 +410,9 @@ def report_memorizing(training, steps: int) -> Report:
         f'A loss of {loss:.3g} is a probability of exp(-{loss:.3g}) = {math.exp(-loss):.3g} for '
         f'the right token; at the start it was {math.exp(-losses[0]):.2g}. A model that knows the '
         f'frequency of each token, but does not look at the input, gets no lower than '
-        f'{entropy:.3f} nats, the entropy of the targets. The goal is two thirds of that, or of the '
-        f'first loss if it is lower. It requires learning which token follows which. A loop that cannot memorize one batch '
-        f'will not learn a text. But memorizing says nothing about new text.'
+        f'{entropy:.3f} nats, the entropy of the targets. The goal is two thirds of that, or of '
+        f'the first loss if it is lower. It requires learning which token follows which. A loop '
+        f'that cannot memorize one batch will not learn a text. But memorizing says nothing about '
+        f'new text.'
     )
     return health.judge_memorizing(losses, goal)

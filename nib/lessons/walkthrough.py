@@ -289,8 +289,8 @@ def explain_clipping(
     yield f'{"norm after":28}{norm * factor:16.8f}{clipped:16.8f}\n'
     if factor < 1:
         yield (
-            'All gradients are multiplied by the same factor, so their direction is the same, and no '
-            'unusual batch can move the weights far.'
+            'All gradients are multiplied by the same factor, so their direction is the same, and '
+            'no unusual batch can move the weights far.'
         )
     else:
         yield 'The norm is small enough: nothing is clipped in this step.'
