@@ -385,7 +385,7 @@ TROUBLES: dict[str, Trouble] = {
         (
             'attention was changed outside attention_scores(), which the cache follows',
             'a layer that sees later tokens',
-            'a bug in nib/generation.py',
+            'a bug in nib/generation/',
         ),
         (
             'change attention in attention_scores() of model.py, which generation uses too',
