@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 
 import configurator
-from nib import int8
 from nib.api import stream
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
-from nib.generation import check_sampling
+from nib.generation import int8
+from nib.generation.sampling import check_sampling
 from nib.machine.compiling import explain_failure, pick_compile
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.text import reading

@@ -385,7 +385,7 @@ TROUBLES: dict[str, Trouble] = {
         (
             'attention was changed outside attention_scores(), which the cache follows',
             'a layer sees later tokens',
-            'nib/generation.py has a bug',
+            'nib/generation/ has a bug',
         ),
         (
             'change attention in attention_scores() of model.py, which generation uses too',

@@ -6,7 +6,7 @@ from small_models import ARCHITECTURES, NAMES, make_model
 from torch import nn
 
 from nib.errors import UserError
-from nib.int8 import Int8Linear, quantize
+from nib.generation.int8 import Int8Linear, quantize
 
 
 def rounded_to_8_bits(matrix):
