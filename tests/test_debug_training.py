@@ -20,7 +20,7 @@ import train
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.start import new_model
-from nib.doctor import health, inspection, out_of_range
+from nib.doctor import health, inspection, remedies
 from nib.lessons import examination, walkthrough
 from nib.machine.device import autocast, pick_device
 from nib.run.checks import settle_schedule
@@ -668,10 +668,9 @@ def test_a_model_that_learns_slowly_is_told_from_one_that_cannot(make_training):
     ):
         # falling, stuck at the entropy of 3, rising again, hardly moving
         assert (
-            'the loop works'
-            in out_of_range.judge_memorizing(dict(enumerate(losses)), goal)[0].remedy
+            'the loop works' in remedies.judge_memorizing(dict(enumerate(losses)), goal)[0].remedy
         ) == works
-    assert out_of_range.judge_memorizing({0: 4.0, 10: 2.0}, goal) == []
+    assert remedies.judge_memorizing({0: 4.0, 10: 2.0}, goal) == []
 
 
 def test_numbers_that_are_not_finite_are_seen(make_training):
@@ -726,8 +725,8 @@ def test_marks_are_where_the_ranges_end():
         (limits[1] * 1.01, 'update too large'),
         (limits[0] * 0.99, 'update too small'),
     ):
-        assert out_of_range.mark_parameter(row(ratio), limits) == mark
-        assert out_of_range.mark_parameter(row(ratio, shape=(4,)), limits) == ''
+        assert remedies.mark_parameter(row(ratio), limits) == mark
+        assert remedies.mark_parameter(row(ratio, shape=(4,)), limits) == ''
     large = {'attention': 0.2, 'mlp': 0.05, 'head': 9.0, 'embedding': 9.0}
     for name, wanted in (
         ('h.0.attn.c_proj.weight', limits),
@@ -737,10 +736,10 @@ def test_marks_are_where_the_ranges_end():
     ):
         assert health.limits_of(row(0.3, name), large, limits) == wanted
     embedding = health.limits_of(row(0.3, 'wte.weight'), large, limits)
-    assert out_of_range.mark_parameter(row(limits[0] * 0.99), embedding) == ''
-    assert out_of_range.mark_parameter(row(0.0), embedding) == 'update too small'
-    assert out_of_range.mark_parameter(row(None), limits) == ''
-    assert out_of_range.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
+    assert remedies.mark_parameter(row(limits[0] * 0.99), embedding) == ''
+    assert remedies.mark_parameter(row(0.0), embedding) == 'update too small'
+    assert remedies.mark_parameter(row(None), limits) == ''
+    assert remedies.mark_parameter(row(0.005, norm=0.0), limits) == 'no gradient'
     assert (
         health.update_limits(0.9, first=True, trained=True)[0] == 0.0
     )  # fine-tuning may take small steps
@@ -764,9 +763,9 @@ def test_marks_are_where_the_ranges_end():
         (math.nan, 'nan'),
     ):
         assert found in ''.join(
-            finding.what for finding in out_of_range.judge_grad_norm(norm, health.GRAD_NORM)
+            finding.what for finding in remedies.judge_grad_norm(norm, health.GRAD_NORM)
         )
-        assert bool(found) == bool(out_of_range.judge_grad_norm(norm, health.GRAD_NORM))
+        assert bool(found) == bool(remedies.judge_grad_norm(norm, health.GRAD_NORM))
     assert health.grad_norm_limits(12, 768, fresh=True) == (0.1, 96.0)
     assert (
         health.grad_norm_limits(12, 768, fresh=False)
@@ -774,8 +773,8 @@ def test_marks_are_where_the_ranges_end():
         == (0.1, 10.0)
     )
     assert (
-        out_of_range.judge_start(3.0, 65, None) == []
-        and 'worse' in out_of_range.judge_start(4.2, 65, None)[0].remedy
+        remedies.judge_start(3.0, 65, None) == []
+        and 'worse' in remedies.judge_start(4.2, 65, None)[0].remedy
     )
 
 

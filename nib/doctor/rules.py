@@ -8,7 +8,7 @@ experiment that checks them.
 import math
 import statistics
 
-from nib.doctor import health, out_of_range
+from nib.doctor import health, remedies
 from nib.doctor.texts import PROBE_LENGTH
 
 # -- rules for the data ----------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def wrong_initial_loss(d) -> str | None:
     # 0.15 is for texts that repeat tokens, such as Python's indentation, which the first
     # predictions of a tied head match.
     tolerance = health.start_tolerance(d.config['n_embd'], d.tokens_per_step) + 0.15
-    judged = out_of_range.judge_start(d.vital_signs.losses[0], d.data.vocab_size, tolerance)
+    judged = remedies.judge_start(d.vital_signs.losses[0], d.data.vocab_size, tolerance)
     return judged[0].what if judged else None
 
 

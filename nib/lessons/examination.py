@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from nib.doctor import health, inspection, out_of_range
-from nib.doctor.out_of_range import OutOfRange
+from nib.doctor import health, inspection, remedies
+from nib.doctor.remedies import OutOfRange
 
 MEMORIZED_TOKENS = 1024  # this many can be memorized in 50 steps
 ATTENDED = 4  # sequences on which attention is measured
@@ -37,7 +37,7 @@ def examine(training, full: bool, overfit_steps: int) -> Iterator[str]:
     yield f'One batch under the microscope: {training.describe()}'
     yield '\nTHE BATCH\n'
     yield from describe_batch(training)
-    findings = out_of_range.judge_shift(inspection.shifted_share(x, y))
+    findings = remedies.judge_shift(inspection.shifted_share(x, y))
     yield '\n1. GRADIENTS AND ONE UPDATE, PARAMETER BY PARAMETER\n'
     findings += yield from report_parameters(training, full)
     yield '\n2. ACTIVATIONS, LAYER BY LAYER\n'
@@ -143,7 +143,7 @@ def report_parameters(training, full: bool) -> Report:
     norm_limits = health.grad_norm_limits(config.n_layer, config.n_embd, fresh=not trained)
     marks = {}
     for row in rows:
-        if mark := out_of_range.mark_parameter(row, limits[row.name]):
+        if mark := remedies.mark_parameter(row, limits[row.name]):
             marks[row.name] = mark
 
     shown, omitted = shown_rows((row.name for row in rows), marks, config.n_layer, full)
@@ -173,8 +173,8 @@ def report_parameters(training, full: bool) -> Report:
             'before it have none in this step, but will have one after it has moved.',
             'zeros',
         )
-    findings = out_of_range.judge_grad_norm(norm, norm_limits)
-    return findings + out_of_range.judge_parameters(rows, limits, values['learning_rate'])
+    findings = remedies.judge_grad_norm(norm, norm_limits)
+    return findings + remedies.judge_parameters(rows, limits, values['learning_rate'])
 
 
 def update_limits(training, method: str) -> tuple[float, float]:
@@ -289,7 +289,7 @@ def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report
     largest = health.largest_entropy(n_positions)
     marks = {}
     for row in rows:
-        if mark := out_of_range.mark_layer(row, n_positions):
+        if mark := remedies.mark_layer(row, n_positions):
             marks[row.name] = mark
     shown, omitted = shown_rows((row.name for row in rows), marks, config.n_layer, full)
     yield (
@@ -312,7 +312,7 @@ def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report
         yield omitted
     yield ''
     yield from explain_layers(x, config.mlp, largest)
-    return out_of_range.judge_layers(rows, n_positions)
+    return remedies.judge_layers(rows, n_positions)
 
 
 def explain_layers(x, mlp_kind: str, largest: float) -> Iterator[str]:
@@ -373,7 +373,7 @@ def report_start(training, loss: float) -> Report:
         yield 'These weights are trained, so they should be better than a guess.'
     else:
         yield 'A trained model has expectations, so it is worse than a guess on random tokens.'
-    return out_of_range.judge_start(loss, vocab_size, tolerance) if is_new or is_text else []
+    return remedies.judge_start(loss, vocab_size, tolerance) if is_new or is_text else []
 
 
 def report_memorizing(training, steps: int) -> Report:
@@ -415,4 +415,4 @@ def report_memorizing(training, steps: int) -> Report:
         f'that cannot memorize one batch will not learn a text. But memorizing says nothing about '
         f'new text.'
     )
-    return out_of_range.judge_memorizing(losses, goal)
+    return remedies.judge_memorizing(losses, goal)
