@@ -113,12 +113,12 @@ def exact_products():
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-    """A folder with one dataset, 'tiny': sentences of a few words, 20,000 characters."""
+    """A folder with one dataset, 'tiny': sentences of a few words, 10,000 characters."""
     folder = tmp_path_factory.mktemp('data')
     draw = random.Random(0)
     words = 'the a cat dog bird sees hears chases small big red and then it sleeps'.split()
     text = ''
-    while len(text) < 20_000:
+    while len(text) < 10_000:
         text += ' '.join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + '.\n'
     write_char_dataset(folder / 'tiny', text, {'text': 'made up'})
     return folder

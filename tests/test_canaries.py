@@ -113,6 +113,7 @@ def run_train(run_main, place, *flags):
         f'--data_dir={place / "data"}',
         f'--out_dir={place / "run"}',
         '--max_iters=11',
+        '--eval_iters=1',
         *flags,
     )
 
