@@ -64,7 +64,9 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize('what', ['loss', 'gradient', 'NaN gradient'])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize(
+    'dtype', ['float32', 'float16', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(
     train_here, poison, tmp_path, what, dtype
 ):

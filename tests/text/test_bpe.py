@@ -155,7 +155,7 @@ def same_as_the_library(splits, texts):
 
 
 @each_split
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=4))
 def test_any_text_has_the_ids_of_the_tokenizers_library(splits, texts):
     same_as_the_library(splits, texts)
