@@ -16,13 +16,7 @@ from nib import guard
 from nib.checkpoint import store
 from nib.doctor.troubles import Finding
 
-EVERY_STEP = [
-    '--eval_interval=1',
-    '--eval_iters=1',
-    '--batch_size=64',  # of which the measurement of noise needs few
-    '--keep_last=100',
-    '--dropout=0.1',
-]
+EVERY_STEP = ['--eval_interval=1', '--eval_iters=1', '--keep_last=100', '--dropout=0.1']
 
 
 @pytest.fixture
