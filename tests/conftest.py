@@ -1,5 +1,6 @@
 """Shared by the tests: a small dataset, and the scripts as a user runs them."""
 
+import functools
 import gc
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +23,11 @@ import torch
 from nib import errors
 from nib.doctor import rules
 from nib.machine import ranks
+from nib.run import provenance
 from nib.tokens.write import write_char_dataset
 
 pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
+gc.disable()  # until the tests are collected: seconds of looking at what nobody frees
 torch.set_num_threads(1)  # the models of the tests are too small for more
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +76,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Spares the garbage collector what has been imported, a sixth of a second each time."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -109,12 +113,12 @@ def exact_products():
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-    """A folder with one dataset, 'tiny': sentences of a few words, 20,000 characters."""
+    """A folder with one dataset, 'tiny': sentences of a few words, 10,000 characters."""
     folder = tmp_path_factory.mktemp('data')
     draw = random.Random(0)
     words = 'the a cat dog bird sees hears chases small big red and then it sleeps'.split()
     text = ''
-    while len(text) < 20_000:
+    while len(text) < 10_000:
         text += ' '.join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + '.\n'
     write_char_dataset(folder / 'tiny', text, {'text': 'made up'})
     return folder
@@ -164,6 +168,33 @@ def records(out_dir) -> list[dict]:
     return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
 
 
+@contextmanager
+def process_kept():
+    """Undoes what a script changes in its process: the handlers of signals, and the threads."""
+    caught = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        getattr(signal, 'SIGUSR1', signal.SIGINT),
+    )  # Windows has no SIGUSR1
+    handlers = {number: signal.getsignal(number) for number in caught}
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_num_threads(threads)
+
+
+def train_once(data_dir, out_dir, *flags):
+    """Trains the small model in this process, for a fixture that several tests share."""
+    import train as training
+
+    argv = [*SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *flags]
+    with process_kept():
+        assert not errors.call(training.main, argv)
+
+
 @dataclass
 class Ended:
     """How a script called in this process ended: what a shell would see."""
@@ -171,6 +202,9 @@ class Ended:
     returncode: int
     stdout: str
     stderr: str
+
+
+find_commit = functools.cache(provenance.find_commit)  # the tests make no commits here
 
 
 @pytest.fixture
@@ -184,13 +218,8 @@ def run_main(monkeypatch, capfd):
     # throughput_collapse is true, but no fault of the run, if other programs take the cores.
     others = [rule for rule in rules.STEP_RULES if rule is not rules.throughput_collapse]
     monkeypatch.setattr(rules, 'STEP_RULES', others)
-    caught = (
-        signal.SIGINT,
-        signal.SIGTERM,
-        getattr(signal, 'SIGUSR1', signal.SIGINT),
-    )  # Windows has no SIGUSR1
-    handlers = {number: signal.getsignal(number) for number in caught}
-    threads = torch.get_num_threads()
+    monkeypatch.setattr(provenance, 'find_commit', find_commit)
+    monkeypatch.setattr(sys, 'path', list(sys.path))  # to which prepare scripts add
     modules = {}
 
     def run(script, *argv) -> Ended:
@@ -203,13 +232,10 @@ def run_main(monkeypatch, capfd):
             spec.loader.exec_module(modules[script])
         capfd.readouterr()
         try:
-            status = errors.call(modules.get(script, script).main, list(map(str, argv)))
+            with process_kept():
+                status = errors.call(modules.get(script, script).main, list(map(str, argv)))
         except SystemExit as end:  # --help
             status = end.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            torch.set_num_threads(threads)
         said = capfd.readouterr()
         return Ended(status or 0, said.out, said.err)
 

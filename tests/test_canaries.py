@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, SMALL_RUN, train
+from conftest import ROOT, SMALL_RUN, train_once
 
 from nib.checkpoint import store
 from nib.tokens import unfinished
@@ -89,7 +89,7 @@ def test_the_canaries_sing(tmp_path, monkeypatch):
 def made(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp('made')
     shutil.copytree(data_dir, folder / 'data')
-    train(data_dir, folder / 'run', '--max_iters=10')
+    train_once(data_dir, folder / 'run', '--max_iters=10')
     return folder
 
 
@@ -113,6 +113,7 @@ def run_train(run_main, place, *flags):
         f'--data_dir={place / "data"}',
         f'--out_dir={place / "run"}',
         '--max_iters=11',
+        '--eval_iters=1',
         *flags,
     )
 

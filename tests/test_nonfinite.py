@@ -16,7 +16,7 @@ from nib import guard
 from nib.checkpoint import store
 from nib.doctor.troubles import Finding
 
-EVERY_STEP = ['--eval_interval=1', '--keep_last=100', '--dropout=0.1']
+EVERY_STEP = ['--eval_interval=1', '--eval_iters=1', '--keep_last=100', '--dropout=0.1']
 
 
 @pytest.fixture
@@ -58,16 +58,18 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize('what', ['loss', 'gradient', 'NaN gradient'])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize(
+    'dtype', ['float32', 'float16', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(
     train_here, poison, tmp_path, what, dtype
 ):
-    poison({5, 8, 9}, what)
-    done = train_here(tmp_path / 'run', *EVERY_STEP, f'--dtype={dtype}', '--max_iters=12')
+    poison({2, 4, 5}, what)
+    done = train_here(tmp_path / 'run', *EVERY_STEP, f'--dtype={dtype}', '--max_iters=7')
     assert done.returncode == 0
-    for step in range(1, 12):
+    for step in range(1, 7):
         before, after = tensors_at(tmp_path / 'run', step), tensors_at(tmp_path / 'run', step + 1)
-        assert equal(before, after) == (step in (5, 8, 9)), step
+        assert equal(before, after) == (step in (2, 4, 5)), step
         assert all(value.isfinite().all() for value in after.values())
     counted = dtype != 'float16' or what == 'loss'  # in float16 the scaler's ordinary business
     assert [
@@ -75,7 +77,7 @@ def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(
         for step in re.findall(
             r'step (\d+): loss or gradients not finite: not applied', done.stderr
         )
-    ] == ([6, 9, 10] if counted else [])
+    ] == ([3, 5, 6] if counted else [])
 
 
 @pytest.mark.parametrize('log_interval', [1, 7, 1000])

@@ -119,7 +119,11 @@ def test_muon_makes_a_matrix_orthogonal():
     u, v = (torch.linalg.qr(torch.randn(size, 16, dtype=torch.float64)).Q for size in (16, 40))
     for spread in (1.0, 10.0, 1000.0):
         s = torch.logspace(0, -math.log10(spread), 16, dtype=torch.float64)
-        x = optim.orthogonalize((u @ s.diag() @ v.T)[None], 10, torch.float64)[0]
+        matrix = (u @ s.diag() @ v.T)[None]
+        x = optim.orthogonalize(matrix, 10, torch.float64)[0]
+        for size in (1e-3, 1e3):  # which does not matter
+            scaled = optim.orthogonalize(size * matrix, 10, torch.float64)[0]
+            torch.testing.assert_close(scaled, x, atol=1e-9, rtol=0)
         values = (u.T @ x @ v).diag()
         assert values.min() > 0.6 and values.max() < 1.3
         torch.testing.assert_close(x, u @ values.diag() @ v.T, atol=1e-9, rtol=0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, run_script, train
+from conftest import ROOT, run_script, train_once
 from small_models import SMALL, make_model
 
 import configurator
@@ -24,7 +24,7 @@ from nib.tokens.write import write_dataset
 def out_dir(data_dir, tmp_path_factory):
     """Checkpoints of steps 10 and 20; the best is made to be that of step 10."""
     folder = tmp_path_factory.mktemp('sample') / 'run'
-    train(data_dir, folder, '--keep_last=2')
+    train_once(data_dir, folder, '--keep_last=2')
     store.point(folder, 'best', folder / 'step-00000010')
     return folder
 
@@ -39,7 +39,9 @@ def bytes_out_dir(tmp_path_factory):
         ByteTokenizer(),
         {},
     )
-    train(folder, folder / 'run', '--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150')
+    train_once(
+        folder, folder / 'run', '--max_iters=150', '--lr_decay_iters=150', '--eval_interval=150'
+    )
     return folder / 'run'
 
 

@@ -107,6 +107,15 @@ def test_the_last_line_is_the_loss_over_the_whole_validation_split(whole_run, da
     assert f'step 20: val loss {loss:.4f}' in only.stdout
 
 
+def test_a_run_whose_script_is_edited_meanwhile_ends_as_it_began(run_main, data_dir, tmp_path):
+    script, config = shutil.copy(ROOT / 'train.py', tmp_path), tmp_path / 'edit.py'
+    config.write_text(f"open({str(script)!r}, 'w').write('batch_size: int = ')")
+    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=1']
+    done = run_main(script, config, *SMALL_RUN, *flags)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'run/report.html').exists()
+
+
 @pytest.mark.slow
 def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(
     whole_run, data_dir, tmp_path, train_here

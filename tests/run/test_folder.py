@@ -19,6 +19,7 @@ from nib.checkpoint import store
 from nib.errors import UserError, call
 from nib.files import atomic_write
 from nib.run.folder import RunLock, write_config
+from nib.run.logbook import Logbook
 
 TIMED = (
     'time',
@@ -149,6 +150,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='file cannot be written'):
         RunLock(tmp_path / 'file').take(new_run=True)
+
+
+def test_a_run_that_appears_after_the_first_check_is_left_alone(tmp_path, train_here, monkeypatch):
+    train_here(tmp_path / 'run', '--max_iters=1', status=0)
+    before = (tmp_path / 'run/metrics.jsonl').read_bytes()
+    monkeypatch.setattr(Logbook, 'check_new', lambda book: None)  # it was not there yet
+    done = train_here(tmp_path / 'run', '--max_iters=1', status=2)
+    assert 'already contains a run' in done.stderr
+    assert (tmp_path / 'run/metrics.jsonl').read_bytes() == before
 
 
 @pytest.mark.slow

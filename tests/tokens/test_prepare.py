@@ -455,12 +455,14 @@ def test_a_second_text_of_the_same_name_does_not_replace_the_first(tmp_path, run
         (['--input={notes}/bad.jsonl'], 'bad.jsonl:1'),
     ],
 )
-def test_a_mistake_is_named_on_one_line_and_writes_nothing(checkout, notes, flags, said):
+def test_a_mistake_is_named_on_one_line_and_writes_nothing(
+    checkout, notes, run_main, monkeypatch, flags, said
+):
     for name, content in (('empty.txt', ''), ('ab.txt', 'ab'), ('bad.jsonl', '{')):
         (notes / name).write_text(content)
-    done = run_script(
-        'data/text/prepare.py', *[flag.format(notes=notes) for flag in flags], folder=checkout
-    )
+    monkeypatch.chdir(checkout)
+    script = checkout / 'data/text/prepare.py'
+    done = run_main(script, *[flag.format(notes=notes) for flag in flags])
     errors = [line for line in done.stderr.splitlines() if not line.startswith('note: skipped')]
     assert (
         done.returncode == 2
