@@ -73,6 +73,8 @@ def main(argv):
     encoder = fit_tokenizer(encoder, found, n_marks, divide)
     substitutes = str.maketrans(dict.fromkeys(found.missing, replace_missing))
     val = documents.choose_val(found.lengths) if several else set()
+    if not several:
+        documents.split_position(found.lengths[0])  # fails before there is a folder
 
     def read_pieces(start):
         pieces = documents.read_documents(files, field, divide)
