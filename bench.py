@@ -13,7 +13,7 @@ same model and batch. --growth measures how speed and memory change with width, 
 batch. --plan measures nothing, and prints what the whole run would take.
 """
 
-import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import json
 import math
@@ -64,7 +64,7 @@ result: str = ''  # also write the table to this file
 plan: bool = False  # measure nothing; print memory, FLOPs, time and cost of the whole run
 devices: str = 'H100,A100,RTX 4090,RTX 3090'  # plan: names of GPUs, separated by commas
 mfu: float = 0.4  # plan: assumed share of a device's peak rate
-price_per_hour: float = 0.0  # plan: of one device, in your currency; 0: no costs are shown
+price_per_hour: float = 0.0  # plan: price of a device in your currency; 0: show no cost
 
 VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
 ROOT = Path(__file__).resolve().parent

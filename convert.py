@@ -10,7 +10,7 @@ python convert.py --init_from=nanoGPT/out/ckpt.pt --to=hf --dest=shakespeare
     the same for a model from elsewhere
 """
 
-import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import os
 from pathlib import Path
@@ -78,7 +78,7 @@ def write_nanogpt(weights: Weights, tokenizer: Tokenizer):
     nanogpt.write_folder(Path(dest), weights.model, weights.tensors, tokenizer, state, config)
     if weights.model.mlp == 'gelu':
         print(
-            'nanoGPT computes GELU exactly, and this model its approximation: logits differ by '
+            'nanoGPT computes the exact GELU, but this model its approximation: logits differ by '
             'about a thousandth'
         )
 
@@ -89,7 +89,7 @@ def write_gguf(weights: Weights, tokenizer: Tokenizer):
     gguf.write(dest, weights.model, weights.tensors['model'], tokenizer, dtype)
     if weights.model.mlp == 'gelu_erf':
         print(
-            'llama.cpp approximates GELU, and this model computes it exactly: logits differ by '
+            'llama.cpp approximates GELU, but this model computes it exactly: logits differ by '
             'about a thousandth'
         )
 

@@ -12,7 +12,7 @@ Accepts every key of train.py except --budget and --params, but does not evaluat
 The steps are those of train.py. Each one is undone, and nothing is written to out_dir.
 """
 
-import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import sys
 from contextlib import contextmanager

@@ -2,7 +2,7 @@
 
 By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 The options of GPTConfig turn it into anything between GPT-2 and today's models; all of them
-together give Qwen3 (Yang et al. 2025). How it generates text is in nib/generation.py.
+together give Qwen3 (Yang et al. 2025). How it generates text is in nib/generation/.
 
 Letters in shapes:
     B sequences, T positions, V = vocab_size, C = n_embd
@@ -476,7 +476,7 @@ class GPT(nn.Module):
         A row whose context is full drops its oldest half. The rest is read again from
         position 0, as in training; this costs one pass every block_size / 2 tokens.
         """
-        from nib.generation import generate
+        from nib.generation.sampling import generate
 
         return generate(
             self, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile

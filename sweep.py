@@ -68,7 +68,7 @@ def main(argv):
     finished = [run.folder for run in runs if is_finished(run)]
     if sweep.signal:
         done = f'{len(finished)} of {len(runs)} runs are finished'
-        print(f'stopped by {name_signal(sweep.signal)}: {done}; the same command continues')
+        print(f'stopped by {name_signal(sweep.signal)}: {done}; repeat the command to continue')
         return 128 + sweep.signal
     folders = [run.folder for run in runs if is_run(run.folder)]
     if folders:

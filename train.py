@@ -8,7 +8,7 @@ Read this file from top to bottom: the config, the learning rate, the evaluation
 what a step needs, main, the run, the loop, and the functions that they call.
 """
 
-import nib.startup  # noqa: F401 - first: Ctrl-C during the other imports is no traceback
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import math
 import time
@@ -49,8 +49,8 @@ out_dir: str = 'out'  # folder for checkpoints, metrics and config.json
 init_from: str = 'scratch'  # or 'resume', another run's out_dir, 'gpt2', an open model, a ckpt.pt
 overwrite: bool = False  # let a new run replace the one in out_dir
 eval_only: bool = False  # only evaluate the model on the whole validation split
-budget: str = ''  # time for the run, as in 10m: plans model, batches, rate and steps
-params: str = ''  # size of the model, as in 10M: plans the rest
+budget: str = ''  # time for the run (90s, 10m, 2h); chooses model, batch, rate and steps
+params: str = ''  # size of the model (300k, 10M); chooses the rest
 seed: int = 1337  # for weights, data order and dropout
 # evaluation and checkpoints
 eval_interval: int = 2000  # steps between evaluations; each one saves a checkpoint
@@ -69,7 +69,7 @@ report: bool = True  # write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
-vocab_size: int = 0  # number of tokens, if no meta.json or meta.pkl says it; 0: those of GPT-2
+vocab_size: int = 0  # number of tokens, if it is in no meta.json or meta.pkl; 0: GPT-2's
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
 fallback_dataset: str = ''  # used if the dataset cannot be downloaded; empty: stop with an error
 batch_size: int | Literal['auto'] = 12  # sequences per micro step and process; auto: all that fit
@@ -106,7 +106,7 @@ muon_momentum: float = 0.95  # Muon: decay rate of the mean gradient
 muon_iterations: int = 5  # Muon: Newton-Schulz iterations, which orthogonalize the update
 sgd_momentum: float = 0.9  # SGD: fraction of the momentum that each step keeps; 0: none
 grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
-max_bad_steps: int = 3  # consecutive non-finite steps, all left out, before on_nonfinite applies
+max_bad_steps: int = 3  # consecutive non-finite steps, none applied, before on_nonfinite decides
 on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: return to the last checkpoint
 # learning rate schedule
 lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # wsd: warmup-stable-decay

@@ -29,8 +29,8 @@ import configurator
 from benchmarks import measure
 from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
+from nib.generation.int8 import quantize
 from nib.hub import gguf, huggingface
-from nib.int8 import quantize
 from nib.machine.device import pick_device, synchronize
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
 from nib.text.tokenizer import END_OF_TEXT, tokenizer_from_json

@@ -1,4 +1,4 @@
-"""Measures nibGPT and nanoGPT on a GPU, in stages: all figures of docs/speed.md#gpus.
+"""Measures nibGPT and nanoGPT on a GPU, in stages: all figures of docs/speed.md about GPUs.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/gpu.py --nanogpt=nanoGPT --out=gpu-figures --text=input.txt

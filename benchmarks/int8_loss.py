@@ -23,7 +23,7 @@ from benchmarks import measure
 from model import GPT, GPTConfig
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
-from nib.int8 import quantize
+from nib.generation.int8 import quantize
 from nib.tokens.dataset import open_dataset
 
 run: str = ''  # folder of a run

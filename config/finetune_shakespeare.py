@@ -6,7 +6,7 @@ dataset = 'shakespeare'
 prepare_dataset = True  # 1 MB of text, which the run downloads and prepares itself
 
 batch_size = 1
-gradient_accumulation_steps = 32  # 32,768 of the text's 301,966 tokens: 9 steps are an epoch
+gradient_accumulation_steps = 32  # 32,768 tokens per step; 9 steps are an epoch
 max_iters = 20  # two epochs; after that it only memorizes
 eval_interval = 5
 eval_iters = 40

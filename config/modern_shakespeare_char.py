@@ -1,4 +1,4 @@
-# Tiny Shakespeare in characters with a modern architecture, which Hugging Face calls Qwen3.
+# Tiny Shakespeare in characters with a modern architecture, that of Qwen3.
 
 include('train_shakespeare_char.py')
 out_dir = 'out-modern-shakespeare-char'

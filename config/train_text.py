@@ -3,7 +3,7 @@
 #   python train.py config/train_text.py --dataset=NAME
 import os
 
-# The same sizes; for more text use larger --n_layer, --n_embd and --max_iters.
+# The same model and steps. For more text, raise --n_layer, --n_embd and --max_iters.
 include('train_shakespeare_char.py')
 dataset = ''  # given by --dataset=NAME, also in the next line
 out_dir = f'out-{os.path.basename(dataset.rstrip(os.sep))}'

@@ -230,7 +230,7 @@ class Planner:
         if not 1 / 1.5 <= sizes[width] / params <= 1.5:
             raise UserError(
                 f'--params={self.config["params"]}: the nearest model for this vocabulary has '
-                f'{sizes[width]:,} parameters; possible are '
+                f'{sizes[width]:,} parameters; possible sizes are '
                 + ', '.join(f'{n / 1e6:,.2f}M' for n in sizes.values())
             )
         return width

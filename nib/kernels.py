@@ -98,7 +98,7 @@ class LongAttention(torch.autograd.Function):
     """attend_in_blocks() of a long context without dropout: q, k and v (B, H, T, D).
 
     On a processor with AMX, the library's kernel is faster than blocks in the forward pass only. In
-    the backward pass, blocks are faster. See docs/speed.md, "On Intel with AMX".
+    the backward pass, blocks are faster. See docs/experiments.md, "Attention".
     """
 
     @staticmethod

@@ -16,12 +16,14 @@ from torch.nn import functional as F
 import configurator
 import debug_training
 import model as model_file
+import train
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.start import new_model
 from nib.doctor import health, inspection
 from nib.lessons import examination, walkthrough
 from nib.machine.device import autocast, pick_device
+from nib.run.checks import settle_schedule
 from nib.tokens.batches import BatchLoader
 
 SCRIPT = 'debug_training.py'
@@ -54,7 +56,7 @@ def debug(data_dir, run_main):
 
 
 @pytest.fixture
-def make_training(data_dir):
+def make_training(data_dir, monkeypatch):
     """make_training(*flags): a Microscope on the small model, to examine and to break."""
 
     def make(*flags):
@@ -62,6 +64,8 @@ def make_training(data_dir):
         values, _ = configurator.configure(
             str(ROOT / SCRIPT), argv, settle={'device': pick_device}, base='train.py'
         )
+        for key, value in settle_schedule(values).items():  # which get_lr reads, as in main
+            monkeypatch.setitem(vars(train), key, value)
         data = (
             debug_training.open_dataset(values)
             if values['dataset']

@@ -545,14 +545,15 @@ def rounds_to(shown: str, measured: str) -> bool:
     )
 
 
-def test_figures_of_the_speed_page_are_measured_ones():
+def test_figures_of_the_pages_about_speed_are_measured_ones():
     """Every median with its range is in benchmarks/results/, perhaps with more digits."""
     measured = [
         triple
         for path in (ROOT / 'benchmarks/results').glob('*.txt')
         for triple in TRIPLE.findall(path.read_text())
     ]
-    shown = TRIPLE.findall((ROOT / 'docs/speed.md').read_text())
+    pages = [ROOT / 'docs/speed.md', ROOT / 'docs/experiments.md']
+    shown = [triple for page in pages for triple in TRIPLE.findall(page.read_text())]
     assert len(shown) > 50
     for triple in shown:
         assert any(all(map(rounds_to, triple, other)) for other in measured), triple

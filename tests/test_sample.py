@@ -105,7 +105,7 @@ def test_8_bit_weights_write_text_on_a_cpu_only(bytes_out_dir, sample, run_main,
     done = run_main(script, f'--out_dir={bytes_out_dir}', '--dtype=int8')
     assert (
         done.returncode == 2
-        and '--dtype=int8: 8-bit products need a CPU, and the device is cuda' in (done.stderr)
+        and '--dtype=int8: 8-bit products need a CPU, but the device is cuda' in (done.stderr)
     )
     done = run_main('train.py', '--dtype=int8')
     assert done.returncode == 2 and "--dtype: found 'int8'" in done.stderr

@@ -1,4 +1,4 @@
-# Attention changed in the wrong place: training sees a window of 8 tokens, sampling all tokens.
+# Attention changed in the wrong place: training uses a window of 8 tokens, sampling all tokens.
 import torch
 from torch.nn import functional as F
 

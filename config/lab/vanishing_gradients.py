@@ -1,4 +1,4 @@
-# Blocks without norms and residual connections: the gradient shrinks in each on its way back.
+# Blocks without norms and residual connections: the gradient shrinks from block to block.
 import torch
 
 import model

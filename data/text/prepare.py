@@ -45,13 +45,13 @@ input: str = ''  # files and folders, separated by commas; hidden files in folde
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
 tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', 'bpe', a run, dataset, model or tokenizer.json
 vocab_size: int = 4096  # tokens of --tokenizer=bpe, which is trained on the text
-replace_missing: str = ''  # a character for those that its tokenizer lacks; empty: refuse the text
-end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text becomes
-name: str = ''  # of the dataset, which is written to data/NAME; empty: named after the input
+replace_missing: str = ''  # replaces characters that are not in the vocabulary; empty: refuse them
+end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text is
+name: str = ''  # name of the dataset, written to data/NAME; empty: that of the input
 out_dir: str = ''  # output folder; empty: data/NAME
-overwrite: bool = False  # replace the dataset of another text
+overwrite: bool = False  # replace an existing dataset of another text
 
-LITTLE = 100_000  # characters; a model memorizes a shorter text
+LITTLE = 100_000  # characters; a shorter text is soon memorized
 SAMPLE = 1 << 22  # characters of the validation split on which tokenizers are compared
 
 
@@ -105,7 +105,7 @@ def main(argv):
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
-        note(f'the validation split has {share:.0%} of the text, as documents are not split')
+        note(f'the validation split has {share:.0%} of the text, because documents are kept whole')
     tokens = {split: counts['tokens'] for split, counts in meta['splits'].items()}
     print(
         f'{shown(folder)}: {len(found.lengths):,} document{"s" * several}, '
@@ -237,9 +237,9 @@ def compare(trained: Tokenizer, read_pieces: Callable[[int], Iterator[Piece]]) -
     figures.append(f'characters have {n_bytes / size:.2f}')
     if is_gpt2_stored():
         n_gpt2 = len(Gpt2Tokenizer().encode_texts(texts))
-        figures.append(f'GPT-2 with its 50,257 tokens has {n_bytes / n_gpt2:.2f}')
+        figures.append(f'GPT-2 (50,257 tokens) has {n_bytes / n_gpt2:.2f}')
     else:
-        figures.append("GPT-2's are not known, as its vocabulary is not on this machine")
+        figures.append("GPT-2's vocabulary is not on this machine, so it is not compared")
     return f'bytes per token on validation text: {"; ".join(figures)}'
 
 
@@ -279,7 +279,7 @@ def fit_tokenizer(
     if tokenizer == 'char':
         encoder = CharTokenizer(found.characters, several)
     if n_marks:
-        does = 'ends a document' if divide else 'stays characters, in prompts too'
+        does = 'ends a document' if divide else 'stays characters, also in prompts'
         note(f'{END_OF_TEXT} occurs {n_marks:,} time{"s" * (n_marks > 1)} in the text: each {does}')
         encoder = replace(encoder, spells_end_of_text=not divide)
     if several and encoder.end_of_text is None:

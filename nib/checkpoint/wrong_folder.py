@@ -49,7 +49,7 @@ def explain(path, may_train: bool = True) -> str:
     if path.is_file() and is_hugging_face(path.parent):
         return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
     if path.suffix == '.gguf':
-        return f'{path} is a GGUF file, which can be written, but not read; use the original model'
+        return f'{path} is a GGUF file, which nibGPT cannot read; use the original model'
     if 'huggingface.co' in path.parts:
         name = path.parts[path.parts.index('huggingface.co') + 1 :][:2]
         return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'
@@ -77,12 +77,12 @@ def explain(path, may_train: bool = True) -> str:
     ):
         if found:
             return (
-                f'{path} contains {what}, and not a run: start a run from it with '
+                f'{path} contains {what}, not a run: start a run from it with '
                 f'--init_from={_typed(path)}'
             )
     if (path / 'train.bin').exists():
         return (
-            f'{path} is a dataset, and not a run: train on it with '
+            f'{path} is a dataset, not a run: train on it with '
             f'--dataset={_typed(Path(whole.name))} --data_dir={_typed(path.parent)}'
         )
     if runs:

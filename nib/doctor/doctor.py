@@ -114,7 +114,7 @@ class Doctor:
         return self._apply(rules.EVALUATION_RULES, vital_signs.step)
 
     def see_generation(self, step: int, difference: str | None) -> list[Finding]:
-        """difference: result of nib.generation.check_generation() after the last step."""
+        """difference: result of nib.generation.check.check_generation() after the last step."""
         self.difference = difference
         return self._apply(rules.GENERATION_RULES, step)
 

@@ -333,7 +333,7 @@ def judge_start(loss: float, vocab_size: int, tolerance: float | None) -> list[O
             return []
         what = f'loss at the start {loss:.3f}, while a uniform guess has {guess:.3f}'
         remedy = (
-            'The model is worse than one that knows nothing: check that the text is of the kind '
+            'The model is worse than a guess: check whether the text is of the kind '
             'that it was trained on'
         )
     elif abs(loss - guess) <= tolerance:
@@ -341,8 +341,8 @@ def judge_start(loss: float, vocab_size: int, tolerance: float | None) -> list[O
     elif loss < guess:
         what = f'loss at the start {loss:.3f}, below ln(vocab_size) = {guess:.3f}'
         remedy = (
-            'A new model cannot know that: check whether the target leaks into the input, or is '
-            'the input, not shifted by one'
+            'A new model cannot know that much: check whether the targets leak into the inputs, or '
+            'are the inputs, not shifted by one'
         )
     else:
         what = f'loss at the start {loss:.3f}, above ln(vocab_size) = {guess:.3f}'

@@ -87,7 +87,7 @@ def no_warmup(d) -> str | None:
     ratio = largest_ratio(d)
     if d.config['warmup_iters'] < health.WARMUP and ratio > limits[1]:
         return (
-            f'the first step moved the weights by {ratio:.2g} of their size, while at most '
+            f'the first step moved the weights by {ratio:.2g} of their size; at most '
             f'{limits[1]:.2g} is usual'
         )
     return None
@@ -97,8 +97,8 @@ def lr_too_high(d) -> str | None:
     ratio, limit = largest_ratio(d), ratio_limits(d)[1]
     if d.lasts('lr_too_high', d.vital_signs.step > 1 and ratio > limit, 2):
         return (
-            f'a step moves the weights by {ratio:.2g} of their size, repeatedly, while 0.001 '
-            f'to 0.01 is usual, at learning rate {d.vital_signs.learning_rate:.2g}'
+            f'at learning rate {d.vital_signs.learning_rate:.2g}, steps move the weights by '
+            f'{ratio:.2g} of their size; 0.001 to 0.01 is usual'
         )
     return None
 
@@ -118,16 +118,16 @@ def lr_too_low(d) -> str | None:
     ignorant = d.lines[-1].loss > d.data.entropy
     if d.lasts('lr_too_low', ratio < ratio_limits(d)[0] and ignorant, 3):
         return (
-            f'a step moves the weights by {ratio:.2g} of their size at the full learning rate '
-            f'{full:g}, while 0.001 to 0.01 is usual'
+            f'at the full learning rate {full:g}, a step moves the weights by {ratio:.2g} of '
+            f'their size; 0.001 to 0.01 is usual'
         )
     # Or the ratio is in the lower part of the usual range, and after a quarter of the run the
     # model has not learned the simplest pattern.
     if step > 0.25 * d.config['max_iters'] and ratio < 0.003 and ignorant:
         return (
-            f'a step moves the weights by {ratio:.2g} of their size, and after a quarter of '
-            f'the run the loss is {d.lines[-1].loss:.3f}, while a model that only knows the '
-            f'frequency of each token has {d.data.entropy:.3f}'
+            f'after a quarter of the run, the loss is {d.lines[-1].loss:.3f}, above the '
+            f'{d.data.entropy:.3f} of a model that only knows the frequency of each token; a step '
+            f'moves the weights by {ratio:.2g} of their size'
         )
     return None
 
@@ -188,8 +188,8 @@ def exploding_gradients(d) -> str | None:
     limited = d.config['grad_clip'] != 0.0 or d.vital_signs.loss_scale is not None
     if not limited and (large or not math.isfinite(largest)):
         return (
-            f'the norm of the gradients is up to {largest:.3g}, while {high:.3g} is already '
-            f'large, and nothing clips it'
+            f'the gradient norm reaches {largest:.3g}; more than {high:.3g} is unusual, and '
+            f'nothing clips it'
         )
     return None
 
@@ -215,8 +215,8 @@ def vanishing_gradients(d) -> str | None:
             f'{rms[-1]:.1g}'
         )
     return (
-        f'the norm of the gradients is {max(norms):.1g}, while 0.1 to 10 is usual, and the '
-        f'model learns little: the loss is {d.lines[-1].loss:.3f}'
+        f'the gradient norm is {max(norms):.1g}; 0.1 to 10 is usual. The model learns little: the '
+        f'loss is {d.lines[-1].loss:.3f}'
     )
 
 
@@ -229,8 +229,8 @@ def all_clipped(d) -> str | None:
     present = d.vital_signs.step >= settled and min(norms) > 5 * clip
     if d.lasts('all_clipped', present, 4):
         return (
-            f'every step is clipped: the norm of the gradients is '
-            f'{statistics.median(norms):.3g}, and grad_clip is {clip:g}'
+            f'every step is clipped: the gradient norm is {statistics.median(norms):.3g}, and '
+            f'grad_clip is {clip:g}'
         )
     return None
 
@@ -252,7 +252,7 @@ def weight_decay_too_strong(d) -> str | None:
 def float16_underflow(d) -> str | None:
     scale = d.vital_signs.loss_scale
     if scale is not None and scale < 1024:  # it starts at 65536, and is halved at an overflow
-        return f'the loss scale of float16 has fallen to {scale:g}'
+        return f'the float16 loss scale has fallen to {scale:g}'
     return None
 
 
@@ -269,7 +269,7 @@ def throughput_collapse(d) -> str | None:
     usual = statistics.median(line.tokens_per_second for line in before)
     if max(line.tokens_per_second for line in now) >= 0.4 * usual:
         return None
-    evidence = f'{now[-1].tokens_per_second:,.0f} tokens/s, while {usual:,.0f} were usual'
+    evidence = f'{now[-1].tokens_per_second:,.0f} tokens/s, down from {usual:,.0f}'
     # On a quiet machine, or with slow data, it was at most 0.2 % of the time. Next to one
     # to four busy processes on two cores, it was 29 to 49 %.
     wait_before, wait = (
@@ -277,7 +277,7 @@ def throughput_collapse(d) -> str | None:
     )
     d.cores_taken = wait > wait_before + 0.1
     if d.cores_taken:
-        evidence += f'; the run waits {wait:.0%} of the time for a core'
+        evidence += f'; the run waits for a core {wait:.0%} of the time'
     return evidence
 
 
@@ -288,9 +288,8 @@ def attention_collapsed(d) -> str | None:
     now = d.evaluations[-1]
     if now.step and now.attention_logit > 200.0 and now.attention_entropy < 0.1:
         return (
-            f'attention sees a single position: its scores are up to '
-            f'{now.attention_logit:.3g}, its entropy is {now.attention_entropy:.1%} of the '
-            f'maximum'
+            f'attention looks at a single position: its scores reach {now.attention_logit:.3g}, '
+            f'and its entropy is {now.attention_entropy:.1%} of the maximum'
         )
     return None
 
@@ -320,9 +319,8 @@ def overfitting(d) -> str | None:
         return None
     if rises or passes > 2.0 and gap > max(0.1 * now.train_loss, 4 * error):
         return (
-            f'train loss {now.train_loss:.3f}, validation loss {now.val_loss:.3f}, the best so '
-            f'far is {best.val_loss:.3f} at step {best.step}; the text was read {passes:.1f} '
-            f'times'
+            f'train loss {now.train_loss:.3f}, validation loss {now.val_loss:.3f} (best: '
+            f'{best.val_loss:.3f} at step {best.step}); the text was read {passes:.1f} times'
         )
     return None
 
@@ -339,9 +337,8 @@ def underfitting(d) -> str | None:
     if gap < 0.03 * now.train_loss and gain < 0.05 * now.train_loss:
         return (
             f'{tokens:,} tokens for {d.n_params:,} parameters, '
-            f'{tokens / d.n_params:,.0f} per parameter, and the train and validation losses '
-            f'hardly fall and are close together, at {now.train_loss:.3f} and '
-            f'{now.val_loss:.3f}'
+            f'{tokens / d.n_params:,.0f} per parameter; the train and validation losses are '
+            f'close together ({now.train_loss:.3f} and {now.val_loss:.3f}) and hardly fall'
         )
     return None
 

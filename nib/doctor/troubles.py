@@ -168,7 +168,7 @@ def predicts_its_input(config: Mapping) -> bool:
 TROUBLES: dict[str, Trouble] = {
     'diverging': Trouble(
         'critical',
-        ('the learning rate is too high', (unclipped, 'no clipping'), 'a passage of broken text'),
+        ('the learning rate is too high', (unclipped, 'no clipping'), 'broken text'),
         (
             'lower learning_rate by a factor of 3 to 10',
             (unclipped, 'grad_clip = 1'),
@@ -179,9 +179,9 @@ TROUBLES: dict[str, Trouble] = {
         'critical',
         (
             'the learning rate is far too high',
-            (uses_float16, 'an overflow in float16'),
+            (uses_float16, 'float16 overflows'),
             (unclipped, 'no clipping'),
-            'a division by zero or a logarithm of 0 in changed code',
+            'changed code divides by zero, or takes the logarithm of 0',
         ),
         (
             'lower learning_rate',
@@ -201,7 +201,7 @@ TROUBLES: dict[str, Trouble] = {
     ),
     'lr_too_low': Trouble(
         'warning',
-        ('the learning rate is too low', 'initial weights that are too large for it'),
+        ('the learning rate is too low', 'the initial weights are too large for it'),
         (
             'multiply learning_rate by 10, repeatedly, until the loss falls well',
             'the update ratio should reach 0.001 to 0.01',
@@ -213,7 +213,7 @@ TROUBLES: dict[str, Trouble] = {
             (decays_early, 'the schedule ends long before the run'),
             'the learning rate is too high or too low to get further',
             'the model has learned what it can',
-            'targets that have nothing to do with the inputs',
+            'the targets have nothing to do with the inputs',
         ),
         (
             (decays_early, 'lr_decay_iters = max_iters'),
@@ -224,9 +224,9 @@ TROUBLES: dict[str, Trouble] = {
     'exploding_gradients': Trouble(
         'warning',
         (
-            'missing norms or initial weights that are too large',
+            'norms are missing, or initial weights are too large',
             'the learning rate is too high',
-            'batches of broken text',
+            'some passages of the text are broken',
         ),
         (
             'run debug_training.py to find the layer whose gradients and activations stand out',
@@ -236,9 +236,9 @@ TROUBLES: dict[str, Trouble] = {
     'vanishing_gradients': Trouble(
         'warning',
         (
-            'missing residual connections or norms',
-            'initial weights that are far too small',
-            'too many layers for a model without either',
+            'residual connections or norms are missing',
+            'the initial weights are far too small',
+            'the model has too many layers for one without residual connections or norms',
         ),
         (
             'x = x + layer(norm(x)) in every block',
@@ -249,8 +249,8 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         (
             (clips_below_1, 'grad_clip is far below the usual norm'),
-            'gradients that are too large: missing norms or initial weights that are too large',
-            'a loss that is summed instead of averaged',
+            'the gradients are too large: norms are missing, or initial weights are too large',
+            'the loss is summed instead of averaged',
         ),
         (
             (clips_below_1, 'grad_clip = 1'),
@@ -279,14 +279,14 @@ TROUBLES: dict[str, Trouble] = {
     ),
     'constant_batches': Trouble(
         'critical',
-        ('the loader returns the same batch at every step', 'a text no longer than one batch'),
+        ('the loader returns the same batch at every step', 'the text is no longer than one batch'),
         ('check that the step number reaches the loader', 'more text'),
     ),
     'tiny_vocabulary': Trouble(
         'warning',
         (
             'the text was encoded with a different tokenizer than the model expects',
-            'a text that is much too short for its tokenizer',
+            'the text is much too short for its tokenizer',
         ),
         ('prepare the dataset with another tokenizer, such as prepare.py --tokenizer=char',),
     ),
@@ -294,7 +294,7 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         (
             'the training and validation texts are of different kinds',
-            'a text that is sorted by kind and cut in two',
+            'the text was sorted by kind and cut in two',
             'one of them was encoded with a different tokenizer',
         ),
         ('take both splits from the same text, document by document, as prepare.py does',),
@@ -322,8 +322,8 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         (
             'large steps have closed units for good',
-            (has_biases, 'initial biases too far below 0'),
-            (uses_relu2, 'squared ReLU, which gives no gradient below 0'),
+            (has_biases, 'the initial biases are too far below 0'),
+            (uses_relu2, 'squared ReLU has no gradient below 0'),
         ),
         (
             'lower learning_rate or raise warmup_iters',
@@ -334,11 +334,11 @@ TROUBLES: dict[str, Trouble] = {
     'wrong_initial_loss': Trouble(
         'warning',
         (
-            'if too high: initial weights that are too large, or a loss that is summed',
-            'if too low: targets that leak into the inputs, or equal them',
+            'if it is too high: the initial weights are too large, or the loss is summed',
+            'if it is too low: the targets leak into the inputs, or equal them',
             (
                 predicts_its_input,
-                'a tied head after identity blocks: it first predicts its input token',
+                'a tied head after blocks that add nothing predicts the input token at first',
             ),
         ),
         (
@@ -364,9 +364,9 @@ TROUBLES: dict[str, Trouble] = {
     'float16_underflow': Trouble(
         'warning',
         (
-            'gradients that overflow in float16: the loss scale falls until small ones become 0',
-            'a loss that is summed instead of averaged',
-            'activations that grow',
+            'gradients overflow in float16: the loss scale falls until small ones become 0',
+            'the loss is summed instead of averaged',
+            'activations grow',
         ),
         ('dtype bfloat16 or float32', 'average the loss', 'a lower learning_rate'),
     ),
@@ -384,8 +384,8 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         (
             'attention was changed outside attention_scores(), which the cache follows',
-            'a layer that sees later tokens',
-            'a bug in nib/generation.py',
+            'a layer sees later tokens',
+            'nib/generation/ has a bug',
         ),
         (
             'change attention in attention_scores() of model.py, which generation uses too',

@@ -117,7 +117,7 @@ class Family:
             value = getattr(config, name)
             if value not in allowed:
                 wanted = ' or '.join(map(str, allowed))
-                return f'{name} is {value}, and {self.architecture} can only express {wanted}'
+                return f'{name} is {value}, but {self.architecture} can only express {wanted}'
         return None
 
     def write_fields(self, config: GPTConfig) -> dict:

@@ -80,7 +80,7 @@ class Repository:
                 f'{path} is not JSON ({type(error).__name__}: {error}); download it again'
             ) from error
         if not isinstance(found, dict):
-            raise UserError(f'{path} holds no JSON object; download it again')
+            raise UserError(f'{path} does not contain a JSON object; download it again')
         return found
 
     def read_tensors(self) -> dict[str, torch.Tensor]:

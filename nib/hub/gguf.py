@@ -127,9 +127,9 @@ def why_not(config: GPTConfig) -> str | None:
         return reason
     architecture = pick(config)
     if architecture == 'gpt2' and config.mlp == 'relu':
-        return 'mlp is relu, and its gpt2 can only express gelu'
+        return 'mlp is relu, but its gpt2 can only express gelu'
     if architecture == 'qwen3' and config.rotary_scaling:
-        return f'rotary_scaling is {config.rotary_scaling}, and its qwen3 has none'
+        return f'rotary_scaling is {config.rotary_scaling}, but its qwen3 has none'
     return None
 
 

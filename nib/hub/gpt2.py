@@ -120,7 +120,7 @@ def write(config: GPTConfig, tensors: Mapping[str, torch.Tensor]):
 def why_not(config: GPTConfig) -> str | None:
     """Returns why a model is no GPT2LMHeadModel; None if it is one."""
     if config.kv_heads != config.n_head:
-        return f'n_kv_head is {config.n_kv_head}, and {GPT2.architecture} has no shared heads'
+        return f'n_kv_head is {config.n_kv_head}, but {GPT2.architecture} has no shared heads'
     if config.head_width * config.n_head != config.n_embd:
-        return f'head_dim is {config.head_dim}, and {GPT2.architecture} needs n_embd / n_head'
+        return f'head_dim is {config.head_dim}, but {GPT2.architecture} needs n_embd / n_head'
     return GPT2.why_not(config)

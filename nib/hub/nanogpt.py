@@ -279,13 +279,13 @@ def why_not(config: GPTConfig) -> str | None:
     }
     for name, wanted in needs.items():
         if getattr(config, name) != wanted:
-            return f'{name} is {getattr(config, name)}, and nanoGPT can only express {wanted}'
+            return f'{name} is {getattr(config, name)}, but nanoGPT can only express {wanted}'
     if config.mlp not in ('gelu', 'gelu_erf'):
-        return f'mlp is {config.mlp}, and nanoGPT can only express gelu_erf'
+        return f'mlp is {config.mlp}, but nanoGPT can only express gelu_erf'
     if config.norm_eps not in (0.0, 1e-5):
-        return f'norm_eps is {config.norm_eps}, and nanoGPT can only express 1e-05'
+        return f'norm_eps is {config.norm_eps}, but nanoGPT can only express 1e-05'
     if config.head_width * config.n_head != config.n_embd:
-        return f'head_dim is {config.head_dim}, and nanoGPT needs n_embd / n_head'
+        return f'head_dim is {config.head_dim}, but nanoGPT needs n_embd / n_head'
     if config.qkv_bias and not config.bias:
-        return 'qkv_bias is True, and nanoGPT has biases everywhere or nowhere'
+        return 'qkv_bias is True, but nanoGPT has biases everywhere or nowhere'
     return None

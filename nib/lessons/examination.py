@@ -192,8 +192,8 @@ def explain_weights_and_gradients(
     if values['zero_init']:
         residual = '0'
     yield note(
-        f'root mean square of the weights. New: 0.02; {residual} in c_proj, whose outputs add up '
-        f'over the layers; gains (ln, norm) 1, biases 0.',
+        f'root mean square of the weights. In a new model: 0.02; {residual} in c_proj, whose '
+        f'outputs add up over the layers; gains (ln, norm) 1, biases 0.',
         'weight rms',
     )
     yield note(
@@ -253,9 +253,8 @@ def explain_updates(training) -> Iterator[str]:
             f'Healthy here: {healthy}. '
         )
     text += (
-        'As in the doctor, an update is too large only if that of all attention matrices together '
-        'is, or that of all MLPs. Embeddings and head are not judged, because a batch contains few '
-        'of their rows. '
+        'Only the matrices of attention and of the MLPs are judged, each group as a whole. '
+        'Embeddings and head are not, because a batch contains few of their rows. '
     )
     if values['optimizer'] == 'muon':
         least, most = update_limits(training, 'muon')
@@ -411,8 +410,9 @@ def report_memorizing(training, steps: int) -> Report:
         f'A loss of {loss:.3g} is a probability of exp(-{loss:.3g}) = {math.exp(-loss):.3g} for '
         f'the right token; at the start it was {math.exp(-losses[0]):.2g}. A model that knows the '
         f'frequency of each token, but does not look at the input, gets no lower than '
-        f'{entropy:.3f} nats, the entropy of the targets. Two thirds of that, and of the first '
-        f'loss, requires learning which token follows which. A loop that cannot memorize one batch '
-        f'will not learn a text. That it can says nothing about new text.'
+        f'{entropy:.3f} nats, the entropy of the targets. The goal is two thirds of that, or of '
+        f'the first loss if it is lower. It requires learning which token follows which. A loop '
+        f'that cannot memorize one batch will not learn a text. But memorizing says nothing about '
+        f'new text.'
     )
     return health.judge_memorizing(losses, goal)

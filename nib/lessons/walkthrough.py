@@ -188,7 +188,7 @@ def explain_gradient(model: GPT, x, y, name: str, index: tuple[int, ...]) -> Ite
     formula = logits.detach().softmax(dim=-1) - F.one_hot(y[0, -1], len(logits))
     target, other = int(y[0, -1]), int(formula.argmax())
     yield (
-        'A gradient tells how the loss changes with a number: change of the loss = gradient * '
+        'A gradient says how the loss changes with a number: change of the loss = gradient * '
         'small change of the number.\n'
     )
     yield f'{"the token above: gradient of the logit of":44}{"formula":>14}{"autograd":>14}'
@@ -289,8 +289,8 @@ def explain_clipping(
     yield f'{"norm after":28}{norm * factor:16.8f}{clipped:16.8f}\n'
     if factor < 1:
         yield (
-            'All gradients are multiplied by the same factor, so their direction stays, and no '
-            'unusual batch can move the weights far.'
+            'All gradients are multiplied by the same factor, so their direction is the same, and '
+            'no unusual batch can move the weights far.'
         )
     else:
         yield 'The norm is small enough: nothing is clipped in this step.'
@@ -373,7 +373,7 @@ def explain_adamw(
         f'is small compared with sqrt(v_hat), and so is the update.'
     )
     text = (
-        f'All these steps have the full learning rate {lr:g}, while the rate of the run itself '
+        f'All these steps use the full learning rate {lr:g}, while the rate of the run itself '
         f'depends on the step.'
     )
     if training.values['warmup_iters'] and not training.has_memory:

@@ -18,7 +18,7 @@ from nib.doctor.texts import examine_data
 from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
-from nib.generation import check_generation
+from nib.generation.check import check_generation
 from nib.hub import huggingface
 from nib.machine.device import describe_device, measure_flops, peak_memory
 from nib.machine.ranks import Ranks

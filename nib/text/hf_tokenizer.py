@@ -285,8 +285,8 @@ def _steps(decoder: dict | None) -> list[dict]:
             return [decoder]
     kind = decoder.get('type') if isinstance(decoder, dict) else decoder
     raise UserError(
-        f'the tokenizer has the decoder {kind!r}: only byte-level tokenizers and those like '
-        f'SentencePiece can be used'
+        f'the tokenizer has the decoder {kind!r}: only byte-level and SentencePiece-like '
+        f'tokenizers are supported'
     )
 
 

@@ -174,7 +174,7 @@ def _not_text(path, encoding: str, content: bytes, at: int, marked: bool = False
     is_binary = len(content.translate(None, _CONTROLS)) < len(content)
     why = f'is not {encoding} text (byte {at})'
     if marked:
-        how = f'as it is damaged there, drop that: {_iconv(path, f"{encoding} -c")}'
+        how = f'it is damaged there; drop the damaged bytes: {_iconv(path, f"{encoding} -c")}'
     elif 0 < text.count('\0') < len(text) / 4 and not n_bad and not is_binary:
         why += ', because it contains NUL bytes'
         how = f'remove them: {_command(_DELETE_NULS, path)}'
@@ -185,7 +185,7 @@ def _not_text(path, encoding: str, content: bytes, at: int, marked: bool = False
         why += ' but binary data'
         how = 'leave it out, or convert it to text with the program that wrote it'
     elif n_foreign > n_bad:
-        how = f'as most of it is, drop the rest: {_iconv(path, "UTF-8 -c")}'
+        how = f'most of it is; drop the rest: {_iconv(path, "UTF-8 -c")}'
     else:
         # Windows-1252 has letters and quotes where Latin-1 has control characters.
         source = 'CP1252' if any(0x80 <= byte < 0xA0 for byte in content) else 'LATIN1'

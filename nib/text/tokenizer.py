@@ -199,7 +199,7 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
         case {'kind': 'vocabulary', 'tokens': list(tokens)}:
             if all(isinstance(token, str) for token in tokens) and len(set(tokens)) == len(tokens):
                 return VocabularyTokenizer(tuple(tokens))
-            raise UserError('invalid tokenizer: a vocabulary lists distinct texts')
+            raise UserError('invalid tokenizer: its tokens are not distinct texts')
         case {'kind': 'ids', 'vocab_size': int(size)} if size > 0:
             return IdTokenizer(size)
         case {'kind': kind} if kind != 'char':
@@ -207,7 +207,7 @@ def tokenizer_from_json(data: dict) -> Tokenizer:
                 f"unknown tokenizer kind {kind!r}: this version knows 'char', 'byte', 'gpt2', "
                 f"'hf', 'vocabulary' and 'ids'"
             )
-    raise UserError('invalid tokenizer: a char tokenizer lists distinct characters in order')
+    raise UserError('invalid tokenizer: its characters are not distinct and in order')
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:

@@ -171,7 +171,7 @@ def prepare_command(folder: Path) -> str:
 
 def _remedy(folder: Path, is_described: bool) -> str:
     if is_prepared(folder) and not is_described:
-        return '--vocab_size=N says how many tokens another vocabulary has'
+        return 'if they are of another vocabulary, set --vocab_size=N, its number of tokens'
     return f'recreate it: {prepare_command(folder)}'
 
 

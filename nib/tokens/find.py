@@ -64,7 +64,7 @@ def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> Token
     if is_assumed(folder) and not values['vocab_size']:
         say(
             f"{folder} has neither meta.json nor meta.pkl: its ids are taken for GPT-2's tokens "
-            f'(--vocab_size=N says how many tokens another vocabulary has)'
+            f'(if they are of another vocabulary, set --vocab_size=N, its number of tokens)'
         )
     return data
 

@@ -38,7 +38,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         problem = f'cannot be read ({type(error).__name__}: {error})'
     raise UserError(
         f'{path}: {problem}; expected a dict with vocab_size, itos and stoi, or with vocab_size '
-        f'alone. Remove the file to name the number of tokens by --vocab_size=N'
+        f'alone. Or remove the file, and set --vocab_size=N, the number of tokens'
     )
 
 

@@ -487,7 +487,7 @@ def test_a_slow_run_names_other_processes_only_if_it_waits_for_cores(before, aft
         },
     )
     assert [finding.name for finding in found] == ['throughput_collapse']
-    assert ('the run waits 40% of the time for a core' in found[0].evidence) == named
+    assert ('the run waits for a core 40% of the time' in found[0].evidence) == named
     assert ('taken the cores' in str(found[0].causes)) == named
     assert ('the disk' in str(found[0].causes)) != named
     assert ('OMP_NUM_THREADS' in str(found[0].changes)) == named
@@ -582,7 +582,7 @@ def test_a_resumed_run_is_compared_with_its_evaluations_before():
     assert (finding.name, finding.step) == (
         'overfitting',
         150,
-    ) and 'is 2.000 at step 90' in finding.evidence
+    ) and 'best: 2.000 at step 90' in finding.evidence
     assert doctor.evaluations == [evaluation_signs(s, **overfitting(s)) for s in range(0, 301, 30)]
     slow = (
         {'n_params': 500},

@@ -669,7 +669,7 @@ def test_what_a_trained_tokenizer_gains_is_told(notes, tmp_path, run_main, monke
     counts = data.meta['splits']['val']
     ends = int((data.val == data.tokenizer.end_of_text).sum())
     assert f': {counts["bytes"] / (counts["tokens"] - ends):.2f}; characters have 1.0' in told
-    assert "GPT-2's are not known" in told
+    assert "GPT-2's vocabulary is not on this machine" in told
 
 
 @pytest.mark.parametrize(

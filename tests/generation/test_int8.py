@@ -6,7 +6,7 @@ from small_models import ARCHITECTURES, NAMES, make_model
 from torch import nn
 
 from nib.errors import UserError
-from nib.int8 import Int8Linear, quantize
+from nib.generation.int8 import Int8Linear, quantize
 
 
 def rounded_to_8_bits(matrix):
@@ -65,5 +65,5 @@ def test_every_architecture_generates_with_8_bit_weights(config):
 
 
 def test_8_bit_weights_need_a_cpu():
-    with pytest.raises(UserError, match='need a CPU, and the device is meta'):
+    with pytest.raises(UserError, match='need a CPU, but the device is meta'):
         quantize(make_model().to('meta'))

@@ -37,7 +37,7 @@ def why_not(device: str) -> str | None:
     """Returns why products with 8-bit weights are not possible on a device; None if they are."""
     if device != 'cpu':
         return (
-            f'8-bit products need a CPU, and the device is {device}: use --device=cpu or '
+            f'8-bit products need a CPU, but the device is {device}: use --device=cpu or '
             f'--dtype=bfloat16'
         )
     has_operators = hasattr(torch.ops.quantized, 'linear_dynamic')

@@ -13,9 +13,13 @@ from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 
 import model as model_file
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
-from nib import generation
 from nib.doctor import inspection
-from nib.generation import check_generation, sample_tokens
+from nib.generation import sampling
+from nib.generation.caches import BagCache, KVCache
+from nib.generation.check import check_generation
+from nib.generation.layers import PackedLinear, for_generation
+from nib.generation.sampling import sample_tokens
+from nib.generation.window import Window
 from nib.kernels import is_causal_attention
 
 
@@ -74,27 +78,24 @@ CACHES = ['plain', 'bags', 'amx']
 
 def use_cache(name, monkeypatch):
     """One of the caches of a CPU; bags are in blocks of which a small model fills several."""
-    monkeypatch.setattr(generation, 'HAS_AMX', name == 'amx')
+    for module in ('caches', 'window'):
+        monkeypatch.setattr(f'nib.generation.{module}.HAS_AMX', name == 'amx')
     if name != 'bags':
         return
-    monkeypatch.setattr(generation.BagCache, 'pays', lambda *shape: True)
-    monkeypatch.setattr(generation.BagCache, 'BLOCK', 5)
-    monkeypatch.setattr(generation, 'KVCache', None)
+    monkeypatch.setattr(BagCache, 'pays', lambda *shape: True)
+    monkeypatch.setattr(BagCache, 'BLOCK', 5)
+    monkeypatch.setattr('nib.generation.window.KVCache', None)
 
 
 def test_the_cache_of_large_models_is_for_cpus_and_for_many_numbers_in_full_blocks():
     """From 2^20 numbers of keys and values in a layer: 2 * rows * slots * n_embd of GPT-2."""
     weight, shape = torch.zeros(1), GPTConfig()
-    assert generation.BagCache.pays(shape, 1, 700, weight) and not generation.BagCache.pays(
-        shape, 1, 600, weight
+    assert BagCache.pays(shape, 1, 700, weight) and not BagCache.pays(shape, 1, 600, weight)
+    assert BagCache.pays(shape, 1024, 64, weight) and not BagCache.pays(shape, 1024, 63, weight)
+    assert BagCache.pays(replace(shape, n_kv_head=3), 4, 700, weight) != BagCache.pays(
+        replace(shape, n_kv_head=3), 3, 700, weight
     )
-    assert generation.BagCache.pays(shape, 1024, 64, weight) and not generation.BagCache.pays(
-        shape, 1024, 63, weight
-    )
-    assert generation.BagCache.pays(
-        replace(shape, n_kv_head=3), 4, 700, weight
-    ) != generation.BagCache.pays(replace(shape, n_kv_head=3), 3, 700, weight)
-    assert not generation.BagCache.pays(shape, 1024, 64, weight.to('meta'))
+    assert not BagCache.pays(shape, 1024, 64, weight.to('meta'))
 
 
 @pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
@@ -117,7 +118,7 @@ def test_rows_of_unequal_length_in_a_large_models_cache_have_each_the_logits_of_
         torch.randint(61, (2, config.block_size)).tolist(),
     )
     with torch.inference_mode(), torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
-        window = generation.Window(model, [texts[0][:3], texts[1][:9]], 7, compile=False)
+        window = Window(model, [texts[0][:3], texts[1][:9]], 7, compile=False)
         for i in range(7):
             logits = window.next_logits()
             alone = torch.stack(
@@ -132,7 +133,7 @@ def test_generation_is_on_the_models_device_whatever_the_default_one_is(cache, m
     model = make_model()
     expected = generate(model, [[1], [2, 3]], 11, seed=1)
     use_cache(cache, monkeypatch)
-    generation.BagCache._places.cache_clear()
+    BagCache._places.cache_clear()
     with torch.device('meta'):
         assert generate(model, [[1], [2, 3]], 11, seed=1) == expected
 
@@ -142,7 +143,7 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
     cached = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            generation,
+            sampling,
             'sample_tokens',
             lambda logits, *options: cached.append(logits) or sample_tokens(logits, *options),
         )
@@ -158,7 +159,7 @@ def cached_and_uncached_logits(monkeypatch, model, prompt, n):
 )  # the rotary table is float32
 def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, cache, monkeypatch):
     monkeypatch.setattr(
-        generation.PackedLinear, 'SMALLEST', 1
+        PackedLinear, 'SMALLEST', 1
     )  # where a CPU can, all matrices of float32 are packed
     use_cache(cache, monkeypatch)
     model = make_model(config, scale=0.3 if dtype == torch.float64 else 0.05).to(dtype)
@@ -171,7 +172,7 @@ def test_cached_logits_equal_uncached_ones(config, dtype, tolerance, cache, monk
 @pytest.mark.slow
 def test_cached_logits_of_gpt2_equal_uncached_ones_and_bfloat16_weights_come_near(monkeypatch):
     """The shape of GPT-2 (124M): packed matrices, if the CPU has them, and a long context."""
-    monkeypatch.setattr(generation, 'KVCache', None)
+    monkeypatch.setattr('nib.generation.window.KVCache', None)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()
     prompt = torch.randint(50257, (700,)).tolist()
@@ -203,7 +204,7 @@ def test_the_rms_norm_of_generation_equals_that_of_the_model(dtype, tolerance, s
     norm, x = model_file.RMSNorm(40, eps=1e-6).to(dtype), size * torch.randn(3, 2, 40, dtype=dtype)
     torch.nn.init.normal_(norm.weight)
     with torch.inference_mode():
-        y = generation.for_generation(norm, generation.PackedLinear)(x)
+        y = for_generation(norm, PackedLinear)(x)
         assert y.dtype == dtype and y.shape == x.shape
         torch.testing.assert_close(y, norm(x), rtol=tolerance, atol=tolerance)
 
@@ -253,7 +254,7 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
         expected = generate(model, prompts, 30, **options)
         with monkeypatch.context() as patch:
             patch.setattr(
-                generation, 'BagCache', SimpleNamespace(pays=lambda *shape: True)
+                'nib.generation.window.BagCache', SimpleNamespace(pays=lambda *shape: True)
             )  # cannot be made
             assert generate(model, prompts, 30, **options, compile=True) == expected
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
@@ -289,7 +290,7 @@ def test_the_largest_logits_are_those_of_a_full_sort(shape, k):
     logits = torch.randn(shape)
     logits[0, 50:100] = logits[0].amax() + torch.arange(50)  # neighbors
     expected, ids = logits.sort(dim=1, descending=True)
-    values, places = generation.largest(logits, k)
+    values, places = sampling.largest(logits, k)
     assert values.equal(expected[:, :k]) and places.equal(ids[:, :k])
 
 
@@ -428,8 +429,8 @@ def test_generation_follows_a_changed_definition_of_attention(
         logits = model(ids)
         define_attention(scores)
         assert not torch.allclose(model(ids), logits)  # so does training
-    monkeypatch.setattr(generation.BagCache, 'SMALLEST', 0)
-    monkeypatch.setattr(generation.BagCache, 'BLOCK', 1)
+    monkeypatch.setattr(BagCache, 'SMALLEST', 0)
+    monkeypatch.setattr(BagCache, 'BLOCK', 1)
     assert check_generation(model, [*range(30)]) is None
     if dtype == torch.float32:
         after = generate(model, prompts, 20, temperature=0.0)
@@ -533,7 +534,7 @@ def test_attention_by_definition_is_what_the_kernels_compute(config, monkeypatch
 @pytest.mark.parametrize('layer', [CausalSelfAttention, MLP])
 def test_generation_follows_a_changed_layer(layer, monkeypatch):
     forward = layer.forward
-    monkeypatch.setattr(generation.PackedLinear, 'SMALLEST', 1)
+    monkeypatch.setattr(PackedLinear, 'SMALLEST', 1)
     monkeypatch.setattr(
         layer, 'forward', lambda self, x, *rest: forward(self, x, *rest) * torch.sigmoid(x)
     )
@@ -570,7 +571,7 @@ def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):
 def test_generation_that_fails_is_found(monkeypatch):
     monkeypatch.setattr(CausalSelfAttention, 'attend', None)
     use_cache('plain', monkeypatch)
-    monkeypatch.setattr(generation.KVCache, 'attend', lambda self, q, k: q)
+    monkeypatch.setattr(KVCache, 'attend', lambda self, q, k: q)
     assert check_generation(make_model(), [1]).startswith('generate() fails with TypeError')
 
 
