@@ -212,7 +212,7 @@ class Namespace(dict):
                     f'{path}:{node.lineno}: found a global statement, expected assignments at the '
                     f'top level'
                 )
-            if _sets_nothing(node):
+            if isinstance(node, ast.stmt) and _sets_nothing(node):
                 raise UserError(
                     f'{path}:{node.lineno}: found {ast.unparse(node)!r}, which sets nothing; '
                     f'expected an assignment, such as: batch_size = 12'
@@ -249,7 +249,7 @@ class Namespace(dict):
         self.running.pop()
 
 
-def _sets_nothing(node: ast.AST) -> bool:
+def _sets_nothing(node: ast.stmt) -> bool:
     """Returns whether a statement has no effect, such as batch_size: 12 or batch_size == 12."""
     if isinstance(node, ast.AnnAssign):
         return node.value is None

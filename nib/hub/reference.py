@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, Rotary
+from model import GPT, GPTConfig
 from nib.errors import UserError
 
 TOLERANCE = 1e-3  # of the logits' standard deviation; rounding costs less than a hundredth of it
@@ -78,8 +78,8 @@ def compute_logits(config: GPTConfig, weights: Mapping[str, torch.Tensor], ids):
     if config.position == 'learned':
         x = x + weights['transformer.wpe.weight'][:T]
     else:
-        angles = Rotary(config)
-        cos, sin = angles.cos[:T, : D // 2], angles.sin[:T, D // 2 :]
+        angles = torch.arange(T)[:, None] * rotary_frequencies(config)
+        cos, sin = angles.cos().float(), angles.sin().float()  # (T, D/2)
 
     def rotate(x):  # (B, H, T, D)
         first, second = x.chunk(2, dim=-1)
@@ -105,3 +105,15 @@ def compute_logits(config: GPTConfig, weights: Mapping[str, torch.Tensor], ids):
     head = 'transformer.wte' if config.tied_head else 'lm_head'
     logits = F.linear(norm(x, 'transformer.ln_f'), weights[f'{head}.weight'])
     return config.logit_cap * torch.tanh(logits / config.logit_cap) if config.logit_cap else logits
+
+
+def rotary_frequencies(config: GPTConfig) -> torch.Tensor:
+    """Returns the angles (D/2) by which rotary positions turn at each step; see model.Rotary."""
+    D = config.head_width
+    frequencies = config.rotary_base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    if not config.rotary_scaling:
+        return frequencies
+    factor, low, high, length = config.rotary_scaling
+    turns = length * frequencies / (2 * math.pi)  # in `length` positions
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return share * frequencies + (1 - share) * frequencies / factor

@@ -1,6 +1,7 @@
 """A model.py that has been changed is noticed before its weights are written for other programs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,10 +46,15 @@ def scaled(q, k, query_positions, key_positions):
     return scores.masked_fill(is_later, -math.inf)
 
 
+def slower(rotary, positions):
+    return rotary.cos[positions // 2].unsqueeze(-3), rotary.sin[positions // 2].unsqueeze(-3)
+
+
 CHANGES = {
     'a parallel block': (model.Block, 'forward', parallel),
     'another scale of attention': (model, 'attention_scores', scaled),
     'another activation': (model.ACTIVATIONS, 'gelu', torch.nn.SiLU),
+    'other positions': (model.Rotary, 'forward', slower),
     'another head': (model.GPT, 'logits', lambda gpt, x: x @ gpt.transformer.wte.weight.T / 2),
 }
 
@@ -58,7 +64,7 @@ def test_a_changed_model_is_refused(monkeypatch, where, name, change):
     put = monkeypatch.setitem if isinstance(where, dict) else monkeypatch.setattr
     put(where, name, change)
     with pytest.raises(UserError, match=r'model\.py has been changed'):
-        check_model(SMALL)
+        check_model(replace(SMALL, position='rotary') if where is model.Rotary else SMALL)
 
 
 @pytest.mark.parametrize('to, dest', [('hf', 'new'), ('gguf', 'new.gguf'), ('nanogpt', 'new')])
