@@ -73,8 +73,6 @@ def main(argv):
     encoder = fit_tokenizer(encoder, found, n_marks, divide)
     substitutes = str.maketrans(dict.fromkeys(found.missing, replace_missing))
     val = documents.choose_val(found.lengths) if several else set()
-    if not several:
-        documents.split_position(found.lengths[0])  # fails before there is a folder
 
     def read_pieces(start):
         pieces = documents.read_documents(files, field, divide)
@@ -96,6 +94,8 @@ def main(argv):
         source['replaced'] = {'characters': found.missing.total(), 'by': replace_missing}
     if not overwrite:
         check_replaceable(folder, found.sha256)
+    if not several:
+        documents.split_position(found.lengths[0])  # fails before there is a folder
     if tokenizer == 'bpe':
         source['trained_tokens'] = vocab_size
         trained = stored_tokenizer(folder, source) or train_tokenizer(

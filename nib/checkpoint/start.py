@@ -278,15 +278,17 @@ def read_weights(
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
     instead = explain(name, may_train=False)
-    if not path.exists() and (near := difflib.get_close_matches(name, words, n=1)):
+    near = [] if path.exists() else difflib.get_close_matches(name, words, n=1)
+    if near and 'did you mean' not in instead:
         instead = f'did you mean {near[0]!r}?'
     if path.exists() and name in GPT2_NAMES:
         instead = f'{path.resolve()} hides the model of this name: use openai-community/{name}'
-    raise UserError(
-        f'{name!r} is not a model: expected {", ".join(map(repr, words))}, the id of a model on '
-        f'the Hugging Face hub, the folder of a run or of a model, or a ckpt.pt of nanoGPT; '
-        f'{instead}'
-    )
+    if 'did you mean' not in instead:
+        instead = (
+            f'expected {", ".join(map(repr, words))}, the id of a model on the Hugging Face hub, '
+            f'the folder of a run or of a model, or a ckpt.pt of nanoGPT; {instead}'
+        )
+    raise UserError(f'{name!r} is not a model: {instead}')
 
 
 def _from_nanogpt(path: Path, resumed: bool) -> Weights:
