@@ -212,6 +212,11 @@ class Namespace(dict):
                     f'{path}:{node.lineno}: found a global statement, expected assignments at the '
                     f'top level'
                 )
+            if isinstance(node, ast.stmt) and _sets_nothing(node):
+                raise UserError(
+                    f'{path}:{node.lineno}: found {ast.unparse(node)!r}, which sets nothing; '
+                    f'expected an assignment, such as: batch_size = 12'
+                )
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.imports |= {
                     (alias.asname or alias.name).partition('.')[0] for alias in node.names
@@ -242,6 +247,16 @@ class Namespace(dict):
             reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
             raise UserError(f'{path}:{line}: {reason}') from None
         self.running.pop()
+
+
+def _sets_nothing(node: ast.stmt) -> bool:
+    """Returns whether a statement has no effect, such as batch_size: 12 or batch_size == 12."""
+    if isinstance(node, ast.AnnAssign):
+        return node.value is None
+    if not isinstance(node, ast.Expr):
+        return False
+    is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return not is_text and not any(isinstance(part, ast.Call) for part in ast.walk(node))
 
 
 def run_file(

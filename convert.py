@@ -22,6 +22,7 @@ from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.hub import gguf, huggingface, nanogpt
 from nib.hub.card import model_card
+from nib.hub.reference import check_model
 from nib.run.checks import settle_schedule
 from nib.text.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ def main(argv):
     read = ('model', 'optimizer') if to == 'nanogpt' else ('model',)
     weights = read_model(init_from, out_dir, which, read)
     tokenizer = weights.known_tokenizer()
+    check_model(weights.model)
     {'hf': write_hf, 'nanogpt': write_nanogpt, 'gguf': write_gguf}[to](weights, tokenizer)
     print(f'{weights.describe()}: written to {dest}')
 

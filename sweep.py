@@ -24,6 +24,7 @@ import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
 from nib.errors import UserError, run_script
+from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 from nib.report.compare import compare
 from nib.report.history import read_run, read_runs
@@ -67,7 +68,7 @@ def main(argv):
     finished = [run.folder for run in runs if is_finished(run)]
     if sweep.signal:
         done = f'{len(finished)} of {len(runs)} runs are finished'
-        print(f'stopped by signal {sweep.signal}: {done}; repeat the command to continue')
+        print(f'stopped by {name_signal(sweep.signal)}: {done}; repeat the command to continue')
         return 128 + sweep.signal
     folders = [run.folder for run in runs if is_run(run.folder)]
     if folders:

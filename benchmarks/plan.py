@@ -13,6 +13,7 @@ from nib.errors import UserError
 from nib.machine.device import look_up_peak, measure_flops, peak_flops
 from nib.machine.memory import available_memory
 from nib.machine.memory_plan import plan_memory
+from nib.report.history import show_seconds
 
 PARTS = {
     'weights': 'weights',
@@ -44,7 +45,7 @@ def describe_plan(
     rows = [
         ('parameters', f'{gpt.num_params():,}'),
         ('tokens per step', f'{tokens:,}'),
-        ('tokens of the run', f'{tokens * values["max_iters"]:.4g}'),
+        ('tokens of the run', f'{tokens * values["max_iters"]:,}'),
         ('FLOPs per token', f'{flops_per_token:.4g}'),
         ('FLOPs of the run', f'{flops:.4g}'),
         ('', ''),
@@ -56,7 +57,7 @@ def describe_plan(
             f'{available_memory(values["device"]) / 1e6:,.0f}',
         ),
         ('', ''),
-        (f'time of the run on one device, at an MFU of {100 * mfu:g} %', 'hours'),
+        (f'time of the run on one device, at an MFU of {100 * mfu:g} %', ''),
     ]
     rates = {
         name: look_up_peak(name, 'bfloat16') or look_up_peak(name, 'float16') for name in devices
@@ -69,8 +70,9 @@ def describe_plan(
                 f'--devices: the peak rate of {name!r} is not known: write names such as H100, '
                 'separated by commas'
             )
-        hours = flops / (rate * mfu) / 3600
-        cost = f', cost {hours * price:,.2f}' if price else ''
-        rows.append((f'  {name}, {rate / 1e12:,.4g} TFLOP/s', f'{hours:,.4g}{cost}'))
+        seconds = flops / (rate * mfu)
+        time = show_seconds(seconds) if seconds >= 1 else 'less than 1 s'
+        cost = f', cost {seconds / 3600 * price:,.2f}' if price else ''
+        rows.append((f'  {name}, {rate / 1e12:,.4g} TFLOP/s', f'{time}{cost}'))
     width = max(len(label) for label, _ in rows)
     return ''.join(f'{label:{width}}  {value}'.rstrip() + '\n' for label, value in rows)

@@ -405,7 +405,7 @@ FLAGS = {
     ),
     'nothing to start from': (
         ['--init_from=resum'],
-        ["'resum' is not a model", "'resume'", 'no such folder'],
+        ["'resum' is not a model", "did you mean 'resume'?"],
     ),
     'no wandb project': (
         ['--wandb_log', '--wandb_project='],
@@ -496,6 +496,8 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     assert_refused(
         ended, ['was trained with n_embd 32', 'command line says 64', '--init_from=scratch']
     )
+    ended = try_to_train(run_main, place, '--init_from=resume', '--n_embd=64', '--n_layer=9')
+    assert_refused(ended, ['command line says 9', 'command line says 64', 'leave n_layer, n_embd'])
     ended = try_to_train(run_main, place, '--init_from=resume', '--optimizer=muon')
     assert_refused(
         ended, ['was trained with optimizer adamw', 'command line says muon', '--init_from=scratch']

@@ -393,7 +393,8 @@ def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
     assert float(cells['FLOPs of the run']) == pytest.approx(flops, rel=1e-3)
     hours = flops / (0.5 * 312e12) / 3600
     shown, cost = cells['  A100, 312 TFLOP/s'].split(', cost ')
-    assert float(shown) == pytest.approx(hours, rel=1e-3)
+    assert shown == f'{int(hours)} h {int(hours * 60) % 60} min'
+    assert cells['tokens of the run'] == '294,912,000,000'
     assert float(cost.replace(',', '')) == pytest.approx(2 * hours, rel=1e-3)
     assert '  RTX 4090, 165 TFLOP/s' in cells and any('this cpu' in label for label in cells)
     megabytes = {label.strip(): value.replace(',', '') for label, value in cells.items()}

@@ -129,7 +129,7 @@ def test_a_step_that_is_cut_between_its_micro_steps_is_done_again(train_here, tm
     undo()
     assert [len(tokens[step]) for step in (6, 7)] == [4, 2]  # nothing after the signal
     assert (tmp_path / 'once/step-00000007').exists()
-    assert 'stopped by signal 15 after step 7' in records(tmp_path / 'once')[-1]['end']
+    assert 'stopped by SIGTERM after step 7' in records(tmp_path / 'once')[-1]['end']
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_a_resumed_run_that_is_stopped_before_its_first_step_keeps_its_new_flags
     finally:
         undo()
     assert done.returncode == 143
-    end = 'stopped by signal 15 after step 10, with nothing new to save: start again'
+    end = 'stopped by SIGTERM after step 10, with nothing new to save: start again'
     assert end in done.stdout
 
 

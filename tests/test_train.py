@@ -162,7 +162,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_di
     rest = run.stdout.read()
     assert run.wait(PATIENCE) == 130
     assert '--init_from=resume' in rest
-    stopped_at = int(re.search(r'stopped by signal 2 after step (\d+)', rest)[1])
+    stopped_at = int(re.search(r'stopped by Ctrl-C \(SIGINT\) after step (\d+)', rest)[1])
     assert store.load(out_dir)[0].step == stopped_at
 
 

@@ -88,6 +88,8 @@ def main(argv):
         source['replaced'] = {'characters': found.missing.total(), 'by': replace_missing}
     if not overwrite:
         check_replaceable(folder, found.sha256)
+    if not several:
+        documents.split_position(found.lengths[0])  # fails before there is a folder
     if tokenizer == 'bpe':
         source['trained_tokens'] = vocab_size
         trained = stored_tokenizer(folder, source) or train_tokenizer(

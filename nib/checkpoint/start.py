@@ -1,5 +1,6 @@
 """The weights that a run starts from: its own checkpoint, another run's, or an open model's."""
 
+import difflib
 import os
 import shlex
 import sys
@@ -75,6 +76,7 @@ class Weights:
             if origins['batch_size'].endswith('(auto)'):  # chosen once
                 for key in ('batch_size', 'gradient_accumulation_steps'):
                     adopted[key] = before[key]
+        conflicts = []
         for key, own in fixed.items():
             if key in ('vocab_size', 'dropout', 'recompute') or values[key] == own:
                 continue
@@ -87,12 +89,16 @@ class Weights:
                         f'of {self.name}: use at most --block_size={own}'
                     )
             else:
-                place = origins[key].replace('command line', 'the command line')
-                raise UserError(
-                    f'{self.name} was trained with {key} {own}, but {place} says '
-                    f'{values[key]}: leave {key} out, or train a new model with '
-                    f'--init_from=scratch and another --out_dir'
-                )
+                conflicts.append(key)
+        if conflicts:
+            own = ', '.join(f'{key} {fixed[key]}' for key in conflicts)
+            says = [f'{origins[key]} says {values[key]}' for key in conflicts]
+            places = ', '.join(says).replace('command line', 'the command line')
+            raise UserError(
+                f'{self.name} was trained with {own}, but {places}: leave '
+                f'{", ".join(conflicts)} out, or train a new model with --init_from=scratch '
+                f'and another --out_dir'
+            )
         return adopted
 
     def keep_plan(self, values: Mapping, origins: dict) -> dict:
@@ -267,13 +273,17 @@ def read_weights(
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
     instead = explain(name, may_train=False)
+    near = [] if path.exists() else difflib.get_close_matches(name, words, n=1)
+    if near and 'did you mean' not in instead:
+        instead = f'did you mean {near[0]!r}?'
     if path.exists() and name in GPT2_NAMES:
         instead = f'{path.resolve()} hides the model of this name: use openai-community/{name}'
-    raise UserError(
-        f'{name!r} is not a model: expected {", ".join(map(repr, words))}, the id of a model on '
-        f'the Hugging Face hub, the folder of a run or of a model, or a ckpt.pt of nanoGPT; '
-        f'{instead}'
-    )
+    if 'did you mean' not in instead:
+        instead = (
+            f'expected {", ".join(map(repr, words))}, the id of a model on the Hugging Face hub, '
+            f'the folder of a run or of a model, or a ckpt.pt of nanoGPT; {instead}'
+        )
+    raise UserError(f'{name!r} is not a model: {instead}')
 
 
 def _from_nanogpt(path: Path, resumed: bool) -> Weights:

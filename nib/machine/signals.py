@@ -29,13 +29,18 @@ def resume_command(out_dir: str, world_size: int) -> str:
     return f'{start} --init_from=resume {shlex.quote(f"--out_dir={out_dir}")}'
 
 
+def name_signal(number: int) -> str:
+    """Returns the name of a signal: SIGTERM, and for SIGINT also what sends it."""
+    return 'Ctrl-C (SIGINT)' if number == signal.SIGINT else signal.Signals(number).name
+
+
 def describe_stop(stop: int, step: int, resume: str) -> str:
     """Returns a line about what stopped a run and how to go on.
 
     stop: StopSignal.number. resume: the command that resumes the run; empty if this process has
     saved nothing.
     """
-    by = 'the doctor' if stop == FINDING else f'signal {stop}'
+    by = 'the doctor' if stop == FINDING else name_signal(stop)
     if resume:
         more = f'which is saved; to resume: {resume}'
     elif stop == FINDING:
@@ -117,7 +122,7 @@ class StopSignal:
 
 def _announce(number: int):
     """Prints a line from a signal handler, where print() is not safe, unless that would wait."""
-    line = f'\nsignal {number}: stopping and saving (a second signal ends the run at once)\n'
+    line = f'\n{name_signal(number)}: stopping and saving (a second signal ends the run at once)\n'
     with suppress(OSError, ValueError, AttributeError):  # there is no console
         descriptor = sys.stderr.fileno()
         if os.name == 'nt' or select.select([], [descriptor], [], 0)[1]:

@@ -22,7 +22,7 @@ from nib.generation.check import check_generation
 from nib.hub import huggingface
 from nib.machine.device import describe_device, measure_flops, peak_memory
 from nib.machine.ranks import Ranks
-from nib.machine.signals import FINDING, StopSignal, describe_stop, resume_command
+from nib.machine.signals import FINDING, StopSignal, describe_stop, name_signal, resume_command
 from nib.report.page import write_after_run
 from nib.run.console import Console
 from nib.run.folder import RunLock, restarted_by_torchrun, write_config
@@ -361,7 +361,7 @@ class Logbook:
         if self.saved:
             self.wait_for_checkpoint()
         if stopped.at_end:
-            line = f'stopped by signal {stopped.number} in the last evaluation'
+            line = f'stopped by {name_signal(stopped.number)} in the last evaluation'
         else:
             # Without a new checkpoint, only this command knows the flags that were changed.
             is_new = self.saved > self._first_step

@@ -185,20 +185,28 @@ def split_documents(
         document += ends
 
 
+def split_position(length: int) -> int:
+    """Returns the first validation character of a text, where nanoGPT splits it.
+
+    Raises UserError if the text is too short.
+    """
+    position = int(length * (1 - VAL_FRACTION))
+    if position < 2 or length - position < 2:
+        raise UserError(
+            f'the text has {length} character{"s" * (length != 1)}, too few for training and '
+            f'validation; use a longer text'
+        )
+    return position
+
+
 def split_text(texts: Iterable[str], length: int) -> Iterator[tuple[str, str, bool]]:
-    """Splits one text into a training part and a validation part, where nanoGPT splits it.
+    """Splits one text into a training part and a validation part; see split_position.
 
     texts: the pieces of the text. length: its characters.
     Yields (split, text, False): no end-of-text token follows.
     Raises UserError if the text is too short.
     """
-    cut_at = int(length * (1 - VAL_FRACTION))
-    if cut_at < 2 or length - cut_at < 2:
-        raise UserError(
-            f'the text has {length} characters, too few for training and validation; '
-            f'use a longer text'
-        )
-    return _split_at(texts, cut_at)
+    return _split_at(texts, split_position(length))
 
 
 def _split_at(texts: Iterable[str], cut_at: int) -> Iterator[tuple[str, str, bool]]:

@@ -31,6 +31,7 @@ def write_char_dataset(folder, text: str, source: dict) -> dict:
 
 def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
     """Writes a dataset of one text in memory, split by position; see write_char_dataset."""
+    documents.split_position(len(text))  # if the text is too short, fails before there is a folder
 
     def read_pieces(start):
         pieces = (piece for piece, _ in documents.cut([(text, True)]))

@@ -434,7 +434,7 @@ def test_a_signal_after_a_finding_still_saves(capfd):
     stop.number = FINDING
     stop._receive(signal.SIGTERM, None)  # the first signal: it must not end the process
     assert (
-        stop.number == signal.SIGTERM and 'signal 15: stopping and saving' in capfd.readouterr().err
+        stop.number == signal.SIGTERM and 'SIGTERM: stopping and saving' in capfd.readouterr().err
     )
 
 
@@ -494,7 +494,7 @@ def test_a_signal_is_remembered_and_a_second_one_ends_at_once(tmp_path):
         run.send(signal.SIGTERM)
     assert run.end() == 143
     (said,) = run.stderr.splitlines()[1:]
-    assert run.stderr.startswith('\n') and said.startswith('signal 15: stopping and saving')
+    assert run.stderr.startswith('\n') and said.startswith('SIGTERM: stopping and saving')
 
 
 def test_the_resume_command_names_the_folder_only(monkeypatch):

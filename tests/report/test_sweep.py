@@ -14,6 +14,7 @@ from conftest import SMALL_RUN
 from processes import PATIENCE, Started
 
 import sweep
+from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 
 
@@ -129,10 +130,10 @@ def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
         started.send(number)  # and not to its runs, unlike Ctrl-C in a terminal
         assert started.end() == 128 + number
         said = started.stdout.splitlines()
-        assert said[-1].startswith(f'stopped by signal {int(number)}: 0 of 3 runs are finished')
+        assert said[-1].startswith(f'stopped by {name_signal(number)}: 0 of 3 runs are finished')
         assert len(said) == 3, said
         for seed in range(1, active + 1):
-            assert f'stopped by signal {int(number)} after step' in log(seed)
+            assert f'stopped by {name_signal(number)} after step' in log(seed)
         assert not (folder / 'seed=3').exists()
     assert log(1).count('resuming from') == 1
     longer = f'--max_iters={max(steps(1), steps(2)) + 10}'

@@ -182,7 +182,7 @@ def test_ctrl_c_ends_a_pipeline_with_everything_saved(data_dir, tmp_path):
         run.wait(PATIENCE)
     assert (tmp_path / 'status').read_text() == '130\n'
     step, end = store.load(tmp_path / 'run')[0].step, records(tmp_path / 'run')[-1]['end']
-    assert f'stopped by signal 2 after step {step}, which is saved; to resume: ' in end
+    assert f'stopped by Ctrl-C (SIGINT) after step {step}, which is saved; to resume: ' in end
     command = end.split('to resume: ')[1] + f' --max_iters={step + 1} --lr_decay_iters={step + 1}'
     assert "'my folder/train.py'" in command
     done = subprocess.run(['bash', '-c', command], cwd=tmp_path, capture_output=True, text=True)

@@ -18,6 +18,7 @@ from processes import PATIENCE, TRAIN, Started, free_port, start_on_ranks
 from nib.checkpoint import store
 from nib.errors import UserError, call
 from nib.files import atomic_write
+from nib.machine.signals import name_signal
 from nib.run.folder import RunLock, write_config
 from nib.run.logbook import Logbook
 
@@ -219,7 +220,9 @@ sys.exit(train.main(sys.argv[1:]))
 def assert_stopped(out_dir, number, said) -> int:
     """Returns the step after which the run has stopped, if it is saved, and nothing else is."""
     stopped_at = int(
-        re.search(rf'stopped by signal {int(number)} after step (\d+), which is saved', said)[1]
+        re.search(
+            rf'stopped by {re.escape(name_signal(number))} after step (\d+), which is saved', said
+        )[1]
     )
     assert store.load(out_dir)[0].step == stopped_at
     assert [path.name for path in out_dir.glob('step-*')] == [f'step-{stopped_at:08d}']

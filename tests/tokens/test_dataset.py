@@ -140,9 +140,9 @@ def test_a_text_in_many_pieces_has_the_tokens_of_the_whole(small_gpt2, tmp_path,
 
 @pytest.mark.parametrize('text', ['', 'a', 'abc'])
 def test_a_text_too_short_to_split_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match=f'{len(text)} characters'):
+    with pytest.raises(UserError, match=f'{len(text)} character'):
         write_char_dataset(tmp_path / 'short', text, {})
-    assert not dataset.is_prepared(tmp_path / 'short')
+    assert not (tmp_path / 'short').exists()
 
 
 def test_the_fingerprint_is_of_the_tokens_and_nothing_else(tmp_path):

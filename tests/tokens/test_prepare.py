@@ -267,6 +267,13 @@ def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
     assert len(data.train) == int(len(TEXT) * 0.9)
 
 
+def test_a_text_that_is_refused_leaves_no_folder(run_main, tmp_path):
+    (tmp_path / 'short.txt').write_text('a')
+    ended = run_main(WRITTEN, f'--input={tmp_path / "short.txt"}', f'--out_dir={tmp_path / "new"}')
+    assert ended.returncode == 2 and 'the text has 1 character, too few' in ended.stderr
+    assert not (tmp_path / 'new').exists()
+
+
 def test_several_inputs_and_another_field(given, tmp_path, capsys):
     (tmp_path / 'rows.jsonl').write_text('{"body": "one thing"}\n{"body": "another, thing"}')
     runpy.run_path(str(WRITTEN))['main'](

@@ -1,0 +1,119 @@
+"""The architectures of model.py, computed plainly, to notice a model.py that has been changed.
+
+Other programs receive weights and the name of an architecture. If a changed model.py computes
+something else, they would compute other logits from the same weights.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig
+from nib.errors import UserError
+
+TOLERANCE = 1e-3  # of the logits' standard deviation; rounding costs less than a hundredth of it
+
+ACTIVATIONS = {
+    'gelu': lambda x: F.gelu(x, approximate='tanh'),
+    'gelu_erf': F.gelu,
+    'relu': F.relu,
+    'relu2': lambda x: F.relu(x) ** 2,
+    'swiglu': lambda x: F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],
+}
+
+
+@torch.no_grad()
+def check_model(config: GPTConfig):
+    """Raises UserError if model.py does not compute the architecture that the config describes.
+
+    Compares the logits of a model of two layers with random weights.
+    """
+    if config.smear:  # no format can express it
+        return
+    small = replace(
+        config,
+        vocab_size=64,
+        n_layer=min(config.n_layer, 2),
+        block_size=min(config.block_size, 1024),
+        dropout=0.0,
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        model = GPT(small).eval()
+    for parameter in model.parameters():  # the gains and biases, too
+        parameter.normal_(std=0.2, generator=generator)
+    ids = torch.randint(small.vocab_size, (1, small.block_size), generator=generator)
+    logits = model(ids)
+    try:
+        expected = compute_logits(small, model.state_dict(), ids)
+    except KeyError:  # a parameter has another name
+        expected = None
+    if expected is None or not (logits - expected).abs().max() < TOLERANCE * expected.std():
+        raise UserError(
+            'model.py has been changed: other programs would compute something else from its '
+            'weights, so they are not written; the unchanged model.py writes models that it trains'
+        )
+
+
+def compute_logits(config: GPTConfig, weights: Mapping[str, torch.Tensor], ids):
+    """Returns the logits (B, T, vocab_size) of ids (B, T), without smear and dropout.
+
+    weights: those of GPT.state_dict(). Raises KeyError if one is missing.
+    """
+
+    def linear(x, name):
+        return F.linear(x, weights[f'{name}.weight'], weights.get(f'{name}.bias'))
+
+    def norm(x, name):
+        gain, bias = weights[f'{name}.weight'], weights.get(f'{name}.bias')
+        if config.norm == 'layer':
+            return F.layer_norm(x, gain.shape, gain, bias, config.norm_eps or 1e-5)
+        return x / (x.square().mean(-1, keepdim=True) + (config.norm_eps or 1e-6)).sqrt() * gain
+
+    T, D = ids.shape[1], config.head_width
+    x = weights['transformer.wte.weight'][ids]  # (B, T, C)
+    if config.position == 'learned':
+        x = x + weights['transformer.wpe.weight'][:T]
+    else:
+        angles = torch.arange(T)[:, None] * rotary_frequencies(config)
+        cos, sin = angles.cos().float(), angles.sin().float()  # (T, D/2)
+
+    def rotate(x):  # (B, H, T, D)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    is_later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    heads = [config.n_head, config.kv_heads, config.kv_heads]
+    for layer in range(config.n_layer):
+        name = f'transformer.h.{layer}'
+        qkv = linear(norm(x, f'{name}.ln_1'), f'{name}.attn.c_attn')
+        qkv = qkv.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split(heads, dim=1)
+        if config.qk_norm:
+            q, k = norm(q, f'{name}.attn.q_norm'), norm(k, f'{name}.attn.k_norm')
+        if config.position == 'rotary':
+            q, k = rotate(q), rotate(k)
+        k, v = (part.repeat_interleave(heads[0] // heads[1], dim=1) for part in (k, v))
+        scores = (q @ k.transpose(-2, -1) / math.sqrt(D)).masked_fill(is_later, -math.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)  # (B, T, H * D)
+        x = x + linear(y, f'{name}.attn.c_proj')
+        y = ACTIVATIONS[config.mlp](linear(norm(x, f'{name}.ln_2'), f'{name}.mlp.c_fc'))
+        x = x + linear(y, f'{name}.mlp.c_proj')
+    head = 'transformer.wte' if config.tied_head else 'lm_head'
+    logits = F.linear(norm(x, 'transformer.ln_f'), weights[f'{head}.weight'])
+    return config.logit_cap * torch.tanh(logits / config.logit_cap) if config.logit_cap else logits
+
+
+def rotary_frequencies(config: GPTConfig) -> torch.Tensor:
+    """Returns the angles (D/2) by which rotary positions turn at each step; see model.Rotary."""
+    D = config.head_width
+    frequencies = config.rotary_base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    if not config.rotary_scaling:
+        return frequencies
+    factor, low, high, length = config.rotary_scaling
+    turns = length * frequencies / (2 * math.pi)  # in `length` positions
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return share * frequencies + (1 - share) * frequencies / factor
