@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, split, step, micro_step, rank).
+"""Batches as a pure function of (seed, step, micro_step, rank).
 
 There is no state to save, and the data of a step is the same for 1 and 8 ranks. Training reads
 every window of block_size tokens once per epoch. Their order is computed, not stored: a Feistel
