@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that the loss leaves out; what generate() yields for rows that have ended
 QUERY_BLOCK = 256  # queries per block in attend_in_blocks
+CACHED_WEIGHTS = 1 << 21  # attention weights that the backward pass holds at a time: 4 MiB
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # Intel; some kernels are faster only there
 LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
 LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
@@ -119,21 +120,34 @@ def attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, all (B, H, T, D)."""
     B, H, T, D = grad_y.shape
-    q, k, v, grad_y = (part.reshape(B * H, T, D) for part in (q, k, v, grad_y))
-    grad_q, grad_k, grad_v = (part.new_empty(part.shape) for part in (q, k, v))
+    inputs = [part.reshape(B * H, T, D) for part in (q, k, v, grad_y)]
+    grads = [part.new_empty(part.shape) for part in inputs[:3]]
+    # A few heads at a time, so that their weights stay in the cache.
+    heads = max(1, CACHED_WEIGHTS // (QUERY_BLOCK * T))
+    for parts in zip(*(part.split(heads) for part in (*inputs, *grads))):
+        write_attention_gradients(*parts)
+    grad_q, grad_k, grad_v = (grad.view(B, H, T, D) for grad in grads)
+    return grad_q, grad_k, grad_v
+
+
+def write_attention_gradients(q, k, v, grad_y, grad_q, grad_k, grad_v):
+    """Computes the gradients of some heads, all (N, T, D), and writes them to the last three."""
+    T, D = q.shape[1:]
     for block, seen in reversed(blocks_of(T)):  # the last block is first: it sees all keys
-        weights = block_weights(q[:, block], k[:, seen])
-        grad_weights = grad_y[:, block] @ v[:, seen].transpose(1, 2)
+        # Each product would copy what is not contiguous.
+        queries, grads = q[:, block].contiguous(), grad_y[:, block].contiguous()
+        keys, values = k[:, seen].contiguous(), v[:, seen].contiguous()
+        weights = block_weights(queries, keys)
+        grad_weights = grads @ values.transpose(1, 2)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_scores /= math.sqrt(D)
-        grad_q[:, block] = grad_scores @ k[:, seen]
-        for total, left, right in ((grad_k, grad_scores, q), (grad_v, weights, grad_y)):
-            part = left.transpose(1, 2) @ right[:, block]
+        grad_q[:, block] = grad_scores @ keys
+        for total, left, right in ((grad_k, grad_scores, queries), (grad_v, weights, grads)):
+            part = left.transpose(1, 2) @ right
             if seen.stop == T:
                 total.copy_(part)
             else:
                 total[:, seen] += part
-    return grad_q.view(B, H, T, D), grad_k.view(B, H, T, D), grad_v.view(B, H, T, D)
 
 
 # The compiler would unroll the blocks. Otherwise the function is called, because the first call of
