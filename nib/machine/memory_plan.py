@@ -111,8 +111,8 @@ def heap_bytes(
         gaps = loss if is_float32 and not config.recompute else max(gaps, loss)
     gaps += GAPS * activations * accumulates
     keys = config.block_size if config.dropout and is_float32 else 0
-    if not is_float32 and config.block_size > QUERY_BLOCK:
-        keys = QUERY_BLOCK
+    if not is_float32 and config.block_size > QUERY_BLOCK and (config.dropout or not HAS_AMX):
+        keys = QUERY_BLOCK  # with AMX, only those of a few heads exist at a time
     # The last term is attention weights and their gradients.
     return tables + gaps + 4 * (FLOAT if is_float32 else 2) * tokens * config.n_head * keys
 
