@@ -16,7 +16,7 @@ import ast
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
@@ -206,16 +206,17 @@ class Namespace(dict):
     def execute(self, path: str):
         """Runs a config file. Raises UserError with the place if a statement fails."""
         _, tree = read_python(path)
+        for statement in _statements(tree):
+            if _sets_nothing(statement):
+                raise UserError(
+                    f'{path}:{statement.lineno}: found {ast.unparse(statement)!r}, which sets '
+                    f'nothing; expected an assignment, such as: batch_size = 12'
+                )
         for node in ast.walk(tree):
             if isinstance(node, ast.Global):  # its assignments would bypass __setitem__
                 raise UserError(
                     f'{path}:{node.lineno}: found a global statement, expected assignments at the '
                     f'top level'
-                )
-            if isinstance(node, ast.stmt) and _sets_nothing(node):
-                raise UserError(
-                    f'{path}:{node.lineno}: found {ast.unparse(node)!r}, which sets nothing; '
-                    f'expected an assignment, such as: batch_size = 12'
                 )
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.imports |= {
@@ -247,6 +248,15 @@ class Namespace(dict):
             reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
             raise UserError(f'{path}:{line}: {reason}') from None
         self.running.pop()
+
+
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Yields the statements below a node that are in no function or class."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from _statements(child)
 
 
 def _sets_nothing(node: ast.stmt) -> bool:

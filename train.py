@@ -297,12 +297,13 @@ class TrainState:
 
 
 def main(argv):
+    defaults = configurator.read_block(__file__).defaults  # now: this file may change meanwhile
     values, origins = configurator.configure(
         __file__, argv, settle={'device': pick_device}, recall=recall_config
     )
     ranks = start_ranks(values['device'])  # rank 0 of 1 without torchrun
     stop = StopSignal(ranks)
-    with Logbook(values['out_dir'], ranks, stop) as book:  # all that the run prints and writes
+    with Logbook(values['out_dir'], defaults, ranks, stop) as book:  # all that a run writes
         exit_code = run(values, origins, book, stop)
     ranks.close()
     return exit_code
@@ -344,7 +345,7 @@ def run(values, origins, book, stop) -> int:
         except (MemoryError, RuntimeError) as error:
             explain_full_memory(error, t, config)
             raise
-        book.close(state.step, exit_code, configurator.read_block(__file__).defaults)
+        book.close(state.step, exit_code)
     return exit_code
 
 

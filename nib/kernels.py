@@ -20,6 +20,7 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()  # Intel; some kernels are faster o
 LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
 LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
 COLUMNS = 1024  # of the head's gradient, added at a time, so that the product stays in the cache
+COLUMNS_GPU = 4096
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -293,7 +294,8 @@ def loss_in_chunks(
         logits.copy_(grad)
         grad_x[part] = (logits @ head) * counted
         chunk *= counted
-        for total, columns in zip(grad_weight.split(COLUMNS), logits.split(COLUMNS, dim=1)):
+        size = COLUMNS_GPU if x.is_cuda else COLUMNS
+        for total, columns in zip(grad_weight.split(size), logits.split(size, dim=1)):
             total.add_(columns.t() @ chunk)
 
     return losses.sum(), grad_x, grad_weight[:V]

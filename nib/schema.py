@@ -6,7 +6,6 @@ default and meaning. The scripts are read, not imported.
 
 import ast
 import difflib
-import functools
 import io
 import sys
 import tokenize
@@ -36,7 +35,6 @@ class Block:
     doc: str  # first paragraph of the script's docstring
 
 
-@functools.cache  # the script may be edited while it runs
 def read_block(path: str) -> Block:
     """Reads a script's config block from its source, without importing or running it."""
     source, tree = read_python(path)

@@ -99,7 +99,7 @@ BASE = {
     PREPARE['stdlib_char']: [],
     PREPARE['openwebtext']: ['--input=texts'],
 }
-TYPES = {script: dict(configurator.read_block(str(ROOT / script)).types) for script in BASE}
+TYPES = {script: configurator.read_block(str(ROOT / script)).types for script in BASE}
 TYPES['report.py'].pop('watch')  # it serves until Ctrl-C
 # Larger values of these keys only make a run longer, so they get small or invalid values.
 WORK = {

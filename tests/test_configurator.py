@@ -332,6 +332,34 @@ def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
     assert (values['max_iters'], values['lr_decay_iters']) == (2, 4)
 
 
+def test_functions_and_classes_of_a_config_file_may_hold_any_statement(config):
+    path = config("""from contextlib import contextmanager
+from dataclasses import dataclass
+
+@contextmanager
+def _three():
+    yield 3
+
+@dataclass
+class _Sizes:
+    layers: int
+
+class _Empty: ...
+
+with _three() as _number:
+    seed = _Sizes(_number).layers
+""")
+    assert resolve(DEFAULTS, TYPES, [path])[0]['seed'] == 3
+
+
+def test_a_script_that_was_edited_is_read_again(tmp_path):
+    """As in a notebook, where the process stays."""
+    script = tmp_path / 'script.py'
+    for value in (1, 2):
+        script.write_text(f'seed: int = {value}')
+        assert configurator.read_block(str(script)).defaults == {'seed': value}
+
+
 def test_what_is_wrong_with_an_included_file_is_named_there(config, tmp_path):
     path = config("include('other.py')")
     assert complaint(path).startswith('other.py: cannot be read')

@@ -273,7 +273,7 @@ def read_weights(
         model, model_tensors, tokenizer = huggingface.read(repository)
         return Weights(name, model, tokenizer, {'model': model_tensors})
     instead = explain(name, may_train=False)
-    near = [] if path.exists() else difflib.get_close_matches(name, words, n=1)
+    near = [] if path.exists() else difflib.get_close_matches(name, words, n=1, cutoff=0.8)
     if near and 'did you mean' not in instead:
         instead = f'did you mean {near[0]!r}?'
     if path.exists() and name in GPT2_NAMES:

@@ -29,7 +29,8 @@ ACTIVATIONS = {
 def check_model(config: GPTConfig):
     """Raises UserError if model.py does not compute the architecture that the config describes.
 
-    Compares the logits of a model of two layers with random weights.
+    Compares the logits of a model of two layers with random weights and up to 1,024 positions. So a
+    change that only concerns later layers or longer distances is not found.
     """
     if config.smear:  # no format can express it
         return
@@ -49,7 +50,7 @@ def check_model(config: GPTConfig):
     logits = model(ids)
     try:
         expected = compute_logits(small, model.state_dict(), ids)
-    except KeyError:  # a parameter has another name
+    except (KeyError, RuntimeError):  # a parameter has another name or shape
         expected = None
     if expected is None or not (logits - expected).abs().max() < TOLERANCE * expected.std():
         raise UserError(

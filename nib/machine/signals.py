@@ -30,7 +30,7 @@ def resume_command(out_dir: str, world_size: int) -> str:
 
 
 def name_signal(number: int) -> str:
-    """Returns the name of a signal: SIGTERM, and for SIGINT also what sends it."""
+    """Returns the name of a signal, such as SIGTERM; 'Ctrl-C (SIGINT)' for SIGINT."""
     return 'Ctrl-C (SIGINT)' if number == signal.SIGINT else signal.Signals(number).name
 
 

@@ -42,8 +42,9 @@ class Logbook:
     manager, it releases out_dir.
     """
 
-    def __init__(self, out_dir: str, ranks: Ranks, stop: StopSignal):
-        self.out_dir, self.ranks, self.stop = out_dir, ranks, stop
+    def __init__(self, out_dir: str, defaults: Mapping, ranks: Ranks, stop: StopSignal):
+        """defaults: the default values of train.py's keys, for the report."""
+        self.out_dir, self.defaults, self.ranks, self.stop = out_dir, defaults, ranks, stop
         self.console = Console(shown=ranks.is_first)
         self.say, self.warn = self.console.say, self.console.warn
         self.saved = 0  # step of the last checkpoint; step 0 is never saved
@@ -376,14 +377,11 @@ class Logbook:
             self.metrics.log(step, {'end': line})
         say(line)
 
-    def close(self, step: int, exit_code: int, defaults: Mapping):
-        """Waits for the last checkpoint, prints the doctor's verdict and writes the report.
+    def close(self, step: int, exit_code: int):
+        """Waits for the last checkpoint, prints the doctor's verdict and writes the report."""
+        self.ranks.on_first(lambda: self._close(step, exit_code))
 
-        defaults: the default values of train.py's keys.
-        """
-        self.ranks.on_first(lambda: self._close(step, exit_code, defaults))
-
-    def _close(self, step, exit_code, defaults):
+    def _close(self, step, exit_code):
         if not self.metrics:
             return
         self.writer.close()
@@ -393,7 +391,7 @@ class Logbook:
             self.metrics.log(step, {'verdict': verdict})
         self.metrics.close()
         if self.config['report']:
-            write_after_run(self.out_dir, defaults, self.say, self.warn)
+            write_after_run(self.out_dir, self.defaults, self.say, self.warn)
         if self.saved and not exit_code:
             self.say(f'samples: {command("sample.py")} --out_dir={shlex.quote(self.out_dir)}')
 

@@ -50,7 +50,17 @@ def slower(rotary, positions):
     return rotary.cos[positions // 2].unsqueeze(-3), rotary.sin[positions // 2].unsqueeze(-3)
 
 
+class WiderMLP(model.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_fc = torch.nn.Linear(config.n_embd, config.mlp_units + 8)
+
+    def forward(self, x):
+        return self.c_proj(self.activation(self.c_fc(x)[..., :-8]))
+
+
 CHANGES = {
+    'another shape': (model, 'MLP', WiderMLP),
     'a parallel block': (model.Block, 'forward', parallel),
     'another scale of attention': (model, 'attention_scores', scaled),
     'another activation': (model.ACTIVATIONS, 'gelu', torch.nn.SiLU),
