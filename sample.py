@@ -88,8 +88,7 @@ def main(argv):
         prompts = [prompt_ids] * num_samples
         return stream(model, tokenizer, prompts, max_new_tokens, stop, compile=compiled, **sampling)
 
-    wanted = device.startswith('cuda') if compile == 'auto' else compile
-    compiled = wanted and can_compile(generate)
+    compiled = compile and can_compile(generate)
     show(prompt)
     texts = [''] * num_samples
     for pieces in generate(compiled):

@@ -113,15 +113,6 @@ def test_8_bit_weights_write_text_on_a_cpu_only(bytes_out_dir, sample, run_main,
     assert done.returncode == 2 and "--dtype: found 'int8'" in done.stderr
 
 
-def test_generation_on_a_cpu_is_compiled_on_request_only(out_dir, run_main, monkeypatch):
-    tried = []
-    monkeypatch.setattr(script, 'can_compile', lambda generate: tried.append(True))
-    for choice in ('False', 'auto', 'True'):
-        flags = [f'--out_dir={out_dir}', '--max_new_tokens=1', f'--compile={choice}']
-        assert run_main(script, *flags, '--device=cpu').returncode == 0
-        assert bool(tried) == (choice == 'True')
-
-
 def test_where_compiling_fails_generation_goes_on_without_it(monkeypatch, capsys):
     def generate(compiled):
         raise RuntimeError('no Triton here\nand more')
