@@ -297,7 +297,7 @@ class TrainState:
 
 
 def main(argv):
-    defaults = configurator.read_block(__file__).defaults  # now: this file may change meanwhile
+    defaults = configurator.read_block(__file__).defaults  # the file may be edited later
     values, origins = configurator.configure(
         __file__, argv, settle={'device': pick_device}, recall=recall_config
     )

@@ -19,7 +19,7 @@ CACHED_WEIGHTS = 1 << 21  # attention weights that the backward pass holds at a 
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # Intel; some kernels are faster only there
 LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
 LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
-COLUMNS = 1024  # of the head's gradient, added at a time, so that the product stays in the cache
+COLUMNS = 1024  # columns of the head's gradient to add at a time: the product stays in the cache
 COLUMNS_GPU = 4096
 
 

@@ -153,6 +153,7 @@ def test_with_zero_init_every_block_begins_as_the_identity():
 def test_attention_in_blocks_is_attention(monkeypatch, T, heads, kv_heads, has_amx):
     """Values and gradients: to rounding in float64, to a few roundings in bfloat16."""
     monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
+    monkeypatch.setattr(kernels, 'CACHED_WEIGHTS', 3 * 256 * 600)  # 3, 3 and 2 heads at a time
     torch.manual_seed(0)
     q, k, v, g = (
         torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads)
@@ -243,7 +244,11 @@ def test_parameter_counts():
 
 
 def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
-    """7 rows at a time, the last chunk shorter, against all logits at once."""
+    """7 rows at a time, the last chunk shorter, against all logits at once.
+
+    The head's gradient is added in parts of 300 rows, the last one shorter.
+    """
+    monkeypatch.setattr(kernels, 'COLUMNS', 300)
     config = GPTConfig(**{**vars(SMALL), 'vocab_size': 997})
     ids, targets = torch.randint(997, (3, 16)), torch.randint(997, (3, 16))
     targets[1, 4:9] = -1

@@ -54,8 +54,9 @@ def check_model(config: GPTConfig):
         expected = None
     if expected is None or not (logits - expected).abs().max() < TOLERANCE * expected.std():
         raise UserError(
-            'model.py has been changed: other programs would compute something else from its '
-            'weights, so they are not written; the unchanged model.py writes models that it trains'
+            'model.py has been changed: other programs would compute something else from these '
+            'weights, so nothing was written; convert.py can only write models of the original '
+            'model.py'
         )
 
 

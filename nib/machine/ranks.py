@@ -140,7 +140,7 @@ def start_ranks(device: str) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     # Long enough for rank 0 to prepare a dataset. The death of a process is noticed at once.
     control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
-    dist.barrier(control)  # the store may live in rank 0, and the others need it until here
+    dist.barrier(control)  # rank 0 may host the store, which the others need until here
     return Ranks(rank, local_rank, world_size, control)
 
 
