@@ -15,6 +15,7 @@ import configurator
 from configurator import configure, read_block, resolve
 from nib import hints
 from nib.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from nib.schema import Block
 
 ROOT = Path(configurator.__file__).parent
 
@@ -62,6 +63,13 @@ TYPES = {
 }  # fmt: skip
 
 
+def block_of(defaults, types) -> Block:
+    return Block(defaults, types, comments=dict.fromkeys(types, ''), headings={}, doc='')
+
+
+KEYS = block_of(DEFAULTS, TYPES)
+
+
 @pytest.fixture
 def script(tmp_path):
     path = tmp_path / 'toy.py'
@@ -82,12 +90,12 @@ def config(tmp_path, monkeypatch):
 
 
 def value_of(key, *argv):
-    return resolve(DEFAULTS, TYPES, argv)[0][key]
+    return resolve(KEYS, argv)[0][key]
 
 
 def complaint(*argv, **kwargs):
     with pytest.raises(UserError) as caught:
-        resolve(DEFAULTS, TYPES, argv, **kwargs)
+        resolve(KEYS, argv, **kwargs)
     return str(caught.value)
 
 
@@ -200,7 +208,7 @@ def test_switches_take_no_value(config):
     assert value_of('verbose', '--verbose') is True
     assert value_of('verbose', '--verbose', '--no-verbose') is False
     assert value_of('compile', '--no_compile') is False
-    values, _ = resolve(DEFAULTS, TYPES, ['--compile', path])
+    values, _ = resolve(KEYS, ['--compile', path])
     assert (values['compile'], values['max_iters']) == (True, 3)
 
 
@@ -286,7 +294,7 @@ def test_files_apply_in_order_and_see_each_other(config):
         config('max_iters = 20', 'one.py'),
         config('lr_decay_iters = max_iters * 2\nmax_iters += 1', 'two.py'),
     )
-    values, origins = resolve(DEFAULTS, TYPES, [one, two])
+    values, origins = resolve(KEYS, [one, two])
     assert (values['max_iters'], values['lr_decay_iters']) == (21, 40)
     assert origins['max_iters'] == 'two.py:2' and origins['lr_decay_iters'] == 'two.py:1'
     assert origins['seed'] == 'default'
@@ -304,7 +312,7 @@ for _i in range(3):
 learning_rate = m.floor(1.5)
 start = _here
 """)
-    values, origins = resolve(DEFAULTS, TYPES, [path])
+    values, origins = resolve(KEYS, [path])
     assert (values['max_iters'], values['learning_rate'], values['start']) == (4, 1.0, path)
     assert type(values['learning_rate']) is float and origins['max_iters'] == 'x.py:8'
     assert values.keys() == DEFAULTS.keys()
@@ -319,7 +327,7 @@ def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
     path = config(
         "include('base/outer.py')\nseed = _shared\ninclude('base/inner.py')\nmax_iters = 5"
     )
-    values, origins = resolve(DEFAULTS, TYPES, [path])
+    values, origins = resolve(KEYS, [path])
     assert (values['max_iters'], values['lr_decay_iters'], values['seed'], values['start']) == (
         5,
         60,
@@ -328,7 +336,7 @@ def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
     )
     assert origins['max_iters'] == 'x.py:4' and origins['lr_decay_iters'] == 'base/inner.py:1'
     assert origins['start'] == 'base/outer.py:4'
-    values, origins = resolve(DEFAULTS, TYPES, [path, '--max_iters=2'])
+    values, origins = resolve(KEYS, [path, '--max_iters=2'])
     assert (values['max_iters'], values['lr_decay_iters']) == (2, 4)
 
 
@@ -349,7 +357,7 @@ class _Empty: ...
 with _three() as _number:
     seed = _Sizes(_number).layers
 """)
-    assert resolve(DEFAULTS, TYPES, [path])[0]['seed'] == 3
+    assert resolve(KEYS, [path])[0]['seed'] == 3
 
 
 def test_a_script_that_was_edited_is_read_again(tmp_path):
@@ -380,7 +388,7 @@ globals()['max_iters'] = 3
 seed = max_iters
 """)
     argv = ['--max_iters=100', path] if flag_first else [path, '--max_iters=100']
-    values, origins = resolve(DEFAULTS, TYPES, argv)
+    values, origins = resolve(KEYS, argv)
     assert (values['max_iters'], values['lr_decay_iters'], values['seed']) == (100, 100, 100)
     assert origins['max_iters'] == 'command line' and origins['lr_decay_iters'] == 'x.py:1'
 
@@ -418,7 +426,7 @@ def test_wrong_file_is_named_with_its_line(config, text, expected):
 
 def test_interrupt_in_a_file_passes(config):
     with pytest.raises(KeyboardInterrupt):
-        resolve(DEFAULTS, TYPES, [config('raise KeyboardInterrupt')])
+        resolve(KEYS, [config('raise KeyboardInterrupt')])
 
 
 def test_missing_file_names_the_nearest(config, tmp_path, monkeypatch):
@@ -448,16 +456,16 @@ def test_what_is_no_python_file_is_not_executed(config, tmp_path):
     sample = {'out_dir': (str,)}, tmp_path
     for (types, path), key in ((prepare, 'input'), (sample, 'out_dir')):
         with pytest.raises(UserError, match=f'did you mean --{key}={re.escape(str(path))}'):
-            resolve(dict.fromkeys(types, ''), types, [str(path)])
+            resolve(block_of(dict.fromkeys(types, ''), types), [str(path)])
 
 
 def test_calls_do_not_leak_into_each_other(config):
     before = dict(DEFAULTS)
     path = config('seed = 9\n_own = 1')
-    first = resolve(DEFAULTS, TYPES, [path, '--max_iters=3'])
+    first = resolve(KEYS, [path, '--max_iters=3'])
     assert first[0]['seed'] == 9
-    assert resolve(DEFAULTS, TYPES, []) == (before, dict.fromkeys(DEFAULTS, 'default'))
-    assert resolve(DEFAULTS, TYPES, [path, '--max_iters=3']) == first
+    assert resolve(KEYS, []) == (before, dict.fromkeys(DEFAULTS, 'default'))
+    assert resolve(KEYS, [path, '--max_iters=3']) == first
     assert before == DEFAULTS
     assert 'own' in complaint(config('seed = _own'))
 
@@ -471,16 +479,16 @@ def pick(value):
 
 def test_settled_value_is_what_files_see(config):
     path = config("if device == 'cpu': max_iters = 2")
-    values, origins = resolve(DEFAULTS, TYPES, [path], settle={'device': pick})
+    values, origins = resolve(KEYS, [path], settle={'device': pick})
     assert (values['device'], values['max_iters']) == ('cpu', 2)
     assert origins['device'] == 'default (auto)'
 
 
 def test_file_that_sets_it_is_settled_again(config):
     one, two = config("device = 'auto'", 'one.py'), config('start = device', 'two.py')
-    values, origins = resolve(DEFAULTS, TYPES, [one, two, '--device=mps'], settle={'device': pick})
+    values, origins = resolve(KEYS, [one, two, '--device=mps'], settle={'device': pick})
     assert (values['device'], values['start'], origins['device']) == ('mps', 'mps', 'command line')
-    values, origins = resolve(DEFAULTS, TYPES, [one, two], settle={'device': pick})
+    values, origins = resolve(KEYS, [one, two], settle={'device': pick})
     assert (values['device'], values['start'], origins['device']) == (
         'cpu',
         'cpu',
@@ -511,7 +519,7 @@ items = st.one_of(
 def test_any_arguments_give_values_or_a_user_error(tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     try:
-        values, origins = resolve(DEFAULTS, TYPES, argv)
+        values, origins = resolve(KEYS, argv)
     except UserError:
         return
     assert values.keys() == origins.keys() == DEFAULTS.keys()
@@ -521,7 +529,7 @@ def test_any_arguments_give_values_or_a_user_error(tmp_path, monkeypatch, argv):
 @given(text=st.one_of(st.binary(), st.text(alphabet='seed=_ 1.+()[]\n:#\t\'"').map(str.encode)))
 def test_any_file_gives_values_or_a_user_error(config, text):
     with suppress(UserError):
-        resolve(DEFAULTS, TYPES, [config(text)])
+        resolve(KEYS, [config(text)])
 
 
 # configure and run_script
@@ -733,7 +741,7 @@ def test_auto_keeps_the_number_below_it_and_says_so(tmp_path):
         ([own, below], 30, f'{below}:1'),
         ([own, '--size=7'], 7, 'command line'),
     ):
-        values, origins = configurator.resolve(defaults, types, argv)
+        values, origins = resolve(block_of(defaults, types), argv)
         assert (values['size'], origins['size']) == (size, origin), argv
         assert values['mode'] == 'auto'
 
@@ -745,7 +753,7 @@ def test_a_tilde_is_the_home_folder_everywhere_but_in_a_prompt(tmp_path, monkeyp
     defaults = dict.fromkeys(('out_dir', 'input', 'start'), '')
     types = dict.fromkeys(defaults, (str,))
     argv = [str(tmp_path / 'x.py'), '--input=~/a,b~,~/c', '--start=~/d']
-    values, _ = configurator.resolve(defaults, types, argv)
+    values, _ = resolve(block_of(defaults, types), argv)
     assert values == {
         'out_dir': '/home/me/of file',
         'input': '/home/me/a,b~,/home/me/c',

@@ -25,7 +25,8 @@ from nib.errors import EXIT_FINDING
 from nib.guard import Seen
 from nib.tokens import batches, find
 
-DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
+BLOCK = configurator.read_block(str(ROOT / 'train.py'))
+DEFAULTS = BLOCK.defaults
 CONFIG = DEFAULTS | {
     'n_layer': 4,
     'n_embd': 128,
@@ -716,11 +717,7 @@ def test_what_to_change_can_be_changed(name):
         r'\b(\w+)(?: =)? (adamw|muon|gelu|relu2|swiglu|float32|bfloat16|rewind|skip)\b', change
     ):
         if key in DEFAULTS:
-            configurator.resolve(
-                DEFAULTS,
-                configurator.read_block(str(ROOT / 'train.py')).types,
-                [f'--{key}={value}'],
-            )
+            configurator.resolve(BLOCK, [f'--{key}={value}'])
 
 
 @pytest.mark.parametrize(
