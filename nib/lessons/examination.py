@@ -37,7 +37,7 @@ def examine(training, full: bool, overfit_steps: int) -> Iterator[str]:
     yield f'One batch under the microscope: {training.describe()}'
     yield '\nTHE BATCH\n'
     yield from describe_batch(training)
-    findings = remedies.judge_shift(inspection.shifted_share(x, y))
+    findings = remedies.judge_shift(float(inspection.shifted_share(x, y)))
     yield '\n1. GRADIENTS AND ONE UPDATE, PARAMETER BY PARAMETER\n'
     findings += yield from report_parameters(training, full)
     yield '\n2. ACTIVATIONS, LAYER BY LAYER\n'
@@ -70,7 +70,7 @@ def describe_batch(training) -> Iterator[str]:
     yield from describe_rate(training)
     yield f'  input     {training.show_tokens(x[0, : training.shown])} ...'
     yield f'  target    {training.show_tokens(y[0, : training.shown])} ...'
-    share = inspection.shifted_share(x, y)
+    share = float(inspection.shifted_share(x, y))
     yield f'Each target should be the next token of the input: {share:.0%} are.'
     if not training.values['dataset']:
         yield note(
