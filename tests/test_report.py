@@ -37,10 +37,13 @@ def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     drawn = {path.stem: path.read_bytes() for path in (run / 'report').iterdir()}
     assert drawn.keys() == Page((run / 'report.html').read_text()).charts.keys()
     assert all(content.startswith(b'\x89PNG') and len(content) > 5000 for content in drawn.values())
-    other = write_run(tmp_path / 'other', [{'step': 1, 'loss/step': 1.0}])
-    assert run_main('report.py', f'--out_dir={other},{run}').returncode == 0
-    page = Page((other / 'comparison.html').read_text())
+    one, other = (
+        write_run(tmp_path / name, [{'step': 1, 'loss/step': 1.0}]) for name in ('one', 'other')
+    )
+    assert run_main('report.py', f'--out_dir={one},{other}').returncode == 0
+    page = Page((one / 'comparison.html').read_text())
     assert any(page.values(chart).get("other: a step's batch") == {1: 1.0} for chart in page.charts)
+    assert {path.stem for path in (one / 'comparison').iterdir()} == page.charts.keys()
     assert (
         run_main(
             'report.py', f'--out_dir={run}', f'--page={tmp_path}/x.html', '--no-png'

@@ -94,27 +94,6 @@ def test_a_run_whose_script_is_edited_meanwhile_ends_as_it_began(run_main, data_
 
 
 @pytest.mark.slow
-def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(
-    whole_run, data_dir, tmp_path, train_here
-):
-    """All weights and moments are equal, bit for bit, and so is the curve."""
-    train_here(tmp_path / 'run', '--dropout=0.1', '--max_iters=10', status=0)
-    resumed = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume')
-    assert 'resuming from' in resumed.stdout
-    assert_equal_tensors(tensors_of(tmp_path / 'run'), tensors_of(whole_run[0]))
-    curve = [
-        (r['step'], r['loss/step'], r['grad_norm'])
-        for r in records(whole_run[0])
-        if 'loss/step' in r
-    ]
-    assert [
-        (r['step'], r['loss/step'], r['grad_norm'])
-        for r in records(tmp_path / 'run')
-        if 'loss/step' in r
-    ] == curve
-
-
-@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_dir, tmp_path):
     out_dir = tmp_path / 'run'
     run = subprocess.Popen(
@@ -141,16 +120,6 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_di
     assert '--init_from=resume' in rest
     stopped_at = int(re.search(r'stopped by Ctrl-C \(SIGINT\) after step (\d+)', rest)[1])
     assert store.load(out_dir)[0].step == stopped_at
-
-
-@pytest.mark.slow
-def test_sigterm_is_heard_too(data_dir, tmp_path):
-    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=10000']
-    run = Started(tmp_path, TRAIN, *SMALL_RUN, *flags)
-    run.wait_for('step 2: loss')
-    run.send(signal.SIGTERM)
-    assert run.end() == 143
-    assert store.load(tmp_path / 'run')[0].step >= 2
 
 
 @pytest.mark.slow
@@ -496,17 +465,6 @@ def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(tm
 
 
 @pytest.mark.slow
-def test_a_second_run_does_not_write_over_the_first(tmp_path, train_here):
-    train_here(tmp_path / 'run', '--max_iters=10', status=0)
-    before = tensors_of(tmp_path / 'run')
-    done = train_here(tmp_path / 'run', '--seed=2')
-    assert done.returncode == 2 and '--overwrite' in done.stderr and 'Traceback' not in done.stderr
-    assert_equal_tensors(tensors_of(tmp_path / 'run'), before)
-    train_here(tmp_path / 'run', '--seed=2', '--overwrite', '--max_iters=10', status=0)
-    assert store.load(tmp_path / 'run')[0].state['config']['seed'] == 2
-
-
-@pytest.mark.slow
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
     """A proxy refuses to download the dataset; the fallback is used and recorded."""
     copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
@@ -515,6 +473,8 @@ def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, 
         copy,
         ignore=shutil.ignore_patterns('.*', 'out*', 'wandb', 'input.txt', '*.bin', 'meta.json'),
     )
+    prepare = copy / 'data/stdlib_char/prepare.py'  # of a part of the library, in less time
+    prepare.write_text(prepare.read_text().replace("['stdlib'])", "['stdlib'], 'json')"))
     refuse = {'https_proxy': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
     flags = [
         f'--data_dir={tmp_path / "data"}',
