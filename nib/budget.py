@@ -309,23 +309,8 @@ def plan(
     """
     ends = startup.started() + parse_duration(config['budget']) if config['budget'] else None
     params = parse_count(config['params']) if config['params'] else None
-    if config['init_from'] != 'scratch':
-        raise UserError(
-            f'--budget and --params plan a new model, but init_from is {config["init_from"]!r}: '
-            f'leave one of them out'
-        )
     fixed = {key: config[key] for key in origins if origins[key] == 'command line'}
-    if ends and (steps := {'max_iters', 'lr_decay_iters'} & fixed.keys()):
-        raise UserError(f'--budget sets the number of steps: leave out --{min(steps)}, or --budget')
-    if 'gradient_accumulation_steps' in fixed:
-        check_accumulation(config, config.get('ranks', 1))
-    if origins['batch_size'] == 'command line (auto)':
-        raise UserError('--budget and --params choose the batch_size: leave out --batch_size=auto')
-    if fixed.get('optimizer', 'muon') != 'muon' and 'learning_rate' not in fixed:
-        raise UserError(
-            f'--budget and --params choose a learning rate for Muon: add --learning_rate for '
-            f'{fixed["optimizer"]}, or leave out --optimizer'
-        )
+    check_fixed(config, origins, fixed)
     room = math.inf
     with suppress(UserError):  # unknown
         room = available_memory(config['device'], config.get('ranks', 1))
@@ -345,3 +330,23 @@ def plan(
         f'{tokens:,} tokens, {tokens / len(data.train):.2g} epochs'
     )
     return {key: value for key, value in keys.items() if key not in fixed}, line
+
+
+def check_fixed(config: Mapping, origins: Mapping, fixed: Mapping):
+    """Raises UserError if the user's own keys leave no room for a plan."""
+    if config['init_from'] != 'scratch':
+        raise UserError(
+            f'--budget and --params plan a new model, but init_from is {config["init_from"]!r}: '
+            f'leave one of them out'
+        )
+    if config['budget'] and (steps := {'max_iters', 'lr_decay_iters'} & fixed.keys()):
+        raise UserError(f'--budget sets the number of steps: leave out --{min(steps)}, or --budget')
+    if 'gradient_accumulation_steps' in fixed:
+        check_accumulation(config, config.get('ranks', 1))
+    if origins['batch_size'] == 'command line (auto)':
+        raise UserError('--budget and --params choose the batch_size: leave out --batch_size=auto')
+    if fixed.get('optimizer', 'muon') != 'muon' and 'learning_rate' not in fixed:
+        raise UserError(
+            f'--budget and --params choose a learning rate for Muon: add --learning_rate for '
+            f'{fixed["optimizer"]}, or leave out --optimizer'
+        )
