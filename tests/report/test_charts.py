@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nib.report import charts
-from nib.report.charts import Chart, Series, badge_rows, show_number
+from nib.report.charts import Chart, Series, show_number
+from nib.report.pngs import BADGE, badge_rows
 
 
 def test_the_axis_of_the_loss_ignores_the_first_fall():
@@ -141,7 +142,7 @@ def test_no_badge_covers_another(places):
     rows = badge_rows(places)
     for index, (place, row) in enumerate(zip(places, rows)):
         assert all(
-            row != other or place - before >= charts.BADGE - 1e-12
+            row != other or place - before >= BADGE - 1e-12
             for before, other in zip(places[:index], rows)
         )
 
