@@ -191,6 +191,9 @@ def train_step(t, micro_batches, step: int) -> tuple[torch.Tensor, torch.Tensor]
     return mean_loss, grad_norm
 
 
+# -- what a step needs -----------------------------------------------------------------------------
+
+
 @dataclass
 class Training:
     """What a training step needs. bench.py and debug_training.py use it too."""
