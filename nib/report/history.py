@@ -1,5 +1,6 @@
 """Reads what a run recorded in its folder, even if parts are damaged."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -112,6 +113,11 @@ class Run:
     def values(self, name: str) -> list[float]:
         """Returns the finite values with this name, in the order of their steps."""
         return [value for value in self.numbers.get(name, {}).values() if value is not None]
+
+
+def differs(runs: Sequence[Run], key: str) -> bool:
+    """Returns whether runs have different values of a config key."""
+    return len({json.dumps(run.config.get(key)) for run in runs}) > 1
 
 
 def show_seconds(seconds: float) -> str:
