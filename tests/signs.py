@@ -97,6 +97,10 @@ def show(
     return found + doctor.see_generation(last, generation)
 
 
+def names_of(findings) -> list[str]:
+    return [finding.name for finding in findings]
+
+
 def ratio(value):
     return {'update_ratio': {'attention': value / 2, 'mlp': value, 'embedding': 0.01}}
 

@@ -14,6 +14,7 @@ from signs import (
     evaluation_signs,
     loss_at,
     make_doctor,
+    names_of,
     rising,
     show,
     step_signs,
@@ -130,10 +131,9 @@ def test_a_resumed_run_is_compared_with_its_evaluations_before():
     assert show(doctor, evaluation=slow[1], first=211, last=240) == []
     doctor = make_doctor(n_params=500)
     doctor.recall(recorded(FIRING['underfitting']['evaluation'], last=210))
-    assert [
-        finding.name
-        for finding in show(doctor, evaluation=FIRING['underfitting']['evaluation'], first=211)
-    ] == ['underfitting']
+    assert names_of(show(doctor, evaluation=FIRING['underfitting']['evaluation'], first=211)) == [
+        'underfitting'
+    ]
 
 
 def test_what_a_rewound_run_undid_is_forgotten():
@@ -219,7 +219,7 @@ def test_no_signs_confuse_it(config, data, trained, shown):
             if isinstance(vital_signs, StepSigns)
             else doctor.see_evaluation(vital_signs)
         )
-    names = [finding.name for finding in found]
+    names = names_of(found)
     assert (
         len(names) == len(set(names)) and set(names) <= set(TROUBLES) and found == doctor.findings
     )

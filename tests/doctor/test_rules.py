@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from signs import FIRING, diagnose, loss_at, make_doctor, ratio, show
+from signs import FIRING, diagnose, loss_at, make_doctor, names_of, ratio, show
 
 from nib.doctor import rules
 from nib.doctor.doctor import Doctor
@@ -20,7 +20,7 @@ def beginner() -> Doctor:
 @pytest.mark.parametrize('name', FIRING)
 def test_a_trouble_is_named_once_and_alone(name):
     doctor, found = diagnose(name)
-    assert [finding.name for finding in found] == [name] and found == doctor.findings
+    assert names_of(found) == [name] and found == doctor.findings
     assert found[0].step <= (300 if name == 'generation_differs' else 270) and re.search(
         r'\d', found[0].evidence
     )
@@ -120,7 +120,7 @@ def test_not_finite_is_what_the_loop_says_and_ends_the_search():
 def test_a_diverging_run_may_still_become_not_finite_but_nothing_else():
     doctor, found = diagnose('diverging')
     assert show(doctor, first=300, last=400, step=lambda s: ratio(0.5)) == []
-    assert [finding.name for finding in doctor.see_nonfinite(301, 'NaN')] == ['not_finite']
+    assert names_of(doctor.see_nonfinite(301, 'NaN')) == ['not_finite']
     assert doctor.verdict(300) == 'critical: diverging, not_finite'
 
 
@@ -130,7 +130,7 @@ def test_collapsed_attention_is_a_learning_rate_too_high():
         evaluation=lambda s: {'attention_logit': 500.0, 'attention_entropy': 0.01} if s else {},
     )
     assert (
-        [finding.name for finding in found] == ['lr_too_high']
+        names_of(found) == ['lr_too_high']
         and 'attention' in found[0].evidence
         and '500' in found[0].evidence
     )
@@ -171,7 +171,7 @@ def test_where_a_trouble_begins(name):
                 beginner(), **{kind: lambda s: vital_signs if s > 1 or kind != 'step' else {}}
             )
         )
-        names.append([finding.name for finding in found])
+        names.append(names_of(found))
     assert names == [[], [name]]
 
 
@@ -184,7 +184,7 @@ def test_what_passes_is_no_trouble(rule, there):
     vital_signs = FIRING[rule]['step'](50)
     for lines, names in ((there - 1, []), (there, [rule])):
         found = show(beginner(), step=lambda s: vital_signs if 100 < s <= 100 + 10 * lines else {})
-        assert [finding.name for finding in found] == names, lines
+        assert names_of(found) == names, lines
 
 
 @pytest.mark.parametrize('log_interval', [1, 5, 10])
@@ -201,17 +201,14 @@ def test_one_window_that_stands_out_is_no_divergence(log_interval):
         found = show(
             make_doctor({'log_interval': log_interval}), step=step, log_interval=log_interval
         )
-        assert [finding.name for finding in found] == names and all(
-            120 <= finding.step <= 130 for finding in found
-        )
+        assert names_of(found) == names and all(120 <= finding.step <= 130 for finding in found)
 
 
 def test_passages_of_a_text_that_is_mostly_one_token_come_again_by_chance():
     assert make_doctor(data={'leaked': 1.0, 'entropy': 0.03}).see_data() == []
-    assert [
-        finding.name
-        for finding in make_doctor(data={'leaked': 1.0, 'entropy': math.log(2)}).see_data()
-    ] == ['val_leaked']
+    assert names_of(make_doctor(data={'leaked': 1.0, 'entropy': math.log(2)}).see_data()) == [
+        'val_leaked'
+    ]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +230,7 @@ def test_a_loss_that_is_learnt_needs_no_gradient():
             step=lambda s: {'losses': [loss] * 10, 'grad_norms': [0.001] * 10} if s > 1 else {},
             last=50,
         )
-        assert [finding.name for finding in found] == names
+        assert names_of(found) == names
 
 
 def test_steps_that_were_not_finite_are_no_vanishing_gradient():
@@ -262,7 +259,7 @@ def test_batches_that_are_the_same_by_chance_are_no_trouble(config, data, names)
     found = show(
         make_doctor(config, data), step=lambda s: {'repeated': 1.0 if s > 1 else None}, last=50
     )
-    assert [finding.name for finding in found] == names
+    assert names_of(found) == names
     assert show(make_doctor(), step=lambda s: {'repeated': 0.995 if s > 1 else None}, last=50) == []
 
 
@@ -276,7 +273,7 @@ def test_a_model_that_learnt_before_may_begin_as_it_likes():
 def test_a_model_that_has_learnt_may_go_on_with_a_low_rate():
     for entropy, names in ((2.5, []), (1.0, ['lr_too_low'])):  # the loss is 2.3 at step 100
         found = show(make_doctor(data={'entropy': entropy}), step=lambda s: ratio(1e-5), first=100)
-        assert [finding.name for finding in found] == names
+        assert names_of(found) == names
 
 
 def test_a_short_pause_of_the_machine_is_no_collapse():
@@ -288,7 +285,7 @@ def test_a_short_pause_of_the_machine_is_no_collapse():
             make_doctor(),
             step=lambda s: {'tokens_per_second': 2e4 if 100 < s <= 100 + 10 * lines else 1e5},
         )
-        assert [finding.name for finding in found] == names and 0.2 < steps < 0.3
+        assert names_of(found) == names and 0.2 < steps < 0.3
 
 
 @pytest.mark.parametrize(
@@ -304,7 +301,7 @@ def test_a_slow_run_names_other_processes_only_if_it_waits_for_cores(before, aft
             'core_wait': after if s > 100 else before,
         },
     )
-    assert [finding.name for finding in found] == ['throughput_collapse']
+    assert names_of(found) == ['throughput_collapse']
     assert ('the run waits for a core 40% of the time' in found[0].evidence) == named
     assert ('taken the cores' in str(found[0].causes)) == named
     assert ('the disk' in str(found[0].causes)) != named
@@ -314,7 +311,7 @@ def test_a_slow_run_names_other_processes_only_if_it_waits_for_cores(before, aft
 def test_a_text_of_another_kind_is_not_called_overfitting():
     doctor = make_doctor(data={'distance': 0.2})
     found = show(doctor, evaluation=FIRING['overfitting']['evaluation'])
-    assert [finding.name for finding in found] == ['different_texts']
+    assert names_of(found) == ['different_texts']
 
 
 @pytest.mark.parametrize(
