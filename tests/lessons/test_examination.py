@@ -236,6 +236,9 @@ def test_updates_are_too_large_where_the_doctor_says_so(config, data_dir):
     ) == too_large
 
 
+# -- faults ----------------------------------------------------------------------------------------
+
+
 def test_weights_that_are_too_large_are_seen(make_training):
     training = make_training('--n_kv_head=1')
     with torch.no_grad():
