@@ -7,8 +7,8 @@ from conftest import ROOT
 
 import configurator
 from nib.doctor.doctor import Doctor
+from nib.doctor.finding import Finding
 from nib.doctor.texts import DataSigns
-from nib.doctor.troubles import Finding
 from nib.doctor.vitals import EvaluationSigns, StepSigns
 
 BLOCK = configurator.read_block(str(ROOT / 'train.py'))

@@ -21,7 +21,7 @@ import train as training
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.doctor import vitals
-from nib.doctor.troubles import Finding
+from nib.doctor.finding import Finding
 from nib.machine.device import seed_everything
 from nib.machine.ranks import Ranks
 from nib.tokens.batches import BatchLoader

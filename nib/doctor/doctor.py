@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nib.doctor import rules
+from nib.doctor.finding import Finding
 from nib.doctor.texts import DataSigns
-from nib.doctor.troubles import SEVERITIES, TROUBLES, Finding, Severity
+from nib.doctor.troubles import SEVERITIES, TROUBLES, Severity
 from nib.doctor.vitals import EvaluationSigns, StepSigns
 from nib.guard import Seen
 

@@ -14,8 +14,8 @@ from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
 from nib.doctor import vitals
 from nib.doctor.doctor import Doctor
+from nib.doctor.finding import Finding
 from nib.doctor.texts import examine_data
-from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
 from nib.generation.check import check_generation

@@ -8,7 +8,8 @@ from signs import BLOCK, CONFIG, DEFAULTS
 
 import configurator
 import model
-from nib.doctor.troubles import TROUBLES, Finding
+from nib.doctor.finding import Finding
+from nib.doctor.troubles import TROUBLES
 
 
 @pytest.mark.parametrize('name', TROUBLES)
