@@ -101,13 +101,14 @@ def heap_bytes(
     V, C, is_float32 = config.vocab_size, config.n_embd, dtype == 'float32'
     # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
     tables = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
-    # Small tensors split what activations have freed, less so in float32, where the loss has freed
-    # more, and more often with gradients that stay until the next pass.
+    # Small tensors split what activations have freed, and more often with gradients that stay until
+    # the next pass. In float32, the loss has freed more than they need, unless the gradient of an
+    # untied head lies in it.
     block, holes = backward_bytes(config, dtype)
     gaps = max(GAPS * activations * (not config.recompute), tokens * block)
     gaps += tokens * holes * config.recompute
     if tokens * V > kernels.MANY_LOGITS and is_float32 and not config.recompute:
-        gaps = 0.0
+        gaps = 0.0 if config.tied_head else chunk_bytes(config, tokens, 'cpu', dtype)
     gaps += GAPS * activations * accumulates
     keys = config.block_size if config.dropout and is_float32 else 0
     if not is_float32 and config.block_size > QUERY_BLOCK and (config.dropout or not HAS_AMX):
