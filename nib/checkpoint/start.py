@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, Rotary
+from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_run
 from nib.errors import UserError
 from nib.files import command
 from nib.hub import huggingface, nanogpt
-from nib.machine.device import seed_everything
+from nib.machine.device import ShapesOnly, seed_everything
 from nib.run.checks import pick_model
 from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
@@ -174,12 +174,10 @@ class Weights:
         tokenizer is not known.
         """
         weights = self.crop_vocabulary(self.known_tokenizer().vocab_size)  # padding has no text
-        with torch.device('meta'):  # random weights would take longer than reading these
+        with ShapesOnly():  # random weights would take longer than reading these
             model = GPT(weights.model)
         copies = {name: tensor.clone() for name, tensor in weights.tensors['model'].items()}
         model.load_state_dict(copies, assign=True)
-        if model.config.position == 'rotary':
-            model.rotary = Rotary(model.config)
         if any(buffer.is_meta for buffer in model.buffers()):  # of a changed model.py
             model = GPT(weights.model)
             model.load_state_dict(copies, assign=True)
@@ -313,7 +311,7 @@ def _from_checkpoint(found: store.Checkpoint, tensors, resumed: bool) -> Weights
 def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
     """Raises Damaged if the tensors do not have the shapes of the checkpoint's model."""
     try:
-        with torch.device('meta'):  # shapes only
+        with ShapesOnly():
             shapes = {
                 name: tensor.shape
                 for name, tensor in GPT(GPTConfig(**found.state['model'])).state_dict().items()

@@ -12,6 +12,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.errors import UserError
+from nib.machine.device import ShapesOnly
 
 # Keys of config.json that change neither the logits nor the meaning of the tokens: how the model
 # was trained, is generated from by default, or is used for other purposes.
@@ -142,7 +143,7 @@ class Family:
 
         biases: layers, by our names in a block, that have a bias in the file.
         """
-        with torch.device('meta'):  # shapes only
+        with ShapesOnly():
             ours = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
         entries: list[tuple[str, tuple[str, ...]]]
         entries = [(name, (theirs,)) for name, theirs in self.outer.items()]

@@ -14,6 +14,7 @@ from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.files import new_folder, read_json
 from nib.hub.family import check_numbers
+from nib.machine.device import ShapesOnly
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     END_OF_TEXT,
@@ -154,7 +155,7 @@ def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -
 
 def _shapes(config: GPTConfig) -> dict[str, torch.Size]:
     """Returns name -> shape of all parameters, in the order of nanoGPT's module."""
-    with torch.device('meta'):
+    with ShapesOnly():
         return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
 
 
