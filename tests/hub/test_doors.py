@@ -12,6 +12,7 @@ import time
 import unicodedata
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 
 import pytest
 import torch
@@ -443,17 +444,18 @@ def test_on_a_full_disk_nothing_is_left_behind(train_here, tmp_path, run_main):
 
     train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1', '--mlp=gelu_erf')
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for to, dest in (('hf', 'new'), ('nanogpt', 'new'), ('gguf', 'new.gguf')):
+    writers = ('hf', 'new'), ('nanogpt', 'new'), ('gguf', 'new.gguf')
+    for (to, dest), size in product(writers, (600, 50_000)):
         path = tmp_path / 'models' / dest
         try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
             ended = run_main(
                 'convert.py', f'--out_dir={tmp_path / "run"}', f'--to={to}', f'--dest={path}'
             )
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert ended.returncode == 2 and ended.stderr.count('\n') == 1, ended.stderr
-        assert 'choose another path' in ended.stderr
+        assert str(path) in ended.stderr and 'choose another path' in ended.stderr
         assert not list(path.parent.iterdir())
 
 

@@ -313,11 +313,11 @@ def test_samples_far_beyond_the_memory_are_refused(train_here, run_main, tmp_pat
 def test_all_memory_is_that_of_the_control_group_with_swap_space(monkeypatch):
     rows = {'MemTotal': 1000, 'MemAvailable': 700, 'SwapTotal': 50}
     monkeypatch.setattr(memory, 'system_memory', lambda: rows)
-    monkeypatch.setattr(memory, 'memory_limits', lambda: [])
+    monkeypatch.setattr(memory, 'memory_limits', list)
     assert (memory.total_memory(), memory.available_memory('cpu', 2)) == (1050, 350)
     monkeypatch.setattr(memory, 'memory_limits', lambda: [(1 << 63, 500), (600, 100)])
     assert (memory.total_memory(), memory.available_memory('cpu')) == (650, 500)
-    monkeypatch.setattr(memory, 'system_memory', lambda: {})  # macOS
+    monkeypatch.setattr(memory, 'system_memory', dict)  # macOS
     assert memory.total_memory() == math.inf and memory.available_memory('cpu') == 500
 
 
