@@ -31,7 +31,7 @@ from nib.report.compare import compare
 from nib.report.page import SAMPLES, build_page, write_report
 
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
-VOID = {'meta', 'link', 'br', 'hr', 'img', 'input'}
+VOID = {'meta', 'link', 'br', 'hr', 'img', 'input', 'wbr'}
 FINDING = {
     'severity': 'warning',
     'evidence': 'the update ratio of attention is 0.02',
