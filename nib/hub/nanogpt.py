@@ -4,6 +4,7 @@ The names of the tensors are those of model.py. The model differs in one formula
 """
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,13 @@ def read(path: Path) -> NanoCheckpoint:
     nanoGPT.
     """
     try:
-        found = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about unusual pickles
+            found = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else 'it ends early'
+        if 'weights_only' in str(error):  # torch's advice is to trust the file
+            reason = 'it contains Python objects, which can run code when they are read'
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {reason}): expected a checkpoint of '
             f'nanoGPT, which contains only tensors, numbers and strings; for other models use '

@@ -459,6 +459,26 @@ def test_on_a_full_disk_nothing_is_left_behind(train_here, tmp_path, run_main):
         assert not list(path.parent.iterdir())
 
 
+@pytest.mark.parametrize('dest', ['step-00000001/hf', 'step-00000002', 'a/../best', 'latest/hf'])
+def test_nothing_is_written_where_a_run_keeps_its_checkpoints(train_here, tmp_path, run_main, dest):
+    """The run would delete it together with an old checkpoint, or could not save the next one."""
+    train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1')
+    for name in ('best', 'latest'):  # before the first checkpoint
+        (tmp_path / 'run' / name).unlink()
+    before = sorted((tmp_path / 'run').rglob('*'))
+    convert = ['convert.py', f'--out_dir={tmp_path / "run"}', '--which=1']
+    ended = run_main(*convert, f'--dest={tmp_path / "run" / dest}')
+    assert ended.returncode == 2 and 'where a run keeps its checkpoints' in ended.stderr
+    assert sorted((tmp_path / 'run').rglob('*')) == before
+    ended = run_main(*convert, f'--dest={tmp_path / "run/hf"}')
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_file_that_is_no_text_is_no_tokenizer(folder):
+    with pytest.raises(UserError, match='not a valid tokenizer.json'):
+        borrow.read_tokenizer(str(folder / 'whole/model.safetensors'))
+
+
 def test_a_run_says_at_its_start_that_it_cannot_be_written(train_here, tmp_path, run_main):
     flags = ['--max_iters=1', '--eval_iters=1']
     ended = train_here(tmp_path / 'run', *flags, '--logit_cap=5')

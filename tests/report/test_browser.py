@@ -267,7 +267,7 @@ def test_axe_finds_nothing(open_page, n_runs, width, scheme):
 def test_a_phone_shows_all_of_the_page(open_page, n_runs):
     page = open_page(n_runs, width=390)
     assert page.evaluate('document.documentElement.scrollWidth') == 390
-    # No number or word is broken, except keys at an underscore: a cell without a space has one line.
+    # No number or word is broken, except at an underscore: a cell without a space has one line.
     broken = page.evaluate(
         """() => [...document.querySelectorAll('td, th')].filter(cell => {
             const range = document.createRange()
