@@ -129,11 +129,13 @@ def check_memory(model: GPTConfig, config: Mapping, auto: bool = False):
     alone.
     """
 
-    def needed(batch_size):
+    def needed(batch_size, model=model):
         return needed_memory(model, {**config, 'batch_size': batch_size})
 
-    batch_size = 1 if auto else config['batch_size']
-    if config['device'] != 'cpu' or needed(batch_size) <= FAR * total_memory():
+    batch_size, total = 1 if auto else config['batch_size'], total_memory()
+    if config['device'] != 'cpu' or needed(batch_size) <= FAR * total:
+        return
+    if needed(batch_size, replace(model, recompute=True)) <= total:  # a changed model.py may do so
         return
     room = available_memory('cpu', config.get('ranks', 1))
     n_fitting = bisect.bisect(range(batch_size + 1), USABLE * room, key=needed)  # of 0, 1, 2, ...

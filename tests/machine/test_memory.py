@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -16,6 +17,7 @@ import train as training
 from model import GPT, GPTConfig
 from nib import errors
 from nib.checkpoint import store
+from nib.errors import UserError
 from nib.machine import memory, memory_plan
 from nib.machine.device import ShapesOnly, autocast
 
@@ -297,6 +299,20 @@ def test_only_a_run_that_needs_several_times_the_memory_is_refused(
     train_here(
         tmp_path / 'none', *flags, '--eval_only', f'--init_from={tmp_path / "near"}', status=0
     )
+
+
+def test_a_run_that_fits_if_its_activations_are_recomputed_is_not_refused(monkeypatch):
+    """A changed model.py may recompute them in its own way."""
+    config = {'device': 'cpu', 'dtype': 'bfloat16', 'optimizer': 'adamw', 'batch_size': 10**5}
+    config |= {'gradient_accumulation_steps': 1, 'block_size': 64}
+    model = GPTConfig(n_layer=99, n_embd=128, n_head=4, vocab_size=65, block_size=64)
+    with_recompute = memory.needed_memory(replace(model, recompute=True), config)
+    assert memory.needed_memory(model, config) > 1.2 * memory.FAR * with_recompute
+    monkeypatch.setattr(memory, 'total_memory', lambda: 1.01 * with_recompute)
+    memory.check_memory(model, config)
+    monkeypatch.setattr(memory, 'total_memory', lambda: 0.99 * with_recompute)
+    with pytest.raises(UserError, match='use at most --batch_size=|use a smaller one'):
+        memory.check_memory(model, config)
 
 
 def test_samples_far_beyond_the_memory_are_refused(train_here, run_main, tmp_path, monkeypatch):
