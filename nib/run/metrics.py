@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 
-from nib.doctor.troubles import Finding
+from nib.doctor.finding import Finding
 from nib.errors import UserError
 from nib.files import atomic_write
 
