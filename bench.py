@@ -47,6 +47,7 @@ from nib.machine.device import (
     pick_dtype,
     synchronize,
 )
+from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
@@ -172,6 +173,7 @@ def describe_config_plan(values) -> str:
 
 def measure_config(values) -> str:
     """Returns the table of a config's speed, the parts of its step, and its memory."""
+    check_memory(pick_model(values, vocab_size=1), values)
     with tempfile.TemporaryDirectory() as scratch:
         data = find_data(values, Path(scratch))
         values = settle_compile(values, data.vocab_size)

@@ -18,6 +18,7 @@ from typing import Literal
 
 import configurator
 from nib.checkpoint.start import Weights, read_model
+from nib.checkpoint.wrong_folder import is_own_name
 from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.hub import gguf, huggingface, nanogpt
@@ -43,8 +44,13 @@ def main(argv):
         raise UserError('dest is empty: name the folder to write, --dest=FOLDER')
     if os.path.lexists(dest):
         raise UserError(f'dest {dest} already exists: choose another one')
-    parents = Path(os.path.abspath(dest)).parents
-    parent = next(folder for folder in parents if folder.exists())
+    whole = Path(os.path.abspath(dest))
+    if any(is_own_name(folder) for folder in (whole, *whole.parents)):
+        raise UserError(
+            f'dest {dest} is where a run keeps its checkpoints, and would be deleted with them: '
+            f'choose another path'
+        )
+    parent = next(folder for folder in whole.parents if folder.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(
             f'dest {dest} cannot be written, because {shown(parent)} is not a folder that you can '

@@ -27,9 +27,10 @@ from nib.checkpoint.start import Weights, read_start
 from nib.errors import UserError, run_script
 from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
+from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
-from nib.run.checks import check_config, check_schedule, refuse_plan, settle_schedule
+from nib.run.checks import check_config, check_schedule, pick_model, refuse_plan, settle_schedule
 from nib.run.folder import recall_config
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
@@ -65,6 +66,8 @@ def main(argv):
     values = settle_schedule(values)
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
     check_schedule(values)
+    model = pick_model(values, start.model.vocab_size if start else 1)
+    check_memory(model, values | {'batch_size': 0})  # of the batch, a part is examined
     vars(train).update(values)  # which get_lr reads
     if values['dataset']:
         data = open_dataset(values)

@@ -25,6 +25,7 @@ from nib.generation import int8
 from nib.generation.sampling import check_sampling
 from nib.machine.compiling import NO_COMPILER, explain_failure, has_compiler
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
+from nib.machine.memory import check_samples
 from nib.text import reading
 from nib.text.tokenizer import Tokenizer, encode_prompt
 
@@ -71,6 +72,8 @@ def main(argv):
     check_sampling(
         [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
     )
+    if device == 'cpu':
+        check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
     model = weights.build()
     if device == 'cpu' and model.num_params() < SMALL_MODEL:
         limit_threads(1)

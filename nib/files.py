@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
+
+from nib.errors import NO_ROOM, NOT_WRITTEN, UserError
 
 try:
     import fcntl
@@ -37,8 +40,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):  # its folder may be missing
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # which a person knows
+        _name_path(error, temporary, path)
         raise
     sync_folder(path.parent)
 
@@ -55,9 +57,23 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name_path(error, temporary, path)
         raise
+
+
+def _name_path(error: BaseException, temporary: Path, path: Path):
+    """Makes an error of a write to `temporary` name `path`, which a person knows."""
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno in NO_ROOM or str(error.filename).startswith(str(temporary)):
+            error.filename = str(path)
+    elif re.search(NOT_WRITTEN, str(error)):  # of a library
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f'{path} could not be written completely: free some space, or choose another path; '
+            f'the message was: {reason}'
+        ) from error
 
 
 def clear_temporaries(folder: str | os.PathLike, *names: str):

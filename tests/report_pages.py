@@ -11,7 +11,7 @@ from nib.report import history
 from nib.report.page import build_page
 
 DEFAULTS = configurator.read_block(str(ROOT / 'train.py')).defaults
-VOID = {'meta', 'link', 'br', 'hr', 'img', 'input'}
+VOID = {'meta', 'link', 'br', 'hr', 'img', 'input', 'wbr'}
 FINDING = {
     'severity': 'warning',
     'evidence': 'the update ratio of attention is 0.02',

@@ -6,17 +6,18 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, Rotary
+from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_run
 from nib.errors import UserError
 from nib.files import command
-from nib.hub import huggingface, nanogpt
-from nib.machine.device import seed_everything
+from nib.hub import huggingface, nanogpt, reference
+from nib.machine.device import ShapesOnly, seed_everything
 from nib.run.checks import pick_model
 from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
@@ -174,16 +175,7 @@ class Weights:
         tokenizer is not known.
         """
         weights = self.crop_vocabulary(self.known_tokenizer().vocab_size)  # padding has no text
-        with torch.device('meta'):  # random weights would take longer than reading these
-            model = GPT(weights.model)
-        copies = {name: tensor.clone() for name, tensor in weights.tensors['model'].items()}
-        model.load_state_dict(copies, assign=True)
-        if model.config.position == 'rotary':
-            model.rotary = Rotary(model.config)
-        if any(buffer.is_meta for buffer in model.buffers()):  # of a changed model.py
-            model = GPT(weights.model)
-            model.load_state_dict(copies, assign=True)
-        return model.eval()
+        return build_model(weights.model, weights.tensors['model'])
 
     def crop_vocabulary(self, vocab_size: int) -> 'Weights':
         """Returns the weights without the embeddings that pad the vocabulary."""
@@ -196,19 +188,32 @@ class Weights:
         return replace(self, model=model, tensors={'model': tensors})
 
 
+def build_model(config: GPTConfig, tensors: Mapping[str, torch.Tensor]) -> GPT:
+    """Returns a model with copies of these weights. What a changed model.py adds is initialized."""
+    with ShapesOnly():  # random weights would take longer than reading these
+        model = GPT(config)
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    model.load_state_dict(copies, strict=False, assign=True)
+    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        model = GPT(config)
+        model.load_state_dict(model.state_dict() | copies, assign=True)
+    return model.eval()
+
+
 def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT:
     """Returns a model with the weights of `start`, or with random ones, the same on all ranks.
 
     Raises UserError if the shape is impossible, or if `start` does not fit the dataset.
     """
     model_config = pick_model(config, data.vocab_size)
+    seed_everything(config['seed'])
     if start is None:
-        seed_everything(config['seed'])
         return GPT(model_config)
     start.check_dataset(data)
     # adopt() has given the config this model's other keys.
     model = GPT(replace(start.model, dropout=config['dropout'], recompute=config['recompute']))
-    model.load_state_dict(start.tensors['model'])
+    # What a changed model.py adds keeps its initial values.
+    model.load_state_dict(model.state_dict() | start.tensors['model'])
     model.crop_block_size(config['block_size'])
     return model
 
@@ -259,9 +264,9 @@ def read_weights(
         found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
     if path.suffix == '.pt' and path.is_file():
-        return _from_nanogpt(path, resumed=True)
+        return _compared(_from_nanogpt(path, resumed=True), warn)
     if (path / 'ckpt.pt').is_file():
-        return _from_nanogpt(path / 'ckpt.pt', resumed=False)
+        return _compared(_from_nanogpt(path / 'ckpt.pt', resumed=False), warn)
     if is_run(path):  # whose config.json is that of train.py
         raise UserError(explain(name))
     is_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in '..'
@@ -271,7 +276,7 @@ def read_weights(
             f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
         )
         model, model_tensors, tokenizer = huggingface.read(repository)
-        return Weights(name, model, tokenizer, {'model': model_tensors})
+        return _compared(Weights(name, model, tokenizer, {'model': model_tensors}), warn)
     instead = explain(name, may_train=False)
     near = [] if path.exists() else difflib.get_close_matches(name, words, n=1, cutoff=0.8)
     if near and 'did you mean' not in instead:
@@ -284,6 +289,18 @@ def read_weights(
             f'the folder of a run or of a model, or a ckpt.pt of nanoGPT; {instead}'
         )
     raise UserError(f'{name!r} is not a model: {instead}')
+
+
+def _compared(weights: Weights, warn: Callable[[str], None]) -> Weights:
+    """Warns if a changed model.py computes something else from weights of other projects."""
+    if not reference.is_original(
+        build_model(*reference.crop(weights.model, weights.tensors['model']))
+    ):
+        warn(
+            f'warning: model.py has been changed: from {weights.name}, it computes something else '
+            f'than the original model'
+        )
+    return weights
 
 
 def _from_nanogpt(path: Path, resumed: bool) -> Weights:
@@ -313,7 +330,7 @@ def _from_checkpoint(found: store.Checkpoint, tensors, resumed: bool) -> Weights
 def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
     """Raises Damaged if the tensors do not have the shapes of the checkpoint's model."""
     try:
-        with torch.device('meta'):  # shapes only
+        with ShapesOnly():
             shapes = {
                 name: tensor.shape
                 for name, tensor in GPT(GPTConfig(**found.state['model'])).state_dict().items()

@@ -25,6 +25,11 @@ def is_checkpoint(path: Path) -> bool:
     return path.match(STEP) and (path / 'state.json').exists()
 
 
+def is_own_name(path: Path) -> bool:
+    """Returns whether a path is one that the run in its folder uses for checkpoints."""
+    return (path.match(STEP) or path.name in ('latest', 'best')) and is_run(path.parent)
+
+
 def run_of(checkpoint: Path) -> Path:
     """Returns the folder of a checkpoint's run, as a person would type it."""
     return Path(shown(checkpoint.parent))
@@ -72,7 +77,7 @@ def explain(path, may_train: bool = True) -> str:
             f'and when it is stopped'
         )
     for found, what in (
-        ((path / 'ckpt.pt').exists(), 'a checkpoint of nanoGPT (ckpt.pt)'),
+        ((path / 'ckpt.pt').is_file(), 'a checkpoint of nanoGPT (ckpt.pt)'),
         (is_hugging_face(path), "a model in Hugging Face's format"),
     ):
         if found:

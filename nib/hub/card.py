@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
-
 from model import GPT, GPTConfig
 from nib.errors import UserError
+from nib.machine.device import ShapesOnly
 from nib.text.tokenizer import CharTokenizer, Tokenizer
 
 SHOWN = (  # keys of train.py that say how a model was trained
@@ -20,7 +19,7 @@ def model_card(source: str, config: GPTConfig, tokenizer: Tokenizer, state: Mapp
     source: where the weights come from. state: that of the run's checkpoint; empty for others.
     """
     trained = state.get('config', {})
-    with torch.device('meta'):  # shapes only
+    with ShapesOnly():
         n_params = GPT(config).num_params()
     lines = [
         '---',

@@ -12,6 +12,8 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.errors import UserError
+from nib.machine.device import ShapesOnly
+from nib.machine.memory import total_memory
 
 # Keys of config.json that change neither the logits nor the meaning of the tokens: how the model
 # was trained, is generated from by default, or is used for other purposes.
@@ -74,12 +76,19 @@ class Family:
                 raise UserError(f'config.json: {key} is {value}: it must be above 0')
             values[name] = value
         try:
-            return GPTConfig(**values)
+            model = GPTConfig(**values)
         except ValueError as error:
             reason = str(error)
             for key, (name, _) in self.keys.items():
                 reason = re.sub(rf'\b{name}\b', key, reason)
             raise UserError(f'config.json: {reason}') from error
+        tables = 16 * model.block_size * model.head_width  # bytes, while Rotary computes them
+        if model.position == 'rotary' and tables > total_memory():
+            raise UserError(
+                f'config.json: max_position_embeddings is {model.block_size:,}, whose rotary '
+                f'angles take {tables / 1e9:,.1f} GB: lower it in a local copy'
+            )
+        return model
 
     def check_keys(self, config: Mapping, special: Mapping[str, tuple[type, ...]]):
         """Raises UserError, which names the key, unless every key is honoured or changes nothing.
@@ -108,7 +117,8 @@ class Family:
         base = self.architecture.replace('ForCausalLM', 'Model').replace('LMHeadModel', 'Model')
         if named not in ([self.architecture], [base]):
             raise UserError(
-                f'config.json: architectures is {named}, but only {self.architecture} is supported'
+                f'config.json: architectures is {named!r}, but only [{self.architecture!r}] is '
+                f'supported'
             )
 
     def why_not(self, config: GPTConfig) -> str | None:
@@ -142,7 +152,7 @@ class Family:
 
         biases: layers, by our names in a block, that have a bias in the file.
         """
-        with torch.device('meta'):  # shapes only
+        with ShapesOnly():
             ours = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
         entries: list[tuple[str, tuple[str, ...]]]
         entries = [(name, (theirs,)) for name, theirs in self.outer.items()]

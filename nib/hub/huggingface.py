@@ -35,7 +35,7 @@ def read(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict | None]:
         model, ours = FAMILIES[kind].read(config, tensors)
     except UserError as error:
         raise UserError(f'{name} cannot be used: {error}') from error
-    except (TypeError, ValueError, AttributeError) as error:  # values of a wrong type
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # of a wrong type
         raise UserError(f'{name} cannot be used: config.json is not valid ({error})') from error
     return model, ours, read_tokenizer(repository, model.vocab_size)
 

@@ -1,5 +1,6 @@
 """Llama, Qwen2 and Qwen3 as transformers writes them: one table, with small differences."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -156,7 +157,7 @@ def _read_rotary(config: Mapping) -> tuple[float, tuple]:
     if len(given) == 2 and given[0] != given[1]:
         raise UserError('config.json: rope_parameters and rope_scaling differ')
     key = 'rope_parameters' if config.get('rope_parameters') else 'rope_scaling'
-    values = given[0] if given else {}
+    values = {name: value for name, value in (given or [{}])[0].items() if value is not None}
     kinds = {str(values[name]) for name in ('rope_type', 'type') if name in values} or {'default'}
     known = {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
     if kinds == {'llama3'}:
@@ -177,10 +178,10 @@ def _read_rotary(config: Mapping) -> tuple[float, tuple]:
     bases = values.get('rope_theta'), config.get('rope_theta')
     base = next((base for base in bases if base is not None), 10000.0)
     numbers = [values.get(name) for name in LLAMA3] if kinds == {'llama3'} else []
-    if not all(type(n) in (int, float) and n > 0 for n in [base, *numbers]):
-        raise UserError(
-            f'config.json: {key} needs positive numbers: rope_theta, {", ".join(LLAMA3)}'
-        )
+    for name, number in zip(('rope_theta', *LLAMA3), [base, *numbers]):
+        if not (type(number) in (int, float) and 0 < number < math.inf):
+            where = f'{name} in {key}' if given else name
+            raise UserError(f'config.json: {where} is {number!r:.80}, expected a positive number')
     if numbers and numbers[1] >= numbers[2]:
         raise UserError(f'config.json: {key} has low_freq_factor above high_freq_factor')
     return float(base), tuple(map(float, numbers))

@@ -4,6 +4,7 @@ The names of the tensors are those of model.py. The model differs in one formula
 """
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.files import new_folder, read_json
 from nib.hub.family import check_numbers
+from nib.machine.device import ShapesOnly
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     END_OF_TEXT,
@@ -58,9 +60,13 @@ def read(path: Path) -> NanoCheckpoint:
     nanoGPT.
     """
     try:
-        found = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about unusual pickles
+            found = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else 'it ends early'
+        if 'weights_only' in str(error):  # torch's advice is to trust the file
+            reason = 'it contains Python objects, which can run code when they are read'
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {reason}): expected a checkpoint of '
             f'nanoGPT, which contains only tensors, numbers and strings; for other models use '
@@ -154,7 +160,7 @@ def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -
 
 def _shapes(config: GPTConfig) -> dict[str, torch.Size]:
     """Returns name -> shape of all parameters, in the order of nanoGPT's module."""
-    with torch.device('meta'):
+    with ShapesOnly():
         return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
 
 

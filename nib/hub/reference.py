@@ -5,6 +5,7 @@ something else, they would compute other logits from the same weights.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -25,7 +26,6 @@ ACTIVATIONS = {
 }
 
 
-@torch.no_grad()
 def check_model(config: GPTConfig):
     """Raises UserError if model.py does not compute the architecture that the config describes.
 
@@ -44,20 +44,48 @@ def check_model(config: GPTConfig):
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         model = GPT(small).eval()
-    for parameter in model.parameters():  # the gains and biases, too
-        parameter.normal_(std=0.2, generator=generator)
-    ids = torch.randint(small.vocab_size, (1, small.block_size), generator=generator)
-    logits = model(ids)
-    try:
-        expected = compute_logits(small, model.state_dict(), ids)
-    except (KeyError, RuntimeError):  # a parameter has another name or shape
-        expected = None
-    if expected is None or not (logits - expected).abs().max() < TOLERANCE * expected.std():
+    with torch.no_grad():
+        for parameter in model.parameters():  # the gains and biases, too
+            parameter.normal_(std=0.2, generator=generator)
+    if not is_original(model):
         raise UserError(
             'model.py has been changed: other programs would compute something else from these '
             'weights, so nothing was written; convert.py can only write models of the original '
             'model.py'
         )
+
+
+@torch.no_grad()
+def is_original(model: GPT) -> bool:
+    """Returns whether a model, without smear, has the logits of the original architecture."""
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(config.vocab_size, (1, config.block_size), generator=generator)
+    try:
+        expected = compute_logits(config, model.state_dict(), ids)
+    except (KeyError, RuntimeError):  # a parameter has another name or shape
+        return False
+    return bool((model(ids) - expected).abs().max() < TOLERANCE * expected.std())
+
+
+def crop(
+    config: GPTConfig, weights: Mapping[str, torch.Tensor]
+) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
+    """Returns the first two layers, 32 positions and 64 tokens of a model, in float32."""
+    small = replace(
+        config,
+        vocab_size=min(config.vocab_size, 64),
+        n_layer=min(config.n_layer, 2),
+        block_size=min(config.block_size, 32),
+    )
+    lengths = {'transformer.wpe.weight': small.block_size}
+    lengths |= dict.fromkeys(('transformer.wte.weight', 'lm_head.weight'), small.vocab_size)
+    later = re.compile(r'transformer\.h\.(?![01]\.)')
+    return small, {
+        name: weight[: lengths.get(name)].float()
+        for name, weight in weights.items()
+        if not later.match(name)
+    }
 
 
 def compute_logits(config: GPTConfig, weights: Mapping[str, torch.Tensor], ids):

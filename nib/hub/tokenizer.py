@@ -63,6 +63,8 @@ def read_file(path: Path, repository: Repository) -> HfTokenizer:
     end_of_text = _end_of_text(repository)
     try:
         return HfTokenizer.read(path.read_bytes().decode(), end_of_text)
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not a valid tokenizer.json (it is not text)') from error
     except (OSError, ValueError, UserError) as error:
         raise UserError(f'{path}: {error}') from error
 

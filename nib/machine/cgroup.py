@@ -23,8 +23,8 @@ def cpu_quotas() -> Iterator[float]:
                 yield quota / period
 
 
-def memory_left() -> Iterator[int]:
-    """Yields the bytes that the memory limits of this process's control groups leave.
+def memory_limits() -> Iterator[tuple[int, int]]:
+    """Yields the memory limits of this process's control groups, and what is used, in bytes.
 
     What cannot be dropped, in contrast to cached files, counts as used.
     """
@@ -35,7 +35,7 @@ def memory_left() -> Iterator[int]:
         with suppress(OSError, ValueError, KeyError):  # 'max' means no limit
             rows = (group / 'memory.stat').read_text().splitlines()
             stat = dict(row.split() for row in rows)
-            yield int((group / limit).read_text()) - int(stat[used])
+            yield int((group / limit).read_text()), int(stat[used])
 
 
 def _groups(controller: str) -> Iterator[tuple[int, Path]]:

@@ -13,6 +13,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nib.errors import UserError, gpu_remedy
 from nib.machine.threads import available_cores, watch_cores
@@ -266,3 +267,19 @@ def seed_everything(*counters: int | str):
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Gives the layers that are made in its `with` block parameters without memory or values.
+
+    torch.device('meta') does the same, but random numbers and arithmetic on that device first
+    import torch's compiler, which takes seconds. Here, all but the parameters is real.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, '__module__', None) == 'torch.nn.init':
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        if function is torch.empty:  # with which layers create their parameters
+            kwargs = {**kwargs, 'device': 'meta'}
+        return function(*args, **kwargs)

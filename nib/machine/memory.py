@@ -1,5 +1,8 @@
 """The memory of this machine: the largest micro batch that fits into it, and full memory."""
 
+import bisect
+import itertools
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,11 +12,12 @@ import torch
 
 from model import GPTConfig
 from nib.errors import UserError, is_full
-from nib.machine.cgroup import memory_left
+from nib.machine.cgroup import memory_limits
 from nib.machine.device import synchronize
 from nib.machine.memory_plan import plan_memory
 
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
+FAR = 4  # more than this multiple of a machine's memory is refused: no estimate is so wrong
 
 
 def fit_batch_size(t, config: Mapping, say: Callable[[str], None]) -> dict[str, int]:
@@ -49,12 +53,18 @@ def batch_sizes(config: Mapping) -> list[dict[str, int]]:
     All have the tokens per step of the config, and the same number of micro steps on every rank.
     """
     ranks = config.get('ranks', 1)
-    sequences = config['batch_size'] * config['gradient_accumulation_steps'] // ranks
+    factors = config['batch_size'], config['gradient_accumulation_steps'] // ranks
+    sizes = {a * b for a, b in itertools.product(*map(divisors, factors))}
     return [
-        {'batch_size': size, 'gradient_accumulation_steps': sequences // size * ranks}
-        for size in range(sequences, 0, -1)
-        if sequences % size == 0
+        {'batch_size': size, 'gradient_accumulation_steps': math.prod(factors) // size * ranks}
+        for size in sorted(sizes, reverse=True)
     ]
+
+
+def divisors(n: int) -> set[int]:
+    """Returns all numbers that divide n."""
+    small = {i for i in range(1, math.isqrt(n) + 1) if n % i == 0}
+    return small | {n // i for i in small}
 
 
 def needed_memory(model: GPTConfig, config: Mapping) -> float:
@@ -111,6 +121,48 @@ def explain_full_memory(error: Exception, t, config: Mapping):
     ) from error
 
 
+def check_memory(model: GPTConfig, config: Mapping, auto: bool = False):
+    """Raises UserError if training on a CPU needs several times the memory of the machine.
+
+    The system would kill such a run without a message, or it would seem to hang. A GPU refuses at
+    once. auto: whether fit_batch_size() will choose batch_size. A batch_size of 0 is the model
+    alone.
+    """
+
+    def needed(batch_size, model=model):
+        return needed_memory(model, {**config, 'batch_size': batch_size})
+
+    batch_size, total = 1 if auto else config['batch_size'], total_memory()
+    if config['device'] != 'cpu' or needed(batch_size) <= FAR * total:
+        return
+    if needed(batch_size, replace(model, recompute=True)) <= total:  # a changed model.py may do so
+        return
+    room = available_memory('cpu', config.get('ranks', 1))
+    n_fitting = bisect.bisect(range(batch_size + 1), USABLE * room, key=needed)  # of 0, 1, 2, ...
+    if n_fitting == 0:
+        refuse('training this model', needed(0), room, 'use a smaller one')
+    what = f'batch_size {batch_size} with block_size {config["block_size"]}'
+    remedy = f'use at most --batch_size={n_fitting - 1}'
+    refuse(what, needed(batch_size), room, remedy if n_fitting > 1 else 'lower --block_size')
+
+
+def check_samples(model: GPTConfig, num_samples: int, n_positions: int):
+    """Raises UserError if the caches of sample.py need several times the memory of the machine."""
+    row = 2 * 2 * model.n_layer * model.kv_heads * model.head_width  # 16-bit keys and values
+    row *= min(n_positions, model.block_size)
+    if num_samples * row > FAR * total_memory():
+        room = available_memory('cpu')
+        remedy = f'use at most --num_samples={max(1, int(USABLE * room / row))}'
+        refuse(f'num_samples {num_samples}', num_samples * row, room, remedy)
+
+
+def refuse(what: str, needed: float, room: float, remedy: str):
+    raise UserError(
+        f'{what} takes about {needed / 1e9:,.1f} GB, but {room / 1e9:,.1f} GB are available: '
+        f'{remedy}'
+    )
+
+
 # -- how much memory there is ----------------------------------------------------------------------
 
 
@@ -124,11 +176,27 @@ def available_memory(device: str, ranks: int = 1) -> float:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device == 'mps':
         return torch.mps.recommended_max_memory()
-    left = list(memory_left())
-    with suppress(OSError), open('/proc/meminfo') as file:
-        left += [1024 * int(line.split()[1]) for line in file if line.startswith('MemAvailable')]
+    left = [limit - used for limit, used in memory_limits()]
+    left += [size for name, size in system_memory().items() if name == 'MemAvailable']
     if not left and hasattr(os, 'sysconf'):  # macOS
         left = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
     if not left:
         raise UserError('the memory of this machine is unknown: set --batch_size to a number')
     return min(left) / ranks
+
+
+def total_memory() -> float:
+    """Returns the bytes of memory and swap space that a process can ever use; inf if unknown."""
+    system = system_memory()
+    if 'MemTotal' not in system:
+        return math.inf
+    limits = [limit for limit, _ in memory_limits()]
+    return min([system['MemTotal'], *limits]) + system.get('SwapTotal', 0)
+
+
+def system_memory() -> dict[str, int]:
+    """Returns the rows of /proc/meminfo in bytes; none on other systems than Linux."""
+    with suppress(OSError, ValueError, IndexError), open('/proc/meminfo') as file:
+        rows = (line.split() for line in file)
+        return {name.rstrip(':'): 1024 * int(size) for name, size, *_ in rows}
+    return {}

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from model import GPT, GPTConfig
 from nib import kernels
 from nib.kernels import HAS_AMX, QUERY_BLOCK
+from nib.machine.device import ShapesOnly
 
 FLOAT = 4  # bytes of a float32
 MUON_COPIES = 18  # bytes per number while Muon orthogonalizes a matrix
@@ -90,7 +91,9 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
 @functools.cache
 def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
     """Returns the shapes of a model's parameters by name, without making the model."""
-    with torch.device('meta'):
+    if config.position == 'rotary':
+        config = replace(config, block_size=1)  # its tables are not parameters
+    with ShapesOnly():
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 

@@ -63,7 +63,8 @@ def comparison_section(runs: Sequence[Run]) -> str:
     """Returns the sortable table, in which a run can be switched off, and the swept keys."""
     names, rows = compare(runs)
     head = ''.join(
-        f'<th scope="col"><button type="button">{text(name)}</button></th>' for name in names
+        f'<th scope="col"><button type="button">{text(name).replace("_", "_<wbr>")}</button></th>'
+        for name in names
     )
     body = ''
     for number, (run, cells) in enumerate(zip(runs, rows)):
@@ -77,7 +78,7 @@ def comparison_section(runs: Sequence[Run]) -> str:
         name = text(run.name)
         switch = (
             f'<label><input type="checkbox" checked data-run="{name}" autocomplete="off">'
-            f'{key}{name}</label>'
+            f'{key}<span>{name}</span></label>'
         )
         body += f'<tr><th scope="row" data-value="{text(first.order)}">{switch}</th>' + ''.join(
             f'<td data-value="{text(cell.order)}">{text(cell.shown)}</td>' for cell in others

@@ -3,6 +3,7 @@
 from nib.budget import plan
 from nib.checkpoint.start import PLANNED, Weights, read_start
 from nib.machine.device import describe_device, pick_dtype
+from nib.machine.memory import check_memory
 from nib.machine.stopwatch import Stopwatch
 from nib.run.checks import check_config, check_schedule, pick_model, settle_schedule
 from nib.run.logbook import Logbook
@@ -32,8 +33,11 @@ def begin(
     values = settle_schedule(values)
     if not planned:
         check_schedule(values)
-    if not planned and not start:
-        pick_model(values, vocab_size=1)  # before a dataset is prepared for an impossible model
+        # Before a dataset is prepared for an impossible model.
+        model = pick_model(values, start.model.vocab_size if start else 1)
+        used = values | {'device': device, 'dtype': dtype, 'ranks': ranks.world_size}
+        if not values['eval_only']:
+            check_memory(model, used, origins['batch_size'].endswith('(auto)'))
     data = find_data(values, origins, planned, book)
     config = values | {
         'device': device,

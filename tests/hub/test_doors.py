@@ -12,6 +12,7 @@ import time
 import unicodedata
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 
 import pytest
 import torch
@@ -443,18 +444,39 @@ def test_on_a_full_disk_nothing_is_left_behind(train_here, tmp_path, run_main):
 
     train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1', '--mlp=gelu_erf')
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for to, dest in (('hf', 'new'), ('nanogpt', 'new'), ('gguf', 'new.gguf')):
+    writers = ('hf', 'new'), ('nanogpt', 'new'), ('gguf', 'new.gguf')
+    for (to, dest), size in product(writers, (600, 50_000)):
         path = tmp_path / 'models' / dest
         try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
             ended = run_main(
                 'convert.py', f'--out_dir={tmp_path / "run"}', f'--to={to}', f'--dest={path}'
             )
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert ended.returncode == 2 and ended.stderr.count('\n') == 1, ended.stderr
-        assert 'choose another path' in ended.stderr
+        assert str(path) in ended.stderr and 'choose another path' in ended.stderr
         assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize('dest', ['step-00000001/hf', 'step-00000002', 'a/../best', 'latest/hf'])
+def test_nothing_is_written_where_a_run_keeps_its_checkpoints(train_here, tmp_path, run_main, dest):
+    """The run would delete it together with an old checkpoint, or could not save the next one."""
+    train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1')
+    for name in ('best', 'latest'):  # before the first checkpoint
+        (tmp_path / 'run' / name).unlink()
+    before = sorted((tmp_path / 'run').rglob('*'))
+    convert = ['convert.py', f'--out_dir={tmp_path / "run"}', '--which=1']
+    ended = run_main(*convert, f'--dest={tmp_path / "run" / dest}')
+    assert ended.returncode == 2 and 'where a run keeps its checkpoints' in ended.stderr
+    assert sorted((tmp_path / 'run').rglob('*')) == before
+    ended = run_main(*convert, f'--dest={tmp_path / "run/hf"}')
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_file_that_is_no_text_is_no_tokenizer(folder):
+    with pytest.raises(UserError, match='not a valid tokenizer.json'):
+        borrow.read_tokenizer(str(folder / 'whole/model.safetensors'))
 
 
 def test_a_run_says_at_its_start_that_it_cannot_be_written(train_here, tmp_path, run_main):

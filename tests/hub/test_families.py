@@ -1,6 +1,7 @@
 """Open models: logits and text equal transformers', for every key of their config.json."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 
 from model import GPT, GPTConfig
 from nib.errors import UserError
-from nib.hub import gpt2, huggingface, llama
+from nib.hub import family, gpt2, huggingface, llama
 from nib.hub.family import HARMLESS
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import CharTokenizer
@@ -230,6 +231,10 @@ REFUSED = {
         dict(rope_parameters=LLAMA3 | {'high_freq_factor': 0.5}),
         dict(rope_parameters=LLAMA3 | {'factor': None}),
         dict(rope_parameters={'rope_theta': False}),
+        dict(rope_theta='1e4', rope_parameters=None),
+        dict(rope_theta=math.inf, rope_parameters=None),
+        dict(rope_theta=10**400, rope_parameters=None),
+        dict(architectures='LlamaForCausalLM'),
         dict(partial_rotary_factor=0.5),
         dict(rope_scaling={'type': 'linear', 'factor': 2.0}),
         dict(sliding_window=8),
@@ -264,7 +269,7 @@ def test_a_config_that_changes_the_model_is_refused_by_name(kind, tmp_path):
         with pytest.raises(UserError) as caught:
             read(tmp_path / 'model')
         key, said = next(iter(changes)), str(caught.value)
-        named = key in said or 'the tensor' in said
+        named = key in said or 'the tensor' in said or 'int too large' in said
         assert named or key == 'head_dim' and 'head_dim' in said, (changes, said)
 
 
@@ -274,6 +279,22 @@ def test_keys_of_before_transformers_5_mean_the_same(tmp_path):
     old = {key: value for key, value in LLAMA3.items() if key != 'rope_theta'}
     change(tmp_path, rope_parameters=None, rope_scaling=old, rope_theta=50.0, torch_dtype='float32')
     assert_same_logits(read(tmp_path), theirs, torch.randint(V, (2, 19)))
+
+
+def test_null_in_rope_parameters_is_no_value(tmp_path):
+    theirs = make('llama', rope_parameters=LLAMA3)
+    theirs.save_pretrained(tmp_path)
+    change(tmp_path, rope_parameters=LLAMA3 | {'attention_factor': None, 'rope_type': 'llama3'})
+    assert_same_logits(read(tmp_path), theirs, torch.randint(V, (2, 19)))
+
+
+def test_a_context_whose_rotary_angles_exceed_the_memory_is_refused(tmp_path, monkeypatch):
+    make('llama', head_dim=8).save_pretrained(tmp_path)
+    monkeypatch.setattr(family, 'total_memory', lambda: 16 * 8 * 19)
+    assert read(tmp_path).config.block_size == 19
+    change(tmp_path, max_position_embeddings=20)
+    with pytest.raises(UserError, match='max_position_embeddings is 20, whose rotary angles'):
+        read(tmp_path)
 
 
 def test_bfloat16_in_shards_and_a_model_without_its_head(tmp_path):

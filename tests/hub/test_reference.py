@@ -1,16 +1,21 @@
-"""A model.py that has been changed is noticed before its weights are written for other programs."""
+"""A changed model.py is noticed before its weights are written, and when others' are read."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, NAMES, SMALL
+from conftest import train_once
+from small_models import ARCHITECTURES, NAMES, SMALL, make_model
 
+import convert
 import model
 from model import GPTConfig
+from nib import errors
+from nib.checkpoint import store
+from nib.checkpoint.start import build_model
 from nib.errors import UserError
-from nib.hub.reference import check_model
+from nib.hub.reference import check_model, crop, is_original
 
 WIDE = GPTConfig(
     vocab_size=50_257,
@@ -87,3 +92,70 @@ def test_convert_writes_nothing_of_a_changed_model(
     ended = run_main(*convert, f'--dest={tmp_path / dest}')
     assert ended.returncode == 2 and ended.stderr.startswith('error: model.py has been changed')
     assert not (tmp_path / dest).exists()
+
+
+class WithGate(model.Block):
+    """Has a new path that begins at zero, or does not."""
+
+    start = 0.0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = torch.nn.Parameter(torch.full((config.n_embd,), self.start))
+        self.side = torch.nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, rotary=None):
+        return super().forward(x, rotary) + self.gate * self.side(self.ln_1(x))
+
+
+FORKS = {  # what is replaced, and whether it computes something else at first
+    'a parallel block': ('Block.forward', parallel, True),
+    'a new path that is 0': ('Block', WithGate, False),
+    'a new path': ('Block', type('Open', (WithGate,), {'start': 1.0}), True),
+    'nothing': ('Block', model.Block, False),
+}
+
+
+@pytest.fixture(scope='module')
+def written(data_dir, tmp_path_factory):
+    """A model of tiny's characters, as transformers and nanoGPT store it."""
+    folder = tmp_path_factory.mktemp('written')
+    train_once(data_dir, folder / 'run', '--max_iters=1', '--eval_iters=1', '--mlp=gelu_erf')
+    for to in ('hf', 'nanogpt'):
+        flags = [f'--out_dir={folder / "run"}', f'--to={to}', f'--dest={folder / to}']
+        assert not errors.call(convert.main, flags)
+    return folder
+
+
+@pytest.mark.parametrize('source', ['hf', 'nanogpt'])
+@pytest.mark.parametrize('name, change, differs', FORKS.values(), ids=FORKS)
+def test_a_fork_trains_from_open_weights_with_a_warning_if_it_computes_something_else(
+    name, change, differs, source, written, train_here, run_main, tmp_path, monkeypatch
+):
+    start, flags = f'--init_from={written / source}', ['--max_iters=1', '--eval_iters=1']
+    place, _, attribute = name.partition('.')
+    if attribute:
+        monkeypatch.setattr(getattr(model, place), attribute, change)
+    else:
+        monkeypatch.setattr(model, place, change)
+    if source == 'nanogpt' and issubclass(model.Block, WithGate):
+        ended = train_here(tmp_path / 'run', start, *flags)
+        assert ended.returncode == 2 and 'a modified nanoGPT is not supported' in ended.stderr
+        return
+    trained = train_here(tmp_path / 'run', start, *flags, '--report=False', status=0)
+    sampled = run_main('sample.py', start, '--max_new_tokens=3', '--device=cpu')
+    assert sampled.returncode == 0, sampled.stderr
+    for ended in (trained, sampled):
+        said = [line for line in ended.stderr.splitlines() if 'model.py' in line]
+        assert len(said) == differs, ended.stderr
+        assert all('it computes something else than the original model' in line for line in said)
+    saved = store.load(tmp_path / 'run')[1]['model']
+    assert ('transformer.h.0.gate' in saved) == issubclass(model.Block, WithGate)
+
+
+def test_every_architecture_is_the_original_when_it_is_loaded():
+    for config in ARCHITECTURES:
+        if not config.smear:
+            weights = make_model(config).state_dict()
+            small, tensors = crop(config, weights)
+            assert small.n_layer == 2 and is_original(build_model(small, tensors))

@@ -74,7 +74,7 @@ def test_cores_are_known_without_affinity(tmp_path, monkeypatch):
 @pytest.mark.parametrize('version', [1, 2])
 def test_the_limit_of_a_control_group_counts_what_cannot_be_dropped(tmp_path, monkeypatch, version):
     monkeypatch.setattr(cgroup, 'ROOT', tmp_path)
-    assert list(cgroup.memory_left()) == []
+    assert list(cgroup.memory_limits()) == []
     own, base = tmp_path / 'proc/self/cgroup', tmp_path / 'sys/fs/cgroup'
     own.parent.mkdir(parents=True)
     own.write_text('0::/a/b\n' if version == 2 else '5:cpu,memory:/a/b\n4:pids:/a/b\n')
@@ -84,4 +84,4 @@ def test_the_limit_of_a_control_group_counts_what_cannot_be_dropped(tmp_path, mo
         (base / folder).mkdir(parents=True, exist_ok=True)
         (base / folder / limit).write_text(most + '\n')
         (base / folder / 'memory.stat').write_text(f'{used} {now}\nfile 600\n')
-    assert min(cgroup.memory_left()) == 700
+    assert min(limit - used for limit, used in cgroup.memory_limits()) == 700

@@ -1,20 +1,25 @@
 """The memory estimate equals what autograd saves, and the batch size follows from it."""
 
 import json
+import math
 import re
+import sys
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
-from conftest import ROOT, records
+from conftest import ROOT, records, run_script
+from small_models import ARCHITECTURES, NAMES
 
 import bench
 import train as training
 from model import GPT, GPTConfig
 from nib import errors
 from nib.checkpoint import store
+from nib.errors import UserError
 from nib.machine import memory, memory_plan
-from nib.machine.device import autocast
+from nib.machine.device import ShapesOnly, autocast
 
 MODERN = {
     'position': 'rotary',
@@ -248,3 +253,123 @@ def test_what_is_wrong_with_a_gpu_is_one_line_with_a_remedy(capsys, message, wor
     line = capsys.readouterr().err
     assert line.startswith('error: ') and line.count('\n') == 1
     assert words in line and message in line
+
+
+IMPOSSIBLE = {  # flags of a run -> what the line says
+    '--batch_size=100000000': r'batch_size 100000000 with block_size 16 takes .* GB, but .* GB',
+    '--n_embd=400000': r'training this model takes .* GB, but .* GB .* use a smaller one',
+    '--batch_size=auto --n_embd=400000': 'training this model takes',
+}
+
+
+@pytest.mark.parametrize('flags', IMPOSSIBLE)
+@pytest.mark.skipif(not memory.system_memory(), reason='needs /proc/meminfo')
+def test_a_run_far_beyond_the_memory_is_refused_at_once(train_here, run_main, tmp_path, flags):
+    done = train_here(tmp_path / 'run', *flags.split(), '--dataset=missing')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert re.search(IMPOSSIBLE[flags], done.stderr)
+    assert not (tmp_path / 'run').exists()
+    config = [*flags.split(), '--dataset=', '--device=cpu', '--n_head=2', '--block_size=16']
+    if 'auto' not in flags:
+        done = run_main('bench.py', *config, '--dataset=x')
+        assert done.returncode == 2 and re.search(IMPOSSIBLE[flags], done.stderr)
+    if 'n_embd' in flags:
+        done = run_main('debug_training.py', *config)
+        assert done.returncode == 2 and re.search(IMPOSSIBLE[flags], done.stderr)
+
+
+def test_only_a_run_that_needs_several_times_the_memory_is_refused(
+    train_here, tmp_path, monkeypatch
+):
+    flags = ['--batch_size=24', '--gradient_accumulation_steps=1', '--max_iters=1']
+    model = GPTConfig(vocab_size=1, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=False)
+    config = {'device': 'cpu', 'dtype': 'float32', 'optimizer': 'adamw', 'batch_size': 24}
+    config |= {'gradient_accumulation_steps': 1, 'compile': False}
+    needed = memory.needed_memory(model, config)
+    monkeypatch.setattr(memory, 'available_memory', lambda device, ranks: needed / 3)
+    monkeypatch.setattr(memory, 'total_memory', lambda: 1.01 * needed / memory.FAR)
+    train_here(tmp_path / 'near', *flags, status=0)
+    monkeypatch.setattr(memory, 'total_memory', lambda: 0.99 * needed / memory.FAR)
+    done = train_here(tmp_path / 'far', *flags, status=2)
+    size = int(re.search('use at most --batch_size=(.*)', done.stderr)[1])
+    sizes = [memory.needed_memory(model, config | {'batch_size': n}) for n in (size, size + 1)]
+    assert sizes[0] <= memory.USABLE * needed / 3 < sizes[1]
+    # A smaller batch is chosen, and an evaluation needs no gradients.
+    train_here(tmp_path / 'auto', *flags, '--batch_size=auto', status=0)
+    train_here(
+        tmp_path / 'none', *flags, '--eval_only', f'--init_from={tmp_path / "near"}', status=0
+    )
+
+
+def test_a_run_that_fits_if_its_activations_are_recomputed_is_not_refused(monkeypatch):
+    """A changed model.py may recompute them in its own way."""
+    config = {'device': 'cpu', 'dtype': 'bfloat16', 'optimizer': 'adamw', 'batch_size': 10**5}
+    config |= {'gradient_accumulation_steps': 1, 'block_size': 64}
+    model = GPTConfig(n_layer=99, n_embd=128, n_head=4, vocab_size=65, block_size=64)
+    with_recompute = memory.needed_memory(replace(model, recompute=True), config)
+    assert memory.needed_memory(model, config) > 1.2 * memory.FAR * with_recompute
+    monkeypatch.setattr(memory, 'total_memory', lambda: 1.01 * with_recompute)
+    memory.check_memory(model, config)
+    monkeypatch.setattr(memory, 'total_memory', lambda: 0.99 * with_recompute)
+    with pytest.raises(UserError, match='use at most --batch_size=|use a smaller one'):
+        memory.check_memory(model, config)
+
+
+def test_samples_far_beyond_the_memory_are_refused(train_here, run_main, tmp_path, monkeypatch):
+    train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1')
+    sample = ['sample.py', f'--out_dir={tmp_path / "run"}', '--max_new_tokens=3', '--device=cpu']
+    cache = 2 * 2 * 2 * 32 * 4  # keys and values of 2 layers in 16 bits, a prompt of one token
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 2.5 * cache / memory.USABLE)
+    monkeypatch.setattr(memory, 'total_memory', lambda: 4.9 * cache / memory.FAR)
+    assert run_main(*sample, '--num_samples=4').returncode == 0
+    done = run_main(*sample, '--num_samples=5')
+    assert done.returncode == 2 and 'use at most --num_samples=2' in done.stderr
+
+
+def test_all_memory_is_that_of_the_control_group_with_swap_space(monkeypatch):
+    rows = {'MemTotal': 1000, 'MemAvailable': 700, 'SwapTotal': 50}
+    monkeypatch.setattr(memory, 'system_memory', lambda: rows)
+    monkeypatch.setattr(memory, 'memory_limits', list)
+    assert (memory.total_memory(), memory.available_memory('cpu', 2)) == (1050, 350)
+    monkeypatch.setattr(memory, 'memory_limits', lambda: [(1 << 63, 500), (600, 100)])
+    assert (memory.total_memory(), memory.available_memory('cpu')) == (650, 500)
+    monkeypatch.setattr(memory, 'system_memory', dict)  # macOS
+    assert memory.total_memory() == math.inf and memory.available_memory('cpu') == 500
+
+
+def test_batch_sizes_are_all_divisors_of_the_sequences():
+    for batch_size, accumulation in ((12, 40), (7, 9), (1, 1)):
+        n = batch_size * accumulation
+        config = {'batch_size': batch_size, 'gradient_accumulation_steps': 2 * accumulation}
+        expected = [(size, 2 * n // size) for size in range(n, 0, -1) if n % size == 0]
+        sizes = memory.batch_sizes(config | {'ranks': 2})
+        assert [tuple(pair.values()) for pair in sizes] == expected
+    config = {'batch_size': (1 << 31) - 1, 'gradient_accumulation_steps': 1 << 30}
+    assert len(memory.batch_sizes(config)) == 62  # at once
+
+
+@pytest.mark.parametrize('config', [*ARCHITECTURES, GPTConfig(n_layer=1)], ids=[*NAMES, 'large'])
+def test_shapes_need_no_memory_and_no_random_numbers(config):
+    state = torch.get_rng_state()
+    with ShapesOnly():
+        model = GPT(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    real = GPT(config)
+    shapes = {name: parameter.shape for name, parameter in real.named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert shapes == memory_plan.parameter_shapes(config)
+    for name, buffer in real.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name))
+
+
+@pytest.mark.slow
+def test_shapes_do_not_import_the_compiler(tmp_path):
+    """It takes torch seconds, every time that a model is loaded."""
+    program = (
+        'import sys; from nib.machine.memory_plan import parameter_shapes as shapes; '
+        'from model import GPTConfig; shapes(GPTConfig()); shapes(GPTConfig(position="rotary")); '
+        'sys.exit("torch._dynamo" in sys.modules)'
+    )
+    done = run_script('-c', program, python=sys.executable)
+    assert done.returncode == 0, done.stderr

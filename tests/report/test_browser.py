@@ -267,16 +267,34 @@ def test_axe_finds_nothing(open_page, n_runs, width, scheme):
 def test_a_phone_shows_all_of_the_page(open_page, n_runs):
     page = open_page(n_runs, width=390)
     assert page.evaluate('document.documentElement.scrollWidth') == 390
-    # No number or word is broken: a cell without a space has one line.
+    # No number or word is broken, except at an underscore: a cell without a space has one line.
     broken = page.evaluate(
         """() => [...document.querySelectorAll('td, th')].filter(cell => {
             const range = document.createRange()
             range.selectNodeContents(cell)
             return range.getBoundingClientRect().height > 30
-                && !/[\\s/]/.test(cell.textContent.trim()) && !cell.closest('.origin')
+                && !/[\\s/_]/.test(cell.textContent.trim()) && !cell.closest('.origin')
         }).map(cell => cell.textContent)"""
     )
     assert broken == []
+
+
+@pytest.mark.parametrize('width', [390, 700, 1000, 1400])
+def test_the_table_of_runs_scrolls_in_its_box_or_fits_into_it(open_page, width):
+    page = open_page(10, width)
+    seen = page.evaluate(
+        """() => {
+            document.querySelector('.runs label').lastChild.textContent = 'learning-rate='.repeat(6)
+            const box = document.querySelector('.runs').parentElement
+            const needs = box.scrollWidth > box.clientWidth
+            box.scrollLeft = box.scrollWidth
+            const edge = one => one.getBoundingClientRect().right
+            const verdict = document.querySelector('.runs td:last-child')
+            return [needs, edge(verdict) - edge(box), document.documentElement.scrollWidth]
+        }"""
+    )
+    assert seen[0] == (width < 1000)
+    assert seen[1] <= 0 and seen[2] == width
 
 
 @pytest.mark.parametrize('n_runs', [1, 10])
