@@ -1,5 +1,6 @@
 """The choice of device, precision and compilation, communication of ranks, seeds and signals."""
 
+import io
 import os
 import platform
 import shutil
@@ -436,6 +437,20 @@ def test_a_signal_after_a_finding_still_saves(capfd):
     assert (
         stop.number == signal.SIGTERM and 'SIGTERM: stopping and saving' in capfd.readouterr().err
     )
+
+
+def test_in_a_notebook_the_cell_shows_that_a_run_is_stopping(monkeypatch, capfd):
+    """A cell shows what is written to sys.stderr. Its descriptor is the server's terminal."""
+
+    class Cell(io.StringIO):
+        def fileno(self):
+            return 2
+
+    monkeypatch.setattr(sys, 'ps1', 'In : ', raising=False)
+    monkeypatch.setattr(sys, 'stderr', Cell())
+    StopSignal(Ranks())._receive(signal.SIGINT, None)
+    assert 'Ctrl-C (SIGINT): stopping and saving' in sys.stderr.getvalue()
+    assert capfd.readouterr().err == ''
 
 
 def test_handlers_are_restored_after_a_run():
