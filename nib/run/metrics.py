@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import secrets
 import time
@@ -14,7 +15,8 @@ from nib.errors import UserError
 from nib.files import atomic_write
 
 LATEST_STEP = 1 << 53  # larger numbers are not steps
-WANDB_SECONDS = 20.0  # timeout for its server
+WANDB_SECONDS = 20.0  # timeout for its server at the start
+WANDB_LAST_SECONDS = 60  # and at the end, unless WANDB_FINISH_TIMEOUT says otherwise
 
 
 class Metrics:
@@ -104,17 +106,19 @@ class Metrics:
             call(*arguments)
             return True
         except Exception as error:
-            self._warn(f'{name} no longer works: {type(error).__name__}: {error}')
+            reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
+            self._warn(f'{name} no longer works: {reason}')
             return False
 
-    def close(self):
+    def close(self, exit_code: int = 0):
+        """Closes everything. exit_code: that of the run; for wandb, a run with another than 0 failed."""
         if self.file.closed:
             return
         self.file.close()
         if self.writer is not None:
             self._works('TensorBoard', self.writer.close)
         if self.wandb is not None:
-            self._works('wandb', self.wandb.finish)
+            self._works('wandb', self.wandb.finish, exit_code)
 
 
 def read_records(path: Path) -> tuple[list[dict], int]:
@@ -159,6 +163,8 @@ def _wandb(out_dir, step: int, config: dict):
     id_file = Path(out_dir) / 'wandb_id'
     kept = id_file.read_text(errors='replace').strip() if step and id_file.exists() else ''
     run_id = kept if re.fullmatch(r'[\w-]{1,64}', kept) else secrets.token_hex(4)
+    # By default, wandb waits for hours if the network fails. What it has not sent stays in out_dir.
+    os.environ.setdefault('WANDB_FINISH_TIMEOUT', str(WANDB_LAST_SECONDS))
     try:
         run = wandb.init(
             project=config['wandb_project'],
@@ -169,8 +175,10 @@ def _wandb(out_dir, step: int, config: dict):
             resume='allow',
             settings=wandb.Settings(init_timeout=WANDB_SECONDS),
         )
-    except (wandb.errors.Error, UnicodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # hints for developers follow
+    except (wandb.errors.Error, ValueError) as error:  # ValueError: WANDB_MODE=ofline, by pydantic
+        lines = str(error).splitlines() or [type(error).__name__]
+        # Hints for developers follow. pydantic names the variable and its values in the next lines.
+        reason = ' '.join(' '.join(lines[: 3 if isinstance(error, ValueError) else 1]).split())
         raise UserError(
             f'wandb cannot start ({reason}); without an account or network, set the environment '
             f'variable WANDB_MODE=offline'

@@ -127,3 +127,11 @@ def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch, pac
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     with pytest.raises(UserError, match=f'pip install {package.split(".")[-1]}'):
         Metrics(tmp_path, 0, ALONE | {key: True})
+
+
+def test_a_setting_that_wandb_refuses_is_named(tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    config = {'wandb_log': True, 'wandb_project': 5, 'wandb_run_name': ''}
+    with pytest.raises(UserError, match=r'wandb cannot start \(.* project Input should be a valid'):
+        Metrics(tmp_path, 0, ALONE | config)
