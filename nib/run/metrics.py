@@ -30,21 +30,16 @@ class Metrics:
     """
 
     def __init__(self, out_dir, step: int, config: dict, warn: Callable[[str], None] = print):
-        # wandb may refuse to start, so the TensorBoard writer, which writes at once, comes last.
-        writer = _summary_writer() if config['tensorboard'] else None
-        self.wandb = self.writer = None
-        if config['wandb_log']:
-            self.wandb = _wandb(out_dir, step, config)
-        if writer:
-            folder = str(Path(out_dir) / 'tensorboard')
-            self.writer = writer(folder, purge_step=step + 1 if step else 0)
+        self.writer_class = _summary_writer() if config['tensorboard'] else None
+        self.writer = None  # set by rewind(), because wandb may refuse to start before
+        self.wandb = _wandb(out_dir, step, config) if config['wandb_log'] else None
         self.path = Path(out_dir) / 'metrics.jsonl'
         self.file: FileIO | None = None
         self._warn = warn
         self.rewind(step)
 
     def rewind(self, step: int):
-        """Drops the records of metrics.jsonl after `step`; TensorBoard and wandb keep theirs."""
+        """Drops the records after `step`. wandb keeps them, and takes no others for their steps."""
         if self.file:
             self.file.close()
         # Records of this run from before it was resumed.
@@ -53,6 +48,11 @@ class Metrics:
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
         self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.writer_class:
+            folder = str(self.path.parent / 'tensorboard')
+            self.writer = self.writer_class(folder, purge_step=step + 1 if step else 0)
         self._unwritten = b''  # records that the file has not taken yet
 
     def log(self, step: int, values: Mapping[str, float | str | None]):
@@ -89,8 +89,8 @@ class Metrics:
     def _show(self, step: int, values: Mapping):
         """Sends values to TensorBoard and wandb."""
         if self.writer is not None and not self._works('TensorBoard', self._draw, step, values):
-            self.writer = None
-        if self.wandb is not None and not self._works('wandb', self.wandb.log, values, step):
+            self.writer = self.writer_class = None
+        if self.wandb is not None and not self._works('wandb', self._send, step, values):
             self.wandb = None
 
     def _draw(self, step: int, values: Mapping):
@@ -99,6 +99,10 @@ class Metrics:
                 self.writer.add_text(name, value, step)
             else:
                 self.writer.add_scalar(name, value, step)
+
+    def _send(self, step: int, values: Mapping):
+        if step >= self.wandb.step:  # it has the earlier steps from before a rewind or a crash
+            self.wandb.log(values, step)
 
     def _works(self, name: str, call: Callable, *arguments) -> bool:
         """Calls a service and returns whether it worked; its errors have no common base class."""
@@ -111,7 +115,7 @@ class Metrics:
             return False
 
     def close(self, exit_code: int = 0):
-        """Closes everything. exit_code: that of the run; for wandb, a run with another than 0 failed."""
+        """Closes everything. exit_code: that of the run; wandb shows whether it is 0."""
         if self.file.closed:
             return
         self.file.close()
