@@ -137,6 +137,7 @@ def test_a_setting_that_wandb_refuses_is_named(tmp_path, monkeypatch):
         Metrics(tmp_path, 0, ALONE | config)
 
 
+@pytest.mark.slow
 def test_a_rewind_leaves_one_curve_in_tensorboard_and_no_warnings_of_wandb(
     tmp_path, monkeypatch, capfd
 ):
@@ -150,8 +151,8 @@ def test_a_rewind_leaves_one_curve_in_tensorboard_and_no_warnings_of_wandb(
     metrics.rewind(2)
     for step in (3, 5):
         metrics.log(step, {'loss/step': 10.0 * step})
+    assert metrics.wandb.step == 5
     metrics.close()
-    assert metrics.wandb.summary['loss/step'] == 50.0
     events = reading.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
     shown = [(event.step, event.value) for event in events.Scalars('loss/step')]
     assert shown == [(1, 1.0), (2, 2.0), (3, 30.0), (5, 50.0)]
