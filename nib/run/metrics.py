@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from nib.doctor.troubles import Finding
 from nib.errors import UserError
@@ -31,7 +32,8 @@ class Metrics:
 
     def __init__(self, out_dir, step: int, config: dict, warn: Callable[[str], None] = print):
         self.writer_class = _summary_writer() if config['tensorboard'] else None
-        self.writer = None  # set by rewind(), because wandb may refuse to start before
+        # Set by rewind(), because wandb may refuse to start before.
+        self.writer: Any = None
         self.wandb = _wandb(out_dir, step, config) if config['wandb_log'] else None
         self.path = Path(out_dir) / 'metrics.jsonl'
         self.file: FileIO | None = None

@@ -244,7 +244,9 @@ def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
     monkeypatch.setattr(compiling, 'compile_function', lambda model: compiled)
     batch = torch.ones(1, 2), torch.ones(1)
     assert compile_model(model, batch, nullcontext(), said.append) is model
-    assert 'out of memory' in said[0] and all(p.grad is None for p in model.parameters())
+    # First, because it can take minutes.
+    assert said[0].startswith('compiling') and 'out of memory' in said[1]
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.slow
