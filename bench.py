@@ -39,7 +39,14 @@ from benchmarks.plan import describe_plan
 from model import GPT
 from nib.errors import UserError, run_script
 from nib.machine.compiling import has_compiler, pick_compile
-from nib.machine.device import measure_flops, peak_memory, pick_device, pick_dtype, synchronize
+from nib.machine.device import (
+    measure_flops,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    synchronize,
+)
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
@@ -254,7 +261,7 @@ class Contestant:
         self.prompt = data.val[: values['prompt_tokens']].tolist()
         self.tokens = self.training.tokens_per_step
         self.step = 0
-        self.peak = self.training.peak_flops
+        self.peak = peak_flops(self.device, values['dtype'])
         self.time_steps(WARM_UP)
         # Measured now, before generation and other measurements add to it.
         self.memory = peak_memory(self.device)

@@ -27,9 +27,7 @@ from nib.schema import Block, Type, fit, in_words, read_block, read_python, read
 
 Settle = Mapping[str, Callable]
 Recall = Callable[[Mapping, Mapping], tuple[Mapping, str]]
-Comments = Mapping[str, str]
 NO_SETTLING: Settle = MappingProxyType({})
-NO_COMMENTS: Comments = MappingProxyType({})
 TEXTS = ('start', 'stop')  # keys whose value is a text, in which ~ is not a home folder
 
 
@@ -51,25 +49,12 @@ def configure(
     """
     block = read_block(script)
     if base:
-        below = read_block(os.path.join(os.path.dirname(script), base))
-        block = Block(
-            block.defaults | below.defaults,
-            block.types | below.types,
-            block.comments | below.comments,
-            block.headings | below.headings,
-            block.doc,
-        )
+        block = block.extended(read_block(os.path.join(os.path.dirname(script), base)))
     if '--help' in argv or '-h' in argv:
         print_help(script, block, positional)
         raise SystemExit(0)
     printing = [item for item in argv if item in ('--print_config', '--print-config')]
-    values, origins = resolve(
-        block.defaults,
-        block.types,
-        [item for item in argv if item not in printing],
-        settle,
-        block.comments,
-    )
+    values, origins = resolve(block, [item for item in argv if item not in printing], settle)
     if recall:
         replace_values(values, origins, block.types, *recall(values, origins))
         settle_keys(values, origins, settle, settle)
@@ -85,32 +70,28 @@ def configure(
 
 
 def resolve(
-    defaults: Mapping[str, object],
-    types: Mapping[str, Type],
-    argv: Sequence[str],
-    settle: Settle = NO_SETTLING,
-    comments: Comments = NO_COMMENTS,
+    block: Block, argv: Sequence[str], settle: Settle = NO_SETTLING
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the value of every key and where it comes from.
 
     The latter is 'default', 'config/x.py:12' or 'command line'. settle: key -> function that
-    replaces its value by a definite one ('auto' -> 'cpu') before a config file sees it. comments:
-    key -> what it means. A ~ at the beginning of a path, also in a list with commas, becomes the
-    home folder.
+    replaces its value by a definite one ('auto' -> 'cpu') before a config file sees it. A ~ at the
+    beginning of a path, also in a list with commas, becomes the home folder.
 
     If a key allows 'auto' but has another default, 'auto' keeps the value that it would replace and
     adds ' (auto)' to where it comes from. The script adapts that value.
     """
-    flags, files = parse_argv(argv, types, comments)
-    adapted = {key for key in types if 'auto' in types[key] and defaults[key] != 'auto'}
+    flags, files = parse_argv(argv, block)
+    may_be_auto = {key for key, kind in block.types.items() if 'auto' in kind}
+    adapted = {key for key in may_be_auto if block.defaults[key] != 'auto'}
     autos = [key for key in adapted if flags.get(key) == 'auto']
     for key in autos:
         del flags[key]
-    values = {**defaults, **flags}
+    values = {**block.defaults, **flags}
     origins = {key: 'command line' if key in flags else 'default' for key in values}
     settle_keys(values, origins, settle, settle)
     for path in files:
-        places = run_file(path, values, types, flags, comments, adapted)
+        places = run_file(path, block, values, flags, adapted)
         origins.update(places)
         settle_keys(values, origins, settle, [key for key in settle if key in places])
     for key, value in values.items():
@@ -136,10 +117,9 @@ def settle_keys(values, origins, settle, keys):
 # -- flags and files -------------------------------------------------------------------------------
 
 
-def parse_argv(
-    argv: Sequence[str], types: Mapping[str, Type], comments: Comments
-) -> tuple[dict[str, object], list[str]]:
+def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], list[str]]:
     """Returns flags by key, and the config files in order."""
+    types = block.types
     flags: dict[str, object] = {}
     files: list[str] = []
     items = list(argv)
@@ -158,7 +138,7 @@ def parse_argv(
                 )
             flags[key] = False
         elif key not in types:
-            hint = suggest_key(key, types, comments, '--{}')
+            hint = suggest_key(key, block, '--{}')
             raise UserError(f'--{name}: no such key{hint} (--help lists all keys)')
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True
@@ -270,14 +250,10 @@ def _sets_nothing(node: ast.stmt) -> bool:
 
 
 def run_file(
-    path: str,
-    values: dict,
-    types: Mapping[str, Type],
-    pinned: Mapping[str, object],
-    comments: Comments,
-    adapted: Collection[str],
+    path: str, block: Block, values: dict, pinned: Mapping[str, object], adapted: Collection[str]
 ) -> dict[str, str]:
     """Runs a config file and updates the values; returns where each key was last assigned."""
+    types = block.types
     namespace = Namespace(values, pinned, adapted)
     namespace.execute(path)
     for name, value in namespace.items():
@@ -290,7 +266,7 @@ def run_file(
             and not name.startswith('_')
             and name != 'include'
         ):
-            hint = suggest_key(name, types, comments)
+            hint = suggest_key(name, block)
             raise UserError(
                 f"{place}: {name}: no such key{hint} (the file's own names must begin with _)"
             )

@@ -22,17 +22,10 @@ import configurator
 from model import GPT
 from nib.checkpoint import store
 from nib.checkpoint.start import new_model
-from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, UserError, run_script
+from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, run_script
 from nib.guard import MAX_REWINDS, BadSteps, describe, nonfinite_parameters, watch_outputs
 from nib.machine.compiling import compile_model, pick_compile
-from nib.machine.device import (
-    autocast,
-    has_bfloat16,
-    peak_flops,
-    pick_device,
-    prepare_device,
-    seed_everything,
-)
+from nib.machine.device import autocast, has_bfloat16, pick_device, prepare_device, seed_everything
 from nib.machine.memory import explain_full_memory, fit_batch_size
 from nib.machine.ranks import Ranks, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
@@ -133,12 +126,12 @@ def get_lr(step: int) -> float:
         return learning_rate
     if step >= lr_decay_iters:
         return min_lr
-    fall_starts = lr_decay_iters - cooldown_iters if lr_schedule == 'wsd' else warmup_iters
-    progress = max(0.0, (step - fall_starts) / (lr_decay_iters - fall_starts))  # 0 to 1
-    height = 1.0 - progress  # 1 to 0
+    decay_start = lr_decay_iters - cooldown_iters if lr_schedule == 'wsd' else warmup_iters
+    progress = max(0.0, (step - decay_start) / (lr_decay_iters - decay_start))  # 0 to 1
+    factor = 1.0 - progress  # 1 to 0
     if lr_schedule == 'cosine':
-        height = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return min_lr + height * (learning_rate - min_lr)
+        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min_lr + factor * (learning_rate - min_lr)
 
 
 @torch.no_grad()
@@ -198,6 +191,9 @@ def train_step(t, micro_batches, step: int) -> tuple[torch.Tensor, torch.Tensor]
     return mean_loss, grad_norm
 
 
+# -- what a step needs -----------------------------------------------------------------------------
+
+
 @dataclass
 class Training:
     """What a training step needs. bench.py and debug_training.py use it too."""
@@ -214,7 +210,6 @@ class Training:
     micro_steps: int  # per step, on this rank
     grad_clip: float
     seed: int
-    dtype: str = 'float32'  # of matrix products
 
     @classmethod
     def set_up(cls, config, data, start=None, ranks=Ranks()) -> 'Training':
@@ -239,7 +234,6 @@ class Training:
             micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
             grad_clip=config['grad_clip'],
             seed=config['seed'],
-            dtype=config['dtype'],
         )
 
     @property
@@ -252,12 +246,6 @@ class Training:
         """Tokens in a step, over all ranks."""
         tokens = self.batches.batch_size * self.batches.block_size
         return tokens * self.micro_steps * self.ranks.world_size
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Peak rate of all ranks together in FLOP/s, or None if unknown."""
-        peak = peak_flops(self.device, self.dtype)
-        return peak * self.ranks.world_size if peak else None
 
     def compile_and_distribute(self, compiled: bool, say):
         """Compiles the model if requested, and distributes it if there are several ranks."""
@@ -280,11 +268,7 @@ class TrainState:
 
     def restore(self, t: Training, found: store.Checkpoint, tensors):
         """Restores a checkpoint. Raises UserError if the ranks have read different ones."""
-        if len(set(steps := t.ranks.gather(found.step))) > 1:
-            raise UserError(
-                f'the processes have read checkpoints of different steps, {steps} by rank: '
-                f'make sure that all of them can read {found.path.parent}'
-            )
+        found.check_ranks(t.ranks)
         t.raw_model.load_state_dict(tensors['model'])
         t.optimizer.load_named_state(t.raw_model, tensors['optimizer'])
         vars(self).update(vars(TrainState(**found.state['train'])))
@@ -312,8 +296,8 @@ def main(argv):
 def run(values, origins, book, stop) -> int:
     """Sets up what a step needs, trains and evaluates; returns the exit code."""
     # The dataset, and the start: new weights, another model's, or this run's latest checkpoint.
-    watch = Stopwatch(Training.set_up, train_step, evaluate)  # for --budget
-    config, origins, data, start = begin(values, origins, book, watch)
+    stopwatch = Stopwatch(Training.set_up, train_step, evaluate)  # for --budget
+    config, origins, data, start = begin(values, origins, book, stopwatch)
     # From now on, the variables at the top of this file hold this run's values.
     globals().update({key: config[key] for key in values})
 
@@ -355,7 +339,7 @@ def loop(t, data, state, book, stop):
         t.optimizer.lr = get_lr(state.step)
         at_end = state.step >= max_iters
         evaluation_due = at_end or state.step % eval_interval == 0
-        evaluation_due = evaluation_due and state.evaluated < state.step
+        evaluation_due = evaluation_due and state.evaluated < state.step  # not twice
         stopping = stop.agreed()  # a signal to one rank stops all
 
         check_due = evaluation_due or stopping or state.step % log_interval == 0

@@ -223,7 +223,7 @@ def operations(job: Mapping) -> dict[str, Callable[[], tuple]]:
         return F.cross_entropy(F.linear(x, pad_rows(weight)).float(), targets, ignore_index=IGNORED)
 
     def chunked_loss(x, weight):
-        return ChunkedLoss.apply(x, weight, targets, 0.0, True, B * T * V // 4)
+        return ChunkedLoss.apply(x, weight, targets, 0.0, True, dtype.itemsize * B * T * V // 4)
 
     heads = [tensor(B, H, T, C // H, dtype=dtype) for _ in range(3)]
     backends = ATTENTION if device == 'cuda' else {'math': SDPBackend.MATH}

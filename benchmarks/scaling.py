@@ -1,4 +1,4 @@
-"""Trains small models on two texts, fits the scaling law of nib/budget.py, and draws it.
+"""Trains small models on two texts, fits the scaling law of nib/scaling_law.py, and draws it.
 
     python data/stdlib_char/prepare.py
     python benchmarks/scaling.py
@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 import train
-from nib.budget import RECIPE, Law
+from nib.budget import RECIPE
 from nib.errors import UserError, run_script
 from nib.machine.device import has_bfloat16, prepare_device
 from nib.run.checks import settle_schedule
+from nib.scaling_law import Law
 from nib.tokens.dataset import open_dataset
 
 data_dir: str = 'data'  # folder with shakespeare_char and stdlib_char

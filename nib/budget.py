@@ -3,7 +3,7 @@
 --budget=10m: the largest model is not the best one, because a smaller one reads more text in the
 same time. A scaling law predicts the loss of each size with the tokens that it would read, from its
 measured speed. --params=10M: the size is given, and the law says how many tokens it deserves.
-docs/scaling_laws.md explains the law and where its constants and the rules below come from.
+nib/scaling_law.py has the law, and docs/scaling_laws.md explains the rules below.
 """
 
 import math
@@ -21,6 +21,7 @@ from nib.machine.memory import USABLE, available_memory, batch_sizes, needed_mem
 from nib.machine.memory_plan import parameter_shapes
 from nib.machine.stopwatch import Speed, Stopwatch
 from nib.run.checks import check_accumulation, pick_model
+from nib.scaling_law import LAW
 from nib.tokens.dataset import TokenDataset
 
 SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
@@ -71,46 +72,6 @@ def _parse(text: str, units: Mapping[str, float], flag: str, expected: str) -> f
     if not found or found[2] not in units or not float(found[1]):
         raise UserError(f'{flag}={text}: expected {expected}')
     return float(found[1]) * units[found[2]]
-
-
-# -- the law ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Law:
-    """What a model of N parameters (without embeddings) loses after D tokens: A/N^alpha + B/D^beta.
-
-    Hoffmann et al. 2022, section 3.3, without the floor, which differs between texts and decides
-    nothing. Repeated tokens are worth less than new ones: Muennighoff et al. 2023, section 3.1.
-    """
-
-    A: float
-    alpha: float
-    B: float
-    beta: float
-    repeats: float = 15.4  # epochs after which another one is worth 1/e; not fitted here
-
-    def loss(self, n: float, tokens: float, unique: float = math.inf) -> float:
-        """Returns the predicted loss above the floor, in nats per token.
-
-        tokens: read in training, from a text of `unique` tokens.
-        """
-        return self.A / n**self.alpha + self.B / self.worth(tokens, unique) ** self.beta
-
-    def worth(self, tokens: float, unique: float) -> float:
-        """Returns the number of new tokens that teach as much."""
-        if tokens <= unique:
-            return tokens
-        epochs = tokens / unique - 1
-        return unique * (1 + self.repeats * (1 - math.exp(-epochs / self.repeats)))
-
-    def best_tokens(self, n: float) -> float:
-        """Returns the tokens with which N parameters make the best use of N * D FLOPs."""
-        ratio = self.beta * self.B / (self.alpha * self.A)
-        return (ratio * n**self.alpha) ** (1 / self.beta)
-
-
-LAW = Law(A=15.0, alpha=0.357, B=58.9, beta=0.387)  # fitted by benchmarks/scaling.py
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -309,23 +270,8 @@ def plan(
     """
     ends = startup.started() + parse_duration(config['budget']) if config['budget'] else None
     params = parse_count(config['params']) if config['params'] else None
-    if config['init_from'] != 'scratch':
-        raise UserError(
-            f'--budget and --params plan a new model, but init_from is {config["init_from"]!r}: '
-            f'leave one of them out'
-        )
     fixed = {key: config[key] for key in origins if origins[key] == 'command line'}
-    if ends and (steps := {'max_iters', 'lr_decay_iters'} & fixed.keys()):
-        raise UserError(f'--budget sets the number of steps: leave out --{min(steps)}, or --budget')
-    if 'gradient_accumulation_steps' in fixed:
-        check_accumulation(config, config.get('ranks', 1))
-    if origins['batch_size'] == 'command line (auto)':
-        raise UserError('--budget and --params choose the batch_size: leave out --batch_size=auto')
-    if fixed.get('optimizer', 'muon') != 'muon' and 'learning_rate' not in fixed:
-        raise UserError(
-            f'--budget and --params choose a learning rate for Muon: add --learning_rate for '
-            f'{fixed["optimizer"]}, or leave out --optimizer'
-        )
+    check_fixed(config, origins, fixed)
     room = math.inf
     with suppress(UserError):  # unknown
         room = available_memory(config['device'], config.get('ranks', 1))
@@ -345,3 +291,23 @@ def plan(
         f'{tokens:,} tokens, {tokens / len(data.train):.2g} epochs'
     )
     return {key: value for key, value in keys.items() if key not in fixed}, line
+
+
+def check_fixed(config: Mapping, origins: Mapping, fixed: Mapping):
+    """Raises UserError if the user's own keys leave no room for a plan."""
+    if config['init_from'] != 'scratch':
+        raise UserError(
+            f'--budget and --params plan a new model, but init_from is {config["init_from"]!r}: '
+            f'leave one of them out'
+        )
+    if config['budget'] and (steps := {'max_iters', 'lr_decay_iters'} & fixed.keys()):
+        raise UserError(f'--budget sets the number of steps: leave out --{min(steps)}, or --budget')
+    if 'gradient_accumulation_steps' in fixed:
+        check_accumulation(config, config.get('ranks', 1))
+    if origins['batch_size'] == 'command line (auto)':
+        raise UserError('--budget and --params choose the batch_size: leave out --batch_size=auto')
+    if fixed.get('optimizer', 'muon') != 'muon' and 'learning_rate' not in fixed:
+        raise UserError(
+            f'--budget and --params choose a learning rate for Muon: add --learning_rate for '
+            f'{fixed["optimizer"]}, or leave out --optimizer'
+        )

@@ -54,27 +54,25 @@ def print_columns(rows: Sequence[tuple[str, str]]) -> None:
 # -- hints -----------------------------------------------------------------------------------------
 
 
-def suggest_key(
-    name: str, types: Mapping[str, Type], comments: Mapping[str, str], form='{}'
-) -> str:
+def suggest_key(name: str, block: Block, form: str = '{}') -> str:
     """Returns a hint: keys with these initials or a similar spelling, or one that means this."""
-    keys = [key for key in types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
-    keys = keys or difflib.get_close_matches(name, types, n=2, cutoff=0.66)
-    keys = keys or find_by_meaning(name, types, comments)
+    keys = [key for key in block.types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
+    keys = keys or difflib.get_close_matches(name, block.types, n=2, cutoff=0.66)
+    keys = keys or find_by_meaning(name, block)
     return f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
 
 
-def find_by_meaning(name: str, types: Mapping[str, Type], comments: Mapping[str, str]) -> list[str]:
+def find_by_meaning(name: str, block: Block) -> list[str]:
     """Returns the key whose name, choices and comment contain most of a name's parts, if half."""
     parts = [part for part in name.lower().split('_') if len(part) > 2]
 
     def n_found(key: str) -> int:
-        choices = [choice for choice in types[key] if isinstance(choice, str)]
-        text = ' '.join([key.replace('_', ' '), *choices, comments.get(key, '')])
+        choices = [choice for choice in block.types[key] if isinstance(choice, str)]
+        text = ' '.join([key.replace('_', ' '), *choices, block.comments[key]])
         return sum(bool(re.search(rf'\b{re.escape(part)}', text.lower())) for part in parts)
 
     # Of several, the one with the shortest comment.
-    best = max(types, key=lambda key: (n_found(key), -len(comments.get(key, '').split())))
+    best = max(block.types, key=lambda key: (n_found(key), -len(block.comments[key].split())))
     return [best] if parts and 2 * n_found(best) >= len(parts) else []
 
 

@@ -17,10 +17,12 @@ IGNORED = -1  # a target that the loss leaves out; what generate() yields for ro
 QUERY_BLOCK = 256  # queries per block in attend_in_blocks
 CACHED_WEIGHTS = 1 << 21  # attention weights that the backward pass holds at a time: 4 MiB
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # Intel; some kernels are faster only there
-LOSS_CHUNK = 1 << 24  # logits that the loss holds at a time on a CPU, in float32: 64 MiB
-LOSS_CHUNK_GPU = 1 << 28  # 1 GiB, since a GPU needs large matrix products
-COLUMNS = 1024  # columns of the head's gradient to add at a time: the product stays in the cache
-COLUMNS_GPU = 4096
+MANY_LOGITS = 1 << 24  # the loss of more logits than these is computed in chunks
+MANY_LOGITS_GPU = 1 << 28
+LOSS_CHUNK = 1 << 27  # bytes of a chunk of logits: 128 MiB
+LOSS_CHUNK_GPU = 1 << 29  # 512 MiB, since a GPU needs large matrix products
+CACHED_LOGITS = 1 << 20  # logits whose softmax a CPU computes at a time: 4 MiB in float32
+COLUMNS = 4096  # columns of the head's gradient to add at a time: the product stays in the cache
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def uses_head_kernel(x, vocab_size: int) -> bool:
 
     It is on a GPU, and on a CPU if the logits of hidden states x (N, C) need a lot of memory.
     """
-    return x.is_cuda or len(x) * vocab_size > LOSS_CHUNK
+    return x.is_cuda or len(x) * vocab_size > MANY_LOGITS
 
 
 def head_cross_entropy(x, weight, targets, cap: float):
@@ -196,10 +198,11 @@ def head_cross_entropy(x, weight, targets, cap: float):
     x (N, C): hidden states. weight (V, C): the output head's. targets (N): token ids, or IGNORED.
     cap: GPTConfig.logit_cap. Returns a float32 scalar.
     """
-    V, chunk = len(weight), LOSS_CHUNK_GPU if x.is_cuda else LOSS_CHUNK
+    V = len(weight)
     # torch.compile fuses the plain loss on a GPU, which is faster than the loss in chunks.
     is_fused = x.is_cuda and torch.compiler.is_compiling()
-    if len(x) * V > chunk and not is_fused:
+    if len(x) * V > (MANY_LOGITS_GPU if x.is_cuda else MANY_LOGITS) and not is_fused:
+        chunk = LOSS_CHUNK_GPU if x.is_cuda else LOSS_CHUNK
         return ChunkedLoss.apply(x, weight, targets, cap, torch.is_grad_enabled(), chunk)
     logits = F.linear(x, pad_rows(weight)).float()  # (N, V and padding)
     if cap:
@@ -228,12 +231,12 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, with_gradients, chunk_size):
+    def forward(ctx, x, weight, targets, cap, with_gradients, chunk_bytes):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         compute = loss_operator if torch.compiler.is_compiling() else loss_in_chunks
         loss, grad_x, grad_weight = compute(
-            x, weight, targets, cap, with_gradients, chunk_size, dtype
+            x, weight, targets, cap, with_gradients, chunk_bytes, dtype
         )
         n_counted = (targets != IGNORED).sum()
         ctx.save_for_backward(grad_x, grad_weight, n_counted)
@@ -254,7 +257,7 @@ def loss_in_chunks(
     targets: Tensor,
     cap: float,
     with_gradients: bool,
-    chunk_size: int,
+    chunk_bytes: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the losses, and its gradients for x and weight, empty without with_gradients.
@@ -262,43 +265,47 @@ def loss_in_chunks(
     Sums, not means: a mean's tiny gradients would vanish in float16.
     """
     head, V = pad_rows(weight.to(dtype)), len(weight)
-    rows = min(len(x), max(1, chunk_size // len(head)))
+    rows = min(len(x), max(1, chunk_bytes // (len(head) * head.itemsize)))
+    few = rows if x.is_cuda else max(1, CACHED_LOGITS // len(head))
     logits = head.new_empty(rows, len(head))
-    log_probs = logits
-    if dtype != torch.float32:
-        log_probs = torch.empty_like(logits, dtype=torch.float32)
     losses = torch.empty(len(x), device=x.device)
     grad_x = torch.zeros(x.shape if with_gradients else 0, device=x.device)
     grad_weight = torch.zeros(head.shape if with_gradients else 0, device=x.device)
 
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
-        chunk, target = x[part].to(dtype, copy=True), targets[part, None]
-        logits, log_probs = logits[: len(chunk)], log_probs[: len(chunk)]
-        counted = target != IGNORED
-        target = target.clamp(min=0)
+        chunk, target = x[part].to(dtype, copy=True), targets[part]
+        logits = logits[: len(chunk)]
         torch.mm(chunk, head.t(), out=logits)
-        log_probs.copy_(logits)
-        if cap:
-            bent = log_probs.div_(cap).tanh_().clone()  # model.soft_cap
-            log_probs.mul_(cap)
-        log_probs[:, V:] = -math.inf
-        torch.log_softmax(log_probs, dim=-1, out=log_probs)
-        losses[part] = (log_probs.gather(1, target) * -counted.float())[:, 0]
+        for group in zip(logits.split(few), target.split(few), losses[part].split(few)):
+            write_losses(*group, V, cap, with_gradients)
         if not with_gradients:
             continue
-        minus_one_hot = -torch.ones_like(target, dtype=torch.float32)
-        grad = log_probs.exp_().scatter_add_(1, target, minus_one_hot)
-        if cap:
-            grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
-        logits.copy_(grad)
+        counted = (target != IGNORED)[:, None]
         grad_x[part] = (logits @ head) * counted
         chunk *= counted
-        size = COLUMNS_GPU if x.is_cuda else COLUMNS
-        for total, columns in zip(grad_weight.split(size), logits.split(size, dim=1)):
+        for total, columns in zip(grad_weight.split(COLUMNS), logits.split(COLUMNS, dim=1)):
             total.add_(columns.t() @ chunk)
 
     return losses.sum(), grad_x, grad_weight[:V]
+
+
+def write_losses(logits, targets, losses, V: int, cap: float, with_gradients: bool):
+    """Writes the losses (N) of logits (N, V and padding), whose gradients then replace them."""
+    log_probs, targets, counted = logits.float(), targets.clamp(min=0)[:, None], targets != IGNORED
+    if cap:
+        bent = log_probs.div_(cap).tanh_().clone()  # model.soft_cap
+        log_probs.mul_(cap)
+    log_probs[:, V:] = -math.inf
+    torch.log_softmax(log_probs, dim=-1, out=log_probs)
+    losses.copy_(log_probs.gather(1, targets)[:, 0] * -counted.float())
+    if not with_gradients:
+        return
+    minus_one_hot = -torch.ones_like(targets, dtype=torch.float32)
+    grad = log_probs.exp_().scatter_add_(1, targets, minus_one_hot)
+    if cap:
+        grad.mul_(bent.square_().neg_().add_(1))  # the derivative of soft_cap
+    logits.copy_(grad)
 
 
 # For the compiler, as attention_gradients_operator.
@@ -306,7 +313,7 @@ loss_operator = torch.library.custom_op('nib::loss_in_chunks', loss_in_chunks, m
 
 
 @loss_operator.register_fake
-def _(x, weight, targets, cap, with_gradients, chunk_size, dtype):
+def _(x, weight, targets, cap, with_gradients, chunk_bytes, dtype):
     shapes = (x.shape, weight.shape) if with_gradients else (0, 0)
     return x.new_empty((), dtype=torch.float32), *(
         x.new_empty(shape, dtype=torch.float32) for shape in shapes

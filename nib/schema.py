@@ -34,6 +34,16 @@ class Block:
     headings: dict[str, str]  # first key of a group -> the comment line above it
     doc: str  # first paragraph of the script's docstring
 
+    def extended(self, other: 'Block') -> 'Block':
+        """Returns this block with the keys of another script below its own."""
+        return Block(
+            self.defaults | other.defaults,
+            self.types | other.types,
+            self.comments | other.comments,
+            self.headings | other.headings,
+            self.doc,
+        )
+
 
 def read_block(path: str) -> Block:
     """Reads a script's config block from its source, without importing or running it."""

@@ -26,7 +26,7 @@ from nib.machine import ranks
 from nib.run import provenance
 from nib.tokens.write import write_char_dataset
 
-pytest_plugins = ['bad_server', 'gpt2']  # their fixtures
+pytest_plugins = ['bad_server', 'gpt2', 'microscope']  # their fixtures
 gc.disable()  # until the tests are collected: seconds of looking at what nobody frees
 torch.set_num_threads(1)  # the models of the tests are too small for more
 

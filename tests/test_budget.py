@@ -15,10 +15,8 @@ from nib import budget, startup
 from nib.budget import (
     BATCH,
     ENDING,
-    LAW,
     MIN_STEPS,
     WIDTHS,
-    Law,
     Planner,
     parse_count,
     parse_duration,
@@ -29,6 +27,7 @@ from nib.machine import compiling, stopwatch
 from nib.machine.memory import USABLE, needed_memory
 from nib.machine.stopwatch import Speed, Stopwatch
 from nib.run.checks import check_config
+from nib.scaling_law import LAW, Law
 from nib.tokens.dataset import open_dataset
 from nib.tokens.write import write_char_dataset
 

@@ -429,11 +429,7 @@ def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
             used = set(re.findall(r'\b[a-z]\w*', word))
             assert used and used <= set(block.defaults), (name, word)
             if equals:  # the value is one that the key can have
-                configurator.resolve(
-                    block.defaults,
-                    block.types,
-                    [f'--{key}={eval(value, {}, dict(block.defaults))}'],
-                )
+                configurator.resolve(block, [f'--{key}={eval(value, {}, dict(block.defaults))}'])
             keys |= used
     assert len(keys) > 15
 

@@ -1,9 +1,6 @@
-"""The config: one schema, files and flags that override it, and one line for every mistake."""
+"""The config: one schema, and files and flags that override it."""
 
-import os
 import re
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +11,8 @@ from hypothesis import strategies as st
 import configurator
 from configurator import configure, read_block, resolve
 from nib import hints
-from nib.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from nib.errors import UserError
+from nib.schema import Block
 
 ROOT = Path(configurator.__file__).parent
 
@@ -62,6 +60,13 @@ TYPES = {
 }  # fmt: skip
 
 
+def block_of(defaults, types) -> Block:
+    return Block(defaults, types, comments=dict.fromkeys(types, ''), headings={}, doc='')
+
+
+KEYS = block_of(DEFAULTS, TYPES)
+
+
 @pytest.fixture
 def script(tmp_path):
     path = tmp_path / 'toy.py'
@@ -82,12 +87,12 @@ def config(tmp_path, monkeypatch):
 
 
 def value_of(key, *argv):
-    return resolve(DEFAULTS, TYPES, argv)[0][key]
+    return resolve(KEYS, argv)[0][key]
 
 
 def complaint(*argv, **kwargs):
     with pytest.raises(UserError) as caught:
-        resolve(DEFAULTS, TYPES, argv, **kwargs)
+        resolve(KEYS, argv, **kwargs)
     return str(caught.value)
 
 
@@ -200,7 +205,7 @@ def test_switches_take_no_value(config):
     assert value_of('verbose', '--verbose') is True
     assert value_of('verbose', '--verbose', '--no-verbose') is False
     assert value_of('compile', '--no_compile') is False
-    values, _ = resolve(DEFAULTS, TYPES, ['--compile', path])
+    values, _ = resolve(KEYS, ['--compile', path])
     assert (values['compile'], values['max_iters']) == (True, 3)
 
 
@@ -286,7 +291,7 @@ def test_files_apply_in_order_and_see_each_other(config):
         config('max_iters = 20', 'one.py'),
         config('lr_decay_iters = max_iters * 2\nmax_iters += 1', 'two.py'),
     )
-    values, origins = resolve(DEFAULTS, TYPES, [one, two])
+    values, origins = resolve(KEYS, [one, two])
     assert (values['max_iters'], values['lr_decay_iters']) == (21, 40)
     assert origins['max_iters'] == 'two.py:2' and origins['lr_decay_iters'] == 'two.py:1'
     assert origins['seed'] == 'default'
@@ -304,7 +309,7 @@ for _i in range(3):
 learning_rate = m.floor(1.5)
 start = _here
 """)
-    values, origins = resolve(DEFAULTS, TYPES, [path])
+    values, origins = resolve(KEYS, [path])
     assert (values['max_iters'], values['learning_rate'], values['start']) == (4, 1.0, path)
     assert type(values['learning_rate']) is float and origins['max_iters'] == 'x.py:8'
     assert values.keys() == DEFAULTS.keys()
@@ -319,7 +324,7 @@ def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
     path = config(
         "include('base/outer.py')\nseed = _shared\ninclude('base/inner.py')\nmax_iters = 5"
     )
-    values, origins = resolve(DEFAULTS, TYPES, [path])
+    values, origins = resolve(KEYS, [path])
     assert (values['max_iters'], values['lr_decay_iters'], values['seed'], values['start']) == (
         5,
         60,
@@ -328,7 +333,7 @@ def test_a_file_includes_another_as_if_its_lines_stood_there(config, tmp_path):
     )
     assert origins['max_iters'] == 'x.py:4' and origins['lr_decay_iters'] == 'base/inner.py:1'
     assert origins['start'] == 'base/outer.py:4'
-    values, origins = resolve(DEFAULTS, TYPES, [path, '--max_iters=2'])
+    values, origins = resolve(KEYS, [path, '--max_iters=2'])
     assert (values['max_iters'], values['lr_decay_iters']) == (2, 4)
 
 
@@ -349,7 +354,7 @@ class _Empty: ...
 with _three() as _number:
     seed = _Sizes(_number).layers
 """)
-    assert resolve(DEFAULTS, TYPES, [path])[0]['seed'] == 3
+    assert resolve(KEYS, [path])[0]['seed'] == 3
 
 
 def test_a_script_that_was_edited_is_read_again(tmp_path):
@@ -380,7 +385,7 @@ globals()['max_iters'] = 3
 seed = max_iters
 """)
     argv = ['--max_iters=100', path] if flag_first else [path, '--max_iters=100']
-    values, origins = resolve(DEFAULTS, TYPES, argv)
+    values, origins = resolve(KEYS, argv)
     assert (values['max_iters'], values['lr_decay_iters'], values['seed']) == (100, 100, 100)
     assert origins['max_iters'] == 'command line' and origins['lr_decay_iters'] == 'x.py:1'
 
@@ -418,7 +423,7 @@ def test_wrong_file_is_named_with_its_line(config, text, expected):
 
 def test_interrupt_in_a_file_passes(config):
     with pytest.raises(KeyboardInterrupt):
-        resolve(DEFAULTS, TYPES, [config('raise KeyboardInterrupt')])
+        resolve(KEYS, [config('raise KeyboardInterrupt')])
 
 
 def test_missing_file_names_the_nearest(config, tmp_path, monkeypatch):
@@ -448,16 +453,16 @@ def test_what_is_no_python_file_is_not_executed(config, tmp_path):
     sample = {'out_dir': (str,)}, tmp_path
     for (types, path), key in ((prepare, 'input'), (sample, 'out_dir')):
         with pytest.raises(UserError, match=f'did you mean --{key}={re.escape(str(path))}'):
-            resolve(dict.fromkeys(types, ''), types, [str(path)])
+            resolve(block_of(dict.fromkeys(types, ''), types), [str(path)])
 
 
 def test_calls_do_not_leak_into_each_other(config):
     before = dict(DEFAULTS)
     path = config('seed = 9\n_own = 1')
-    first = resolve(DEFAULTS, TYPES, [path, '--max_iters=3'])
+    first = resolve(KEYS, [path, '--max_iters=3'])
     assert first[0]['seed'] == 9
-    assert resolve(DEFAULTS, TYPES, []) == (before, dict.fromkeys(DEFAULTS, 'default'))
-    assert resolve(DEFAULTS, TYPES, [path, '--max_iters=3']) == first
+    assert resolve(KEYS, []) == (before, dict.fromkeys(DEFAULTS, 'default'))
+    assert resolve(KEYS, [path, '--max_iters=3']) == first
     assert before == DEFAULTS
     assert 'own' in complaint(config('seed = _own'))
 
@@ -471,16 +476,16 @@ def pick(value):
 
 def test_settled_value_is_what_files_see(config):
     path = config("if device == 'cpu': max_iters = 2")
-    values, origins = resolve(DEFAULTS, TYPES, [path], settle={'device': pick})
+    values, origins = resolve(KEYS, [path], settle={'device': pick})
     assert (values['device'], values['max_iters']) == ('cpu', 2)
     assert origins['device'] == 'default (auto)'
 
 
 def test_file_that_sets_it_is_settled_again(config):
     one, two = config("device = 'auto'", 'one.py'), config('start = device', 'two.py')
-    values, origins = resolve(DEFAULTS, TYPES, [one, two, '--device=mps'], settle={'device': pick})
+    values, origins = resolve(KEYS, [one, two, '--device=mps'], settle={'device': pick})
     assert (values['device'], values['start'], origins['device']) == ('mps', 'mps', 'command line')
-    values, origins = resolve(DEFAULTS, TYPES, [one, two], settle={'device': pick})
+    values, origins = resolve(KEYS, [one, two], settle={'device': pick})
     assert (values['device'], values['start'], origins['device']) == (
         'cpu',
         'cpu',
@@ -511,7 +516,7 @@ items = st.one_of(
 def test_any_arguments_give_values_or_a_user_error(tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     try:
-        values, origins = resolve(DEFAULTS, TYPES, argv)
+        values, origins = resolve(KEYS, argv)
     except UserError:
         return
     assert values.keys() == origins.keys() == DEFAULTS.keys()
@@ -521,10 +526,10 @@ def test_any_arguments_give_values_or_a_user_error(tmp_path, monkeypatch, argv):
 @given(text=st.one_of(st.binary(), st.text(alphabet='seed=_ 1.+()[]\n:#\t\'"').map(str.encode)))
 def test_any_file_gives_values_or_a_user_error(config, text):
     with suppress(UserError):
-        resolve(DEFAULTS, TYPES, [config(text)])
+        resolve(KEYS, [config(text)])
 
 
-# configure and run_script
+# configure
 
 
 def test_help_shows_every_key_under_its_heading(script, capsys):
@@ -600,126 +605,6 @@ def test_recalled_values_stand_between_defaults_and_files(script, config):
     assert origins['compile'] == 'default (auto)'
 
 
-RUNNER = '''"""Toy."""
-import os
-import signal
-import sys
-
-import configurator
-from nib.errors import UserError, run_script
-
-mode: str = 'print'  # what to do
-
-
-def main(argv):
-    values, origins = configurator.configure(__file__, argv)
-    assert 'torch' not in sys.modules
-    if values['mode'] == 'error':
-        raise UserError('two\\nlines')
-    if values['mode'] == 'interrupt':
-        os.kill(os.getpid(), signal.SIGINT)
-    if values['mode'] == 'bug':
-        raise KeyError('bug')
-    if values['mode'] == 'no file':
-        open('nowhere/at all')
-    if values['mode'] == 'no room':
-        with open('/dev/full', 'w') as file:
-            file.write('x')
-    if values['mode'] == 'large':
-        range(10 ** 30)[10 ** 29:].__len__()
-    if values['mode'] == 'full':
-        bytearray(1 << 60)
-    if values['mode'] == 'letters':
-        print('caf\\xe9')
-    if values['mode'] == 'other pipe':
-        raise BrokenPipeError('of a worker')
-    if values['mode'] == 'status':
-        return 3
-    print('x' * int(values['mode']) if values['mode'].isdigit() else 'done')
-
-
-if __name__ == '__main__':
-    run_script(main)
-'''
-
-
-@pytest.fixture
-def run(tmp_path):
-    path = tmp_path / 'toy.py'
-    path.write_text(RUNNER)
-
-    def run(*argv, **kwargs):
-        environment = {**os.environ, 'PYTHONPATH': str(ROOT), **kwargs.pop('env', {})}
-        kwargs = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **kwargs}
-        return subprocess.run(
-            [sys.executable, str(path), *argv], text=True, env=environment, cwd=tmp_path, **kwargs
-        )
-
-    return run
-
-
-@pytest.mark.parametrize('argv, line', [
-    (['--mod=1'], 'error: --mod: no such key; did you mean --mode? (--help lists all keys)\n'),
-    (['--mode=error'], 'error: two lines\n'),
-    (['--a\nb'], 'error: --a b: no such key (--help lists all keys)\n'),
-])  # fmt: skip
-def test_a_mistake_is_one_line_and_exit_2(run, argv, line):
-    done = run(*argv)
-    assert (done.returncode, done.stdout, done.stderr) == (EXIT_USER_ERROR, '', line)
-
-
-@pytest.mark.parametrize(
-    'mode, words',
-    [
-        pytest.param(
-            'no room',
-            ['No space left', 'choose another path'],
-            marks=pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has it'),
-        ),
-        ('no file', ['nowhere/at all', 'No such file', 'choose another path']),
-        ('large', ['a number is too large', 'use a smaller one']),
-        ('full', ['the memory is full', '--batch_size', 'a smaller model']),
-    ],
-)
-def test_what_no_place_foresaw_is_one_line_where_a_person_can_mend_it(run, mode, words):
-    done = run(f'--mode={mode}')
-    assert done.returncode == EXIT_USER_ERROR and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith('error: ') and all(word in done.stderr for word in words)
-
-
-def test_what_a_terminal_cannot_show_is_escaped(run):
-    done = run('--mode=letters', env={'PYTHONIOENCODING': 'ascii'})
-    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith('caf\\xe9\n')
-
-
-def test_main_decides_the_exit_status(run):
-    assert run().returncode == 0
-    assert run('--mode=status').returncode == 3
-    done = run('--help')
-    assert (done.returncode, done.stderr) == (0, '') and '--mode: str' in done.stdout
-
-
-def test_a_bug_keeps_its_traceback(run):
-    for mode in ('bug', 'other pipe'):
-        done = run(f'--mode={mode}')
-        assert done.returncode == 1 and 'Traceback' in done.stderr
-
-
-def test_interrupt_exits_130_without_traceback(run):
-    done = run('--mode=interrupt')
-    assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, '')
-
-
-@pytest.mark.parametrize('mode', ['--mode=1', '--mode=1000000', '--help'])
-@pytest.mark.parametrize('unbuffered', ['', '1'])
-def test_closed_stdout_ends_quietly(run, mode, unbuffered):
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    done = run(mode, stdout=write_end, env={'PYTHONUNBUFFERED': unbuffered})
-    os.close(write_end)
-    assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, '')
-
-
 def test_auto_keeps_the_number_below_it_and_says_so(tmp_path):
     """For a key that allows 'auto' but has another default, such as batch_size."""
     defaults, types = {'size': 12, 'mode': 'auto'}, {'size': (int, 'auto'), 'mode': ('auto', 'a')}
@@ -733,7 +618,7 @@ def test_auto_keeps_the_number_below_it_and_says_so(tmp_path):
         ([own, below], 30, f'{below}:1'),
         ([own, '--size=7'], 7, 'command line'),
     ):
-        values, origins = configurator.resolve(defaults, types, argv)
+        values, origins = resolve(block_of(defaults, types), argv)
         assert (values['size'], origins['size']) == (size, origin), argv
         assert values['mode'] == 'auto'
 
@@ -745,7 +630,7 @@ def test_a_tilde_is_the_home_folder_everywhere_but_in_a_prompt(tmp_path, monkeyp
     defaults = dict.fromkeys(('out_dir', 'input', 'start'), '')
     types = dict.fromkeys(defaults, (str,))
     argv = [str(tmp_path / 'x.py'), '--input=~/a,b~,~/c', '--start=~/d']
-    values, _ = configurator.resolve(defaults, types, argv)
+    values, _ = resolve(block_of(defaults, types), argv)
     assert values == {
         'out_dir': '/home/me/of file',
         'input': '/home/me/a,b~,/home/me/c',

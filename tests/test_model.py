@@ -243,11 +243,15 @@ def test_parameter_counts():
     assert f'{baby.num_params(positions=False) / 1e6:.2f}' == '10.65'
 
 
-def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
-    """7 rows at a time, the last chunk shorter, against all logits at once.
+def compute_loss_in_chunks(monkeypatch, V: int):
+    """7 tokens of float32 logits, or 14 in bfloat16, at a time, and the softmax of 3 of them."""
+    monkeypatch.setattr(kernels, 'MANY_LOGITS', 7 * V)
+    monkeypatch.setattr(kernels, 'LOSS_CHUNK', 4 * 7 * V)
+    monkeypatch.setattr(kernels, 'CACHED_LOGITS', 3 * V)
 
-    The head's gradient is added in parts of 300 rows, the last one shorter.
-    """
+
+def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
+    """Against all logits at once. The last chunk and the last part of each are shorter."""
     monkeypatch.setattr(kernels, 'COLUMNS', 300)
     config = GPTConfig(**{**vars(SMALL), 'vocab_size': 997})
     ids, targets = torch.randint(997, (3, 16)), torch.randint(997, (3, 16))
@@ -259,7 +263,7 @@ def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
         expected = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, 'LOSS_CHUNK', 7 * 997)
+            compute_loss_in_chunks(patch, 997)
             chunked = model(ids, targets)
             (3 * chunked).backward()
             with torch.no_grad():
@@ -272,7 +276,7 @@ def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
 def test_the_loss_in_chunks_of_bfloat16_follows_float32s(monkeypatch):
     config, ids = GPTConfig(**{**vars(SMALL), 'vocab_size': 997}), torch.randint(997, (3, 17))
     model, found = make_model(config, scale=0.05), []
-    monkeypatch.setattr(kernels, 'LOSS_CHUNK', 7 * 997)
+    compute_loss_in_chunks(monkeypatch, 997)
     for enabled in (False, True):
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
             loss = model(ids[:, :-1], ids[:, 1:])
@@ -307,8 +311,7 @@ def test_the_gelu_for_the_compiler_is_as_exact_as_the_plain_one(monkeypatch, dty
 
 
 @pytest.mark.slow
-def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
-    monkeypatch.setattr(kernels, 'LOSS_CHUNK', 30 * 97)
+def test_the_loss_in_chunks_can_be_compiled():
     x, weight, targets = (
         torch.randn(40, 8),
         torch.randn(97, 8, requires_grad=True),
@@ -316,7 +319,7 @@ def test_the_loss_in_chunks_can_be_compiled(monkeypatch):
     )
 
     def loss(x, weight):
-        return kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, kernels.LOSS_CHUNK)
+        return kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 30 * 97)
 
     found = []
     for run in (loss, torch.compile(loss)):
@@ -349,8 +352,8 @@ def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
     ids = torch.randint(50_000, (4, 512))  # 102 million logits
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(ids, ids).backward()
-    largest = max(event.self_cpu_memory_usage for event in profiler.events()) / 4
-    assert 50_000 * 300 < largest <= kernels.LOSS_CHUNK
+    largest = max(event.self_cpu_memory_usage for event in profiler.events())
+    assert 50_000 * 600 < largest / 4 <= kernels.LOSS_CHUNK / 4 < 50_000 * 700
 
 
 def traced_size(function, *inputs) -> int:
@@ -380,7 +383,7 @@ def test_the_compiler_sees_neither_chunks_nor_blocks():
     )
     one, ten = (
         traced_size(lambda *xw: kernels.ChunkedLoss.apply(*xw, targets, 0.0, True, size), x, weight)
-        for size in (40 * 97, 4 * 97)
+        for size in (4 * 40 * 97, 4 * 4 * 97)
     )
     assert one == ten
     short, long = (
@@ -395,7 +398,7 @@ import sys, torch
 from nib import kernels
 x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
 targets = torch.randint(97, (40,))
-kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 97).backward()
+kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 4 * 97).backward()
 qkv = torch.randn(3, 1, 2, 300, 4, requires_grad=True)
 kernels.LongAttention.apply(*qkv).sum().backward()
 sys.exit('torch._dynamo' in sys.modules)
@@ -415,7 +418,7 @@ def test_the_operators_are_what_the_compiler_is_told(dtype, with_gradients):
     """Shapes, types and strides, and that they change and return none of their inputs."""
     x, weight, targets = torch.randn(40, 8), torch.randn(97, 8), torch.randint(97, (40,))
     tests = ('test_schema', 'test_faketensor')
-    loss = x, weight, targets, 0.0, with_gradients, 4 * 97, dtype
+    loss = x, weight, targets, 0.0, with_gradients, 4 * 4 * 97, dtype
     torch.library.opcheck(kernels.loss_operator, loss, test_utils=tests)
     qkv = torch.randn(4, 300, 6, 8, dtype=dtype).transpose(1, 2).split(2, dim=1)
     torch.library.opcheck(

@@ -14,7 +14,7 @@ import train as training
 from model import GPT, GPTConfig
 from nib import guard
 from nib.checkpoint import store
-from nib.doctor.troubles import Finding
+from nib.doctor.finding import Finding
 
 EVERY_STEP = ['--eval_interval=1', '--eval_iters=1', '--keep_last=100', '--dropout=0.1']
 

@@ -67,9 +67,8 @@ def test_requirements_and_pyproject_ask_for_the_same():
 def resolved(config, device, *flags):
     """A config file's values on a machine with this device."""
     block = configurator.read_block(str(ROOT / 'train.py'))
-    return configurator.resolve(
-        block.defaults, block.types, [str(ROOT / 'config' / config), f'--device={device}', *flags]
-    )[0]
+    argv = [str(ROOT / 'config' / config), f'--device={device}', *flags]
+    return configurator.resolve(block, argv)[0]
 
 
 def test_configs_are_what_the_docs_say():

@@ -1,4 +1,4 @@
-"""The training loop, run as a user runs it; its single step, compared with arithmetic."""
+"""The training loop, run as a user runs it."""
 
 import json
 import math
@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -20,36 +19,14 @@ from processes import PATIENCE, TRAIN, Started, start_on_ranks
 
 import train as training
 from model import GPT, GPTConfig
-from nib import guard, optim
 from nib.checkpoint import store
 from nib.doctor import vitals
-from nib.doctor.troubles import Finding
-from nib.machine.device import autocast, seed_everything
+from nib.doctor.finding import Finding
+from nib.machine.device import seed_everything
 from nib.machine.ranks import Ranks
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset
-
-SMALL = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32)
-
-
-def step(model, optimizer, batches, grad_clip, seed=0, number=0):
-    """train_step on one process, in float32."""
-    t = training.Training(
-        model,
-        model,
-        optimizer,
-        torch.amp.GradScaler('cpu', enabled=False),
-        None,
-        guard.BadSteps(3, 'cpu'),
-        autocast('float32', 'cpu'),
-        Ranks(),
-        'cpu',
-        len(batches),
-        grad_clip,
-        seed,
-    )
-    return training.train_step(t, batches, number)
 
 
 def tensors_of(out_dir, which='latest'):
@@ -118,27 +95,6 @@ def test_a_run_whose_script_is_edited_meanwhile_ends_as_it_began(run_main, data_
 
 
 @pytest.mark.slow
-def test_a_run_cut_at_10_and_resumed_equals_the_uninterrupted_one(
-    whole_run, data_dir, tmp_path, train_here
-):
-    """All weights and moments are equal, bit for bit, and so is the curve."""
-    train_here(tmp_path / 'run', '--dropout=0.1', '--max_iters=10', status=0)
-    resumed = train(data_dir, tmp_path / 'run', '--dropout=0.1', '--init_from=resume')
-    assert 'resuming from' in resumed.stdout
-    assert_equal_tensors(tensors_of(tmp_path / 'run'), tensors_of(whole_run[0]))
-    curve = [
-        (r['step'], r['loss/step'], r['grad_norm'])
-        for r in records(whole_run[0])
-        if 'loss/step' in r
-    ]
-    assert [
-        (r['step'], r['loss/step'], r['grad_norm'])
-        for r in records(tmp_path / 'run')
-        if 'loss/step' in r
-    ] == curve
-
-
-@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_dir, tmp_path):
     out_dir = tmp_path / 'run'
     run = subprocess.Popen(
@@ -165,16 +121,6 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole_run, data_di
     assert '--init_from=resume' in rest
     stopped_at = int(re.search(r'stopped by Ctrl-C \(SIGINT\) after step (\d+)', rest)[1])
     assert store.load(out_dir)[0].step == stopped_at
-
-
-@pytest.mark.slow
-def test_sigterm_is_heard_too(data_dir, tmp_path):
-    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--max_iters=10000']
-    run = Started(tmp_path, TRAIN, *SMALL_RUN, *flags)
-    run.wait_for('step 2: loss')
-    run.send(signal.SIGTERM)
-    assert run.end() == 143
-    assert store.load(tmp_path / 'run')[0].step >= 2
 
 
 @pytest.mark.slow
@@ -269,31 +215,6 @@ def test_best_is_the_checkpoint_of_the_lowest_loss_and_old_ones_go(tmp_path, tra
     )
 
 
-def test_gradients_are_exchanged_on_the_last_micro_step_only():
-    class Replicas(
-        torch.nn.Module
-    ):  # as DistributedDataParallel, whose backward pass exchanges gradients unless no_sync
-        def __init__(self):
-            super().__init__()
-            self.model, self.syncing, self.passes = GPT(SMALL), True, []
-
-        @contextmanager
-        def no_sync(self):
-            self.syncing = False
-            yield
-            self.syncing = True
-
-        def forward(self, x, y):
-            loss = self.model(x, y)
-            loss.register_hook(lambda grad: self.passes.append(self.syncing))
-            return loss
-
-    model = Replicas()
-    x = torch.zeros(1, 4, dtype=torch.long)
-    step(model, optim.Optimizer(model), [(x, x)] * 3, 1.0)
-    assert model.passes == [False, False, True]
-
-
 @pytest.mark.slow
 def test_every_rank_drops_out_other_activations(data_dir, tmp_path):
     """The first loss of two ranks is the mean of two losses with the seeds of rank 0 and rank 1."""
@@ -386,118 +307,6 @@ def test_a_resumed_run_says_and_records_what_has_changed(whole_run, tmp_path, tr
     changed = next(line for line in done.stdout.splitlines() if line.startswith('changed since'))
     assert changed == 'changed since the checkpoint: seed 1337 -> 7, max_iters 20 -> 21'
     assert json.loads((tmp_path / 'run/config.json').read_text())['config']['seed'] == 7
-
-
-def test_accumulated_gradients_are_those_of_one_large_batch():
-    torch.manual_seed(0)
-    model = GPT(SMALL)
-    ids = torch.randint(31, (64, 17))
-    gradients = []
-    for micro_steps in (1, 4):
-        batches = [(part[:, :-1], part[:, 1:]) for part in ids.chunk(micro_steps)]
-        caught = {}
-
-        class Catch:  # an optimizer that only looks
-            def step(self, usable):
-                caught.update({name: p.grad.clone() for name, p in model.named_parameters()})
-
-            def zero_grad(self):
-                model.zero_grad()
-
-        loss, norm = step(model, Catch(), batches, 0.0)
-        gradients.append((caught, loss, norm))
-    (once, loss, norm), (accumulated, loss4, norm4) = gradients
-    for name in once:
-        torch.testing.assert_close(once[name], accumulated[name], atol=1e-6, rtol=0)
-    assert loss.item() == pytest.approx(loss4.item(), abs=1e-6)
-    assert norm.item() == pytest.approx(norm4.item(), rel=1e-5)
-
-
-def test_a_step_equals_plain_pytorch():
-    """Forward, backward, clip, AdamW, written out with torch.optim.AdamW's unfused loop."""
-    torch.manual_seed(0)
-    config = GPTConfig(
-        **{**vars(SMALL), 'bias': False}
-    )  # a key's bias has no gradient but rounding, which Adam would blow up
-    ours, theirs = GPT(config), GPT(config)
-    theirs.load_state_dict(ours.state_dict())
-    optimizer = optim.Optimizer(ours, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer.lr = 1e-2
-    groups = [
-        {'params': [p for p in theirs.parameters() if p.dim() == 1], 'weight_decay': 0.0},
-        {'params': [p for p in theirs.parameters() if p.dim() == 2], 'weight_decay': 0.1},
-    ]
-    plain = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), foreach=False)
-    for number in range(5):
-        ids = torch.randint(31, (4, 17))
-        loss, norm = step(ours, optimizer, [(ids[:, :-1], ids[:, 1:])], 0.5, (0, number, 0))
-        expected = theirs(ids[:, :-1], ids[:, 1:])
-        expected.backward()
-        norm_by_hand = math.sqrt(
-            sum(p.grad.double().square().sum().item() for p in theirs.parameters())
-        )
-        for p in theirs.parameters():
-            p.grad *= min(1.0, 0.5 / norm_by_hand)
-        plain.step()
-        plain.zero_grad()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        assert norm.item() == pytest.approx(norm_by_hand, rel=1e-5)
-    for p, q in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    'schedule, by_hand',
-    [
-        (
-            'cosine',
-            {350: 1e-4 + 9e-4 * (1 + math.sqrt(0.5)) / 2, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4},
-        ),
-        ('linear', {350: 1e-4 + 9e-4 * 0.75, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4}),
-        (
-            'wsd',
-            {
-                350: 1e-3,
-                900: 1e-3,
-                950: 1e-4 + 9e-4 * 0.75,
-                1050: 1e-4 + 9e-4 * 0.25,
-                1100: 1e-4,
-                5000: 1e-4,
-            },
-        ),
-        ('constant', {350: 1e-3, 1100: 1e-3, 5000: 1e-3}),
-    ],
-)
-def test_the_learning_rate_warms_up_and_follows_its_schedule(monkeypatch, schedule, by_hand):
-    for key, value in dict(
-        learning_rate=1e-3,
-        min_lr=1e-4,
-        warmup_iters=100,
-        lr_decay_iters=1100,
-        cooldown_iters=200,
-        lr_schedule=schedule,
-    ).items():
-        monkeypatch.setattr(training, key, value)
-    for step, lr in ({0: 1e-3 / 101, 50: 1e-3 * 51 / 101, 100: 1e-3} | by_hand).items():
-        assert training.get_lr(step) == pytest.approx(lr, rel=1e-9)
-
-
-def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**vars(SMALL), 'dropout': 0.5})).train()
-    tokens = torch.randint(31, (16 * 7 + 1,)).numpy()
-    precision = autocast('float32', 'cpu')
-    together, in_parts = (
-        training.evaluate(model, loader.eval_batches(tokens), precision, Ranks())
-        for loader in (BatchLoader(tokens, 16, size, 0, 1) for size in (7, 4))
-    )
-    assert model.training
-    x = torch.from_numpy(tokens)
-    with torch.no_grad():
-        by_hand = model.eval()(x[:-1].view(7, 16), x[1:].view(7, 16)).item()
-    assert together == pytest.approx(by_hand, abs=1e-6) and in_parts == pytest.approx(
-        by_hand, abs=1e-6
-    )
 
 
 @pytest.mark.slow
@@ -687,17 +496,6 @@ def test_wandb_is_told_how_a_run_ended_and_does_not_wait_for_hours(
 
 
 @pytest.mark.slow
-def test_a_second_run_does_not_write_over_the_first(tmp_path, train_here):
-    train_here(tmp_path / 'run', '--max_iters=10', status=0)
-    before = tensors_of(tmp_path / 'run')
-    done = train_here(tmp_path / 'run', '--seed=2')
-    assert done.returncode == 2 and '--overwrite' in done.stderr and 'Traceback' not in done.stderr
-    assert_equal_tensors(tensors_of(tmp_path / 'run'), before)
-    train_here(tmp_path / 'run', '--seed=2', '--overwrite', '--max_iters=10', status=0)
-    assert store.load(tmp_path / 'run')[0].state['config']['seed'] == 2
-
-
-@pytest.mark.slow
 def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, tmp_path):
     """A proxy refuses to download the dataset; the fallback is used and recorded."""
     copy = tmp_path / 'copy'  # without a text that an earlier run may have fetched
@@ -706,6 +504,8 @@ def test_without_a_network_the_run_says_so_and_trains_on_the_fallback(data_dir, 
         copy,
         ignore=shutil.ignore_patterns('.*', 'out*', 'wandb', 'input.txt', '*.bin', 'meta.json'),
     )
+    prepare = copy / 'data/stdlib_char/prepare.py'  # of a part of the library, in less time
+    prepare.write_text(prepare.read_text().replace("['stdlib'])", "['stdlib'], 'json')"))
     refuse = {'https_proxy': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
     flags = [
         f'--data_dir={tmp_path / "data"}',

@@ -25,6 +25,7 @@ from nib.checkpoint import tensorfile
 from nib.checkpoint.wrong_folder import explain, is_checkpoint, run_of
 from nib.errors import UserError
 from nib.files import atomic_write, clear_temporaries, sync_folder
+from nib.machine.ranks import Ranks
 
 FORMAT = 1
 _TEMPORARY = '.tmp-'  # prefix of directories that are being written or deleted
@@ -56,6 +57,15 @@ class Checkpoint:
                 f'{self.path} was trained on {name} with the fingerprint {own[:16]}, but {dataset} '
                 f'has {fingerprint[:16]}: resume with the same bins (--dataset={name}), or start a '
                 f'new run in another --out_dir, or with --overwrite instead of --init_from=resume'
+            )
+
+    def check_ranks(self, ranks: Ranks):
+        """Raises UserError if the processes of the run have read different checkpoints."""
+        steps = ranks.gather(self.step)
+        if len(set(steps)) > 1:
+            raise UserError(
+                f'the processes have read checkpoints of different steps, {steps} by rank: '
+                f'make sure that all of them can read {self.path.parent}'
             )
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nib.doctor import rules
+from nib.doctor.finding import Finding
 from nib.doctor.texts import DataSigns
-from nib.doctor.troubles import SEVERITIES, TROUBLES, Finding, Severity
+from nib.doctor.troubles import SEVERITIES, TROUBLES, Severity
 from nib.doctor.vitals import EvaluationSigns, StepSigns
 from nib.guard import Seen
 
@@ -153,9 +154,7 @@ class Doctor:
     def rewind(self, step: int):
         """Forgets what it has seen after `step`, from which the run continues."""
         self.findings = [finding for finding in self.findings if finding.step <= step]
-        self.evaluations = [
-            vital_signs for vital_signs in self.evaluations if vital_signs.step <= step
-        ]
+        self.evaluations = [signs for signs in self.evaluations if signs.step <= step]
         lines = self.lines
         self.lines, self.windows, self.lowest, self.unsummed = [], [], None, []
         for line in lines:

@@ -203,12 +203,13 @@ def share_always(is_closed) -> float:
 # -- the batch -------------------------------------------------------------------------------------
 
 
-def shifted_share(x, y) -> float:
-    """Returns the share of targets (B, T) that are the next token of the input (B, T).
+def shifted_share(x, y) -> torch.Tensor:
+    """Returns the share of targets (B, T) that are the next token of the input (B, T), a scalar.
 
     The last targets are not counted, because their input is not in the batch. 1 if T is 1.
     """
-    return float((y[:, :-1] == x[:, 1:]).float().mean()) if x.shape[1] > 1 else 1.0
+    is_next = y[:, :-1] == x[:, 1:]
+    return is_next.float().mean() if x.shape[1] > 1 else torch.ones((), device=x.device)
 
 
 def unigram_entropy(targets) -> float:

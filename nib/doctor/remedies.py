@@ -60,6 +60,16 @@ def mark_layer(row: LayerStats, n_positions: int) -> str:
     return ', '.join(marks)
 
 
+PARAMETER_REMEDIES = {
+    'weights not finite': 'Start again, or resume from an earlier checkpoint, with a lower '
+    'learning_rate',
+    'gradient not finite': 'Check where weights or activations stop being finite, and try '
+    'dtype float32',
+    'no gradient': 'Check whether the loss depends on these weights: no gradient passes dead '
+    'units, a matrix of zeros or a detached tensor',
+}
+
+
 def judge_parameters(
     rows: Iterable[ParameterStats], limits: Mapping[str, tuple[float, float]], learning_rate: float
 ) -> list[OutOfRange]:
@@ -68,30 +78,14 @@ def judge_parameters(
     for row in rows:
         if mark := mark_parameter(row, limits[row.name]):
             marked.setdefault(mark, []).append(row)
-    return [_explain_mark(mark, rows, limits, learning_rate) for mark, rows in marked.items()]
-
-
-def _explain_mark(
-    mark: str,
-    rows: list[ParameterStats],
-    limits: Mapping[str, tuple[float, float]],
-    learning_rate: float,
-) -> OutOfRange:
-    if mark.startswith('update'):
-        return _explain_update(mark, rows, limits, learning_rate)
-    remedies = {
-        'weights not finite': 'Start again, or resume from an earlier checkpoint, with a lower '
-        'learning_rate',
-        'gradient not finite': 'Check where weights or activations stop being finite, and try '
-        'dtype float32',
-        'no gradient': 'Check whether the loss depends on these weights: no gradient passes dead '
-        'units, a matrix of zeros or a detached tensor',
-    }
-    if len(rows) > 1:
-        what = f'{mark}: {len(rows)} parameters, the first is {rows[0].name}'
-    else:
-        what = f'{mark}: {rows[0].name}'
-    return OutOfRange(what, remedies[mark])
+    found = []
+    for mark, same in marked.items():
+        if mark in PARAMETER_REMEDIES:
+            others = f'{len(same)} parameters, the first is ' if len(same) > 1 else ''
+            found.append(OutOfRange(f'{mark}: {others}{same[0].name}', PARAMETER_REMEDIES[mark]))
+        else:
+            found.append(_explain_update(mark, same, limits, learning_rate))
+    return found
 
 
 def _explain_update(

@@ -104,7 +104,7 @@ def lr_too_high(d) -> str | None:
 
 
 def lr_too_low(d) -> str | None:
-    step, lr, full = (d.vital_signs.step, d.vital_signs.learning_rate, d.config['learning_rate'])
+    step, lr, full = d.vital_signs.step, d.vital_signs.learning_rate, d.config['learning_rate']
     if d.trained or not d.lines or step < 10 or not 0.0 < lr <= full:
         return None
     # A small ratio can also come from weights that large steps have made large, or from a
@@ -272,9 +272,8 @@ def throughput_collapse(d) -> str | None:
     evidence = f'{now[-1].tokens_per_second:,.0f} tokens/s, down from {usual:,.0f}'
     # On a quiet machine, or with slow data, it was at most 0.2 % of the time. Next to one
     # to four busy processes on two cores, it was 29 to 49 %.
-    wait_before, wait = (
-        statistics.median(line.core_wait for line in lines) for lines in (before, now)
-    )
+    wait_before = statistics.median(line.core_wait for line in before)
+    wait = statistics.median(line.core_wait for line in now)
     d.cores_taken = wait > wait_before + 0.1
     if d.cores_taken:
         evidence += f'; the run waits for a core {wait:.0%} of the time'
@@ -302,10 +301,7 @@ def dead_units(d) -> str | None:
 
 
 def overfitting(d) -> str | None:
-    now, best = (
-        d.evaluations[-1],
-        min(d.evaluations, key=lambda vital_signs: vital_signs.val_loss),
-    )
+    now, best = d.evaluations[-1], min(d.evaluations, key=lambda signs: signs.val_loss)
     # The standard error of a mean over this many tokens, whose losses have a standard deviation
     # of about 1.5 nats. A rise is measured on the same tokens, which leaves little of it; the
     # gap is between different tokens.
@@ -328,9 +324,7 @@ def overfitting(d) -> str | None:
 def underfitting(d) -> str | None:
     now = d.evaluations[-1]
     tokens = d.config['max_iters'] * d.tokens_per_step
-    before = [
-        vital_signs for vital_signs in d.evaluations[:-1] if vital_signs.step >= 0.5 * now.step
-    ]
+    before = [signs for signs in d.evaluations[:-1] if signs.step >= 0.5 * now.step]
     if not before or tokens < 200 * d.n_params or d.trained:
         return None
     gap, gain = now.val_loss - now.train_loss, before[0].train_loss - now.train_loss
@@ -344,11 +338,7 @@ def underfitting(d) -> str | None:
 
 
 def batch_too_small(d) -> str | None:
-    known = [
-        vital_signs.noise_scale
-        for vital_signs in d.evaluations
-        if vital_signs.noise_scale is not None
-    ]
+    known = [signs.noise_scale for signs in d.evaluations if signs.noise_scale is not None]
     if len(known) < 2 or d.found('vanishing_gradients'):
         return None
     # Training takes 1 + noise scale times as many steps as without noise (McCandlish et al.

@@ -260,11 +260,8 @@ class Vitals:
         """Returns the shares `repeated`, `shifted` and `copied` of StepSigns, on the device."""
         x, y = self._batch
         before = x if self._batch_before is None else self._batch_before[0]
-        if x.shape[1] > 1:
-            shifted = (y[:, :-1] == x[:, 1:]).float().mean()
-        else:
-            shifted = torch.ones((), device=x.device)
-        return [(x == before).float().mean(), shifted, (y == x).float().mean()]
+        repeated, copied = (x == before).float().mean(), (x == y).float().mean()
+        return [repeated, inspection.shifted_share(x, y), copied]
 
 
 @torch.enable_grad()

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from nib.doctor import health, inspection, remedies
+from nib.doctor.health import ParameterStats
 from nib.doctor.remedies import OutOfRange
 
 MEMORIZED_TOKENS = 1024  # this many can be memorized in 50 steps
@@ -37,7 +38,7 @@ def examine(training, full: bool, overfit_steps: int) -> Iterator[str]:
     yield f'One batch under the microscope: {training.describe()}'
     yield '\nTHE BATCH\n'
     yield from describe_batch(training)
-    findings = remedies.judge_shift(inspection.shifted_share(x, y))
+    findings = remedies.judge_shift(float(inspection.shifted_share(x, y)))
     yield '\n1. GRADIENTS AND ONE UPDATE, PARAMETER BY PARAMETER\n'
     findings += yield from report_parameters(training, full)
     yield '\n2. ACTIVATIONS, LAYER BY LAYER\n'
@@ -70,7 +71,7 @@ def describe_batch(training) -> Iterator[str]:
     yield from describe_rate(training)
     yield f'  input     {training.show_tokens(x[0, : training.shown])} ...'
     yield f'  target    {training.show_tokens(y[0, : training.shown])} ...'
-    share = inspection.shifted_share(x, y)
+    share = float(inspection.shifted_share(x, y))
     yield f'Each target should be the next token of the input: {share:.0%} are.'
     if not training.values['dataset']:
         yield note(
@@ -124,23 +125,32 @@ def shown_rows(
 # -- parameters ------------------------------------------------------------------------------------
 
 
-def report_parameters(training, full: bool) -> Report:
-    values, config, batch = training.values, training.model.config, training.batch()
+def measure_step(training) -> tuple[list[ParameterStats], dict[str, tuple[float, float]], float]:
+    """Measures a step, which is undone.
+
+    Returns the statistics of the parameters, the limits of their update ratios by name, and the
+    norm of all gradients.
+    """
+    batch, optimizer = training.batch(), training.new_optimizer()
     training.accumulate([batch])
     rows = inspection.measure_parameters(training.model)
     training.model.zero_grad(set_to_none=True)
-    optimizer = training.new_optimizer()
     with training.undone() as before:
         _, norm = training.step(optimizer, [batch])
         rows = inspection.add_updates(rows, training.model, before)
     rows = [replace(row, name=row.name.removeprefix('transformer.')) for row in rows]
-
     method_of = {p: type(part).__name__.lower() for part in optimizer.parts for p in part.params}
-    trained, ratios, limits = training.start is not None, health.group_ratios(rows), {}
+    ratios, limits = health.group_ratios(rows), {}
     for row, p in zip(rows, training.model.parameters()):
         method = method_of.get(p, '')  # 'adamw', 'muon', or another optimizer's class
         limits[row.name] = health.limits_of(row, ratios, update_limits(training, method))
-    norm_limits = health.grad_norm_limits(config.n_layer, config.n_embd, fresh=not trained)
+    return rows, limits, norm
+
+
+def report_parameters(training, full: bool) -> Report:
+    config, is_new = training.model.config, training.start is None
+    rows, limits, norm = measure_step(training)
+    norm_limits = health.grad_norm_limits(config.n_layer, config.n_embd, fresh=is_new)
     marks = {}
     for row in rows:
         if mark := remedies.mark_parameter(row, limits[row.name]):
@@ -174,7 +184,8 @@ def report_parameters(training, full: bool) -> Report:
             'zeros',
         )
     findings = remedies.judge_grad_norm(norm, norm_limits)
-    return findings + remedies.judge_parameters(rows, limits, values['learning_rate'])
+    rate = training.values['learning_rate']
+    return findings + remedies.judge_parameters(rows, limits, rate)
 
 
 def update_limits(training, method: str) -> tuple[float, float]:
@@ -381,11 +392,8 @@ def report_memorizing(training, steps: int) -> Report:
     n_sequences = max(1, MEMORIZED_TOKENS // whole_x.shape[1])
     x = whole_x[:n_sequences, :MEMORIZED_TOKENS].contiguous()
     y = whole_y[:n_sequences, :MEMORIZED_TOKENS].contiguous()
-    entropy, rate, warmup = (
-        inspection.unigram_entropy(y),
-        training.values['learning_rate'],
-        steps // 10,
-    )
+    entropy = inspection.unigram_entropy(y)
+    rate, warmup = training.values['learning_rate'], steps // 10
     part = '' if x.shape == whole_x.shape else f', the first {count(len(x), "sequence")}'
     rises = f', reached after a warm-up of {count(warmup, "step")}' if warmup else ''
     yield note(

@@ -89,10 +89,36 @@ def double_copy(model: GPT) -> GPT:
     return copy.deepcopy(model).to('cpu').double().eval()
 
 
-def largest_gradient(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Returns the index of the largest entry of the gradient."""
-    index = torch.unravel_index(parameter.grad.abs().argmax(), parameter.shape)
-    return tuple(int(i) for i in index)
+@dataclass(frozen=True)
+class Weight:
+    """The weight that the lesson follows: an entry of a parameter."""
+
+    name: str  # of the parameter
+    index: tuple[int, ...]
+
+    @classmethod
+    def with_largest_gradient(cls, model: GPT) -> 'Weight':
+        """Chooses a weight of a model that has gradients."""
+        with_gradient = [name for name in PARAMETERS if model.get_parameter(name).grad.any()]
+        name = with_gradient[0] if with_gradient else PARAMETERS[-1]
+        grad = model.get_parameter(name).grad
+        index = torch.unravel_index(grad.abs().argmax(), grad.shape)
+        return cls(name, tuple(int(i) for i in index))
+
+    def value(self, model: GPT) -> float:
+        return float(model.get_parameter(self.name).detach()[self.index])
+
+    def gradient(self, model: GPT) -> float:
+        return float(model.get_parameter(self.name).grad[self.index])
+
+    def __str__(self) -> str:
+        return f'{self.name}[{", ".join(map(str, self.index))}]'
+
+
+def total_norm(model: GPT) -> float:
+    """Returns the root of the sum of all squared gradients, computed in float64 on the CPU."""
+    gradients = [p.grad.cpu().double() for p in model.parameters() if p.grad is not None]
+    return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
 
 
 # -- the lesson ------------------------------------------------------------------------------------
@@ -100,7 +126,7 @@ def largest_gradient(parameter: torch.Tensor) -> tuple[int, ...]:
 
 def walk_through(training) -> Iterator[str]:
     """Yields the lesson. Changes the model."""
-    model, clip = training.model.eval(), training.values['grad_clip']
+    model = training.model.eval()
     x, y = training.batch()
     yield f'One step with real numbers: {training.describe()}'
     yield '\nTHE BATCH\n'
@@ -108,28 +134,24 @@ def walk_through(training) -> Iterator[str]:
     if model.config.dropout:
         yield 'Dropout is off here, so that every number can be computed twice.'
     training.accumulate([(x, y)])
-    with_gradient = [name for name in PARAMETERS if model.get_parameter(name).grad.any()]
-    name = with_gradient[0] if with_gradient else PARAMETERS[-1]
-    index = largest_gradient(model.get_parameter(name))
+    weight = Weight.with_largest_gradient(model)
     model.zero_grad(set_to_none=True)
     exact = double_copy(model)
     yield '\n1. FROM LOGITS TO THE LOSS\n'
     yield from explain_loss(exact, x.cpu(), y.cpu(), training.show_tokens, training.shown)
     yield '\n2. A GRADIENT, BY AUTOGRAD AND BY FINITE DIFFERENCES\n'
-    yield from explain_gradient(exact, x.cpu(), y.cpu(), name, index)
+    yield from explain_gradient(exact, x.cpu(), y.cpu(), weight)
     del exact  # it is twice as large as the model
     yield '\n3. MICRO BATCHES: WHY THE LOSS IS DIVIDED\n'
     size = len(x) // min(4, len(x))
     micro_batches = [
         (x[i : i + size], y[i : i + size]) for i in range(0, len(x) - len(x) % size, size)
     ]
-    yield from explain_accumulation(training, micro_batches, name, index)
+    yield from explain_accumulation(training, micro_batches, weight)
     yield '\n4. CLIPPING\n'
-    yield from explain_clipping(training, [(x, y)], clip, name, index)
+    yield from explain_clipping(training, [(x, y)], weight)
     yield '\n5. ADAMW\n'
-    yield from explain_adamw(
-        training, [[training.batch(number)] for number in range(3)], clip, name, index
-    )
+    yield from explain_adamw(training, [[training.batch(number)] for number in range(3)], weight)
 
 
 def explain_loss(
@@ -168,7 +190,7 @@ def explain_loss(
     )
 
 
-def explain_gradient(model: GPT, x, y, name: str, index: tuple[int, ...]) -> Iterator[str]:
+def explain_gradient(model: GPT, x, y, weight: Weight) -> Iterator[str]:
     """Compares autograd with a formula for a token's logits, and with differences for one weight.
 
     model: in float64, with no gradients yet.
@@ -197,12 +219,12 @@ def explain_gradient(model: GPT, x, y, name: str, index: tuple[int, ...]) -> Ite
         f'   above 0: lower it\n'
     )
     loss().backward()
-    parameter = model.get_parameter(name)
-    by_autograd = float(parameter.grad[index])
-    by_difference, plus, minus = finite_difference(loss, parameter, index)
+    by_autograd = weight.gradient(model)
+    parameter = model.get_parameter(weight.name)
+    by_difference, plus, minus = finite_difference(loss, parameter, weight.index)
     apart = abs(by_autograd - by_difference) / max(abs(by_autograd), 1e-300)
     yield note(
-        f'One weight w, {entry(name, index)} = {float(parameter[index].detach()):.6f}, the one '
+        f'One weight w, {weight} = {weight.value(model):.6f}, the one '
         f'with the largest gradient of its matrix: move it by h = {SMALL:g} in both directions, '
         f'and compute the loss of the batch.'
     )
@@ -221,18 +243,16 @@ def explain_gradient(model: GPT, x, y, name: str, index: tuple[int, ...]) -> Ite
     )
 
 
-def explain_accumulation(
-    training, micro_batches: Sequence, name: str, index: tuple[int, ...]
-) -> Iterator[str]:
+def explain_accumulation(training, micro_batches: Sequence, weight: Weight) -> Iterator[str]:
     """Compares the gradients that train.py accumulates with two others.
 
     These are the gradients of the whole batch, and of losses that are not divided. Leaves no
     gradients.
     """
-    model, parameter, n = training.model, training.model.get_parameter(name), len(micro_batches)
+    model, n = training.model, len(micro_batches)
 
     def row(label):
-        norm, gradient = total_norm(model), float(parameter.grad[index])
+        norm, gradient = total_norm(model), weight.gradient(model)
         model.zero_grad(set_to_none=True)
         return f'{label:36}{gradient:24.8f}{norm:24.4f}'
 
@@ -262,16 +282,14 @@ def explain_accumulation(
     )
 
 
-def explain_clipping(
-    training, micro_batches: Sequence, grad_clip: float, name: str, index: tuple[int, ...]
-) -> Iterator[str]:
+def explain_clipping(training, micro_batches: Sequence, weight: Weight) -> Iterator[str]:
     """Compares clip_grad_norm_, which train_step calls, with the formula. Leaves no gradients."""
-    model, parameter = training.model, training.model.get_parameter(name)
+    model, grad_clip = training.model, training.values['grad_clip']
     training.accumulate(micro_batches)
-    norm, before = total_norm(model), float(parameter.grad[index])
+    norm, before = total_norm(model), weight.gradient(model)
     factor = min(1.0, (grad_clip or math.inf) / (norm + 1e-6))  # torch adds 1e-6 too
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    clipped, after = total_norm(model), float(parameter.grad[index])
+    clipped, after = total_norm(model), weight.gradient(model)
     model.zero_grad(set_to_none=True)
     limit = f'limits it to {grad_clip:g}' if grad_clip else '0 does not limit it'
     yield f'The norm is the root of the sum of all squared gradients; grad_clip {limit}.\n'
@@ -292,15 +310,14 @@ def explain_clipping(
         yield 'The norm is small enough: nothing is clipped in this step.'
 
 
-def explain_adamw(
-    training, steps: Sequence[Sequence], grad_clip: float, name: str, index: tuple[int, ...]
-) -> Iterator[str]:
+def explain_adamw(training, steps: Sequence[Sequence], weight: Weight) -> Iterator[str]:
     """Follows one weight by hand through real training steps. Changes the model.
 
     steps: the micro batches of each step.
     """
-    model, parameter = training.model, training.model.get_parameter(name)
-    optimizer = training.new_optimizer('adamw')
+    model, grad_clip = training.model, training.values['grad_clip']
+    optimizer, index = training.new_optimizer('adamw'), weight.index
+    parameter = model.get_parameter(weight.name)
     part, state = next(
         (part, state) for part in optimizer.parts for p, state in part.state() if p is parameter
     )
@@ -312,12 +329,11 @@ def explain_adamw(
     for micro_batches in steps:
         training.accumulate(micro_batches)
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        gradient, weight = float(parameter.grad[index]), float(parameter[index].detach())
+        hand.append(by_hand.step(weight.value(model), weight.gradient(model)))
         model.zero_grad(set_to_none=True)
-        hand.append(by_hand.step(weight, gradient))
         training.step(optimizer, micro_batches)  # changes the tensors of the state
-        tensors = (state['exp_avg'], state['exp_avg_sq'], parameter.detach())
-        torchs.append([float(tensor[index]) for tensor in tensors])
+        m, v = float(state['exp_avg'][index]), float(state['exp_avg_sq'][index])
+        torchs.append((m, v, weight.value(model)))
 
     def row(label, formula, cells):
         return f'{label:14}{formula:42}' + ''.join(f'{cell:>17}' for cell in cells)
@@ -357,10 +373,8 @@ def explain_adamw(
     apart = []
     for step, theirs in zip(hand, torchs):
         ours = (step.m, step.v, step.after)
-        apart.append(max(abs(a - b) for a, b in zip(ours, theirs)))
-    yield row(
-        'difference', 'the largest of m, v and w', [f'{difference:.1e}' for difference in apart]
-    )
+        apart.append(f'{max(abs(a - b) for a, b in zip(ours, theirs)):.1e}')
+    yield row('difference', 'the largest of m, v and w', apart)
     yield '\n' + note(
         f'm is a moving average of the gradients, and v of their squares. Both start at 0, so they '
         f'are too small at first. The division by 1 - beta^t, called bias correction, compensates '
@@ -381,13 +395,3 @@ def explain_adamw(
             f'of docs/training_loop.md shows that step.'
         )
     yield note(text)
-
-
-def total_norm(model: GPT) -> float:
-    """Returns the root of the sum of all squared gradients, computed in float64 on the CPU."""
-    gradients = [p.grad.cpu().double() for p in model.parameters() if p.grad is not None]
-    return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-
-
-def entry(name: str, index: tuple[int, ...]) -> str:
-    return f'{name}[{", ".join(map(str, index))}]'

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT, GPTConfig
-from nib.kernels import HAS_AMX, LOSS_CHUNK, LOSS_CHUNK_GPU, QUERY_BLOCK
+from nib import kernels
+from nib.kernels import HAS_AMX, QUERY_BLOCK
 
 FLOAT = 4  # bytes of a float32
 MUON_COPIES = 18  # bytes per number while Muon orthogonalizes a matrix
@@ -100,15 +101,13 @@ def heap_bytes(
     V, C, is_float32 = config.vocab_size, config.n_embd, dtype == 'float32'
     # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
     tables = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
-    # Small tensors split what the loss has freed: the next step's loss needs new memory. The same
-    # happens to activations, less so between the buffers of a float32 loss, and with gradients
-    # that stay until the next pass.
+    # Small tensors split what activations have freed, less so in float32, where the loss has freed
+    # more, and more often with gradients that stay until the next pass.
     block, holes = backward_bytes(config, dtype)
     gaps = max(GAPS * activations * (not config.recompute), tokens * block)
     gaps += tokens * holes * config.recompute
-    if tokens * V > LOSS_CHUNK:
-        loss = FLOAT * LOSS_CHUNK + 2 * (LOSS_CHUNK + V * C) * (not is_float32)
-        gaps = loss if is_float32 and not config.recompute else max(gaps, loss)
+    if tokens * V > kernels.MANY_LOGITS and is_float32 and not config.recompute:
+        gaps = 0.0
     gaps += GAPS * activations * accumulates
     keys = config.block_size if config.dropout and is_float32 else 0
     if not is_float32 and config.block_size > QUERY_BLOCK and (config.dropout or not HAS_AMX):
@@ -193,10 +192,19 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
     copy = 0 if dtype == 'float32' else size * V * C
     if compiled and device != 'cpu':
         return size * tokens * V  # the compiler fuses the rest
-    chunk = LOSS_CHUNK_GPU if device.startswith('cuda') else LOSS_CHUNK
-    if tokens * V <= chunk:
+    many = kernels.MANY_LOGITS_GPU if device.startswith('cuda') else kernels.MANY_LOGITS
+    if tokens * V <= many:
         # Logits, and in float32 their logarithmic softmax and its gradients; the copied head.
         return (size + 2 * FLOAT) * tokens * V + 2 * copy + FLOAT * V * C
-    # A chunk of logits and of their softmax, the copied head, and the gradients of both inputs.
-    rows = max(1, chunk // V)
-    return (size + FLOAT * (dtype != 'float32')) * rows * V + copy + FLOAT * (tokens * C + V * C)
+    # A chunk of logits, the copied head, and the gradients of both inputs.
+    return chunk_bytes(config, tokens, device, dtype) + copy + FLOAT * (tokens * C + V * C)
+
+
+def chunk_bytes(config: GPTConfig, tokens: int, device: str, dtype: str) -> float:
+    """Returns the bytes of a chunk of logits, and of their softmax in float32."""
+    on_gpu, is_float32 = device.startswith('cuda'), dtype == 'float32'
+    size = FLOAT if is_float32 else 2
+    chunk = kernels.LOSS_CHUNK_GPU if on_gpu else kernels.LOSS_CHUNK
+    logits = config.vocab_size * min(tokens, max(1, chunk // (size * config.vocab_size)))
+    softmax = 0 if is_float32 else logits if on_gpu else min(logits, kernels.CACHED_LOGITS)
+    return size * logits + FLOAT * softmax

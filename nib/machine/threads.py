@@ -59,14 +59,11 @@ class Yielding:
         """waited: returns the seconds without a core so far, None if unknown."""
         self._waited = waited
         self._interval = interval
-        self._additional: threading.Event | None = None  # set: the additional threads end
+        # None: no additional threads; set: they end.
+        self.additional: threading.Event | None = None
         # Held during an operation of torch. If Python ended meanwhile, torch would abort.
         self._busy = threading.Lock()
         atexit.register(self._busy.acquire, timeout=1.0)
-
-    @property
-    def is_active(self) -> bool:
-        return self._additional is not None
 
     def run(self):
         """Looks at intervals, as long as the seconds without a core are known."""
@@ -78,12 +75,12 @@ class Yielding:
                 break
             calm = 0 if now - before > TAKEN * self._interval else calm + 1
             before = now
-            if calm == 0 and not self._additional:
-                self._additional = threading.Event()
-                threading.Thread(target=self._keep, args=[self._additional], daemon=True).start()
-            elif calm >= CALM and self._additional:
-                self._additional.set()
-                self._additional = None
+            if calm == 0 and not self.additional:
+                self.additional = threading.Event()
+                threading.Thread(target=self._keep, args=[self.additional], daemon=True).start()
+            elif calm >= CALM and self.additional:
+                self.additional.set()
+                self.additional = None
 
     def _keep(self, end: threading.Event):
         import torch  # not in the processes that prepare a dataset

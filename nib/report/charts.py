@@ -24,7 +24,6 @@ TINY = 1e-290  # ratios of smaller values overflow
 DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # approximate number on an axis
 WIDE_RANGE = 10.0  # an axis is logarithmic if the largest value exceeds this many medians
-BADGE = 0.06  # width of a finding's number, as a fraction of a chart's width on a phone
 FIRST_FALL = 0.1  # part of the steps that does not count for the range of a chart with a first fall
 # Similar to the colours of Okabe and Ito (2008), for a white and a dark background. They differ for
 # people with any form of colour blindness, and a run's series also have different dashes. The last
@@ -201,49 +200,6 @@ class Axis:
         return [tick for tick in ticks if tick >= self.low] if whole else ticks
 
 
-@dataclass(frozen=True)
-class Key:
-    """An entry of a legend."""
-
-    shown: str  # 'series', 'band', 'level', 'ring' or 'gap'
-    label: str
-    series: Series | None = None  # a series with the same look
-
-
-def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
-    """Returns the entries of a chart's legend, or none if there is only one.
-
-    Several runs differ in colour, and the series of each run in look.
-    """
-    keys = []
-    if chart.band:
-        low, high = map(show_number, chart.band)
-        keys.append(Key('band', f'healthy: {low} to {high}'))
-    if chart.level:
-        keys.append(Key('level', chart.level[1]))
-    # The first series of each run and of each name, in order.
-    runs, names = {}, {}
-    for one in series:
-        runs.setdefault(one.run, one)
-        names.setdefault(one.name, one)
-    if len(runs) > 1:
-        for run, one in runs.items():
-            keys.append(Key('series', run, Series(run, (), (), one.colour)))
-        if len(names) > 1:
-            for name, one in names.items():
-                keys.append(Key('series', name, replace(one, colour=NEUTRAL)))
-    else:
-        keys += [Key('series', one.label, one) for one in series]
-    for mark in chart.marks:
-        if mark.label:
-            keys.append(Key('ring', mark.label, Series('', (), (), mark.colour)))
-    if any(not mark.label for mark in chart.marks):
-        keys.append(Key('ring', 'best', Series('', (), (), NEUTRAL)))
-    if any(value is None for one in series for value in one.values):
-        keys.append(Key('gap', 'not finite'))
-    return keys if len(keys) > 1 else []
-
-
 def time_axis(charts: Sequence[Chart]) -> Axis:
     """Returns one axis for all charts, so that a step has the same place in each of them."""
     steps = []
@@ -336,16 +292,3 @@ def series_data(series: Series) -> dict:
 def to_json(data) -> str:
     """Returns JSON that is safe inside a script element: no text in it can close the element."""
     return json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
-
-
-def badge_rows(places: Sequence[float]) -> list[int]:
-    """Returns a row above the chart for each finding's number, so that no two numbers overlap.
-
-    places: positions on the time axis from 0 to 1, sorted.
-    """
-    rows, ends = [], []
-    for place in places:
-        row = next((row for row, end in enumerate(ends) if end <= place), len(ends))
-        ends[row : row + 1] = [place + BADGE]
-        rows.append(row)
-    return rows

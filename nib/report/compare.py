@@ -1,13 +1,12 @@
 """Compares runs: a table with a row for each, and charts of a swept key against the result."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nib.report.charts import DASHES, Axis, Chart, Series, show_number, text
 from nib.report.curves import style_of_run
-from nib.report.history import Run, show_seconds
+from nib.report.history import Run, differs, show_seconds
 
 # Differ between runs, but are not what an experiment varies.
 NOT_COMPARED = ('out_dir', 'init_from', 'overwrite', 'wandb_run_name', 'ranks')
@@ -32,7 +31,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     compared = [
         key for key in keys if not all(str(run.origins.get(key)).endswith('(auto)') for run in runs)
     ]
-    return [key for key in compared if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
+    return [key for key in compared if differs(runs, key)]
 
 
 def row_of(run: Run, keys: Sequence[str]) -> list[Cell]:

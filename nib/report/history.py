@@ -1,5 +1,6 @@
 """Reads what a run recorded in its folder, even if parts are damaged."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from nib.checkpoint.wrong_folder import explain, is_run
-from nib.doctor.troubles import SEVERITIES, Finding
+from nib.doctor.finding import Finding
+from nib.doctor.troubles import SEVERITIES
 from nib.errors import UserError
 from nib.files import read_json
 from nib.run.metrics import read_records
@@ -112,6 +114,11 @@ class Run:
     def values(self, name: str) -> list[float]:
         """Returns the finite values with this name, in the order of their steps."""
         return [value for value in self.numbers.get(name, {}).values() if value is not None]
+
+
+def differs(runs: Sequence[Run], key: str) -> bool:
+    """Returns whether runs have different values of a config key."""
+    return len({json.dumps(run.config.get(key)) for run in runs}) > 1
 
 
 def show_seconds(seconds: float) -> str:

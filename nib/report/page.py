@@ -1,13 +1,13 @@
 """Shows runs as one self-contained page: verdict, findings, curves, samples and config."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nib.doctor.troubles import SEVERITIES, Finding
+from nib.doctor.finding import Finding
+from nib.doctor.troubles import SEVERITIES
 from nib.files import atomic_write
 from nib.report.charts import (
     BUCKETS,
@@ -21,6 +21,7 @@ from nib.report.charts import (
     to_json,
 )
 from nib.report.compare import comparison_section
+from nib.report.config_table import config_section
 from nib.report.curves import charts_of, memory_unit
 from nib.report.history import Run, read_runs
 from nib.report.pngs import save_png
@@ -219,65 +220,6 @@ def samples_section(runs) -> str:
     return f'<section><h2>Samples</h2><ul class="samples">{items}</ul></section>'
 
 
-def config_section(runs, defaults: Mapping) -> str:
-    """Returns the keys that differ from defaults or between runs, and the others collapsed."""
-    if not any(run.config for run in runs):
-        missing = '<p class="quiet">config.json is missing or damaged.</p>'
-        return f'<section><h2>Config</h2>{missing}</section>'
-
-    def differs(run, key):
-        # A value that 'auto' stands for was not chosen by anybody.
-        by_default = str(run.origins.get(key, 'default')).startswith('default')
-        if defaults.get(key) == 'auto' and by_default:
-            return False
-        return key in run.config and key in defaults and run.config[key] != defaults[key]
-
-    def values(key):
-        """Returns the value that all runs have, or each value with the runs that have it."""
-        shown = {}
-        for run in runs:
-            shown.setdefault(show_value(run.config, key), []).append(text(run.name))
-        if len(shown) == 1:
-            return next(iter(shown))
-        lines = (f'{value} <small>{", ".join(names)}</small>' for value, names in shown.items())
-        return '<br>'.join(lines)
-
-    def row(key):
-        cells = f'<td>{values(key)}</td>'
-        apart = ' class=apart' if varies(key) else ''
-        origin = ''
-        if len(runs) == 1:
-            origin = f'<td class="quiet">{text(runs[0].origins.get(key, ""))}</td>'
-        return (
-            f'<tr{apart}><th scope="row">{text(key)}</th>{cells}'
-            f'<td class="quiet">{show_value(defaults, key)}</td>{origin}</tr>'
-        )
-
-    def varies(key):
-        return len({json.dumps(run.config.get(key)) for run in runs}) > 1
-
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    changed = [key for key in keys if varies(key) or any(differs(run, key) for run in runs)]
-    names = ['key', 'value', 'default', *(['set by'] if len(runs) == 1 else [])]
-    columns = ''.join(f'<th scope="col">{name}</th>' for name in names)
-    head = f'<thead><tr>{columns}</tr></thead>'
-    rows = ''.join(row(key) for key in changed)
-    rest = ''.join(row(key) for key in keys if key not in changed)
-
-    def table(name, rows):
-        label = f'tabindex="0" role="region" aria-label="{name}"'
-        return f'<div class="wide" {label}><table>{head}<tbody>{rows}</tbody></table></div>'
-
-    resumed = ''.join(
-        f'<p>{text(line)}</p>' for run in runs for line in describe_changes(run, len(runs) > 1)
-    )
-    return (
-        f'<section><h2>Config</h2>{resumed}{table("changed keys", rows)}'
-        f'<details id="defaults"><summary>{len(keys) - len(changed)} more keys with their default '
-        f'values</summary>{table("keys with their default values", rest)}</details></section>'
-    )
-
-
 def provenance_section(run: Run, count: int) -> str:
     """Returns where a run comes from: its starts, machine, versions, model and dataset."""
     rows = ''.join(
@@ -291,21 +233,3 @@ def provenance_section(run: Run, count: int) -> str:
         return f'<section><h2>Origin</h2>{table}</section>'
     name = text(run.name)
     return f'<details><summary>Origin of {name}</summary>{table}</details>'
-
-
-def describe_changes(run: Run, named: bool) -> list[str]:
-    """Returns a line for each time the run was resumed with a changed config."""
-    lines, name = [], f'{run.name} ' if named else ''
-    try:
-        for one in run.changes:
-            changes = ', '.join(
-                f'{key} {before!r} -> {after!r}' for key, (before, after) in one['changes'].items()
-            )
-            lines.append(f'{name}resumed at step {one["step"]:,} with {changes}')
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return []  # config.json is damaged
-    return lines
-
-
-def show_value(values: Mapping, key) -> str:
-    return f'<code>{text(repr(values[key]))}</code>' if key in values else ''

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from nib.report.charts import (
     DASHES,
@@ -11,17 +12,24 @@ from nib.report.charts import (
     Axis,
     Chart,
     Flag,
-    Key,
     Series,
-    badge_rows,
-    legend,
     show_number,
 )
 
 GOOD, QUIET = '#00704f', LIGHT[NEUTRAL]
 HEIGHT = 4.5  # inches
 COLUMNS = 3  # of the legend
+BADGE = 0.06  # width of a finding's number, as a fraction of a chart's width on a phone
 NAMED = 24  # findings at most in the legend, which should not be taller than the chart
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend."""
+
+    shown: str  # 'series', 'band', 'level', 'ring' or 'gap'
+    label: str
+    series: Series | None = None  # a series with the same look
 
 
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
@@ -151,3 +159,50 @@ def proxy(key: Key):
     else:  # 'gap'
         look = {'color': SEVERITY_COLOURS['critical'], 'marker': 'x', 'ls': ''}
     return Line2D([], [], **look)
+
+
+def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
+    """Returns the entries of a chart's legend, or none if there is only one.
+
+    Several runs differ in colour, and the series of each run in look.
+    """
+    keys = []
+    if chart.band:
+        low, high = map(show_number, chart.band)
+        keys.append(Key('band', f'healthy: {low} to {high}'))
+    if chart.level:
+        keys.append(Key('level', chart.level[1]))
+    # The first series of each run and of each name, in order.
+    runs, names = {}, {}
+    for one in series:
+        runs.setdefault(one.run, one)
+        names.setdefault(one.name, one)
+    if len(runs) > 1:
+        for run, one in runs.items():
+            keys.append(Key('series', run, Series(run, (), (), one.colour)))
+        if len(names) > 1:
+            for name, one in names.items():
+                keys.append(Key('series', name, replace(one, colour=NEUTRAL)))
+    else:
+        keys += [Key('series', one.label, one) for one in series]
+    for mark in chart.marks:
+        if mark.label:
+            keys.append(Key('ring', mark.label, Series('', (), (), mark.colour)))
+    if any(not mark.label for mark in chart.marks):
+        keys.append(Key('ring', 'best', Series('', (), (), NEUTRAL)))
+    if any(value is None for one in series for value in one.values):
+        keys.append(Key('gap', 'not finite'))
+    return keys if len(keys) > 1 else []
+
+
+def badge_rows(places: Sequence[float]) -> list[int]:
+    """Returns a row above the chart for each finding's number, so that no two numbers overlap.
+
+    places: positions on the time axis from 0 to 1, sorted.
+    """
+    rows, ends = [], []
+    for place in places:
+        row = next((row for row, end in enumerate(ends) if end <= place), len(ends))
+        ends[row : row + 1] = [place + BADGE]
+        rows.append(row)
+    return rows

@@ -14,13 +14,13 @@ from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
 from nib.doctor import vitals
 from nib.doctor.doctor import Doctor
+from nib.doctor.finding import Finding
 from nib.doctor.texts import examine_data
-from nib.doctor.troubles import Finding
 from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
 from nib.generation.check import check_generation
 from nib.hub import huggingface
-from nib.machine.device import describe_device, measure_flops, peak_memory
+from nib.machine.device import describe_device, measure_flops, peak_flops, peak_memory
 from nib.machine.ranks import Ranks
 from nib.machine.signals import FINDING, StopSignal, describe_stop, name_signal, resume_command
 from nib.report.page import write_after_run
@@ -154,10 +154,9 @@ class Logbook:
         )
         self.doctor.recall(self.metrics.records)
         self._tell(self.doctor.see_data())
-        self.rate, self.rate_name = t.peak_flops, ''
-        if not self.rate:
-            self.rate = measure_flops(t.device, t.dtype) * t.ranks.world_size
-            self.rate_name = ' of the measured rate'
+        peak = peak_flops(t.device, config['dtype'])
+        self.rate = (peak or measure_flops(t.device, config['dtype'])) * t.ranks.world_size
+        self.rate_name = '' if peak else ' of the measured rate'
 
     def start_clock(self, step: int):
         """Measures speed from now on."""

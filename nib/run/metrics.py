@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from nib.doctor.troubles import Finding
+from nib.doctor.finding import Finding
 from nib.errors import UserError
 from nib.files import atomic_write
 

@@ -13,6 +13,7 @@ from nib.doctor.vitals import Vitals
 from nib.lessons import examination, walkthrough
 from nib.machine.device import pick_device
 from nib.optim import Optimizer
+from nib.run.checks import settle_schedule
 
 FLAGS = [
     '--dataset=',
@@ -63,6 +64,8 @@ def values(monkeypatch):
     values, _ = configurator.configure(
         str(ROOT / 'debug_training.py'), FLAGS, settle={'device': pick_device}, base='train.py'
     )
+    for key, value in settle_schedule(values).items():  # which get_lr reads
+        monkeypatch.setitem(vars(training), key, value)
     return values | {'optimizer': 'sign'}
 
 

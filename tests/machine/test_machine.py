@@ -251,12 +251,12 @@ def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'chunk, T, dropout',
-    [(kernels.LOSS_CHUNK, 16, 0.1), (500, 16, 0.1), (kernels.LOSS_CHUNK, 300, 0.0)],
+    'many, T, dropout',
+    [(kernels.MANY_LOGITS, 16, 0.1), (500, 16, 0.1), (kernels.MANY_LOGITS, 300, 0.0)],
     ids=['at once', 'in chunks', 'long context'],
 )
-def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, chunk, T, dropout):
-    monkeypatch.setattr(kernels, 'LOSS_CHUNK', chunk)
+def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, many, T, dropout):
+    monkeypatch.setattr(kernels, 'MANY_LOGITS', many)
     options = {
         'position': 'rotary',
         'norm': 'rms',

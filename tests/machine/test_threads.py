@@ -52,13 +52,13 @@ def test_while_cores_are_taken_there_are_more_threads_than_cores(two_threads):
     looking = threading.Thread(target=yielding.run)
     looking.start()
     try:
-        assert not yielding.is_active and len(thread_ids() - before) == 1
+        assert not yielding.additional and len(thread_ids() - before) == 1
         step[0] = 0.01
         # Besides the thread that looks: the one that keeps the additional thread, and that thread.
-        wait_until(lambda: yielding.is_active and len(thread_ids() - before) == 3)
+        wait_until(lambda: yielding.additional and len(thread_ids() - before) == 3)
         assert (x @ x).sum() == expected
         step[0] = 0.0
-        wait_until(lambda: not yielding.is_active and len(thread_ids() - before) == 1)
+        wait_until(lambda: not yielding.additional and len(thread_ids() - before) == 1)
     finally:
         waited[0] = None
         looking.join()
@@ -73,7 +73,7 @@ torch.zeros = lambda n: zeros(64 * n)
 seconds = itertools.count()
 yielding = threads.Yielding(lambda: float(next(seconds)), interval=0.01)
 threading.Thread(target=yielding.run, daemon=True).start()
-while not yielding.is_active:
+while not yielding.additional:
     time.sleep(0.001)
 time.sleep(0.01)
 """
