@@ -75,7 +75,8 @@ def main(argv):
     if device == 'cpu':
         check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
     model = weights.build()
-    if device == 'cpu' and model.num_params() < SMALL_MODEL:
+    is_notebook = hasattr(sys, 'ps1')  # whose other cells need the threads
+    if device == 'cpu' and model.num_params() < SMALL_MODEL and not is_notebook:
         limit_threads(1)
     if dtype == 'int8':
         model = int8.quantize(model.float())
@@ -84,6 +85,7 @@ def main(argv):
     print(
         f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})',
         file=sys.stderr,
+        flush=True,  # before the text: a notebook does not show it at once
     )
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 

@@ -15,14 +15,14 @@ from nib.doctor.inspection import attention_scores
 from nib.text.tokenizer import Tokenizer, encode_prompt
 
 
-def load(name: str, which: str = 'best') -> tuple[GPT, Tokenizer]:
+def load(name: str, which: str | int = 'best') -> tuple[GPT, Tokenizer]:
     """Returns a model, in float32 on the CPU and without dropout, and its tokenizer.
 
     name: the folder of a run or of one of its checkpoints, the folder or the hub id of an open
     model, or nanoGPT's ckpt.pt. which: the checkpoint of a run: 'best', 'latest' or a step number.
     Raises UserError if there is no such model.
     """
-    weights = read_weights(name, which=which)
+    weights = read_weights(str(name), which=str(which))
     return weights.build().float(), weights.known_tokenizer()
 
 
@@ -32,7 +32,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     <|endoftext|> is the end-of-text token, and a beginning-of-text token comes first if the model
     has one. Raises UserError if the vocabulary cannot express the text.
     """
-    return encode_prompt(tokenizer, text, 'the text')
+    return encode_prompt(tokenizer, text, 'prompt')
 
 
 @torch.no_grad()

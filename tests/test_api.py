@@ -80,9 +80,10 @@ def test_a_run_is_loaded_and_writes_the_text_of_sample_py(train_here, run_main, 
         (run, 'best', 10),
         (run, 'latest', 20),
         (run, '20', 20),
+        (str(run), 20, 20),
         (run / 'step-00000020', 'best', 20),
     ):
-        model, tokenizer = load(str(name), which)
+        model, tokenizer = load(name, which)
         _, tensors = store.load(run, str(step))
         weights = model.state_dict()
         assert all(torch.equal(t, weights[key]) for key, t in tensors['model'].items())
@@ -100,8 +101,9 @@ def test_errors_are_one_exception(train_here, tmp_path):
     with pytest.raises(UserError, match='no such checkpoint|no checkpoint of step'):
         load(str(tmp_path / 'run'), '77')
     model, tokenizer = load(str(tmp_path / 'run'))
-    with pytest.raises(UserError, match="not in the vocabulary.*'é'"):
+    with pytest.raises(UserError, match="^prompt: the text .*not in the vocabulary.*'é'") as error:
         encode(tokenizer, 'é')
+    assert error.value.__suppress_context__  # a notebook shows one traceback
     with pytest.raises(UserError, match='temperature is -1'):
         generate(model, tokenizer, 'The', temperature=-1)
     with pytest.raises(UserError, match='empty'):

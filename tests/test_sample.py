@@ -16,6 +16,7 @@ import sample as script
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.hub import nanogpt
+from nib.machine import device
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_json
 from nib.tokens.write import write_dataset
 
@@ -277,6 +278,36 @@ def test_tokens_reach_the_terminal_as_they_come(out_dir):
 
 
 @pytest.mark.slow
+class Cell(io.StringIO):
+    """An output of a notebook, which shows what was written when it is flushed."""
+
+    def __init__(self, shown: list):
+        super().__init__()
+        self.shown = shown
+
+    def flush(self):
+        self.shown.append(self.getvalue())
+        self.seek(0)
+        self.truncate()
+
+
+def test_in_a_notebook_the_text_is_in_one_piece_and_other_cells_keep_their_threads(
+    out_dir, sample, monkeypatch
+):
+    shown, limited = [], []
+    monkeypatch.setattr(sys, 'ps1', 'In : ', raising=False)
+    monkeypatch.setattr(sys, 'stdout', Cell(shown))
+    monkeypatch.setattr(sys, 'stderr', Cell(shown))
+    monkeypatch.setattr(device, 'available_cores', lambda: 4)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+    monkeypatch.setattr(torch, 'set_num_threads', limited.append)
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
+        monkeypatch.delenv(name, raising=False)
+    sample(out_dir, '--start=the', '--max_new_tokens=4')
+    assert 'step 10, trained on tiny' in shown[0] and shown[1] == 'the'
+    assert set(limited) == {4}
+
+
 def test_a_reader_that_goes_away_is_no_error(out_dir):
     run = subprocess.Popen(
         [

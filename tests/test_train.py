@@ -24,6 +24,7 @@ from nib.doctor import vitals
 from nib.doctor.finding import Finding
 from nib.machine.device import seed_everything
 from nib.machine.ranks import Ranks
+from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset
 
@@ -380,11 +381,14 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def wandb_history(out_dir) -> list[dict]:
-    """Reads wandb's files of offline runs in out_dir: protocol buffers in LevelDB's log format."""
+def read_wandb(out_dir) -> tuple[list[dict], list[int]]:
+    """Returns the rows and the exit codes of wandb's offline runs in out_dir.
+
+    Its files are protocol buffers in LevelDB's log format.
+    """
     from wandb.proto import wandb_internal_pb2
 
-    rows = []
+    rows, exit_codes = [], []
     for path in sorted(out_dir.glob('wandb/offline-run-*/*.wandb')):
         content, at, data = path.read_bytes(), 7, b''  # after the file's header
         while at + 7 <= len(content):
@@ -396,14 +400,16 @@ def wandb_history(out_dir) -> list[dict]:
             at += 7 + length
             if kind in (1, 4):  # a record in one piece, or its last piece
                 record, data = wandb_internal_pb2.Record.FromString(data), b''
-                if record.WhichOneof('record_type') == 'history':
+                if record.WhichOneof('record_type') == 'exit':
+                    exit_codes.append(record.exit.exit_code)
+                elif record.WhichOneof('record_type') == 'history':
                     rows.append(
                         {
                             '.'.join(item.nested_key) or item.key: json.loads(item.value_json)
                             for item in record.history.item
                         }
                     )
-    return rows
+    return rows, exit_codes
 
 
 @pytest.mark.slow
@@ -437,7 +443,8 @@ def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(tm
     }
     texts = {name for name in names if name in ('sample', 'verdict') or name.startswith('finding/')}
     assert set(events.Tags()['scalars']) == names - texts
-    history = wandb_history(out_dir)
+    history, exit_codes = read_wandb(out_dir)
+    assert exit_codes == [0, 0]
     for name in names - texts:
         expected = [
             (record['step'], pytest.approx(record[name])) for record in logged if name in record
@@ -462,6 +469,30 @@ def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(tm
     )
     assert [(row['_step'], row['sample']) for row in history if 'sample' in row] == samples
     assert [event.step for event in events.Tensors('sample/text_summary')] == [0, 4, 8]
+
+
+@pytest.mark.slow
+def test_wandb_is_told_how_a_run_ended_and_does_not_wait_for_hours(
+    tmp_path, train_here, monkeypatch
+):
+    settings = []
+
+    def break_down(t, *args):
+        raise OSError('the machine breaks down')
+
+    def look(book, *args):
+        settings.append(book.metrics.wandb.settings)
+        original(book, *args)
+
+    original = Logbook.log
+    monkeypatch.setattr(Logbook, 'log', look)
+    train_here(tmp_path / 'nan', '--wandb_log', '--learning_rate=1e30', status=3)
+    assert read_wandb(tmp_path / 'nan')[1] == [3]
+    assert settings[0].finish_timeout == 60
+    monkeypatch.setattr(training, 'train_step', break_down)
+    with pytest.raises(OSError, match='breaks down'):
+        train_here(tmp_path / 'broken', '--wandb_log')
+    assert read_wandb(tmp_path / 'broken')[1] == [1]
 
 
 @pytest.mark.slow

@@ -228,7 +228,12 @@ TROUBLES: dict[str, Trouble] = {
             'the text was sorted by kind and cut in two',
             'one of them was encoded with a different tokenizer',
         ),
-        ('take both splits from the same text, document by document, as prepare.py does',),
+        (
+            (
+                'take both splits from the same kinds of text: prepare.py mixes whole documents, '
+                'so give it many, or divide long ones'
+            ),
+        ),
     ),
     'targets_not_shifted': Trouble(
         'critical',

@@ -81,6 +81,7 @@ def compile_model(
     """
     started = time.perf_counter()
     compiled: torch.nn.Module = compile_function(model)
+    say('compiling, which can take a minute or two')
     try:
         with context:
             loss = compiled(*batch)

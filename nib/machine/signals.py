@@ -123,7 +123,11 @@ class StopSignal:
 def _announce(number: int):
     """Prints a line from a signal handler, where print() is not safe, unless that would wait."""
     line = f'\n{name_signal(number)}: stopping and saving (a second signal ends the run at once)\n'
-    with suppress(OSError, ValueError, AttributeError):  # there is no console
+    # There is no console, or the signal came while Python wrote to it.
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):
+        if hasattr(sys, 'ps1'):  # a notebook, whose cells do not show what a descriptor gets
+            sys.stderr.write(line)
+            return
         descriptor = sys.stderr.fileno()
         if os.name == 'nt' or select.select([], [descriptor], [], 0)[1]:
             os.write(descriptor, line.encode())

@@ -66,7 +66,7 @@ class Logbook:
             if self.writer:
                 self.writer.close()  # completes the last checkpoint if the run has failed
             if self.metrics:
-                self.metrics.close()
+                self.metrics.close(exit_code=1)  # no effect after close()
         except Exception as failure:
             self.warn(f'error: {failure}')
         finally:
@@ -388,7 +388,7 @@ class Logbook:
             verdict = self.doctor.verdict(step)
             self.say(f'verdict of the doctor: {verdict}')
             self.metrics.log(step, {'verdict': verdict})
-        self.metrics.close()
+        self.metrics.close(exit_code)
         if self.config['report']:
             write_after_run(self.out_dir, self.defaults, self.say, self.warn)
         if self.saved and not exit_code:

@@ -2,19 +2,22 @@
 
 import json
 import math
+import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from nib.doctor.finding import Finding
 from nib.errors import UserError
 from nib.files import atomic_write
 
 LATEST_STEP = 1 << 53  # larger numbers are not steps
-WANDB_SECONDS = 20.0  # timeout for its server
+WANDB_SECONDS = 20.0  # timeout for its server at the start
+WANDB_LAST_SECONDS = 60  # and at the end, unless WANDB_FINISH_TIMEOUT says otherwise
 
 
 class Metrics:
@@ -28,21 +31,17 @@ class Metrics:
     """
 
     def __init__(self, out_dir, step: int, config: dict, warn: Callable[[str], None] = print):
-        # wandb may refuse to start, so the TensorBoard writer, which writes at once, comes last.
-        writer = _summary_writer() if config['tensorboard'] else None
-        self.wandb = self.writer = None
-        if config['wandb_log']:
-            self.wandb = _wandb(out_dir, step, config)
-        if writer:
-            folder = str(Path(out_dir) / 'tensorboard')
-            self.writer = writer(folder, purge_step=step + 1 if step else 0)
+        self.writer_class = _summary_writer() if config['tensorboard'] else None
+        # Set by rewind(), because wandb may refuse to start before.
+        self.writer: Any = None
+        self.wandb = _wandb(out_dir, step, config) if config['wandb_log'] else None
         self.path = Path(out_dir) / 'metrics.jsonl'
         self.file: FileIO | None = None
         self._warn = warn
         self.rewind(step)
 
     def rewind(self, step: int):
-        """Drops the records of metrics.jsonl after `step`; TensorBoard and wandb keep theirs."""
+        """Drops the records after `step`. wandb keeps them, and takes no others for their steps."""
         if self.file:
             self.file.close()
         # Records of this run from before it was resumed.
@@ -51,6 +50,11 @@ class Metrics:
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
         self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.writer_class:
+            folder = str(self.path.parent / 'tensorboard')
+            self.writer = self.writer_class(folder, purge_step=step + 1 if step else 0)
         self._unwritten = b''  # records that the file has not taken yet
 
     def log(self, step: int, values: Mapping[str, float | str | None]):
@@ -87,8 +91,8 @@ class Metrics:
     def _show(self, step: int, values: Mapping):
         """Sends values to TensorBoard and wandb."""
         if self.writer is not None and not self._works('TensorBoard', self._draw, step, values):
-            self.writer = None
-        if self.wandb is not None and not self._works('wandb', self.wandb.log, values, step):
+            self.writer = self.writer_class = None
+        if self.wandb is not None and not self._works('wandb', self._send, step, values):
             self.wandb = None
 
     def _draw(self, step: int, values: Mapping):
@@ -98,23 +102,29 @@ class Metrics:
             else:
                 self.writer.add_scalar(name, value, step)
 
+    def _send(self, step: int, values: Mapping):
+        if step >= self.wandb.step:  # it has the earlier steps from before a rewind or a crash
+            self.wandb.log(values, step)
+
     def _works(self, name: str, call: Callable, *arguments) -> bool:
         """Calls a service and returns whether it worked; its errors have no common base class."""
         try:
             call(*arguments)
             return True
         except Exception as error:
-            self._warn(f'{name} no longer works: {type(error).__name__}: {error}')
+            reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
+            self._warn(f'{name} no longer works: {reason}')
             return False
 
-    def close(self):
+    def close(self, exit_code: int = 0):
+        """Closes everything. exit_code: that of the run; wandb shows whether it is 0."""
         if self.file.closed:
             return
         self.file.close()
         if self.writer is not None:
             self._works('TensorBoard', self.writer.close)
         if self.wandb is not None:
-            self._works('wandb', self.wandb.finish)
+            self._works('wandb', self.wandb.finish, exit_code)
 
 
 def read_records(path: Path) -> tuple[list[dict], int]:
@@ -159,6 +169,8 @@ def _wandb(out_dir, step: int, config: dict):
     id_file = Path(out_dir) / 'wandb_id'
     kept = id_file.read_text(errors='replace').strip() if step and id_file.exists() else ''
     run_id = kept if re.fullmatch(r'[\w-]{1,64}', kept) else secrets.token_hex(4)
+    # By default, wandb waits for hours if the network fails. What it has not sent stays in out_dir.
+    os.environ.setdefault('WANDB_FINISH_TIMEOUT', str(WANDB_LAST_SECONDS))
     try:
         run = wandb.init(
             project=config['wandb_project'],
@@ -169,8 +181,10 @@ def _wandb(out_dir, step: int, config: dict):
             resume='allow',
             settings=wandb.Settings(init_timeout=WANDB_SECONDS),
         )
-    except (wandb.errors.Error, UnicodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # hints for developers follow
+    except (wandb.errors.Error, ValueError) as error:  # ValueError: WANDB_MODE=ofline, by pydantic
+        lines = str(error).splitlines() or [type(error).__name__]
+        # Hints for developers follow. pydantic names the variable and its values in the next lines.
+        reason = ' '.join(' '.join(lines[: 3 if isinstance(error, ValueError) else 1]).split())
         raise UserError(
             f'wandb cannot start ({reason}); without an account or network, set the environment '
             f'variable WANDB_MODE=offline'

@@ -187,8 +187,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, flag: str) -> list[int]:
             raise UserError(
                 f'{flag}: the vocabulary of this model has no {END_OF_TEXT} token, because it was '
                 f'trained on a single text in which no document ends; leave {END_OF_TEXT} out'
-            ) from error
-        raise UserError(f'{flag}: {error}') from error
+            ) from None  # in a notebook, the first error would hide this one
+        raise UserError(f'{flag}: {error}') from None
     return ids
 
 

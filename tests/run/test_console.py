@@ -132,6 +132,7 @@ def test_a_service_that_fails_is_dropped_with_one_warning(tmp_path):
             raise BrokenPipeError('its process has ended')
 
         add_scalar = close = log
+        step = 0
 
     said = []
     metrics = Metrics(tmp_path, 0, ALONE, said.append)

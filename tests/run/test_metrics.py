@@ -127,3 +127,34 @@ def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch, pac
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     with pytest.raises(UserError, match=f'pip install {package.split(".")[-1]}'):
         Metrics(tmp_path, 0, ALONE | {key: True})
+
+
+def test_a_setting_that_wandb_refuses_is_named(tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    config = {'wandb_log': True, 'wandb_project': 5, 'wandb_run_name': ''}
+    with pytest.raises(UserError, match=r'wandb cannot start \(.* project Input should be a valid'):
+        Metrics(tmp_path, 0, ALONE | config)
+
+
+@pytest.mark.slow
+def test_a_rewind_leaves_one_curve_in_tensorboard_and_no_warnings_of_wandb(
+    tmp_path, monkeypatch, capfd
+):
+    pytest.importorskip('wandb')
+    reading = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    config = {'wandb_log': True, 'wandb_project': 'p', 'wandb_run_name': '', 'tensorboard': True}
+    metrics = Metrics(tmp_path, 0, config)
+    for step in (1, 2, 3, 4):
+        metrics.log(step, {'loss/step': float(step)})
+    metrics.rewind(2)
+    for step in (3, 5):
+        metrics.log(step, {'loss/step': 10.0 * step})
+    assert metrics.wandb.step == 5
+    metrics.close()
+    events = reading.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars('loss/step')]
+    assert shown == [(1, 1.0), (2, 2.0), (3, 30.0), (5, 50.0)]
+    assert [(row['step'], row['loss/step']) for row in read(tmp_path)] == shown
+    assert 'less than the current step' not in capfd.readouterr().err

@@ -267,6 +267,19 @@ def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
     assert len(data.train) == int(len(TEXT) * 0.9)
 
 
+@pytest.mark.parametrize('number, told', [(9, True), (10, False)])
+def test_few_documents_that_may_be_of_different_kinds_are_told(run_main, tmp_path, number, told):
+    text = '<|endoftext|>'.join(f'Chapter {digit}. It rained.' for digit in range(number))
+    (tmp_path / 'book.txt').write_text(text)
+    flags = [f'--input={tmp_path / "book.txt"}', f'--out_dir={tmp_path / "book"}']
+    said = run_main('data/text/prepare.py', *flags).stderr
+    assert (f'with only {number} documents' in said) == told
+    said = run_main(
+        'data/text/prepare.py', *flags, '--end_of_text=characters', '--overwrite'
+    ).stderr
+    assert 'with only' not in said
+
+
 def test_a_text_that_is_refused_leaves_no_folder(run_main, tmp_path):
     (tmp_path / 'short.txt').write_text('a')
     ended = run_main(WRITTEN, f'--input={tmp_path / "short.txt"}', f'--out_dir={tmp_path / "new"}')
