@@ -293,9 +293,8 @@ def read_weights(
 
 def _compared(weights: Weights, warn: Callable[[str], None]) -> Weights:
     """Warns if a changed model.py computes something else from weights of other projects."""
-    if not reference.is_original(
-        build_model(*reference.crop(weights.model, weights.tensors['model']))
-    ):
+    config, tensors = reference.crop(weights.model, weights.tensors['model'])
+    if not reference.is_original(build_model(config, tensors), tensors):
         warn(
             f'warning: model.py has been changed: from {weights.name}, it computes something else '
             f'than the original model'

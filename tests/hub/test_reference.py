@@ -13,7 +13,7 @@ import model
 from model import GPTConfig
 from nib import errors
 from nib.checkpoint import store
-from nib.checkpoint.start import build_model
+from nib.checkpoint.start import build_model, read_weights
 from nib.errors import UserError
 from nib.hub.reference import check_model, crop, is_original
 
@@ -153,9 +153,28 @@ def test_a_fork_trains_from_open_weights_with_a_warning_if_it_computes_something
     assert ('transformer.h.0.gate' in saved) == issubclass(model.Block, WithGate)
 
 
+class WithoutBias(model.Block):
+    def __init__(self, config):
+        super().__init__(config)
+        self.mlp.c_proj = torch.nn.Linear(config.mlp_units, config.n_embd, bias=False)
+
+
+def test_a_fork_without_a_weight_of_an_open_model_refuses_it(written, monkeypatch):
+    config, tensors = crop(SMALL, make_model(SMALL).state_dict())
+    monkeypatch.setattr(model, 'Block', WithoutBias)
+    assert not is_original(build_model(config, tensors), tensors)
+    with pytest.raises(UserError, match=r'mlp\.c_proj\.bias is not part of GPT2LMHeadModel, or a cha'):
+        read_weights(str(written / 'hf'))
+
+
+def test_a_head_of_zeros_is_no_change():
+    tensors = {name: 0 * tensor for name, tensor in make_model(SMALL).state_dict().items()}
+    assert is_original(build_model(SMALL, tensors), tensors)
+
+
 def test_every_architecture_is_the_original_when_it_is_loaded():
     for config in ARCHITECTURES:
         if not config.smear:
             weights = make_model(config).state_dict()
             small, tensors = crop(config, weights)
-            assert small.n_layer == 2 and is_original(build_model(small, tensors))
+            assert small.n_layer == 2 and is_original(build_model(small, tensors), tensors)
