@@ -292,12 +292,12 @@ def read_weights(
 
 
 def _compared(weights: Weights, warn: Callable[[str], None]) -> Weights:
-    """Warns if a changed model.py computes something else from weights of other projects."""
+    """Warns if a changed model.py has other logits with the weights of another project."""
     config, tensors = reference.crop(weights.model, weights.tensors['model'])
     if not reference.is_original(build_model(config, tensors), tensors):
         warn(
-            f'warning: model.py has been changed: from {weights.name}, it computes something else '
-            f'than the original model'
+            f'warning: model.py has been changed: with the weights of {weights.name}, its logits '
+            f'differ from those of the original model'
         )
     return weights
 

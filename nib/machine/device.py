@@ -270,10 +270,10 @@ def seed_everything(*counters: int | str):
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Gives the layers that are made in its `with` block parameters without memory or values.
+    """In its `with` block, the parameters of new layers have shapes, but no memory and no values.
 
     torch.device('meta') does the same, but random numbers and arithmetic on that device first
-    import torch's compiler, which takes seconds. Here, all but the parameters is real.
+    import torch's compiler, which takes seconds. Here, everything but the parameters is real.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

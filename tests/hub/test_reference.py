@@ -148,7 +148,7 @@ def test_a_fork_trains_from_open_weights_with_a_warning_if_it_computes_something
     for ended in (trained, sampled):
         said = [line for line in ended.stderr.splitlines() if 'model.py' in line]
         assert len(said) == differs, ended.stderr
-        assert all('it computes something else than the original model' in line for line in said)
+        assert all('its logits differ from those of the original model' in line for line in said)
     saved = store.load(tmp_path / 'run')[1]['model']
     assert ('transformer.h.0.gate' in saved) == issubclass(model.Block, WithGate)
 
@@ -163,7 +163,7 @@ def test_a_fork_without_a_weight_of_an_open_model_refuses_it(written, monkeypatc
     config, tensors = crop(SMALL, make_model(SMALL).state_dict())
     monkeypatch.setattr(model, 'Block', WithoutBias)
     assert not is_original(build_model(config, tensors), tensors)
-    with pytest.raises(UserError, match=r'mlp\.c_proj\.bias is not part of GPT2LMHeadModel, or a cha'):
+    with pytest.raises(UserError, match=r'mlp\.c_proj\.bias is not part of GPT2LMHeadModel'):
         read_weights(str(written / 'hf'))
 
 
