@@ -188,7 +188,7 @@ def available_memory(device: str, ranks: int = 1) -> float:
 def total_memory() -> float:
     """Returns the bytes of memory and swap space that a process can ever use; inf if unknown."""
     system = system_memory()
-    if 'MemTotal' not in system:
+    if not system.get('MemTotal'):
         return math.inf
     limits = [limit for limit, _ in memory_limits()]
     return min([system['MemTotal'], *limits]) + system.get('SwapTotal', 0)

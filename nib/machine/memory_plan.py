@@ -210,5 +210,5 @@ def chunk_bytes(config: GPTConfig, tokens: int, device: str, dtype: str) -> floa
     size = FLOAT if is_float32 else 2
     chunk = kernels.LOSS_CHUNK_GPU if on_gpu else kernels.LOSS_CHUNK
     logits = config.vocab_size * min(tokens, max(1, chunk // (size * config.vocab_size)))
-    softmax = 0 if is_float32 else logits if on_gpu else min(logits, kernels.CACHED_LOGITS)
-    return size * logits + FLOAT * softmax
+    softmax = min(logits, kernels.CACHED_LOGITS) if device == 'cpu' else logits
+    return size * logits + FLOAT * softmax * (not is_float32)

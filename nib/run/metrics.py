@@ -41,7 +41,7 @@ class Metrics:
         self.rewind(step)
 
     def rewind(self, step: int):
-        """Drops the records after `step`. wandb keeps them, and accepts no others."""
+        """Drops the records after `step`. wandb keeps its own, and takes no new ones there."""
         if self.file:
             self.file.close()
         # Records of this run from before it was resumed.
