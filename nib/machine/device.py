@@ -279,7 +279,9 @@ class ShapesOnly(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(function, '__module__', None) == 'torch.nn.init':
-            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+            tensor = kwargs['tensor'] if 'tensor' in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
         if function is torch.empty:  # with which layers create their parameters
             kwargs = {**kwargs, 'device': 'meta'}
         return function(*args, **kwargs)
