@@ -266,7 +266,7 @@ def loss_in_chunks(
     """
     head, V = pad_rows(weight.to(dtype)), len(weight)
     rows = min(len(x), max(1, chunk_bytes // (len(head) * head.itemsize)))
-    few = max(1, CACHED_LOGITS // len(head)) if x.is_cpu else rows
+    few = max(1, CACHED_LOGITS // len(head)) if x.device.type == 'cpu' else rows
     logits = head.new_empty(rows, len(head))
     losses = torch.empty(len(x), device=x.device)
     grad_x = torch.zeros(x.shape if with_gradients else 0, device=x.device)
