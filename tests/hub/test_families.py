@@ -281,7 +281,7 @@ def test_keys_of_before_transformers_5_mean_the_same(tmp_path):
     assert_same_logits(read(tmp_path), theirs, torch.randint(V, (2, 19)))
 
 
-def test_null_in_rope_parameters_is_no_value(tmp_path):
+def test_null_in_rope_parameters_is_ignored(tmp_path):
     theirs = make('llama', rope_parameters=LLAMA3)
     theirs.save_pretrained(tmp_path)
     change(tmp_path, rope_parameters=LLAMA3 | {'attention_factor': None, 'rope_type': 'llama3'})

@@ -179,7 +179,7 @@ def test_a_fork_that_needs_more_layers_than_are_compared_gives_the_warning(monke
     assert len(said) == 1 and said[0].startswith('warning: model.py has been changed')
 
 
-def test_a_head_of_zeros_is_no_change():
+def test_a_model_of_zeros_is_not_called_changed():
     tensors = {name: 0 * tensor for name, tensor in make_model(SMALL).state_dict().items()}
     assert is_original(build_model(SMALL, tensors), tensors)
 

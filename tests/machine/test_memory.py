@@ -326,7 +326,7 @@ def test_samples_far_beyond_the_memory_are_refused(train_here, run_main, tmp_pat
     assert done.returncode == 2 and 'use at most --num_samples=2' in done.stderr
 
 
-def test_all_memory_is_that_of_the_control_group_with_swap_space(monkeypatch):
+def test_total_memory_is_that_of_the_control_group_and_swap_space(monkeypatch):
     rows = {'MemTotal': 1000, 'MemAvailable': 700, 'SwapTotal': 50}
     monkeypatch.setattr(memory, 'system_memory', lambda: rows)
     monkeypatch.setattr(memory, 'memory_limits', list)
