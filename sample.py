@@ -7,6 +7,7 @@ python sample.py --init_from=gpt2 --start="The meaning of life is"
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+from nib.startup import in_notebook
 
 import itertools
 import os
@@ -75,8 +76,8 @@ def main(argv):
     if device == 'cpu':
         check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
     model = weights.build()
-    is_notebook = hasattr(sys, 'ps1')  # whose other cells need the threads
-    if device == 'cpu' and model.num_params() < SMALL_MODEL and not is_notebook:
+    # The other cells of a notebook need the threads.
+    if device == 'cpu' and model.num_params() < SMALL_MODEL and not in_notebook():
         limit_threads(1)
     if dtype == 'int8':
         model = int8.quantize(model.float())

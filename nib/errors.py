@@ -1,5 +1,7 @@
 """How a script ends: errors of the user as one line, and the exit codes."""
 
+from nib.startup import in_notebook
+
 import errno
 import gc
 import io
@@ -89,7 +91,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         gc.freeze()  # what has been imported is never garbage
         gc.enable()
     exit_code = call(main, sys.argv[1:])
-    if not hasattr(sys, 'ps1'):  # in a notebook, the process goes on
+    if not in_notebook():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # it could only disturb the end
     sys.exit(exit_code)

@@ -10,6 +10,12 @@ import signal
 import sys
 import time
 
+
+def in_notebook() -> bool:
+    """Returns whether this process is a notebook's or a console's, which goes on after a script."""
+    return hasattr(sys, 'ps1')  # its prompt
+
+
 _SCRIPTS = 'bench.py', 'convert.py', 'debug_training.py', 'sample.py', 'train.py'
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''
 if os.path.isabs(_main):  # as it is of a script; and realpath needs no working directory then
@@ -19,7 +25,7 @@ _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _is_script = _main in [os.path.join(_root, name) for name in _SCRIPTS]
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()
-if _is_script and not hasattr(sys, 'ps1'):  # a notebook has a prompt
+if _is_script and not in_notebook():
     gc.disable()  # a tenth of the import time, and it finds nothing
     if _is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

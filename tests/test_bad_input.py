@@ -578,7 +578,7 @@ def test_an_error_of_another_rank_alone_is_told_by_it():
 
 
 @pytest.mark.slow
-def test_the_exit_code_that_a_shell_sees_is_2(place):
+def test_every_script_ends_with_exit_code_2(place):
     for script, flags in (
         ('train.py', ['--batch_size=0']),
         ('sample.py', ['--out_dir=nowhere']),

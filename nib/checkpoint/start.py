@@ -292,12 +292,19 @@ def read_weights(
 
 
 def _compared(weights: Weights, warn: Callable[[str], None]) -> Weights:
-    """Warns if a changed model.py has other logits with the weights of another project."""
+    """Warns of what a changed model.py does with the weights of another project."""
     config, tensors = reference.crop(weights.model, weights.tensors['model'])
     try:
-        is_original = reference.is_original(build_model(config, tensors), tensors)
+        model = build_model(config, tensors)
+        is_original = reference.is_original(model, tensors)
+        added = [name for name in model.state_dict() if name not in tensors]
     except Exception:  # a changed model.py may need more than two layers
-        is_original = False
+        is_original, added = False, []
+    if added:
+        warn(
+            f'note: model.py has parameters that {weights.name} lacks, such as {added[0]}: they '
+            f'keep their initial values'
+        )
     if not is_original:
         warn(
             f'warning: model.py has been changed: with the weights of {weights.name}, its logits '

@@ -1,5 +1,7 @@
 """Signals that ask a run to stop, and the messages about them."""
 
+from nib.startup import in_notebook
+
 import os
 import select
 import shlex
@@ -111,7 +113,7 @@ class StopSignal:
 
     def _receive(self, number, frame):
         if self._since and time.monotonic() - self._since > 1.0:
-            if hasattr(sys, 'ps1'):  # a notebook, which must survive
+            if in_notebook():  # which must survive
                 raise KeyboardInterrupt
             os._exit(128 + number)
         if not self._since:
@@ -125,7 +127,7 @@ def _announce(number: int):
     line = f'\n{name_signal(number)}: stopping and saving (a second signal ends the run at once)\n'
     # There is no console, or the signal came while Python wrote to it.
     with suppress(OSError, ValueError, AttributeError, RuntimeError):
-        if hasattr(sys, 'ps1'):  # a notebook, whose cells do not show what a descriptor gets
+        if in_notebook():  # whose cells do not show what a descriptor gets
             sys.stderr.write(line)
             return
         descriptor = sys.stderr.fileno()

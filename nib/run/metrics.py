@@ -35,6 +35,7 @@ class Metrics:
         # Opened by rewind(), and so after wandb, which may refuse to start.
         self.writer: Any = None
         self.wandb = _wandb(out_dir, step, config) if config['wandb_log'] else None
+        self.wandb_step = self.wandb.step if self.wandb else 0  # it takes no earlier steps
         self.path = Path(out_dir) / 'metrics.jsonl'
         self.file: FileIO | None = None
         self._warn = warn
@@ -50,11 +51,8 @@ class Metrics:
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
         self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
-        if self.writer is not None and not self._works('TensorBoard', self.writer.close):
+        if self.writer_class and not self._works('TensorBoard', self._start_drawing, step):
             self.writer = self.writer_class = None
-        if self.writer_class:
-            folder = str(self.path.parent / 'tensorboard')
-            self.writer = self.writer_class(folder, purge_step=step + 1 if step else 0)
         self._unwritten = b''  # records that the file has not taken yet
 
     def log(self, step: int, values: Mapping[str, float | str | None]):
@@ -95,6 +93,12 @@ class Metrics:
         if self.wandb is not None and not self._works('wandb', self._send, step, values):
             self.wandb = None
 
+    def _start_drawing(self, step: int):
+        if self.writer is not None:
+            self.writer.close()
+        folder = str(self.path.parent / 'tensorboard')
+        self.writer = self.writer_class(folder, purge_step=step + 1 if step else 0)
+
     def _draw(self, step: int, values: Mapping):
         for name, value in values.items():
             if isinstance(value, str):
@@ -103,8 +107,9 @@ class Metrics:
                 self.writer.add_scalar(name, value, step)
 
     def _send(self, step: int, values: Mapping):
-        if step >= self.wandb.step:  # it has the earlier steps from before a rewind or a crash
+        if step >= self.wandb_step:  # it has the earlier steps from before a rewind or a crash
             self.wandb.log(values, step)
+            self.wandb_step = step
 
     def _works(self, name: str, call: Callable, *arguments) -> bool:
         """Calls a service and returns whether it worked; its errors have no common base class."""
