@@ -138,7 +138,7 @@ def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path
             'by step 5, the last was step 9'
         )
     )
-    assert 'or stop to see where it begins' in said
+    assert 'on_nonfinite stop to see where it begins' in said
     assert done.stderr.count('not_finite, warning: ') == 1 and re.search(
         'verdict of the doctor: warning: .*not_finite', done.stdout
     )
