@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-_SCRIPTS = 'bench.py', 'convert.py', 'debug_training.py', 'sample.py', 'train.py'
+_SCRIPTS = 'bench.py', 'convert.py', 'debug_training.py', 'sample.py', 'sweep.py', 'train.py'
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''
 if os.path.isabs(_main):  # as it is of a script; and realpath needs no working directory then
     _main = os.path.realpath(_main)
