@@ -165,7 +165,7 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert f'{min(losses):.4f}' in table and 'verdict' in table and 'min_lr' not in table
     assert 'learning_rate=1e30' in (folder / 'comparison.html').read_text()
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(page, 'write_report', lambda *_: signal.raise_signal(signal.SIGINT))
+        interrupted.setattr(page, 'build_page', lambda *_: signal.raise_signal(signal.SIGINT))
         again = run_main('sweep.py', *flags)
     assert 'learning_rate=1e-2: already finished' in again.stdout and again.returncode == 130
     line = 'stopped by Ctrl-C (SIGINT): the runs have ended; repeat the command to compare them'
