@@ -17,7 +17,7 @@ IGNORED = -1  # a target that the loss leaves out; what generate() yields for ro
 QUERY_BLOCK = 256  # queries per block in attend_in_blocks
 CACHED_WEIGHTS = 1 << 21  # attention weights that the backward pass holds at a time: 4 MiB
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # Intel; some kernels are faster only there
-MANY_LOGITS = 1 << 24  # the loss of more logits than these is computed in chunks
+MANY_LOGITS = 1 << 24  # with more logits than this, the loss is computed in chunks
 MANY_LOGITS_GPU = 1 << 28
 LOSS_CHUNK = 1 << 27  # bytes of a chunk of logits: 128 MiB
 LOSS_CHUNK_GPU = 1 << 29  # 512 MiB, since a GPU needs large matrix products
@@ -266,7 +266,7 @@ def loss_in_chunks(
     """
     head, V = pad_rows(weight.to(dtype)), len(weight)
     rows = min(len(x), max(1, chunk_bytes // (len(head) * head.itemsize)))
-    few = rows if x.is_cuda else max(1, CACHED_LOGITS // len(head))
+    few = max(1, CACHED_LOGITS // len(head)) if x.device.type == 'cpu' else rows
     logits = head.new_empty(rows, len(head))
     losses = torch.empty(len(x), device=x.device)
     grad_x = torch.zeros(x.shape if with_gradients else 0, device=x.device)

@@ -46,7 +46,7 @@ out_dir: str = ''  # output folder; empty: data/NAME
 overwrite: bool = False  # replace an existing dataset of another text
 
 LITTLE = 100_000  # characters; a shorter text is soon memorized
-FEW = 10  # documents; both splits of more are likely to have all kinds of text
+FEW = 10  # documents; with more, both splits are likely to contain all kinds of text
 SAMPLE = 1 << 22  # characters of the validation split on which tokenizers are compared
 
 
@@ -102,10 +102,10 @@ def main(argv):
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
         note(f'the validation split has {share:.0%} of the text, because documents are kept whole')
-    if divide and 1 < len(found.lengths) < FEW:
+    if divide and several and len(found.lengths) < FEW:
         note(
-            f'with only {len(found.lengths)} documents, the validation split may be of another '
-            f'kind than the training split: put {END_OF_TEXT} between their parts, such as chapters'
+            f'with only {len(found.lengths)} documents, the validation split may contain another '
+            f'kind of text: put {END_OF_TEXT} between the parts of a document, such as chapters'
         )
     content = f'{len(found.lengths):,} document{"s" * several}, {sum(found.lengths):,} characters'
     print(describe(folder, content, meta))

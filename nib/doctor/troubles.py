@@ -234,8 +234,8 @@ TROUBLES: dict[str, Trouble] = {
         ),
         (
             (
-                'take both splits from the same kinds of text: prepare.py mixes whole documents, '
-                'so give it many, or divide long ones'
+                'take both splits from the same kinds of text: prepare.py assigns whole documents '
+                'to them at random, so give it many, or divide long ones'
             ),
         ),
     ),

@@ -192,9 +192,9 @@ class Family:
                 tensors[self.prefix + name] = tensors.pop(name)
         renamed = {}
         for pair in self.pairs(config, biases):
-            if pair.in_theirs:
+            if pair.in_ours and pair.in_theirs:
                 renamed[pair.ours] = pair.join([tensors.pop(n, None) for n in pair.theirs])
-            else:
+            elif pair.in_ours:
                 renamed[pair.ours] = torch.zeros(pair.shape)
         if 'lm_head.weight' in tensors:  # a copy of the embedding
             head = tensors.pop('lm_head.weight')
@@ -206,7 +206,10 @@ class Family:
                 )
         for name in tensors:
             if not self.ignored.search(name):
-                raise UserError(f'the tensor {name} is not part of {self.architecture}')
+                raise UserError(
+                    f'the tensor {name} is not part of {self.architecture}, or a changed model.py '
+                    f'does not have it'
+                )
         return renamed
 
     def to_theirs(

@@ -1,7 +1,7 @@
 """Llama, Qwen2 and Qwen3 as transformers writes them: one table, with small differences."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -179,7 +179,7 @@ def _read_rotary(config: Mapping) -> tuple[float, tuple]:
     base = next((base for base in bases if base is not None), 10000.0)
     numbers = [values.get(name) for name in LLAMA3] if kinds == {'llama3'} else []
     for name, number in zip(('rope_theta', *LLAMA3), [base, *numbers]):
-        if not (type(number) in (int, float) and 0 < number < math.inf):
+        if not (type(number) in (int, float) and 0 < number <= sys.float_info.max):
             where = f'{name} in {key}' if given else name
             raise UserError(f'config.json: {where} is {number!r:.80}, expected a positive number')
     if numbers and numbers[1] >= numbers[2]:

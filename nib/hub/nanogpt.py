@@ -66,7 +66,7 @@ def read(path: Path) -> NanoCheckpoint:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else 'it ends early'
         if 'weights_only' in str(error):  # torch's advice is to trust the file
-            reason = 'it contains Python objects, which can run code when they are read'
+            reason = 'damaged, or with Python objects, which can run code when they are read'
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {reason}): expected a checkpoint of '
             f'nanoGPT, which contains only tensors, numbers and strings; for other models use '

@@ -270,16 +270,18 @@ def seed_everything(*counters: int | str):
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Gives the layers that are made in its `with` block parameters without memory or values.
+    """In its `with` block, the parameters of new layers have shapes, but no memory and no values.
 
     torch.device('meta') does the same, but random numbers and arithmetic on that device first
-    import torch's compiler, which takes seconds. Here, all but the parameters is real.
+    import torch's compiler, which takes seconds. Here, everything but the parameters is real.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(function, '__module__', None) == 'torch.nn.init':
-            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+            tensor = kwargs['tensor'] if 'tensor' in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
         if function is torch.empty:  # with which layers create their parameters
             kwargs = {**kwargs, 'device': 'meta'}
         return function(*args, **kwargs)

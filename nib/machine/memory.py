@@ -17,7 +17,7 @@ from nib.machine.device import synchronize
 from nib.machine.memory_plan import plan_memory
 
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
-FAR = 4  # more than this multiple of a machine's memory is refused: no estimate is so wrong
+FAR = 4  # more than this multiple of a machine's memory is refused: no estimate is that wrong
 
 
 def fit_batch_size(t, config: Mapping, say: Callable[[str], None]) -> dict[str, int]:
@@ -124,9 +124,9 @@ def explain_full_memory(error: Exception, t, config: Mapping):
 def check_memory(model: GPTConfig, config: Mapping, auto: bool = False):
     """Raises UserError if training on a CPU needs several times the memory of the machine.
 
-    The system would kill such a run without a message, or it would seem to hang. A GPU refuses at
-    once. auto: whether fit_batch_size() will choose batch_size. A batch_size of 0 is the model
-    alone.
+    The system would kill such a run without a message, or it would seem to hang. On a GPU, torch
+    raises an error. auto: whether fit_batch_size() will choose batch_size. A batch_size of 0 means
+    the model alone.
     """
 
     def needed(batch_size, model=model):
@@ -188,7 +188,7 @@ def available_memory(device: str, ranks: int = 1) -> float:
 def total_memory() -> float:
     """Returns the bytes of memory and swap space that a process can ever use; inf if unknown."""
     system = system_memory()
-    if 'MemTotal' not in system:
+    if not system.get('MemTotal'):
         return math.inf
     limits = [limit for limit, _ in memory_limits()]
     return min([system['MemTotal'], *limits]) + system.get('SwapTotal', 0)

@@ -206,9 +206,10 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
 
 def chunk_bytes(config: GPTConfig, tokens: int, device: str, dtype: str) -> float:
     """Returns the bytes of a chunk of logits, and of their softmax in float32."""
-    on_gpu, is_float32 = device.startswith('cuda'), dtype == 'float32'
-    size = FLOAT if is_float32 else 2
-    chunk = kernels.LOSS_CHUNK_GPU if on_gpu else kernels.LOSS_CHUNK
+    size = FLOAT if dtype == 'float32' else 2
+    chunk = kernels.LOSS_CHUNK_GPU if device.startswith('cuda') else kernels.LOSS_CHUNK
     logits = config.vocab_size * min(tokens, max(1, chunk // (size * config.vocab_size)))
-    softmax = 0 if is_float32 else logits if on_gpu else min(logits, kernels.CACHED_LOGITS)
+    if dtype == 'float32':
+        return FLOAT * logits
+    softmax = min(logits, kernels.CACHED_LOGITS) if device == 'cpu' else logits
     return size * logits + FLOAT * softmax

@@ -32,7 +32,7 @@ class Metrics:
 
     def __init__(self, out_dir, step: int, config: dict, warn: Callable[[str], None] = print):
         self.writer_class = _summary_writer() if config['tensorboard'] else None
-        # Set by rewind(), because wandb may refuse to start before.
+        # Opened by rewind(), and so after wandb, which may refuse to start.
         self.writer: Any = None
         self.wandb = _wandb(out_dir, step, config) if config['wandb_log'] else None
         self.path = Path(out_dir) / 'metrics.jsonl'
@@ -41,7 +41,7 @@ class Metrics:
         self.rewind(step)
 
     def rewind(self, step: int):
-        """Drops the records after `step`. wandb keeps them, and takes no others for their steps."""
+        """Drops the records after `step`. wandb keeps its own, and takes no new ones there."""
         if self.file:
             self.file.close()
         # Records of this run from before it was resumed.
@@ -50,8 +50,8 @@ class Metrics:
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
         self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.writer is not None and not self._works('TensorBoard', self.writer.close):
+            self.writer = self.writer_class = None
         if self.writer_class:
             folder = str(self.path.parent / 'tensorboard')
             self.writer = self.writer_class(folder, purge_step=step + 1 if step else 0)

@@ -474,7 +474,7 @@ def test_nothing_is_written_where_a_run_keeps_its_checkpoints(train_here, tmp_pa
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_file_that_is_no_text_is_no_tokenizer(folder):
+def test_a_file_that_is_not_text_is_not_a_tokenizer(folder):
     with pytest.raises(UserError, match='not a valid tokenizer.json'):
         borrow.read_tokenizer(str(folder / 'whole/model.safetensors'))
 

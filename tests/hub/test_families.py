@@ -269,7 +269,7 @@ def test_a_config_that_changes_the_model_is_refused_by_name(kind, tmp_path):
         with pytest.raises(UserError) as caught:
             read(tmp_path / 'model')
         key, said = next(iter(changes)), str(caught.value)
-        named = key in said or 'the tensor' in said or 'int too large' in said
+        named = key in said or 'the tensor' in said
         assert named or key == 'head_dim' and 'head_dim' in said, (changes, said)
 
 
@@ -281,7 +281,7 @@ def test_keys_of_before_transformers_5_mean_the_same(tmp_path):
     assert_same_logits(read(tmp_path), theirs, torch.randint(V, (2, 19)))
 
 
-def test_null_in_rope_parameters_is_no_value(tmp_path):
+def test_null_in_rope_parameters_is_ignored(tmp_path):
     theirs = make('llama', rope_parameters=LLAMA3)
     theirs.save_pretrained(tmp_path)
     change(tmp_path, rope_parameters=LLAMA3 | {'attention_factor': None, 'rope_type': 'llama3'})

@@ -12,8 +12,8 @@ import convert
 import model
 from model import GPTConfig
 from nib import errors
-from nib.checkpoint import store
-from nib.checkpoint.start import build_model
+from nib.checkpoint import start, store
+from nib.checkpoint.start import build_model, read_weights
 from nib.errors import UserError
 from nib.hub.reference import check_model, crop, is_original
 
@@ -132,25 +132,56 @@ def written(data_dir, tmp_path_factory):
 def test_a_fork_trains_from_open_weights_with_a_warning_if_it_computes_something_else(
     name, change, differs, source, written, train_here, run_main, tmp_path, monkeypatch
 ):
-    start, flags = f'--init_from={written / source}', ['--max_iters=1', '--eval_iters=1']
+    init_from, flags = f'--init_from={written / source}', ['--max_iters=1', '--eval_iters=1']
     place, _, attribute = name.partition('.')
     if attribute:
         monkeypatch.setattr(getattr(model, place), attribute, change)
     else:
         monkeypatch.setattr(model, place, change)
     if source == 'nanogpt' and issubclass(model.Block, WithGate):
-        ended = train_here(tmp_path / 'run', start, *flags)
+        ended = train_here(tmp_path / 'run', init_from, *flags)
         assert ended.returncode == 2 and 'a modified nanoGPT is not supported' in ended.stderr
         return
-    trained = train_here(tmp_path / 'run', start, *flags, '--report=False', status=0)
-    sampled = run_main('sample.py', start, '--max_new_tokens=3', '--device=cpu')
+    trained = train_here(tmp_path / 'run', init_from, *flags, '--report=False', status=0)
+    sampled = run_main('sample.py', init_from, '--max_new_tokens=3', '--device=cpu')
     assert sampled.returncode == 0, sampled.stderr
     for ended in (trained, sampled):
         said = [line for line in ended.stderr.splitlines() if 'model.py' in line]
         assert len(said) == differs, ended.stderr
-        assert all('it computes something else than the original model' in line for line in said)
+        assert all('its logits differ from those of the original model' in line for line in said)
     saved = store.load(tmp_path / 'run')[1]['model']
     assert ('transformer.h.0.gate' in saved) == issubclass(model.Block, WithGate)
+
+
+class WithoutBias(model.Block):
+    def __init__(self, config):
+        super().__init__(config)
+        self.mlp.c_proj = torch.nn.Linear(config.mlp_units, config.n_embd, bias=False)
+
+
+def test_a_fork_without_a_weight_of_an_open_model_refuses_it(written, monkeypatch):
+    config, tensors = crop(SMALL, make_model(SMALL).state_dict())
+    monkeypatch.setattr(model, 'Block', WithoutBias)
+    assert not is_original(build_model(config, tensors), tensors)
+    with pytest.raises(UserError, match=r'mlp\.c_proj\.bias is not part of GPT2LMHeadModel'):
+        read_weights(str(written / 'hf'))
+
+
+def test_a_fork_that_needs_more_layers_than_are_compared_gives_the_warning(monkeypatch):
+    def initialize(block, config):
+        assert config.n_layer > 2
+        original(block, config)
+
+    config, said, original = replace(SMALL, n_layer=3), [], model.Block.__init__
+    tensors = {'model': make_model(config).state_dict()}
+    monkeypatch.setattr(model.Block, '__init__', initialize)
+    start._compared(start.Weights('x', config, None, tensors), said.append)
+    assert len(said) == 1 and said[0].startswith('warning: model.py has been changed')
+
+
+def test_a_model_of_zeros_is_not_called_changed():
+    tensors = {name: 0 * tensor for name, tensor in make_model(SMALL).state_dict().items()}
+    assert is_original(build_model(SMALL, tensors), tensors)
 
 
 def test_every_architecture_is_the_original_when_it_is_loaded():
@@ -158,4 +189,4 @@ def test_every_architecture_is_the_original_when_it_is_loaded():
         if not config.smear:
             weights = make_model(config).state_dict()
             small, tensors = crop(config, weights)
-            assert small.n_layer == 2 and is_original(build_model(small, tensors))
+            assert small.n_layer == 2 and is_original(build_model(small, tensors), tensors)

@@ -326,7 +326,7 @@ def test_samples_far_beyond_the_memory_are_refused(train_here, run_main, tmp_pat
     assert done.returncode == 2 and 'use at most --num_samples=2' in done.stderr
 
 
-def test_all_memory_is_that_of_the_control_group_with_swap_space(monkeypatch):
+def test_total_memory_is_that_of_the_control_group_and_swap_space(monkeypatch):
     rows = {'MemTotal': 1000, 'MemAvailable': 700, 'SwapTotal': 50}
     monkeypatch.setattr(memory, 'system_memory', lambda: rows)
     monkeypatch.setattr(memory, 'memory_limits', list)
@@ -335,6 +335,8 @@ def test_all_memory_is_that_of_the_control_group_with_swap_space(monkeypatch):
     assert (memory.total_memory(), memory.available_memory('cpu')) == (650, 500)
     monkeypatch.setattr(memory, 'system_memory', dict)  # macOS
     assert memory.total_memory() == math.inf and memory.available_memory('cpu') == 500
+    monkeypatch.setattr(memory, 'system_memory', lambda: dict.fromkeys(rows, 0))  # a sandbox
+    assert memory.total_memory() == math.inf
 
 
 def test_batch_sizes_are_all_divisors_of_the_sequences():
@@ -361,6 +363,12 @@ def test_shapes_need_no_memory_and_no_random_numbers(config):
     assert shapes == memory_plan.parameter_shapes(config)
     for name, buffer in real.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name))
+
+
+def test_a_parameter_that_is_not_empty_at_first_gets_its_initial_values():
+    with ShapesOnly():
+        gate = torch.nn.init.constant_(torch.nn.Parameter(torch.zeros(3)), 2.0)
+    assert gate.tolist() == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.slow

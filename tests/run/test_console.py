@@ -142,6 +142,10 @@ def test_a_service_that_fails_is_dropped_with_one_warning(tmp_path):
     metrics.close()
     assert len(records(tmp_path)) == 2
     assert [line.split()[0] for line in said] == ['TensorBoard', 'wandb']
+    metrics.writer, metrics.writer_class = Broken(), Broken
+    metrics.rewind(2)
+    metrics.close()
+    assert metrics.writer is None and said[2].startswith('TensorBoard')
     assert all('no longer works: BrokenPipeError: its process' in line for line in said)
 
 

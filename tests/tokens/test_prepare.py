@@ -268,7 +268,7 @@ def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
 
 
 @pytest.mark.parametrize('number, told', [(9, True), (10, False)])
-def test_few_documents_that_may_be_of_different_kinds_are_told(run_main, tmp_path, number, told):
+def test_a_note_says_if_there_are_only_a_few_documents(run_main, tmp_path, number, told):
     text = '<|endoftext|>'.join(f'Chapter {digit}. It rained.' for digit in range(number))
     (tmp_path / 'book.txt').write_text(text)
     flags = [f'--input={tmp_path / "book.txt"}', f'--out_dir={tmp_path / "book"}']
