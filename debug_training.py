@@ -44,6 +44,7 @@ batch_tokens: int = 0  # tokens in the batch; 0: all, or what a CPU can process 
 overfit_steps: int = 50  # training steps to memorize the batch
 
 VOCAB_SIZE = 65  # of random tokens (--dataset=), unless vocab_size is set
+MOST_RANDOM = 1 << 22  # random tokens of a batch; a larger one repeats them
 QUICK = 2e11  # floating-point operations of a step that takes a CPU seconds
 
 
@@ -107,7 +108,9 @@ def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:
         size = tokenizer.vocab_size if tokenizer else start.model.vocab_size
     if size < 2:
         raise UserError(f'vocab_size is {size}: random tokens need at least 2')
-    n = 4 * (max(2, values['batch_size']) + 1) * values['block_size'] + 1  # enough for a few steps
+    block_size = values['block_size']
+    n_sequences = min(max(2, values['batch_size']), max(2, MOST_RANDOM // block_size))
+    n = 4 * (n_sequences + 1) * block_size + 1  # enough for a few steps
     seed_everything(values['seed'], 'random tokens')
     tokens = torch.randint(size, (n,)).numpy()
     data = TokenDataset('random tokens', Path(), tokens, tokens, size, tokenizer, {}, '')
@@ -153,9 +156,9 @@ class Microscope:
 
     def batch(self, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns x and y (n_sequences, n_positions) of the step `number` steps from here."""
-        x, y = self.training.batches.batch(self.data_step + number, 0)
-        part = slice(self.n_sequences), slice(self.n_positions)
-        return x[part].contiguous(), y[part].contiguous()
+        batches = self.training.batches
+        x, y = batches.first_sequences(self.data_step + number, self.n_sequences)
+        return x[:, : self.n_positions].contiguous(), y[:, : self.n_positions].contiguous()
 
     @property
     def scheduled_rate(self) -> float:

@@ -8,6 +8,8 @@ All arguments but --jobs and --sweep_dir are those of train.py. The same command
 it leaves out the runs that have ended and resumes the others. A run that fails does not stop it.
 """
 
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import itertools
 import os
 import re
@@ -23,7 +25,7 @@ from pathlib import Path
 import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
-from nib.errors import UserError, run_script
+from nib.errors import EXIT_INTERRUPTED, UserError, run_script
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 from nib.report.compare import compare
@@ -65,11 +67,21 @@ def main(argv):
     print(f'{len(runs)} runs, {jobs} at a time; their logs are {Path(sweep_dir, "*.log")}')
     sweep = Sweep(environments)
     sweep.train_all(runs)
+    try:
+        return end(runs, sweep.signal)
+    except KeyboardInterrupt:
+        name = name_signal(signal.SIGINT)
+        print(f'stopped by {name}: the runs have ended; repeat the command to compare them')
+        return EXIT_INTERRUPTED
+
+
+def end(runs: list[Planned], number: int) -> int:
+    """Compares the runs, unless signal `number` has stopped the sweep; returns the exit code."""
     finished = [run.folder for run in runs if is_finished(run)]
-    if sweep.signal:
+    if number:
         done = f'{len(finished)} of {len(runs)} runs are finished'
-        print(f'stopped by {name_signal(sweep.signal)}: {done}; repeat the command to continue')
-        return 128 + sweep.signal
+        print(f'stopped by {name_signal(number)}: {done}; repeat the command to continue')
+        return 128 + number
     folders = [run.folder for run in runs if is_run(run.folder)]
     if folders:
         page = Path(sweep_dir, 'comparison.html')

@@ -16,7 +16,7 @@ def in_notebook() -> bool:
     return hasattr(sys, 'ps1')  # its prompt
 
 
-_SCRIPTS = 'bench.py', 'convert.py', 'debug_training.py', 'sample.py', 'train.py'
+_SCRIPTS = 'bench.py', 'convert.py', 'debug_training.py', 'sample.py', 'sweep.py', 'train.py'
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''
 if os.path.isabs(_main):  # as it is of a script; and realpath needs no working directory then
     _main = os.path.realpath(_main)

@@ -35,6 +35,22 @@ def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
     assert '1 sequence of 10 tokens' in text and '(--batch_tokens=64 takes all)' in text
 
 
+def test_the_part_that_is_examined_is_the_beginning_of_the_batch_of_training(make_training):
+    training = make_training('--batch_tokens=40', '--gradient_accumulation_steps=3')
+    for number in (0, 1, 7):
+        x, y = training.training.batches.batch(number, 0)
+        assert torch.equal(training.batch(number)[0], x[:2])
+        assert torch.equal(training.batch(number)[1], y[:2])
+
+
+def test_a_batch_far_too_large_for_the_memory_costs_only_the_part_that_is_examined(make_training):
+    """Whole, its offsets alone would have 16 GB."""
+    for flags in ([], ['--dataset=']):
+        training = make_training('--batch_size=2000000000', '--batch_tokens=40', *flags)
+        assert training.batch(1)[0].shape == (2, 16)
+        assert training.data.train.nbytes < 200e6
+
+
 def test_a_step_that_is_undone_leaves_nothing(make_training):
     training = make_training()
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}

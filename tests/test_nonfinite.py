@@ -138,7 +138,7 @@ def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path
             'by step 5, the last was step 9'
         )
     )
-    assert 'or stop to see where it begins' in said
+    assert 'on_nonfinite stop to see where it begins' in said
     assert done.stderr.count('not_finite, warning: ') == 1 and re.search(
         'verdict of the doctor: warning: .*not_finite', done.stdout
     )
@@ -183,8 +183,21 @@ def test_rewinding_is_a_warning_where_many_steps_were_not_finite(train_here, poi
     assert (
         step == 10
         and said.startswith('warning: 3 of 15 steps ')
-        and 'the first by step 13, the last was step 15' in said
+        and 'the first by step 13, the last was step 15; then the run returned to step 10' in said
+        and 'on_nonfinite rewind' not in said  # it does so already
     )
+
+
+def test_a_rewind_repeats_no_warning_about_steps_skipped_before_it(train_here, poison, tmp_path):
+    """Three single steps are reported at step 15; three in a row then return to step 10."""
+    poison({10, 12, 14, 16, 17, 18}, 'loss')
+    done = train_here(tmp_path / 'run', '--on_nonfinite=rewind')
+    assert done.returncode == 0 and done.stderr.count('not_finite') == 1
+    assert 'step 15: not_finite, warning: 3 of 15 steps ' in done.stderr
+    ((step, said),) = findings(tmp_path / 'run')
+    assert step == 10 and said.startswith('warning: 3 of 15 steps ')
+    assert 'the last was step 15; then the run returned to step 10. Likely' in said
+    assert done.stdout.count('not_finite') == 1  # in the verdict
 
 
 def test_rewind_goes_back_and_passes_over_the_batches_that_led_there(train_here, poison, tmp_path):

@@ -38,7 +38,7 @@ from nib.tokens.write import describe, stored_tokenizer, write_dataset
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
 tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', 'bpe', a run, dataset, model or tokenizer.json
-vocab_size: int = 4096  # tokens of --tokenizer=bpe, which is trained on the text
+vocab_size: int = 4096  # tokens of --tokenizer=bpe, or by default as many as a short text allows
 replace_missing: str = ''  # replaces characters that are not in the vocabulary; empty: refuse them
 end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text is
 name: str = ''  # name of the dataset, written to data/NAME; empty: that of the input
@@ -96,6 +96,7 @@ def main(argv):
         trained = stored_tokenizer(folder, source) or train_tokenizer(
             read_pieces, sum(found.lengths)
         )
+        check_size(trained.vocab_size, origins)
         encoder = replace(trained, spells_end_of_text=encoder.spells_end_of_text)
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
@@ -216,8 +217,23 @@ def train_tokenizer(
     trained = train_bpe.train_bpe(texts(), vocab_size)
     seconds = time.perf_counter() - started
     part = ', spread over the training split' if n_characters > train_bpe.MOST else ''
-    print(f'trained {vocab_size:,} tokens on {n_train:,} characters{part}; {seconds:.1f} s')
+    print(f'trained {trained.vocab_size:,} tokens on {n_train:,} characters{part}; {seconds:.1f} s')
     return trained
+
+
+def check_size(found: int, origins: Mapping[str, str]):
+    """Prints that the text had too few pairs for vocab_size tokens.
+
+    Raises UserError if a flag or a config file sets vocab_size.
+    """
+    if found >= vocab_size:
+        return
+    has = f'the text has enough repeated pairs for only {found:,} tokens'
+    if origins['vocab_size'] != 'default':
+        raise UserError(
+            f'--vocab_size={vocab_size}: {has}; use --vocab_size={found} or less, or a longer text'
+        )
+    note(f'{has}, so the tokenizer has fewer than the default of {vocab_size:,}')
 
 
 def compare(trained: Tokenizer, read_pieces: Callable[[int], Iterator[Piece]]) -> str:

@@ -6,7 +6,7 @@ nib/doctor/rules.py says which signs are trouble.
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nib.doctor import rules
 from nib.doctor.finding import Finding
@@ -85,6 +85,7 @@ class Doctor:
         self.steps = 0  # since the run was started or resumed
         self.bad_steps = 0  # of these, the non-finite ones
         self.first_bad = self.last_bad = 0  # the first and the last one that is known
+        self.returned_to: int | None = None  # the step of the rewind after the last bad step
 
     # -- input -------------------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ class Doctor:
         self.steps, self.bad_steps = self.steps + seen.steps, self.bad_steps + seen.new
         if seen.new:
             self.first_bad, self.last_bad = self.first_bad or seen.last, seen.last
+            self.returned_to = None
         # Healthy runs have none, and overflows in float16 do not count. One bad batch in hundreds
         # does no harm if it is skipped.
         many = self.bad_steps >= 3 and self.bad_steps > 0.01 * self.steps
@@ -133,6 +135,8 @@ class Doctor:
             f'{self.bad_steps} of {self.steps:,} steps had a non-finite loss or gradient and were '
             f'skipped: the first by step {self.first_bad}, the last was step {self.last_bad}'
         )
+        if self.returned_to is not None:
+            evidence += f'; then the run returned to step {self.returned_to}'
         return self._report('not_finite', step, evidence, 'warning')
 
     def see_nonfinite(self, step: int, sentence: str) -> list[Finding]:
@@ -151,9 +155,23 @@ class Doctor:
                 if key.startswith('finding/') and name in TROUBLES:
                     self.findings.append(Finding.of_record(name, record['step'], record[key]))
 
-    def rewind(self, step: int):
-        """Forgets what it has seen after `step`, from which the run continues."""
-        self.findings = [finding for finding in self.findings if finding.step <= step]
+    def rewind(self, step: int) -> list[Finding]:
+        """Forgets what it has seen after `step`, from which the run continues.
+
+        Skipped steps are still counted. If they have been reported after `step`, the finding moves
+        to `step` and is returned, to be recorded again.
+        """
+        self.returned_to = step
+        moved = [
+            replace(
+                finding,
+                step=step,
+                evidence=f'{finding.evidence}; then the run returned to step {step}',
+            )
+            for finding in self.findings
+            if finding.step > step and is_tolerated(finding)
+        ]
+        self.findings = [finding for finding in self.findings if finding.step <= step] + moved
         self.evaluations = [signs for signs in self.evaluations if signs.step <= step]
         lines = self.lines
         self.lines, self.windows, self.lowest, self.unsummed = [], [], None, []
@@ -161,6 +179,7 @@ class Doctor:
             if line.step <= step:
                 self._add_line(line)
         self.streak.clear()
+        return moved
 
     def verdict(self, step: int) -> str:
         """Returns the verdict on a run of `step` steps, a sentence."""

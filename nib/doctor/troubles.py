@@ -55,8 +55,12 @@ def uses_float16(config: Mapping) -> bool:
     return config['dtype'] == 'float16'
 
 
-def skips_nonfinite(config: Mapping) -> bool:
-    return config['on_nonfinite'] == 'skip'
+def does_not_stop(config: Mapping) -> bool:
+    return config['on_nonfinite'] != 'stop'
+
+
+def does_not_rewind(config: Mapping) -> bool:
+    return config['on_nonfinite'] != 'rewind'
 
 
 def no_qk_norm(config: Mapping) -> bool:
@@ -118,8 +122,8 @@ TROUBLES: dict[str, Trouble] = {
             'lower learning_rate',
             (unclipped, 'grad_clip = 1'),
             (uses_float16, 'dtype bfloat16 or float32'),
-            'on_nonfinite rewind to get past a single bad batch',
-            (skips_nonfinite, 'or stop to see where it begins'),
+            (does_not_rewind, 'on_nonfinite rewind to get past a single bad batch'),
+            (does_not_stop, 'on_nonfinite stop to see where it begins'),
         ),
     ),
     'lr_too_high': Trouble(

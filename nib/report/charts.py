@@ -131,14 +131,20 @@ class Chart:
 
     def axis(self) -> 'Axis':
         """Returns the vertical axis."""
-        steps = np.array([step for series in self.series for step in series.steps], dtype=float)
-        drawn = np.array([one for series in self.series for one in series.values], dtype=float)
-        finite = np.isfinite(drawn)
-        start = FIRST_FALL * steps[finite].max(initial=0) if self.falls else 0
+        ends: dict[str, float] = {}  # run -> its last step, as a short run has a short first fall
+        for series in self.series:
+            ends[series.run] = max(ends.get(series.run, 0), *series.steps, 0)
+        start = FIRST_FALL if self.falls else 0
+        drawn = [
+            value
+            for series in self.series
+            for step, value in zip(series.steps, series.values)
+            if value is not None and math.isfinite(value) and step >= start * ends[series.run]
+        ]
         others = [mark.value for mark in self.marks]
         others += [self.level[0]] if self.level else []
         others += self.band or ()
-        values = np.sort(np.append(drawn[finite & (steps >= start)], others))
+        values = np.sort(np.array(drawn + others, dtype=float))
         log = self.log
         if log is None:
             positive = len(values) > 0 and values[0] > 0

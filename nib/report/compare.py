@@ -9,7 +9,22 @@ from nib.report.curves import style_of_run
 from nib.report.history import Run, differs, show_seconds
 
 # Differ between runs, but are not what an experiment varies.
-NOT_COMPARED = ('out_dir', 'init_from', 'overwrite', 'wandb_run_name', 'ranks')
+NOT_COMPARED = (
+    'out_dir',
+    'init_from',
+    'overwrite',
+    'ranks',
+    'eval_interval',
+    'log_interval',
+    'keep_last',
+    'keep_every',
+    'sample_tokens',
+    'tensorboard',
+    'wandb_log',
+    'wandb_project',
+    'wandb_run_name',
+    'report',
+)
 
 
 @dataclass(frozen=True)

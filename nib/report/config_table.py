@@ -44,7 +44,8 @@ def config_table(name: str, keys: Sequence[str], runs: Sequence[Run], defaults: 
     rows = ''.join(config_row(key, runs, defaults) for key in keys)
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{name}">'
-        f'<table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<table class="config"><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody>'
+        f'</table></div>'
     )
 
 

@@ -267,7 +267,8 @@ class Logbook:
         self.saved, self.rewinds = step, self.rewinds + 1
         if self.metrics:
             self.metrics.rewind(step)
-            self.doctor.rewind(step)
+            for finding in self.doctor.rewind(step):
+                self.metrics.log_finding(finding)  # it has been printed
         self.start_clock(step)
 
     def record_evaluation(

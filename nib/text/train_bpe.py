@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterable, Iterator
 
-from nib.errors import UserError
 from nib.text.hf_tokenizer import HfTokenizer, import_library
 from nib.text.vocabulary import END_OF_TEXT
 
@@ -25,8 +24,8 @@ MOST = 1 << 29  # characters
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     """Trains a tokenizer on texts. The same texts always give the same tokenizer.
 
-    A merge needs a pair of tokens that occurs at least twice. END_OF_TEXT is the last token.
-    Raises UserError if the texts have too few pairs for vocab_size tokens.
+    A merge needs a pair of tokens that occurs at least twice. If the texts have too few of them,
+    the tokenizer has fewer than vocab_size tokens. END_OF_TEXT is the last one.
     """
     library = import_library()
     trained = library.Tokenizer(library.models.BPE())
@@ -52,12 +51,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     finally:
         signal.signal(signal.SIGINT, handler)
     trained.add_special_tokens([library.AddedToken(END_OF_TEXT, normalized=False)])
-    found = trained.get_vocab_size()
-    if found < vocab_size:
-        raise UserError(
-            f'--vocab_size={vocab_size}: the text has enough repeated pairs for only {found:,} '
-            f'tokens; use --vocab_size={found} or less, or a longer text'
-        )
     return HfTokenizer.read(trained.to_str())
 
 

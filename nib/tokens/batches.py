@@ -105,14 +105,20 @@ class BatchLoader:
         stride = np.uint64(self.ranks.world_size * self.batch_size)
         rows = np.arange(self._group_size, dtype=np.uint64)[:, None] * stride
         numbers = np.uint64(first) + rows + np.arange(self.batch_size, dtype=np.uint64)
-        epochs, positions = numbers // self.n_windows, numbers % self.n_windows
+        return self._place(numbers.ravel()).reshape(numbers.shape)
+
+    def _place(self, numbers: np.ndarray) -> np.ndarray:
+        """Offsets, int64 (n,), of the sequences with these numbers, uint64 (n,), which increase."""
         starts = np.empty(numbers.shape, dtype=np.int64)
-        for epoch in range(int(epochs[0, 0]), int(epochs[-1, -1]) + 1):
-            key = self._key(epoch)
-            room = min(self.block_size, len(self.tokens) - self.n_windows * self.block_size)
-            inside = epochs == epoch
-            windows = permute(positions[inside], self.n_windows, key[1:]).astype(np.int64)
-            starts[inside] = int(key[0]) % room + windows * self.block_size
+        room = min(self.block_size, len(self.tokens) - self.n_windows * self.block_size)
+        done = 0
+        while done < len(numbers):  # one epoch at a time
+            epoch = int(numbers[done]) // self.n_windows
+            end = int(np.searchsorted(numbers, np.uint64((epoch + 1) * self.n_windows)))
+            key, positions = self._key(epoch), numbers[done:end] % np.uint64(self.n_windows)
+            windows = permute(positions, self.n_windows, key[1:]).astype(np.int64)
+            starts[done:end] = int(key[0]) % room + windows * self.block_size
+            done = end
         return starts
 
     def _key(self, epoch: int) -> np.ndarray:
@@ -125,6 +131,14 @@ class BatchLoader:
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns x and y, int64 (batch_size, block_size) on the device; y is x shifted by one."""
         return self._cut(self.tokens, self.starts(step, micro_step))
+
+    def first_sequences(self, step: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns x and y, int64 (n, block_size), of the first sequences of a step, of all ranks.
+
+        The cost does not depend on the batch size.
+        """
+        first = step * self.micro_steps * self.ranks.world_size * self.batch_size
+        return self._cut(self.tokens, self._place(np.uint64(first) + np.arange(n, dtype=np.uint64)))
 
     def _cut(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         return cut_windows(tokens, starts, self.block_size, self.device, self.vocab_size)

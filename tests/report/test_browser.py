@@ -73,7 +73,8 @@ def open_page(browser, tmp_path):
                 'out_dir': f'runs/{number}',
             }
             start = {'step': 0, 'command': 'train.py ' + 'config/a.py ' * 20, 'commit': 40 * 'a'}
-            content = {'config': config, 'provenance': {'starts': [start]}}
+            origins = dict.fromkeys(config, 'checkpoint of step 100')
+            content = {'config': config, 'origins': origins, 'provenance': {'starts': [start]}}
             (folder / 'config.json').write_text(json.dumps(content))
         runs = read_runs([tmp_path / f'run-{number}' for number in range(n_runs)])
         (tmp_path / 'page.html').write_text(build_page(runs, DEFAULTS), encoding='utf-8')
@@ -117,6 +118,18 @@ def test_the_first_fall_is_left_out_until_it_is_asked_for(open_page):
     before = max(ticks(page, axis='y'))
     page.get_by_label('include the first fall').check()
     assert max(ticks(page, axis='y')) > before
+
+
+def test_a_short_run_beside_a_long_one_is_in_sight(open_page, tmp_path):
+    open_page.write_runs(2)
+    metrics = tmp_path / 'run-1/metrics.jsonl'
+    metrics.write_text(''.join(metrics.read_text().splitlines(keepends=True)[:2]))
+    runs = read_runs([tmp_path / 'run-0', tmp_path / 'run-1'])
+    (tmp_path / 'page.html').write_text(build_page(runs, DEFAULTS), encoding='utf-8')
+    page = open_page(url=f'file://{tmp_path / "page.html"}')
+    assert max(ticks(page, axis='y')) >= 2.6  # its only validation loss
+    page.get_by_role('checkbox', name='run-1').uncheck()
+    assert max(ticks(page, axis='y')) < 2.5
 
 
 def test_dragging_zooms_all_charts_and_a_double_click_resets(open_page):
@@ -277,6 +290,8 @@ def test_a_phone_shows_all_of_the_page(open_page, n_runs):
         }).map(cell => cell.textContent)"""
     )
     assert broken == []
+    rows = "[...document.querySelectorAll('.config tr')].map(row => row.offsetHeight)"
+    assert n_runs > 1 or max(page.evaluate(rows)) < 40  # one line each: the table scrolls
 
 
 @pytest.mark.parametrize('width', [390, 700, 1000, 1400])
@@ -311,6 +326,8 @@ def test_a_printed_page_is_white_and_cuts_no_chart(open_page, n_runs):
                 card: one('.chart').backgroundColor,
                 curve: one('#gradient_norm path.c0').stroke,
                 toolbar: one('#toolbar').display,
+                closed: one('#defaults').display,
+                badge: one('.badge').printColorAdjust,
                 breaks: [one('.chart').breakInside, one('h2').breakAfter],
                 tallest: Math.max(...all('.chart').map(chart => chart.offsetHeight)),
                 wide: all('.wide').map(box => box.scrollWidth).filter(width => width > 720),
@@ -319,5 +336,6 @@ def test_a_printed_page_is_white_and_cuts_no_chart(open_page, n_runs):
     )
     assert style['back'] == 'rgba(0, 0, 0, 0)' and style['card'] == 'rgb(255, 255, 255)'
     assert style['ink'] == 'rgb(27, 31, 36)' and style['curve'] == 'rgb(0, 114, 178)'
+    assert style['closed'] == 'none' and style['badge'] == 'exact'
     assert style['toolbar'] == 'none' and style['breaks'] == ['avoid', 'avoid']
     assert style['tallest'] < 900 and style['wide'] == []  # in pixels of an A4 page

@@ -24,6 +24,13 @@ def test_the_axis_of_the_loss_ignores_the_first_fall():
     assert Chart('loss', 'Loss', '', series).axis().high > 4
 
 
+def test_the_first_fall_of_a_short_run_does_not_hide_the_run_beside_a_long_one():
+    short = Series('validation', range(0, 101, 10), [5.0] + [4.0] * 10, run='short')
+    long = Series('validation', range(0, 1001, 10), [5.0] * 9 + [2.0] * 92, run='long')
+    axis = Chart('loss', 'Loss', '', (short, long), falls=True).axis()
+    assert axis.low < 2 and 4 < axis.high < 4.5
+
+
 def test_a_long_run_is_thinned_and_keeps_its_spikes():
     steps = range(0, 400_000, 10)
     noisy = [1.0 + 0.1 * math.sin(step) for step in steps]

@@ -486,7 +486,7 @@ def test_several_runs_begin_with_a_table(tmp_path):
             {'step': 20, 'time': 290.0, 'loss/val': 1 + rate, 'tokens_per_second': 70.0},
             {'step': 30, 'time': 300.0, 'loss/val': 2.5, 'verdict': 'healthy: all well'},
         ]
-        config = {'learning_rate': rate, 'n_layer': 2, 'out_dir': name}
+        config = {'learning_rate': rate, 'n_layer': 2, 'out_dir': name, 'wandb_project': name}
         write_run(tmp_path / name, lines, config)
     names, rows = compare(history.read_runs([tmp_path / name for name in rates]))
     assert names == 'run,learning_rate,best loss,final loss,tokens/s,time,steps,verdict'.split(',')

@@ -16,6 +16,7 @@ from processes import PATIENCE, Started
 import sweep
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
+from nib.report import page
 
 
 def test_the_product_of_all_values():
@@ -145,7 +146,9 @@ def test_a_stopped_sweep_leaves_no_run_behind_and_continues(tmp_path, data_dir):
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_after_a_failed_run_and_continues(tmp_path, run_main, data_dir):
+def test_a_sweep_goes_on_after_a_failed_run_and_continues(
+    tmp_path, run_main, data_dir, monkeypatch
+):
     folder = tmp_path / 'sweep'
     flags = [*SMALL_RUN[:-1], f'--data_dir={data_dir}', f'--sweep_dir={folder}']
     flags.append('--learning_rate=1e30,1e-2')
@@ -161,5 +164,11 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(tmp_path, run_main, da
     ]
     assert f'{min(losses):.4f}' in table and 'verdict' in table and 'min_lr' not in table
     assert 'learning_rate=1e30' in (folder / 'comparison.html').read_text()
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(page, 'build_page', lambda *_: signal.raise_signal(signal.SIGINT))
+        again = run_main('sweep.py', *flags)
+    assert 'learning_rate=1e-2: already finished' in again.stdout and again.returncode == 130
+    line = 'stopped by Ctrl-C (SIGINT): the runs have ended; repeat the command to compare them'
+    assert again.stdout.splitlines()[-1] == line
     again = run_main('sweep.py', *flags)
     assert 'learning_rate=1e-2: already finished' in again.stdout and again.returncode == 1

@@ -1,5 +1,6 @@
 """Batches: every window once per epoch, the same for any number of ranks and order of requests."""
 
+import time
 from itertools import chain
 
 import numpy as np
@@ -149,6 +150,16 @@ def test_a_batch_depends_on_its_step_alone():
 def test_the_order_of_a_seed_stays_what_it_is():
     """Golden: resumed runs depend on it. Change it only together with the checkpoint format."""
     assert [starts(make_loader(), 0), starts(make_loader(), 100, 2)] == GOLDEN
+
+
+def test_a_batch_of_a_thousand_epochs_takes_no_longer_than_a_thousand_batches_of_one():
+    options = dict(block_size=1, n_tokens=1001, micro_steps=1)
+    began = time.process_time()
+    expected = [make_loader(batch_size=1000, **options).starts(epoch, 0) for epoch in range(1000)]
+    between = time.process_time()
+    found = make_loader(batch_size=1_000_000, **options).starts(0, 0)
+    assert time.process_time() - between < 2.5 * (between - began)
+    assert np.array_equal(found, np.concatenate(expected))
 
 
 def test_batches_prepared_ahead_are_the_batches():

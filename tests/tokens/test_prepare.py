@@ -676,6 +676,26 @@ def test_a_tokenizer_is_trained_once(tmp_path, run_main, monkeypatch):
     assert open_dataset(tmp_path / 'a', 16).vocab_size == 265
 
 
+def test_a_short_text_lowers_the_default_vocabulary_but_not_one_that_is_set(tmp_path, run_main):
+    path = tmp_path / 'one.txt'
+    path.write_text('the old captain sails home. ' * 400)
+    for name in ('a', 'b', 'a'):  # a is repeated: it is complete
+        done = prepare_bpe(run_main, path, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        found = open_dataset(tmp_path / name, 16).vocab_size
+        assert 257 < found < 4096
+        lines = [line for line in done.stderr.splitlines() if 'default' in line]
+        assert len(lines) == 1 and f'only {found} tokens, so' in lines[0]
+    for name in ('meta.json', 'train.bin', 'val.bin'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    for flag in ('--vocab_size=4096', f'--vocab_size={found + 1}'):
+        done = prepare_bpe(run_main, path, tmp_path / 'a', flag, '--overwrite')
+        assert done.returncode == 2 and f'use --vocab_size={found} or less' in done.stderr
+    assert open_dataset(tmp_path / 'a', 16).vocab_size == found
+    done = prepare_bpe(run_main, path, tmp_path / 'a', f'--vocab_size={found}')
+    assert done.returncode == 0 and 'default' not in done.stderr
+
+
 def test_what_a_trained_tokenizer_gains_is_told(notes, tmp_path, run_main, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))  # without GPT-2's files
     done = prepare_bpe(run_main, notes, tmp_path / 'a', '--vocab_size=270')
