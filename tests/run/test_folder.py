@@ -36,7 +36,7 @@ HOLDER = """
 import sys, time
 from nib.run.folder import RunLock
 lock = RunLock(sys.argv[1])
-lock.take(True)
+lock.take(new_run=sys.argv[2] == 'new')
 print(1, flush=True)
 time.sleep(3600)
 """
@@ -103,7 +103,7 @@ def ranks_of(process) -> list[int]:
 
 @pytest.mark.slow
 def test_a_second_process_is_refused_with_the_first_ones_host_and_pid(tmp_path):
-    with started('-c', HOLDER, tmp_path) as holder:
+    with started('-c', HOLDER, tmp_path, 'new') as holder:
         wait_for(holder, '1')
         with pytest.raises(UserError, match=f'host {socket.gethostname()}, pid {holder.pid}'):
             RunLock(tmp_path).take(new_run=True)
@@ -166,7 +166,7 @@ def test_a_run_that_appears_after_the_first_check_is_left_alone(tmp_path, train_
 @pytest.mark.parametrize('flags', [[], ['--init_from=resume'], ['--overwrite']])
 def test_a_run_that_is_going_on_is_left_alone(tmp_path, flags, train_here):
     train_here(tmp_path / 'run', '--max_iters=2', status=0)
-    with started('-c', HOLDER.replace('True', 'False'), tmp_path / 'run') as holder:
+    with started('-c', HOLDER, tmp_path / 'run', 'resumed') as holder:
         wait_for(holder, '1')
         before = {
             path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()
