@@ -58,8 +58,9 @@ def contents(folder) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b''
         for path in sorted(folder.rglob('*'))
-        if path.name != '.lock'
-    }  # which says who wrote last
+        # Python writes the former; the latter says who wrote last.
+        if '__pycache__' not in path.parts and path.name != '.lock'
+    }
 
 
 def assert_refused(ended, words):
