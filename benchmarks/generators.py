@@ -316,13 +316,19 @@ def serve(name: str, folder: str, dtype: str, device: str):
         synchronize(device)
         return time.perf_counter() - started
 
-    tried = {}
-    for threads in range(1, most + 1):
-        seconds(16, 1, 2, threads)  # loads libraries
-        tried[threads] = min(seconds(16, 1, 16, threads) for _ in range(5))
-    best = min(tried, key=tried.get)
+    def best_threads(prompt_tokens, n_prompts):
+        tried = {}
+        for threads in range(1, most + 1):
+            seconds(prompt_tokens, n_prompts, 2, threads)  # loads libraries
+            tried[threads] = min(seconds(prompt_tokens, n_prompts, 16, threads) for _ in range(3))
+        return min(tried, key=tried.get)
+
+    best = None
     for line in sys.stdin:
-        print(json.dumps({'seconds': seconds(*map(int, line.split()), best)}), flush=True)
+        prompt_tokens, n_prompts, new_tokens = map(int, line.split())
+        best = best or best_threads(prompt_tokens, n_prompts)
+        result = seconds(prompt_tokens, n_prompts, new_tokens, best)
+        print(json.dumps({'seconds': result, 'threads': best}), flush=True)
 
 
 if __name__ == '__main__':
