@@ -5,14 +5,16 @@ does it. It comes from elsewhere, so it runs in Jinja's sandbox.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 
 from nib.errors import UserError
 from nib.hub.files import Repository
 
-SAFE_JINJA = '3.1.6'  # templates can leave the sandbox of older versions
+SAFE_JINJA = [3, 1, 6]  # templates can leave the sandbox of older versions
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,11 @@ def _environment():
         raise UserError(
             '--chat needs a package that is not installed: pip install jinja2'
         ) from error
-    if tuple(map(int, jinja2.__version__.split('.')[:3])) < tuple(map(int, SAFE_JINJA.split('.'))):
+    found = version('jinja2')
+    if [*map(int, re.findall('[0-9]+', found)[:3])] < SAFE_JINJA:
         raise UserError(
-            f'--chat needs jinja2 {SAFE_JINJA}, because older versions do not contain what a '
-            f'template does, but found {jinja2.__version__}: pip install --upgrade jinja2'
+            f'--chat needs jinja2 {".".join(map(str, SAFE_JINJA))} or later, because templates can '
+            f'leave the sandbox of {found}: pip install --upgrade jinja2'
         )
 
     class Generation(Extension):

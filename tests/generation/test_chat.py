@@ -24,10 +24,10 @@ import configurator
 from nib.checkpoint.start import read_weights
 from nib.errors import UserError
 from nib.generation.chat import ChatFormat
-from nib.hub import nanogpt
+from nib.hub import chat_template, nanogpt
 from nib.text.tokenizer import CharTokenizer
 
-TURNS = ['<|im_start|>', '<|im_end|>', '<|head|>', '<|/head|>', '<|turn|>']
+TURNS = ['¤', '<|im_start|>', '<|im_end|>', '<|head|>', '<|/head|>', '<|turn|>']
 CHATML = """{% for message in messages %}
 {{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' }}
 {% endfor %}
@@ -160,6 +160,8 @@ def test_a_message_cannot_contain_control_tokens(built, tmp_path):
     assert words in tokenizer.decode(ids).replace(
         '<|endoftext|>', form.template.tokens['eos_token']
     )
+    odd = form.encode([SYSTEM, {'role': 'user', 'content': '¤Hi¤\ud800'}])
+    assert [id for id in odd if id in form.control] == control
     # The model's own answers may contain <think>, but no other turn.
     answer = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': words}]
     ids = form.encode([*answer, {'role': 'user', 'content': 'Hi'}])
@@ -189,6 +191,14 @@ def test_a_template_that_fails_or_leaves_the_sandbox_is_one_line(
     assert ended.returncode == 2 and ended.stdout == ''
     line = ended.stderr.splitlines()[-1]
     assert 'chat_template.jinja: the chat template does not accept' in line and reason in line
+
+
+def test_a_jinja_whose_sandbox_is_not_safe_is_one_line(folder, run_main, monkeypatch):
+    monkeypatch.setattr(chat_template, 'version', lambda name: '3.1.5')
+    ended = run_main('sample.py', f'--init_from={folder}', '--chat', '--device=cpu')
+    assert ended.returncode == 2 and 'needs jinja2 3.1.6 or later' in ended.stderr
+    monkeypatch.setattr(chat_template, 'version', lambda name: '3.10.0rc1')
+    read_form(folder).encode(CONVERSATION)
 
 
 @pytest.mark.parametrize('template', [None, 3, [], [{'name': 'tool_use', 'template': CHATML}]])
@@ -399,3 +409,26 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_program(tmp_path):
         run.wait()
         for stream in (run.stdin, run.stdout, run.stderr):
             stream.close()
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no pseudo-terminals')
+def test_a_terminal_shows_a_prompt_sign_and_ctrl_d_ends_the_program(talker):
+    ours, theirs = os.openpty()
+    run = subprocess.Popen(
+        [fast_python(), 'sample.py', f'--init_from={talker[0]}', *FLAGS, '--max_new_tokens=12'],
+        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        for typed in (b'the cat\n', b'\x04'):
+            shown = b''
+            while not shown.endswith(b'> '):
+                shown += os.read(ours, 1 << 16)
+            os.write(ours, typed)
+        answer = reference_answers(*talker[:2], ['the cat'], 12, talker[2])[0]
+        assert answer.encode() in shown
+        assert run.wait(60) == 0
+    finally:
+        run.kill()
+        run.wait()
+        os.close(ours)
