@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -21,9 +21,11 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import configurator
+from model import GPT
+from nib.api import Continuation
 from nib.checkpoint.start import read_weights
 from nib.errors import UserError
-from nib.generation.chat import ChatFormat
+from nib.generation.chat import ChatFormat, Conversation
 from nib.hub import chat_template, nanogpt
 from nib.text.tokenizer import CharTokenizer
 
@@ -38,6 +40,7 @@ CHATML = """{% for message in messages %}
 TEMPLATES = {
     'chatml': CHATML,
     'chatml with a system message of its own': """
+    {% set line = 1 %}
 {%- if messages[0]['role'] != 'system' -%}
     <|im_start|>system
 Be kind.<|im_end|>
@@ -342,7 +345,44 @@ def test_the_same_seed_answers_the_same_and_a_stop_text_ends_an_answer(
     answer = first.stdout.splitlines()[0]
     stop = answer[len(answer) // 2]
     ended = converse(talker[0], run_main, monkeypatch, b'the cat', *flags, f'--stop={stop}')
-    assert ended.stdout == answer[: answer.index(stop) + 1] + '\n'
+    assert ended.stdout == answer[: answer.index(stop) + 1] + '\n' and 'cut' not in ended.stderr
+
+
+def test_each_turn_has_a_seed_of_its_own(talker, run_main, monkeypatch):
+    seeds, generate = [], GPT.generate
+
+    def watched(*args, seed, **options):
+        seeds.append(seed)
+        return generate(*args, seed=seed, **options)
+
+    monkeypatch.setattr(GPT, 'generate', watched)
+    last = (1 << 63) - 1
+    converse(talker[0], run_main, monkeypatch, b'the cat\nthe dog', f'--seed={last}')
+    assert seeds == [last, 0]
+
+
+@dataclass
+class Recited:
+    """A model that generates given tokens."""
+
+    ids: list
+
+    def generate(self, prompts, n_tokens, **options):
+        return (torch.tensor([number]) for number in self.ids)
+
+
+@pytest.mark.parametrize('built', [byte_level, byte_fallback])
+def test_the_text_of_an_answer_is_that_of_transformers(built, tmp_path):
+    """Without special tokens, and without the space that SentencePiece puts in front."""
+    folder, _ = write_model(tmp_path, CHATML, built())
+    form, shown, answer = read_form(folder), [], Continuation('')
+    turn, words = (form.tokenizer.encode(text).tolist() for text in ('<|turn|>', 'the cat é'))
+    ids = [*words, *turn, *form.ends]
+    conversation = Conversation(form, [], 192, 100, shown.append)
+    assert conversation.reply(Recited(ids), [1], answer) == ''
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert theirs.decode(ids, skip_special_tokens=True) == 'the cat é' == answer.text
+    assert ''.join(shown) == answer.text
 
 
 def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message(
