@@ -159,6 +159,7 @@ class Conversation:
         """
         tokenizer, ends = self.form.tokenizer, self.form.ends
         n_tokens = min(self.max_new_tokens, self.block_size - len(ids))
+        cut = ''
         space = b' ' if tokenizer.adds_space else b''  # that encoding puts in front of a text
         for tokens in model.generate([ids], n_tokens, stop=[[id] for id in ends], **sampling):
             token = int(tokens)
@@ -170,9 +171,9 @@ class Conversation:
         else:
             is_full = n_tokens < self.max_new_tokens
             why = 'the context is full' if is_full else 'a larger --max_new_tokens allows more'
-            return f'the answer was cut after {n_tokens:,} tokens: {why}'
+            cut = f'the answer was cut after {n_tokens:,} tokens: {why}'
         self.show(answer.add(b'', final=True))
-        return ''
+        return cut
 
 
 def read_lines() -> Iterator[str]:
