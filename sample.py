@@ -4,6 +4,7 @@ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
 python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
 echo -n "To be" | python sample.py --out_dir=out-shakespeare-char --start=-
 python sample.py --init_from=gpt2 --start="The meaning of life is"
+python sample.py --init_from=Qwen/Qwen3-0.6B --chat
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
@@ -23,6 +24,7 @@ from nib.api import stream
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation import int8
+from nib.generation.chat import ChatFormat, Conversation
 from nib.generation.sampling import check_sampling
 from nib.machine.compiling import NO_COMPILER, explain_failure, has_compiler
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
@@ -36,6 +38,7 @@ which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
 init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
 start: str = '\n'  # prompt, FILE:path or - (standard input); \n is a line break
+chat: bool = False  # talk to an instruction-tuned model; start is then the system message
 num_samples: int = 3  # continuations of the prompt; the first is shown while it is generated
 max_new_tokens: int = 500  # tokens per sample
 stop: str = ''  # end a sample after this text; <|endoftext|> is where a document ends
@@ -60,12 +63,21 @@ def main(argv):
         raise UserError(
             f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}'
         )
+    if chat:
+        check_chat(origins)
     prompt = read_prompt(start)
     weights = read_model(init_from, out_dir, which)
     tokenizer = weights.known_tokenizer()
-    if origins['start'] == 'default':
-        prompt = default_prompt(tokenizer)
-    prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
+    n_rows = 1 if chat else num_samples
+    if chat:
+        system = [] if origins['start'] == 'default' else [{'role': 'system', 'content': prompt}]
+        form, context = ChatFormat.of(weights), weights.model.block_size
+        conversation = Conversation(form, system, context, max_new_tokens, show)
+        prompt_ids = conversation.opening_ids()
+    else:
+        if origins['start'] == 'default':
+            prompt = default_prompt(tokenizer)
+        prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     if dtype == 'int8' and (reason := int8.why_not(device)):
         raise UserError(f'--dtype=int8: {reason}')
@@ -74,7 +86,7 @@ def main(argv):
         [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
     )
     if device == 'cpu':
-        check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
+        check_samples(weights.model, n_rows, len(prompt_ids) + max_new_tokens)
     model = weights.build()
     # The other cells of a notebook need the threads.
     if device == 'cpu' and model.num_params() < SMALL_MODEL and not in_notebook():
@@ -89,6 +101,9 @@ def main(argv):
         flush=True,  # before the text: a notebook does not show it at once
     )
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if chat:
+        conversation.run(model, stop, **sampling)
+        return
 
     def generate(compiled: bool):
         prompts = [prompt_ids] * num_samples
@@ -103,6 +118,18 @@ def main(argv):
     for text in texts[1:]:
         show(f'\n---------------\n{prompt}{text}')
     show('\n')
+
+
+def check_chat(origins: dict):
+    """Raises UserError if a key was set that has no meaning in a conversation."""
+    for key in ('num_samples', 'compile'):
+        if origins[key] != 'default':
+            raise UserError(f'--{key} has no effect with --chat: leave it out')
+    if start == '-':
+        raise UserError(
+            '--start=-: with --chat, standard input is the conversation; write the system message '
+            'into a file and use --start=FILE:path'
+        )
 
 
 def can_compile(generate: Callable) -> bool:

@@ -145,6 +145,7 @@ NEEDS_NETWORK = {
     'hf auth login': 'needs an account',
     'hf upload YOUR_NAME/shakespeare shakespeare-hf': 'needs an account',
     'python sample.py --init_from=YOUR_NAME/shakespeare --start="ROMEO:"': 'fetches a model',
+    'python sample.py --init_from=Qwen/Qwen3-0.6B --chat': 'fetches a model',
     'python data/text/prepare.py --input=PATH/TO/NOTES '
     '--tokenizer=HuggingFaceTB/SmolLM2-135M --name=smol': 'fetches a tokenizer',
     'python sample.py --init_from=gpt2 --start="The meaning of life is"': "fetches GPT-2's weights",

@@ -8,7 +8,7 @@ not depend on its neighbors. nib/text/tokenizer.py describes the methods.
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -150,6 +150,31 @@ class HfTokenizer:
             'content': self.content,
         }
         return described | spelling(self)
+
+    def added_tokens(self) -> dict:
+        """Returns id -> token, with content and special, of what is not in the model's vocabulary.
+
+        They are recognized in a text before it is split into words.
+        """
+        return self._loaded()[0].get_added_tokens_decoder()
+
+    def find(self, text: str, wanted: Container[int]) -> list[tuple[int, int]]:
+        """Returns where a text contains tokens of these ids: (start, end) of each."""
+        encoded = self._loaded()[0].encode(text, add_special_tokens=False)
+        return [span for number, span in zip(encoded.ids, encoded.offsets) if number in wanted]
+
+    def encode_parts(self, parts: Sequence[str], unwanted: Container[int]) -> list[int]:
+        """Returns the token ids of a text in parts; in every second one, no token is unwanted.
+
+        It is encoded by characters, so that none are found there.
+        """
+        ids = self.encode(parts[0]).tolist()
+        for spelled, part in zip(parts[1::2], parts[2::2], strict=True):
+            for character in spelled:
+                found = self._encode_continuation(character).tolist()
+                ids += [number for number in found if number not in unwanted]
+            ids += self._encode_continuation(part).tolist()
+        return ids
 
     def token(self, number: int) -> str:
         """Returns the name of a token in the file."""

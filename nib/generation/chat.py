@@ -1,0 +1,207 @@
+"""A conversation with an instruction-tuned model, turn by turn, in a terminal or a pipe."""
+
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from model import GPT
+from nib.api import Continuation
+from nib.checkpoint.start import Weights
+from nib.errors import UserError
+from nib.hub.chat_template import ChatTemplate, read_chat_template
+from nib.hub.files import Repository
+from nib.text.hf_tokenizer import HfTokenizer
+from nib.text.vocabulary import without_surrogates
+
+SIGN = '> '  # the prompt sign
+Message = dict[str, str]  # 'role' and 'content'
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a model reads a conversation."""
+
+    template: ChatTemplate
+    tokenizer: HfTokenizer
+    ends: frozenset[int]  # tokens that end a turn
+    special: frozenset[int]  # and other special tokens: not part of an answer's text
+    control: frozenset[int]  # and those to which the template gives a meaning, such as <think>
+
+    @classmethod
+    def of(cls, weights: Weights) -> 'ChatFormat':
+        """Returns the format of a model. Raises UserError if it has no chat template."""
+        tokenizer = weights.known_tokenizer()
+        if not isinstance(tokenizer, HfTokenizer) or not (
+            template := read_chat_template(Repository(weights.name))
+        ):
+            raise UserError(
+                f'{weights.name} has no chat template: --chat needs an instruction-tuned model, '
+                f'such as Qwen/Qwen3-0.6B; a run that was fine-tuned from one does not keep its '
+                f'template: write the run with convert.py --dest=FOLDER, and copy '
+                f'tokenizer_config.json and chat_template.jinja of the original model there'
+            )
+        tokenizer = replace(tokenizer, spells_end_of_text=False)  # the template writes these tokens
+        ends = {id for id in template.end_ids if 0 <= id < tokenizer.vocab_size}
+        ends |= {tokenizer.end_of_text} - {None}
+        special, control = set(ends), set()
+        for id, token in tokenizer.added_tokens().items():
+            if token.special:
+                special.add(id)
+            elif token.content in template.source and not token.content.isspace():
+                control.add(id)
+        return cls(template, tokenizer, *map(frozenset, (ends, special, special | control)))
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Returns the token ids of a conversation, up to where the model's answer begins.
+
+        They are those of transformers, except that the words of a message contain no control
+        tokens: what looks like one is encoded as its characters. An answer may contain <think>.
+        Raises UserError if the template refuses the conversation.
+        """
+        forged: list[str] = []
+        marked = []
+        for message in messages:
+            control = self.special if message['role'] == 'assistant' else self.control
+            content, at = without_surrogates(message['content']), 0
+            parts = []
+            for start, end in self.tokenizer.find(content, control):
+                # A mark of surrogates, which no text contains by now; the template copies it.
+                parts.append(f'{content[at:start]}\ud800{len(forged)}\udc00')
+                forged.append(content[start:end])
+                at = end
+            marked.append({**message, 'content': ''.join(parts) + content[at:]})
+        text = self.template.render(marked)
+        parts = re.split('\ud800([0-9]+)\udc00', text)
+        parts[1::2] = [forged[int(number)] for number in parts[1::2]]
+        return self.tokenizer.encode_parts(parts, self.control)
+
+
+@dataclass
+class Conversation:
+    """The messages so far, and how answers are generated.
+
+    show: prints a piece of an answer. sampling: arguments of GPT.generate().
+    """
+
+    form: ChatFormat
+    messages: list[Message]  # a system message may come first
+    block_size: int
+    max_new_tokens: int
+    show: Callable[[str], None]
+
+    def opening_ids(self) -> list[int]:
+        """Returns the token ids of a shortest conversation.
+
+        Raises UserError if the template refuses it, or the system message is too long.
+        """
+        ids = self.form.encode([*self.messages, {'role': 'user', 'content': 'a'}])
+        if len(ids) > self.room:
+            raise UserError(
+                f'--start: with the system message, a conversation begins with {len(ids):,} '
+                f'tokens, but the model attends over {self.block_size:,}, which leaves '
+                f'{self.room:,} for it beside an answer: shorten it'
+            )
+        return ids
+
+    @property
+    def room(self) -> int:
+        """The number of tokens for the conversation, beside those for an answer."""
+        return self.block_size - min(self.max_new_tokens, self.block_size // 2)
+
+    def run(self, model: GPT, stop: str, seed: int, **sampling):
+        """Reads lines and answers each, until the input ends or Ctrl-C at the prompt."""
+        for turn, line in enumerate(read_lines()):
+            asked = self.add(line)
+            if asked is None:
+                continue
+            answer = Continuation(stop)
+            # A seed of its own for each turn: the same noise would favor the same words.
+            sampling['seed'] = (seed + turn) % (1 << 63)
+            cut = ''
+            with suppress(KeyboardInterrupt):  # which ends this answer only
+                cut = self.reply(model, asked, answer, **sampling)
+            self.show('\n')
+            if cut:
+                note(cut)
+            self.messages.append({'role': 'assistant', 'content': answer.text})
+
+    def add(self, line: str) -> list[int] | None:
+        """Adds a message of the user; returns the token ids of the conversation.
+
+        Drops the oldest turns if it is too long for the context, but not the system message. If the
+        message alone is too long, it is not added, and None is returned.
+        """
+        messages = [*self.messages, {'role': 'user', 'content': line}]
+        first = int(messages[0]['role'] == 'system')
+        n_dropped = 0
+        while len(ids := self.form.encode(messages)) > self.room:
+            if len(messages) == first + 1:
+                note(
+                    f'this message is too long and was left out: it makes {len(ids):,} tokens, but '
+                    f'{self.room:,} fit into the context beside an answer'
+                )
+                return None
+            del messages[first : first + 2]  # a message and its answer
+            n_dropped += 1
+        if n_dropped:
+            turns = f'{n_dropped} turn{"s" * (n_dropped > 1)}'
+            note(f'the context is full: the model no longer sees the oldest {turns}')
+        self.messages = messages
+        return ids
+
+    def reply(self, model: GPT, ids: list[int], answer: Continuation, **sampling) -> str:
+        """Shows an answer as it is generated, until a token that ends a turn.
+
+        answer: what it is added to. Returns why the answer was cut; empty if it was not.
+        """
+        tokenizer, ends = self.form.tokenizer, self.form.ends
+        n_tokens = min(self.max_new_tokens, self.block_size - len(ids))
+        cut = ''
+        space = b' ' if tokenizer.adds_space else b''  # that encoding puts in front of a text
+        for tokens in model.generate([ids], n_tokens, stop=[[id] for id in ends], **sampling):
+            token = int(tokens)
+            if token in ends or answer.ended:
+                break
+            if token not in self.form.special:  # as with skip_special_tokens in transformers
+                self.show(answer.add(tokenizer.decode_bytes([token]).removeprefix(space)))
+                space = b''
+        else:
+            is_full = n_tokens < self.max_new_tokens
+            why = 'the context is full' if is_full else 'a larger --max_new_tokens allows more'
+            cut = f'the answer was cut after {n_tokens:,} tokens: {why}'
+        self.show(answer.add(b'', final=True))
+        return cut
+
+
+def read_lines() -> Iterator[str]:
+    """Yields the lines of standard input that are not empty, with a prompt sign in a terminal."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors='replace')  # a wrong byte should not end a conversation
+    is_typed = sys.stdin.isatty()
+    has_editing = is_typed and sys.stdout.isatty()
+    if has_editing:
+        with suppress(ImportError):  # Windows
+            import readline  # noqa: F401 - gives input() arrow keys and a history
+    try:
+        while True:
+            if has_editing:
+                line = input(SIGN) + '\n'
+            else:
+                print(SIGN if is_typed else '', end='', file=sys.stderr, flush=True)
+                line = sys.stdin.readline()
+            if not line:
+                return
+            if line.strip():
+                yield line.removeprefix('\ufeff').strip()
+    except EOFError:  # Ctrl-D
+        print(file=sys.stderr)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise
+
+
+def note(text: str):
+    print(f'note: {text}', file=sys.stderr, flush=True)
