@@ -41,6 +41,28 @@ def test_a_rate_that_would_rise_is_refused_in_one_line():
     check_config(DEFAULTS | {'learning_rate': 5e-5, 'min_lr': 1e-4, 'lr_schedule': 'constant'}, 1)
 
 
+WSD = {'lr_schedule': 'wsd', 'warmup_iters': 100, 'lr_decay_iters': 1000}
+
+
+@pytest.mark.parametrize(
+    'key, possible, impossible, others',
+    [
+        ('cooldown_iters', [1, 900], [0, 901], WSD),
+        ('warmup_iters', [0, 1000], [-1, 1001], {'lr_decay_iters': 1000}),
+        ('min_lr', [0.0, 6e-4], [-1e-9, 6.1e-4], {'learning_rate': 6e-4}),
+        ('beta2', [0.0, 0.9999], [-0.1, 1.0], {}),
+        ('batch_size', [1], [0], {}),
+        ('gradient_accumulation_steps', [2, 4], [1, 3], {}),
+    ],
+)
+def test_the_limits_of_a_value(key, possible, impossible, others):
+    for value in possible:
+        check_config(DEFAULTS | others | {key: value}, 2)
+    for value in impossible:
+        with pytest.raises(UserError, match=key):
+            check_config(DEFAULTS | others | {key: value}, 2)
+
+
 OLD = {
     'learning_rate': 1e-3,
     'min_lr': 3e-5,
