@@ -287,6 +287,8 @@ def test_the_largest_logits_are_those_of_a_full_sort(shape, k):
     expected, ids = logits.sort(dim=1, descending=True)
     values, places = sampling.largest(logits, k)
     assert values.equal(expected[:, :k]) and places.equal(ids[:, :k])
+    values, places = sampling.largest(logits - 100, k)  # all negative
+    assert values.equal(expected[:, :k] - 100) and places.equal(ids[:, :k])
 
 
 def test_sampling_draws_tokens_by_their_probability():

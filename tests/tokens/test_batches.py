@@ -130,6 +130,9 @@ def test_the_order_of_sequences_is_the_same_for_any_number_of_ranks(world_size):
     ]
     for step in range(8):  # across the first epoch's end
         expected = [start for micro_step in range(4) for start in starts(alone, step, micro_step)]
+        for loader in (alone, *ranks):
+            x, _ = loader.first_sequences(step, 3)
+            assert torch.equal(x, loader._cut(loader.tokens, np.array(expected[:3]))[0])
         assert [
             start
             for micro_step in range(4 // world_size)

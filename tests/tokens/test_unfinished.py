@@ -123,6 +123,16 @@ def test_a_run_goes_on_within_a_document(tmp_path, monkeypatch):
     assert ids.tolist() == [*tokenizer.encode(' the cat'), *tokenizer.between]
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='Windows cannot open a folder')
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, disk):
+    write(tmp_path)
+    inodes = {name: (tmp_path / name).stat().st_ino for name in contents(tmp_path)}
+    described = disk.index('meta.json')  # after which the journal no longer counts
+    assert all(inode in disk[:described] for inode in inodes.values())
+    last = max(map(disk.index, ('train.bin', 'val.bin')))
+    assert described < last and tmp_path.stat().st_ino in disk[last:]
+
+
 @pytest.fixture(scope='module')
 def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp('stopped')
