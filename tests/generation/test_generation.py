@@ -312,6 +312,8 @@ def test_sampling_draws_tokens_by_their_probability():
     assert shares(1.0, None, 0.6) == [1, 0, 0, 0]
     assert shares(1.0, 2, 0.7) == [1, 0, 0, 0]  # of the two likeliest alone, the first holds 0.731
     assert shares(0.0, None, None) == shares(1e-39, None, None) == [1, 0, 0, 0]
+    logits = torch.tensor([[0.001, 0.0]]).repeat(40_000, 1)
+    assert shares(0.001, None, None)[:2] == pytest.approx([0.731, 0.269], abs=0.01)
     logits = torch.zeros(1000, 4)
     assert sum(share > 0 for share in shares(1.0, 1, None)) == 1  # of equals, top_k still takes k
 
