@@ -215,8 +215,11 @@ def test_what_a_kill_left_is_gone_after_the_next_save(tmp_path):
     for name in ('.latest.1.tmp', '.metrics.jsonl.1.tmp', 'step-00000010/.state.json.1.tmp'):
         (tmp_path / name).write_text('half')
     (tmp_path / '.notes').write_text("the user's own")
+    own = f'.config.json.{os.getpid()}.tmp'
+    (tmp_path / own).write_text('being written by another thread')
     save(tmp_path, 20)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        own,
         '.notes',
         'latest',
         'step-00000010',
