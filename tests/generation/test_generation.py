@@ -278,6 +278,15 @@ def test_a_row_ends_after_its_stop_sequence_while_others_go_on():
     assert alone == free[0][: free[0].index(stop[0]) + 1]
 
 
+@pytest.mark.parametrize('kind', ['gelu', 'gelu_erf', 'relu'])
+def test_packed_matrices_keep_the_activation(monkeypatch, kind):
+    monkeypatch.setattr(PackedLinear, 'SMALLEST', 1)
+    mlp = make_model(replace(SMALL, mlp=kind)).transformer.h[0].mlp
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(for_generation(mlp, PackedLinear)(x), mlp(x), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize('shape', [(1, 50257), (3, 1000), (2, 200)])
 @pytest.mark.parametrize('k', [1, 7, 100])
 def test_the_largest_logits_are_those_of_a_full_sort(shape, k):
