@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,10 @@ GPT2 = f'{SMALL} --bias'
 MODERN = f'{SMALL} --position=rotary --norm=rms --qk_norm --mlp=swiglu --n_kv_head=2 --no-tied_head'
 NOISY = '--dropout=0.2 --gradient_accumulation_steps=4'
 MUON = '--optimizer=muon --learning_rate=0.01'
+LARGE = (  # a micro batch has more logits than a chunk of the loss in nib/kernels.py
+    f'{SMALL} --dataset=squares --vocab_size=60000 --n_embd=16 --batch_size=20 --logit_cap=9 '
+    '--max_iters=3 --eval_interval=3 --eval_iters=1'
+)
 SHORT = '--eval_interval=10 --eval_iters=4 --log_interval=1'
 CASES = {
     'GPT-2': Case(GPT2),
@@ -66,6 +71,7 @@ CASES = {
     'GPT-2 accumulation': Case(f'{GPT2} {NOISY}'),
     'GPT-2 2 ranks': Case(f'{GPT2} {NOISY}', ranks=2),
     'GPT-2 resumed': Case(f'{GPT2} {NOISY}', cut=16),
+    'GPT-2 large vocabulary': Case(LARGE),
     'modern': Case(MODERN),
     'modern Muon bfloat16': Case(f'{MODERN} {MUON} --dtype=bfloat16'),
     'modern relu2 recompute': Case(f'{MODERN} --mlp=relu2 --logit_cap=9 --recompute --grad_clip=0'),
@@ -96,6 +102,7 @@ def main(argv):
             bins = scratch / f'data-{name}' / 'shakespeare_char'
             prepare = ['data/shakespeare_char/prepare.py', f'--input={text}', f'--out_dir={bins}']
             run([sys.executable, *prepare], tree)
+        write_squares(scratch / 'data-old' / 'squares')
         if timing:
             table, same = measure_speed(chosen, old, scratch), True
         else:
@@ -161,7 +168,7 @@ def train(tree: Path, case: Case, out_dir: Path, scratch: Path, part: str):
     command = [sys.executable]
     if case.ranks > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={case.ranks}']
-    command += ['train.py', *case.flags.split(), '--dataset=shakespeare_char', '--device=cpu']
+    command += ['train.py', '--dataset=shakespeare_char', *case.flags.split(), '--device=cpu']
     command += [f'--data_dir={scratch / "data-old"}', f'--out_dir={out_dir}', '--compile=False']
     run([*command, *part.split()], tree, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
 
@@ -285,6 +292,14 @@ def make_text() -> str:
         words = ' '.join(digits[int(digit)] for digit in str(number))
         lines.append(f'{words}: {number * number}\n')
     return ''.join(lines)
+
+
+def write_squares(folder: Path):
+    """Writes bins of ids below 60,000, as nanoGPT's: without a meta.json."""
+    folder.mkdir()
+    squares = array('H', [number * number % 60_000 for number in range(3000)])
+    for name, ids in (('train.bin', squares[:2000]), ('val.bin', squares[2000:])):
+        (folder / name).write_bytes(ids.tobytes())
 
 
 if __name__ == '__main__':

@@ -111,6 +111,29 @@ def exact_products():
         torch.set_float32_matmul_precision('highest')
 
 
+@pytest.fixture
+def disk(monkeypatch):
+    """A list of what happens on the disk: inodes that are synced, and names that files get.
+
+    After a power failure, a file that was not synced may be empty, and its name missing.
+    """
+    events = []
+
+    def note(function, what):
+        original = getattr(os, function)
+
+        def call(*arguments):
+            original(*arguments)
+            events.append(what(*arguments))
+
+        monkeypatch.setattr(os, function, call)
+
+    note('fsync', lambda descriptor: os.fstat(descriptor).st_ino)
+    for function in ('rename', 'replace'):
+        note(function, lambda old, new: Path(new).name)
+    return events
+
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """A folder with one dataset, 'tiny': sentences of a few words, 10,000 characters."""

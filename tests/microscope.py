@@ -7,11 +7,6 @@ import torch
 from conftest import ROOT, SMALL_RUN
 
 import configurator
-import debug_training
-import train
-from nib.lessons import examination
-from nib.machine.device import pick_device
-from nib.run.checks import settle_schedule
 
 SCRIPT = 'debug_training.py'
 CALM = ['--gradient_accumulation_steps=1', '--dtype=float32', '--learning_rate=3e-3']
@@ -46,6 +41,11 @@ def debug(data_dir, run_main):
 def make_training(data_dir, monkeypatch):
     """make_training(*flags): a Microscope on the small model, to examine and to break."""
 
+    import debug_training  # here, because all tests load this file
+    import train
+    from nib.machine.device import pick_device
+    from nib.run.checks import settle_schedule
+
     def make(*flags):
         argv = [*SMALL, f'--data_dir={data_dir}', *flags]
         values, _ = configurator.configure(
@@ -65,6 +65,8 @@ def make_training(data_dir, monkeypatch):
 
 def examined(training, steps=20) -> tuple[str, str]:
     """All of the report, and its last section, on one line."""
+    from nib.lessons import examination
+
     text = '\n'.join(examination.examine(training, full=True, overfit_steps=steps))
     return text, ' '.join(text.split('5. WHAT IS OUT OF RANGE')[1].split())
 

@@ -183,6 +183,15 @@ def test_the_planned_steps_and_evaluations_fill_the_time(planner):
     evaluations = 2 * 5 * keys['eval_iters'] * batch  # at step 0 and after each quarter
     assert keys['max_iters'] / keys['eval_interval'] == pytest.approx(4, abs=0.01)
     assert keys['max_iters'] * step + evaluations == pytest.approx(98, rel=0.02)
+    speed = machine.measure(keys, None, 1)
+    seconds = [plan.seconds(keys, keys['max_iters'] + more, speed) for more in (0, 1)]
+    assert seconds[0] <= 100 < seconds[1]
+
+
+def test_a_text_that_is_read_five_times_needs_dropout(planner):
+    plan = planner()
+    n = len(plan.data.train)
+    assert [plan.shape(128, tokens)['dropout'] for tokens in (4.9 * n, 5 * n)] == [0.0, 0.1]
 
 
 @pytest.mark.parametrize('seconds', [1, -1])  # a second is over when training has been imported

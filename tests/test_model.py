@@ -11,7 +11,7 @@ from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, attend, attend_by_definition
 from nib import kernels
 from nib.kernels import attend_in_blocks
 
@@ -149,11 +149,13 @@ def test_with_zero_init_every_block_begins_as_the_identity():
 
 
 @pytest.mark.parametrize('has_amx', [False, True])
-@pytest.mark.parametrize('T, heads, kv_heads', [(1, 2, 2), (40, 6, 3), (256, 2, 1), (600, 4, 2)])
+@pytest.mark.parametrize(
+    'T, heads, kv_heads', [(1, 2, 2), (40, 6, 3), (256, 2, 1), (600, 4, 2), (300, 1, 1)]
+)
 def test_attention_in_blocks_is_attention(monkeypatch, T, heads, kv_heads, has_amx):
     """Values and gradients: to rounding in float64, to a few roundings in bfloat16."""
     monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
-    monkeypatch.setattr(kernels, 'CACHED_WEIGHTS', 3 * 256 * 600)  # 3, 3 and 2 heads at a time
+    monkeypatch.setattr(kernels, 'CACHED_WEIGHTS', (heads - 1) * 256 * 600)  # 3, 3 and 2 heads
     torch.manual_seed(0)
     q, k, v, g = (
         torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads)
@@ -205,6 +207,42 @@ def test_bfloat16_on_a_cpu_attends_in_blocks_and_drops_out(monkeypatch):
     )
 
 
+def by_definition(q, k, v, dropout):
+    positions = torch.arange(q.shape[2])
+    return attend_by_definition(q, k, v, positions, positions, dropout)
+
+
+@pytest.mark.parametrize('has_amx', [False, True])
+@pytest.mark.parametrize('compute', [attend, attend_in_blocks, by_definition])
+def test_weights_of_attention_drop_out(monkeypatch, compute, has_amx):
+    """The mean of values that are all 1 is 1; of half of them, doubled, it is about that."""
+    monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
+    ones = torch.ones(1, 4, 300, 8)
+    assert compute(ones, ones, ones, 0.0).allclose(ones)
+    half = compute(ones, ones, ones, 0.5)
+    assert half.mean().item() == pytest.approx(1.0, abs=0.05) and 0.05 < half.std() < 0.5
+
+
+def test_dropout_is_where_gpt2_has_it_and_in_training_only():
+    model, zeros = make_model(replace(SMALL, dropout=0.5)), {}
+
+    def watch(name):
+        def look(module, inputs, output):
+            zeros[name] = (output == 0.0).float().mean().item()
+
+        model.get_submodule(f'transformer.{name}').register_forward_hook(look)
+
+    for name in ('drop', 'h.0.attn', 'h.0.mlp'):  # the embeddings and both branches
+        watch(name)
+    ones, attention = torch.ones(1, 4, 16, 8), model.transformer.h[0].attn
+    for training in (True, False):
+        model.train(training)
+        model(torch.randint(61, (4, 16)))
+        assert zeros == pytest.approx(dict.fromkeys(zeros, 0.5 * training), abs=0.1)
+        assert len(zeros) == 3
+        assert attention.attend(ones, ones, ones).allclose(ones) != training
+
+
 def test_residual_projections_start_smaller_by_depth():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=100, block_size=8, n_layer=8, n_head=4, n_embd=256))
@@ -241,6 +279,9 @@ def test_parameter_counts():
     assert gpt2.num_params() == 124_439_808
     assert gpt2.num_params(positions=False) == 124_439_808 - 1024 * 768
     assert f'{baby.num_params(positions=False) / 1e6:.2f}' == '10.65'
+    # Of SwiGLU: two thirds of 4C are 85.3, 256 and 341.3.
+    swiglu = [replace(SMALL, mlp='swiglu', n_embd=n_embd) for n_embd in (32, 96, 128)]
+    assert [config.mlp_units for config in swiglu] == [96, 256, 352]
 
 
 def compute_loss_in_chunks(monkeypatch, V: int):
@@ -268,6 +309,10 @@ def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
             (3 * chunked).backward()
             with torch.no_grad():
                 assert model(ids, targets).item() == pytest.approx(whole.item(), rel=1e-6)
+            x = torch.randn(48, 32)
+            before = x.clone()
+            kernels.head_cross_entropy(x, model.head_weight, targets.flatten(), 0.0)
+            assert x.equal(before)
         assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=0)
@@ -448,6 +493,7 @@ def test_flops_by_layer_add_up_to_the_formula_for_the_whole(config):
 
 
 def test_smear_adds_the_weighted_embeddings_of_the_previous_tokens():
+    assert (GPT(replace(SMALL, smear=2)).transformer.smear.weight == 0.5).all()
     model = make_model(replace(SMALL, smear=2))
     ids = torch.randint(61, (3, 16))
     x, weight = model.transformer.wte(ids), model.transformer.smear.weight
@@ -473,6 +519,7 @@ def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
         model.crop_block_size(8)
         torch.testing.assert_close(model(ids), before)
     assert model.config.block_size == 8
+    assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match='9 positions'):
         model(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match='block_size 9'):

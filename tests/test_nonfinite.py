@@ -80,6 +80,22 @@ def test_a_bad_step_changes_neither_weights_nor_moments_and_the_run_goes_on(
     ] == ([3, 5, 6] if counted else [])
 
 
+@pytest.mark.parametrize('max_batches, saved', [(3, 'Nothing is saved'), (None, 'nan nats')])
+def test_a_validation_loss_that_is_not_finite_is_exit_code_3(
+    train_here, tmp_path, monkeypatch, max_batches, saved
+):
+    """Of an evaluation, or of the whole split at the end."""
+    original = training.split_loss
+
+    def split_loss(t, data, split, n, stop):
+        is_chosen = split == 'val' and n == max_batches
+        return math.nan if is_chosen else original(t, data, split, n, stop)
+
+    monkeypatch.setattr(training, 'split_loss', split_loss)
+    done = train_here(tmp_path / 'run', '--max_iters=1')
+    assert done.returncode == 3 and saved in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize('log_interval', [1, 7, 1000])
 def test_after_three_bad_steps_in_a_row_the_run_stops_with_the_weights_before_them(
     train_here, poison, tmp_path, log_interval

@@ -208,6 +208,24 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize('method', ['adamw', 'sgd', 'muon'])
+def test_the_optimizer_of_a_config_has_all_its_values(method):
+    values = {'optimizer': method, 'beta1': 0.8, 'beta2': 0.7, 'weight_decay': 0.3}
+    values |= {'muon_lr_ratio': 2.0, 'muon_momentum': 0.6, 'muon_iterations': 3}
+    values |= {'sgd_momentum': 0.5}
+    ours, theirs = GPT(CONFIG), GPT(CONFIG)
+    theirs.load_state_dict(ours.state_dict())
+    picked = optim.Optimizer.pick(values, ours, has_bfloat16=True)
+    picked.lr = 0.01
+    momentum = 0.5 if method == 'sgd' else 0.6
+    options = {'lr_ratio': 2.0, 'iterations': 3, 'dtype': torch.bfloat16}
+    direct = make(theirs, 0.01, method, (0.8, 0.7), 0.3, momentum=momentum, **options)
+    for model, optimizer in ((ours, picked), (theirs, direct)):
+        train_a_little(model, [optimizer], 2)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+
+
+@pytest.mark.parametrize('method', ['adamw', 'sgd', 'muon'])
 def test_a_step_that_is_not_usable_changes_nothing(method):
     """Even if gradients are NaN; and the next steps are not affected either."""
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from nib.doctor import vitals
 from nib.doctor.finding import Finding
 from nib.machine.device import seed_everything
 from nib.machine.ranks import Ranks
+from nib.run import logbook
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import open_dataset
@@ -751,3 +753,32 @@ def test_a_resumed_run_whose_old_rate_would_rise_is_refused(train_here, tmp_path
     assert begun.returncode == 0, begun.stderr
     ended = train_here(tmp_path / 'run', '--lr_schedule=cosine', '--init_from=resume')
     assert ended.returncode == 2 and 'min_lr 1 is greater than learning_rate 0.01' in ended.stderr
+
+
+def test_speed_is_that_of_the_steps_without_the_evaluations(train_here, tmp_path, monkeypatch):
+    """A step takes a quarter of a second, and a split's evaluation ten seconds."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    for module in (training, logbook):
+        monkeypatch.setattr(module, 'time', clock)
+
+    def take(name, seconds):
+        original = getattr(training, name)
+
+        def work(*arguments):
+            clock.now += seconds
+            return original(*arguments)
+
+        monkeypatch.setattr(training, name, work)
+
+    take('train_step', 0.25)
+    take('evaluate', 10.0)
+    monkeypatch.setattr(logbook, 'measure_flops', lambda device, dtype: 1e9)
+    train_here(tmp_path, '--log_interval=3', status=0)
+    lines = [record for record in records(tmp_path) if 'mfu' in record]
+    assert [line['step'] for line in lines] == [1, 3, 6, 9, 12, 15, 18]
+    n_head = len(tensors_of(tmp_path)['model']['transformer.wte.weight']) * 32
+    # 128 tokens in a step; 6 FLOPs for each weight of a matrix, and attention to 16 positions.
+    flops = 6 * (2 * 12 * 32**2 + n_head) + 12 * 2 * 32 * 16
+    for line in lines:
+        assert line['tokens_per_second'] == pytest.approx(4 * 128)
+        assert line['mfu'] == pytest.approx(flops * 4 * 128 / 1e9)

@@ -99,9 +99,6 @@ class UnfinishedBins:
         with _writing(self.folder):
             clear_temporaries(folder, 'meta.json', self.journal.name)
             self.done = self._read_journal(key) or nothing
-            if self.done is nothing:
-                # Before anything is written: the old journal does not describe the new bins.
-                self.journal.unlink(missing_ok=True)
             for split, path in self.paths.items():
                 file = open(path, 'r+b' if path.exists() else 'w+b')  # noqa: SIM115 (stays open)
                 self.files[split] = file

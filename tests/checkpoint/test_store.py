@@ -1,7 +1,10 @@
 """Checkpoints: complete or absent, checked when read, and named by `latest` and `best`."""
 
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,12 +130,11 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
 def test_pruning_keeps_the_newest_the_latest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, best=step == 2)
+    store.prune(tmp_path, 3, keep_last=1)  # newer ones are left alone
+    assert sorted(store.steps_after(tmp_path, 0)) == [2, 3, 4, 5, 6]
+    store.point(tmp_path, 'latest', tmp_path / 'step-00000003')
     store.prune(tmp_path, 6, keep_last=2)
-    assert sorted(p.name for p in tmp_path.glob('step-*')) == [
-        'step-00000002',
-        'step-00000005',
-        'step-00000006',
-    ]
+    assert sorted(store.steps_after(tmp_path, 0)) == [2, 3, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -213,8 +215,11 @@ def test_what_a_kill_left_is_gone_after_the_next_save(tmp_path):
     for name in ('.latest.1.tmp', '.metrics.jsonl.1.tmp', 'step-00000010/.state.json.1.tmp'):
         (tmp_path / name).write_text('half')
     (tmp_path / '.notes').write_text("the user's own")
+    own = f'.config.json.{os.getpid()}.tmp'
+    (tmp_path / own).write_text('being written by another thread')
     save(tmp_path, 20)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        own,
         '.notes',
         'latest',
         'step-00000010',
@@ -277,3 +282,81 @@ def test_checkpoints_that_are_set_aside_are_there_until_the_next_run_has_saved(t
     writer.save(5, {}, {}, {})
     writer.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['latest', 'step-00000005']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows cannot open a folder')
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, disk):
+    folder = save(tmp_path, 10)
+    renamed, named = disk.index(folder.name), disk.index('latest')
+    for path in (folder, *folder.iterdir()):
+        assert path.stat().st_ino in disk[:renamed], path
+    assert tmp_path.stat().st_ino in disk[renamed:named]
+    assert (tmp_path / 'latest').stat().st_ino in disk[:named]
+    assert tmp_path.stat().st_ino in disk[named:]
+
+
+class Crash(BaseException):
+    """The machine stops."""
+
+
+@pytest.mark.parametrize('number', [1, 2, 3, 4])
+def test_a_crash_while_a_step_is_saved_again_loses_neither(tmp_path, monkeypatch, number):
+    """At any renaming; step 10 is the only one."""
+    save(tmp_path, 10, best=True)
+    left = [number]
+
+    def stop(function):
+        original = getattr(os, function)
+
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                monkeypatch.setattr(shutil, 'rmtree', lambda *_, **options: None)  # nor anything
+                raise Crash
+            original(*arguments)
+
+        monkeypatch.setattr(os, function, call)
+
+    for function in ('rename', 'replace'):
+        stop(function)
+    with pytest.raises(Crash):
+        save(tmp_path, 10, value=7)
+    assert value_of(tmp_path, 'latest', warn=pytest.fail)[1] == (10.0 if number < 4 else 7.0)
+
+
+def test_a_checkpoint_that_a_crash_has_half_deleted_does_not_look_complete(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def delete_a_file(folder, **options):
+        for path in Path(folder).glob('*'):
+            path.unlink()
+            raise Crash
+
+    monkeypatch.setattr(shutil, 'rmtree', delete_a_file)
+    with pytest.raises(Crash):
+        store.prune(tmp_path, 2, keep_last=1)
+    assert [path.name for path in tmp_path.glob('step-*')] == ['step-00000002']
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as later:
+        later.setattr(store, 'FORMAT', 2)
+        save(tmp_path, 10)
+    with pytest.raises(UserError, match='format 2, this version reads 1'):
+        store.load(tmp_path)
+
+
+def test_a_crash_before_an_evaluation_is_recorded_lets_it_be_repeated(tmp_path, monkeypatch):
+    """Otherwise the best checkpoint would never get its name."""
+    save(tmp_path, 10, best=True)
+    save(tmp_path, 20)
+
+    def stop(*_):
+        raise Crash
+
+    for point in ('point', '_write_state'):
+        with monkeypatch.context() as crash, pytest.raises(Crash):
+            crash.setattr(store, point, stop)
+            store.record_evaluation(tmp_path, 20, {'evaluated': 20}, best=True)
+        assert store.load(tmp_path)[0].state.get('train') is None

@@ -1,6 +1,7 @@
 """Safetensors files: the same as those of the safetensors package, and hashed meanwhile."""
 
 import hashlib
+import json
 
 import pytest
 import safetensors.torch
@@ -33,6 +34,10 @@ def test_what_is_written_is_read_here_and_by_the_safetensors_package(tmp_path, m
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert_equal(tensorfile.read(path, digest), TENSORS)
     assert_equal(safetensors.torch.load_file(path), TENSORS)
+    content = path.read_bytes()
+    data = 8 + int.from_bytes(content[:8], 'little')
+    for name, entry in json.loads(content[8:data]).items():  # for readers that map the file
+        assert (data + entry['data_offsets'][0]) % TENSORS[name].itemsize == 0, name
 
 
 def test_files_of_the_safetensors_package_are_read(tmp_path):

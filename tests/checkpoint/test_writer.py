@@ -71,6 +71,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk):
     assert store.load(tmp_path, 'best')[0].state['train'] == {'evaluated': 10}
 
 
+def test_there_is_one_copy_at_a_time(tmp_path, slow_disk):
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    save(writer, 10)
+    second = threading.Thread(target=save, args=[writer, 20])
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    slow_disk.set()
+    second.join()
+    writer.close()
+    assert newest(tmp_path) == (20, 20.0)
+
+
 @pytest.mark.parametrize('call', ['save', 'record_evaluation', 'wait', 'close'])
 def test_an_error_comes_out_of_the_next_call_and_only_there(tmp_path, broken_disk, call):
     writer = CheckpointWriter(tmp_path, keep_last=1)

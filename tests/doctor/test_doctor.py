@@ -15,6 +15,7 @@ from signs import (
     loss_at,
     make_doctor,
     names_of,
+    ratio,
     rising,
     show,
     step_signs,
@@ -153,6 +154,17 @@ def test_what_a_rewound_run_undid_is_forgotten():
     for s in range(100, 300, 10):
         found += doctor.see_step(step_signs(s, 10, **rising(s)))
     assert [(f.name, f.step) for f in found] == [('diverging', finding.step)]
+
+
+def test_after_a_rewind_a_sign_must_last_as_long_again():
+    high = ratio(0.2)  # two lines in a row are a learning rate that is too high
+    doctor = make_doctor()
+    show(doctor, last=90)
+    assert doctor.see_step(step_signs(100, 10, **high)) == []
+    doctor.rewind(90)
+    assert doctor.see_step(step_signs(100, 10, **high)) == []
+    (finding,) = doctor.see_step(step_signs(110, 10, **high))
+    assert finding.name == 'lr_too_high'
 
 
 numbers = st.floats(width=32) | st.sampled_from([0.0, 1e-9, 0.5, 3.0, 1e9, math.inf, math.nan])

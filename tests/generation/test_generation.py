@@ -278,6 +278,15 @@ def test_a_row_ends_after_its_stop_sequence_while_others_go_on():
     assert alone == free[0][: free[0].index(stop[0]) + 1]
 
 
+@pytest.mark.parametrize('kind', ['gelu', 'gelu_erf', 'relu'])
+def test_packed_matrices_keep_the_activation(monkeypatch, kind):
+    monkeypatch.setattr(PackedLinear, 'SMALLEST', 1)
+    mlp = make_model(replace(SMALL, mlp=kind)).transformer.h[0].mlp
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(for_generation(mlp, PackedLinear)(x), mlp(x), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize('shape', [(1, 50257), (3, 1000), (2, 200)])
 @pytest.mark.parametrize('k', [1, 7, 100])
 def test_the_largest_logits_are_those_of_a_full_sort(shape, k):
@@ -287,6 +296,8 @@ def test_the_largest_logits_are_those_of_a_full_sort(shape, k):
     expected, ids = logits.sort(dim=1, descending=True)
     values, places = sampling.largest(logits, k)
     assert values.equal(expected[:, :k]) and places.equal(ids[:, :k])
+    values, places = sampling.largest(logits - 100, k)  # all negative
+    assert values.equal(expected[:, :k] - 100) and places.equal(ids[:, :k])
 
 
 def test_sampling_draws_tokens_by_their_probability():
@@ -310,6 +321,8 @@ def test_sampling_draws_tokens_by_their_probability():
     assert shares(1.0, None, 0.6) == [1, 0, 0, 0]
     assert shares(1.0, 2, 0.7) == [1, 0, 0, 0]  # of the two likeliest alone, the first holds 0.731
     assert shares(0.0, None, None) == shares(1e-39, None, None) == [1, 0, 0, 0]
+    logits = torch.tensor([[0.001, 0.0]]).repeat(40_000, 1)
+    assert shares(0.001, None, None)[:2] == pytest.approx([0.731, 0.269], abs=0.01)
     logits = torch.zeros(1000, 4)
     assert sum(share > 0 for share in shares(1.0, 1, None)) == 1  # of equals, top_k still takes k
 

@@ -1,5 +1,6 @@
 """Open models: logits and text equal transformers', for every key of their config.json."""
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -23,7 +24,7 @@ from transformers import (
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.hub import family, gpt2, huggingface, llama
-from nib.hub.family import HARMLESS
+from nib.hub.family import HARMLESS, REQUIRED
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import CharTokenizer
 from stress.foreign_models import GPT2, LLAMA, LLAMA3
@@ -193,6 +194,11 @@ def test_every_key_of_transformers_is_honoured_refused_or_harmless(kind):
         if key not in (*family.keys, *family.fixed, *special) and not HARMLESS.fullmatch(key)
     ]
     assert unknown == []
+    for key, (_, default) in family.keys.items():  # if config.json lacks the key
+        if default is not REQUIRED:
+            theirs = inspect.signature(CLASSES[kind][0]).parameters
+            value = theirs[key].default if key in theirs else config.get(key)
+            assert default == (value or 0), key
 
 
 def change(folder, **changes):
@@ -278,6 +284,14 @@ def test_keys_of_before_transformers_5_mean_the_same(tmp_path):
     theirs.save_pretrained(tmp_path)
     old = {key: value for key, value in LLAMA3.items() if key != 'rope_theta'}
     change(tmp_path, rope_parameters=None, rope_scaling=old, rope_theta=50.0, torch_dtype='float32')
+    assert_same_logits(read(tmp_path), theirs, torch.randint(V, (2, 19)))
+
+
+def test_a_window_of_no_layer_is_no_window(tmp_path):
+    theirs = make('qwen2')
+    theirs.save_pretrained(tmp_path)
+    n_layer, window = theirs.config.num_hidden_layers, {'sliding_window': 2, 'layer_types': None}
+    change(tmp_path, use_sliding_window=True, max_window_layers=n_layer, **window)
     assert_same_logits(read(tmp_path), theirs, torch.randint(V, (2, 19)))
 
 
@@ -387,6 +401,9 @@ def test_what_is_written_is_loaded_by_transformers_and_read_again(architecture, 
     huggingface.write(tmp_path / 'out', config, ours.state_dict(), tokenizer, 'A card.')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
     assert type(theirs).__name__ == architecture
+    if config.position == 'rotary':  # what transformers read before version 5
+        written = json.loads((tmp_path / 'out/config.json').read_text())
+        assert written['rope_theta'] == config.rotary_base
     ids = torch.randint(V, (2, 19))
     assert_same_logits(ours, theirs, ids)
     text = [int(tokens) for tokens in ours.generate([[1, 2, 3]], 16, temperature=0)]

@@ -272,6 +272,7 @@ def test_the_file_holds_the_tokenizer(tokenizer, tmp_path):
     assert fields['tokenizer.ggml.token_type'][end] == gguf.TokenType.CONTROL
     first = getattr(tokenizer, 'first_ids', [])
     assert fields['tokenizer.ggml.add_bos_token'] == bool(first)
+    assert not fields['tokenizer.ggml.add_eos_token']  # a prompt is to be continued
     assert fields['tokenizer.ggml.bos_token_id'] == (first[0] if first else end)
     tokens = fields['tokenizer.ggml.tokens']
     assert len(tokens) == len(set(tokens)) == len(fields['tokenizer.ggml.token_type'])

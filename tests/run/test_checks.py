@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 import configurator
-from model import GPTConfig
-from nib.checkpoint.start import Weights
+from model import GPT, GPTConfig
+from nib.checkpoint.start import Weights, new_model
 from nib.errors import UserError
 from nib.run.checks import check_config, settle_schedule
 
@@ -41,6 +41,28 @@ def test_a_rate_that_would_rise_is_refused_in_one_line():
     check_config(DEFAULTS | {'learning_rate': 5e-5, 'min_lr': 1e-4, 'lr_schedule': 'constant'}, 1)
 
 
+WSD = {'lr_schedule': 'wsd', 'warmup_iters': 100, 'lr_decay_iters': 1000}
+
+
+@pytest.mark.parametrize(
+    'key, possible, impossible, others',
+    [
+        ('cooldown_iters', [1, 900], [0, 901], WSD),
+        ('warmup_iters', [0, 1000], [-1, 1001], {'lr_decay_iters': 1000}),
+        ('min_lr', [0.0, 6e-4], [-1e-9, 6.1e-4], {'learning_rate': 6e-4}),
+        ('beta2', [0.0, 0.9999], [-0.1, 1.0], {}),
+        ('batch_size', [1], [0], {}),
+        ('gradient_accumulation_steps', [2, 4], [1, 3], {}),
+    ],
+)
+def test_the_limits_of_a_value(key, possible, impossible, others):
+    for value in possible:
+        check_config(DEFAULTS | others | {key: value}, 2)
+    for value in impossible:
+        with pytest.raises(UserError, match=key):
+            check_config(DEFAULTS | others | {key: value}, 2)
+
+
 OLD = {
     'learning_rate': 1e-3,
     'min_lr': 3e-5,
@@ -68,3 +90,17 @@ def test_a_resumed_run_keeps_the_schedule_of_before_unless_it_is_changed(now, sc
     origins = dict.fromkeys(values, 'default') | dict.fromkeys(now, 'a flag')
     adopted = Weights('old', model, {}, {}, resumed).adopt(values, origins)
     assert (adopted['min_lr'], adopted['lr_decay_iters']) == schedule
+
+
+def test_a_run_from_other_weights_has_its_own_dropout_recomputation_and_context():
+    shape = {'block_size': 8, 'n_layer': 1, 'n_head': 1, 'n_embd': 4}
+    other = GPT(GPTConfig(11, **shape))
+    start = Weights('other', other.config, None, {'model': other.state_dict()})
+    own = {'dropout': 0.3, 'recompute': True, 'block_size': 4}
+    data = SimpleNamespace(tokenizer=None, vocab_size=11)
+    model = new_model(DEFAULTS | shape | own, data, start)
+    assert own.items() <= vars(model.config).items() and model.transformer.drop.p == 0.3
+    expected = other.state_dict()
+    expected['transformer.wpe.weight'] = expected['transformer.wpe.weight'][:4]
+    for name, value in model.state_dict().items():
+        assert value.equal(expected[name]), name

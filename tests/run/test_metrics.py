@@ -88,9 +88,9 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tm
 
 def test_records_are_json_even_of_numbers_that_are_not(tmp_path):
     metrics = Metrics(tmp_path, 0, ALONE)
-    metrics.log(1, {'loss/step': 2.5, 'grad_norm': math.nan})
+    metrics.log(1, {'loss/step': 2.5, 'grad_norm': math.nan, 'noise_scale': math.inf})
     metrics.close()
-    assert read(tmp_path) == [{'step': 1, 'loss/step': 2.5, 'grad_norm': None}]
+    assert read(tmp_path) == [{'step': 1, 'loss/step': 2.5, 'grad_norm': None, 'noise_scale': None}]
 
 
 def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):

@@ -1,12 +1,15 @@
 """A run says where it comes from."""
 
 import json
+import re
 import subprocess
 from datetime import datetime, timezone
 
+import pytest
 from conftest import records
 
-from nib.report.history import read_run
+from nib.report import page
+from nib.report.history import read_run, show_seconds
 from nib.run.folder import write_config
 from nib.run.provenance import find_commit
 
@@ -44,6 +47,16 @@ def test_the_duration_leaves_out_the_pause_before_a_resume(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(content))
     run = read_run(tmp_path)
     assert run.elapsed[10] == 600 and run.seconds == 20 * 60  # and not a day more
+    content = re.search(r'"hours":(\[.*?\])', page.toolbar([run], []))[1]
+    assert json.loads(content)[-1] == pytest.approx(1 / 3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    'seconds, shown',
+    [(59.4, '59 s'), (60, '1 min 0 s'), (3599, '59 min 59 s'), (3600, '1 h 0 min')],
+)
+def test_durations_are_shown_as_people_read_them(seconds, shown):
+    assert show_seconds(seconds) == shown
 
 
 def test_the_commit_says_whether_files_have_changed(tmp_path, monkeypatch):

@@ -130,6 +130,9 @@ def test_the_order_of_sequences_is_the_same_for_any_number_of_ranks(world_size):
     ]
     for step in range(8):  # across the first epoch's end
         expected = [start for micro_step in range(4) for start in starts(alone, step, micro_step)]
+        for loader in (alone, *ranks):
+            x, _ = loader.first_sequences(step, 3)
+            assert torch.equal(x, loader._cut(loader.tokens, np.array(expected[:3]))[0])
         assert [
             start
             for micro_step in range(4 // world_size)
@@ -266,17 +269,17 @@ def test_batches_on_the_gpu_are_those_on_the_cpu():
 def test_training_does_not_see_how_often_it_is_evaluated(train_here, tmp_path):
     """Neither its batches nor its dropout."""
     for name, flags in (
-        ('often', ['--eval_interval=1', '--eval_iters=3']),
-        ('once', ['--eval_interval=20', '--eval_iters=1']),
+        ('often', ['--eval_interval=1', '--eval_iters=2']),
+        ('once', ['--eval_interval=8', '--eval_iters=1']),
     ):
-        assert train_here(tmp_path / name, '--dropout=0.1', *flags).returncode == 0
+        assert train_here(tmp_path / name, '--dropout=0.1', '--max_iters=8', *flags).returncode == 0
     often, once = (
         [record['loss/step'] for record in records(tmp_path / name) if 'loss/step' in record]
         for name in ('often', 'once')
     )
-    assert often == once and len(once) == 20
+    assert often == once and len(once) == 8
     often, once = (
-        (tmp_path / name / 'step-00000020/model.safetensors').read_bytes()
+        (tmp_path / name / 'step-00000008/model.safetensors').read_bytes()
         for name in ('often', 'once')
     )
     assert often == once

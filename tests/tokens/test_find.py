@@ -1,8 +1,10 @@
 """A run finds its dataset, prepares it, or says on one line why not; only a download falls back."""
 
+import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from conftest import ROOT, SMALL_RUN
 from processes import PATIENCE
 
 import configurator
+from nib import files
 from nib.checkpoint import store
 from nib.errors import UserError
 from nib.files import FolderLock
@@ -252,16 +255,40 @@ with locked(Path({str(tmp_path)!r})):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ''
 
 
-def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path):
+def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
     """Two processes have opened the file; the first removes it with its lock."""
-    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first, second, lock = FolderLock(tmp_path), FolderLock(tmp_path), files._lock
     assert first.take() and not second.take()
-    with open(first.path) as waiting:
+
+    def lock_later(file):
         first.release(remove=True)
-        assert second.take()
-        assert not os.path.samestat(os.fstat(waiting.fileno()), os.stat(second.path))
-        assert not FolderLock(tmp_path).take()
+        return lock(file)
+
+    monkeypatch.setattr(files, '_lock', lock_later)
+    assert second.take()
+    assert not FolderLock(tmp_path).take()
     second.release(remove=True)
+
+
+def test_a_lock_names_its_last_holder(tmp_path):
+    (tmp_path / '.lock').write_text('{"host": "another", "pid": 1}\n')
+    lock = FolderLock(tmp_path)
+    assert lock.take() and lock.holder() == 'host another, pid 1'
+    lock.sign()
+    assert lock.holder() == f'host {socket.gethostname()}, pid {os.getpid()}'
+    lock.release()
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows locks files in another way')
+def test_on_a_file_system_without_locks_every_process_gets_the_lock(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, 'flock', refuse)
+    locks = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert all(lock.take() for lock in locks)
+    for lock in locks:
+        lock.release()
 
 
 @pytest.mark.slow

@@ -57,9 +57,10 @@ def test_a_meta_pkl_says_the_vocabulary(tmp_path, meta, tokenizer):
     assert data.tokenizer == tokenizer and data.vocab_size == tokenizer.vocab_size
 
 
-def test_a_large_vocabulary_has_wide_ids(tmp_path):
-    ids = [99_999, 0, 70_000, 5] * 20
-    data = open_dataset(make(tmp_path, ids, {'vocab_size': 100_000}, '<u4'), 16)
+@pytest.mark.parametrize('size, dtype', [(65_536, '<u2'), (65_537, '<u4')])
+def test_a_large_vocabulary_has_wide_ids(tmp_path, size, dtype):
+    ids = [size - 1, 0, 40_000, 5] * 20
+    data = open_dataset(make(tmp_path, ids, {'vocab_size': size}, dtype), 16)
     assert data.train.tolist() == ids
 
 
@@ -81,7 +82,8 @@ def test_bins_that_are_not_gpt2_s_tokens_are_refused_until_a_flag_says_what_they
         open_dataset(tmp_path, 16)
     data = open_dataset(tmp_path, 16, vocab_size=size)
     assert data.tokenizer == IdTokenizer(size)
-    assert open_dataset(tmp_path, 16, vocab_size=50257).tokenizer == Gpt2Tokenizer()
+    other = open_dataset(tmp_path, 16, vocab_size=50257)
+    assert other.tokenizer == Gpt2Tokenizer() and other.fingerprint != data.fingerprint
     with pytest.raises(UserError, match='the vocabulary has 7 tokens'):
         open_dataset(tmp_path, 16, vocab_size=7)
 

@@ -97,6 +97,8 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_if_never_stopped(whole, 
     assert not is_prepared(tmp_path)
     with open(tmp_path / '.train.bin.unfinished', 'ab') as file:
         file.write(b'a batch that the journal does not know of')
+    for name in ('.meta.json.1.tmp', '..journal.json.1.tmp'):
+        (tmp_path / name).write_bytes(b'of a killed process')
 
     starts = []
     meta = write(tmp_path, lambda start: starts.append(start) or read_pieces(start))
@@ -123,6 +125,16 @@ def test_a_run_goes_on_within_a_document(tmp_path, monkeypatch):
     assert ids.tolist() == [*tokenizer.encode(' the cat'), *tokenizer.between]
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='Windows cannot open a folder')
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, disk):
+    write(tmp_path)
+    inodes = {name: (tmp_path / name).stat().st_ino for name in contents(tmp_path)}
+    described = disk.index('meta.json')  # after which the journal no longer counts
+    assert all(inode in disk[:described] for inode in inodes.values())
+    last = max(map(disk.index, ('train.bin', 'val.bin')))
+    assert described < last and tmp_path.stat().st_ino in disk[last:]
+
+
 @pytest.fixture(scope='module')
 def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp('stopped')
@@ -137,8 +149,9 @@ def test_what_another_run_left_is_not_gone_on_with(whole, stopped, tmp_path, cha
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     if change == 'journal':
         (tmp_path / '.journal.json').write_text('{"key":')
-    elif change == 'bin':  # shorter than the journal says
-        os.truncate(tmp_path / '.train.bin.unfinished', 10)
+    elif change == 'bin':  # shorter than the journal says, by a byte
+        journal = json.loads((tmp_path / '.journal.json').read_text())
+        os.truncate(tmp_path / '.train.bin.unfinished', 2 * journal['tokens']['train'] - 1)
     elif change == 'no bin':
         (tmp_path / '.val.bin.unfinished').unlink()
     starts = []
