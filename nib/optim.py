@@ -182,6 +182,8 @@ class Optimizer:
     ):
         matrices, others, shapes = [], [], {}
         for name, p in model.named_parameters():
+            if not p.requires_grad:  # frozen
+                continue
             if method == 'muon' and p.dim() == 2 and '.h.' in name:
                 shapes.setdefault(wide(p).shape, []).append(p)
             else:
@@ -229,6 +231,9 @@ class Optimizer:
         if usable.device.type == 'mps' and not usable:  # its fused kernel ignores found_inf
             return
         for part in self.parts:
+            for p in part.params:
+                if p.grad is None:  # of a layer that no token of this step has used
+                    p.grad = torch.zeros_like(p)
             part.step(self.lr * part.lr_ratio, usable)
 
     def zero_grad(self):
@@ -242,6 +247,7 @@ class Optimizer:
         return {
             f'{name}/{key}': tensor
             for name, p in model.named_parameters()
+            if p in states
             for key, tensor in states[p].items()
         }
 

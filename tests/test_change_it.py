@@ -81,6 +81,8 @@ def test_there_is_an_example_of_every_kind():
         'An optimizer',
         'An activation',
         'Attention',
+        'A layer',
+        'The loss',
         'A learning rate schedule',
         'A dataset',
         'A tokenizer',

@@ -264,3 +264,26 @@ def test_state_by_name_survives_a_round_trip(method):
         assert torch.equal(value, second.state_dict()[name]), name
     with pytest.raises(KeyError):
         restored.load_named_state(second, {'transformer.wte.weight/other': torch.ones(())})
+
+
+@pytest.mark.parametrize('method', ['adamw', 'sgd', 'muon'])
+def test_frozen_weights_stay_and_unused_ones_have_a_gradient_of_zero(method):
+    torch.manual_seed(0)
+    model, same = GPT(CONFIG), GPT(CONFIG)
+    same.load_state_dict(model.state_dict())
+    frozen, unused = model.transformer.wte.weight, model.transformer.h[0].mlp.c_fc.weight
+    frozen.requires_grad_(False)
+    optimizers = [make(one, 0.1, method, weight_decay=0.1) for one in (model, same)]
+    for _ in range(2):
+        for one in (model, same):
+            torch.manual_seed(1)
+            for p in one.parameters():
+                p.grad = torch.randn_like(p)
+        frozen.grad = unused.grad = None
+        same.transformer.h[0].mlp.c_fc.weight.grad.zero_()
+        for optimizer in optimizers:
+            optimizer.step(USABLE)
+    assert not any('wte' in name for name in optimizers[0].named_state(model))
+    for name, p in model.named_parameters():
+        other = same.get_parameter(name)
+        assert torch.equal(p, other) != (p is frozen), name

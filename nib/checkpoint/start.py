@@ -337,8 +337,14 @@ def _from_checkpoint(found: store.Checkpoint, tensors, resumed: bool) -> Weights
     )
 
 
+CHANGED = 'it was trained with another model.py: use that one'
+
+
 def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
-    """Raises Damaged if the tensors do not have the shapes of the checkpoint's model."""
+    """Raises Damaged if the tensors do not have the shapes of the checkpoint's model.
+
+    As they are what was saved, it is model.py that has been changed.
+    """
     try:
         with ShapesOnly():
             shapes = {
@@ -347,24 +353,24 @@ def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Ten
             }
     except (TypeError, ValueError) as error:
         raise store.Damaged(
-            f'{found.path / "state.json"}: its model cannot be built ({error})'
+            f'{found.path / "state.json"}: its model cannot be built ({error}); {CHANGED}'
         ) from error
     have = {name: tensor.shape for name, tensor in tensors['model'].items()}
     for name in sorted(have.keys() | shapes.keys()):
         if have.get(name) != shapes.get(name):
-            raise store.Damaged(
-                f'{found.path / "model.safetensors"}: {name} has {_shape(have.get(name))}, '
-                f'expected {_shape(shapes.get(name))}'
-            )
+            what = _difference(name, have.get(name), shapes.get(name))
+            raise store.Damaged(f'{found.path / "model.safetensors"} {what}; {CHANGED}')
     for full_name, tensor in tensors.get('optimizer', {}).items():
         shape = shapes.get(full_name.rpartition('/')[0])
         # Optimizers may keep fewer numbers than one per weight.
         if shape is None or tensor.dim() == len(shape) and tensor.shape != shape:
-            raise store.Damaged(
-                f'{found.path / "optimizer.safetensors"}: {full_name} has {_shape(tensor.shape)}, '
-                f'expected {_shape(shape)}'
-            )
+            what = _difference(full_name, tensor.shape, shape)
+            raise store.Damaged(f'{found.path / "optimizer.safetensors"} {what}; {CHANGED}')
 
 
-def _shape(shape: torch.Size | None) -> str:
-    return 'no shape (missing)' if shape is None else f'shape {tuple(shape)}'
+def _difference(name: str, saved: torch.Size | None, built: torch.Size | None) -> str:
+    if saved is None:
+        return f'lacks {name}, which model.py has'
+    if built is None:
+        return f'has {name}, which model.py lacks'
+    return f'has {name} of shape {tuple(saved)}, and model.py of shape {tuple(built)}'

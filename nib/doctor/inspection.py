@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import model as architecture
-from model import GPT, CausalSelfAttention
+from model import GPT, MLP, CausalSelfAttention
 from nib.doctor.health import LayerStats, ParameterStats
 
 # A hidden unit is closed if its activation function passes hardly any gradient. Below these inputs,
@@ -111,11 +111,16 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
         return hook
 
     def watch_units(name, mlp):
+        def note_share(share):
+            figures[name]['dead'] = max(share, figures[name].get('dead', 0.0))
+
         def hook_of_input(module, args, output):
-            figures[name]['dead'] = dead_share(mlp.kind, output)
+            if output.numel():  # an expert may get no token
+                note_share(dead_share(mlp.kind, output))
 
         def hook_of_output(module, args):
-            figures[name]['dead'] = share_always(args[0] == 0.0)
+            if args[0].numel():
+                note_share(share_always(args[0] == 0.0))
 
         if mlp.kind in CLOSED_BELOW:
             return mlp.c_fc.register_forward_hook(hook_of_input)
@@ -130,7 +135,7 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
         name = f'h.{i}'
         hooks += [
             block.attn.register_forward_hook(watch_attention(name)),
-            watch_units(name, block.mlp),
+            *(watch_units(name, part) for part in block.modules() if isinstance(part, MLP)),
             block.attn.register_forward_hook(watch_branch(name, 'attention_std')),
             block.mlp.register_forward_hook(watch_branch(name, 'mlp_std')),
             block.register_forward_hook(watch_stream(name)),

@@ -135,7 +135,7 @@ class Vitals:
         self.model, self.scaler, self.batches, self.precision = model, scaler, batches, precision
         self.raw_model: Any = getattr(model, '_orig_mod', model)  # what torch.compile wraps
         parameters = self.raw_model.named_parameters()
-        matrices = [(name, weight) for name, weight in parameters if weight.dim() >= 2]
+        matrices = [(name, p) for name, p in parameters if p.dim() >= 2 and p.requires_grad]
         state = optimizer.named_state(self.raw_model)
         in_blocks = [name for name, _ in matrices if '.h.' in name]
         key, self._order = stored_gradients(state, in_blocks)
@@ -282,8 +282,9 @@ def gradient_noise(
         with precision:
             loss = model(x, y)
         scaler.scale(loss).backward()
-        matrices = [p for p in model.parameters() if p.dim() >= 2]
-        gradients.append(torch.cat([sample(p.grad).float() for p in matrices]))
+        matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
+        gradients.append(torch.cat([sample(grad).float() for grad in grads]))
         model.zero_grad(set_to_none=True)
     stacked = torch.stack(gradients)
     products = stacked @ stacked.t()  # (K, K)

@@ -99,9 +99,11 @@ class Weight:
     @classmethod
     def with_largest_gradient(cls, model: GPT) -> 'Weight':
         """Chooses a weight of a model that has gradients."""
-        with_gradient = [name for name in PARAMETERS if model.get_parameter(name).grad.any()]
-        name = with_gradient[0] if with_gradient else PARAMETERS[-1]
-        grad = model.get_parameter(name).grad
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        names = dict.fromkeys((*PARAMETERS, *grads))  # a changed model may have none of PARAMETERS
+        with_gradient = (name for name in names if name in grads and grads[name].any())
+        name = next(with_gradient, PARAMETERS[-1])
+        grad = grads[name]
         index = torch.unravel_index(grad.abs().argmax(), grad.shape)
         return cls(name, tuple(int(i) for i in index))
 

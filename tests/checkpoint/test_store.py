@@ -248,14 +248,14 @@ def save_model(out_dir, step, model_tensors=None, optimizer=None, **config):
 @pytest.mark.parametrize(
     'wrong, said',
     [
-        ({'n_embd': 8}, 'model.safetensors'),
-        ({'n_layer': 2}, 'has no shape (missing), expected shape ('),
+        ({'n_embd': 8}, 'of shape (12,), and model.py of shape (24,); it was trained with'),
+        ({'n_layer': 2}, 'lacks transformer.h.1.attn.c_attn.bias, which model.py has'),
         ({'rotary_basis': 1}, 'state.json: its model cannot be built'),
-        ({'model_tensors': {'other': torch.ones(2)}}, 'other'),
-        ({'optimizer': {'other/step': torch.ones(())}}, 'optimizer.safetensors: other/step'),
+        ({'model_tensors': {'other': torch.ones(2)}}, 'has other, which model.py lacks'),
+        ({'optimizer': {'other/step': torch.ones(())}}, 'optimizer.safetensors has other/step'),
         (
             {'optimizer': {'transformer.wte.weight/exp_avg': torch.ones(2, 2)}},
-            'optimizer.safetensors: transformer.wte',
+            'optimizer.safetensors has transformer.wte',
         ),
     ],
 )

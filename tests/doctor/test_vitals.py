@@ -247,11 +247,13 @@ def test_a_block_of_one_token_shows_nothing_of_the_shift():
 
 
 class Linear(torch.nn.Module):
-    """A loss whose gradient is the batch itself."""
+    """A loss whose gradient is the batch itself; with weights that are frozen or not used."""
 
     def __init__(self, n):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, n))
+        self.frozen = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+        self.unused = torch.nn.Parameter(torch.ones(2, 2))
 
     def forward(self, x, y):
         return (self.weight * x).sum()
