@@ -276,10 +276,10 @@ def test_20_gb_cost_what_2_mb_cost(tmp_path):
 
 
 def test_how_to_make_a_dataset_anew_depends_on_what_makes_it(tmp_path):
-    with pytest.raises(UserError, match='python data/shakespeare_char/prepare.py'):
+    with pytest.raises(UserError, match='python3? data/shakespeare_char/prepare.py'):
         dataset.open_dataset(tmp_path / 'shakespeare_char', BLOCK_SIZE)
     with pytest.raises(
-        UserError, match='python data/text/prepare.py --input=PATH --out_dir=.*notes'
+        UserError, match='python3? data/text/prepare.py --input=PATH --out_dir=.*notes'
     ):
         dataset.open_dataset(tmp_path / 'notes', BLOCK_SIZE)
 
