@@ -174,7 +174,8 @@ def fork(caller: socket.socket):
             os.close(stream)
         while process.sentinel not in wait([process.sentinel, caller]):
             signal_number = caller.recv(1)
-            os.kill(process.pid, signal_number[0] if signal_number else signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process.pid, signal_number[0] if signal_number else signal.SIGKILL)
         process.join()
         with suppress(OSError):  # it was killed
             caller.sendall(process.exitcode.to_bytes(4, 'big', signed=True))

@@ -438,10 +438,15 @@ def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, f
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='Linux tells the memory of a process')
-# In some runs, float32 takes 1/8 more than in others.
-@pytest.mark.parametrize('dtype, bound', [('float32', 0.15), ('bfloat16', 0.1)])
-def test_planned_memory_is_what_training_takes(dtype, bound):
-    """A size whose memory is mostly the model's; the benchmark measures many configs."""
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_planned_memory_is_what_training_takes(dtype):
+    """A size whose memory is mostly the model's; the benchmark measures many configs.
+
+    A run in ten takes up to a fifth more than the others, so a second or third one may decide.
+    """
     size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8'
-    planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
-    assert planned == pytest.approx(measured, rel=bound)
+    for _ in range(3):
+        planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
+        if planned == pytest.approx(measured, rel=0.1):
+            break
+    assert planned == pytest.approx(measured, rel=0.1)
