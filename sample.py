@@ -24,7 +24,7 @@ from nib.api import stream
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation import int8
-from nib.generation.chat import ChatFormat, Conversation
+from nib.generation.chat import Conversation
 from nib.generation.sampling import check_sampling
 from nib.machine.compiling import NO_COMPILER, explain_failure, has_compiler
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
@@ -65,18 +65,16 @@ def main(argv):
         )
     if chat:
         check_chat(origins)
-    prompt = read_prompt(start)
+    is_given = origins['start'] != 'default'
+    prompt = '' if chat and not start else read_prompt(start)  # a system message may be empty
     weights = read_model(init_from, out_dir, which)
     tokenizer = weights.known_tokenizer()
-    n_rows = 1 if chat else num_samples
     if chat:
-        system = [] if origins['start'] == 'default' else [{'role': 'system', 'content': prompt}]
-        form, context = ChatFormat.of(weights), weights.model.block_size
-        conversation = Conversation(form, system, context, max_new_tokens, show)
+        system = prompt if is_given else None
+        conversation = Conversation.begin(weights, system, max_new_tokens, show)
         prompt_ids = conversation.opening_ids()
     else:
-        if origins['start'] == 'default':
-            prompt = default_prompt(tokenizer)
+        prompt = prompt if is_given else default_prompt(tokenizer)
         prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     if dtype == 'int8' and (reason := int8.why_not(device)):
@@ -85,8 +83,8 @@ def main(argv):
     check_sampling(
         [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
     )
-    if device == 'cpu':
-        check_samples(weights.model, n_rows, len(prompt_ids) + max_new_tokens)
+    if device == 'cpu' and not chat:
+        check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
     model = weights.build()
     # The other cells of a notebook need the threads.
     if device == 'cpu' and model.num_params() < SMALL_MODEL and not in_notebook():

@@ -2,6 +2,7 @@
 
 import io
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -39,9 +40,8 @@ class ChatFormat:
         ):
             raise UserError(
                 f'{weights.name} has no chat template: --chat needs an instruction-tuned model, '
-                f'such as Qwen/Qwen3-0.6B; a run that was fine-tuned from one does not keep its '
-                f'template: write the run with convert.py --dest=FOLDER, and copy '
-                f'tokenizer_config.json and chat_template.jinja of the original model there'
+                f'such as Qwen/Qwen3-0.6B (docs/sampling.md tells how to use a run that was '
+                f'fine-tuned from one)'
             )
         tokenizer = replace(tokenizer, spells_end_of_text=False)  # the template writes these tokens
         ends = {id for id in template.end_ids if 0 <= id < tokenizer.vocab_size}
@@ -59,23 +59,40 @@ class ChatFormat:
 
         They are those of transformers, except that the words of a message contain no control
         tokens: what looks like one is encoded as its characters. An answer may contain <think>.
-        Raises UserError if the template refuses the conversation.
+        Raises UserError if the template refuses the conversation, or makes special tokens of words.
         """
-        forged: list[str] = []
+        ids = self._encode(messages)
+        # A template may change words or join messages, so that new tokens appear.
+        plain = [
+            message
+            if message['role'] == 'assistant' or not message['content'].strip()
+            else {**message, 'content': 'a'}
+            for message in messages
+        ]
+        if self._special_ids(ids) != self._special_ids(self._encode(plain)):
+            raise UserError('the chat template would turn words of a message into special tokens')
+        return ids
+
+    def _special_ids(self, ids: list[int]) -> list[int]:
+        return [id for id in ids if id in self.special]
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        forged: dict[str, str] = {}  # mark -> the words for which it stands
+        # Digits, because templates copy them; a text does not contain those of this call.
+        secret = f'{secrets.randbits(128)}'
         marked = []
         for message in messages:
             control = self.special if message['role'] == 'assistant' else self.control
             content, at = without_surrogates(message['content']), 0
             parts = []
             for start, end in self.tokenizer.find(content, control):
-                # A mark of surrogates, which no text contains by now; the template copies it.
-                parts.append(f'{content[at:start]}\ud800{len(forged)}\udc00')
-                forged.append(content[start:end])
+                mark = f'{secret}.{len(forged)}.'
+                forged[mark] = content[start:end]
+                parts.append(content[at:start] + mark)
                 at = end
             marked.append({**message, 'content': ''.join(parts) + content[at:]})
-        text = self.template.render(marked)
-        parts = re.split('\ud800([0-9]+)\udc00', text)
-        parts[1::2] = [forged[int(number)] for number in parts[1::2]]
+        parts = re.split(rf'({secret}\.[0-9]+\.)', self.template.render(marked))
+        parts[1::2] = [forged.get(mark, '') for mark in parts[1::2]]
         return self.tokenizer.encode_parts(parts, self.control)
 
 
@@ -92,6 +109,18 @@ class Conversation:
     max_new_tokens: int
     show: Callable[[str], None]
 
+    @classmethod
+    def begin(
+        cls, weights: Weights, system: str | None, max_new_tokens: int, show: Callable[[str], None]
+    ) -> 'Conversation':
+        """Returns a conversation with a model. system: its system message, if it has one.
+
+        Raises UserError if the model has no chat template.
+        """
+        messages = [] if system is None else [{'role': 'system', 'content': system}]
+        form = ChatFormat.of(weights)
+        return cls(form, messages, weights.model.block_size, max_new_tokens, show)
+
     def opening_ids(self) -> list[int]:
         """Returns the token ids of a shortest conversation.
 
@@ -100,9 +129,9 @@ class Conversation:
         ids = self.form.encode([*self.messages, {'role': 'user', 'content': 'a'}])
         if len(ids) > self.room:
             raise UserError(
-                f'--start: with the system message, a conversation begins with {len(ids):,} '
-                f'tokens, but the model attends over {self.block_size:,}, which leaves '
-                f'{self.room:,} for it beside an answer: shorten it'
+                f'--start: with this system message, a conversation begins with {len(ids):,} '
+                f'tokens, but only {self.room:,} are available, because the rest of the context '
+                f'of {self.block_size:,} is kept for an answer: shorten it'
             )
         return ids
 
@@ -114,8 +143,10 @@ class Conversation:
     def run(self, model: GPT, stop: str, seed: int, **sampling):
         """Reads lines and answers each, until the input ends or Ctrl-C at the prompt."""
         for turn, line in enumerate(read_lines()):
-            asked = self.add(line)
-            if asked is None:
+            try:
+                asked = self.add(line)
+            except UserError as error:
+                note(f'this message was left out: {error}')
                 continue
             answer = Continuation(stop)
             # A seed of its own for each turn: the same noise would favor the same words.
@@ -128,22 +159,21 @@ class Conversation:
                 note(cut)
             self.messages.append({'role': 'assistant', 'content': answer.text})
 
-    def add(self, line: str) -> list[int] | None:
+    def add(self, line: str) -> list[int]:
         """Adds a message of the user; returns the token ids of the conversation.
 
-        Drops the oldest turns if it is too long for the context, but not the system message. If the
-        message alone is too long, it is not added, and None is returned.
+        Drops the oldest turns if it is too long for the context, but not the system message. Raises
+        UserError, and adds nothing, if the message alone is too long or the template refuses it.
         """
         messages = [*self.messages, {'role': 'user', 'content': line}]
         first = int(messages[0]['role'] == 'system')
         n_dropped = 0
         while len(ids := self.form.encode(messages)) > self.room:
             if len(messages) == first + 1:
-                note(
-                    f'this message is too long and was left out: it makes {len(ids):,} tokens, but '
-                    f'{self.room:,} fit into the context beside an answer'
+                raise UserError(
+                    f'with the template it has {len(ids):,} tokens, but only {self.room:,} fit '
+                    f'into the context together with an answer'
                 )
-                return None
             del messages[first : first + 2]  # a message and its answer
             n_dropped += 1
         if n_dropped:
@@ -163,14 +193,16 @@ class Conversation:
         space = b' ' if tokenizer.adds_space else b''  # that encoding puts in front of a text
         for tokens in model.generate([ids], n_tokens, stop=[[id] for id in ends], **sampling):
             token = int(tokens)
-            if token in ends or answer.ended:
+            if token in ends:
                 break
             if token not in self.form.special:  # as with skip_special_tokens in transformers
                 self.show(answer.add(tokenizer.decode_bytes([token]).removeprefix(space)))
                 space = b''
+                if answer.ended:  # by the stop text
+                    break
         else:
             is_full = n_tokens < self.max_new_tokens
-            why = 'the context is full' if is_full else 'a larger --max_new_tokens allows more'
+            why = 'the context is full' if is_full else 'use a larger --max_new_tokens'
             cut = f'the answer was cut after {n_tokens:,} tokens: {why}'
         self.show(answer.add(b'', final=True))
         return cut
@@ -193,9 +225,10 @@ def read_lines() -> Iterator[str]:
                 print(SIGN if is_typed else '', end='', file=sys.stderr, flush=True)
                 line = sys.stdin.readline()
             if not line:
+                print(end='\n' if is_typed else '', file=sys.stderr)
                 return
-            if line.strip():
-                yield line.removeprefix('\ufeff').strip()
+            if message := line.removeprefix('\ufeff').strip():
+                yield message
     except EOFError:  # Ctrl-D
         print(file=sys.stderr)
     except KeyboardInterrupt:

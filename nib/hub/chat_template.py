@@ -80,11 +80,12 @@ def _environment():
         import jinja2
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
+
+        found = version('jinja2')
+    except ImportError as error:  # also if its version is not known
         raise UserError(
             '--chat needs a package that is not installed: pip install jinja2'
         ) from error
-    found = version('jinja2')
     if [*map(int, re.findall('[0-9]+', found)[:3])] < SAFE_JINJA:
         raise UserError(
             f'--chat needs jinja2 {".".join(map(str, SAFE_JINJA))} or later, because templates can '

@@ -8,7 +8,7 @@ not depend on its neighbors. nib/text/tokenizer.py describes the methods.
 import functools
 import json
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -159,8 +159,12 @@ class HfTokenizer:
         return self._loaded()[0].get_added_tokens_decoder()
 
     def find(self, text: str, wanted: Container[int]) -> list[tuple[int, int]]:
-        """Returns where a text contains tokens of these ids: (start, end) of each."""
-        encoded = self._loaded()[0].encode(text, add_special_tokens=False)
+        """Returns where a text contains tokens of these ids: (start, end) of each.
+
+        Raises UserError for unknown characters.
+        """
+        library, _ = self._loaded()
+        (encoded,) = _encodings(library.encode_batch, [text])
         return [span for number, span in zip(encoded.ids, encoded.offsets) if number in wanted]
 
     def encode_parts(self, parts: Sequence[str], unwanted: Container[int]) -> list[int]:
@@ -191,12 +195,16 @@ class HfTokenizer:
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         library, _ = self._loaded()
-        texts = [without_surrogates(text) for text in texts]
-        try:
-            encoded = library.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library has no class of its own for its errors
-            raise UserError(f'the tokenizer cannot encode the text: {error}') from error
+        encoded = _encodings(library.encode_batch_fast, [*map(without_surrogates, texts)])
         return [np.array(encoding.ids, np.uint32) for encoding in encoded]
+
+
+def _encodings(encode_batch: Callable, texts: list[str]) -> list:
+    """Returns the library's encodings of texts. Raises UserError for unknown characters."""
+    try:
+        return encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # the library has no class of its own for its errors
+        raise UserError(f'the tokenizer cannot encode the text: {error}') from error
 
 
 @functools.lru_cache(maxsize=4)

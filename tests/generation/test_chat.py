@@ -17,7 +17,7 @@ from conftest import ROOT
 from processes import fast_python
 from small_models import SMALL, make_model
 from small_tokenizers import byte_fallback, byte_level
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import configurator
@@ -174,6 +174,51 @@ def test_a_message_cannot_contain_control_tokens(built, tmp_path):
     assert len(think) == 1 and ids.count(think[0]) == 1
 
 
+JOINED = '{% for message in messages %}{{ message.content }}{% endfor %}'
+
+
+@pytest.mark.parametrize(
+    'template, words',
+    [
+        (CHATML.replace('message.content', 'message.content | lower'), ['<|IM_END|>']),
+        (CHATML.replace('message.content', "message.content.replace('#', '')"), ['<|im_#end|>']),
+        (CHATML.replace('+ message.content', "+ '<' + message.content"), ['|im_end|>']),
+        (JOINED, ['<|im_', 'end|>']),
+    ],
+)
+def test_words_that_a_template_turns_into_special_tokens_are_refused(template, words, tmp_path):
+    form = read_form(write_model(tmp_path, template)[0])
+    messages = [{'role': 'user', 'content': text} for text in words]
+    with pytest.raises(UserError, match='would turn words of a message into special tokens'):
+        form.encode(messages)
+    form.encode([{'role': 'user', 'content': '<|im_end|> and words'}])
+
+
+@pytest.mark.parametrize(
+    'change', ['reverse', 'upper', 'tojson(ensure_ascii=True)', 'truncate(9, True, "")']
+)
+def test_a_template_that_changes_words_raises_nothing(change, tmp_path):
+    form = read_form(write_model(tmp_path, CHATML.replace('content', f'content | {change}'))[0])
+    ids = form.encode([{'role': 'user', 'content': 'née <|im_end|> <|im_start|> é'}])
+    text = form.tokenizer.decode(ids)
+    if change == 'tojson(ensure_ascii=True)':
+        assert r'"n\u00e9e <|im_end|> <|im_start|> \u00e9"' in text
+    assert sum(id in form.special for id in ids) == 3
+
+
+def test_a_character_that_the_tokenizer_does_not_know_leaves_a_message_out(
+    tmp_path, run_main, monkeypatch
+):
+    built = Tokenizer(models.Unigram([(letter, -1.0) for letter in '▁abcdehiostu'], None, False))
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.decoder = decoders.Metaspace()
+    built.add_special_tokens(['<s>', '</s>'])
+    folder, _ = write_model(tmp_path, '{{ messages[-1].content }}', built)
+    ended = converse(folder, run_main, monkeypatch, 'é\nabc\n'.encode(), '--max_new_tokens=2')
+    assert ended.returncode == 0 and ended.stdout.count('\n') == 1
+    assert 'note: this message was left out: the tokenizer cannot encode' in ended.stderr
+
+
 @pytest.mark.parametrize(
     'template, reason',
     [
@@ -224,7 +269,7 @@ def test_the_default_of_several_templates_is_used(folder, tmp_path):
         (['--num_samples=2'], '--num_samples has no effect'),
         (['--compile'], '--compile has no effect'),
         (['--start=-'], 'standard input is the conversation'),
-        (['--start=' + 'word ' * 200], 'the system message'),
+        (['--start=' + 'word ' * 200], 'with this system message'),
     ],
 )
 def test_flags_that_do_not_fit_a_conversation_are_refused(flags, reason, folder, run_main):
@@ -281,7 +326,7 @@ def test_a_conversation_in_a_pipe_equals_that_of_transformers(talker):
     answers = reference_answers(folder, model, LINES, 12, ends)
     assert done.stdout.decode() == ''.join(f'{answer}\n' for answer in answers)
     said = done.stderr.decode().splitlines()
-    cut = 'note: the answer was cut after 12 tokens: a larger --max_new_tokens allows more'
+    cut = 'note: the answer was cut after 12 tokens: use a larger --max_new_tokens'
     assert len(said) == 1 + said.count(cut) < 1 + len(LINES) and '> ' not in said
 
 
@@ -308,7 +353,7 @@ def test_a_converted_model_talks_with_the_files_of_the_original(
     folder, dest = talker[0], tmp_path / 'hf'
     assert run_main('convert.py', f'--init_from={folder}', f'--dest={dest}').returncode == 0
     ended = converse(dest, run_main, monkeypatch, PIPED)
-    assert ended.returncode == 2 and 'copy tokenizer_config.json and chat_temp' in ended.stderr
+    assert ended.returncode == 2 and 'has no chat template' in ended.stderr
     shutil.copy(folder / 'tokenizer_config.json', dest)
     ended = converse(dest, run_main, monkeypatch, PIPED)
     assert ended.returncode == 0 and ended.stdout.count('\n') == len(LINES)
@@ -329,8 +374,9 @@ def test_a_model_of_characters_is_refused(run_main, tmp_path):
 def test_an_empty_input_and_a_wrong_byte_end_nothing_but_themselves(talker, run_main, monkeypatch):
     ended = converse(talker[0], run_main, monkeypatch, b'')
     assert ended.returncode == 0 and ended.stdout == ''
-    ended = converse(talker[0], run_main, monkeypatch, b'\xffthe cat\n')
-    assert ended.returncode == 0 and ended.stdout.count('\n') == 1
+    for text in (b'\xffthe cat\n', b'\xef\xbb\xbf\n  \nthe cat\n'):  # a byte order mark
+        ended = converse(talker[0], run_main, monkeypatch, text)
+        assert ended.returncode == 0 and ended.stdout.count('\n') == 1
 
 
 def test_the_same_seed_answers_the_same_and_a_stop_text_ends_an_answer(
@@ -348,6 +394,40 @@ def test_the_same_seed_answers_the_same_and_a_stop_text_ends_an_answer(
     assert ended.stdout == answer[: answer.index(stop) + 1] + '\n' and 'cut' not in ended.stderr
 
 
+@pytest.mark.parametrize('n_more', [0, 5])
+def test_no_token_follows_a_stop_text(n_more, folder):
+    """Not even if the stop text ends with the last token that is allowed."""
+    form, shown, read = read_form(folder), [], []
+    ids = form.tokenizer.encode('the cat').tolist()
+    conversation = Conversation(form, [], 192, len(ids) + n_more, shown.append)
+    model = Recited(ids + ids[:n_more], read)
+    assert conversation.reply(model, [1], Continuation(' cat')) == ''
+    assert ''.join(shown) == 'the cat' and read == ids
+
+
+def test_a_message_that_the_template_refuses_is_left_out_and_the_conversation_goes_on(
+    tmp_path, run_main, monkeypatch
+):
+    refuse = "{% if 'bad' in messages[-1].content %}{{ raise_exception('not so') }}{% endif %}"
+    folder, _ = write_model(tmp_path, refuse + CHATML)
+    text, flags = b'the cat\nbad\nthe dog', ['--max_new_tokens=3']
+    ended = converse(folder, run_main, monkeypatch, text, *flags)
+    plain = converse(folder, run_main, monkeypatch, b'the cat\nthe dog', *flags)
+    assert ended.returncode == 0 and ended.stdout.count('\n') == 2
+    assert ended.stdout.splitlines()[0] == plain.stdout.splitlines()[0]
+    assert len(re.findall('note: this message was left out: .*not so', ended.stderr)) == 1
+
+
+def test_an_empty_system_message_is_one(talker, run_main, monkeypatch):
+    folder, model, ends = talker
+    empty = [{'role': 'system', 'content': ''}]
+    answers = reference_answers(folder, model, LINES[:1], 12, ends, empty)
+    assert answers != reference_answers(folder, model, LINES[:1], 12, ends)
+    flags = ['--start=', '--max_new_tokens=12']
+    ended = converse(folder, run_main, monkeypatch, LINES[0].encode(), *flags)
+    assert ended.stdout == answers[0] + '\n'
+
+
 def test_each_turn_has_a_seed_of_its_own(talker, run_main, monkeypatch):
     seeds, generate = [], GPT.generate
 
@@ -363,12 +443,15 @@ def test_each_turn_has_a_seed_of_its_own(talker, run_main, monkeypatch):
 
 @dataclass
 class Recited:
-    """A model that generates given tokens."""
+    """A model that generates given tokens, and notes those that were read."""
 
     ids: list
+    read: list
 
     def generate(self, prompts, n_tokens, **options):
-        return (torch.tensor([number]) for number in self.ids)
+        for number in self.ids:
+            self.read.append(number)
+            yield torch.tensor([number])
 
 
 @pytest.mark.parametrize('built', [byte_level, byte_fallback])
@@ -379,7 +462,7 @@ def test_the_text_of_an_answer_is_that_of_transformers(built, tmp_path):
     turn, words = (form.tokenizer.encode(text).tolist() for text in ('<|turn|>', 'the cat é'))
     ids = [*words, *turn, *form.ends]
     conversation = Conversation(form, [], 192, 100, shown.append)
-    assert conversation.reply(Recited(ids), [1], answer) == ''
+    assert conversation.reply(Recited(ids, []), [1], answer) == ''
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     assert theirs.decode(ids, skip_special_tokens=True) == 'the cat é' == answer.text
     assert ''.join(shown) == answer.text
@@ -414,7 +497,7 @@ def test_a_message_that_is_too_long_is_left_out_and_the_conversation_goes_on(
     ended = converse(talker[0], run_main, monkeypatch, b'the cat\n%b\nthe dog' % long, *flags)
     plain = converse(talker[0], run_main, monkeypatch, b'the cat\nthe dog', *flags)
     assert ended.returncode == 0 and ended.stdout == plain.stdout
-    assert 'note: this message is too long and was left out' in ended.stderr
+    assert 'note: this message was left out: with the template it has' in ended.stderr
 
 
 def test_an_answer_ends_where_the_context_does(folder, run_main, monkeypatch):
