@@ -37,7 +37,7 @@ from benchmarks import measure
 from benchmarks.nanogpt import NanoGPT, start_training
 from benchmarks.plan import describe_plan
 from model import GPT
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.machine.compiling import has_compiler, pick_compile
 from nib.machine.device import (
     measure_flops,
@@ -117,10 +117,6 @@ def settle_compile(values, vocab_size: int) -> dict:
         model = GPT(pick_model(values, vocab_size))
     compiled, _ = pick_compile(values, model)
     return values | {'compile': compiled}
-
-
-def warn(line: str):
-    print(line, file=sys.stderr, flush=True)
 
 
 def as_flags(values, **changes) -> list[str]:

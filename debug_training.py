@@ -14,7 +14,6 @@ The steps are those of train.py. Each one is undone, and nothing is written to o
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import configurator
 import train
 from nib.checkpoint.start import Weights, read_start
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
 from nib.machine.memory import check_memory
@@ -81,10 +80,6 @@ def main(argv):
         lesson = examination.examine(training, full, overfit_steps)
     for line in lesson:
         print(line, flush=True)  # now, because the next one may take a while
-
-
-def warn(line: str):
-    print(line, file=sys.stderr, flush=True)
 
 
 # -- what is examined ------------------------------------------------------------------------------

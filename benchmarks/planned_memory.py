@@ -22,7 +22,7 @@ import configurator
 import train
 from benchmarks import measure
 from model import GPTConfig
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.machine.device import peak_memory
 from nib.machine.memory_plan import plan_memory
 
@@ -82,7 +82,7 @@ def main(argv):
     for flags in CONFIGS:
         planned, measured = measure_in_fresh_process(flags)
         rows.append(f'{planned:12,.0f}{measured:14,.0f}{planned / measured:8.2f}  {flags}')
-        bench.warn(rows[-1])
+        warn(rows[-1])
     table = '\n'.join(rows) + '\n'
     print(table, end='')
     if values['result']:

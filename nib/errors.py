@@ -57,6 +57,11 @@ class UserError(ValueError):
     """
 
 
+def warn(line: str):
+    """Prints a line on standard error at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class NotFinite(Exception):
     """The run must end because its loss, gradients or weights are not finite.
 

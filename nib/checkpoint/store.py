@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 
 from nib.checkpoint import tensorfile
 from nib.checkpoint.wrong_folder import explain, is_checkpoint, run_of
-from nib.errors import UserError
+from nib.errors import UserError, warn
 from nib.files import atomic_write, clear_temporaries, sync_folder
 from nib.machine.ranks import Ranks
 
@@ -238,7 +237,7 @@ def load(
     out_dir,
     which: str = 'latest',
     read: tuple[str, ...] = ('model', 'optimizer'),
-    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    warn: Callable[[str], None] = warn,
     check: Callable[[Checkpoint, dict], None] = lambda checkpoint, tensors: None,
 ) -> tuple[Checkpoint, dict]:
     """Reads a checkpoint; returns it and its tensors as {'model': {...}, 'optimizer': {...}}.
@@ -265,7 +264,9 @@ def load(
             damages.append(str(error))
             continue
         for damage in damages:
-            warn(f'warning: skipping a damaged checkpoint: {damage}; using step {checkpoint.step}')
+            warn(
+                f'warning: skipping an unusable checkpoint: {damage}; using step {checkpoint.step}'
+            )
         return checkpoint, tensors
     if aside := sorted(out_dir.glob(f'{_ASIDE}*')):
         damages.append(

@@ -102,7 +102,7 @@ class Weight:
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         names = dict.fromkeys((*PARAMETERS, *grads))  # a changed model may have none of PARAMETERS
         with_gradient = (name for name in names if name in grads and grads[name].any())
-        name = next(with_gradient, PARAMETERS[-1])
+        name = next(with_gradient, next(iter(grads)))
         grad = grads[name]
         index = torch.unravel_index(grad.abs().argmax(), grad.shape)
         return cls(name, tuple(int(i) for i in index))
