@@ -12,7 +12,7 @@ Letters in shapes:
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -408,18 +408,6 @@ class GPT(nn.Module):
             logits = self.lm_head(x)
         return soft_cap(logits, self.config.logit_cap)
 
-    def crop_block_size(self, block_size: int):
-        """Shortens the context, keeping the first positions. Raises ValueError if it would grow."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(
-                f'block_size {block_size} is not between 1 and the '
-                f'{self.config.block_size} of the model'
-            )
-        self.config = replace(self.config, block_size=block_size)
-        if self.config.position == 'learned':
-            kept = self.transformer.wpe.weight[:block_size].detach().clone()
-            self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
-
     # -- counts -----------------------------------------------------------------------------------
 
     def num_params(self, positions: bool = True) -> int:
@@ -439,9 +427,9 @@ class GPT(nn.Module):
         attention = 4 * self.config.block_size * self.config.n_head * self.config.head_width
         layers = {}
         for i, block in enumerate(self.transformer.h):
-            for name, first in (('attn', block.attn.c_attn), ('mlp', block.mlp.c_fc)):
-                last = getattr(block, name).c_proj
-                layers[f'h.{i}.{name}'] = 2 * (first.weight.numel() + last.weight.numel())
+            for name in ('attn', 'mlp'):
+                matrices = (p for p in getattr(block, name).parameters() if p.dim() == 2)
+                layers[f'h.{i}.{name}'] = 2 * sum(p.numel() for p in matrices)
             layers[f'h.{i}.attn'] += attention
         layers['head'] = 2 * self.head_weight.numel()
         return layers

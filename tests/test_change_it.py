@@ -220,7 +220,18 @@ k.requires_grad_()
 attend(q, k, v)[0, 0, -1].sum().backward()
 seen = k.grad[0, 0].abs().sum(dim=-1) > 0
 assert seen.tolist() == [False] * WINDOW + [True] * WINDOW, seen
-"""
+""",
+    # A token passes through two experts, but all weights take part in a step, as several processes
+    # need it.
+    'A layer': """
+mlp = model.transformer.h[0].mlp
+used = sum(part.weight.numel() for e in mlp.experts[:2] for part in (e.c_fc, e.c_proj))
+assert len(mlp.experts) == 8
+assert model.flops_per_token()['h.0.mlp'] == 2 * (used + mlp.router.weight.numel())
+model(torch.tensor([[1]]), torch.tensor([[2]])).backward()
+assert all(p.grad is not None for p in model.parameters())
+assert sum(bool(e.c_fc.weight.grad.any()) for e in mlp.experts) == 2
+""",
 }
 
 

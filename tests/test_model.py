@@ -511,21 +511,6 @@ def test_smear_adds_the_weighted_embeddings_of_the_previous_tokens():
     torch.testing.assert_close(later, expected[:, 5:])
 
 
-def test_crop_block_size_keeps_the_logits_of_shorter_inputs():
-    model = make_model()
-    ids = torch.randint(61, (2, 8))
-    with torch.no_grad():
-        before = model(ids)
-        model.crop_block_size(8)
-        torch.testing.assert_close(model(ids), before)
-    assert model.config.block_size == 8
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(ValueError, match='9 positions'):
-        model(torch.zeros(1, 9, dtype=torch.long))
-    with pytest.raises(ValueError, match='block_size 9'):
-        model.crop_block_size(9)
-
-
 @pytest.mark.parametrize(
     'broken',
     [

@@ -3,7 +3,6 @@
 import difflib
 import os
 import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -14,7 +13,7 @@ import torch
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_run
-from nib.errors import UserError
+from nib.errors import UserError, warn
 from nib.files import command
 from nib.hub import huggingface, nanogpt, reference
 from nib.machine.device import ShapesOnly, seed_everything
@@ -210,11 +209,15 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     if start is None:
         return GPT(model_config)
     start.check_dataset(data)
-    # adopt() has given the config this model's other keys.
-    model = GPT(replace(start.model, dropout=config['dropout'], recompute=config['recompute']))
+    # adopt() has given the config this model's other keys, and has checked block_size.
+    own = {name: config[name] for name in ('dropout', 'recompute', 'block_size')}
+    model = GPT(replace(start.model, **own))
+    weights = dict(start.tensors['model'])
+    if model.config.position == 'learned':
+        name = 'transformer.wpe.weight'
+        weights[name] = weights[name][: model.config.block_size]
     # What a changed model.py adds keeps its initial values.
-    model.load_state_dict(model.state_dict() | start.tensors['model'])
-    model.crop_block_size(config['block_size'])
+    model.load_state_dict(model.state_dict() | weights)
     return model
 
 
@@ -248,7 +251,7 @@ def read_model(
 
 def read_weights(
     name: str,
-    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    warn: Callable[[str], None] = warn,
     which: str = 'best',
     words: tuple[str, ...] = GPT2_NAMES,
 ) -> Weights:

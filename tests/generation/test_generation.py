@@ -41,17 +41,6 @@ def generate(model, prompts, n, **options):
     return [[token for token in row if token >= 0] for row in zip(*steps)]
 
 
-@pytest.mark.parametrize('config', [SMALL, MODERN], ids=['gpt2', 'modern'])
-def test_a_cropped_model_goes_on_as_one_that_was_built_so(config):
-    model = make_model(config)
-    model.crop_block_size(8)
-    built = GPT(GPTConfig(**{**vars(config), 'block_size': 8}))
-    built.load_state_dict(model.state_dict())
-    assert generate(model, [[1, 2, 3]], 20, temperature=0.0) == generate(
-        built.eval(), [[1, 2, 3]], 20, temperature=0.0
-    )
-
-
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
 @pytest.mark.parametrize('lengths, n', [((3,), 30), ((1, 7, 16, 20), 15)])
 def test_greedy_with_the_cache_equals_greedy_without_it(config, lengths, n):
