@@ -91,6 +91,8 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
     weights, which a forward pass never holds at once, are T * T numbers in each head.
     """
     figures: dict[str, dict[str, float]] = defaultdict(dict)
+    # Of several MLPs in a block, the one with the most tokens counts: a few tokens open few units.
+    most_tokens: dict[str, int] = defaultdict(int)
 
     def watch_stream(name):
         def hook(module, args, output):
@@ -111,16 +113,16 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
         return hook
 
     def watch_units(name, mlp):
-        def note_share(share):
-            figures[name]['dead'] = max(share, figures[name].get('dead', 0.0))
+        def note(hidden, share):
+            n_tokens = hidden.numel() // hidden.shape[-1]
+            if n_tokens > most_tokens[name]:
+                most_tokens[name], figures[name]['dead'] = n_tokens, share
 
         def hook_of_input(module, args, output):
-            if output.numel():  # an expert may get no token
-                note_share(dead_share(mlp.kind, output))
+            note(output, dead_share(mlp.kind, output))
 
         def hook_of_output(module, args):
-            if args[0].numel():
-                note_share(share_always(args[0] == 0.0))
+            note(args[0], share_always(args[0] == 0.0))
 
         if mlp.kind in CLOSED_BELOW:
             return mlp.c_fc.register_forward_hook(hook_of_input)
