@@ -442,11 +442,14 @@ def test_a_plan_that_cannot_be_made_is_refused_on_one_line(run_main, tmp_path, f
 def test_planned_memory_is_what_training_takes(dtype):
     """A size whose memory is mostly the model's; the benchmark measures many configs.
 
-    A run in ten takes up to a fifth more than the others, so a second or third one may decide.
+    A run in ten takes up to a fifth more than the others, so the majority of three decides.
     """
-    size = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8'
+    flags = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8 --dtype=' + dtype
+    ratios = []
     for _ in range(3):
-        planned, measured = planned_memory.measure_in_fresh_process(f'{size} --dtype={dtype}')
-        if planned == pytest.approx(measured, rel=0.1):
+        planned, measured = planned_memory.measure_in_fresh_process(flags)
+        ratios.append(planned / measured)
+        n_right = sum(ratio == pytest.approx(1, abs=0.1) for ratio in ratios)
+        if n_right in (0, 2) and len(ratios) == 2:
             break
-    assert planned == pytest.approx(measured, rel=0.1)
+    assert n_right >= 2, ratios
