@@ -82,7 +82,7 @@ class RowLinear:
         self.weight, self.bias = weight.detach(), bias
 
     def __call__(self, x):
-        if x.numel() > x.shape[-1] or x.dtype != self.weight.dtype:  # a prompt, or autocast
+        if x.numel() != x.shape[-1] or x.dtype != self.weight.dtype:  # a prompt, or autocast
             return F.linear(x, self.weight, self.bias)
         row = x.flatten()
         y = self.weight.mv(row) if self.bias is None else torch.addmv(self.bias, self.weight, row)

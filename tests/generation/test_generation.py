@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
+from torch import nn
 
 import model as model_file
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
@@ -15,7 +16,8 @@ from nib.doctor import inspection
 from nib.generation import sampling
 from nib.generation.caches import BagCache, KVCache
 from nib.generation.check import check_generation
-from nib.generation.layers import PackedLinear, for_generation
+from nib.generation.int8 import Int8Linear
+from nib.generation.layers import PackedLinear, RowLinear, for_generation
 from nib.generation.sampling import sample_tokens
 from nib.generation.window import Window
 from nib.kernels import is_causal_attention
@@ -274,6 +276,16 @@ def test_packed_matrices_keep_the_activation(monkeypatch, kind):
     x = torch.randn(2, 3, 32)
     with torch.no_grad():
         torch.testing.assert_close(for_generation(mlp, PackedLinear)(x), mlp(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('linear', [PackedLinear, RowLinear, Int8Linear])
+def test_a_linear_layer_can_get_no_rows(linear):
+    """As an expert that no token chooses."""
+    if linear is PackedLinear and not linear.pays(torch.empty(512, 512)):
+        pytest.skip('oneDNN is not available')
+    layer = nn.Linear(512, 512)
+    with torch.no_grad():
+        assert linear(layer.weight, layer.bias)(torch.empty(0, 512)).shape == (0, 512)
 
 
 @pytest.mark.parametrize('shape', [(1, 50257), (3, 1000), (2, 200)])
