@@ -5,8 +5,10 @@ import io
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
+import sys
 import threading
 import time
 import unicodedata
@@ -426,6 +428,8 @@ def refuse_to_open(patch, path):
         return original(file, *arguments, **options)
 
     patch.setattr(io, 'open', refuse)
+    if sys.version_info < (3, 11):  # where Path.open() has a reference of its own
+        patch.setattr(pathlib._normal_accessor, 'open', refuse)
 
 
 def test_a_run_without_a_checkpoint_is_no_model(train_here, tmp_path, run_main):
