@@ -98,6 +98,7 @@ muon_lr_ratio: float = 1.0  # Muon: learning rate as a multiple of learning_rate
 muon_momentum: float = 0.95  # Muon: decay rate of the mean gradient
 muon_iterations: int = 5  # Muon: Newton-Schulz iterations, which orthogonalize the update
 sgd_momentum: float = 0.9  # SGD: fraction of the momentum that each step keeps; 0: none
+shard_optimizer: bool = False  # each of several processes keeps a share of the optimizer state
 grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 max_bad_steps: int = 3  # consecutive non-finite steps, none applied, before on_nonfinite decides
 on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: return to the last checkpoint
@@ -224,7 +225,7 @@ class Training:
         return cls(
             raw_model=model,
             model=model,
-            optimizer=Optimizer.pick(config, model, has_bfloat16(device)),
+            optimizer=Optimizer.pick(config, model, has_bfloat16(device), ranks),
             scaler=torch.amp.GradScaler(torch.device(device).type, enabled=float16),
             batches=BatchLoader.from_config(config, data, ranks, device),
             bad_steps=BadSteps(max_bad_steps, device, float16),

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from nib.machine.ranks import Ranks
+from nib.machine.shares import Shares
+
 # Coefficients of the Newton-Schulz iteration in Muon (Jordan et al. 2024). The polynomial is steep
 # at 0, so a few iterations suffice, but singular values end between 0.7 and 1.2, not at 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -160,7 +163,8 @@ class Optimizer:
 
     method: 'adamw' or 'sgd' for all parameters. 'muon' uses Muon for the matrices of the blocks,
     with lr_ratio times the learning rate, and AdamW for embeddings, output head and vectors.
-    momentum: of Muon or SGD.
+    momentum: of Muon or SGD. ranks: those that share the parameters among themselves; by default,
+    this rank updates all of them.
 
     Weight decay applies to matrices and embeddings. It pulls weights towards 0, but the neutral
     value of a gain is 1, and biases do not cause overfitting.
@@ -179,10 +183,13 @@ class Optimizer:
         momentum: float = 0.95,
         iterations: int = 5,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks = Ranks(),
     ):
+        self.params = [p for p in model.parameters() if p.requires_grad]  # the others are frozen
+        self.shares = Shares(self.params, ranks)
         matrices, others, shapes = [], [], {}
         for name, p in model.named_parameters():
-            if not p.requires_grad:  # frozen
+            if not self.shares.has(p):
                 continue
             if method == 'muon' and p.dim() == 2 and '.h.' in name:
                 shapes.setdefault(wide(p).shape, []).append(p)
@@ -200,10 +207,13 @@ class Optimizer:
         self.lr = 0.0
 
     @classmethod
-    def pick(cls, values: Mapping, model: torch.nn.Module, has_bfloat16: bool) -> 'Optimizer':
+    def pick(
+        cls, values: Mapping, model: torch.nn.Module, has_bfloat16: bool, ranks: Ranks = Ranks()
+    ) -> 'Optimizer':
         """Returns the optimizer of train.py's config.
 
         has_bfloat16: whether the device supports bfloat16, which Muon then uses for its products.
+        ranks: of the run.
         """
         return cls(
             model,
@@ -214,20 +224,26 @@ class Optimizer:
             momentum=values['sgd_momentum' if values['optimizer'] == 'sgd' else 'muon_momentum'],
             iterations=values['muon_iterations'],
             dtype=torch.bfloat16 if has_bfloat16 else torch.float32,
+            ranks=ranks if values['shard_optimizer'] else Ranks(),
         )
 
     @property
     def param_groups(self) -> list[dict]:
         """The parameters, in the form that GradScaler expects."""
-        return [{'params': part.params} for part in self.parts]
+        return [{'params': self.params}]
 
-    @torch.no_grad()
     def step(self, usable: torch.Tensor):
         """Performs one step with the learning rate `self.lr`.
 
         usable: a boolean tensor on the device. If it is false, nothing changes; the device decides
         this itself, so the step does not wait for it.
         """
+        self.update(usable)
+        self.shares.exchange()
+
+    @torch.no_grad()
+    def update(self, usable: torch.Tensor):
+        """Performs a step on the parameters of this rank, without communication."""
         if usable.device.type == 'mps' and not usable:  # its fused kernel ignores found_inf
             return
         for part in self.parts:
@@ -237,12 +253,11 @@ class Optimizer:
             part.step(self.lr * part.lr_ratio, usable)
 
     def zero_grad(self):
-        for part in self.parts:
-            for p in part.params:
-                p.grad = None
+        for p in self.params:
+            p.grad = None
 
     def named_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Returns the state as a dict from 'parameter name/state name' to tensor."""
+        """Returns the state of this rank's share, from 'parameter name/state name' to tensor."""
         states = {p: state for part in self.parts for p, state in part.state()}
         return {
             f'{name}/{key}': tensor
@@ -253,7 +268,9 @@ class Optimizer:
 
     @torch.no_grad()
     def load_named_state(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
-        """Restores the result of named_state(). Raises KeyError for an unknown name."""
+        """Restores this rank's share of a state. Raises KeyError for an unknown name."""
         own = self.named_state(model)
+        others = {name for name, p in model.named_parameters() if not self.shares.has(p)}
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            if name.rpartition('/')[0] not in others:
+                own[name].copy_(tensor)

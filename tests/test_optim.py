@@ -211,7 +211,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 def test_the_optimizer_of_a_config_has_all_its_values(method):
     values = {'optimizer': method, 'beta1': 0.8, 'beta2': 0.7, 'weight_decay': 0.3}
     values |= {'muon_lr_ratio': 2.0, 'muon_momentum': 0.6, 'muon_iterations': 3}
-    values |= {'sgd_momentum': 0.5}
+    values |= {'sgd_momentum': 0.5, 'shard_optimizer': False}
     ours, theirs = GPT(CONFIG), GPT(CONFIG)
     theirs.load_state_dict(ours.state_dict())
     picked = optim.Optimizer.pick(values, ours, has_bfloat16=True)

@@ -85,7 +85,7 @@ def fills_memory(t, batch_size: int) -> bool:
             with t.precision:
                 loss = t.model(x, x)
             t.scaler.scale(loss).backward()
-        t.optimizer.step(torch.zeros((), dtype=torch.bool, device=t.device))  # not usable
+        t.optimizer.update(torch.zeros((), dtype=torch.bool, device=t.device))  # not usable
         synchronize(t.device)
     except (MemoryError, RuntimeError) as error:
         if not is_full(error):

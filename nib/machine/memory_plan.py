@@ -1,6 +1,7 @@
 """An estimate of the memory that training takes, by part, from the shapes of a model alone."""
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from model import GPT, GPTConfig
 from nib import kernels
 from nib.kernels import HAS_AMX, QUERY_BLOCK
 from nib.machine.device import ShapesOnly
+from nib.machine.shares import assign
 
 FLOAT = 4  # bytes of a float32
 MUON_COPIES = 18  # bytes per number while Muon orthogonalizes a matrix
@@ -58,14 +60,7 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
     sizes = parameter_shapes(config)
     n_params = sum(shape.numel() for shape in sizes.values())
     matrices = [s for name, s in sizes.items() if len(s) == 2 and '.h.' in name]
-    muon = matrices if values['optimizer'] == 'muon' else []
-    n_muon = sum(s.numel() for s in muon)
-    # Muon updates all matrices of a shape at once, with float32 and 16-bit copies.
-    groups: dict[tuple, int] = {}
-    for shape in muon:
-        key = tuple(sorted(shape))
-        groups[key] = groups.get(key, 0) + shape.numel()
-    states = 1 if values['optimizer'] == 'sgd' else 2
+    optimizer, update = optimizer_bytes(sizes, values)
     accumulates = values['gradient_accumulation_steps'] > ranks
     tokens = values['batch_size'] * config.block_size
     activations = tokens * activation_bytes(config, device, dtype)
@@ -76,15 +71,14 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         work = heap_bytes(config, tokens, activations, dtype, accumulates)
     return MemoryPlan(
         weights=FLOAT * n_params,
-        # Several ranks also have the buckets in which they exchange gradients.
-        gradients=FLOAT * n_params * (2 if ranks > 1 else 1),
-        optimizer=FLOAT * (states * (n_params - n_muon) + n_muon),
+        gradients=FLOAT * n_params,
+        optimizer=optimizer,
         activations=activations,
         logits=loss_bytes(config, tokens, device, dtype, compiled),
         work=work,
-        update=MUON_COPIES * max(groups.values(), default=0),
+        update=update,
         adds_up=device == 'cpu',
-        accumulates=accumulates,
+        accumulates=accumulates or ranks > 1,  # several ranks never free their gradients
     )
 
 
@@ -95,6 +89,24 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
         config = replace(config, block_size=1)  # its tables are not parameters
     with ShapesOnly():
         return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def optimizer_bytes(sizes: Mapping[str, torch.Size], values: Mapping) -> tuple[float, float]:
+    """Returns the bytes of the optimizer's state and of its step's temporary tensors.
+
+    sizes: shapes of the parameters by name. If they are sharded, each number is that of the rank
+    where it is largest.
+    """
+    n_shares = values.get('ranks', 1) if values.get('shard_optimizer') else 1
+    states, copies = [0] * n_shares, [Counter() for _ in range(n_shares)]
+    owners = assign([shape.numel() for shape in sizes.values()], n_shares)
+    for (name, shape), owner in zip(sizes.items(), owners):
+        is_muon = values['optimizer'] == 'muon' and len(shape) == 2 and '.h.' in name
+        states[owner] += shape.numel() * (1 if is_muon or values['optimizer'] == 'sgd' else 2)
+        if is_muon:  # updates all matrices of a shape at once, with float32 and 16-bit copies
+            copies[owner][tuple(sorted(shape))] += shape.numel()
+    most = max(max(of_rank.values(), default=0) for of_rank in copies)
+    return FLOAT * max(states), MUON_COPIES * most
 
 
 def heap_bytes(

@@ -88,7 +88,9 @@ class Ranks:
         if self.world_size == 1:
             return model
         distributed = torch.nn.parallel.DistributedDataParallel(
-            model, [self.local_rank] if device.startswith('cuda') else None
+            model,
+            [self.local_rank] if device.startswith('cuda') else None,
+            gradient_as_bucket_view=True,  # otherwise there is a second copy of them
         )
         for _ in range(2):
             with context:

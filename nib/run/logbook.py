@@ -233,18 +233,20 @@ class Logbook:
         ]
         if self.ranks.largest(len(broken)):
             raise NotFinite(f'step {state.step}: weights not finite; {guard.describe([], broken)}')
-        self.ranks.on_first(lambda: self._save(state))
+        optimizer = self.training.optimizer
+        optimizer_state = optimizer.shares.collect(optimizer.named_state(model))
+        self.ranks.on_first(lambda: self._save(state, optimizer_state))
         self.saved = state.step
         if not state.bad_steps:
             self.rewinds = 0
 
-    def _save(self, state):
+    def _save(self, state, optimizer_state):
         t, data = self.training, self.data
         state.scaler = t.scaler.state_dict() or None
         self.writer.save(
             state.step,
             t.raw_model.state_dict(),
-            t.optimizer.named_state(t.raw_model),
+            optimizer_state,
             {
                 'train': asdict(state),
                 'model': asdict(t.raw_model.config),
