@@ -109,6 +109,8 @@ ELSEWHERE = {
     'config/train_shakespeare_char.py --device=cpu --dtype=float32': 'test_chapter.py, 50 steps',
     'torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char.py '
     '--gradient_accumulation_steps=2 --out_dir=out-two': 'test_train.py, with a smaller model',
+    'torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --optimizer=muon '
+    '--shard_optimizer': 'test_shares.py, with a smaller model',
     'python report.py '
     '--out_dir=out-shakespeare-char --watch': 'test_report.py; it serves until Ctrl-C',
     'python sweep.py '
