@@ -50,6 +50,7 @@ from nib.machine.device import (
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
+from nib.schema import is_auto
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
 
@@ -96,7 +97,7 @@ def read_config(argv) -> dict:
     values, origins = configurator.configure(
         __file__, argv, settle={'device': pick_device}, base='train.py'
     )
-    if origins['batch_size'].endswith('(auto)'):
+    if is_auto(origins['batch_size']):
         raise UserError(
             '--batch_size=auto: use a number here; train.py prints the one that it takes'
         )

@@ -129,6 +129,11 @@ def read_python(path: str) -> tuple[str, ast.Module]:
     raise UserError(path + reason)
 
 
+def is_auto(origin: str) -> bool:
+    """Returns whether a value, of which configurator.configure gives the origin, was 'auto'."""
+    return origin.endswith('(auto)')
+
+
 # -- values ----------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from nib.files import command
 from nib.hub import huggingface, nanogpt, reference
 from nib.machine.device import ShapesOnly, seed_everything
 from nib.run.checks import pick_model
+from nib.schema import is_auto
 from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 
@@ -73,7 +74,7 @@ class Weights:
                 is_number = type(before.get(key)) in (int, float)
                 if key in default:
                     adopted[key] = before[key] if is_same and is_number else values[key]
-            if origins['batch_size'].endswith('(auto)'):  # chosen once
+            if is_auto(origins['batch_size']):  # chosen once
                 for key in ('batch_size', 'gradient_accumulation_steps'):
                     adopted[key] = before[key]
         conflicts = []
