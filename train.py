@@ -362,7 +362,7 @@ def loop(t, data, state, book, stop):
         try:
             mean_loss, grad_norm = train_step(t, stop.cut(micro_batches), data_step)
         except StepCut:
-            t.optimizer.zero_grad()
+            t.optimizer.zero_grad()  # saving needs the memory
             continue  # the next iteration saves and stops; a resumed run repeats this step
         state.step += 1
         book.note(state.step, mean_loss, grad_norm)
