@@ -50,7 +50,7 @@ from nib.machine.device import (
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
-from nib.schema import is_auto
+from nib.schema import check_range, is_auto
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
 
@@ -75,9 +75,8 @@ WARM_UP = 3  # steps that are not measured
 
 def main(argv):
     values = read_config(argv)
-    for key, least in (('rounds', 1), ('steps', 1), ('prompt_tokens', 1), ('new_tokens', 0)):
-        if values[key] < least:
-            raise UserError(f'{key} is {values[key]}: it must be at least {least}')
+    check_range(values, 'rounds', 'steps', 'prompt_tokens', least=1)
+    check_range(values, 'new_tokens', 'price_per_hour', least=0)
     draw = None
     if plan:
         table = describe_config_plan(values)
@@ -152,8 +151,6 @@ def describe_config_plan(values) -> str:
     """Returns the plan of a run. A dataset that is not prepared has the vocabulary of GPT-2."""
     if not 0 < mfu <= 1:
         raise UserError(f'mfu is {mfu}: it must be more than 0 and at most 1')
-    if not 0 <= price_per_hour < math.inf:
-        raise UserError(f'price_per_hour is {price_per_hour}: it must be at least 0 and finite')
     folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
     vocab_size = VOCAB_SIZE
     if is_prepared(folder):

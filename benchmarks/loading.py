@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
-from nib.errors import UserError, run_script
+from nib.errors import run_script
 from nib.machine.device import peak_memory
+from nib.schema import check_range
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import SPLITS, open_dataset
 
@@ -34,8 +35,7 @@ BLOCK_SIZE, BATCH_SIZE, N_BATCHES = 64, 12, 1000
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     turns = {name: [] for name in SIZES}
     with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
         for name, n_bytes in SIZES.items():

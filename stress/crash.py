@@ -38,6 +38,7 @@ from nib.checkpoint import store
 from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError, run_script
 from nib.run.metrics import read_records
+from nib.schema import check_range
 from nib.tokens.write import write_char_dataset
 
 kills: int = 1000  # SIGKILLs at random moments: half hit train.py, half a process that only saves
@@ -59,9 +60,7 @@ RUN = (
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    for name in ('kills', 'stops'):
-        if values[name] < 2:
-            raise UserError(f'{name} is {values[name]}: it must be at least 2')
+    check_range(values, 'kills', 'stops', least=2)
     torch.set_num_threads(1)
     rows, troubles = [], []
     with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
