@@ -15,12 +15,8 @@ batch. --plan measures nothing, and prints what the whole run would take.
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +30,7 @@ import configurator
 import train
 from benchmarks import growth as growing
 from benchmarks import measure
+from benchmarks.measure import in_fresh_process
 from benchmarks.nanogpt import NanoGPT, start_training
 from benchmarks.plan import describe_plan
 from model import GPT
@@ -125,28 +122,6 @@ def as_flags(values, **changes) -> list[str]:
     return [f'--{key}={values[key]}' for key in configurator.read_block(train.__file__).defaults]
 
 
-def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) -> dict[str, float]:
-    """Calls a function of this module with the flags in a new process; returns its result.
-
-    Raises UserError with the last line of its errors if it fails.
-    """
-    program = (
-        'import json, bench; from nib.errors import run_script; '
-        f'run_script(lambda argv: print("\\n" + json.dumps(bench.{function.__name__}(argv))))'
-    )
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
-    done = subprocess.run(
-        [sys.executable, '-c', program, *flags],
-        env={**os.environ, 'PYTHONPATH': paths},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        errors = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
-        raise UserError(errors[-1].removeprefix('error: '))
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def describe_config_plan(values) -> str:
     """Returns the plan of a run. A dataset that is not prepared has the vocabulary of GPT-2."""
     if not 0 < mfu <= 1:
@@ -200,7 +175,7 @@ def measure_startup(values, data, out_dir: Path, measured: list[dict[str, float]
         tensorboard=False,
         sample_tokens=0,
     )
-    measured[0] |= in_fresh_process(time_run, [*run, f'--steps={steps}'])
+    measured[0] |= in_fresh_process('bench.time_run', [*run, f'--steps={steps}'])
     for figures in measured:
         figures['import torch, s'] = measure.time_import()
         figures['command to first step, s'] = measure.time_startup(run)
@@ -404,7 +379,7 @@ def measure_growth(values) -> tuple[str, Callable]:
     growing.check_picture(growth)
     values['compile'] = values['compile'] is True and has_compiler()  # auto: these runs are short
     measured = growing.measure(
-        values, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
+        values, lambda sizes: in_fresh_process('bench.measure_point', as_flags(values, **sizes))
     )
     what = (
         f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, '

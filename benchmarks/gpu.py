@@ -125,7 +125,7 @@ def run_in_process(name: str, argv, limit: float) -> str:
     with open(Path(out) / f'{name}.log', 'w') as log:
         process = subprocess.Popen(
             [sys.executable, '-u', '-c', program, *argv],
-            env=environment(),
+            env=measure.environment(),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -152,11 +152,6 @@ def end_group(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def environment(**more) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
-    return {**os.environ, 'PYTHONPATH': paths, **more}
 
 
 def run_stage(name: str, limit: float, argv):
@@ -531,7 +526,7 @@ def check_determinism(figures, end):
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=environment(TORCHINDUCTOR_CACHE_DIR=str(cache), **extra),
+            env=measure.environment(TORCHINDUCTOR_CACHE_DIR=str(cache), **extra),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -587,7 +582,7 @@ def compare_recipes(figures, end):
     path, data = find_text(), Path(out) / 'data' / 'recipes'
     prepare = [*PYTHON, ROOT / 'data/text/prepare.py', f'--input={path}', f'--out_dir={data}']
     # GPT-2's tokenizer needs tiktoken, and files that it may have to download.
-    if rehearse or subprocess.run([*prepare, '--tokenizer=gpt2'], env=environment()).returncode:
+    if rehearse or subprocess.run([*prepare, '--tokenizer=gpt2']).returncode:
         shutil.rmtree(data, ignore_errors=True)
         write_characters(path, data)
     figures.note('tokens', 'characters' if (data / 'meta.pkl').exists() else 'gpt2')
