@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 import train
-from bench import Contestant, settle_compile
+from bench import settle_compile
 from benchmarks import measure
+from benchmarks.contestant import Contestant
 from benchmarks.nanogpt import NANOGPT_KEYS, NANOGPT_LOOP, NanoGPT
 from nib.errors import UserError, run_script
 from nib.machine.device import pick_device

@@ -14,6 +14,7 @@ import bench as bench_script
 import configurator
 import train
 from benchmarks import generators, measure, planned_memory, sampling
+from benchmarks.contestant import Contestant
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.guard import BadSteps
@@ -91,7 +92,7 @@ def test_the_time_of_each_part_of_a_step_is_counted_as_its_own(data_dir, monkeyp
     values, _ = configurator.configure(
         str(ROOT / 'bench.py'), [*SMALL, '--dtype=float32', '--no-compile'], base='train.py'
     )
-    contestant = bench_script.Contestant(values, open_dataset(data_dir / 'tiny', 16))
+    contestant = Contestant(values, open_dataset(data_dir / 'tiny', 16))
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(measure, 'time', clock)
 
