@@ -9,14 +9,30 @@ from nib.machine.device import measure_flops, peak_flops, peak_memory, synchroni
 WARM_UP = 3  # steps that are not measured
 
 
+def make_training(values, data, say=print) -> train.Training:
+    """Returns a new model with its data, ready to train; compiled if the config says so."""
+    training = train.Training.set_up(values | {'on_nonfinite': 'skip'}, data)
+    training.compile_and_distribute(values['compile'], say)
+    training.optimizer.lr = values['learning_rate']
+    return training
+
+
+def time_steps(training, first: int, n: int) -> float:
+    """Returns the seconds that n training steps take, from the step `first` on."""
+    synchronize(training.device)
+    started = time.perf_counter()
+    for step in range(first, first + n):
+        train.train_step(training, training.batches.micro_batches(step), step)
+    synchronize(training.device)
+    return time.perf_counter() - started
+
+
 class Contestant:
     """nibGPT's train_step and generation, ready to be timed."""
 
     def __init__(self, values, data):
         self.values, self.device = values, values['device']
-        self.training = train.Training.set_up(values | {'on_nonfinite': 'skip'}, data)
-        self.training.compile_and_distribute(values['compile'], print)
-        self.training.optimizer.lr = values['learning_rate']
+        self.training = make_training(values, data)
         self.raw_model = self.training.raw_model
         self.prompt = data.val[: values['prompt_tokens']].tolist()
         self.tokens = self.training.tokens_per_step
@@ -48,16 +64,10 @@ class Contestant:
         return figures
 
     def time_steps(self, n: int) -> float:
-        """Returns the seconds that n steps take."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        for _ in range(n):
-            train.train_step(
-                self.training, self.training.batches.micro_batches(self.step), self.step
-            )
-            self.step += 1
-        synchronize(self.device)
-        return time.perf_counter() - started
+        """Returns the seconds that the next n steps take."""
+        seconds = time_steps(self.training, self.step, n)
+        self.step += n
+        return seconds
 
     def time_parts(self) -> dict[str, float]:
         """Returns the milliseconds of the parts of a step.

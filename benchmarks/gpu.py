@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import configurator
 import train
 from benchmarks import gpu_kernels, measure, sampling
+from benchmarks.contestant import time_steps
 from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
 from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
@@ -207,7 +208,6 @@ def gpt2_config(**changes) -> dict:
         'device': device(),
         'dtype': 'float32' if rehearse else 'bfloat16',
         'compile': not rehearse,
-        'on_nonfinite': 'skip',
         'gradient_accumulation_steps': 2 if rehearse else 4,
         'learning_rate': 1e-4,
         'vocab_size': 50257,
@@ -551,8 +551,8 @@ def profile(figures, end):
     """The time of a step by kind of kernel, and lower bounds for it."""
     config = gpt2_config(batch_size=16)
     training = gpu_kernels.make_training(config, config['folder'])
-    gpu_kernels.time_steps(training, 0, 3)
-    step = 1000 * gpu_kernels.time_steps(training, 3, 5) / 5
+    time_steps(training, 0, 3)
+    step = 1000 * time_steps(training, 3, 5) / 5
     groups, longest = gpu_kernels.profile_steps(training, 8, 2)
     figures.note('ms per step', step)
     for kind, milliseconds in sorted(groups.items(), key=lambda item: -item[1]):

@@ -5,7 +5,6 @@ runs in a process of its own.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
+from benchmarks import contestant
+from benchmarks.contestant import time_steps
 from nib.errors import UserError
 from nib.kernels import IGNORED, ChunkedLoss, pad_rows
 from nib.machine.device import autocast, has_bfloat16, peak_memory, synchronize
@@ -63,22 +64,11 @@ def make_training(config: Mapping, folder: str) -> train.Training:
     """A model with its data, ready to train; compiled if the config says so. Raises UserError if
     compiling fails."""
     said = []
-    training = train.Training.set_up(config, open_dataset(folder, config['block_size']))
-    training.compile_and_distribute(config['compile'], said.append)
+    data = open_dataset(folder, config['block_size'])
+    training = contestant.make_training(config, data, said.append)
     if config['compile'] and training.model is training.raw_model:
         raise UserError(' '.join(said))
-    training.optimizer.lr = config['learning_rate']
     return training
-
-
-def time_steps(training, first: int, n: int) -> float:
-    """Seconds of n training steps, from the step `first` on."""
-    synchronize(training.device)
-    started = time.perf_counter()
-    for step in range(first, first + n):
-        train.train_step(training, training.batches.micro_batches(step), step)
-    synchronize(training.device)
-    return time.perf_counter() - started
 
 
 def serve(job: Mapping, rounds):
