@@ -22,7 +22,8 @@ import torch
 
 import configurator
 import train
-from nib.checkpoint.start import Weights, read_start
+from nib.checkpoint.start import read_start
+from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script, warn
 from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything

@@ -1,7 +1,8 @@
 """How a run begins: its config, the weights that it starts from, its dataset and its plan."""
 
 from nib.budget import plan
-from nib.checkpoint.start import PLANNED, Weights, read_start
+from nib.checkpoint.start import read_start
+from nib.checkpoint.weights import PLANNED, Weights
 from nib.machine.device import describe_device, pick_dtype
 from nib.machine.memory import check_memory
 from nib.machine.stopwatch import Stopwatch
