@@ -73,9 +73,7 @@ def main(argv):
         table, draw = measure_growth(values)
     else:
         table = measure_config(values)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     if draw:
         draw()
 

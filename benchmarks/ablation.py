@@ -87,9 +87,7 @@ def main(argv):
         losses, times = zip(*runs)
         spread = f'{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})'
         lines.append(f'{idea:42}{spread:>28}{statistics.median(times):12.1f}')
-    print('\n'.join(lines))
-    if result:
-        Path(result).write_text('\n'.join(lines) + '\n')
+    measure.publish('\n'.join([*lines, '']), result)
 
 
 def train(scratch: Path, seed: int, flags) -> tuple[float, float]:

@@ -69,9 +69,7 @@ def main(argv):
         f'{config}; x: times slower than alone in the same round\n\n'
         f'{measure.make_table(turns)}'
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def measure_situations(job: str, unit: str, workers) -> dict[str, float]:

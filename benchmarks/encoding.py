@@ -93,9 +93,7 @@ def main(argv):
         raise UserError('this needs Linux, where a process can be kept on one core')
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # child processes inherit it
     table = compare_with_library() if tokenizer else compare_with_nanogpt()
-    print(table)
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def compare_with_library() -> str:

@@ -73,9 +73,7 @@ def main(argv):
         raise UserError(f'dtypes has {min(unknown)}: choose among {", ".join(GGUF_TYPES)}')
     with tempfile.TemporaryDirectory() as temporary:
         table = compare(Path(folder or temporary) / shape)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def compare(models: Path) -> str:

@@ -52,9 +52,7 @@ def main(argv):
     random = GPT(GPTConfig(block_size=RANDOM_TOKENS)).eval()
     tokens = torch.randint(random.config.vocab_size, (BATCH * RANDOM_TOKENS + 1,))
     table += compare("random weights in GPT-2's shape", random, tokens)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 @torch.no_grad()

@@ -65,9 +65,7 @@ def main(argv):
         f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training '
         f'split\n\n' + measure.make_table(turns)
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def make_dataset(path: Path, n_bytes: int):

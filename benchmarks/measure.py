@@ -68,6 +68,13 @@ def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def publish(table: str, result: str):
+    """Prints a table, and also writes it to the file `result` if that is not empty."""
+    print(table, end='', flush=True)
+    if result:
+        Path(result).write_text(table, encoding='utf-8')
+
+
 def show(figure: float) -> str:
     """Returns the figure with four digits, or as an integer if it has more."""
     return f'{figure:,.0f}' if figure >= 1000 else f'{figure:.4g}'

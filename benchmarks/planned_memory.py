@@ -78,10 +78,7 @@ def main(argv):
         planned, measured = measure.in_fresh_process(MEASURE_CONFIG, flags.split())
         rows.append(f'{planned:12,.0f}{measured:14,.0f}{planned / measured:8.2f}  {flags}')
         warn(rows[-1])
-    table = '\n'.join(rows) + '\n'
-    print(table, end='')
-    if values['result']:
-        Path(values['result']).write_text(table)
+    measure.publish('\n'.join([*rows, '']), values['result'])
 
 
 def measure_config(flags: list[str]) -> tuple[float, float]:

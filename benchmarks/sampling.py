@@ -107,9 +107,7 @@ def main(argv):
         f'step reads the weights, in % of a plain read\n\n'
         f'{measure.make_table(turns)}'
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def generate(model: GPT, job: Job, n_prompts: int = 1) -> list[float]:

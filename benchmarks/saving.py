@@ -74,9 +74,7 @@ def main(argv):
         f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes '
         f'{hash_alone(model, optimizer):.2f} on one core\n\n' + measure.make_table(turns)
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def take_turn(model, optimizer, out_dir: Path) -> dict[str, float]:

@@ -94,9 +94,7 @@ def main(argv):
         + '\n'
         + measure.make_table({name: turns[name] for name in ('nanoGPT', 'fast')})
     )
-    print(table)
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def train_nanogpt(clone, data_dir, out_dir, seed):

@@ -71,9 +71,7 @@ def main(argv):
         )
         + '\n'
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return int(bool(troubles))
 
 

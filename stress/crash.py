@@ -92,9 +92,7 @@ def main(argv):
         lines.append(f'{key:46}' + ''.join(f'{counts[key]:>16,.3g}' for counts in stopped))
     lines += ['', f'violations: {len(troubles)}', *troubles[:20], '']
     table = '\n'.join(lines)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return int(bool(troubles))
 
 

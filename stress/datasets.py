@@ -71,9 +71,7 @@ def main(argv):
             '',
         ]
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     wrong = [count['broken'] for count in prepared.values()]
     wrong += [count['wrong'] for kind, count in opened.items() if kind != FEW]
     return int(any(wrong))

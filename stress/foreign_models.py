@@ -146,9 +146,7 @@ def main(argv):
             if outcome in BAD or case >= 0:
                 print(f'case {number}, {kind}: {outcome}: {what}', file=sys.stderr, flush=True)
     table = make_table(ended, time.monotonic() - began)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return int(any(counts[bad] for counts in ended.values() for bad in BAD))
 
 

@@ -205,9 +205,7 @@ def main(argv):
         numbers = [case] if case >= 0 else range(cases)
         ended = run_all(numbers, ground, Path(scratch))
     table = make_table(ended, time.monotonic() - started)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return int(any(bad for _, _, bad in ended))
 
 

@@ -140,9 +140,7 @@ def main(argv):
             ),
         )
     )
-    print(report)
-    if result:
-        Path(result).write_text(report + '\n', encoding='utf-8')
+    measure.publish(report + '\n', result)
 
 
 def make_datasets(folder: Path):
