@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from benchmarks import contestant
-from benchmarks.contestant import time_steps
+from benchmarks.contestant import make_training, time_steps
 from nib.errors import UserError
 from nib.kernels import IGNORED, ChunkedLoss, pad_rows
 from nib.machine.device import autocast, has_bfloat16, peak_memory, synchronize
@@ -60,20 +59,19 @@ GROUPS = {  # kind of kernel -> parts of its name, in lower case; the first that
 }
 
 
-def make_training(config: Mapping, folder: str) -> train.Training:
-    """A model with its data, ready to train; compiled if the config says so. Raises UserError if
-    compiling fails."""
+def start(job: Mapping) -> train.Training:
+    """Returns a job's model with its data, ready to train. Raises UserError if compiling fails."""
     said = []
-    data = open_dataset(folder, config['block_size'])
-    training = contestant.make_training(config, data, said.append)
-    if config['compile'] and training.model is training.raw_model:
+    data = open_dataset(job['folder'], job['block_size'])
+    training = make_training(job, data, said.append)
+    if job['compile'] and training.model is training.raw_model:
         raise UserError(' '.join(said))
     return training
 
 
 def serve(job: Mapping, rounds):
     """Trains nibGPT as NANOGPT_LOOP trains nanoGPT; yields the figures of each round."""
-    training, step = make_training(job, job['folder']), 3
+    training, step = start(job), 3
     time_steps(training, 0, step)
     memory = peak_memory(job['device'])
     tokens = job['gradient_accumulation_steps'] * job['batch_size'] * job['block_size']
@@ -102,7 +100,7 @@ def repeat_steps(job: Mapping) -> dict:
     torch.use_deterministic_algorithms(job['deterministic'])
     attention = sdpa_kernel(ATTENTION[job['attention']]) if job['attention'] in ATTENTION else None
     with attention or contextlib.nullcontext():
-        t = make_training(job, job['folder'])
+        t = start(job)
         initial = {name: p.clone() for name, p in t.raw_model.state_dict().items()}
 
         def run(n: int = 4) -> list[torch.Tensor]:

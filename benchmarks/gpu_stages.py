@@ -425,7 +425,7 @@ def check_determinism(s, figures, end):
 def profile(s, figures, end):
     """The time of a step by kind of kernel, and lower bounds for it."""
     config = gpt2_config(s, batch_size=16)
-    training = gpu_kernels.make_training(config, config['folder'])
+    training = gpu_kernels.start(config)
     time_steps(training, 0, 3)
     step = 1000 * time_steps(training, 3, 5) / 5
     groups, longest = gpu_kernels.profile_steps(training, 8, 2)
