@@ -15,14 +15,9 @@ batch. --plan measures nothing, and prints what the whole run would take.
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,22 +29,18 @@ import configurator
 import train
 from benchmarks import growth as growing
 from benchmarks import measure
+from benchmarks.contestant import Contestant
+from benchmarks.measure import in_fresh_process
 from benchmarks.nanogpt import NanoGPT, start_training
 from benchmarks.plan import describe_plan
 from model import GPT
 from nib.errors import UserError, run_script, warn
 from nib.machine.compiling import has_compiler, pick_compile
-from nib.machine.device import (
-    measure_flops,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    synchronize,
-)
+from nib.machine.device import measure_flops, peak_memory, pick_device, pick_dtype
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
 from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
+from nib.schema import check_range, is_auto
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
 
@@ -69,14 +60,12 @@ price_per_hour: float = 0.0  # plan: price of a device in your currency; 0: show
 
 VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
 ROOT = Path(__file__).resolve().parent
-WARM_UP = 3  # steps that are not measured
 
 
 def main(argv):
     values = read_config(argv)
-    for key, least in (('rounds', 1), ('steps', 1), ('prompt_tokens', 1), ('new_tokens', 0)):
-        if values[key] < least:
-            raise UserError(f'{key} is {values[key]}: it must be at least {least}')
+    check_range(values, 'rounds', 'steps', 'prompt_tokens', least=1)
+    check_range(values, 'new_tokens', 'price_per_hour', least=0)
     draw = None
     if plan:
         table = describe_config_plan(values)
@@ -84,9 +73,7 @@ def main(argv):
         table, draw = measure_growth(values)
     else:
         table = measure_config(values)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     if draw:
         draw()
 
@@ -96,7 +83,7 @@ def read_config(argv) -> dict:
     values, origins = configurator.configure(
         __file__, argv, settle={'device': pick_device}, base='train.py'
     )
-    if origins['batch_size'].endswith('(auto)'):
+    if is_auto(origins['batch_size']):
         raise UserError(
             '--batch_size=auto: use a number here; train.py prints the one that it takes'
         )
@@ -125,34 +112,10 @@ def as_flags(values, **changes) -> list[str]:
     return [f'--{key}={values[key]}' for key in configurator.read_block(train.__file__).defaults]
 
 
-def in_fresh_process(function: Callable[[list[str]], dict], flags: list[str]) -> dict[str, float]:
-    """Calls a function of this module with the flags in a new process; returns its result.
-
-    Raises UserError with the last line of its errors if it fails.
-    """
-    program = (
-        'import json, bench; from nib.errors import run_script; '
-        f'run_script(lambda argv: print("\\n" + json.dumps(bench.{function.__name__}(argv))))'
-    )
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
-    done = subprocess.run(
-        [sys.executable, '-c', program, *flags],
-        env={**os.environ, 'PYTHONPATH': paths},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        errors = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
-        raise UserError(errors[-1].removeprefix('error: '))
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def describe_config_plan(values) -> str:
     """Returns the plan of a run. A dataset that is not prepared has the vocabulary of GPT-2."""
     if not 0 < mfu <= 1:
         raise UserError(f'mfu is {mfu}: it must be more than 0 and at most 1')
-    if not 0 <= price_per_hour < math.inf:
-        raise UserError(f'price_per_hour is {price_per_hour}: it must be at least 0 and finite')
     folder = Path(values['data_dir'] or SCRIPTS) / values['dataset']
     vocab_size = VOCAB_SIZE
     if is_prepared(folder):
@@ -202,13 +165,13 @@ def measure_startup(values, data, out_dir: Path, measured: list[dict[str, float]
         tensorboard=False,
         sample_tokens=0,
     )
-    measured[0] |= in_fresh_process(time_run, [*run, f'--steps={steps}'])
+    measured[0] |= in_fresh_process('bench.time_run', [*run, f'--steps={steps}'])
     for figures in measured:
         figures['import torch, s'] = measure.time_import()
         figures['command to first step, s'] = measure.time_startup(run)
 
 
-def describe_config(values, data, ours: 'Contestant') -> str:
+def describe_config(values, data, ours: Contestant) -> str:
     """Returns the lines above the table."""
     batch = f'{values["gradient_accumulation_steps"]} x {values["batch_size"]}'
     nanogpt = ''
@@ -245,90 +208,6 @@ def find_data(values, scratch: Path) -> TokenDataset:
         )
         tokens.tofile(folder / name)
     return open_dataset(folder, values['block_size'], vocab_size)
-
-
-class Contestant:
-    """nibGPT's train_step and generation, ready to be timed."""
-
-    def __init__(self, values, data):
-        self.values, self.device = values, values['device']
-        self.training = train.Training.set_up(values | {'on_nonfinite': 'skip'}, data)
-        self.training.compile_and_distribute(values['compile'], print)
-        self.training.optimizer.lr = values['learning_rate']
-        self.raw_model = self.training.raw_model
-        self.prompt = data.val[: values['prompt_tokens']].tolist()
-        self.tokens = self.training.tokens_per_step
-        self.step = 0
-        self.peak = peak_flops(self.device, values['dtype'])
-        self.time_steps(WARM_UP)
-        # Measured now, before generation and other measurements add to it.
-        self.memory = peak_memory(self.device)
-
-    def round(self) -> dict[str, float]:
-        """Measures `steps` steps, a few more with timed parts, and one generation."""
-        seconds = self.time_steps(steps) / steps
-        figures = {
-            'tokens/s': self.tokens / seconds,
-            'ms/step': 1000 * seconds,
-            **self.time_parts(),
-        }
-        flops_per_second = self.training.flops_per_token * self.tokens / seconds
-        figures['TFLOP/s'] = flops_per_second / 1e12
-        if self.peak:
-            figures['MFU %'] = 100 * flops_per_second / self.peak
-        else:
-            rate = measure_flops(self.device, self.values['dtype'])
-            figures["% of matrix products' rate"] = 100 * flops_per_second / rate
-        if self.memory is not None:
-            figures['peak memory, MB'] = self.memory / 1e6
-        if new_tokens:
-            figures['generated tokens/s'] = new_tokens / self.time_generation()
-        return figures
-
-    def time_steps(self, n: int) -> float:
-        """Returns the seconds that n steps take."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        for _ in range(n):
-            train.train_step(
-                self.training, self.training.batches.micro_batches(self.step), self.step
-            )
-            self.step += 1
-        synchronize(self.device)
-        return time.perf_counter() - started
-
-    def time_parts(self) -> dict[str, float]:
-        """Returns the milliseconds of the parts of a step.
-
-        train_step itself runs, with objects that read the clock. Each reading waits for the device,
-        so the sum is a little more than the time of a step.
-        """
-        clock = measure.LapClock(self.device)
-        n = max(1, steps // 3)
-        for _ in range(n):
-            clock.lap('')
-            measure.timed_step(
-                train.train_step,
-                self.training,
-                self.training.batches.micro_batches(self.step),
-                self.step,
-                clock,
-            )
-            self.step += 1
-        return {
-            f'ms {part}': 1000 * clock.seconds[part] / n
-            for part in ('data', 'forward', 'backward', 'optimizer', 'checks')
-        }
-
-    def time_generation(self) -> float:
-        synchronize(self.device)
-        started = time.perf_counter()
-        for _ in self.raw_model.generate(
-            [self.prompt], new_tokens, temperature=0.8, top_k=200, seed=1
-        ):
-            pass
-        synchronize(self.device)
-        return time.perf_counter() - started
 
 
 # -- a run of train.py -----------------------------------------------------------------------------
@@ -406,7 +285,7 @@ def measure_growth(values) -> tuple[str, Callable]:
     growing.check_picture(growth)
     values['compile'] = values['compile'] is True and has_compiler()  # auto: these runs are short
     measured = growing.measure(
-        values, lambda sizes: in_fresh_process(measure_point, as_flags(values, **sizes))
+        values, lambda sizes: in_fresh_process('bench.measure_point', as_flags(values, **sizes))
     )
     what = (
         f'{values["n_layer"]} layers, {values["n_embd"]} wide, context {values["block_size"]}, '

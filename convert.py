@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 import configurator
-from nib.checkpoint.start import Weights, read_model
+from nib.checkpoint.start import read_model
+from nib.checkpoint.weights import Weights
 from nib.checkpoint.wrong_folder import is_own_name
 from nib.errors import UserError, run_script
 from nib.files import shown

@@ -22,7 +22,8 @@ import torch
 
 import configurator
 import train
-from nib.checkpoint.start import Weights, read_start
+from nib.checkpoint.start import read_start
+from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script, warn
 from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
@@ -31,6 +32,7 @@ from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
 from nib.run.checks import check_config, check_schedule, pick_model, refuse_plan, settle_schedule
 from nib.run.folder import recall_config
+from nib.schema import check_range
 from nib.text.tokenizer import tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 from nib.tokens.find import open_or_prepare
@@ -55,11 +57,8 @@ def main(argv):
     values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
     refuse_plan(values, origins)
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
-    for key, least in (('batch_tokens', 0), ('overfit_steps', 1)):
-        if not least <= values[key] < 1 << 31:
-            raise UserError(
-                f'{key} is {values[key]}: it must be at least {least} and less than {1 << 31:,}'
-            )
+    check_range(values, 'batch_tokens', least=0, below=1 << 31)
+    check_range(values, 'overfit_steps', least=1, below=1 << 31)
     start = read_start(values['init_from'], values['out_dir'], warn)
     if start:
         values = start.adopt(values, origins)

@@ -29,6 +29,7 @@ from nib.generation.sampling import check_sampling
 from nib.machine.compiling import NO_COMPILER, explain_failure, has_compiler
 from nib.machine.device import SMALL_MODEL, describe_device, limit_threads, pick_device, pick_dtype
 from nib.machine.memory import check_samples
+from nib.schema import check_range
 from nib.text import reading
 from nib.text.tokenizer import Tokenizer, encode_prompt
 
@@ -59,10 +60,7 @@ def main(argv):
         if origins[key] == 'command line' and not values[key].startswith('FILE:'):
             values[key] = unescape(values[key], f'--{key}')
     globals().update(values)
-    if not 1 <= num_samples < 1 << 20:
-        raise UserError(
-            f'num_samples is {num_samples}: it must be at least 1 and less than {1 << 20:,}'
-        )
+    check_range(values, 'num_samples', least=1, below=1 << 20)
     if chat:
         check_chat(origins)
     is_given = origins['start'] != 'default'

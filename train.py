@@ -31,7 +31,7 @@ from nib.machine.ranks import Ranks, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
 from nib.machine.stopwatch import Stopwatch
 from nib.optim import Optimizer
-from nib.run.begin import begin, resume
+from nib.run.begin import begin, picks_batch_size, resume
 from nib.run.folder import recall_config
 from nib.run.logbook import Logbook
 from nib.tokens.batches import BatchLoader
@@ -303,7 +303,7 @@ def run(values, origins, book, stop) -> int:
     globals().update({key: config[key] for key in values})
 
     t = Training.set_up(config, data, start, book.ranks)
-    if origins['batch_size'].endswith('(auto)') and not (eval_only or start and start.resumed):
+    if picks_batch_size(config, origins, start):
         config |= fit_batch_size(t, config, book.say)  # the tokens per step stay
         batches = BatchLoader.from_config(config, data, book.ranks, t.device)
         t = replace(t, batches=batches, micro_steps=batches.micro_steps)
@@ -363,7 +363,7 @@ def loop(t, data, state, book, stop):
         try:
             mean_loss, grad_norm = train_step(t, stop.cut(micro_batches), data_step)
         except StepCut:
-            t.optimizer.zero_grad()
+            t.optimizer.zero_grad()  # saving needs the memory
             continue  # the next iteration saves and stops; a resumed run repeats this step
         state.step += 1
         book.note(state.step, mean_loss, grad_norm)

@@ -19,6 +19,7 @@ import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
 from nib.report.history import read_run
+from nib.schema import check_range
 
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each variant
@@ -51,8 +52,8 @@ IDEAS = {  # what is removed (what replaces it) -> flags
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if seeds < 1 or steps < 20:
-        raise UserError(f'seeds {seeds}, steps {steps}: they must be at least 1 and 20')
+    check_range(values, 'seeds', least=1)
+    check_range(values, 'steps', least=20)
     try:
         seen = Path(text).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
@@ -86,9 +87,7 @@ def main(argv):
         losses, times = zip(*runs)
         spread = f'{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})'
         lines.append(f'{idea:42}{spread:>28}{statistics.median(times):12.1f}')
-    print('\n'.join(lines))
-    if result:
-        Path(result).write_text('\n'.join(lines) + '\n')
+    measure.publish('\n'.join([*lines, '']), result)
 
 
 def train(scratch: Path, seed: int, flags) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from nib.errors import UserError, run_script
 from nib.machine.device import SMALL_MODEL, limit_threads, pick_device, pick_dtype
 from nib.machine.threads import CALM, INTERVAL, available_cores
 from nib.run.checks import settle_schedule
+from nib.schema import check_range
 from nib.tokens.dataset import TokenDataset
 
 config: str = 'config/train_shakespeare_char.py'  # the model
@@ -42,8 +43,8 @@ VOCAB_SIZE = 65
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if rounds < 1 or seconds <= 0:
-        raise UserError(f'rounds {rounds}, seconds {seconds:g}: they must be at least 1, above 0')
+    check_range(values, 'rounds', least=1)
+    check_range(values, 'seconds', least=0.1)
     turns: dict[str, list] = {name: [{} for _ in range(rounds)] for name in CONTESTANTS}
     for job, unit in JOBS.items():
         workers = {
@@ -68,9 +69,7 @@ def main(argv):
         f'{config}; x: times slower than alone in the same round\n\n'
         f'{measure.make_table(turns)}'
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def measure_situations(job: str, unit: str, workers) -> dict[str, float]:

@@ -59,9 +59,7 @@ def main(argv):
         with tempfile.TemporaryDirectory() as folder:
             run('data/text/prepare.py', f'--input={text}', f'--out_dir={folder}/shakespeare_char')
             tables += [compare_optimizers(folder), compare_batches(folder)]
-    print('\n\n'.join(tables))
-    if result:
-        Path(result).write_text('\n\n'.join(tables) + '\n')
+    measure.publish('\n\n'.join(tables) + '\n', result)
 
 
 # -- pictures --------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import numpy as np
 import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
+from nib.schema import check_range
 from nib.text import documents, hf_tokenizer, inputs
 from nib.text.hf_tokenizer import import_library
 from nib.tokens.borrow import read_tokenizer
@@ -87,15 +88,12 @@ def main(argv):
         raise UserError(
             '--input=PATH is missing: name the files and folders that hold the text to encode'
         )
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     if not hasattr(os, 'sched_setaffinity'):
         raise UserError('this needs Linux, where a process can be kept on one core')
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # child processes inherit it
     table = compare_with_library() if tokenizer else compare_with_nanogpt()
-    print(table)
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def compare_with_library() -> str:

@@ -32,6 +32,7 @@ from nib.errors import UserError, run_script
 from nib.generation.int8 import quantize
 from nib.hub import gguf, huggingface
 from nib.machine.device import pick_device, synchronize
+from nib.schema import check_range
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
 from nib.text.tokenizer import END_OF_TEXT, tokenizer_from_json
 
@@ -67,15 +68,12 @@ GGUF_TYPES = {'float32': 'f32', 'bfloat16': 'bf16', 'int8': 'q8_0'}
 def main(argv):
     values, _ = configurator.configure(__file__, argv, settle={'device': pick_device})
     globals().update(values)
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     if unknown := set(dtypes.split(',')) - set(GGUF_TYPES):
         raise UserError(f'dtypes has {min(unknown)}: choose among {", ".join(GGUF_TYPES)}')
     with tempfile.TemporaryDirectory() as temporary:
         table = compare(Path(folder or temporary) / shape)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def compare(models: Path) -> str:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import configurator
 from model import GPT
 from nib.checkpoint.start import read_model
-from nib.errors import UserError, run_script
+from nib.errors import UserError, optional, run_script
 from nib.hub import gguf
 from nib.tokens.dataset import open_dataset
 
@@ -35,10 +35,8 @@ def main(argv):
     globals().update(values)
     if not runs:
         raise UserError('runs is empty: name the folders of runs, separated by commas')
-    try:
+    with optional('llama-cpp-python', 'this'):
         from llama_cpp import Llama, llama_cpp
-    except ImportError as error:
-        raise UserError('this needs a package: pip install llama-cpp-python') from error
     make = llama_cpp.llama_model_default_params
 
     def defaults():

@@ -5,7 +5,6 @@ runs in a process of its own.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
+from benchmarks.contestant import make_training, time_steps
 from nib.errors import UserError
 from nib.kernels import IGNORED, ChunkedLoss, pad_rows
 from nib.machine.device import autocast, has_bfloat16, peak_memory, synchronize
@@ -59,31 +59,19 @@ GROUPS = {  # kind of kernel -> parts of its name, in lower case; the first that
 }
 
 
-def make_training(config: Mapping, folder: str) -> train.Training:
-    """A model with its data, ready to train; compiled if the config says so. Raises UserError if
-    compiling fails."""
+def start(job: Mapping) -> train.Training:
+    """Returns a job's model with its data, ready to train. Raises UserError if compiling fails."""
     said = []
-    training = train.Training.set_up(config, open_dataset(folder, config['block_size']))
-    training.compile_and_distribute(config['compile'], said.append)
-    if config['compile'] and training.model is training.raw_model:
+    data = open_dataset(job['folder'], job['block_size'])
+    training = make_training(job, data, said.append)
+    if job['compile'] and training.model is training.raw_model:
         raise UserError(' '.join(said))
-    training.optimizer.lr = config['learning_rate']
     return training
-
-
-def time_steps(training, first: int, n: int) -> float:
-    """Seconds of n training steps, from the step `first` on."""
-    synchronize(training.device)
-    started = time.perf_counter()
-    for step in range(first, first + n):
-        train.train_step(training, training.batches.micro_batches(step), step)
-    synchronize(training.device)
-    return time.perf_counter() - started
 
 
 def serve(job: Mapping, rounds):
     """Trains nibGPT as NANOGPT_LOOP trains nanoGPT; yields the figures of each round."""
-    training, step = make_training(job, job['folder']), 3
+    training, step = start(job), 3
     time_steps(training, 0, step)
     memory = peak_memory(job['device'])
     tokens = job['gradient_accumulation_steps'] * job['batch_size'] * job['block_size']
@@ -112,7 +100,7 @@ def repeat_steps(job: Mapping) -> dict:
     torch.use_deterministic_algorithms(job['deterministic'])
     attention = sdpa_kernel(ATTENTION[job['attention']]) if job['attention'] in ATTENTION else None
     with attention or contextlib.nullcontext():
-        t = make_training(job, job['folder'])
+        t = start(job)
         initial = {name: p.clone() for name, p in t.raw_model.state_dict().items()}
 
         def run(n: int = 4) -> list[torch.Tensor]:

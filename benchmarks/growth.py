@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.measure import show
-from nib.errors import UserError
+from nib.errors import UserError, optional
 
 # Axis, such as 'width' -> its points from small to large. A point's first figure is its size.
 Growth = Mapping[str, Sequence[Mapping[str, float]]]
@@ -64,12 +64,8 @@ def make_table(growth: Growth) -> str:
 
 def check_picture(path: str):
     """Raises UserError if no plot can be saved to this path, before minutes of measuring."""
-    try:
+    with optional('matplotlib', '--growth'):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            '--growth needs a package that is not installed: pip install matplotlib'
-        ) from error
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:] not in known or not Path(path).absolute().parent.is_dir():
         suffixes = ', '.join(f'.{name}' for name in known)

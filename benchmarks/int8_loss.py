@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from nib.checkpoint.start import read_model
 from nib.errors import UserError, run_script
 from nib.generation.int8 import quantize
+from nib.schema import check_range
 from nib.tokens.dataset import open_dataset
 
 run: str = ''  # folder of a run
@@ -38,8 +39,7 @@ def main(argv):
     globals().update(values)
     if not run:
         raise UserError('run is empty: name the folder of a run')
-    if contexts < 1:
-        raise UserError(f'contexts is {contexts}: it must be at least 1')
+    check_range(values, 'contexts', least=1)
     weights = read_model('', run)
     config, T = weights.resumed.state['config'], weights.model.block_size
     val = open_dataset(Path(config['data_dir'], config['dataset']), T).val
@@ -52,9 +52,7 @@ def main(argv):
     random = GPT(GPTConfig(block_size=RANDOM_TOKENS)).eval()
     tokens = torch.randint(random.config.vocab_size, (BATCH * RANDOM_TOKENS + 1,))
     table += compare("random weights in GPT-2's shape", random, tokens)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 @torch.no_grad()

@@ -6,9 +6,7 @@ One dataset has 2 MB, the other 20 GB. The files are sparse and take no space on
 tokens are the same character.
 """
 
-import json
 import pickle
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
-from nib.errors import UserError, run_script
+from nib.errors import run_script
 from nib.machine.device import peak_memory
+from nib.schema import check_range
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import SPLITS, open_dataset
 
@@ -29,13 +28,13 @@ result: str = ''  # also write the table to this file
 
 SIZES = {'2 MB': 2_000_000, '20 GB': 20_000_000_000}  # of train.bin, and of val.bin
 BLOCK_SIZE, BATCH_SIZE, N_BATCHES = 64, 12, 1000
+TIME_LOADING = 'benchmarks.loading.time_loading'  # in a process that has not seen the file yet
 
 
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     turns = {name: [] for name in SIZES}
     with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
         for name, n_bytes in SIZES.items():
@@ -52,7 +51,7 @@ def main(argv):
                     '--overwrite',
                 ]
                 turns[name].append(
-                    time_loading_alone(Path(scratch) / name)
+                    measure.in_fresh_process(TIME_LOADING, str(Path(scratch) / name))
                     | {'command to first step, s': measure.time_startup(flags)}
                 )
                 print(
@@ -66,9 +65,7 @@ def main(argv):
         f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training '
         f'split\n\n' + measure.make_table(turns)
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def make_dataset(path: Path, n_bytes: int):
@@ -89,10 +86,10 @@ def make_dataset(path: Path, n_bytes: int):
     )
 
 
-def time_loading(path: Path) -> dict[str, float]:
+def time_loading(path: str) -> dict[str, float]:
     """Opens a dataset and makes batches of it; returns the times and the memory."""
     before, started = peak_memory('cpu'), time.perf_counter()
-    data = open_dataset(path, BLOCK_SIZE)
+    data = open_dataset(Path(path), BLOCK_SIZE)
     opened = time.perf_counter()
     batches = BatchLoader(data.train, BLOCK_SIZE, BATCH_SIZE, 1, 1, vocab_size=data.vocab_size)
     next(batches.eval_batches(data.val))
@@ -105,20 +102,6 @@ def time_loading(path: Path) -> dict[str, float]:
         'ms training batch': 1000 * (time.perf_counter() - evaluated) / N_BATCHES,
         'memory of all that, MB': (peak_memory('cpu') - before) / 1e6,
     }
-
-
-def time_loading_alone(path: Path) -> dict[str, float]:
-    """Runs time_loading in a new process, which has not seen the file yet."""
-    program = (
-        f'import sys, json; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; '
-        f'from benchmarks.loading import time_loading; '
-        f'print(json.dumps(time_loading(Path(sys.argv[1]))))'
-    )
-    return json.loads(
-        subprocess.run(
-            [sys.executable, '-c', program, str(path)], check=True, stdout=subprocess.PIPE
-        ).stdout
-    )
 
 
 if __name__ == '__main__':

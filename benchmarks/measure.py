@@ -1,5 +1,6 @@
 """Shared by the benchmarks: a description of the machine, tables of medians, clocks."""
 
+import json
 import os
 import platform
 import statistics
@@ -65,6 +66,13 @@ def make_table(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
             cells += f' {spread([second / first for first, second in zip(*columns)]):>27}'
         lines.append(f'{key:30}{cells}')
     return '\n'.join(lines) + '\n'
+
+
+def publish(table: str, result: str):
+    """Prints a table, and also writes it to the file `result` if that is not empty."""
+    print(table, end='', flush=True)
+    if result:
+        Path(result).write_text(table, encoding='utf-8')
 
 
 def show(figure: float) -> str:
@@ -136,6 +144,35 @@ def timed_step(train_step, training, micro_batches, step: int, clock: LapClock):
     losses = train_step(timed, clock.time_batches(micro_batches), step)
     clock.lap('optimizer')
     return losses
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Returns the variables of a process that imports this project from any folder."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return {**os.environ, 'PYTHONPATH': paths, **more}
+
+
+def in_fresh_process(function: str, argument):
+    """Calls a function, such as 'bench.measure_point', in a new process; returns its result.
+
+    argument, and the result: what JSON can hold. Raises UserError with the last line of its errors
+    if it fails.
+    """
+    module, _, name = function.rpartition('.')
+    program = (
+        f'import json, sys; from nib.errors import run_script; from {module} import {name}; '
+        f'run_script(lambda argv: print("\\n" + json.dumps({name}(json.loads(argv[0])))))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program, json.dumps(argument)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        errors = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
+        raise UserError(errors[-1].removeprefix('error: '))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def time_startup(flags: list[str]) -> float:

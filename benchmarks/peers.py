@@ -23,12 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 import train
-from bench import Contestant, settle_compile
+from bench import settle_compile
 from benchmarks import measure
+from benchmarks.contestant import Contestant
 from benchmarks.nanogpt import NANOGPT_KEYS, NANOGPT_LOOP, NanoGPT
 from nib.errors import UserError, run_script
 from nib.machine.device import pick_device
 from nib.run.checks import settle_schedule
+from nib.schema import check_range
 from nib.tokens.dataset import open_dataset
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
@@ -59,8 +61,7 @@ def main(argv):
                 f'--peers: no peer is named {peer!r}; known: nanogpt, transformers, and both with '
                 '-compiled at the end'
             )
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     heading = [
         f'training, {dtype}; {rounds} rounds in turns; {measure.describe_machine()}',
         f'{"size":8}{"peer":24}{"peer, tokens/s":>26}{"nibGPT, tokens/s":>26}{"ratio":>26}',

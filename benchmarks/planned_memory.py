@@ -8,8 +8,6 @@ memory (Linux only) above that after a step of a tiny model, which has loaded th
 
 import contextlib
 import gc
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +25,6 @@ from nib.machine.device import peak_memory
 from nib.machine.memory_plan import plan_memory
 
 result: str = ''  # file that the table is also written to
-only: str = ''  # flags of train.py, separated by spaces; measure this config only
 
 MODERN = '--position=rotary --norm=rms --qk_norm --mlp=swiglu --no-tied_head'
 MUON = '--optimizer=muon'
@@ -71,33 +68,17 @@ CONFIGS = (  # the results file says which were seen while the estimate was made
     f'{TWELVE} --block_size=256 --batch_size=16 --dtype=float32 --recompute --vocab_size=1000',
 )
 TINY = {'n_layer': 1, 'n_head': 1, 'n_kv_head': 0, 'n_embd': 32, 'block_size': 16, 'batch_size': 1}
+MEASURE_CONFIG = 'benchmarks.planned_memory.measure_config'
 
 
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
-    if values['only']:
-        print(json.dumps(measure_config(values['only'].split())))
-        return
     rows = [f'{measure.describe_machine()}\n\n{"planned, MB":>12}{"measured, MB":>14}{"ratio":>8}']
     for flags in CONFIGS:
-        planned, measured = measure_in_fresh_process(flags)
+        planned, measured = measure.in_fresh_process(MEASURE_CONFIG, flags.split())
         rows.append(f'{planned:12,.0f}{measured:14,.0f}{planned / measured:8.2f}  {flags}')
         warn(rows[-1])
-    table = '\n'.join(rows) + '\n'
-    print(table, end='')
-    if values['result']:
-        Path(values['result']).write_text(table)
-
-
-def measure_in_fresh_process(flags: str) -> tuple[float, float]:
-    """Returns the planned and the measured memory in MB. Raises UserError if the run fails."""
-    done = subprocess.run(
-        [sys.executable, __file__, f'--only={flags}'], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise UserError(f'{flags}: {(done.stderr.strip().splitlines() or ["failed"])[-1]}')
-    planned, measured = json.loads(done.stdout.splitlines()[-1])
-    return planned, measured
+    measure.publish('\n'.join([*rows, '']), values['result'])
 
 
 def measure_config(flags: list[str]) -> tuple[float, float]:

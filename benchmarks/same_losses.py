@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 from nib.errors import UserError, run_script
+from nib.schema import check_range
 
 base: str = 'HEAD'  # what to compare the working tree with: a git reference or the path of a copy
 cases: str = ''  # names of the cases to run, separated by commas; empty: all
@@ -90,8 +91,7 @@ COMPARED = ('loss/', 'grad_norm', 'sample')  # beginnings of the names in metric
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     chosen = choose_cases(TIMED if timing else CASES)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

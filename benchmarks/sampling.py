@@ -23,8 +23,9 @@ import configurator
 from benchmarks import measure
 from benchmarks.nanogpt import NanoGPT
 from model import GPT, GPTConfig
-from nib.errors import UserError, run_script
+from nib.errors import run_script
 from nib.machine.device import pick_device, synchronize
+from nib.schema import check_range
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT
 rounds: int = 4  # rounds of measurements
@@ -62,8 +63,7 @@ SAMPLING = dict(temperature=0.8, top_k=200)
 def main(argv):
     values, _ = configurator.configure(__file__, argv, settle={'device': pick_device})
     globals().update(values)
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     jobs = {name: asdict(job) for name, job in JOBS.items()}
     peer_job = {'device': device, 'sampling': SAMPLING, 'jobs': jobs}
     peer = NanoGPT('nanogpt', nanogpt, NANOGPT_SCRIPT, peer_job)
@@ -107,9 +107,7 @@ def main(argv):
         f'step reads the weights, in % of a plain read\n\n'
         f'{measure.make_table(turns)}'
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def generate(model: GPT, job: Job, n_prompts: int = 1) -> list[float]:

@@ -25,8 +25,9 @@ from benchmarks import measure
 from model import GPT, GPTConfig
 from nib.checkpoint import store, tensorfile
 from nib.checkpoint.writer import CheckpointWriter
-from nib.errors import UserError, run_script
+from nib.errors import run_script
 from nib.optim import Optimizer
+from nib.schema import check_range
 
 rounds: int = 5  # rounds of measurements
 n_layer: int = 12  # blocks of the model
@@ -44,8 +45,7 @@ NO_DIGEST = SimpleNamespace(
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     model = GPT(
         GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)
     ).to(device)
@@ -74,9 +74,7 @@ def main(argv):
         f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes '
         f'{hash_alone(model, optimizer):.2f} on one core\n\n' + measure.make_table(turns)
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def take_turn(model, optimizer, out_dir: Path) -> dict[str, float]:

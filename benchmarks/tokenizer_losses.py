@@ -62,9 +62,7 @@ def main(argv):
             lines.append(f'{name:12}{meta["vocab_size"]:8,}{size:17.2f}{nats:>16}{bits:>15}')
             print(lines[-1], flush=True)
     table = '\n'.join(lines) + '\n'
-    print(table)
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def run(*command: str) -> str:

@@ -23,6 +23,7 @@ import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
 from nib.report.history import read_run
+from nib.schema import check_range
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
 rounds: int = 3  # turns of each contestant
@@ -59,8 +60,7 @@ def main(argv):
             f'--nanogpt={nanogpt}: expected the path of a clone of karpathy/nanoGPT, in which '
             f'data/shakespeare_char/prepare.py has been run'
         )
-    if rounds < 1:
-        raise UserError(f'rounds is {rounds}: it must be at least 1')
+    check_range(values, 'rounds', least=1)
     if max_iters < 250:
         raise UserError(
             f'max_iters is {max_iters}: it must be at least 250, when nanoGPT first saves'
@@ -94,9 +94,7 @@ def main(argv):
         + '\n'
         + measure.make_table({name: turns[name] for name in ('nanoGPT', 'fast')})
     )
-    print(table)
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
 
 
 def train_nanogpt(clone, data_dir, out_dir, seed):

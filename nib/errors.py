@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 EXIT_USER_ERROR = 2
@@ -55,6 +55,17 @@ class UserError(ValueError):
 
     The message is the line to show: what was found, what was expected, where, and what to type.
     """
+
+
+@contextmanager
+def optional(package: str, user: str):
+    """Within this context, an import that fails raises UserError: `user` needs the package."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f'{user} needs a package that is not installed: pip install {package}'
+        ) from error
 
 
 def warn(line: str):

@@ -7,10 +7,11 @@ default and meaning. The scripts are read, not imported.
 import ast
 import difflib
 import io
+import math
 import sys
 import tokenize
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nib.errors import UserError
@@ -129,6 +130,11 @@ def read_python(path: str) -> tuple[str, ast.Module]:
     raise UserError(path + reason)
 
 
+def is_auto(origin: str) -> bool:
+    """Returns whether a value, of which configurator.configure gives the origin, was 'auto'."""
+    return origin.endswith('(auto)')
+
+
 # -- values ----------------------------------------------------------------------------------------
 
 
@@ -175,6 +181,15 @@ def read_text(text: str, kind: Type, where: str) -> object:
         except UserError:
             pass
     return fit(text, kind, where)
+
+
+def check_range(values: Mapping, *keys: str, least: float, below: float = math.inf):
+    """Raises UserError unless each value is at least `least` and less than `below`."""
+    for key in keys:
+        if not least <= values[key] < below:
+            limit = ' and finite' if isinstance(values[key], float) else ''
+            limit = f' and less than {below:,}' if below < math.inf else limit
+            raise UserError(f'{key} is {values[key]}: it must be at least {least}{limit}')
 
 
 def describe(kind: Type) -> str:

@@ -19,6 +19,7 @@ import configurator
 from benchmarks import measure
 from nib.checkpoint import store, tensorfile
 from nib.errors import UserError, run_script
+from nib.schema import check_range
 
 damages: int = 10_000  # number of damages, alternating between all kinds
 seed: int = 0  # determines what is damaged and where
@@ -31,8 +32,7 @@ STEPS = (30, 20, 10)  # of the existing checkpoints, newest first
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if damages < 1:
-        raise UserError(f'damages is {damages}: it must be at least 1')
+    check_range(values, 'damages', least=1)
     counts, troubles = {kind: Counter() for kind in KINDS}, []
     with tempfile.TemporaryDirectory() as scratch:
         out_dir = Path(scratch)
@@ -71,9 +71,7 @@ def main(argv):
         )
         + '\n'
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return int(bool(troubles))
 
 

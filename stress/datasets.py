@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
 from nib.errors import UserError, run_script
+from nib.schema import check_range
 from nib.text import documents
 from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.tokenizer import ByteTokenizer
@@ -49,9 +50,7 @@ KILLED = 'the same, and one is killed'
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    for key in ('rounds', 'vocabularies'):
-        if values[key] < 1:
-            raise UserError(f'{key} is {values[key]}: it must be at least 1')
+    check_range(values, 'rounds', 'vocabularies', least=1)
     draw = random.Random(seed)
     prepared = {ROUND: Counter(), KILLED: Counter()}
     opened = {kind: Counter() for kind in KINDS}
@@ -72,9 +71,7 @@ def main(argv):
             '',
         ]
     )
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     wrong = [count['broken'] for count in prepared.values()]
     wrong += [count['wrong'] for kind, count in opened.items() if kind != FEW]
     return int(any(wrong))

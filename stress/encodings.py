@@ -66,9 +66,7 @@ def main(argv):
         if outcome in BAD or case >= 0:
             print(f'case {number}, {kind}: {outcome}: {messages}', file=sys.stderr)
     table = format_table(ended, time.monotonic() - began)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return 1 if any(counts[bad] for counts in ended.values() for bad in BAD) else 0
 
 

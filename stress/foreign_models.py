@@ -36,7 +36,8 @@ from benchmarks import measure
 from model import GPT
 from nib import errors
 from nib.checkpoint.start import read_weights
-from nib.errors import UserError, run_script
+from nib.errors import run_script
+from nib.schema import check_range
 
 cases: int = 1000  # number of cases to run
 seed: int = 1  # determines the cases
@@ -129,8 +130,7 @@ OUTCOMES = ('equal', 'as unchanged', 'refused', *BAD)
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if cases < 1:
-        raise UserError(f'cases is {cases}: it must be at least 1')
+    check_range(values, 'cases', least=1)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
@@ -146,9 +146,7 @@ def main(argv):
             if outcome in BAD or case >= 0:
                 print(f'case {number}, {kind}: {outcome}: {what}', file=sys.stderr, flush=True)
     table = make_table(ended, time.monotonic() - began)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return int(any(counts[bad] for counts in ended.values() for bad in BAD))
 
 

@@ -52,6 +52,7 @@ import train
 from benchmarks import measure
 from model import GPT, GPTConfig
 from nib.errors import UserError, run_script
+from nib.schema import check_range
 from nib.text import gpt2
 from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.tokenizer import END_OF_TEXT
@@ -180,8 +181,7 @@ class Case:
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    if cases < 1:
-        raise UserError(f'cases is {cases}: it must be at least 1')
+    check_range(values, 'cases', least=1)
     torch.set_num_threads(1)  # threads would not survive a fork
     MAINS.update(
         {script: runpy.run_path(str(ROOT / script))['main'] for script in PREPARE.values()}
@@ -205,9 +205,7 @@ def main(argv):
         numbers = [case] if case >= 0 else range(cases)
         ended = run_all(numbers, ground, Path(scratch))
     table = make_table(ended, time.monotonic() - started)
-    print(table, end='')
-    if result:
-        Path(result).write_text(table)
+    measure.publish(table, result)
     return int(any(bad for _, _, bad in ended))
 
 

@@ -24,6 +24,7 @@ import train
 from benchmarks import measure
 from nib.doctor.troubles import TROUBLES
 from nib.errors import UserError, call, run_script
+from nib.schema import check_range
 from nib.tokens.write import write_char_dataset
 
 text: str = ''  # path of a text of a million characters
@@ -85,8 +86,7 @@ def main(argv):
             f'--faults: {", ".join(sorted(unknown))}: no such fault; '
             f'choose from {", ".join(TROUBLES)}'
         )
-    if seeds < 1 or processes < 1:
-        raise UserError(f'seeds {seeds}, processes {processes}: they must be at least 1')
+    check_range(values, 'seeds', 'processes', least=1)
     torch.set_num_threads(1)  # before this process forks
     with tempfile.TemporaryDirectory() as scratch:
         make_datasets(Path(scratch))
@@ -140,9 +140,7 @@ def main(argv):
             ),
         )
     )
-    print(report)
-    if result:
-        Path(result).write_text(report + '\n', encoding='utf-8')
+    measure.publish(report + '\n', result)
 
 
 def make_datasets(folder: Path):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import configurator
 from nib.api import Continuation, attention_maps, encode, generate, load
-from nib.checkpoint import start, store
+from nib.checkpoint import store, weights
 from nib.errors import UserError
 from nib.hub import huggingface, nanogpt
 from nib.text.tokenizer import CharTokenizer
@@ -36,9 +36,9 @@ def test_an_exported_model_has_the_logits_and_attention_of_transformers(config, 
         torch.testing.assert_close(model(torch.tensor([ids])), expected.logits)
     maps = attention_maps(model, ids)
     assert len(maps) == config.n_layer
-    for ours, weights in zip(maps, expected.attentions, strict=True):
+    for ours, theirs in zip(maps, expected.attentions, strict=True):
         assert ours.shape == (config.n_head, len(ids), len(ids))
-        torch.testing.assert_close(ours, weights[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs[0], atol=1e-6, rtol=1e-5)
     assert not any(block.attn._forward_hooks for block in model.transformer.h)
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_of_nanogpt_is_loaded(tmp_path):
 def test_a_changed_model_with_a_buffer_of_its_own_is_loaded(tmp_path, monkeypatch):
     """Checkpoints do not hold a buffer that is not persistent, such as the slopes of ALiBi."""
 
-    class Changed(start.GPT):
+    class Changed(weights.GPT):
         def __init__(self, config):
             super().__init__(config)
             self.register_buffer('slopes', torch.arange(4.0), persistent=False)
@@ -65,7 +65,7 @@ def test_a_changed_model_with_a_buffer_of_its_own_is_loaded(tmp_path, monkeypatc
     huggingface.write(
         str(tmp_path / 'm'), original.config, original.state_dict(), TOKENIZER, 'card'
     )
-    monkeypatch.setattr(start, 'GPT', Changed)
+    monkeypatch.setattr(weights, 'GPT', Changed)
     model, _ = load(str(tmp_path / 'm'))
     assert model.slopes.tolist() == [0, 1, 2, 3]
     idx = torch.tensor([encode(TOKENIZER, TEXT)])

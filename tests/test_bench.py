@@ -14,6 +14,7 @@ import bench as bench_script
 import configurator
 import train
 from benchmarks import generators, measure, planned_memory, sampling
+from benchmarks.contestant import Contestant
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.guard import BadSteps
@@ -91,7 +92,7 @@ def test_the_time_of_each_part_of_a_step_is_counted_as_its_own(data_dir, monkeyp
     values, _ = configurator.configure(
         str(ROOT / 'bench.py'), [*SMALL, '--dtype=float32', '--no-compile'], base='train.py'
     )
-    contestant = bench_script.Contestant(values, open_dataset(data_dir / 'tiny', 16))
+    contestant = Contestant(values, open_dataset(data_dir / 'tiny', 16))
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(measure, 'time', clock)
 
@@ -229,7 +230,7 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
         [*SMALL, '--no-compile', f'--data_dir={data_dir}', '--dataset=tiny']
     )
     room = bytearray(600_000_000)  # memory that does not belong to the point
-    point = bench_script.in_fresh_process(bench_script.measure_point, bench_script.as_flags(values))
+    point = bench_script.in_fresh_process('bench.measure_point', bench_script.as_flags(values))
     assert point['tokens/s'] == pytest.approx(128 / point['ms/step'] * 1000)
     model = GPT(GPTConfig.pick(values, open_dataset(data_dir / 'tiny', 16).vocab_size))
     assert point['MFLOP/token'] == pytest.approx(3 * sum(model.flops_per_token().values()) / 1e6)
@@ -237,7 +238,7 @@ def test_a_point_of_growth_is_measured_in_a_process_of_its_own(data_dir):
     assert 50 < point['before model, MB'] <= point['peak memory, MB'] < len(room) / 1e6
     with pytest.raises(UserError, match='val.bin has'):
         bench_script.in_fresh_process(
-            bench_script.measure_point, bench_script.as_flags(values, block_size=1_000_000)
+            'bench.measure_point', bench_script.as_flags(values, block_size=1_000_000)
         )
 
 
@@ -447,7 +448,7 @@ def test_planned_memory_is_what_training_takes(dtype):
     flags = '--n_layer=4 --n_embd=512 --n_head=8 --block_size=128 --batch_size=8 --dtype=' + dtype
     ratios = []
     for _ in range(3):
-        planned, measured = planned_memory.measure_in_fresh_process(flags)
+        planned, measured = measure.in_fresh_process(planned_memory.MEASURE_CONFIG, flags.split())
         ratios.append(planned / measured)
         n_right = sum(ratio == pytest.approx(1, abs=0.1) for ratio in ratios)
         if n_right in (0, 2) and len(ratios) == 2:

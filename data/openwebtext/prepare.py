@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-from nib.errors import UserError, run_script
+from nib.errors import UserError, optional, run_script
 from nib.text import documents, inputs
 from nib.text.download import DownloadError
 from nib.text.gpt2 import Gpt2Tokenizer
@@ -94,12 +94,8 @@ class HubTexts:
     """OpenWebText from Hugging Face's cache on this disk, downloaded first if it is missing."""
 
     def __init__(self):
-        try:
+        with optional('datasets', 'this dataset'):
             import datasets
-        except ImportError as error:
-            raise UserError(
-                'this dataset needs a package that is not installed: pip install datasets'
-            ) from error
         logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it warns about each retry
         if not sys.stderr.isatty():
             datasets.utils.disable_progress_bars()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from model import GPT
 from nib.api import Continuation
-from nib.checkpoint.start import Weights
+from nib.checkpoint.weights import Weights
 from nib.errors import UserError
 from nib.hub.chat_template import ChatTemplate, read_chat_template
 from nib.hub.files import Repository

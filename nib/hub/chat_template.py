@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 
-from nib.errors import UserError
+from nib.errors import UserError, optional
 from nib.hub.files import Repository
 
 SAFE_JINJA = [3, 1, 6]  # templates can leave the sandbox of older versions
@@ -76,16 +76,12 @@ def read_chat_template(repository: Repository) -> ChatTemplate | None:
 
 def _environment():
     """Returns what templates expect: transformers' settings, functions and tags."""
-    try:
+    with optional('jinja2', '--chat'):
         import jinja2
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        found = version('jinja2')
-    except ImportError as error:  # also if its version is not known
-        raise UserError(
-            '--chat needs a package that is not installed: pip install jinja2'
-        ) from error
+        found = version('jinja2')  # ImportError if it is not known
     if [*map(int, re.findall('[0-9]+', found)[:3])] < SAFE_JINJA:
         raise UserError(
             f'--chat needs jinja2 {".".join(map(str, SAFE_JINJA))} or later, because templates can '

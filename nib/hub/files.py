@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nib.errors import UserError
+from nib.errors import UserError, optional
 
 INDEX = 'model.safetensors.index.json'
 PICKLES = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
@@ -32,14 +32,9 @@ class Repository:
         if self.is_folder:
             path = Path(self.name) / file
             return path if path.is_file() else None
-        try:
+        with optional('huggingface_hub', f'{self.flag}={self.name}'):
             import huggingface_hub as hub
             from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-        except ImportError as error:
-            raise UserError(
-                f'{self.flag}={self.name} needs a package that is not installed: '
-                f'pip install huggingface_hub'
-            ) from error
         # It logs every attempt; the message below sums them up.
         logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from model import GPTConfig
-from nib.errors import UserError
+from nib.errors import UserError, optional
 from nib.files import atomic_write
 from nib.hub import gpt2, huggingface, llama
 from nib.hub.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -31,12 +31,8 @@ def write(
     Raises UserError, which names the key of GPTConfig or the part of the tokenizer, if llama.cpp
     cannot express it.
     """
-    try:
+    with optional('gguf', '--to=gguf'):
         import gguf
-    except ImportError as error:
-        raise UserError(
-            '--to=gguf needs a package that is not installed: pip install gguf'
-        ) from error
     if reason := why_not(config):
         raise UserError(f'this model cannot be written for llama.cpp: {reason}')
     vocabulary = read_vocabulary(tokenizer)

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from nib.errors import UserError
+from nib.errors import UserError, optional
 from nib.hub.files import Repository
 from nib.text.gpt2 import GPT2_FILES, GPT2_URL, Gpt2Tokenizer, load_gpt2
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
@@ -186,12 +186,8 @@ def describe(tokenizer: Tokenizer) -> str:
 
 def _without_end_of_text(tokenizer: Tokenizer):
     """Returns a tokenizer of the tokenizers library without its end-of-text token."""
-    try:
+    with optional('tokenizers', 'writing a tokenizer'):
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    except ImportError as error:
-        raise UserError(
-            'writing a tokenizer needs a package that is not installed: pip install tokenizers'
-        ) from error
     if isinstance(tokenizer, CharTokenizer):
         try:
             tokenizer.characters.encode()

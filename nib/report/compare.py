@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nib.report.charts import DASHES, Axis, Chart, Series, show_number, text
 from nib.report.curves import style_of_run
 from nib.report.history import Run, differs, show_seconds
+from nib.schema import is_auto
 
 # Differ between runs, but are not what an experiment varies.
 NOT_COMPARED = (
@@ -43,9 +44,7 @@ def compare(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """Returns the config keys in which the runs differ, without those that follow from others."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_COMPARED)
-    compared = [
-        key for key in keys if not all(str(run.origins.get(key)).endswith('(auto)') for run in runs)
-    ]
+    compared = [key for key in keys if not all(is_auto(str(run.origins.get(key))) for run in runs)]
     return [key for key in compared if differs(runs, key)]
 
 

@@ -1,12 +1,14 @@
 """How a run begins: its config, the weights that it starts from, its dataset and its plan."""
 
 from nib.budget import plan
-from nib.checkpoint.start import PLANNED, Weights, read_start
+from nib.checkpoint.start import read_start
+from nib.checkpoint.weights import PLANNED, Weights
 from nib.machine.device import describe_device, pick_dtype
 from nib.machine.memory import check_memory
 from nib.machine.stopwatch import Stopwatch
 from nib.run.checks import check_config, check_schedule, pick_model, settle_schedule
 from nib.run.logbook import Logbook
+from nib.schema import is_auto
 from nib.tokens.dataset import TokenDataset
 from nib.tokens.find import data_dir_of, open_or_prepare
 
@@ -37,7 +39,7 @@ def begin(
         model = pick_model(values, start.model.vocab_size if start else 1)
         used = values | {'device': device, 'dtype': dtype, 'ranks': ranks.world_size}
         if not values['eval_only']:
-            check_memory(model, used, origins['batch_size'].endswith('(auto)'))
+            check_memory(model, used, is_auto(origins['batch_size']))
     data = find_data(values, origins, planned, book)
     config = values | {
         'device': device,
@@ -89,6 +91,12 @@ def find_data(values, origins, planned: bool, book) -> TokenDataset:
     if values['sample_tokens']:
         data.tokenizer.decode([0])  # raises UserError now if its files are missing
     return data
+
+
+def picks_batch_size(config: dict, origins: dict, start: Weights | None) -> bool:
+    """Returns whether the run picks its batch_size; a resumed run keeps the one that it picked."""
+    is_new = not (config['eval_only'] or start and start.resumed)
+    return is_new and is_auto(origins['batch_size'])
 
 
 def resume(t, state, start: Weights | None, config: dict, book) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from model import GPTConfig
 from nib.errors import UserError
+from nib.schema import check_range
 
 COUNTS = (
     'eval_interval',
@@ -50,16 +51,10 @@ def check_config(config: Mapping, world_size: int, planned: bool = False):
     --params is still to choose the schedule and the batches, which are not checked then.
     """
     config = settle_schedule(config)
-    for keys, least, below in (
-        (COUNTS, 1, 1 << 31),
-        (AMOUNTS, 0, math.inf),
-        (('vocab_size',), 0, 1 << 31),
-        (('beta1', 'beta2', 'muon_momentum', 'sgd_momentum'), 0, 1),
-    ):
-        limit = f'less than {below:,}' if below < math.inf else 'finite'
-        for key in keys:
-            if not least <= config[key] < below:
-                raise UserError(f'{key} is {config[key]}: it must be at least {least} and {limit}')
+    check_range(config, *COUNTS, least=1, below=1 << 31)
+    check_range(config, *AMOUNTS, least=0)
+    check_range(config, 'vocab_size', least=0, below=1 << 31)
+    check_range(config, 'beta1', 'beta2', 'muon_momentum', 'sgd_momentum', least=0, below=1)
     if config['init_from'] == 'scratch' and not planned:  # other weights may bring a schedule
         check_schedule(config)
     for key in ('out_dir', 'dataset') + ('wandb_project',) * config['wandb_log']:

@@ -10,6 +10,7 @@ from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_hugging_face
 from nib.errors import UserError
 from nib.files import FolderLock, atomic_write, read_json
+from nib.schema import is_auto
 
 # What a command says about itself, and not about the run.
 OF_THE_COMMAND = ('out_dir', 'init_from', 'overwrite', 'eval_only')
@@ -36,7 +37,7 @@ def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
         if key not in OF_THE_COMMAND
         and origins.get(key, '').startswith('default')
         and (value != values[key] or origins[key] != 'default')
-        and (key == 'batch_size' or not chosen.get(key, '').endswith('(auto)'))
+        and (key == 'batch_size' or not is_auto(chosen.get(key, '')))
     }
     if 'device' in taken and before.get('ranks', 1) > 1:
         taken['device'] = taken['device'].partition(':')[0]  # it was that of rank 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nib.doctor.finding import Finding
-from nib.errors import UserError
+from nib.errors import UserError, optional
 from nib.files import atomic_write
 
 LATEST_STEP = 1 << 53  # larger numbers are not steps
@@ -154,22 +154,14 @@ def read_records(path: Path) -> tuple[list[dict], int]:
 
 
 def _summary_writer():
-    try:
+    with optional('tensorboard', '--tensorboard'):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            '--tensorboard needs a package that is not installed: pip install tensorboard'
-        ) from error
     return SummaryWriter
 
 
 def _wandb(out_dir, step: int, config: dict):
-    try:
+    with optional('wandb', '--wandb_log'):
         import wandb
-    except ImportError as error:
-        raise UserError(
-            '--wandb_log needs a package that is not installed: pip install wandb'
-        ) from error
     # The id is kept in a file, so a resumed run continues its curves.
     id_file = Path(out_dir) / 'wandb_id'
     kept = id_file.read_text(errors='replace').strip() if step and id_file.exists() else ''

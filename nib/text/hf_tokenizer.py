@@ -14,7 +14,7 @@ from itertools import chain
 
 import numpy as np
 
-from nib.errors import UserError
+from nib.errors import UserError, optional
 from nib.text.bpe import GPT2_SPLITS, GPT4_SPLITS, WordTable
 from nib.text.vocabulary import END_OF_TEXT, checked_ids, spelling, without_surrogates
 
@@ -294,12 +294,8 @@ def _known_splits(described: dict) -> bytes | None:
 
 def import_library():
     """Returns the tokenizers library. Raises UserError if it is not installed."""
-    try:
+    with optional('tokenizers', 'this tokenizer'):
         import tokenizers
-    except ImportError as error:
-        raise UserError(
-            'this tokenizer needs a package that is not installed: pip install tokenizers'
-        ) from error
     return tokenizers
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from nib.errors import UserError
+from nib.errors import UserError, optional
 from nib.text import reading
 from nib.text.vocabulary import without_surrogates
 
@@ -56,12 +56,8 @@ def _one_object(file: Path) -> str:
 
 
 def _read_parquet(file: Path, field: str, say: Callable[[str], None]) -> Iterator[str]:
-    try:
+    with optional('pyarrow', str(file)):
         import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f'{file}: reading .parquet files requires pyarrow: pip install pyarrow'
-        ) from error
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             columns = table.schema_arrow.names

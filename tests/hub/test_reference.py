@@ -13,7 +13,8 @@ import model
 from model import GPTConfig
 from nib import errors
 from nib.checkpoint import start, store
-from nib.checkpoint.start import build_model, read_weights
+from nib.checkpoint.start import read_weights
+from nib.checkpoint.weights import Weights, build_model
 from nib.errors import UserError
 from nib.hub.reference import check_model, crop, is_original
 
@@ -178,7 +179,7 @@ def test_a_fork_that_needs_more_layers_than_are_compared_gives_the_warning(monke
     config, said, original = replace(SMALL, n_layer=3), [], model.Block.__init__
     tensors = {'model': make_model(config).state_dict()}
     monkeypatch.setattr(model.Block, '__init__', initialize)
-    start._compared(start.Weights('x', config, None, tensors), said.append)
+    start._compared(Weights('x', config, None, tensors), said.append)
     assert len(said) == 1 and said[0].startswith('warning: model.py has been changed')
 
 

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 import configurator
 from model import GPT, GPTConfig
-from nib.checkpoint.start import Weights, new_model
+from nib.checkpoint.start import new_model
+from nib.checkpoint.weights import Weights
 from nib.errors import UserError
 from nib.run.checks import check_config, settle_schedule
 
