@@ -199,8 +199,8 @@ def find_tokenizer(path: Path, dataset: str, vocab_size: int) -> dict | None:
     Its meta.pkl or meta.json is searched next to the checkpoint, in nanoGPT's data/ above it, and
     in data/ here. A model of GPT-2's size without one has GPT-2's tokenizer, as in nanoGPT.
     """
-    datas = path.parent.parent / 'data', path.parent / 'data', Path('data')
-    for folder in (path.parent, *(data / dataset for data in datas if dataset)):
+    datas = nanogpt_bins.data_folders(path) if dataset else ()
+    for folder in (path.parent, *(data / dataset for data in datas)):
         if described := read_json(folder / 'meta.json').get('tokenizer'):
             try:
                 tokenizer = tokenizer_from_json(described)

@@ -18,6 +18,7 @@ from nib.tokens.dataset import (
     open_dataset,
     prepare_command,
 )
+from nib.tokens.nanogpt_bins import data_folders
 from nib.tokens.unfinished import wait_for_others
 
 
@@ -92,17 +93,17 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
         return folder
     missing = next(path for split in SPLITS if not (path := folder / f'{split}.bin').exists())
     script = SCRIPTS / name / 'prepare.py'
+    near = [data for data in data_folders(values['init_from']) if is_prepared(data / name)]
+    is_near = f'; did you mean --data_dir={near[0]}?' if near else ''
     # A name that is a path could run a script that is not part of this project.
     if Path(name).name != name or not script.exists():
-        raise UserError(f'{missing} is missing{_advise(name, data_dir)}')
+        raise UserError(f'{missing} is missing{is_near or _advise(name, data_dir)}')
     if not values['prepare_dataset']:
         others = ', '.join(_prepared(data_dir))
         first = f'{command("train.py")} config/train_shakespeare_char.py'
         here = f' (prepared: {others})' if others else f'; a small run to begin with: {first}'
-        raise Unavailable(
-            f'{missing} is missing: prepare it with {prepare_command(folder)}, or name another '
-            f'dataset, --dataset=NAME{here}'
-        )
+        how = f': prepare it with {prepare_command(folder)}, or name another dataset, '
+        raise Unavailable(f'{missing} is missing' + (is_near or f'{how}--dataset=NAME{here}'))
     say(f'preparing {name}')
     runpy.run_path(str(script))['main']([f'--out_dir={folder}'])
     return folder

@@ -20,6 +20,15 @@ class _Unpickler(pickle.Unpickler):
         raise UserError(f'refused to import {module}.{name}, which could run code')
 
 
+def data_folders(start: str | Path) -> tuple[Path, ...]:
+    """Returns where the datasets of nanoGPT may be: data/ above a checkpoint, beside it, or here.
+
+    start: its file or folder, or another init_from.
+    """
+    parent = Path(start).parent
+    return parent.parent / 'data', parent / 'data', Path('data')
+
+
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """Returns the tokenizer of bins without a meta.json: that of meta.pkl, else GPT-2's.
 
