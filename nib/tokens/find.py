@@ -1,13 +1,14 @@
 """Finds the dataset of a run and prepares it if it is missing."""
 
 import difflib
+import inspect
 import os
 import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import command
+from nib.files import command, shown
 from nib.text.download import DownloadError
 from nib.tokens.dataset import (
     SCRIPTS,
@@ -105,7 +106,14 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
         how = f': prepare it with {prepare_command(folder)}, or name another dataset, '
         raise Unavailable(f'{missing} is missing' + (is_near or f'{how}--dataset=NAME{here}'))
     say(f'preparing {name}')
-    runpy.run_path(str(script))['main']([f'--out_dir={folder}'])
+    prepare = runpy.run_path(str(script)).get('main')  # None: it has done it, as in nanoGPT
+    if prepare and inspect.signature(prepare).parameters:
+        prepare([f'--out_dir={folder}'])
+    if not is_prepared(folder):
+        raise UserError(
+            f'{shown(script)} has not written {folder}: run it yourself first, or give it a '
+            f'main(argv) that takes --out_dir'
+        )
     return folder
 
 
