@@ -17,6 +17,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) in (('collections', 'OrderedDict'), ('collections', 'Counter')):
             return dict
+        if module.partition('.')[0] == 'numpy':
+            raise UserError('found values of NumPy: convert them with int() or .tolist()')
         raise UserError(f'refused to import {module}.{name}, which could run code')
 
 
@@ -48,7 +50,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         problem = f'cannot be read ({type(error).__name__}: {error})'
     raise UserError(
         f'{path}: {problem}; expected a dict with vocab_size, itos and stoi, or with vocab_size '
-        f'alone. Or remove the file, and set --vocab_size=N, the number of tokens'
+        f'alone'
     )
 
 
