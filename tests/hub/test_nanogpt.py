@@ -310,6 +310,18 @@ def test_a_shorter_context_needs_a_new_run_which_the_message_starts(nano, data, 
         assert done.returncode == 0 and ' 64 tokens per step' in done.stdout, done.stderr
 
 
+def test_nanogpt_finds_the_characters_where_convert_says(nano, data, tmp_path, run_main):
+    """nanoGPT reads data/DATASET/meta.pkl. Weights without a run have no dataset."""
+    folder = tmp_path / 'nano'
+    save(folder / 'ckpt.pt', nano, nano.make_optimizer(), 10)
+    (folder / 'meta.json').write_text((data.folder / 'meta.json').read_text())
+    for start, dataset in ((folder / 'ckpt.pt', CONFIG['dataset']), (folder, 'new-1')):
+        dest = tmp_path / f'new-{len(list(tmp_path.glob("new-*")))}'
+        done = run_main('convert.py', f'--init_from={start}', '--to=nanogpt', f'--dest={dest}')
+        assert f'looks for meta.pkl in its data/{dataset}/: move it there' in done.stdout
+        assert torch.load(dest / 'ckpt.pt', weights_only=True)['config']['dataset'] == dataset
+
+
 def test_the_tokenizer_is_that_of_its_dataset(nano, data, tmp_path):
     path = tmp_path / 'nano/out/ckpt.pt'
     save(path, nano, nano.make_optimizer(), 0)
