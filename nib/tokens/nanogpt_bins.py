@@ -17,9 +17,11 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) in (('collections', 'OrderedDict'), ('collections', 'Counter')):
             return dict
-        if module.partition('.')[0] == 'numpy':
-            raise UserError('found values of NumPy: convert them with int() or .tolist()')
-        raise UserError(f'refused to import {module}.{name}, which could run code')
+        is_numpy = module.partition('.')[0] == 'numpy'
+        raise UserError(
+            f'refused to import {module}.{name}, which could run code'
+            f'{": convert values of NumPy with int() or .tolist()" * is_numpy}'
+        )
 
 
 def data_folders(start: str | Path) -> tuple[Path, ...]:
