@@ -21,7 +21,7 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
-from nib.errors import UserError
+from nib.errors import UserError, run_script
 from nib.hints import check_file, no_such_key, print_columns, print_help
 from nib.schema import Block, Type, fit, in_words, read_block, read_python, read_text
 
@@ -273,3 +273,14 @@ def run_file(
         for name, place in namespace.places.items()
         if name in types and name in namespace
     }
+
+
+def refuse_to_run(argv):
+    raise UserError(
+        'configurator.py is imported, not executed: call configurator.configure(__file__, argv), '
+        'as sample.py does'
+    )
+
+
+if __name__ == '__main__':  # also in a script that executes this file, as those of nanoGPT do
+    run_script(refuse_to_run)

@@ -1,10 +1,12 @@
 """The config: one schema, and files and flags that override it."""
 
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -302,6 +304,16 @@ def test_every_key_of_nanogpt_exists_or_is_replaced_in_one_line(key, tmp_path):
         message = str(caught.value)
         assert f'{place}: a key of nanoGPT: leave ' in message and 'did you mean' not in message
     assert all(name in keys for name in re.findall(r'(\w+) = (?!True)', message))
+
+
+def test_a_script_that_executes_the_configurator_does_not_go_on_without_its_flags(tmp_path):
+    """As nanoGPT's scripts do; the configurator would change nothing."""
+    (tmp_path / 'eval.py').write_text("exec(open('configurator.py').read())\nprint('goes on')")
+    env = {'PYTHONPATH': str(ROOT)}
+    for script in (tmp_path / 'eval.py', 'configurator.py'):
+        done = run_script(script, '--batch_size=2', python=sys.executable, env=env)
+        assert (done.returncode, done.stdout) == (2, '')
+        assert done.stderr.startswith('error: configurator.py is imported, not executed: call ')
 
 
 def test_flag_is_no_value_of_the_flag_before():
