@@ -21,8 +21,8 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
-from nib.errors import UserError
-from nib.hints import check_file, print_columns, print_help, suggest_key
+from nib.errors import UserError, run_script
+from nib.hints import check_file, no_such_key, print_columns, print_help
 from nib.schema import Block, Type, fit, in_words, read_block, read_python, read_text
 
 Settle = Mapping[str, Callable]
@@ -138,8 +138,8 @@ def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], li
                 )
             flags[key] = False
         elif key not in types:
-            hint = suggest_key(key, block, '--{}')
-            raise UserError(f'--{name}: no such key{hint} (--help lists all keys)')
+            problem = no_such_key(key, block, '--help lists all keys', '--{}')
+            raise UserError(f'--{name}: {problem}')
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True
         else:
@@ -266,12 +266,21 @@ def run_file(
             and not name.startswith('_')
             and name != 'include'
         ):
-            hint = suggest_key(name, block)
-            raise UserError(
-                f"{place}: {name}: no such key{hint} (the file's own names must begin with _)"
-            )
+            note = "the file's own names must begin with _"
+            raise UserError(f'{place}: {name}: {no_such_key(name, block, note)}')
     return {
         name: place
         for name, place in namespace.places.items()
         if name in types and name in namespace
     }
+
+
+def refuse_to_run(argv):
+    raise UserError(
+        'configurator.py is imported, not executed: call configurator.configure(__file__, argv), '
+        'as sample.py does'
+    )
+
+
+if __name__ == '__main__':  # also in a script that executes this file, as those of nanoGPT do
+    run_script(refuse_to_run)

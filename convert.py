@@ -83,8 +83,12 @@ def write_nanogpt(weights: Weights, tokenizer: Tokenizer):
     state: dict = weights.resumed.state if weights.resumed else {'step': 0}
     train_script = Path(__file__).with_name('train.py')
     defaults = configurator.read_block(str(train_script)).defaults
-    config = settle_schedule(defaults | state.get('config', {}))
+    # The dataset of an open model has no name.
+    config = defaults | {'dataset': Path(dest).name} | state.get('config', {})
+    config = settle_schedule(config)
     nanogpt.write_folder(Path(dest), weights.model, weights.tensors, tokenizer, state, config)
+    if (Path(dest) / 'meta.pkl').exists():
+        print(f'nanoGPT looks for meta.pkl in its data/{config["dataset"]}/: move it there')
     if weights.model.mlp == 'gelu':
         print(
             'nanoGPT computes the exact GELU, but this model its approximation: logits differ by '

@@ -12,6 +12,14 @@ from nib.errors import UserError
 from nib.schema import Block, Type, describe
 
 CONFIG_FOLDER = str(Path(__file__).resolve().parents[1] / 'config')
+# Keys of nanoGPT's scripts that have another name or no counterpart here -> what to write instead.
+NANOGPT_KEYS = {
+    'always_save_checkpoint': 'leave it out, a run keeps its newest and its best checkpoint',
+    'decay_lr': "leave decay_lr = True out; False is lr_schedule = 'constant', warmup_iters = 0",
+    'backend': 'leave it out, several processes use nccl on GPUs and gloo on CPUs',
+    'real_data': 'leave it out, bench.py measures random tokens if there is no dataset',
+    'profile': 'leave it out, bench.py always shows where the time of a step goes',
+}
 
 
 def print_help(script: str, block: Block, positional: str) -> None:
@@ -54,12 +62,19 @@ def print_columns(rows: Sequence[tuple[str, str]]) -> None:
 # -- hints -----------------------------------------------------------------------------------------
 
 
-def suggest_key(name: str, block: Block, form: str = '{}') -> str:
-    """Returns a hint: keys with these initials or a similar spelling, or one that means this."""
+def no_such_key(name: str, block: Block, note: str, form: str = '{}') -> str:
+    """Returns what is wrong with a key, and which one may be meant.
+
+    Candidates have these initials or a similar spelling, or mean this. note: for a key that is not
+    one of nanoGPT's either.
+    """
+    if name in NANOGPT_KEYS:
+        return f'a key of nanoGPT: {NANOGPT_KEYS[name]}'
     keys = [key for key in block.types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
     keys = keys or difflib.get_close_matches(name, block.types, n=2, cutoff=0.66)
     keys = keys or find_by_meaning(name, block)
-    return f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
+    hint = f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
+    return f'no such key{hint} ({note})'
 
 
 def find_by_meaning(name: str, block: Block) -> list[str]:

@@ -380,7 +380,10 @@ FLAGS = {
     'negative clipping': (['--grad_clip=-1'], ['grad_clip is -1', 'at least 0']),
     'warm-up longer than the decay': (
         ['--warmup_iters=50'],
-        ['warmup_iters 50 is greater than lr_decay_iters 20', '--warmup_iters=1'],
+        [
+            'warmup_iters 50 is greater than lr_decay_iters 20',
+            '--warmup_iters=1, or raise lr_decay',
+        ],
     ),
     'no cool-down': (['--lr_schedule=wsd'], ['cooldown_iters is 0', '--cooldown_iters=4']),
     'empty batch': (['--batch_size=0'], ['batch_size is 0', 'at least 1']),

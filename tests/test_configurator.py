@@ -1,10 +1,12 @@
 """The config: one schema, and files and flags that override it."""
 
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -277,6 +279,41 @@ def test_another_name_for_a_key_is_understood(name, keys, tmp_path):
         with pytest.raises(UserError) as caught:
             configure(str(ROOT / 'train.py'), [str(tmp_path / 'x.py')])
         assert hint.replace('--', '') in str(caught.value)
+
+
+# Every key of nanoGPT's train.py and bench.py.
+NANOGPT = (
+    'out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from '
+    'wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size '
+    'block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 '
+    'beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile '
+    'real_data seed profile'
+)
+
+
+@pytest.mark.parametrize('key', NANOGPT.split())
+def test_every_key_of_nanogpt_exists_or_is_replaced_in_one_line(key, tmp_path):
+    script = ROOT / 'train.py'
+    keys = read_block(str(script)).types
+    if key in keys:
+        return
+    (tmp_path / 'x.py').write_text(f'{key} = False')
+    for item, place in ((f'--{key}=False', f'--{key}'), (str(tmp_path / 'x.py'), f':1: {key}')):
+        with pytest.raises(UserError) as caught:
+            configure(str(script), [item])
+        message = str(caught.value)
+        assert f'{place}: a key of nanoGPT: leave ' in message and 'did you mean' not in message
+    assert all(name in keys for name in re.findall(r'(\w+) = (?!True)', message))
+
+
+def test_a_script_that_executes_the_configurator_does_not_go_on_without_its_flags(tmp_path):
+    """As nanoGPT's scripts do; the configurator would change nothing."""
+    (tmp_path / 'eval.py').write_text("exec(open('configurator.py').read())\nprint('goes on')")
+    env = {'PYTHONPATH': str(ROOT)}
+    for script in (tmp_path / 'eval.py', 'configurator.py'):
+        done = run_script(script, '--batch_size=2', python=sys.executable, env=env)
+        assert (done.returncode, done.stdout) == (2, '')
+        assert done.stderr.startswith('error: configurator.py is imported, not executed: call ')
 
 
 def test_flag_is_no_value_of_the_flag_before():

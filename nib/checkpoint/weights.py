@@ -43,6 +43,12 @@ class Weights:
         return '/'.join(path.parts[-2:] if is_inside else path.parts[-1:])
 
     @property
+    def as_start(self) -> str:
+        """The init_from that starts a new run from the weights of a resumed one."""
+        path = Path(self.name)
+        return shlex.quote(str(path.parent if path.is_file() else path))  # of a ckpt.pt the folder
+
+    @property
     def continues_nanogpt(self) -> bool:
         return bool(self.resumed) and 'source' in self.resumed.state
 
@@ -91,10 +97,12 @@ class Weights:
             own = ', '.join(f'{key} {fixed[key]}' for key in conflicts)
             says = [f'{origins[key]} says {values[key]}' for key in conflicts]
             places = ', '.join(says).replace('command line', 'the command line')
+            begin = 'train a new model with --init_from=scratch'
+            if conflicts == ['block_size'] and values['block_size'] < self.model.block_size:
+                begin = f'start a new run from these weights with --init_from={self.as_start}'
             raise UserError(
                 f'{self.name} was trained with {own}, but {places}: leave '
-                f'{", ".join(conflicts)} out, or train a new model with --init_from=scratch '
-                f'and another --out_dir'
+                f'{", ".join(conflicts)} out, or {begin} and another --out_dir'
             )
         return adopted
 

@@ -59,7 +59,7 @@ def explain(path, may_train: bool = True) -> str:
         name = path.parts[path.parts.index('huggingface.co') + 1 :][:2]
         return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'
     if path.is_file():
-        instead = f'; to start a run from nanoGPT, use --init_from={_typed(path.parent)}'
+        instead = f'; for a checkpoint of nanoGPT, use --init_from={_typed(path)}'
         return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'
     train_first = (
         f'; train first: {command("train.py")} CONFIG --out_dir={_typed(path)}' * may_train
@@ -76,15 +76,16 @@ def explain(path, may_train: bool = True) -> str:
             f'{path} contains no checkpoint yet: a run saves one at each evaluation, '
             f'and when it is stopped'
         )
-    for found, what in (
-        ((path / 'ckpt.pt').is_file(), 'a checkpoint of nanoGPT (ckpt.pt)'),
-        (is_hugging_face(path), "a model in Hugging Face's format"),
-    ):
-        if found:
-            return (
-                f'{path} contains {what}, not a run: start a run from it with '
-                f'--init_from={_typed(path)}'
-            )
+    if (path / 'ckpt.pt').is_file():
+        return (
+            f'{path} contains a checkpoint of nanoGPT, not a run: use it with '
+            f'--init_from={_typed(path / "ckpt.pt")}, which train.py continues at its step'
+        )
+    if is_hugging_face(path):
+        return (
+            f"{path} contains a model in Hugging Face's format, not a run: use it with "
+            f'--init_from={_typed(path)}'
+        )
     if (path / 'train.bin').exists():
         return (
             f'{path} is a dataset, not a run: train on it with '

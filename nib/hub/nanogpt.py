@@ -4,6 +4,7 @@ The names of the tensors are those of model.py. The model differs in one formula
 """
 
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,11 +67,13 @@ def read(path: Path) -> NanoCheckpoint:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else 'it ends early'
         if 'weights_only' in str(error):  # torch's advice is to trust the file
-            reason = 'damaged, or with Python objects, which can run code when they are read'
+            name = re.search(r'GLOBAL (\S+)', str(error))
+            such = f' such as {name[1]}' if name else ''
+            reason = f'damaged, or with Python objects{such}, which can run code when they are read'
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {reason}): expected a checkpoint of '
-            f'nanoGPT, which contains only tensors, numbers and strings; for other models use '
-            f'model.safetensors'
+            f'nanoGPT, which contains only tensors, numbers and strings: save yours again without '
+            f'other objects; for other models use model.safetensors'
         ) from error
     try:
         return _interpret(path, found)
@@ -199,8 +202,8 @@ def find_tokenizer(path: Path, dataset: str, vocab_size: int) -> dict | None:
     Its meta.pkl or meta.json is searched next to the checkpoint, in nanoGPT's data/ above it, and
     in data/ here. A model of GPT-2's size without one has GPT-2's tokenizer, as in nanoGPT.
     """
-    datas = path.parent.parent / 'data', path.parent / 'data', Path('data')
-    for folder in (path.parent, *(data / dataset for data in datas if dataset)):
+    datas = nanogpt_bins.data_folders(path) if dataset else ()
+    for folder in (path.parent, *(data / dataset for data in datas)):
         if described := read_json(folder / 'meta.json').get('tokenizer'):
             try:
                 tokenizer = tokenizer_from_json(described)

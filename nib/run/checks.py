@@ -103,7 +103,7 @@ def check_schedule(config: Mapping):
     if config['lr_schedule'] != 'constant' and warmup > decay:
         raise UserError(
             f'warmup_iters {warmup} is greater than lr_decay_iters {decay}: lower it, for example '
-            f'--warmup_iters={max(0, decay // 20)}'
+            f'--warmup_iters={max(0, decay // 20)}, or raise lr_decay_iters'
         )
     cooldown = config['cooldown_iters']
     if config['lr_schedule'] == 'wsd' and not 0 < cooldown <= decay - warmup:

@@ -171,7 +171,10 @@ def prepare_command(folder: Path) -> str:
 
 def _remedy(folder: Path, is_described: bool) -> str:
     if is_prepared(folder) and not is_described:
-        return 'if they are of another vocabulary, set --vocab_size=N, its number of tokens'
+        another = 'set --vocab_size=N, its number of tokens'
+        if is_assumed(folder):
+            return f'if they are of another vocabulary, {another}'
+        return f'correct meta.pkl, or remove it and {another}'
     return f'recreate it: {prepare_command(folder)}'
 
 

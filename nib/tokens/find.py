@@ -1,13 +1,14 @@
 """Finds the dataset of a run and prepares it if it is missing."""
 
 import difflib
+import inspect
 import os
 import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import command
+from nib.files import command, shown
 from nib.text.download import DownloadError
 from nib.tokens.dataset import (
     SCRIPTS,
@@ -18,6 +19,7 @@ from nib.tokens.dataset import (
     open_dataset,
     prepare_command,
 )
+from nib.tokens.nanogpt_bins import data_folders
 from nib.tokens.unfinished import wait_for_others
 
 
@@ -92,19 +94,26 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
         return folder
     missing = next(path for split in SPLITS if not (path := folder / f'{split}.bin').exists())
     script = SCRIPTS / name / 'prepare.py'
+    near = [data for data in data_folders(values['init_from']) if is_prepared(data / name)]
+    is_near = f'; did you mean --data_dir={near[0]}?' if near else ''
     # A name that is a path could run a script that is not part of this project.
     if Path(name).name != name or not script.exists():
-        raise UserError(f'{missing} is missing{_advise(name, data_dir)}')
+        raise UserError(f'{missing} is missing{is_near or _advise(name, data_dir)}')
     if not values['prepare_dataset']:
         others = ', '.join(_prepared(data_dir))
         first = f'{command("train.py")} config/train_shakespeare_char.py'
         here = f' (prepared: {others})' if others else f'; a small run to begin with: {first}'
-        raise Unavailable(
-            f'{missing} is missing: prepare it with {prepare_command(folder)}, or name another '
-            f'dataset, --dataset=NAME{here}'
-        )
+        how = f': prepare it with {prepare_command(folder)}, or name another dataset, '
+        raise Unavailable(f'{missing} is missing' + (is_near or f'{how}--dataset=NAME{here}'))
     say(f'preparing {name}')
-    runpy.run_path(str(script))['main']([f'--out_dir={folder}'])
+    prepare = runpy.run_path(str(script)).get('main')  # None: it has done it, as in nanoGPT
+    if prepare and inspect.signature(prepare).parameters:
+        prepare([f'--out_dir={folder}'])
+    if not is_prepared(folder):
+        raise UserError(
+            f'{shown(script)} has not written {folder}: run it yourself first, or give it a '
+            f'main(argv) that takes --out_dir'
+        )
     return folder
 
 

@@ -17,7 +17,20 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) in (('collections', 'OrderedDict'), ('collections', 'Counter')):
             return dict
-        raise UserError(f'refused to import {module}.{name}, which could run code')
+        is_numpy = module.partition('.')[0] == 'numpy'
+        raise UserError(
+            f'refused to import {module}.{name}, which could run code'
+            f'{": convert values of NumPy with int() or .tolist()" * is_numpy}'
+        )
+
+
+def data_folders(start: str | Path) -> tuple[Path, ...]:
+    """Returns where the datasets of nanoGPT may be: data/ above a checkpoint, beside it, or here.
+
+    start: its file or folder, or another init_from.
+    """
+    parent = Path(start).parent
+    return parent.parent / 'data', parent / 'data', Path('data')
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -39,7 +52,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         problem = f'cannot be read ({type(error).__name__}: {error})'
     raise UserError(
         f'{path}: {problem}; expected a dict with vocab_size, itos and stoi, or with vocab_size '
-        f'alone. Or remove the file, and set --vocab_size=N, the number of tokens'
+        f'alone'
     )
 
 

@@ -3,8 +3,10 @@
 import json
 import math
 import pickle
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN
@@ -284,6 +286,42 @@ def test_a_folder_gives_the_weights_for_a_new_run(nano, tmp_path):
     assert weights.resumed is None and weights.tensors.keys() == {'model'}
 
 
+def test_a_shorter_context_needs_a_new_run_which_the_message_starts(nano, data, tmp_path, run_main):
+    path = tmp_path / 'nano/ckpt.pt'
+    save(path, nano, nano.make_optimizer(), 10)
+    (path.parent / 'meta.json').write_text((data.folder / 'meta.json').read_text())
+    flags = [flag for flag in SMALL_RUN if not flag.startswith(('--n_', '--block', '--warm'))]
+    flags += [
+        '--max_iters=1',
+        '--warmup_iters=0',
+        '--no-report',
+        f'--data_dir={data.folder.parent}',
+    ]
+    begun = run_main('train.py', *flags, f'--init_from={path.parent}', f'--out_dir={tmp_path}/own')
+    assert begun.returncode == 0, begun.stderr
+    for resume, out_dir in ((path, 'other'), ('resume', 'own')):
+        flags = [*flags, '--block_size=8']
+        refused = run_main(
+            'train.py', *flags, f'--init_from={resume}', f'--out_dir={tmp_path / out_dir}'
+        )
+        advised = re.search('start a new run from .* with (--init_from=.*) and', refused.stderr)
+        assert advised, refused.stderr
+        done = run_main('train.py', *flags, advised[1], '--eval_only')
+        assert done.returncode == 0 and ' 64 tokens per step' in done.stdout, done.stderr
+
+
+def test_nanogpt_finds_the_characters_where_convert_says(nano, data, tmp_path, run_main):
+    """nanoGPT reads data/DATASET/meta.pkl. Weights without a run have no dataset."""
+    folder = tmp_path / 'nano'
+    save(folder / 'ckpt.pt', nano, nano.make_optimizer(), 10)
+    (folder / 'meta.json').write_text((data.folder / 'meta.json').read_text())
+    for start, dataset in ((folder / 'ckpt.pt', CONFIG['dataset']), (folder, 'new-1')):
+        dest = tmp_path / f'new-{len(list(tmp_path.glob("new-*")))}'
+        done = run_main('convert.py', f'--init_from={start}', '--to=nanogpt', f'--dest={dest}')
+        assert f'looks for meta.pkl in its data/{dataset}/: move it there' in done.stdout
+        assert torch.load(dest / 'ckpt.pt', weights_only=True)['config']['dataset'] == dataset
+
+
 def test_the_tokenizer_is_that_of_its_dataset(nano, data, tmp_path):
     path = tmp_path / 'nano/out/ckpt.pt'
     save(path, nano, nano.make_optimizer(), 0)
@@ -336,6 +374,10 @@ BAD = {
     'code': (
         lambda path: path.write_bytes(pickle.dumps(print)),
         'Python objects, which can run code',
+    ),
+    'a number of NumPy': (
+        changed('best_val_loss', np.float64(2.5)),
+        r'Python objects such as numpy\S+scalar, which can run code .* save yours again without',
     ),
     'cut': (lambda path: path.write_bytes(path.read_bytes()[:5000]), 'cannot be read'),
     'empty': (lambda path: path.write_bytes(b''), 'cannot be read'),

@@ -82,6 +82,62 @@ def test_a_failed_download_falls_back(values, no_network, monkeypatch):
         open_or_prepare(values | {'fallback_dataset': ''}, Ranks(), said.append)
 
 
+@pytest.mark.usefixtures('no_text_here')
+@pytest.mark.parametrize('name', ['mine', 'openwebtext'])  # without a script here, and with one
+@pytest.mark.parametrize(
+    'start, data_dir',
+    [
+        ('scratch', 'data'),
+        ('nanoGPT/out/ckpt.pt', 'nanoGPT/data'),
+        ('nanoGPT/out', 'nanoGPT/data'),
+        ('nanoGPT/ckpt.pt', 'nanoGPT/data'),
+    ],
+)
+def test_a_dataset_in_nanogpt_s_folder_is_named(
+    values, name, start, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    values |= {'dataset': name, 'data_dir': 'other', 'init_from': start, 'prepare_dataset': False}
+    assert 'did you mean --data_dir' not in refusal(values)
+    (tmp_path / data_dir / name).mkdir(parents=True)
+    for split in ('train', 'val'):
+        (tmp_path / data_dir / name / f'{split}.bin').touch()
+    assert refusal(values).endswith(f'train.bin is missing; did you mean --data_dir={data_dir}?')
+
+
+WRITE = """
+from pathlib import Path
+for split in ('train', 'val'):
+    (Path(__file__).parent / f'{split}.bin').write_bytes(bytes(range(2, 130)) * 9)
+"""
+
+
+@pytest.mark.parametrize(
+    'script, works',
+    [
+        (WRITE, True),  # as in nanoGPT
+        (f'def main():\n    pass\n{WRITE}', True),
+        ("if __name__ == '__main__':\n    print('prepares')", False),
+        ("def main():\n    print('prepares')", False),
+        ('def main(argv):\n    pass', False),
+    ],
+)
+def test_a_prepare_script_of_another_form_works_or_is_named(
+    values, script, works, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(find, 'SCRIPTS', tmp_path / 'data')
+    (tmp_path / 'data/mine').mkdir(parents=True)
+    (tmp_path / 'data/mine/prepare.py').write_text(script)
+    values |= {'dataset': 'mine', 'vocab_size': 1 << 16}
+    if works:
+        assert open_or_prepare(values, Ranks(), say=lambda line: None).name == 'mine'
+    else:
+        assert 'prepare.py has not written ' in (message := refusal(values))
+        assert message.endswith(
+            ': run it yourself first, or give it a main(argv) that takes --out_dir'
+        )
+
+
 def pretend_to_prepare(prepare, ran):
     def pretend(name, data_dir, values, say):
         if name == 'stdlib_char':  # takes seconds

@@ -69,6 +69,30 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
         open_dataset(make(tmp_path, [0, 1, 2, 3] * 20, {'vocab_size': 3}), 16)
 
 
+@pytest.mark.parametrize(
+    'meta, words',
+    [
+        ({'vocab_size': 3}, 'the vocabulary has 3 tokens'),
+        ({'vocab_size': np.int64(4)}, 'refused .*numpy.*: convert values of NumPy with int()'),
+        (
+            {'itos': np.array(WORDS)},
+            r'refused .*: convert values of NumPy with .* or \.tolist\(\); expected a dict',
+        ),
+        ({'decode': print}, 'refused to import builtins.print, which could run code; expected'),
+    ],
+)
+def test_a_wrong_meta_pkl_can_be_replaced_by_a_flag_as_the_message_says(tmp_path, meta, words):
+    make(tmp_path, [0, 1, 2, 3] * 20, meta)
+    with pytest.raises(UserError, match=words) as error:
+        open_dataset(tmp_path, 16)
+    assert str(error.value).count('--vocab_size') == 1
+    assert str(error.value).endswith(
+        '; correct meta.pkl, or remove it and set --vocab_size=N, its number of tokens'
+    )
+    (tmp_path / 'meta.pkl').unlink()
+    assert open_dataset(tmp_path, 16, vocab_size=4).tokenizer == IdTokenizer(4)
+
+
 # Without a description: n ids, drawn evenly from so many.
 @pytest.mark.parametrize(
     'n, size', [(20, 40), (100, 500), (1_000, 1_000), (30_000, 1_000), (1_000, 32_000)]
