@@ -31,7 +31,7 @@ from benchmarks import growth as growing
 from benchmarks import measure
 from benchmarks.contestant import Contestant
 from benchmarks.measure import in_fresh_process
-from benchmarks.nanogpt import NanoGPT, start_training
+from benchmarks.nanogpt import start_training
 from benchmarks.plan import describe_plan
 from model import GPT
 from nib.errors import UserError, run_script, warn
@@ -136,7 +136,7 @@ def measure_config(values) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         data = find_data(values, Path(scratch))
         values = settle_compile(values, data.vocab_size)
-        contestants: dict[str, NanoGPT | Contestant] = {}
+        contestants: dict[str, measure.Worker | Contestant] = {}
         if vs_nanogpt:
             contestants['nanoGPT'] = start_training(values, data, vs_nanogpt)
         contestants['nibGPT'] = ours = Contestant(values, data)

@@ -21,7 +21,7 @@ import numpy as np
 import configurator
 import train
 from benchmarks import measure
-from nib.errors import UserError, run_script
+from nib.errors import run_script
 from nib.machine.device import SMALL_MODEL, limit_threads, pick_device, pick_dtype
 from nib.machine.threads import CALM, INTERVAL, available_cores
 from nib.run.checks import settle_schedule
@@ -48,7 +48,7 @@ def main(argv):
     turns: dict[str, list] = {name: [{} for _ in range(rounds)] for name in CONTESTANTS}
     for job, unit in JOBS.items():
         workers = {
-            name: [Worker(job, variables) for _ in range(2)]
+            name: [start(job, variables) for _ in range(2)]
             for name, variables in CONTESTANTS.items()
         }
         for turn in range(rounds):
@@ -63,7 +63,7 @@ def main(argv):
                 )
         for pair in workers.values():
             for worker in pair:
-                worker.end()
+                worker.close()
     table = (
         f'{rounds} rounds in turns of {seconds:g} s; {measure.describe_machine()}\n'
         f'{config}; x: times slower than alone in the same round\n\n'
@@ -79,8 +79,8 @@ def measure_situations(job: str, unit: str, workers) -> dict[str, float]:
         busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(n_busy)]
         time.sleep((CALM + 1) * INTERVAL)  # nibGPT's threads stop yielding
         for worker in workers[:n_workers]:
-            worker.start()
-        counts = [worker.rate() for worker in workers[:n_workers]]
+            worker.send(f'{seconds}')
+        counts = [worker.answer()['rate'] for worker in workers[:n_workers]]
         rates[situation] = sum(counts) / len(counts)
         for process in busy:
             process.kill()
@@ -90,36 +90,12 @@ def measure_situations(job: str, unit: str, workers) -> dict[str, float]:
     return {f'{job} alone, {unit}': alone} | slower
 
 
-class Worker:
-    """A process that is ready to do a job for some seconds."""
-
-    def __init__(self, job: str, variables: dict[str, str]):
-        chosen = ('OMP_', 'GOMP_', 'KMP_', 'MKL_')
-        environ = {name: text for name, text in os.environ.items() if not name.startswith(chosen)}
-        program = f'from benchmarks import busy_machine; busy_machine.work({job!r}, {config!r})'
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', program],
-            cwd=ROOT,
-            env=environ | variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.rate()  # it is ready
-
-    def start(self):
-        self.process.stdin.write(f'{seconds}\n')
-        self.process.stdin.flush()
-
-    def rate(self) -> float:
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError('a worker has ended; its message is above')
-        return json.loads(line)
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
+def start(job: str, variables: dict[str, str]) -> measure.Worker:
+    """Starts a process that is ready to do a job for some seconds."""
+    chosen = ('OMP_', 'GOMP_', 'KMP_', 'MKL_')
+    environ = {name: text for name, text in os.environ.items() if not name.startswith(chosen)}
+    program = 'import sys; from benchmarks import busy_machine; busy_machine.work(*sys.argv[1:])'
+    return measure.Worker('a worker', program, job, config, variables=environ | variables)
 
 
 def work(job: str, config: str):
@@ -135,13 +111,13 @@ def work(job: str, config: str):
     do = {'training': do_steps, 'sampling': do_tokens}[job](training)
     for _ in range(20):
         next(do)
-    print(0, flush=True)
+    print('{}', flush=True)
     for line in sys.stdin:
         count, started = 0, time.perf_counter()
         while (spent := time.perf_counter() - started) < float(line):
             next(do)
             count += 1
-        print(count / spent, flush=True)
+        print(json.dumps({'rate': count / spent}), flush=True)
 
 
 def do_steps(training):

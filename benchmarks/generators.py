@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -89,13 +88,14 @@ def compare(models: Path) -> str:
             turns[name] = [{} for _ in range(rounds)]
     for dtype in dtypes.split(','):
         running = {
-            name: Generator(name, models, dtype, device)
+            name: measure.Worker(name, START, name, str(models), dtype, device)
             for name in turns
             if dtype in CONTESTANTS[name][2]
         }
         for turn in range(rounds):
             for name, generator in running.items():
-                first, last = (generator.seconds(n) for n in (1, new_tokens))
+                lines = (f'{prompt_tokens} {n_prompts} {n}' for n in (1, new_tokens))
+                first, last = (generator.round(line)['seconds'] for line in lines)
                 turns[name][turn] |= {
                     f'{dtype}: tokens/s': n_prompts * new_tokens / last,
                     f'{dtype}: first token, ms': 1000 * first,
@@ -245,33 +245,6 @@ CONTESTANTS = {  # name -> the package it needs, how it generates, and its preci
 }
 
 
-class Generator:
-    """A process in which one of CONTESTANTS generates."""
-
-    def __init__(self, name: str, folder: Path, dtype: str, device: str):
-        code = f'from benchmarks.generators import serve; serve{name, str(folder), dtype, device}'
-        self._process = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', '-c', code],
-            cwd=ROOT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def seconds(self, new_tokens: int) -> float:
-        """Returns the time of one call, from the prompts to the last token of each."""
-        print(prompt_tokens, n_prompts, new_tokens, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line.startswith('{'):  # libraries print other lines
-                return json.loads(line)['seconds']
-        raise UserError(f'a process ended with exit code {self._process.wait()}; see its output')
-
-    def close(self):
-        """Ends the process, and waits for its end, so that its memory is free."""
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def write_model(folder: Path, config: GPTConfig):
     """Writes random weights in Hugging Face's format."""
     torch.manual_seed(0)
@@ -302,8 +275,16 @@ def make_tokenizer(vocab_size: int) -> HfTokenizer:
     return HfTokenizer.read(json.dumps(described))
 
 
+START = """
+import sys, warnings
+warnings.simplefilter('ignore')
+from benchmarks.generators import serve
+serve(*sys.argv[1:])
+"""
+
+
 def serve(name: str, folder: str, dtype: str, device: str):
-    """Measures for each line of standard input."""
+    """Runs in a measure.Worker. Measures for each line of standard input."""
     most = (pick_device(device), torch.get_num_threads())[1]
     generate = CONTESTANTS[name][1](Path(folder), dtype, device)
 
@@ -322,6 +303,7 @@ def serve(name: str, folder: str, dtype: str, device: str):
         return min(tried, key=tried.get)
 
     best = None
+    print('{}', flush=True)
     for line in sys.stdin:
         prompt_tokens, n_prompts, new_tokens = map(int, line.split())
         best = best or best_threads(prompt_tokens, n_prompts)

@@ -26,9 +26,8 @@ import torch
 
 import configurator
 import train
-from benchmarks import gpu_kernels, measure, sampling
+from benchmarks import gpu_kernels, measure, nanogpt, sampling
 from benchmarks.contestant import time_steps
-from benchmarks.nanogpt import NANOGPT_LOOP, NanoGPT
 from model import GPT, GPTConfig
 from nib.errors import UserError
 from nib.machine.device import measure_flops, peak_flops, synchronize
@@ -174,19 +173,19 @@ def measure_batch(s, figures, batch: int, rate: float, peak: float | None):
     if s.nanogpt:
         starting['nanoGPT'] = (
             s.nanogpt,
-            NANOGPT_LOOP,
+            nanogpt.NANOGPT_LOOP,
             job | {'vocab_size': 50304, 'train_bin': f'{job["folder"]}/train.bin'},
         )
 
-    def start(clone, script, job):
+    def start(name, folder, script, job):
         started = time.perf_counter()
-        contestant = NanoGPT('nanogpt', clone, script, job)
+        contestant = measure.Worker(name, script, json.dumps(job), folder=folder)
         return contestant, time.perf_counter() - started
 
     contestants, turns = {}, {name: [] for name in starting}
     with ThreadPoolExecutor() as pool:
         for name, future in {
-            name: pool.submit(start, *what) for name, what in starting.items()
+            name: pool.submit(start, name, *what) for name, what in starting.items()
         }.items():
             try:
                 contestants[name], ready = future.result()
@@ -324,7 +323,7 @@ def measure_sampling(s, figures, end):
             f'{dtype}, {n}': vars(sampling.Job(shape, prompt, new, new, n, dtype))
             for dtype, n in cases
         }
-        peer = NanoGPT(
+        peer = nanogpt.start(
             'nanogpt',
             s.nanogpt,
             sampling.NANOGPT_SCRIPT,

@@ -152,6 +152,47 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, 'PYTHONPATH': paths, **more}
 
 
+class Worker:
+    """A process that measures on request, so that programs can take turns.
+
+    script: Python code, which runs in `folder`. It prints a JSON object when it is ready, and then
+    one of figures for each line of standard input.
+    """
+
+    def __init__(self, name: str, script: str, *arguments: str, folder=ROOT, variables=os.environ):
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, '-c', script, *arguments],
+            cwd=folder,
+            env=variables,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.answer()
+
+    def round(self, line: str = 'go') -> dict[str, float]:
+        """Sends a line to the script, and returns the figures of its answer."""
+        self.send(line)
+        return self.answer()
+
+    def send(self, line: str):
+        print(line, file=self._process.stdin, flush=True)
+
+    def answer(self) -> dict[str, float]:
+        """Waits for the next figures. Raises UserError if the process has ended."""
+        for line in self._process.stdout:
+            if line.startswith('{'):  # programs print other lines too
+                return json.loads(line)
+        code = self._process.wait()
+        raise UserError(f'{self.name} ended with exit code {code}; see its output above')
+
+    def close(self):
+        """Ends the process, and waits for its end, so that its memory is free."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
 def in_fresh_process(function: str, argument):
     """Calls a function, such as 'bench.measure_point', in a new process; returns its result.
 

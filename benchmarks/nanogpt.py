@@ -1,13 +1,12 @@
 """nanoGPT in a process of its own, for comparison."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import configurator
 import train
+from benchmarks import measure
 from nib.errors import UserError
 
 # Keys that nanoGPT's code does not have; the config must leave them as GPT-2 has them.
@@ -21,46 +20,17 @@ NANOGPT_KEYS = (
 )
 
 
-class NanoGPT:
-    """A process with nanoGPT's model.py that measures on request.
+def start(flag: str, clone: str, script: str, job: Mapping) -> measure.Worker:
+    """Starts a script in a clone of nanoGPT, with the job as JSON in sys.argv[1].
 
-    script: Python code that runs in the clone, with the job as JSON in sys.argv[1]. It prints {}
-    when it is ready, and then a JSON object of figures for each line of standard input.
+    Raises UserError if --flag does not name a clone.
     """
-
-    def __init__(self, flag: str, clone: str, script: str, job: Mapping):
-        if not clone or not (Path(clone) / 'model.py').exists():
-            raise UserError(f'--{flag}={clone}: expected the path of a clone of karpathy/nanoGPT')
-        self._process = subprocess.Popen(
-            [sys.executable, '-c', script, json.dumps(job)],
-            cwd=clone,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self._answer()
-
-    def round(self, what: str = 'go') -> dict[str, float]:
-        """Returns the figures of one round. what: the line that is sent to the script."""
-        self._process.stdin.write(what + '\n')
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self):
-        """Ends the process, and waits for its end, so that its memory is free."""
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, float]:
-        for line in self._process.stdout:
-            if line.startswith('{'):  # its code prints other lines too
-                return json.loads(line)
-        raise UserError(
-            f'nanoGPT ended with exit code {self._process.wait()}; see its output above'
-        )
+    if not clone or not (Path(clone) / 'model.py').exists():
+        raise UserError(f'--{flag}={clone}: expected the path of a clone of karpathy/nanoGPT')
+    return measure.Worker('nanoGPT', script, json.dumps(job), folder=clone)
 
 
-def start_training(values, data, clone: str) -> NanoGPT:
+def start_training(values, data, clone: str) -> measure.Worker:
     """Returns nanoGPT with the loop of its train.py, with the same model and batch.
 
     Raises UserError if nanoGPT does not have the config's architecture.
@@ -77,7 +47,7 @@ def start_training(values, data, clone: str) -> NanoGPT:
         'prompt': data.val[: values['prompt_tokens']].tolist(),
         'train_bin': str((data.folder / 'train.bin').resolve()),
     }
-    return NanoGPT('vs_nanogpt', clone, NANOGPT_LOOP, job)
+    return start('vs_nanogpt', clone, NANOGPT_LOOP, job)
 
 
 NANOGPT_LOOP = """

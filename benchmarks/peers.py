@@ -26,7 +26,7 @@ import train
 from bench import settle_compile
 from benchmarks import measure
 from benchmarks.contestant import Contestant
-from benchmarks.nanogpt import NANOGPT_KEYS, NANOGPT_LOOP, NanoGPT
+from benchmarks.nanogpt import NANOGPT_KEYS, NANOGPT_LOOP, start
 from nib.errors import UserError, run_script
 from nib.machine.device import pick_device
 from nib.run.checks import settle_schedule
@@ -104,7 +104,7 @@ def measure_size(size: str, scratch: Path):
             'new_tokens': 0,
         }
         started = time.perf_counter()
-        theirs = NanoGPT('nanogpt', nanogpt, NANOGPT_LOOP, job)
+        theirs = start('nanogpt', nanogpt, NANOGPT_LOOP, job)
         yield f'{size:8}{peer}, ready after {time.perf_counter() - started:.1f} s'
         pairs = []
         for _ in range(rounds):

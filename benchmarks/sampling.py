@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
-from benchmarks.nanogpt import NanoGPT
+from benchmarks.nanogpt import start
 from model import GPT, GPTConfig
 from nib.errors import run_script
 from nib.machine.device import pick_device, synchronize
@@ -66,7 +66,7 @@ def main(argv):
     check_range(values, 'rounds', least=1)
     jobs = {name: asdict(job) for name, job in JOBS.items()}
     peer_job = {'device': device, 'sampling': SAMPLING, 'jobs': jobs}
-    peer = NanoGPT('nanogpt', nanogpt, NANOGPT_SCRIPT, peer_job)
+    peer = start('nanogpt', nanogpt, NANOGPT_SCRIPT, peer_job)
     models = {
         (name, dtype): GPT(GPTConfig(**job.shape)).to(device, getattr(torch, dtype))
         for name, job in JOBS.items()
