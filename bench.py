@@ -87,6 +87,11 @@ def read_config(argv) -> dict:
         raise UserError(
             '--batch_size=auto: use a number here; train.py prints the one that it takes'
         )
+    if values['init_from'] != 'scratch':
+        warn(
+            f'init_from is {values["init_from"]!r} ({origins["init_from"]}), which bench.py does '
+            f'not read: it measures new weights of the shape that the config has'
+        )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
     refuse_plan(values, origins)
     check_config(values, world_size=1)

@@ -409,6 +409,14 @@ def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
     assert 3000 < int(megabytes['at the peak']) < 15_000
 
 
+def test_a_note_says_that_other_weights_are_not_measured(capsys):
+    bench_script.read_config([*SMALL])
+    assert not capsys.readouterr().err
+    bench_script.read_config([*SMALL, '--init_from=gpt2-xl'])
+    said = "init_from is 'gpt2-xl' (command line), which bench.py does not read"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('max_iters', [1000, 10**9])
 def test_the_model_is_compiled_if_the_run_of_the_config_is(max_iters, monkeypatch, data_dir):
     monkeypatch.setattr(compiling, 'HAS_AMX', True)
