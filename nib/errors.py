@@ -183,6 +183,12 @@ def _explain(error: Exception) -> str | None:
         )
     if isinstance(error, RuntimeError) and (remedy := gpu_remedy(message)):
         return f'{remedy}; the message was: {message[:200]}'
+    if isinstance(error, RuntimeError) and 'not used in producing loss' in message:
+        return (
+            'a step did not use all weights of the model: with several processes, each needs a '
+            'gradient in every step; multiply the output of a layer by 0 instead of skipping it '
+            '(docs/change_it.md)'
+        )
     if isinstance(error, OverflowError):
         return (
             'a number is too large for this machine, use a smaller one; the message was: '

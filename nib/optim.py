@@ -187,11 +187,12 @@ class Optimizer:
     ):
         self.params = [p for p in model.parameters() if p.requires_grad]  # the others are frozen
         self.shares = Shares(self.params, ranks)
+        tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         matrices, others, shapes = [], [], {}
         for name, p in model.named_parameters():
             if not self.shares.has(p):
                 continue
-            if method == 'muon' and p.dim() == 2 and '.h.' in name:
+            if method == 'muon' and p.dim() == 2 and '.h.' in name and p not in tables:
                 shapes.setdefault(wide(p).shape, []).append(p)
             else:
                 (matrices if p.dim() >= 2 else others).append(p)

@@ -73,7 +73,8 @@ def read_block(path: str) -> Block:
                 " made of int, float, str, bool, None and Literal['a', 'b'], joined by |"
             ) from None
         block.defaults[key] = fit(default, block.types[key], where)
-        block.comments[key] = trailing.get(node.end_lineno, '')
+        lines = range(node.end_lineno or 0, node.lineno - 1, -1)  # a value may be wrapped
+        block.comments[key] = next((trailing[n] for n in lines if n in trailing), '')
         line = node.lineno - 1
         while standalone.get(line) == '':  # a ruler
             line -= 1

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,6 +209,20 @@ def test_example_trains_is_examined_and_samples(example, copy):
     )
     if example.name in PROMISES:
         PROMISES[example.name](copy / out_dir)
+
+
+@pytest.mark.slow
+def test_the_examples_together_pass_the_checks_of_a_change(copy):
+    for example in read_examples():
+        for diff in example.diffs:
+            apply(copy, diff)
+    if (ROOT / '.mypy_cache').exists():  # otherwise mypy reads torch again, for most of a minute
+        shutil.copytree(ROOT / '.mypy_cache', copy / '.mypy_cache')
+    for check in (['ruff', 'check', '.'], ['ruff', 'format', '--check', '.'], ['mypy']):
+        done = subprocess.run(
+            [sys.executable, '-m', *check], cwd=copy, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (check, done.stdout + done.stderr)
 
 
 # -- what an example promises beside that it runs --------------------------------------------------

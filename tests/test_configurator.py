@@ -120,6 +120,15 @@ def test_block_is_the_schema(script):
 
 
 @pytest.mark.parametrize(
+    'lines', ['x: int = 1  # one', 'x: int = (\n    1  # one\n)', 'x: int = (\n    1\n)  # one']
+)
+def test_a_comment_belongs_to_its_key_if_a_formatter_has_wrapped_the_line(tmp_path, lines):
+    path = tmp_path / 'toy.py'
+    path.write_text(f'{lines}\ny: int = 2\n')
+    assert read_block(str(path)).comments == {'x': 'one', 'y': ''}
+
+
+@pytest.mark.parametrize(
     'line',
     [
         'help: int = 1',

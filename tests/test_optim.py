@@ -207,6 +207,14 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
         assert torch.equal(p, q) == (not ('.h.' in name and p.dim() == 2)), name
 
 
+def test_muon_leaves_embeddings_inside_blocks_to_adamw():
+    model = GPT(CONFIG)
+    model.transformer.h[0].attn.value_table = torch.nn.Embedding(7, 8)
+    state = optim.Optimizer(model, 'muon').named_state(model)
+    assert 'transformer.h.0.attn.value_table.weight/exp_avg_sq' in state
+    assert 'transformer.h.0.attn.c_attn.weight/momentum' in state
+
+
 @pytest.mark.parametrize('method', ['adamw', 'sgd', 'muon'])
 def test_the_optimizer_of_a_config_has_all_its_values(method):
     values = {'optimizer': method, 'beta1': 0.8, 'beta2': 0.7, 'weight_decay': 0.3}

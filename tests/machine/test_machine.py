@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL_RUN
 from processes import Started, start_on_ranks
 
 from model import GPT, GPTConfig
@@ -409,6 +409,23 @@ def test_two_ranks_agree(tmp_path):
     ranks = start_on_ranks(2, tmp_path, TWO, tmp_path)
     assert [rank.end() for rank in ranks] == [0, 0], ranks[0].stderr + ranks[1].stderr
     assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
+
+
+SKIPS_A_LAYER = """
+import model, train
+from nib.errors import run_script
+model.Block.forward = lambda self, x, rotary=None: x + self.attn(self.ln_1(x), rotary)
+run_script(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_layer_that_a_step_skips_is_named_if_there_are_several_ranks(tmp_path, data_dir):
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "out"}']
+    ranks = start_on_ranks(2, tmp_path, SKIPS_A_LAYER, *flags, '--gradient_accumulation_steps=2')
+    assert [rank.end() for rank in ranks] == [2, 2]
+    assert 'error: a step did not use all weights of the model' in ranks[0].stderr
+    assert 'Traceback' not in ranks[0].stderr + ranks[1].stderr
 
 
 # Tells how many seconds are over on its clock, and waits for a signal, three times.
