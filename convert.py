@@ -34,7 +34,7 @@ which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
 init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
 to: Literal['hf', 'nanogpt', 'gguf'] = 'hf'  # Hugging Face's format, nanoGPT's ckpt.pt, or GGUF
-dest: str = ''  # the folder to write, for GGUF the file; it must not exist
+dest: str = ''  # folder to write (for GGUF, the file); it must not exist yet
 dtype: Literal['f32', 'f16', 'bf16', 'q8_0'] = 'f32'  # of the matrices in GGUF
 
 

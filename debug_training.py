@@ -39,7 +39,7 @@ from nib.tokens.find import open_or_prepare
 
 # what to show
 explain: bool = False  # explain one step with real numbers, instead of printing tables
-full: bool = False  # show every layer of a deep model, not only three and those that are marked
+full: bool = False  # show all layers of a deep model, not only three and the marked ones
 # how much of the batch
 batch_tokens: int = 0  # tokens in the batch; 0: all, or what a CPU can process in seconds
 overfit_steps: int = 50  # training steps to memorize the batch

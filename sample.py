@@ -169,7 +169,7 @@ def read_prompt(start: str) -> str:
             prompt = ''.join(reading.read_file(path, note))
         else:
             if os.path.isfile(start):
-                note(f'{start} is taken as text; FILE:{start} reads the file')
+                note(f'{start} is taken as text; to read the file, use FILE:{start}')
             prompt = reading.plain(start, note)
     except UserError as error:
         raise UserError(f'--start={start}: {error}') from error
@@ -199,7 +199,7 @@ def encode_start(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int
     if len(ids) > block_size:
         n_fitting = len(tokenizer.decode(ids[-block_size:]))
         raise UserError(
-            f'--start: the prompt has {len(ids):,} tokens, but the model attends over '
+            f'--start: the prompt has {len(ids):,} tokens, but the context of the model has '
             f'{block_size:,}: shorten it, for example to its last {n_fitting:,} characters'
         )
     return ids

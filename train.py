@@ -62,7 +62,7 @@ report: bool = True  # write OUT_DIR/report.html at the end
 # data
 dataset: str = 'openwebtext'  # folder in data_dir with train.bin, val.bin and meta.json
 data_dir: str = ''  # folder that holds the datasets; empty: data/ next to this script
-vocab_size: int = 0  # number of tokens, if it is in no meta.json or meta.pkl; 0: GPT-2's
+vocab_size: int = 0  # number of tokens, if no meta.json or meta.pkl has it; 0: GPT-2's
 prepare_dataset: bool = False  # if the bins are missing, run data/DATASET/prepare.py
 fallback_dataset: str = ''  # used if the dataset cannot be downloaded; empty: stop with an error
 batch_size: int | Literal['auto'] = 12  # sequences per micro step and process; auto: all that fit

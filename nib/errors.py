@@ -177,7 +177,7 @@ def _explain(error: Exception) -> str | None:
     message = ' '.join(str(error).split())
     if is_full(error):
         return (
-            'the memory is full. Halve --batch_size and double --gradient_accumulation_steps, add '
+            'out of memory. Halve --batch_size and double --gradient_accumulation_steps, add '
             '--recompute, or use a smaller model (in sample.py: fewer --num_samples); the message '
             f'was: {message[:200]}'
         )

@@ -400,7 +400,7 @@ FLAGS = {
     'a block longer than the text': (['--block_size=100000'], ['val.bin has', '--block_size=']),
     'a model larger than the memory': (
         ['--n_embd=2000000000', '--n_head=1'],
-        ['the memory is full', 'a smaller model'],
+        ['out of memory. Halve', 'a smaller model'],
     ),
     'no out_dir': (['--out_dir='], ['out_dir is empty', '--out_dir=NAME']),
     'a name too long for a folder': (
@@ -683,7 +683,7 @@ def test_weights_that_will_not_do_are_told(run_main, place, damage, flags, words
 PROMPTS = {
     'longer than the context': (
         ['--start=' + 'The cat sees ' * 3],
-        ['--start: the prompt has 39 tokens', 'over 16', 'last 16 char'],
+        ['--start: the prompt has 39 tokens', 'the context of the model has 16', 'last 16 char'],
     ),
     'a file that is not there': (
         ['--start=FILE:{place}/none.txt'],
@@ -801,7 +801,7 @@ TEXTS = {
         ['--overwrite'],
         ['2 characters', 'use a longer text'],
     ),
-    'another text': ('text', ('a.txt', b'ab'), [], ['tiny contains a dataset of another text']),
+    'another text': ('text', ('a.txt', b'ab'), [], ['a dataset made from another text']),
     'a text that is not UTF-8': (
         'text',
         ('a.txt', b'caf\xe9 ' * 99),

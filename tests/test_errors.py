@@ -90,7 +90,7 @@ def test_a_mistake_is_one_line_and_exit_2(run, argv, line):
         ),
         ('no file', ['nowhere/at all', 'No such file', 'choose another path']),
         ('large', ['a number is too large', 'use a smaller one']),
-        ('full', ['the memory is full', '--batch_size', 'a smaller model']),
+        ('full', ['out of memory. Halve', '--batch_size', 'a smaller model']),
     ],
 )
 def test_what_no_place_foresaw_is_one_line_where_a_person_can_mend_it(run, mode, words):

@@ -141,7 +141,7 @@ def test_the_prompt_comes_from_a_flag_a_file_or_standard_input(out_dir, sample, 
     )
     assert sample(out_dir, f'--start=FILE:{tmp_path / "prompt.txt"}').stdout == given.stdout
     path = str(tmp_path / 'prompt.txt')
-    assert f'note: --start: {path} is taken as text; FILE:{path} reads' in (
+    assert f'note: --start: {path} is taken as text; to read the file, use FILE:{path}' in (
         sample(out_dir, f'--start={path}').stderr
     )
     assert (

@@ -39,11 +39,11 @@ input: str = ''  # files and folders, separated by commas; hidden files in folde
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
 tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', 'bpe', a run, dataset, model or tokenizer.json
 vocab_size: int = 4096  # tokens of --tokenizer=bpe, or by default as many as a short text allows
-replace_missing: str = ''  # replaces characters that are not in the vocabulary; empty: refuse them
-end_of_text: Literal['token', 'characters'] = 'token'  # what <|endoftext|> in the text is
+replace_missing: str = ''  # replaces characters that are not in the vocabulary; empty: reject them
+end_of_text: Literal['token', 'characters'] = 'token'  # how to read <|endoftext|> in the text
 name: str = ''  # name of the dataset, written to data/NAME; empty: that of the input
 out_dir: str = ''  # output folder; empty: data/NAME
-overwrite: bool = False  # replace an existing dataset of another text
+overwrite: bool = False  # replace an existing dataset made from another text
 
 LITTLE = 100_000  # characters; a shorter text is soon memorized
 FEW = 10  # documents; with more, both splits are likely to contain all kinds of text
@@ -104,8 +104,9 @@ def main(argv):
         note(f'the validation split has {share:.0%} of the text, because documents are kept whole')
     if divide and several and len(found.lengths) < FEW:
         note(
-            f'with only {len(found.lengths)} documents, the validation split may contain another '
-            f'kind of text: put {END_OF_TEXT} between the parts of a document, such as chapters'
+            f'with only {len(found.lengths)} documents, the validation split may contain a '
+            f'different kind of text: put {END_OF_TEXT} between the parts of a document, such as '
+            'chapters'
         )
     content = f'{len(found.lengths):,} document{"s" * several}, {sum(found.lengths):,} characters'
     print(describe(folder, content, meta))
@@ -132,8 +133,8 @@ def check_replaceable(folder: Path, sha256: str):
     source = read_json(folder / 'meta.json').get('source')
     if not isinstance(source, dict) or source.get('sha256') != sha256:
         raise UserError(
-            f'{shown(folder)} contains a dataset of another text, or of an earlier version of this '
-            f'one: replace it (--overwrite), or use another --name=NAME'
+            f'{shown(folder)} contains a dataset made from another text, or from an earlier '
+            f'version of this one: replace it (--overwrite), or use another --name=NAME'
         )
 
 
@@ -290,7 +291,7 @@ def fit_tokenizer(
     if tokenizer == 'char':
         encoder = CharTokenizer(found.characters, several)
     if n_marks:
-        does = 'ends a document' if divide else 'stays characters, also in prompts'
+        does = 'ends a document' if divide else 'stays ordinary characters, in prompts as well'
         note(f'{END_OF_TEXT} occurs {n_marks:,} time{"s" * (n_marks > 1)} in the text: each {does}')
         encoder = replace(encoder, spells_end_of_text=not divide)
     if several and encoder.end_of_text is None:

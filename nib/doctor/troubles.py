@@ -138,7 +138,7 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         ('the learning rate is too low', 'the initial weights are too large for it'),
         (
-            'multiply learning_rate by 10, repeatedly, until the loss falls well',
+            'multiply learning_rate by 10, repeatedly, until the loss falls quickly',
             'the update ratio should reach 0.001 to 0.01',
         ),
     ),
@@ -146,7 +146,7 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         (
             (decays_early, 'the schedule ends long before the run'),
-            'the learning rate is too high or too low to get further',
+            'the learning rate is too high or too low to make progress',
             'the model has learned what it can',
             'the targets have nothing to do with the inputs',
         ),
@@ -290,14 +290,14 @@ TROUBLES: dict[str, Trouble] = {
     'throughput_collapse': Trouble(
         'warning',
         (
-            (cores_taken, 'other processes have taken the cores, or a limit of CPU time applies'),
+            (cores_taken, 'other processes use the cores, or a CPU quota applies'),
             (cores_free, 'another process uses the disk or the GPU'),
-            (cores_free, 'the disk cannot deliver the data'),
-            (cores_free, 'the device is too hot and throttles'),
+            (cores_free, 'the disk is too slow for the data'),
+            (cores_free, 'the device is too hot and slows itself down'),
         ),
         (
             'check the machine (top, nvidia-smi)',
-            (cores_taken, 'end the other processes, or start each with fewer OMP_NUM_THREADS'),
+            (cores_taken, 'end the other processes, or start each with a smaller OMP_NUM_THREADS'),
             'the training itself is not affected',
         ),
     ),

@@ -40,7 +40,7 @@ class ChatFormat:
         ):
             raise UserError(
                 f'{weights.name} has no chat template: --chat needs an instruction-tuned model, '
-                f'such as Qwen/Qwen3-0.6B (docs/sampling.md tells how to use a run that was '
+                f'such as Qwen/Qwen3-0.6B (docs/sampling.md says how to use a run that was '
                 f'fine-tuned from one)'
             )
         tokenizer = replace(tokenizer, spells_end_of_text=False)  # the template writes these tokens
@@ -203,7 +203,7 @@ class Conversation:
         else:
             is_full = n_tokens < self.max_new_tokens
             why = 'the context is full' if is_full else 'use a larger --max_new_tokens'
-            cut = f'the answer was cut after {n_tokens:,} tokens: {why}'
+            cut = f'the answer was cut off after {n_tokens:,} tokens: {why}'
         self.show(answer.add(b'', final=True))
         return cut
 

@@ -262,8 +262,8 @@ class Pair:
             if tuple(part.shape) != (shape[::-1] if self.transposed else shape):
                 expected = shape[::-1] if self.transposed else shape
                 raise UserError(
-                    f'the tensor {name} has shape {tuple(part.shape)}, but by config.json it '
-                    f'should have {expected}'
+                    f'the tensor {name} has shape {tuple(part.shape)}, but '
+                    f'according to config.json, it should have {expected}'
                 )
             check_numbers(name, part)
             joined.append(part.t() if self.transposed else part)

@@ -72,7 +72,7 @@ def _from_characters(tokenizer: CharTokenizer) -> Vocabulary:
     try:
         tokens = [''.join(names[b] for b in c.encode()) for c in tokenizer.characters]
     except UnicodeEncodeError as error:  # a surrogate
-        raise _refused(f'it has {error.object!r}, which is no character') from error
+        raise _refused(f'it has {error.object!r}, which is not a character') from error
     cuts = [(token[:i], token[i]) for token in tokens for i in range(1, len(token))]
     vocabulary = Vocabulary(tokens, ['NORMAL'] * len(tokens), tokenizer.end_of_text)
     vocabulary.merges = list(dict.fromkeys(' '.join(cut) for cut in cuts))

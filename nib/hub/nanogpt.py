@@ -151,8 +151,8 @@ def _read_model(path: Path, arguments: dict, weights: dict[str, torch.Tensor]) -
         wanted = tuple(expected[name]) if name in expected else 'no such tensor'
         if have != wanted:
             raise UserError(
-                f'{path}: {name} is {have}, but by model_args it should be {wanted}: a modified '
-                f'nanoGPT is not supported'
+                f'{path}: {name} is {have}, but according to model_args, it should be {wanted}: '
+                'a modified nanoGPT is not supported'
             )
         try:
             check_numbers(name, weights[name])

@@ -195,7 +195,7 @@ def _without_end_of_text(tokenizer: Tokenizer):
             unknown = error.object[error.start]
             raise UserError(
                 f'the tokenizer of this model cannot be written for transformers: it has '
-                f'{unknown!r}, which is no character'
+                f'{unknown!r}, which is not a character'
             ) from error
         vocabulary = {character: i for i, character in enumerate(tokenizer.characters)}
         described = Tokenizer(models.WordLevel(vocabulary, unk_token=None))

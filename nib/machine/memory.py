@@ -42,7 +42,7 @@ def fit_batch_size(t, config: Mapping, say: Callable[[str], None]) -> dict[str, 
             )
             return sizes
     raise UserError(
-        f'the memory of {t.device} is full with one sequence of {config["block_size"]} tokens: '
+        f'out of memory on {t.device} with one sequence of {config["block_size"]} tokens: '
         'use a smaller model or --block_size, or add --recompute'
     )
 
@@ -114,7 +114,7 @@ def explain_full_memory(error: Exception, t, config: Mapping):
                 break
     needed = needed_memory(t.raw_model.config, config)
     raise UserError(
-        f'the memory of {t.device} is full: batch_size {config["batch_size"]} takes about '
+        f'out of memory on {t.device}: batch_size {config["batch_size"]} takes about '
         f'{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are available; try '
         f'{" or ".join(tries) or "a smaller model or --block_size"}; the message was: '
         f'{" ".join(str(error).split())[:200]}'

@@ -355,7 +355,7 @@ class Logbook:
             self._tell(self.doctor.see_nonfinite(step, str(error)))
         kept = 'there is no checkpoint yet'
         if self.saved:
-            kept = f'the checkpoint of step {self.saved} in {self.out_dir} is good'
+            kept = f'the checkpoint of step {self.saved} in {self.out_dir} is intact'
         self._say_end(step, f'The run ends. Nothing is saved; {kept}.', self.warn)
         return EXIT_NONFINITE
 

@@ -84,7 +84,7 @@ def _search(
             elif not stat.S_ISREG(state.st_mode):
                 skipped['pipe{s} or device{s}'] += 1
             elif path.suffix.lower() not in endings:
-                skipped[f'file{{s}} of other types than {", ".join(endings)}'] += 1
+                skipped[f'file{{s}} of types other than {", ".join(endings)}'] += 1
             else:
                 yield path, _identity(path, state)
 

@@ -430,7 +430,7 @@ def test_a_slow_run_names_other_processes_only_if_it_waits_for_cores(before, aft
     )
     assert names_of(found) == ['throughput_collapse']
     assert ('the run waits for a core 40% of the time' in found[0].evidence) == named
-    assert ('taken the cores' in str(found[0].causes)) == named
+    assert ('use the cores' in str(found[0].causes)) == named
     assert ('the disk' in str(found[0].causes)) != named
     assert ('OMP_NUM_THREADS' in str(found[0].changes)) == named
 

@@ -326,7 +326,7 @@ def test_a_conversation_in_a_pipe_equals_that_of_transformers(talker):
     answers = reference_answers(folder, model, LINES, 12, ends)
     assert done.stdout.decode() == ''.join(f'{answer}\n' for answer in answers)
     said = done.stderr.decode().splitlines()
-    cut = 'note: the answer was cut after 12 tokens: use a larger --max_new_tokens'
+    cut = 'note: the answer was cut off after 12 tokens: use a larger --max_new_tokens'
     assert len(said) == 1 + said.count(cut) < 1 + len(LINES) and '> ' not in said
 
 
@@ -503,7 +503,7 @@ def test_a_message_that_is_too_long_is_left_out_and_the_conversation_goes_on(
 def test_an_answer_ends_where_the_context_does(folder, run_main, monkeypatch):
     ended = converse(folder, run_main, monkeypatch, b'the cat', '--max_new_tokens=1000')
     n_prompt = len(read_form(folder).encode([{'role': 'user', 'content': 'the cat'}]))
-    assert f'cut after {192 - n_prompt} tokens: the context is full' in ended.stderr
+    assert f'cut off after {192 - n_prompt} tokens: the context is full' in ended.stderr
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows sends Ctrl-C differently')

@@ -177,7 +177,7 @@ def test_the_largest_batch_that_fits_keeps_the_tokens_per_step(train_here, tmp_p
     assert sizes_of(tmp_path / 'trial') == (3, 8)
     fill_memory_above(monkeypatch, 0)
     done = train_here(tmp_path / 'none', *auto)
-    assert done.returncode == 2 and 'full with one sequence of 16 tokens' in done.stderr
+    assert done.returncode == 2 and 'out of memory on cpu with one sequence of 16' in done.stderr
 
 
 def test_a_run_with_an_automatic_batch_size_resumes_exactly(
@@ -225,7 +225,7 @@ def test_full_memory_is_one_line_with_sizes_that_fit(train_here, tmp_path, monke
     monkeypatch.setattr(memory, 'available_memory', lambda device, ranks: 21e6)
     done = train_here(tmp_path / 'run', *flags)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert 'memory of cpu is full: batch_size 1024' in done.stderr
+    assert 'out of memory on cpu: batch_size 1024' in done.stderr
     sizes = re.findall(r'--batch_size=(\d+) --gradient_accumulation_steps=(\d+)', done.stderr)
     assert len(sizes) == 2 and '--recompute; ' in done.stderr
     assert all(int(size) * int(steps) == 1024 for size, steps in sizes)

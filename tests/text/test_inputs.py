@@ -40,14 +40,14 @@ def test_folders_are_searched_to_the_bottom_and_hidden_files_left_out(tmp_path):
         '2 hidden folders',
         '2 hidden files',
         '2 broken links',
-        '2 files of other types than .txt, .md, .jsonl, .parquet',
+        '2 files of types other than .txt, .md, .jsonl, .parquet',
         '1 pipe or device',
     ]
     one, skipped = inputs.find_files([tmp_path / 'a' / 'z.md'])
     assert one == [tmp_path / 'a' / 'z.md'] and not skipped
     rows, skipped = inputs.find_files([tmp_path], ('.jsonl',))
     assert names_of(rows, tmp_path) == ['a/c/d.jsonl']
-    assert skipped['file{s} of other types than .jsonl'] == 6
+    assert skipped['file{s} of types other than .jsonl'] == 6
 
 
 def test_linked_folders_are_searched_and_each_file_counts_once(tmp_path):
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         ('my letter.docx', r"type.*pandoc --to=plain '\S*my letter.docx' --output='\S*my "),
         ('rows.json', r'type.*jq .* > \S*rows-rows.jsonl'),
         ('empty', 'found no .txt'),
-        ('pictures', '1 file of other types'),
+        ('pictures', '1 file of types other'),
         ('pipe.txt', 'is a pipe, not a file'),
     ],
 )

@@ -248,7 +248,7 @@ def test_a_folder_of_notes_becomes_a_dataset(
         assert words in said.out
     assert said.err.splitlines() == [
         'note: skipped 1 hidden file',
-        'note: skipped 1 file of other types than .txt, .md, .jsonl, .parquet',
+        'note: skipped 1 file of types other than .txt, .md, .jsonl, .parquet',
         'note: this is very little text to learn from; use at least 100,000 characters',
     ]
     assert said.out.splitlines()[-1] == (
@@ -327,7 +327,7 @@ def test_a_written_end_of_text_becomes_the_token_or_stays_as_told_and_prompts_ag
     assert encode_prompt(data.tokenizer, '<|endoftext|>', '--start') == [end]
 
     prepare([*flags, f'--out_dir={tmp_path / "stays"}', '--end_of_text=characters'])
-    assert 'occurs 30 times in the text: each stays characters' in capsys.readouterr().err
+    assert 'occurs 30 times in the text: each stays ordinary characters' in capsys.readouterr().err
     data = open_dataset(tmp_path / 'stays', 16)
     end = data.tokenizer.end_of_text
     assert text_of(tmp_path / 'stays') == STORIES
