@@ -53,9 +53,9 @@ class Sign:
 def values(monkeypatch):
     pick = Optimizer.pick.__func__
 
-    def picked(cls, values, model, has_bfloat16):
+    def picked(cls, values, model, has_bfloat16, *ranks):
         if values['optimizer'] != 'sign':
-            return pick(cls, values, model, has_bfloat16)
+            return pick(cls, values, model, has_bfloat16, *ranks)
         optimizer = cls(model)
         optimizer.parts = [Sign(model.parameters())]
         return optimizer
