@@ -233,6 +233,7 @@ class Logbook:
         ]
         if self.ranks.largest(len(broken)):
             raise NotFinite(f'step {state.step}: weights not finite; {guard.describe([], broken)}')
+        self.wait_for_checkpoint()  # so that there is only one copy at a time
         optimizer = self.training.optimizer
         optimizer_state = optimizer.shares.collect(optimizer.named_state(model))
         self.ranks.on_first(lambda: self._save(state, optimizer_state))
