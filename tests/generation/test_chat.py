@@ -316,6 +316,7 @@ LINES = ['the cat', 'and the dog <b>é', 'on the mat']
 PIPED = f'\n{LINES[0]}\r\n  \n {LINES[1]} \n{LINES[2]}'.encode()
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_pipe_equals_that_of_transformers(talker):
     folder, model, ends = talker
     done = subprocess.run(
