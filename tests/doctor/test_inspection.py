@@ -136,6 +136,35 @@ def test_an_activation_that_the_inspection_does_not_know_is_measured_by_its_outp
     assert rows[1].dead == pytest.approx(0.25, abs=0.02)
 
 
+class TwoMlps(torch.nn.Module):
+    """Applies one MLP to a few tokens or none, and another one to the rest."""
+
+    def __init__(self, config, sizes):
+        super().__init__()
+        self.sizes = sizes  # tokens of each MLP; the MLP with the first 8 units closed comes last
+        self.mlps = torch.nn.ModuleList(model_file.MLP(config) for _ in sizes)
+        torch.nn.init.constant_(self.mlps[-1].c_fc.bias[:8], -100.0)
+
+    def forward(self, x):
+        parts = x.flatten(0, 1).split(self.sizes)
+        return torch.cat([mlp(part) for mlp, part in zip(self.mlps, parts)]).view_as(x)
+
+
+@pytest.mark.parametrize('kind', ['relu', 'swiglu', 'relu2'])
+@pytest.mark.parametrize('sizes, dead', [([127, 1], 0.0), ([1, 127], 0.5), ([0, 128], 0.5)])
+def test_the_mlp_with_the_most_tokens_tells_how_many_units_are_dead(kind, sizes, dead):
+    """One token leaves half of the units closed, which is no fault."""
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=31, block_size=32, n_layer=1, n_head=2, n_embd=16, mlp=kind, mlp_width=16
+    )
+    model = GPT(config)
+    model.transformer.h[0].mlp = TwoMlps(config, sizes)
+    x = torch.randint(31, (4, 32))
+    _, rows = inspection.measure_layers(model, x, x, autocast('float32', 'cpu'), 4)
+    assert rows[1].dead == pytest.approx(dead, abs=0.07)
+
+
 def test_entropies_against_sums_by_hand():
     for n in (1, 2, 7, 64):
         even = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
