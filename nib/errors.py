@@ -185,9 +185,9 @@ def _explain(error: Exception) -> str | None:
         return f'{remedy}; the message was: {message[:200]}'
     if isinstance(error, RuntimeError) and 'not used in producing loss' in message:
         return (
-            'a step did not use all weights of the model: with several processes, each needs a '
-            'gradient in every step; multiply the output of a layer by 0 instead of skipping it '
-            '(docs/change_it.md)'
+            'a step did not use all weights of the model: with several processes, every weight '
+            'needs a gradient in every step; multiply the output of a layer by 0 instead of '
+            'skipping it'
         )
     if isinstance(error, OverflowError):
         return (

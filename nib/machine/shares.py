@@ -12,7 +12,7 @@ class Shares:
     """Divides parameters among the ranks: stage 1 of ZeRO (Rajbhandari et al. 2020, section 5.1).
 
     A rank keeps the optimizer's state of its share only, updates these parameters, and receives the
-    others. Weights and gradients are whole on every rank, so nothing else has to know about it.
+    others. Weights and gradients are whole on every rank, so only saving has to know about it.
 
     params: those that are trained, in the same order on all ranks.
     """
