@@ -1,8 +1,8 @@
-"""One dial: the model and the run that make the best use of a time, on this machine and text.
+"""Plans the run that makes the best use of a time on this machine and text.
 
 --budget=10m: the largest model is not the best one, because a smaller one reads more text in the
 same time. A scaling law predicts the loss of each size with the tokens that it would read, from its
-measured speed. --params=10M: the size is given, and the law says how many tokens it deserves.
+measured speed. --params=10M: the size is given, and the law determines the number of tokens.
 nib/scaling_law.py has the law, and docs/scaling_laws.md explains the rules below.
 """
 
