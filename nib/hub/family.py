@@ -91,7 +91,7 @@ class Family:
         return model
 
     def check_keys(self, config: Mapping, special: Mapping[str, tuple[type, ...]]):
-        """Raises UserError, which names the key, unless every key is honoured or changes nothing.
+        """Raises UserError, which names the key, unless every key is honored or changes nothing.
 
         special: keys that the family reads itself, and the types of their values.
         """

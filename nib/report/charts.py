@@ -25,13 +25,13 @@ DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # approximate number on an axis
 WIDE_RANGE = 10.0  # an axis is logarithmic if the largest value exceeds this many medians
 FIRST_FALL = 0.1  # part of the steps that does not count for the range of a chart with a first fall
-# Similar to the colours of Okabe and Ito (2008), for a white and a dark background. They differ for
-# people with any form of colour blindness, and a run's series also have different dashes. The last
-# colour is neutral.
+# Similar to the colors of Okabe and Ito (2008), for a white and a dark background. They differ for
+# people with any form of color blindness, and a run's series also have different dashes. The last
+# color is neutral.
 LIGHT = ('#0072b2', '#e06000', '#005040', '#c4708c', '#5a3f0c', '#5b5f66')
 DARK = ('#56b4e9', '#f18a30', '#0b8d62', '#f6b7b8', '#f5ef66', '#a7adb5')
 NEUTRAL = 5
-SEVERITY_COLOURS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
+SEVERITY_COLORS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
 DASHES = {'line': '', 'dots': '', 'dashed': '6 4', 'dotted': '1.5 4', 'mixed': '9 3 2 3'}
 
 
@@ -40,7 +40,7 @@ class Series:
     name: str
     steps: Sequence[int]
     values: Sequence[float | None]  # None: not finite
-    colour: int = 0
+    color: int = 0
     look: str = 'line'  # a key of DASHES; 'dots' draws no line
     pale: bool = False  # drawn faintly, in the background
     dotted: bool = False  # a dot at each value if there are few
@@ -96,7 +96,7 @@ class Mark:
     step: int
     value: float
     label: str  # in the legend; '' in a chart of several runs
-    colour: int = 0
+    color: int = 0
     run: str = ''
 
 
@@ -270,7 +270,7 @@ def chart_data(chart: Chart) -> dict:
     return {
         'series': [series_data(one) for one in chart.drawn()],
         'marks': [
-            [mark.run, mark.step, mark.value, mark.label, mark.colour] for mark in chart.marks
+            [mark.run, mark.step, mark.value, mark.label, mark.color] for mark in chart.marks
         ],
         'band': chart.band,
         'level': chart.level,
@@ -285,7 +285,7 @@ def series_data(series: Series) -> dict:
     return {
         'name': series.name,
         'run': series.run,
-        'colour': series.colour % len(LIGHT),
+        'color': series.color % len(LIGHT),
         'dashes': DASHES[series.look],
         'line': series.look != 'dots',
         'dots': series.dotted or series.look == 'dots',
