@@ -39,7 +39,7 @@ from nib.machine.compiling import has_compiler, pick_compile
 from nib.machine.device import measure_flops, peak_memory, pick_device, pick_dtype
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
-from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
+from nib.run.checks import check_config, pick_model, reject_plan, settle_schedule
 from nib.schema import check_range, is_auto
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
@@ -93,7 +93,7 @@ def read_config(argv) -> dict:
             f'not read: it measures new weights of the shape that the config has'
         )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
-    refuse_plan(values, origins)
+    reject_plan(values, origins)
     check_config(values, world_size=1)
     values = settle_schedule(values)  # so that a run of a few steps keeps the config's schedule
     globals().update(values)

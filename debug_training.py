@@ -30,7 +30,7 @@ from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_every
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
-from nib.run.checks import check_config, check_schedule, pick_model, refuse_plan, settle_schedule
+from nib.run.checks import check_config, check_schedule, pick_model, reject_plan, settle_schedule
 from nib.run.folder import recall_config
 from nib.schema import check_range
 from nib.text.tokenizer import tokenizer_from_json
@@ -55,7 +55,7 @@ def main(argv):
     )
     globals().update(values)
     values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
-    refuse_plan(values, origins)
+    reject_plan(values, origins)
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
     check_range(values, 'batch_tokens', least=0, below=1 << 31)
     check_range(values, 'overfit_steps', least=1, below=1 << 31)

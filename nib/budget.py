@@ -121,15 +121,15 @@ class Planner:
 
     def possible(self, widths: Sequence[int]) -> list[int]:
         """Returns the widths that the user's keys allow. Raises UserError if they allow none."""
-        allowed, refused = [], None
+        allowed, rejected = [], None
         for width in [self.fixed['n_embd']] if 'n_embd' in self.fixed else widths:
             try:
                 self.model(self.shape(width, 1e6))
                 allowed.append(width)
             except UserError as error:
-                refused = refused or error
-        if refused and not allowed:
-            raise refused
+                rejected = rejected or error
+        if rejected and not allowed:
+            raise rejected
         return allowed
 
     def fit_memory(self, keys: dict) -> dict:

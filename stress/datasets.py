@@ -67,7 +67,7 @@ def main(argv):
             '',
             *rows(prepared, ('processes', 'waited', 'killed', 'broken')),
             '',
-            *rows(opened, ('right', 'refused', 'wrong')),
+            *rows(opened, ('right', 'rejected', 'wrong')),
             '',
         ]
     )
@@ -160,7 +160,7 @@ def write(folder: Path, ids: np.ndarray, meta: dict | None):
 
 
 def bare(folder: Path, draw: random.Random, lengths: tuple[int, int]) -> str:
-    """Opens ids of an unknown vocabulary: right only if they are refused."""
+    """Opens ids of an unknown vocabulary: right only if they are rejected."""
     ids = draw_ids(draw.randint(2, 32_000), draw.randint(*lengths), draw)
     write(folder, ids, None)
     try:
@@ -168,7 +168,7 @@ def bare(folder: Path, draw: random.Random, lengths: tuple[int, int]) -> str:
     except UserError:
         size = int(ids.max()) + 1
         is_right = open_dataset(folder, 16, vocab_size=size).vocab_size == size
-        return 'refused' if is_right else 'wrong'
+        return 'rejected' if is_right else 'wrong'
     return 'wrong'
 
 

@@ -59,7 +59,7 @@ class ChatFormat:
 
         They are those of transformers, except that the words of a message contain no control
         tokens: what looks like one is encoded as its characters. An answer may contain <think>.
-        Raises UserError if the template refuses the conversation, or makes special tokens of words.
+        Raises UserError if the template rejects the conversation, or makes special tokens of words.
         """
         ids = self._encode(messages)
         # A template may change words or join messages, so that new tokens appear.
@@ -124,7 +124,7 @@ class Conversation:
     def opening_ids(self) -> list[int]:
         """Returns the token ids of a shortest conversation.
 
-        Raises UserError if the template refuses it, or the system message is too long.
+        Raises UserError if the template rejects it, or the system message is too long.
         """
         ids = self.form.encode([*self.messages, {'role': 'user', 'content': 'a'}])
         if len(ids) > self.room:
@@ -163,7 +163,7 @@ class Conversation:
         """Adds a message of the user; returns the token ids of the conversation.
 
         Drops the oldest turns if it is too long for the context, but not the system message. Raises
-        UserError, and adds nothing, if the message alone is too long or the template refuses it.
+        UserError, and adds nothing, if the message alone is too long or the template rejects it.
         """
         messages = [*self.messages, {'role': 'user', 'content': line}]
         first = int(messages[0]['role'] == 'system')

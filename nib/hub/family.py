@@ -42,7 +42,7 @@ class Family:
     architecture: str
     # Key of config.json -> field of GPTConfig, and its value if the key is absent or null.
     keys: Mapping[str, tuple[str, Any]]
-    # Key -> the values that mean what model.py computes; others are refused.
+    # Key -> the values that mean what model.py computes; others are rejected.
     fixed: Mapping[str, tuple]
     # Field of GPTConfig -> the values that the architecture can express.
     needs: Mapping[str, tuple]

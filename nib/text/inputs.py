@@ -61,14 +61,14 @@ def _search(
 ) -> Iterator[tuple[Path, tuple[int, int] | str]]:
     """Yields the files in a folder with these endings, and their identities."""
 
-    def refuse(error: OSError):
+    def fail(error: OSError):
         raise UserError(
             f'{error.filename} cannot be read: {error.strerror}; make it readable, '
             f'or name only the folders to read'
         ) from error
 
     entered = {_identity(folder, os.stat(folder))}  # a link may lead back to a folder above it
-    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         skipped['hidden folder{s}'] += sum(name.startswith('.') for name in folders)
         skipped['hidden file{s}'] += sum(name.startswith('.') for name in names)
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
