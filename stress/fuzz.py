@@ -210,7 +210,7 @@ def main(argv):
 
 
 def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
-    """Runs the cases on all cores; returns the kind, exit code and trouble of each."""
+    """Runs the cases on all cores; returns the kind, exit code and problem of each."""
     running, ended = {}, []
     for number in [*numbers, None]:
         while running and (number is None or len(running) >= (os.cpu_count() or 1)):

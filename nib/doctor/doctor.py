@@ -1,6 +1,6 @@
-"""The doctor of a run: remembers its vital signs, and reports each trouble once, with the evidence.
+"""The doctor of a run: remembers its vital signs, and reports each problem once, with the evidence.
 
-nib/doctor/rules.py says which signs are trouble.
+nib/doctor/rules.py says which signs mean a problem.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from nib.doctor import rules
 from nib.doctor.finding import Finding
+from nib.doctor.problems import PROBLEMS, SEVERITIES, Severity
 from nib.doctor.texts import DataSigns
-from nib.doctor.troubles import SEVERITIES, TROUBLES, Severity
 from nib.doctor.vitals import EvaluationSigns, StepSigns
 from nib.guard import Seen
 
@@ -152,7 +152,7 @@ class Doctor:
                 self.evaluations.append(evaluation)
             for key in record:
                 name = key.removeprefix('finding/')
-                if key.startswith('finding/') and name in TROUBLES:
+                if key.startswith('finding/') and name in PROBLEMS:
                     self.findings.append(Finding.of_record(name, record['step'], record[key]))
 
     def rewind(self, step: int) -> list[Finding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nib.doctor.finding import Finding
-from nib.doctor.troubles import SEVERITIES
+from nib.doctor.problems import SEVERITIES
 from nib.files import atomic_write
 from nib.report.charts import (
     BUCKETS,

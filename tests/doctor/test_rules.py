@@ -1,4 +1,4 @@
-"""Each trouble is reported once, where it begins, and none in healthy runs."""
+"""Each problem is reported once, where it begins, and none in healthy runs."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from signs import FIRING, diagnose, loss_at, make_doctor, names_of, ratio, show
 
 from nib.doctor import rules
 from nib.doctor.doctor import Doctor
-from nib.doctor.troubles import TROUBLES
+from nib.doctor.problems import PROBLEMS
 from nib.guard import Seen
 
 
@@ -18,13 +18,13 @@ def beginner() -> Doctor:
 
 
 @pytest.mark.parametrize('name', FIRING)
-def test_a_trouble_is_named_once_and_alone(name):
+def test_a_problem_is_named_once_and_alone(name):
     doctor, found = diagnose(name)
     assert names_of(found) == [name] and found == doctor.findings
     assert found[0].step <= (300 if name == 'generation_differs' else 270) and re.search(
         r'\d', found[0].evidence
     )
-    severity = TROUBLES[name].severity
+    severity = PROBLEMS[name].severity
     assert doctor.verdict(300) == f'{severity}: {name}'
     assert str(found[0]).startswith(
         f'{severity}: {found[0].evidence}. Likely causes'
@@ -44,7 +44,7 @@ def test_a_trouble_is_named_once_and_alone(name):
     )
 
 
-def test_all_troubles_but_the_one_that_the_loop_sees_are_fired_here():
+def test_all_problems_but_the_one_that_the_loop_sees_are_fired_here():
     functions = {
         *rules.DATA_RULES,
         *rules.STEP_RULES,
@@ -52,7 +52,7 @@ def test_all_troubles_but_the_one_that_the_loop_sees_are_fired_here():
         *rules.GENERATION_RULES,
     }
     names = {function.__name__ for function in functions}
-    assert set(FIRING) == set(TROUBLES) - {'not_finite'} == names - {'attention_collapsed'}
+    assert set(FIRING) == set(PROBLEMS) - {'not_finite'} == names - {'attention_collapsed'}
 
 
 @pytest.mark.parametrize('log_interval', [1, 10, 100, 1000])
@@ -160,7 +160,7 @@ ALWAYS = {  # name of the rule -> vital signs just within its bounds, and just o
 
 
 @pytest.mark.parametrize('name', ALWAYS)
-def test_where_a_trouble_begins(name):
+def test_where_a_problem_begins(name):
     kind, *sides = ALWAYS[name]
     names = []
     for vital_signs in sides:
@@ -216,7 +216,7 @@ SMALL = {'n_params': 768}  # 200 tokens for each
 EPOCHS = {'train_tokens': 75_000}  # 2.05 in 300 steps
 NORM = math.sqrt(4 * 128)  # of the gradients: four layers of width 128
 START = 0.1 + 0.0512 + 3 * math.sqrt(0.0512 / 512) + 0.15  # a variance of 0.02^2 * 128, 512 tokens
-# Trouble; changes to the doctor and the vital signs, just within its limit and just outside.
+# Problem; changes to the doctor and the vital signs, just within its limit and just outside.
 LIMITS = [
     ('wrong_initial_loss', {'step': first_loss(START - 0.01)}, {'step': first_loss(START + 0.01)}),
     ('wrong_initial_loss', {'step': first_loss(0.01 - START)}, {'step': first_loss(-0.01 - START)}),
@@ -295,7 +295,7 @@ LIMITS = [
 
 
 @pytest.mark.parametrize('name, within, outside', LIMITS)
-def test_the_limit_of_a_trouble(name, within, outside):
+def test_the_limit_of_a_problem(name, within, outside):
     for changes, names in ((within, []), (outside, [name])):
         signs = {key: changes[key] for key in ('step', 'evaluation', 'last') if key in changes}
         doctor = make_doctor(**{key: changes[key] for key in changes.keys() - signs.keys()})
@@ -306,7 +306,7 @@ def test_the_limit_of_a_trouble(name, within, outside):
     'rule, there',
     [('lr_too_high', 2), ('lr_too_low', 3), ('all_clipped', 4), ('vanishing_gradients', 2)],
 )
-def test_what_passes_is_no_trouble(rule, there):
+def test_what_passes_is_no_problem(rule, there):
     """A sign must last so many lines in a row."""
     vital_signs = FIRING[rule]['step'](50)
     for lines, names in ((there - 1, []), (there, [rule])):
@@ -382,7 +382,7 @@ def test_steps_that_were_not_finite_are_no_vanishing_gradient():
         ({'batch_size': 1, 'block_size': 16}, {}, ['constant_batches']),
     ],
 )
-def test_batches_that_are_the_same_by_chance_are_no_trouble(config, data, names):
+def test_batches_that_are_the_same_by_chance_are_no_problem(config, data, names):
     found = show(
         make_doctor(config, data), step=lambda s: {'repeated': 1.0 if s > 1 else None}, last=50
     )

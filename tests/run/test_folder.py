@@ -47,7 +47,7 @@ linux = pytest.mark.skipif(
 
 
 @linux
-def test_a_deleted_working_directory_is_one_line_or_no_trouble(data_dir, run_main, tmp_path):
+def test_a_deleted_working_directory_is_one_line_or_no_problem(data_dir, run_main, tmp_path):
     """A relative out_dir has no place then; with an absolute one, the run goes on to its end."""
     train = ['train.py', *SMALL_RUN, '--max_iters=2', '--eval_iters=1', f'--data_dir={data_dir}']
     here, gone = Path.cwd(), tmp_path / 'gone'
