@@ -32,7 +32,7 @@ def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
     text = ' '.join(
         '\n'.join(examination.describe_batch(make_training('--batch_tokens=10'))).split()
     )
-    assert '1 sequence of 10 tokens' in text and '(--batch_tokens=64 takes all)' in text
+    assert '1 sequence of 10 tokens' in text and '(--batch_tokens=64 examines all)' in text
 
 
 def test_the_part_that_is_examined_is_the_beginning_of_the_batch_of_training(make_training):

@@ -121,9 +121,9 @@ PROBLEMS: dict[str, Problem] = {
         (
             'lower learning_rate',
             (unclipped, 'grad_clip = 1'),
-            (uses_float16, 'dtype bfloat16 or float32'),
-            (does_not_rewind, 'on_nonfinite rewind to get past a single bad batch'),
-            (does_not_stop, 'on_nonfinite stop to see where it begins'),
+            (uses_float16, 'dtype = bfloat16 or float32'),
+            (does_not_rewind, 'on_nonfinite = rewind to get past a single bad batch'),
+            (does_not_stop, 'on_nonfinite = stop to see where it begins'),
         ),
     ),
     'lr_too_high': Problem(
@@ -152,7 +152,7 @@ PROBLEMS: dict[str, Problem] = {
         ),
         (
             (decays_early, 'lr_decay_iters = max_iters'),
-            'another learning_rate',
+            'a different learning_rate',
             'a larger n_layer or n_embd',
         ),
     ),
@@ -214,7 +214,10 @@ PROBLEMS: dict[str, Problem] = {
     ),
     'constant_batches': Problem(
         'critical',
-        ('the loader returns the same batch at every step', 'the text is no longer than one batch'),
+        (
+            'the loader returns the same batch at every step',
+            'the text is not longer than one batch',
+        ),
         ('check that the step number reaches the loader', 'more text'),
     ),
     'tiny_vocabulary': Problem(
@@ -261,14 +264,14 @@ PROBLEMS: dict[str, Problem] = {
     'dead_units': Problem(
         'warning',
         (
-            'large steps have closed units for good',
+            'large steps have closed units permanently',
             (has_biases, 'the initial biases are too far below 0'),
             (uses_relu2, 'squared ReLU has no gradient below 0'),
         ),
         (
             'lower learning_rate or raise warmup_iters',
             (has_biases, 'initialize biases to 0, or omit them: bias = False'),
-            (uses_relu2, 'mlp gelu or swiglu'),
+            (uses_relu2, 'mlp = gelu or swiglu'),
         ),
     ),
     'wrong_initial_loss': Problem(
@@ -293,7 +296,7 @@ PROBLEMS: dict[str, Problem] = {
             (cores_taken, 'other processes use the cores, or a CPU quota applies'),
             (cores_free, 'another process uses the disk or the GPU'),
             (cores_free, 'the disk is too slow for the data'),
-            (cores_free, 'the device is too hot and slows itself down'),
+            (cores_free, 'the device is too hot and slows down'),
         ),
         (
             'check the machine (top, nvidia-smi)',
@@ -308,7 +311,7 @@ PROBLEMS: dict[str, Problem] = {
             'the loss is summed instead of averaged',
             'activations grow',
         ),
-        ('dtype bfloat16 or float32', 'average the loss', 'a lower learning_rate'),
+        ('dtype = bfloat16 or float32', 'average the loss', 'a lower learning_rate'),
     ),
     'weight_decay_too_strong': Problem(
         'warning',
@@ -329,7 +332,7 @@ PROBLEMS: dict[str, Problem] = {
         ),
         (
             'change attention in attention_scores() of model.py, which generation uses too',
-            'the losses are correct, samples are not',
+            'the losses are correct, but the samples are not',
         ),
     ),
 }

@@ -24,7 +24,9 @@ TINY = 1e-290  # ratios of smaller values overflow
 DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # approximate number on an axis
 WIDE_RANGE = 10.0  # an axis is logarithmic if the largest value exceeds this many medians
-FIRST_FALL = 0.1  # part of the steps that does not count for the range of a chart with a first fall
+INITIAL_DROP = (
+    0.1  # part of the steps that does not count for the range of a chart with an initial drop
+)
 # Similar to the colors of Okabe and Ito (2008), for a white and a dark background. They differ for
 # people with any form of color blindness, and a run's series also have different dashes. The last
 # color is neutral.
@@ -131,10 +133,10 @@ class Chart:
 
     def axis(self) -> 'Axis':
         """Returns the vertical axis."""
-        ends: dict[str, float] = {}  # run -> its last step, as a short run has a short first fall
+        ends: dict[str, float] = {}  # run -> its last step, as a short run has a short initial drop
         for series in self.series:
             ends[series.run] = max(ends.get(series.run, 0), *series.steps, 0)
-        start = FIRST_FALL if self.falls else 0
+        start = INITIAL_DROP if self.falls else 0
         drawn = [
             value
             for series in self.series
@@ -276,7 +278,7 @@ def chart_data(chart: Chart) -> dict:
         'level': chart.level,
         'log': chart.axis().log,
         'fromZero': chart.from_zero,
-        'firstFall': FIRST_FALL if chart.falls else 0,
+        'initialDrop': INITIAL_DROP if chart.falls else 0,
     }
 
 

@@ -72,9 +72,9 @@ function horizontalAxis(figures) {
 
 function verticalAxis(data, lines, across) {
   const zoomed = toolbar.from.value || toolbar.to.value
-  const fall = toolbar.fall.checked || zoomed ? 0 : data.firstFall, ends = {}
+  const fall = toolbar.fall.checked || zoomed ? 0 : data.initialDrop, ends = {}
   for (const {run, places} of lines) ends[run] = places.reduce((a, b) => Math.max(a, b), ends[run] ?? across.low)
-  const start = run => across.low + fall * (Math.min(ends[run] ?? across.low, across.high) - across.low)  // a short run has a short first fall
+  const start = run => across.low + fall * (Math.min(ends[run] ?? across.low, across.high) - across.low)  // a short run has a short initial drop
   const values = lines.flatMap(one => one.drawn.filter((value, index) => value !== null && one.places[index] >= start(one.run) && one.places[index] <= across.high))
   values.push(...data.marks.filter(([run, step]) => run in ends && placeOf(run, step) >= start(run)).map(mark => mark[2]))
   if (!zoomed) values.push(...data.level ? [data.level[0]] : [], ...data.band ?? [])

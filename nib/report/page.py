@@ -115,7 +115,7 @@ def toolbar(runs, flags: Sequence[Flag]) -> str:
 <label><input type="checkbox" name="logX"> logarithmic x</label>
 <label>y axis <select name="y"><option value="auto">automatic</option>\
 <option>linear</option><option value="log">logarithmic</option></select></label>
-<label><input type="checkbox" name="fall"> include the first fall</label>
+<label><input type="checkbox" name="fall"> include the initial drop</label>
 <label>smoothing <input type="range" name="smoothing" min="0" max="0.98" step="0.02" value="0">\
 </label>
 <label>from <input name="from" size="6" inputmode="decimal" autocomplete="off"></label>

@@ -98,7 +98,10 @@ def test_steps_left_out_are_many_from_three_and_more_than_a_hundredth(seen, name
         assert doctor.see_bad_steps(step + 10, Seen(9, 10, 9, step + 10, False, '')) == []  # once
         first = seen[0][0] - 1
         assert f'{sum(bad for _, bad in seen)} of {step} steps' in found[0].evidence
-        assert f'the first by step {first}, the last was step {step - 1}' in found[0].evidence
+        assert (
+            f'the first no later than step {first}, the last at step {step - 1}'
+            in found[0].evidence
+        )
         other = make_doctor()
         other.recall([{'step': step, 'finding/not_finite': str(found[0])}])
         assert other.verdict(step) == 'warning: not_finite' and [

@@ -15,7 +15,7 @@ from nib.report.charts import Chart, Series, show_number
 from nib.report.pngs import BADGE, badge_rows
 
 
-def test_the_axis_of_the_loss_ignores_the_first_fall():
+def test_the_axis_of_the_loss_ignores_the_initial_drop():
     steps = range(0, 1001, 10)
     losses = [4.0 if step < 90 else 2.3 + step / 1e5 for step in steps]
     series = (Series('validation', steps, losses),)
@@ -24,7 +24,7 @@ def test_the_axis_of_the_loss_ignores_the_first_fall():
     assert Chart('loss', 'Loss', '', series).axis().high > 4
 
 
-def test_the_first_fall_of_a_short_run_does_not_hide_the_run_beside_a_long_one():
+def test_the_initial_drop_of_a_short_run_does_not_hide_the_run_beside_a_long_one():
     short = Series('validation', range(0, 101, 10), [5.0] + [4.0] * 10, run='short')
     long = Series('validation', range(0, 1001, 10), [5.0] * 9 + [2.0] * 92, run='long')
     axis = Chart('loss', 'Loss', '', (short, long), falls=True).axis()
