@@ -150,11 +150,11 @@ def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path
         done.returncode == 0
         and step == 9
         and said.startswith(
-            'warning: 3 of 9 steps had a non-finite loss or gradient and were skipped: the first '
-            'by step 5, the last was step 9'
+            'warning: 3 of 9 steps had a non-finite loss or gradient and were skipped, the first '
+            'no later than step 5, the last at step 9'
         )
     )
-    assert 'on_nonfinite stop to see where it begins' in said
+    assert 'on_nonfinite = stop to see where it begins' in said
     assert done.stderr.count('not_finite, warning: ') == 1 and re.search(
         'verdict of the doctor: warning: .*not_finite', done.stdout
     )
