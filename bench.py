@@ -85,12 +85,12 @@ def read_config(argv) -> dict:
     )
     if is_auto(origins['batch_size']):
         raise UserError(
-            '--batch_size=auto: use a number here; train.py prints the one that it takes'
+            '--batch_size=auto: use a number here; train.py prints the one that it chooses'
         )
     if values['init_from'] != 'scratch':
         warn(
-            f'init_from is {values["init_from"]!r} ({origins["init_from"]}), which bench.py does '
-            f'not read: it measures new weights of the shape that the config has'
+            f'init_from is {values["init_from"]!r} ({origins["init_from"]}), which bench.py '
+            f"ignores: it measures a new model of the config's shape"
         )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
     reject_plan(values, origins)

@@ -1,4 +1,4 @@
-"""Shows a finished or running training as one page: verdict, findings, curves, samples, config.
+"""Shows a finished or active run on one page: verdict, findings, curves, samples, config.
 
 python report.py --out_dir=out-shakespeare-char           writes report.html and PNGs to the folder
 python report.py runs/*                                   compares several runs

@@ -36,15 +36,15 @@ from nib.text.tokenizer import Tokenizer, encode_prompt
 # which model
 out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
-init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
+init_from: str = ''  # use another model: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
 start: str = '\n'  # prompt, FILE:path or - (standard input); \n is a line break
 chat: bool = False  # talk to an instruction-tuned model; start is then the system message
 num_samples: int = 3  # continuations of the prompt; the first is shown while it is generated
 max_new_tokens: int = 500  # tokens per sample
-stop: str = ''  # end a sample after this text; <|endoftext|> is where a document ends
+stop: str = ''  # end a sample after this text; <|endoftext|>: where a document ends
 # how to choose tokens
-temperature: float = 0.8  # below 1 safer, above 1 more varied; 0 always takes the most likely token
+temperature: float = 0.8  # below 1: more predictable; above 1: more varied; 0: most likely token
 top_k: int | None = 200  # only the k most likely tokens; None: all
 top_p: float | None = None  # only the most likely tokens with this total probability; None: all
 seed: int = 1337  # a different seed gives different samples

@@ -24,7 +24,7 @@ from nib.schema import check_range
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each variant
 steps: int = 104  # training steps per run
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 IDEAS = {  # what is removed (what replaces it) -> flags
     'nothing': '',

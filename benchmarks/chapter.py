@@ -34,7 +34,7 @@ from nib.tokens.write import write_char_dataset
 pictures: str = 'docs'  # folder for the pictures
 text: str = ''  # path of a text of a million characters, for the experiments; empty: pictures only
 steps: int = 500  # training steps of each run that compares optimizers
-result: str = ''  # file to write the tables to; empty: standard output only
+result: str = ''  # also write the tables to this file
 
 BLUE, RED, GREEN, GRAY = '#0072b2', '#c3420f', '#00704f', '#6b6b6b'
 RATES = {'adamw': ('3e-4', '1e-3', '3e-3', '1e-2'), 'sgd': ('0.03', '0.1', '0.3', '1')}

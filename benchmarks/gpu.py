@@ -53,14 +53,14 @@ def main(argv):
     for name in names:
         if name not in STAGES:
             raise UserError(
-                f'--stages={stages}: there is no stage {name!r}; there are {", ".join(STAGES)}'
+                f'--stages={stages}: there is no stage {name!r}; use {", ".join(STAGES)}'
             )
     if not rehearse and not torch.cuda.is_available():
         raise UserError(
             'torch finds no CUDA GPU here; --rehearse runs the stages on the CPU, at toy sizes'
         )
     if nanogpt and not (Path(nanogpt) / 'train.py').exists():
-        raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT')
+        raise UserError(f'--nanogpt={nanogpt}: expected the path of a clone of karpathy/nanoGPT')
     if text and not Path(text).is_file():
         raise UserError(f'--text={text}: there is no such file')
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from nib.tokens.dataset import open_dataset
 cases: int = 10000  # number of cases to run
 seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 WORDS = {
     'English': 'The cat sees a dog and then it sleeps “well” … 12 o clock'.split(),

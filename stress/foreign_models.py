@@ -42,7 +42,7 @@ from nib.schema import check_range
 cases: int = 1000  # number of cases to run
 seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 SECONDS = 20  # limit for a case, of processor time
 VOCAB_SIZE, CONTEXT = 67, 19

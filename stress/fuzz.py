@@ -62,7 +62,7 @@ from nib.tokens.write import write_char_dataset
 cases: int = 10000  # number of cases to run
 seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 MEMORY, SECONDS = 2 << 30, 60  # limits for a case: bytes and seconds
 PREPARE = {

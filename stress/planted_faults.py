@@ -1,4 +1,4 @@
-"""Trains models with the faults of config/lab/ and healthy ones: what does the doctor find, when?
+"""Trains models with the faults of config/lab/ and healthy ones; counts what the doctor finds.
 
     python stress/planted_faults.py --text=data/shakespeare_char/input.txt
 
@@ -32,7 +32,7 @@ seeds: int = 3  # runs of each fault, model and text
 faults: str = ''  # names in config/lab, separated by commas; empty: all
 healthy: bool = True  # also run healthy configs
 processes: int = 1  # runs at a time, each on one core
-result: str = ''  # file to write the tables to; empty: standard output only
+result: str = ''  # also write the tables to this file
 
 CHARACTERS = 1_100_000  # taken from each text
 MODELS = {  # the flags that turn the lab's model into it
@@ -148,7 +148,7 @@ def make_datasets(folder: Path):
         given = Path(text).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text'
+            f'--text={text}: cannot be read as UTF-8 ({error}); expected the path of a text'
         ) from error
     library = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
     code = ''.join(

@@ -413,7 +413,7 @@ def test_a_note_says_that_other_weights_are_not_measured(capsys):
     bench_script.read_config([*SMALL])
     assert not capsys.readouterr().err
     bench_script.read_config([*SMALL, '--init_from=gpt2-xl'])
-    said = "init_from is 'gpt2-xl' (command line), which bench.py does not read"
+    said = "init_from is 'gpt2-xl' (command line), which bench.py ignores"
     assert said in capsys.readouterr().err
 
 

@@ -30,8 +30,9 @@ out_dir: str = ''  # output folder; empty: this file's folder
 
 NAME = 'Skylion007/openwebtext'
 EXPECTED = {'train': 9_035_582_198, 'val': 4_434_897}  # tokens, as published by nanoGPT
-OFFLINE = (ConnectionError, TimeoutError, socket.gaierror)  # errors of a network that fails,
-NETWORK = ('requests', 'urllib3', 'httpx', 'httpcore', 'huggingface_hub')  # and who has others
+OFFLINE = (ConnectionError, TimeoutError, socket.gaierror)  # errors without a network
+# Packages whose own errors mean the same.
+NETWORK = ('requests', 'urllib3', 'httpx', 'httpcore', 'huggingface_hub')
 VAL_FRACTION, SEED = 0.0005, 2357
 
 

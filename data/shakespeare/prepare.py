@@ -1,4 +1,4 @@
-"""Tiny Shakespeare in GPT-2's tokens: 40,000 lines of his plays, 301,966 training tokens.
+"""Tiny Shakespeare in GPT-2's tokens: 40,000 lines of Shakespeare's plays, 301,966 training tokens.
 
 Reads --input=PATH, or else input.txt in this file's folder, in out_dir or in data/shakespeare_char.
 Without any of these it downloads the text into out_dir.

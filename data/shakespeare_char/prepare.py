@@ -1,4 +1,4 @@
-"""Tiny Shakespeare in characters: 40,000 lines of his plays, a vocabulary of 65.
+"""Tiny Shakespeare in characters: 40,000 lines of Shakespeare's plays, a vocabulary of 65.
 
 Reads --input=PATH, or else input.txt in this file's folder, in out_dir or in data/shakespeare.
 Without any of these it downloads the text into out_dir.

@@ -24,7 +24,8 @@ def main(argv):
     sources = read_sources(library)
     if not sources:
         raise UserError(
-            f'{library} contains no Python source: use a Python whose library is .py files'
+            f'{library} contains no Python source: use a Python whose library is installed as '
+            f'.py files'
         )
     text = ''.join(sources)
     source = {

@@ -38,7 +38,7 @@ from nib.tokens.write import describe, stored_tokenizer, write_dataset
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
 tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', 'bpe', a run, dataset, model or tokenizer.json
-vocab_size: int = 4096  # tokens of --tokenizer=bpe, or by default as many as a short text allows
+vocab_size: int = 4096  # tokens of --tokenizer=bpe; by default fewer if the text is short
 replace_missing: str = ''  # replaces characters that are not in the vocabulary; empty: reject them
 end_of_text: Literal['token', 'characters'] = 'token'  # how to read <|endoftext|> in the text
 name: str = ''  # name of the dataset, written to data/NAME; empty: that of the input
