@@ -77,7 +77,9 @@ def main(argv):
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     if dtype == 'int8' and (reason := int8.why_not(device)):
         raise UserError(f'--dtype=int8: {reason}')
-    encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
+    encode_prompt(
+        tokenizer, stop, '--stop'
+    )  # raises UserError if the vocabulary cannot represent it
     check_sampling(
         [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
     )
@@ -193,7 +195,7 @@ def default_prompt(tokenizer: Tokenizer) -> str:
 def encode_start(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
     """Returns the token ids of the prompt.
 
-    Raises UserError if the vocabulary cannot express it, or it is longer than the context.
+    Raises UserError if the vocabulary cannot represent it, or it is longer than the context.
     """
     ids = encode_prompt(tokenizer, prompt, '--start')
     if len(ids) > block_size:

@@ -30,7 +30,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the token ids of a prompt.
 
     <|endoftext|> is the end-of-text token, and a beginning-of-text token comes first if the model
-    has one. Raises UserError if the vocabulary cannot express the text.
+    has one. Raises UserError if the vocabulary cannot represent the text.
     """
     return encode_prompt(tokenizer, text, 'prompt')
 
@@ -68,7 +68,7 @@ def generate(
     """Returns the prompt and the model's continuation of it.
 
     stop: the text ends after this text. sampling: arguments of GPT.generate(), such as temperature.
-    Raises UserError if the vocabulary cannot express the prompt, or an argument is invalid.
+    Raises UserError if the vocabulary cannot represent the prompt, or an argument is invalid.
     """
     pieces = stream(model, tokenizer, [encode(tokenizer, prompt)], max_new_tokens, stop, **sampling)
     return prompt + ''.join(piece for (piece,) in pieces)

@@ -189,7 +189,7 @@ class Planner:
         return width
 
     def for_size(self, params: float) -> dict:
-        """Returns the keys for a number of parameters and the tokens that it deserves."""
+        """Returns the keys for a number of parameters, with the number of tokens for it."""
         width = self.nearest_width(params)
         n = self.count(self.shape(width, 1e6), embeddings=False)
         # More than 16 epochs teach little more: Muennighoff et al. 2023, figure 1.

@@ -64,7 +64,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _name_path(error: BaseException, temporary: Path, path: Path):
-    """Makes an error of a write to `temporary` name `path`, which a person knows."""
+    """Makes an error of a write to `temporary` name `path`, which the user knows."""
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in NO_ROOM or str(error.filename).startswith(str(temporary)):
             error.filename = str(path)
@@ -130,7 +130,7 @@ class FolderLock:
         return 'unknown process'
 
     def release(self, remove: bool = False):
-        """Gives the lock back. remove: whether the file is removed, too."""
+        """Releases the lock. remove: whether to remove the file, too."""
         if not self.file:
             return
         with self.file:

@@ -625,7 +625,7 @@ WEIGHTS = {
         ['--n_layer=3'],
         ['n_layer 1, but the command line says 3', '--init_from=scratch'],
     ),
-    'another tokenizer': (None, ['--dataset=tiny'], ['another tokenizer', '--tokenizer=gpt2']),
+    'another tokenizer': (None, ['--dataset=tiny'], ['a different tokenizer', '--tokenizer=gpt2']),
     'no weights': (
         lambda place: (place / 'gpt2/model.safetensors').unlink(),
         [],

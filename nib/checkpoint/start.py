@@ -161,7 +161,7 @@ def _from_checkpoint(found: store.Checkpoint, tensors, resumed: bool) -> Weights
     )
 
 
-CHANGED = 'it was trained with another model.py: use that one'
+CHANGED = 'it was trained with a different model.py: use that one'
 
 
 def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):

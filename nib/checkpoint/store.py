@@ -84,7 +84,7 @@ class Checkpoint:
 def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     """Writes the checkpoint of `step` and points `latest` to it.
 
-    model, optimizer: name -> tensor on the CPU. state: values that JSON can express. Raises
+    model, optimizer: name -> tensor on the CPU. state: values that JSON can represent. Raises
     UserError if writing fails; earlier checkpoints stay intact.
     """
     try:
@@ -308,7 +308,7 @@ def _read_state(folder: Path) -> dict:
         raise Damaged(f'{path}: {error.strerror}') from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: not a checkpoint's state") from error
-    # The bytes are compared too, because JSON can express the same values in different bytes.
+    # The bytes are compared too, because JSON can represent the same values in different bytes.
     if digest != _digest(state) or content != _encode(state):
         raise Damaged(f'{path}: its content is not what was saved (SHA-256 differs)')
     if state['format'] != FORMAT:

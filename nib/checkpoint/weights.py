@@ -147,7 +147,7 @@ class Weights:
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
-                f'{self.name} has another tokenizer ({kind}, vocabulary '
+                f'{self.name} has a different tokenizer ({kind}, vocabulary '
                 f'{self.model.vocab_size}) than dataset {data.name} (vocabulary '
                 f"{data.vocab_size}): prepare your text with the model's tokenizer, "
                 f'{command("data/text/prepare.py")} --input=PATH --tokenizer={borrowed}'

@@ -79,7 +79,7 @@ def explain(path, may_train: bool = True) -> str:
     if (path / 'ckpt.pt').is_file():
         return (
             f'{path} contains a checkpoint of nanoGPT, not a run: use it with '
-            f'--init_from={_typed(path / "ckpt.pt")}, which train.py continues at its step'
+            f'--init_from={_typed(path / "ckpt.pt")}; train.py continues at its step'
         )
     if is_hugging_face(path):
         return (

@@ -122,7 +122,7 @@ class Conversation:
         return cls(form, messages, weights.model.block_size, max_new_tokens, show)
 
     def opening_ids(self) -> list[int]:
-        """Returns the token ids of a shortest conversation.
+        """Returns the token ids of the shortest possible conversation.
 
         Raises UserError if the template rejects it, or the system message is too long.
         """

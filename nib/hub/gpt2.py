@@ -79,7 +79,7 @@ GPT2 = Family(
 def read(config: dict, tensors: dict[str, torch.Tensor]):
     """Returns the GPTConfig and the state_dict of a GPT-2's config.json and tensors.
 
-    Raises UserError, which names the key or the tensor, if model.py cannot express it.
+    Raises UserError, which names the key or the tensor, if model.py does not support it.
     """
     for alias, key in ALIASES.items():
         if alias in config and config.setdefault(key, config[alias]) != config.pop(alias):

@@ -99,7 +99,7 @@ FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
 def read(config: dict, tensors: dict[str, torch.Tensor]):
     """Returns the GPTConfig and the state_dict of a config.json and tensors of these families.
 
-    Raises UserError, which names the key or the tensor, if model.py cannot express it.
+    Raises UserError, which names the key or the tensor, if model.py does not support it.
     """
     family = FAMILIES[config['model_type']]
     special = ROTARY if family is LLAMA else ROTARY | WINDOW

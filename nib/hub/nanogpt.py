@@ -275,7 +275,7 @@ def write_folder(
 
 
 def why_not(config: GPTConfig) -> str | None:
-    """Returns why nanoGPT cannot express a model; None if it can."""
+    """Returns why nanoGPT does not support a model; None if it does."""
     needs = {
         'position': 'learned',
         'norm': 'layer',
@@ -288,11 +288,11 @@ def why_not(config: GPTConfig) -> str | None:
     }
     for name, wanted in needs.items():
         if getattr(config, name) != wanted:
-            return f'{name} is {getattr(config, name)}, but nanoGPT can only express {wanted}'
+            return f'{name} is {getattr(config, name)}, but nanoGPT only supports {wanted}'
     if config.mlp not in ('gelu', 'gelu_erf'):
-        return f'mlp is {config.mlp}, but nanoGPT can only express gelu_erf'
+        return f'mlp is {config.mlp}, but nanoGPT only supports gelu_erf'
     if config.norm_eps not in (0.0, 1e-5):
-        return f'norm_eps is {config.norm_eps}, but nanoGPT can only express 1e-05'
+        return f'norm_eps is {config.norm_eps}, but nanoGPT only supports 1e-05'
     if config.head_width * config.n_head != config.n_embd:
         return f'head_dim is {config.head_dim}, but nanoGPT needs n_embd / n_head'
     if config.qkv_bias and not config.bias:

@@ -98,7 +98,7 @@ def _at_end_of_text(
 
 
 def _without_line_end(text: str, begins: bool) -> str:
-    """Removes the line ending of an END_OF_TEXT on a line of its own from the text behind it."""
+    """Removes the line ending of an END_OF_TEXT on a line of its own from the text after it."""
     return text.removeprefix('\n') if begins else text
 
 

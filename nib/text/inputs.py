@@ -47,7 +47,7 @@ def find_files(
             paths.append((path, _identity(path, state)))
     for path, identity in paths:
         if found.setdefault(identity, path) != path:
-            skipped['other path{s} to a file that is read already'] += 1
+            skipped['other path{s} to the same file'] += 1
     if not found:
         raise UserError(
             f'{", ".join(map(str, inputs))}: found no {", ".join(endings)} file there'
