@@ -135,8 +135,8 @@ def read_twice(path: Path, text: str, prepare) -> tuple[str, str]:
         lines = [line for line in said.splitlines() if line.startswith('error: ')]
         return ('rejected' if prompt is None and len(lines) == 1 else 'no clear line'), said
     data = open_dataset(out_dir, 8)
-    learnt = data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val)
-    return ('read' if learnt == prompt == text else 'another text'), said
+    learned = data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val)
+    return ('read' if learned == prompt == text else 'another text'), said
 
 
 def format_table(ended: dict[str, Counter[str]], seconds: float) -> str:

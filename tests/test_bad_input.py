@@ -74,7 +74,7 @@ def assert_refused(ended, words):
 
 
 def try_to_train(run_main, place, *flags):
-    """A run that would write over the one that is there, if it could begin."""
+    """Starts a run that would overwrite the existing one if it could begin."""
     return run_main(
         'train.py',
         *SMALL_RUN,
@@ -529,7 +529,7 @@ def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
 
 
 def test_a_precision_that_the_gpu_lacks_is_told(run_main, place, monkeypatch):
-    """On a machine that has such a GPU by its own account; nothing is computed on it."""
+    """On a machine that seems to have such a GPU; nothing is computed on it."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: False)
@@ -979,7 +979,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
 
 @pytest.mark.slow
 def test_wandb_without_a_login_offers_to_stay_offline(place, tmp_path):
-    """No key, no .netrc, no terminal: it ends at once, and the run that was there stays."""
+    """No key, no .netrc, no terminal: the script ends at once, and the existing run stays."""
     before = contents(place)
     environment = {key: value for key, value in os.environ.items() if not key.startswith('WANDB_')}
     done = subprocess.run(

@@ -405,7 +405,7 @@ def test_commands_name_files_that_are_there(path):
     assert [file for file in set(named) if not (ROOT / file).exists()] == []
 
 
-def test_what_a_problem_is_to_be_mended_with_is_a_key_of_the_config():
+def test_what_fixes_a_problem_is_a_key_of_the_config():
     block = configurator.read_block(str(ROOT / 'train.py'))
     elsewhere = {
         'x = x + layer(norm(x))',

@@ -350,7 +350,7 @@ def test_noise_is_told_in_batches(noise, words):
     assert found.name == 'batch_too_small' and words in found.evidence
 
 
-def test_a_loss_that_is_learnt_needs_no_gradient():
+def test_a_loss_that_is_learned_needs_no_gradient():
     for loss, names in (
         (0.001, []),
         (3.2, ['vanishing_gradients']),
@@ -393,14 +393,14 @@ def test_batches_that_are_the_same_by_chance_are_no_problem(config, data, names)
     assert show(make_doctor(), step=lambda s: {'repeated': 0.995 if s > 1 else None}, last=50) == []
 
 
-def test_a_model_that_learnt_before_may_begin_as_it_likes():
+def test_a_model_that_learned_before_may_begin_as_it_likes():
     for name in ('wrong_initial_loss', 'lr_too_low', 'tiny_vocabulary'):
         changes = FIRING[name]
         doctor = make_doctor(trained=True, data=changes.get('data'))
         assert show(doctor, step=changes['step']) == [], name
 
 
-def test_a_model_that_has_learnt_may_go_on_with_a_low_rate():
+def test_a_model_that_has_learned_may_go_on_with_a_low_rate():
     for entropy, names in ((2.5, []), (1.0, ['lr_too_low'])):  # the loss is 2.3 at step 100
         found = show(make_doctor(data={'entropy': entropy}), step=lambda s: ratio(1e-5), first=100)
         assert names_of(found) == names

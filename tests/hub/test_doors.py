@@ -1,4 +1,4 @@
-"""The doors: hub ids, folders, files, tokenizers and scripts."""
+"""Where open models come from: hub ids, folders, files, tokenizers and scripts."""
 
 import errno
 import io

@@ -132,7 +132,7 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
     assert len(apart) == 3 and all(float(figure) < 1e-6 for figure in apart)
 
 
-def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
+def test_the_batch_is_learned_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
     """Without dropout, with a warm-up of a tenth of the steps, and from the initial weights."""
     done = debug('--dropout=0.5', '--overfit_steps=20', '--grad_clip=0.7')
     training = make_training('--grad_clip=0.7')

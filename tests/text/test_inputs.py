@@ -1,4 +1,4 @@
-"""Inputs: every file is found once, and what is left out is told."""
+"""Inputs: every file is found once, and what is skipped is reported."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tokenizers: what is encoded comes back, and what cannot be is named."""
+"""Tokenizers: what is encoded comes back, and what cannot be encoded is named."""
 
 import hashlib
 import json

@@ -25,7 +25,7 @@ UINT16 = np.dtype('<u2')
 
 
 class DyingTokenizer(ByteTokenizer):
-    """Ends the process that it works in, unless that is the first one."""
+    """Ends the process that uses it, unless that is the first one."""
 
     def encode(self, text):
         if text.startswith('last'):
@@ -195,7 +195,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line():
 
 @pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them():
-    """Also where that is killed, and cannot tell them."""
+    """Also if that one is killed and cannot tell them."""
     program = (
         'import itertools, sys, time; import numpy as np\n'
         'from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
