@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Excludes imported objects from garbage collection, a sixth of a second each time."""
+    """Excludes imported objects from garbage collection: saves a sixth of a second each time."""
     gc.enable()
     gc.collect()
     gc.freeze()
