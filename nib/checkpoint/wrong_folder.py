@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nib.files import command, read_json, shown
 
-STEP = 'step-[0-9]*'  # the directories of checkpoints
+STEP = 'step-[0-9]*'  # the folders of checkpoints
 SHOWN = 3  # runs to list
 
 
@@ -21,7 +21,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether an absolute path is the directory of a single checkpoint."""
+    """Returns whether an absolute path is the folder of a single checkpoint."""
     return path.match(STEP) and (path / 'state.json').exists()
 
 
