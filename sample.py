@@ -42,7 +42,7 @@ start: str = '\n'  # prompt, FILE:path or - (standard input); \n is a line break
 chat: bool = False  # talk to an instruction-tuned model; start is then the system message
 num_samples: int = 3  # continuations of the prompt; the first is shown while it is generated
 max_new_tokens: int = 500  # tokens per sample
-stop: str = ''  # end a sample after this text; <|endoftext|>: where a document ends
+stop: str = ''  # end a sample after this text, such as <|endoftext|>
 # how to choose tokens
 temperature: float = 0.8  # below 1: more predictable; above 1: more varied; 0: most likely token
 top_k: int | None = 200  # only the k most likely tokens; None: all
@@ -50,7 +50,7 @@ top_p: float | None = None  # only the most likely tokens with this total probab
 seed: int = 1337  # a different seed gives different samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # precision of the weights
 compile: bool | Literal['auto'] = False  # use torch.compile; for many thousand tokens on a GPU
 
 
