@@ -50,7 +50,7 @@ top_p: float | None = None  # only the most likely tokens with this total probab
 seed: int = 1337  # a different seed gives different samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # precision of the weights
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
 compile: bool | Literal['auto'] = False  # use torch.compile; for many thousand tokens on a GPU
 
 
