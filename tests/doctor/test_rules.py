@@ -393,7 +393,7 @@ def test_batches_that_are_the_same_by_chance_are_no_problem(config, data, names)
     assert show(make_doctor(), step=lambda s: {'repeated': 0.995 if s > 1 else None}, last=50) == []
 
 
-def test_a_model_that_learned_before_may_begin_as_it_likes():
+def test_a_model_that_learnt_before_may_begin_as_it_likes():
     for name in ('wrong_initial_loss', 'lr_too_low', 'tiny_vocabulary'):
         changes = FIRING[name]
         doctor = make_doctor(trained=True, data=changes.get('data'))
