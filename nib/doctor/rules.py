@@ -365,7 +365,9 @@ def generation_differs(d) -> str | None:
 
 
 def largest_ratio(d) -> float:
-    return max(d.vital_signs.update_ratio[group] for group in health.LEARNING)
+    """Returns the largest update ratio of the blocks; NaN if their matrices are frozen."""
+    ratios = d.vital_signs.update_ratio
+    return max((ratios[group] for group in health.LEARNING if group in ratios), default=math.nan)
 
 
 def ratio_limits(d) -> tuple[float, float]:

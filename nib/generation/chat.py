@@ -47,10 +47,11 @@ class ChatFormat:
         ends = {id for id in template.end_ids if 0 <= id < tokenizer.vocab_size}
         ends |= {tokenizer.end_of_text} - {None}
         special, control = set(ends), set()
+        written = _written_by(template)
         for id, token in tokenizer.added_tokens().items():
             if token.special:
                 special.add(id)
-            elif token.content in template.source and not token.content.isspace():
+            elif token.content in written and not token.content.isspace():
                 control.add(id)
         return cls(template, tokenizer, *map(frozenset, (ends, special, special | control)))
 
@@ -94,6 +95,16 @@ class ChatFormat:
         parts = re.split(rf'({secret}\.[0-9]+\.)', self.template.render(marked))
         parts[1::2] = [forged.get(mark, '') for mark in parts[1::2]]
         return self.tokenizer.encode_parts(parts, self.control)
+
+
+def _written_by(template: ChatTemplate) -> str:
+    """Returns the source of a template, and what it writes, such as '<|' + message.role."""
+    turns = [{'role': role, 'content': 'a'} for role in ('user', 'assistant', 'user')]
+    written = [template.source]
+    for messages in (turns, [{'role': 'system', 'content': 'a'}, *turns]):
+        with suppress(UserError):  # a conversation that it refuses
+            written.append(template.render(messages))
+    return '\n'.join(written)
 
 
 @dataclass
