@@ -27,8 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
-from benchmarks import gpu_kernels, measure
-from benchmarks.gpu_stages import STAGES, Setting
+from benchmarks import gpu_kernels, gpu_runs, gpu_stages, measure
+from benchmarks.gpu_stages import Setting
 from nib.errors import UserError, run_script
 from nib.files import atomic_write
 
@@ -42,6 +42,15 @@ seconds: int = 0  # time limit of all stages together; 0: only the limits of eac
 batches: str = '16,32'  # sequences per micro step in the gpt2 stage
 recipe_seconds: int = 60  # training time of each recipe
 
+STAGES = {
+    'tests': gpu_stages.run_tests,
+    'gpt2': gpu_stages.measure_gpt2,
+    'char': gpu_runs.measure_char,
+    'sampling': gpu_stages.measure_sampling,
+    'determinism': gpu_stages.check_determinism,
+    'profile': gpu_stages.profile,
+    'recipes': gpu_runs.compare_recipes,
+}
 LIMITS = dict(  # seconds
     tests=240, gpt2=240, char=150, sampling=150, determinism=180, profile=100, recipes=470
 )
