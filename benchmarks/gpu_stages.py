@@ -42,6 +42,17 @@ print(json.dumps(getattr(gpu_kernels, sys.argv[1])(json.loads(sys.argv[2]))))
 """
 
 
+# Variables of torch's compiler that make it look for faster kernels, for longer.
+DESCENT = {'TORCHINDUCTOR_COORDINATE_DESCENT_TUNING': '1'}
+TUNED = {'TORCHINDUCTOR_MAX_AUTOTUNE_GEMM': '1'}
+COMPILER_SETTINGS = {
+    'as it is': {},
+    'coordinate descent': DESCENT,
+    'tuned products': TUNED,
+    'both': DESCENT | TUNED,
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """What the stages measure, and where: keys of benchmarks/gpu.py."""
@@ -180,6 +191,33 @@ def measure_batch(s, figures, batch: int, rate: float, peak: float | None):
             for ours, theirs in zip(turns['nibGPT'], turns['nanoGPT'])
         ]
         figures.note(f'batch {batch}: nibGPT / nanoGPT, tokens/s', statistics.median(ratios))
+
+
+def compare_compilers(s, figures, end):
+    """The same training, in turns, with settings of torch's compiler, as far as the time allows."""
+    batch = int(s.batches.split(',')[0])
+    job = gpt2_config(s, batch_size=batch) | {'steps': 1 if s.rehearse else 10}
+    workers: dict[str, measure.Worker] = {}
+    longest = 0.0
+    for name, variables in list(COMPILER_SETTINGS.items())[:: 3 if s.rehearse else 1]:
+        started = time.perf_counter()
+        if started + longest > end - 30:
+            figures.note(name, 'no time left')
+            continue
+        try:  # one at a time, because the compiler times its kernels
+            workers[name] = measure.Worker(
+                name, OUR_LOOP, json.dumps(job), variables=measure.environment(**variables)
+            )
+        except UserError as error:
+            figures.note(name, f'failed: {error}')
+            continue
+        longest = max(longest, time.perf_counter() - started)
+        figures.note(f'{name}: seconds until 3 steps are done', time.perf_counter() - started)
+    turns = [{name: worker.round() for name, worker in workers.items()} for _ in range(3)]
+    for name, worker in workers.items():
+        worker.close()
+        speeds = [turn[name]['tokens/s'] for turn in turns]
+        figures.note(f'{name}: tokens/s, batch {batch}', measure.spread(speeds))
 
 
 def measure_sampling(s, figures, end):
