@@ -5,6 +5,8 @@ python report.py runs/*                                   compares several runs
 python report.py --out_dir=out-shakespeare-char --watch   serves a page that follows the run
 """
 
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import glob
 import os
 import re

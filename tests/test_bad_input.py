@@ -498,13 +498,18 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     before = contents(place)
     ended = try_to_train(run_main, place, '--init_from=resume', '--n_embd=64')
     assert_refused(
-        ended, ['was trained with n_embd 32', 'command line says 64', '--init_from=scratch']
+        ended, ['was trained with n_embd 32', 'command line says n_embd 64', '--init_from=scratch']
     )
     ended = try_to_train(run_main, place, '--init_from=resume', '--n_embd=64', '--n_layer=9')
-    assert_refused(ended, ['command line says 9', 'command line says 64', 'leave n_layer, n_embd'])
+    assert_refused(ended, ['command line says n_layer 9, n_embd 64: leave n_layer, n_embd'])
     ended = try_to_train(run_main, place, '--init_from=resume', '--optimizer=muon')
     assert_refused(
-        ended, ['was trained with optimizer adamw', 'command line says muon', '--init_from=scratch']
+        ended,
+        [
+            'was trained with optimizer adamw',
+            'command line says optimizer muon',
+            '--init_from=scratch',
+        ],
     )
     ended = try_to_train(run_main, place, '--init_from=resume', '--dropout=2')
     assert_refused(ended, ['dropout is 2.0: it must be at least 0 and less than 1'])
@@ -623,7 +628,7 @@ WEIGHTS = {
     'another shape': (
         None,
         ['--n_layer=3'],
-        ['n_layer 1, but the command line says 3', '--init_from=scratch'],
+        ['n_layer 1, but the command line says n_layer 3', '--init_from=scratch'],
     ),
     'another tokenizer': (None, ['--dataset=tiny'], ['a different tokenizer', '--tokenizer=gpt2']),
     'no weights': (

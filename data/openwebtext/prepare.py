@@ -5,15 +5,18 @@ or reads --input=FOLDER. The split and the order are the same as nanoGPT's. A ru
 continues where it left off.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import logging
 import math
 import os
 import socket
-import sys
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import configurator
 from nib.errors import run_script
 from nib.text.tokenizer import CharTokenizer

@@ -11,18 +11,21 @@ validation split, about a tenth of the text, and an end-of-text token follows ea
 single one, its last tenth is the validation split.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import re
 import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
 from nib.files import command, read_json, script_path, shown

@@ -95,8 +95,11 @@ class Weights:
                 conflicts.append(key)
         if conflicts:
             own = ', '.join(f'{key} {fixed[key]}' for key in conflicts)
-            says = [f'{origins[key]} says {values[key]}' for key in conflicts]
-            places = ', '.join(says).replace('command line', 'the command line')
+            said: dict[str, list[str]] = {}  # place -> what it says
+            for key in conflicts:
+                said.setdefault(origins[key], []).append(f'{key} {values[key]}')
+            says = [f'{place} says {", ".join(pairs)}' for place, pairs in said.items()]
+            places = ', and '.join(says).replace('command line', 'the command line')
             begin = 'train a new model with --init_from=scratch'
             if conflicts == ['block_size'] and values['block_size'] < self.model.block_size:
                 begin = f'start a new run from these weights with --init_from={self.as_start}'
