@@ -10,6 +10,8 @@ from pathlib import Path
 from nib.errors import UserError
 from nib.files import command, shown
 from nib.text.download import DownloadError
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.vocabulary import IdTokenizer
 from nib.tokens.dataset import (
     SCRIPTS,
     SPLITS,
@@ -19,7 +21,7 @@ from nib.tokens.dataset import (
     open_dataset,
     prepare_command,
 )
-from nib.tokens.nanogpt_bins import data_folders
+from nib.tokens.nanogpt_bins import PADDED_GPT2, data_folders
 from nib.tokens.unfinished import wait_for_others
 
 
@@ -67,6 +69,13 @@ def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> Token
         say(
             f"{folder} has neither meta.json nor meta.pkl: its ids are taken for GPT-2's tokens "
             f'(if they are of another vocabulary, set --vocab_size=N, its number of tokens)'
+        )
+    if data.tokenizer == IdTokenizer(PADDED_GPT2):
+        source = 'vocab_size' if is_assumed(folder) else folder / 'meta.pkl'
+        say(
+            f"note: {PADDED_GPT2:,} is GPT-2's vocabulary of {Gpt2Tokenizer.vocab_size:,} tokens, "
+            f"as nanoGPT pads it: samples will be ids, not text; if the ids are GPT-2's tokens, "
+            f'leave {source} out'
         )
     return data
 
