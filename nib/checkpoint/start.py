@@ -10,7 +10,7 @@ import torch
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.weights import Weights, build_model
-from nib.checkpoint.wrong_folder import explain, is_run
+from nib.checkpoint.wrong_folder import explain, is_run, is_torch_file
 from nib.errors import UserError, warn
 from nib.hub import huggingface, nanogpt, reference
 from nib.machine.device import ShapesOnly, seed_everything
@@ -87,7 +87,7 @@ def read_weights(
     if store.exists(run):
         found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
-    if path.suffix == '.pt' and path.is_file():
+    if is_torch_file(path):
         return _compared(_from_nanogpt(path, resumed=True), warn)
     if (path / 'ckpt.pt').is_file():
         return _compared(_from_nanogpt(path / 'ckpt.pt', resumed=False), warn)
