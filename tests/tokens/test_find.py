@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -103,6 +104,22 @@ def test_a_dataset_in_nanogpt_s_folder_is_named(
     for split in ('train', 'val'):
         (tmp_path / data_dir / name / f'{split}.bin').touch()
     assert refusal(values).endswith(f'train.bin is missing; did you mean --data_dir={data_dir}?')
+
+
+@pytest.mark.parametrize('data_dir', ['data', 'my runs/data', 'checkout/data'])
+def test_a_resumed_run_without_its_dataset_says_where_one_of_this_name_is(
+    data_dir, values, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(find, 'SCRIPTS', tmp_path / 'checkout/data')
+    monkeypatch.chdir(tmp_path)
+    values |= {'dataset': 'mine', 'init_from': 'resume', 'out_dir': 'my runs/out'}
+    values |= {'data_dir': str(tmp_path / 'gone')}
+    assert 'with --data_dir=FOLDER' in refusal(values)
+    (tmp_path / data_dir / 'mine').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (tmp_path / data_dir / 'mine' / f'{split}.bin').touch()
+    typed = f'did you mean --data_dir={shlex.quote(data_dir)}?'
+    assert refusal(values).endswith(f'that it was trained on; {typed}')
 
 
 WRITE = """
