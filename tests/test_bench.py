@@ -76,6 +76,12 @@ def test_the_figures_of_a_config_add_up(bench, data_dir, tmp_path):
         '--rounds=1',
     )
     assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()[0]  # before the first round
+    assert re.fullmatch(
+        'measuring 1 round of 6 steps, then runs of train.py: about [0-9]+ s of steps '
+        r'\(the first one took [0-9.]+ s\)',
+        said,
+    )
     assert (tmp_path / 'table.txt').read_text() == done.stdout
     assert '128 tokens per step (2 x 4 x 16), float32, compile off, tiny' in done.stdout
     figures = rows(done.stdout)
