@@ -21,6 +21,8 @@ except ImportError:  # Windows
     import msvcrt
 
 ROOT = Path(__file__).resolve().parent.parent
+# What to type if a dataset cannot be written to its folder. A run may prepare it, too.
+ELSEWHERE = 'name another folder with --out_dir=PATH (in train.py, --data_dir=PATH)'
 
 
 @contextmanager

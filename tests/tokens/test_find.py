@@ -180,7 +180,9 @@ def test_a_text_that_will_not_do_does_not_fall_back(values, tmp_path, content, w
 @pytest.mark.usefixtures('no_text_here')
 def test_a_folder_that_cannot_be_written_does_not_fall_back(values, tmp_path):
     (tmp_path / 'data').write_text('not a folder')
-    assert 'cannot be written (Not a directory)' in refusal(values)
+    said = refusal(values)
+    assert 'cannot be written (Not a directory)' in said
+    assert 'in train.py, --data_dir=PATH' in said  # whose --out_dir is the folder of the run
 
 
 @pytest.mark.usefixtures('no_text_here')
