@@ -65,6 +65,16 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Within this context, the error of a full disk names the path, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        _name_path(error, Path(path), Path(path))
+        raise
+
+
 def _name_path(error: BaseException, temporary: Path, path: Path):
     """Makes an error of a write to `temporary` name `path`, which a person knows."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -135,10 +145,11 @@ class FolderLock:
         """Gives the lock back. remove: whether the file is removed, too."""
         if not self.file:
             return
-        with self.file:
-            if remove:
-                with suppress(OSError):  # Windows does not remove an open file
-                    self.path.unlink()
+        if remove:
+            with suppress(OSError):  # Windows does not remove an open file
+                self.path.unlink()
+        with suppress(OSError):  # on a full disk, sign() may have left something to write
+            self.file.close()
         self.file = None
 
 

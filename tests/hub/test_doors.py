@@ -18,7 +18,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, full_disk
 from safetensors.torch import load_file, save_file
 from small_tokenizers import byte_fallback, byte_level, qwen, split_like
 from transformers import (
@@ -478,22 +478,15 @@ def test_a_run_without_a_checkpoint_is_no_model(train_here, tmp_path, run_main):
         assert ended.returncode == 2 and 'contains no checkpoint yet' in ended.stderr
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit on the size of files')
 def test_on_a_full_disk_nothing_is_left_behind(train_here, tmp_path, run_main):
-    import resource
-
     train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1', '--mlp=gelu_erf')
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     writers = ('hf', 'new'), ('nanogpt', 'new'), ('gguf', 'new.gguf')
     for (to, dest), size in product(writers, (600, 50_000)):
         path = tmp_path / 'models' / dest
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        with full_disk(size):
             ended = run_main(
                 'convert.py', f'--out_dir={tmp_path / "run"}', f'--to={to}', f'--dest={path}'
             )
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert ended.returncode == 2 and ended.stderr.count('\n') == 1, ended.stderr
         assert str(path) in ended.stderr and 'choose another path' in ended.stderr
         assert not list(path.parent.iterdir())

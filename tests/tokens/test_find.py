@@ -4,7 +4,6 @@ import errno
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, full_disk
 from processes import PATIENCE
 
 import configurator
@@ -186,21 +185,12 @@ def test_a_folder_that_cannot_be_written_does_not_fall_back(values, tmp_path):
 
 
 @pytest.mark.usefixtures('no_text_here')
-@pytest.mark.skipif(sys.platform == 'win32', reason='has no RLIMIT_FSIZE')
 def test_a_full_disk_does_not_fall_back(values, tmp_path):
-    import resource
-
     folder = tmp_path / 'data/shakespeare_char'
     folder.mkdir(parents=True)
     (folder / 'input.txt').write_text(TEXT)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
+    with full_disk(1000):
         assert 'cannot be written (File too large)' in refusal(values)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
     assert not (tmp_path / 'data/stdlib_char').exists()
 
 
