@@ -467,6 +467,13 @@ def test_wrong_file_is_named_with_its_line(config, text, expected):
     assert complaint(config(text)).startswith(expected)
 
 
+def test_a_file_of_a_windows_editor_is_read(config):
+    path = config(b'\xef\xbb\xbfseed = 3\r\n\r\nmax_iters = 2\r\n')
+    values, origins = resolve(KEYS, [path])
+    assert (values['seed'], values['max_iters']) == (3, 2)
+    assert (origins['seed'], origins['max_iters']) == ('x.py:1', 'x.py:3')
+
+
 def test_all_unknown_keys_are_in_one_message(config):
     said = complaint(
         '--learing_rate=1', '--decay-lr', 'True', '--zzz', '2', '--compille', '--seed=1'
