@@ -14,6 +14,7 @@ The steps are those of train.py. Each one is undone, and nothing is written to o
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -223,10 +224,15 @@ class Microscope:
         )
 
     def show_tokens(self, ids) -> str:
-        """Returns the text of token ids, or the ids if there is no tokenizer."""
-        if self.has_text:
-            return repr(self.data.tokenizer.decode(ids.tolist()))
-        return ' '.join(map(str, ids.tolist()))
+        """Returns the text of token ids, or the ids if there is no tokenizer.
+
+        A token that is only a part of a character appears as its bytes, such as <0xE4>.
+        """
+        if not self.has_text:
+            return ' '.join(map(str, ids.tolist()))
+        content = self.data.tokenizer.decode_bytes(ids.tolist())
+        text = content.decode('utf-8', 'surrogateescape')  # byte 0xE4 becomes U+DCE4
+        return repr(re.sub('[\udc80-\udcff]', lambda byte: f'<0x{ord(byte[0]) & 0xFF:X}>', text))
 
 
 def can_decode(tokenizer) -> bool:

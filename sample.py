@@ -22,6 +22,7 @@ import torch
 import configurator
 from nib.api import stream
 from nib.checkpoint.start import read_model
+from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script
 from nib.generation import int8
 from nib.generation.chat import Conversation
@@ -63,28 +64,15 @@ def main(argv):
     check_range(values, 'num_samples', least=1, below=1 << 20)
     if chat:
         check_chat(origins)
-    is_given = origins['start'] != 'default'
-    prompt = '' if chat and not start else read_prompt(start)  # a system message may be empty
-    weights = read_model(init_from, out_dir, which)
-    tokenizer = weights.known_tokenizer()
-    if chat:
-        system = prompt if is_given else None
-        conversation = Conversation.begin(weights, system, max_new_tokens, show)
-        prompt_ids = conversation.opening_ids()
-    else:
-        prompt = prompt if is_given else default_prompt(tokenizer)
-        prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
+    given = None
+    if origins['start'] != 'default':
+        given = '' if chat and not start else read_prompt(start)  # a system message may be empty
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     if dtype == 'int8' and (reason := int8.why_not(device)):
         raise UserError(f'--dtype=int8: {reason}')
-    encode_prompt(
-        tokenizer, stop, '--stop'
-    )  # raises UserError if the vocabulary cannot represent it
-    check_sampling(
-        [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
-    )
-    if device == 'cpu' and not chat:
-        check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
+    weights = read_model(init_from, out_dir, which, check=lambda weights: begin(weights, given))
+    conversation, prompt, prompt_ids = begin(weights, given)
+    tokenizer = weights.known_tokenizer()
     model = weights.build()
     # The other cells of a notebook need the threads.
     if device == 'cpu' and model.num_params() < SMALL_MODEL and not in_notebook():
@@ -99,7 +87,7 @@ def main(argv):
         flush=True,  # before the text: a notebook does not show it at once
     )
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    if chat:
+    if conversation:
         conversation.run(model, stop, **sampling)
         return
 
@@ -116,6 +104,29 @@ def main(argv):
     for text in texts[1:]:
         show(f'\n---------------\n{prompt}{text}')
     show('\n')
+
+
+def begin(weights: Weights, given: str | None) -> tuple[Conversation | None, str, list[int]]:
+    """Returns the conversation, if there is one, the prompt and its token ids.
+
+    given: the prompt or, in a conversation, its system message; None: the default. The tensors of
+    the weights are not needed. Raises UserError if the model cannot generate what is asked for.
+    """
+    tokenizer = weights.known_tokenizer()
+    conversation, prompt = None, given or ''
+    if chat:
+        conversation = Conversation.begin(weights, given, max_new_tokens, show)
+        prompt_ids = conversation.opening_ids()
+    else:
+        prompt = prompt or default_prompt(tokenizer)
+        prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
+    encode_prompt(tokenizer, stop, '--stop')  # raises UserError if a token is missing
+    check_sampling(
+        [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
+    )
+    if device == 'cpu' and not chat:
+        check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
+    return conversation, prompt, prompt_ids
 
 
 def check_chat(origins: dict):

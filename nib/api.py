@@ -11,6 +11,7 @@ import torch
 
 from model import GPT
 from nib.checkpoint.start import read_weights
+from nib.checkpoint.weights import Weights
 from nib.doctor.inspection import attention_scores
 from nib.text.tokenizer import Tokenizer, encode_prompt
 
@@ -22,7 +23,7 @@ def load(name: str, which: str | int = 'best') -> tuple[GPT, Tokenizer]:
     model, or nanoGPT's ckpt.pt. which: the checkpoint of a run: 'best', 'latest' or a step number.
     Raises UserError if there is no such model.
     """
-    weights = read_weights(str(name), which=str(which))
+    weights = read_weights(str(name), which=str(which), check=Weights.known_tokenizer)
     return weights.build().float(), weights.known_tokenizer()
 
 

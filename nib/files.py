@@ -21,6 +21,8 @@ except ImportError:  # Windows
     import msvcrt
 
 ROOT = Path(__file__).resolve().parent.parent
+# What to type if a dataset cannot be written to its folder. A run may prepare it, too.
+ELSEWHERE = 'name another folder with --out_dir=PATH (in train.py, --data_dir=PATH)'
 
 
 @contextmanager
@@ -60,6 +62,16 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _name_path(error, temporary, path)
+        raise
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Within this context, the error of a full disk names the path, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        _name_path(error, Path(path), Path(path))
         raise
 
 
@@ -133,10 +145,11 @@ class FolderLock:
         """Releases the lock. remove: whether to remove the file, too."""
         if not self.file:
             return
-        with self.file:
-            if remove:
-                with suppress(OSError):  # Windows does not remove an open file
-                    self.path.unlink()
+        if remove:
+            with suppress(OSError):  # Windows does not remove an open file
+                self.path.unlink()
+        with suppress(OSError):  # on a full disk, sign() may have left something to write
+            self.file.close()
         self.file = None
 
 

@@ -209,6 +209,18 @@ def process_kept():
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def full_disk(n_bytes: int):
+    """Within this context, no file can grow beyond n_bytes."""
+    resource = pytest.importorskip('resource')  # Windows has none
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def train_once(data_dir, out_dir, *flags):
     """Trains the small model in this process, for a fixture that several tests share."""
     import train as training

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, full_disk
 
 import bench as bench_script
 import configurator
@@ -76,6 +76,12 @@ def test_the_figures_of_a_config_add_up(bench, data_dir, tmp_path):
         '--rounds=1',
     )
     assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()[0]  # before the first round
+    assert re.fullmatch(
+        'measuring 1 round of 6 steps, then runs of train.py: about [0-9]+ s of steps '
+        r'\(the first one took [0-9.]+ s\)',
+        said,
+    )
     assert (tmp_path / 'table.txt').read_text() == done.stdout
     assert '128 tokens per step (2 x 4 x 16), float32, compile off, tiny' in done.stdout
     figures = rows(done.stdout)
@@ -85,6 +91,13 @@ def test_the_figures_of_a_config_add_up(bench, data_dir, tmp_path):
     assert 0 < figures['% data, checks, loop, logging'] < 100 and figures['ms loop and logging'] > 0
     assert figures['ms that a checkpoint blocks'] > 0 and figures['ms evaluation, a batch'] > 0
     assert figures["ms doctor's check-up after it"] > 0
+
+
+def test_a_full_disk_names_the_file_of_the_table_and_the_table_is_printed(tmp_path, capsys):
+    with full_disk(10), pytest.raises(OSError) as caught:
+        measure.publish('a table of a few lines\n', str(tmp_path / 'table.txt'))
+    assert caught.value.filename == str(tmp_path / 'table.txt')
+    assert capsys.readouterr().out == 'a table of a few lines\n'
 
 
 def test_the_time_of_each_part_of_a_step_is_counted_as_its_own(data_dir, monkeypatch):

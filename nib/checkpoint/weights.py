@@ -43,10 +43,12 @@ class Weights:
         return '/'.join(path.parts[-2:] if is_inside else path.parts[-1:])
 
     @property
-    def as_start(self) -> str:
+    def as_start(self) -> str | None:
         """The init_from that starts a new run from the weights of a resumed one."""
         path = Path(self.name)
-        return shlex.quote(str(path.parent if path.is_file() else path))  # of a ckpt.pt the folder
+        if path.is_file():  # of a ckpt.pt the folder
+            return shlex.quote(str(path.parent)) if path.name == 'ckpt.pt' else None
+        return shlex.quote(self.name)
 
     @property
     def continues_nanogpt(self) -> bool:
@@ -101,7 +103,8 @@ class Weights:
             says = [f'{place} says {", ".join(pairs)}' for place, pairs in said.items()]
             places = ', and '.join(says).replace('command line', 'the command line')
             begin = 'train a new model with --init_from=scratch'
-            if conflicts == ['block_size'] and values['block_size'] < self.model.block_size:
+            is_shorter = values['block_size'] < self.model.block_size
+            if conflicts == ['block_size'] and is_shorter and self.as_start:
                 begin = f'start a new run from these weights with --init_from={self.as_start}'
             raise UserError(
                 f'{self.name} was trained with {own}, but {places}: leave '

@@ -35,6 +35,11 @@ def run_of(checkpoint: Path) -> Path:
     return Path(shown(checkpoint.parent))
 
 
+def is_torch_file(path: Path) -> bool:
+    """Returns whether a path is a file as nanoGPT's ckpt.pt, of any name."""
+    return path.is_file() and path.suffix in ('.pt', '.pth')
+
+
 def is_hugging_face(folder: Path) -> bool:
     """Returns whether the folder contains a model of Hugging Face's transformers."""
     return bool({'model_type', 'architectures'} & read_json(folder / 'config.json').keys())
@@ -60,7 +65,7 @@ def explain(path, may_train: bool = True) -> str:
         return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'
     if path.is_file():
         instead = f'; for a checkpoint of nanoGPT, use --init_from={_typed(path)}'
-        return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'
+        return f'{path} is a file, not the folder of a run{instead * is_torch_file(path)}'
     train_first = (
         f'; train first: {command("train.py")} CONFIG --out_dir={_typed(path)}' * may_train
     )

@@ -17,6 +17,7 @@ from nib.errors import UserError
 from nib.files import new_folder, read_json
 from nib.hub.family import check_numbers
 from nib.machine.device import ShapesOnly
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     END_OF_TEXT,
@@ -28,7 +29,7 @@ from nib.text.tokenizer import (
 from nib.tokens import nanogpt_bins
 
 SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')  # of model_args
-GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and as nanoGPT pads it
+GPT2_SIZES = (Gpt2Tokenizer.vocab_size, nanogpt_bins.PADDED_GPT2)
 ARGUMENTS = (*SIZES, 'dropout')
 # Keys of its config that train.py has, too, with the same meaning, and their types.
 CONFIG: dict[str, type] = {
