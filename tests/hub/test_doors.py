@@ -166,7 +166,11 @@ UNKNOWN = {'vocab.json': '{"a": 0}'}
             {'tokenizer.json': byte_level().to_str(), 'chat_template.jinja': '{{'},
             'the chat template does not accept',
         ),
-        (['sample.py', '--start=' + 'a ' * 17], {}, 'the context of the model has 16'),
+        (
+            ['sample.py', '--start=' + 'a ' * 17],
+            {'tokenizer.json': byte_level().to_str()},
+            'the context of the model has 16',
+        ),
         (['sample.py'], {'tokenizer.json': '{}'}, 'not a valid tokenizer.json'),
         (['sample.py'], UNKNOWN, 'the tokenizer of owner/lacking is not known'),
         (['convert.py', '--dest=new'], UNKNOWN, 'the tokenizer of owner/lacking is not known'),
