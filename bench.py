@@ -56,6 +56,7 @@ growth: str = ''  # measure growth instead, and plot it to this file (.png, .svg
 result: str = ''  # also write the table to this file
 plan: bool = False  # measure nothing; print memory, FLOPs, time and cost of the whole run
 devices: str = 'H100,A100,RTX 4090,RTX 3090'  # plan: names of GPUs, separated by commas
+processes: int = 1  # plan: processes that share the run, each with a device of its own
 mfu: float = 0.4  # plan: assumed share of a device's peak rate
 price_per_hour: float = 0.0  # plan: price of a device in your currency; 0: show no cost
 
@@ -95,7 +96,9 @@ def read_config(argv) -> dict:
         )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
     reject_plan(values, origins)
-    check_config(values, world_size=1)
+    check_range(values, 'processes', least=1)
+    values['ranks'] = values['processes'] if values['plan'] else 1
+    check_config(values, world_size=values['ranks'])
     values = settle_schedule(values)  # so that a run of a few steps keeps the config's schedule
     globals().update(values)
     return values

@@ -422,6 +422,24 @@ def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
     assert 3000 < int(megabytes['at the peak']) < 15_000
 
 
+def test_the_plan_of_several_processes_divides_time_and_optimizer(run_main, tmp_path):
+    cells = []
+    for changes in ([], ['--processes=4'], ['--processes=4', '--shard_optimizer']):
+        flags = [*changes, '--plan', '--device=cpu', f'--data_dir={tmp_path}', '--devices=A100']
+        done = run_main('bench.py', 'config/train_gpt2.py', '--price_per_hour=2', *flags)
+        cells.append(dict(re.findall(r'^ *(.+?)  +([^ ].*)$', done.stdout, re.MULTILINE)))
+    one, four, sharded = cells
+    (hours, cost), (fewer_hours, same_cost) = (
+        re.search(r'(\d+) h.*, cost (.*)', plan['A100, 312 TFLOP/s']).groups()
+        for plan in (one, four)
+    )
+    assert int(hours) // 4 == int(fewer_hours) > 0 and cost == same_cost
+    for part, factor in (('weights', 1), ('gradients', 2), ("optimizer's state", 1)):
+        assert int(four[part]) == pytest.approx(factor * int(one[part].replace(',', '')), abs=1)
+    # One of the four has the embedding, 50,257 x 768, and nothing else.
+    assert int(sharded["optimizer's state"]) == round(50257 * 768 * 2 * 4 / 1e6)
+
+
 def test_a_note_says_that_other_weights_are_not_measured(capsys):
     bench_script.read_config([*SMALL])
     assert not capsys.readouterr().err
@@ -449,6 +467,7 @@ def test_the_model_is_compiled_if_the_run_of_the_config_is(max_iters, monkeypatc
         ('--mfu=0', 'more than 0'),
         ('--batch_size=auto', 'use a number here'),
         ('--price_per_hour=-1', 'at least 0'),
+        ('--processes=7', 'is not a multiple of the number of processes, 7'),
         ('--params=10M', "params is '10M' (command line): only train.py plans runs; leave it out"),
         ('--n_head=5', 'n_embd 768 is not divisible by n_head 5'),
     ],
