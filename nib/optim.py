@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nib.machine.ranks import Ranks
+from nib.machine.ranks import Ranks, clear_gradients
 from nib.machine.shares import Shares
 
 # Coefficients of the Newton-Schulz iteration in Muon (Jordan et al. 2024). The polynomial is steep
@@ -254,8 +254,7 @@ class Optimizer:
             part.step(self.lr * part.lr_ratio, usable)
 
     def zero_grad(self):
-        for p in self.params:
-            p.grad = None
+        clear_gradients(self.params)
 
     def named_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Returns the state of this rank's share, from 'parameter name/state name' to tensor."""

@@ -434,8 +434,8 @@ def test_the_plan_of_several_processes_divides_time_and_optimizer(run_main, tmp_
         for plan in (one, four)
     )
     assert int(hours) // 4 == int(fewer_hours) > 0 and cost == same_cost
-    for part, factor in (('weights', 1), ('gradients', 2), ("optimizer's state", 1)):
-        assert int(four[part]) == pytest.approx(factor * int(one[part].replace(',', '')), abs=1)
+    for part in ('weights', 'gradients', "optimizer's state"):
+        assert four[part] == one[part]
     # One of the four has the embedding, 50,257 x 768, and nothing else.
     assert int(sharded["optimizer's state"]) == round(50257 * 768 * 2 * 4 / 1e6)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nib.doctor import health, inspection
+from nib.machine.ranks import clear_gradients
 from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
@@ -276,7 +277,7 @@ def gradient_noise(
 
     batches: K pairs (x, y). At equal weights, |G|^2 is the mean product of two different gradients,
     and |G|^2 + tr(Sigma) is the mean of their squared norms. The gradients are sampled from the
-    matrices. Those of the model are None afterwards.
+    matrices. Those of the model are cleared afterwards.
     """
     gradients = []
     for x, y in batches:
@@ -286,7 +287,7 @@ def gradient_noise(
         matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
         gradients.append(torch.cat([sample(grad).float() for grad in grads]))
-        model.zero_grad(set_to_none=True)
+        clear_gradients(model.parameters())
     stacked = torch.stack(gradients)
     products = stacked @ stacked.t()  # (K, K)
     k = len(gradients)

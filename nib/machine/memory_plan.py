@@ -71,8 +71,7 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         work = heap_bytes(config, tokens, activations, dtype, accumulates)
     return MemoryPlan(
         weights=FLOAT * n_params,
-        # DistributedDataParallel keeps those that are exchanged; others accumulate beside them.
-        gradients=FLOAT * n_params * (2 if accumulates and ranks > 1 else 1),
+        gradients=FLOAT * n_params,
         optimizer=optimizer,
         activations=activations,
         logits=loss_bytes(config, tokens, device, dtype, compiled),

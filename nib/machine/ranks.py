@@ -1,7 +1,7 @@
 """The processes of a run that torchrun starts, and their communication."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -96,12 +96,24 @@ class Ranks:
             with context:
                 loss = distributed(*batch)
             loss.backward()
-        distributed.zero_grad(set_to_none=True)
+        clear_gradients(model.parameters())
         return distributed
 
     def close(self):
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def clear_gradients(params: Iterable[torch.nn.Parameter]):
+    """Removes the gradients, or sets them to 0 if they lie in DistributedDataParallel's buckets.
+
+    It keeps the buckets, and new gradients would accumulate beside them.
+    """
+    for p in params:
+        if p.grad is not None and p.grad._is_view():
+            p.grad.zero_()
+        else:
+            p.grad = None
 
 
 def start_ranks(device: str) -> Ranks:

@@ -22,7 +22,7 @@ from nib.checkpoint import store
 from nib.errors import UserError
 from nib.machine import memory, memory_plan
 from nib.machine.device import ShapesOnly, autocast
-from nib.machine.ranks import Ranks
+from nib.machine.ranks import Ranks, clear_gradients
 
 MODERN = {
     'position': 'rotary',
@@ -143,13 +143,16 @@ def test_several_ranks_hold_the_planned_gradients(micro_steps):
         model = GPT(config)
         distributed = Ranks(world_size=2).distribute(model, 'cpu', (x, x), nullcontext())
         held = {}  # address -> storage
-        for micro_step in range(micro_steps):
-            is_last = micro_step == micro_steps - 1
+        for micro_step in range(2 * micro_steps):  # of two steps
+            is_last = micro_step % micro_steps == micro_steps - 1
             with nullcontext() if is_last else distributed.no_sync():
                 distributed(x, x).backward()
             for p in model.parameters():
                 storage = p.grad.untyped_storage()
                 held[storage.data_ptr()] = storage  # so that no other one gets its address
+            if is_last:
+                clear_gradients(model.parameters())
+                assert not any(p.grad.any() for p in model.parameters())
     finally:
         dist.destroy_process_group()
     values = {'device': 'cpu', 'dtype': 'float32', 'optimizer': 'adamw', 'batch_size': 1}
