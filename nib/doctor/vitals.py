@@ -223,17 +223,18 @@ class Vitals:
         noise_scale = self._noise_scale() if is_power_of_2 else None
         x, y = val_batch
         _, layers = inspection.measure_layers(self.raw_model, x, y, self.precision, n_sequences=1)
-        blocks = [row for row in layers if row.entropy is not None]
         largest = health.largest_entropy(x.shape[1])
-        dead = [row.dead for row in blocks if row.dead is not None]
+        logits = [row.attention_logit for row in layers if row.attention_logit is not None]
+        entropies = [row.entropy for row in layers if row.entropy is not None]
+        dead = [row.dead for row in layers if row.dead is not None]
         return EvaluationSigns(
             step,
             train_loss,
             val_loss,
             dead_units=max(dead, default=None),
-            attention_logit=max(row.attention_logit for row in blocks),
-            attention_entropy=min(row.entropy for row in blocks) / largest if largest else 1.0,
-            activation_std=blocks[-1].std,
+            attention_logit=max(logits, default=0.0),  # 0 and 1 if no layer has attention
+            attention_entropy=min(entropies, default=largest) / largest if largest else 1.0,
+            activation_std=layers[-2].std,  # layers[-1] is the last norm
             noise_scale=noise_scale,
         )
 
