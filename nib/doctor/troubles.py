@@ -324,6 +324,7 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         (
             'attention was changed outside attention_scores(), which the cache follows',
+            'another layer reads earlier tokens, or transformer.h lacks a call of a block',
             'a layer sees later tokens',
             'nib/generation/ has a bug',
         ),
