@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nib.doctor import health, inspection
+from nib.machine.device import kept_buffers
 from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
@@ -280,9 +281,10 @@ def gradient_noise(
     """
     gradients = []
     for x, y in batches:
-        with precision:
-            loss = model(x, y)
-        scaler.scale(loss).backward()
+        with kept_buffers(model):
+            with precision:
+                loss = model(x, y)
+            scaler.scale(loss).backward()
         matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
         gradients.append(torch.cat([sample(grad).float() for grad in grads]))
