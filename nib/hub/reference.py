@@ -45,8 +45,9 @@ def check_model(config: GPTConfig):
     with torch.random.fork_rng(devices=[]):
         model = GPT(small).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # the gains and biases, too
-            parameter.normal_(std=0.2, generator=generator)
+        for tensor in model.state_dict().values():  # also gains, biases, and added buffers
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.2, generator=generator)
     if not is_original(model, model.state_dict()):
         raise UserError(
             'model.py has been changed: other programs would compute something else from these '

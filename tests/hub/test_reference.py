@@ -65,7 +65,19 @@ class WiderMLP(model.MLP):
         return self.c_proj(self.activation(self.c_fc(x)[..., :-8]))
 
 
+class Scaled(model.MLP):
+    """Divides by a number that training changes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer('size', torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x / self.size)
+
+
 CHANGES = {
+    'a buffer that is 1 at first': (model, 'MLP', Scaled),
     'another shape': (model, 'MLP', WiderMLP),
     'a parallel block': (model.Block, 'forward', parallel),
     'another scale of attention': (model, 'attention_scores', scaled),
