@@ -14,7 +14,9 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig
 from nib.errors import UserError
+from nib.text.tokenizer import Tokenizer
 
+TOKENIZERS = ('char', 'byte', 'gpt2', 'hf', 'vocabulary', 'ids')  # the kinds of nib/text/
 TOLERANCE = 1e-3  # of the logits' standard deviation; rounding costs less than a hundredth of it
 
 ACTIVATIONS = {
@@ -53,6 +55,16 @@ def check_model(config: GPTConfig):
             'model.py has been changed: other programs would compute something else from these '
             'weights, so nothing was written; convert.py can only write models of the original '
             'model.py'
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer):
+    """Raises UserError if the tokenizer is of a kind that has been added to nib/text/."""
+    kind = tokenizer.to_json()['kind']
+    if kind not in TOKENIZERS:
+        raise UserError(
+            f'the tokenizer of this model is of the kind {kind}: other programs would give other '
+            f'tokens to the same text, so nothing was written'
         )
 
 
