@@ -324,7 +324,8 @@ TROUBLES: dict[str, Trouble] = {
         'warning',
         (
             'attention was changed outside attention_scores(), which the cache follows',
-            'another layer reads earlier tokens, or transformer.h lacks a call of a block',
+            'another layer reads earlier tokens',
+            'a block is applied more often than transformer.h lists it',
             'a layer sees later tokens',
             'nib/generation/ has a bug',
         ),
