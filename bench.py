@@ -39,7 +39,8 @@ from nib.machine.compiling import has_compiler, pick_compile
 from nib.machine.device import measure_flops, peak_memory, pick_device, pick_dtype
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
-from nib.run.checks import check_config, pick_model, refuse_plan, settle_schedule
+from nib.report.history import show_seconds
+from nib.run.checks import check_config, pick_model, reject_plan, settle_schedule
 from nib.schema import check_range, is_auto
 from nib.tokens.dataset import SCRIPTS, TokenDataset, is_prepared, open_dataset
 from nib.tokens.find import Unavailable, open_or_prepare
@@ -55,6 +56,7 @@ growth: str = ''  # measure growth instead, and plot it to this file (.png, .svg
 result: str = ''  # also write the table to this file
 plan: bool = False  # measure nothing; print memory, FLOPs, time and cost of the whole run
 devices: str = 'H100,A100,RTX 4090,RTX 3090'  # plan: names of GPUs, separated by commas
+processes: int = 1  # plan: processes that share the run, each with a device of its own
 mfu: float = 0.4  # plan: assumed share of a device's peak rate
 price_per_hour: float = 0.0  # plan: price of a device in your currency; 0: show no cost
 
@@ -85,16 +87,18 @@ def read_config(argv) -> dict:
     )
     if is_auto(origins['batch_size']):
         raise UserError(
-            '--batch_size=auto: use a number here; train.py prints the one that it takes'
+            '--batch_size=auto: use a number here; train.py prints the one that it chooses'
         )
     if values['init_from'] != 'scratch':
         warn(
-            f'init_from is {values["init_from"]!r} ({origins["init_from"]}), which bench.py does '
-            f'not read: it measures new weights of the shape that the config has'
+            f'init_from is {values["init_from"]!r} ({origins["init_from"]}), which bench.py '
+            f"ignores: it measures a new model of the config's shape"
         )
     values['dtype'], _ = pick_dtype(values['dtype'], values['device'])
-    refuse_plan(values, origins)
-    check_config(values, world_size=1)
+    reject_plan(values, origins)
+    check_range(values, 'processes', least=1)
+    values['ranks'] = values['processes'] if values['plan'] else 1
+    check_config(values, world_size=values['ranks'])
     values = settle_schedule(values)  # so that a run of a few steps keeps the config's schedule
     globals().update(values)
     return values
@@ -144,7 +148,7 @@ def measure_config(values) -> str:
         contestants: dict[str, measure.Worker | Contestant] = {}
         if vs_nanogpt:
             contestants['nanoGPT'] = start_training(values, data, vs_nanogpt)
-        contestants['nibGPT'] = ours = Contestant(values, data)
+        contestants['nibGPT'] = ours = Contestant(values, data, announce)
         measured: dict[str, list] = {name: [] for name in contestants}
         for turn in range(rounds):
             for name, contestant in contestants.items():
@@ -154,6 +158,21 @@ def measure_config(values) -> str:
         if startup:
             measure_startup(values, data, Path(scratch) / 'run', measured['nibGPT'])
     return describe_config(values, data, ours) + '\n' + measure.make_table(measured)
+
+
+def announce(first_step: float):
+    """Says what will be measured, and how long that may take. first_step: its seconds."""
+    n_steps = rounds * (steps + steps // 3) * (2 if vs_nanogpt else 1) + 3 * steps * startup
+    warn(
+        f'measuring {count_rounds()}{", then runs of train.py" * startup}: about '
+        f'{show_seconds(n_steps * first_step)} of steps (the first one took {first_step:.2g} s)'
+    )
+
+
+def count_rounds() -> str:
+    """Returns how many rounds and steps are measured, and of what."""
+    turns = ', alternating' if vs_nanogpt else ''
+    return f'{rounds} round{"s" * (rounds > 1)} of {steps} steps{turns}'
 
 
 def measure_startup(values, data, out_dir: Path, measured: list[dict[str, float]]):
@@ -183,9 +202,7 @@ def describe_config(values, data, ours: Contestant) -> str:
     if vs_nanogpt and values['device'] == 'cpu':
         nanogpt = '; nanoGPT in float32, as on any CPU'
     return (
-        f'{rounds} round{"s" * (rounds > 1)} of {steps} steps'
-        f'{", alternating" if vs_nanogpt else ""}; '
-        f'{measure.describe_machine(values["device"])}\n'
+        f'{count_rounds()}; {measure.describe_machine(values["device"])}\n'
         f'{ours.raw_model.num_params() / 1e6:.2f}M parameters, {ours.tokens:,} tokens per step '
         f'({batch} x {values["block_size"]}), {values["dtype"]}, '
         f'compile {"on" if values["compile"] else "off"}, {data.name}{nanogpt}\n'

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nib.errors import UserError, run_script
-from nib.hints import check_file, no_such_key, print_columns, print_help
+from nib.hints import check_file, no_such_keys, print_columns, print_help
 from nib.schema import Block, Type, fit, in_words, read_block, read_python, read_text
 
 Settle = Mapping[str, Callable]
@@ -122,6 +122,7 @@ def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], li
     types = block.types
     flags: dict[str, object] = {}
     files: list[str] = []
+    unknown: dict[str, str] = {}
     items = list(argv)
     while items:
         item = items.pop(0)
@@ -138,8 +139,9 @@ def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], li
                 )
             flags[key] = False
         elif key not in types:
-            problem = no_such_key(key, block, '--help lists all keys', '--{}')
-            raise UserError(f'--{name}: {problem}')
+            unknown[f'--{name}'] = key
+            if not equals and items and not items[0].startswith('--') and items[0][-3:] != '.py':
+                items.pop(0)  # its value
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True
         else:
@@ -148,6 +150,8 @@ def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], li
                     f'--{name}: found no value, expected {in_words(types[key])}; type --{key}=value'
                 )
             flags[key] = read_text(text if equals else items.pop(0), types[key], f'--{name}')
+    if unknown:
+        raise UserError(no_such_keys(unknown, block, '--help lists all keys', '--{}'))
     return flags, files
 
 
@@ -256,6 +260,7 @@ def run_file(
     types = block.types
     namespace = Namespace(values, pinned, adapted)
     namespace.execute(path)
+    unknown: dict[str, str] = {}
     for name, value in namespace.items():
         place = namespace.places.get(name, path)
         if name in namespace.places and name in types:
@@ -266,8 +271,9 @@ def run_file(
             and not name.startswith('_')
             and name != 'include'
         ):
-            note = "the file's own names must begin with _"
-            raise UserError(f'{place}: {name}: {no_such_key(name, block, note)}')
+            unknown[f'{place}: {name}'] = name
+    if unknown:
+        raise UserError(no_such_keys(unknown, block, "the file's own names must begin with _"))
     return {
         name: place
         for name, place in namespace.places.items()

@@ -7,7 +7,7 @@ python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=nanoGPT/out
 python convert.py --out_dir=out-shakespeare-char --to=gguf --dest=shakespeare.gguf
     a file for llama.cpp, Ollama and LM Studio
 python convert.py --init_from=nanoGPT/out/ckpt.pt --to=hf --dest=shakespeare
-    the same for a model from elsewhere
+    the same for a model of another project
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
@@ -31,11 +31,11 @@ from nib.text.tokenizer import Tokenizer
 # which model
 out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
-init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
+init_from: str = ''  # use another model: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
 to: Literal['hf', 'nanogpt', 'gguf'] = 'hf'  # Hugging Face's format, nanoGPT's ckpt.pt, or GGUF
 dest: str = ''  # folder to write (for GGUF, the file); it must not exist yet
-dtype: Literal['f32', 'f16', 'bf16', 'q8_0'] = 'f32'  # of the matrices in GGUF
+dtype: Literal['f32', 'f16', 'bf16', 'q8_0'] = 'f32'  # precision of the matrices in GGUF
 
 
 def main(argv):

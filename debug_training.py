@@ -14,6 +14,7 @@ The steps are those of train.py. Each one is undone, and nothing is written to o
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_every
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
 from nib.optim import Optimizer
-from nib.run.checks import check_config, check_schedule, pick_model, refuse_plan, settle_schedule
+from nib.run.checks import check_config, check_schedule, pick_model, reject_plan, settle_schedule
 from nib.run.folder import recall_config
 from nib.schema import check_range
 from nib.text.tokenizer import tokenizer_from_json
@@ -55,7 +56,7 @@ def main(argv):
     )
     globals().update(values)
     values['dtype'] = 'float32' if explain else pick_dtype(values['dtype'], values['device'])[0]
-    refuse_plan(values, origins)
+    reject_plan(values, origins)
     check_config(values | {'dataset': values['dataset'] or 'random tokens'}, world_size=1)
     check_range(values, 'batch_tokens', least=0, below=1 << 31)
     check_range(values, 'overfit_steps', least=1, below=1 << 31)
@@ -223,10 +224,15 @@ class Microscope:
         )
 
     def show_tokens(self, ids) -> str:
-        """Returns the text of token ids, or the ids if there is no tokenizer."""
-        if self.has_text:
-            return repr(self.data.tokenizer.decode(ids.tolist()))
-        return ' '.join(map(str, ids.tolist()))
+        """Returns the text of token ids, or the ids if there is no tokenizer.
+
+        A token that is only a part of a character appears as its bytes, such as <0xE4>.
+        """
+        if not self.has_text:
+            return ' '.join(map(str, ids.tolist()))
+        content = self.data.tokenizer.decode_bytes(ids.tolist())
+        text = content.decode('utf-8', 'surrogateescape')  # byte 0xE4 becomes U+DCE4
+        return repr(re.sub('[\udc80-\udcff]', lambda byte: f'<0x{ord(byte[0]) & 0xFF:X}>', text))
 
 
 def can_decode(tokenizer) -> bool:

@@ -1,9 +1,11 @@
-"""Shows a finished or running training as one page: verdict, findings, curves, samples, config.
+"""Shows a finished or active run on one page: verdict, findings, curves, samples, config.
 
 python report.py --out_dir=out-shakespeare-char           writes report.html and PNGs to the folder
 python report.py runs/*                                   compares several runs
 python report.py --out_dir=out-shakespeare-char --watch   serves a page that follows the run
 """
+
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import glob
 import os

@@ -22,6 +22,7 @@ import torch
 import configurator
 from nib.api import stream
 from nib.checkpoint.start import read_model
+from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script
 from nib.generation import int8
 from nib.generation.chat import Conversation
@@ -36,15 +37,15 @@ from nib.text.tokenizer import Tokenizer, encode_prompt
 # which model
 out_dir: str = 'out'  # folder of the training run
 which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
-init_from: str = ''  # another model instead: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
+init_from: str = ''  # use another model: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
 start: str = '\n'  # prompt, FILE:path or - (standard input); \n is a line break
 chat: bool = False  # talk to an instruction-tuned model; start is then the system message
 num_samples: int = 3  # continuations of the prompt; the first is shown while it is generated
 max_new_tokens: int = 500  # tokens per sample
-stop: str = ''  # end a sample after this text; <|endoftext|> is where a document ends
+stop: str = ''  # end a sample after this text, such as <|endoftext|>
 # how to choose tokens
-temperature: float = 0.8  # below 1 safer, above 1 more varied; 0 always takes the most likely token
+temperature: float = 0.8  # below 1: more predictable; above 1: more varied; 0: most likely token
 top_k: int | None = 200  # only the k most likely tokens; None: all
 top_p: float | None = None  # only the most likely tokens with this total probability; None: all
 seed: int = 1337  # a different seed gives different samples
@@ -63,26 +64,15 @@ def main(argv):
     check_range(values, 'num_samples', least=1, below=1 << 20)
     if chat:
         check_chat(origins)
-    is_given = origins['start'] != 'default'
-    prompt = '' if chat and not start else read_prompt(start)  # a system message may be empty
-    weights = read_model(init_from, out_dir, which)
-    tokenizer = weights.known_tokenizer()
-    if chat:
-        system = prompt if is_given else None
-        conversation = Conversation.begin(weights, system, max_new_tokens, show)
-        prompt_ids = conversation.opening_ids()
-    else:
-        prompt = prompt if is_given else default_prompt(tokenizer)
-        prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
+    given = None
+    if origins['start'] != 'default':
+        given = '' if chat and not start else read_prompt(start)  # a system message may be empty
     dtype_used, dtype_reason = pick_dtype(dtype, device)
     if dtype == 'int8' and (reason := int8.why_not(device)):
         raise UserError(f'--dtype=int8: {reason}')
-    encode_prompt(tokenizer, stop, '--stop')  # raises UserError if the vocabulary cannot express it
-    check_sampling(
-        [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
-    )
-    if device == 'cpu' and not chat:
-        check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
+    weights = read_model(init_from, out_dir, which, check=lambda weights: begin(weights, given))
+    conversation, prompt, prompt_ids = begin(weights, given)
+    tokenizer = weights.known_tokenizer()
     model = weights.build()
     # The other cells of a notebook need the threads.
     if device == 'cpu' and model.num_params() < SMALL_MODEL and not in_notebook():
@@ -97,7 +87,7 @@ def main(argv):
         flush=True,  # before the text: a notebook does not show it at once
     )
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    if chat:
+    if conversation:
         conversation.run(model, stop, **sampling)
         return
 
@@ -114,6 +104,29 @@ def main(argv):
     for text in texts[1:]:
         show(f'\n---------------\n{prompt}{text}')
     show('\n')
+
+
+def begin(weights: Weights, given: str | None) -> tuple[Conversation | None, str, list[int]]:
+    """Returns the conversation, if there is one, the prompt and its token ids.
+
+    given: the prompt or, in a conversation, its system message; None: the default. The tensors of
+    the weights are not needed. Raises UserError if the model cannot generate what is asked for.
+    """
+    tokenizer = weights.known_tokenizer()
+    conversation, prompt = None, given or ''
+    if chat:
+        conversation = Conversation.begin(weights, given, max_new_tokens, show)
+        prompt_ids = conversation.opening_ids()
+    else:
+        prompt = prompt or default_prompt(tokenizer)
+        prompt_ids = encode_start(tokenizer, prompt, weights.model.block_size)
+    encode_prompt(tokenizer, stop, '--stop')  # raises UserError if a token is missing
+    check_sampling(
+        [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size
+    )
+    if device == 'cpu' and not chat:
+        check_samples(weights.model, num_samples, len(prompt_ids) + max_new_tokens)
+    return conversation, prompt, prompt_ids
 
 
 def check_chat(origins: dict):
@@ -193,7 +206,7 @@ def default_prompt(tokenizer: Tokenizer) -> str:
 def encode_start(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
     """Returns the token ids of the prompt.
 
-    Raises UserError if the vocabulary cannot express it, or it is longer than the context.
+    Raises UserError if the vocabulary cannot represent it, or it is longer than the context.
     """
     ids = encode_prompt(tokenizer, prompt, '--start')
     if len(ids) > block_size:

@@ -26,6 +26,7 @@ import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
 from nib.errors import EXIT_INTERRUPTED, UserError, run_script
+from nib.files import naming
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 from nib.report.compare import compare
@@ -212,7 +213,7 @@ class Sweep:
         resume = ['--init_from=resume'] if store.exists(run.folder) else []
         command = [sys.executable, TRAIN, *run.flags, f'--out_dir={run.folder}', *resume]
         environment = self.free.pop()
-        with open(run.log, 'a', encoding='utf-8') as output:
+        with naming(run.log), open(run.log, 'a', encoding='utf-8') as output:
             output.write(f'{shlex.join(command)}\n')
             output.flush()
             process = subprocess.Popen(

@@ -24,7 +24,7 @@ from nib.schema import check_range
 text: str = ''  # path of a text of a million characters
 seeds: int = 3  # runs of each variant
 steps: int = 104  # training steps per run
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 IDEAS = {  # what is removed (what replaces it) -> flags
     'nothing': '',
@@ -38,7 +38,7 @@ IDEAS = {  # what is removed (what replaces it) -> flags
     'SwiGLU (squared ReLU)': '--mlp=relu2',
     'a head of its own': '--tied_head',
     'unbounded logits (a soft cap of 15)': '--logit_cap=15',
-    'zero initialisation': '--no-zero_init',
+    'zero initialization': '--no-zero_init',
     'LayerNorm (RMSNorm)': '--norm=rms',
     'warmup-stable-decay (cosine)': '--lr_schedule=cosine',
     'a batch of 24 (12, twice the steps)': '--batch_size=12 --max_iters={twice}',

@@ -1,10 +1,11 @@
-"""Measures how much slower training and sampling become on a CPU whose cores are taken.
+"""Measures how much slower training and sampling become when other processes use the cores.
 
     python benchmarks/busy_machine.py
 
-Each job runs alone, twice at once, and next to a process that never waits: with libgomp's defaults,
-a thread per core and a spin count of 300,000, and as nibGPT does it. The jobs are ready before the
-measurement and run in turns for the same time. Nothing else may use the machine meanwhile.
+Each job runs alone, twice at once, and next to a process that never waits. It does so with
+libgomp's defaults (a thread per core and a spin count of 300,000) and with nibGPT's settings. The
+jobs are ready before the measurement, and run in turns for the same time. Nothing else may use the
+machine meanwhile.
 """
 
 import json
@@ -31,7 +32,7 @@ from nib.tokens.dataset import TokenDataset
 config: str = 'config/train_shakespeare_char.py'  # the model
 rounds: int = 5  # rounds of measurements
 seconds: float = 3.0  # of each measurement
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 JOBS = {'training': 'steps/s', 'sampling': 'tokens/s'}
 SITUATIONS = {'alone': (1, 0), 'two at once': (2, 0), 'next to a busy process': (1, 1)}

@@ -34,9 +34,9 @@ from nib.tokens.write import write_char_dataset
 pictures: str = 'docs'  # folder for the pictures
 text: str = ''  # path of a text of a million characters, for the experiments; empty: pictures only
 steps: int = 500  # training steps of each run that compares optimizers
-result: str = ''  # file to write the tables to; empty: standard output only
+result: str = ''  # also write the tables to this file
 
-BLUE, RED, GREEN, GREY = '#0072b2', '#c3420f', '#00704f', '#6b6b6b'
+BLUE, RED, GREEN, GRAY = '#0072b2', '#c3420f', '#00704f', '#6b6b6b'
 RATES = {'adamw': ('3e-4', '1e-3', '3e-3', '1e-2'), 'sgd': ('0.03', '0.1', '0.3', '1')}
 BATCHES = ((64, 1), (32, 2), (16, 4), (8, 8), (4, 16), (1, 64))  # (batch_size, micro steps)
 
@@ -98,7 +98,7 @@ def draw_descent():
         for _ in range(5):
             gradient = sum(2 * x * (path[-1] * x - y) for x, y in samples) / len(samples)
             path.append(path[-1] - rate * gradient)
-        panel.plot(grid, [loss(w) for w in grid], color=GREY, lw=1.2)
+        panel.plot(grid, [loss(w) for w in grid], color=GRAY, lw=1.2)
         panel.plot(path, [loss(w) for w in path], 'o-', color=BLUE, ms=4, lw=1)
         panel.plot(path[0], loss(path[0]), 'o', color=RED, ms=6)
         panel.set(title=f'learning_rate = {rate}', xlabel='w', xlim=(-0.5, 4.5), ylim=(-1, 20))
@@ -124,7 +124,7 @@ def draw_landscapes():
     """Draws 100 steps of three optimizers on four landscapes, each at the rate of section 8."""
     figure, panels = new_figure(11, 3.4, columns=4)
     optimizers = {
-        'SGD': (lambda p: optim.SGD(p, 0.0, 0.0), 0.03, GREY),
+        'SGD': (lambda p: optim.SGD(p, 0.0, 0.0), 0.03, GRAY),
         'SGD, momentum 0.9': (lambda p: optim.SGD(p, 0.9, 0.0), 0.03, RED),
         'AdamW': (lambda p: optim.AdamW(p, (0.9, 0.95), 0.0), 0.1, BLUE),
     }
@@ -133,7 +133,7 @@ def draw_landscapes():
     )
     for panel, (name, loss) in zip(panels, landscapes().items()):
         panel.contour(a, b, loss(a, b), levels=7, colors='0.8', linewidths=0.7)
-        for label, (make, rate, colour) in optimizers.items():
+        for label, (make, rate, color) in optimizers.items():
             weights = torch.nn.Parameter(torch.tensor([-2.0, 1.5]))
             optimizer, path = make([weights]), [weights.tolist()]
             for _ in range(100):
@@ -142,8 +142,8 @@ def draw_landscapes():
                 with torch.no_grad():
                     optimizer.step(rate, torch.tensor(True))
                 path.append(weights.tolist())
-            panel.plot(*zip(*path), '-', color=colour, lw=1.1, label=f'{label}, rate {rate}')
-            panel.plot(*path[-1], 'o', color=colour, ms=5)
+            panel.plot(*zip(*path), '-', color=color, lw=1.1, label=f'{label}, rate {rate}')
+            panel.plot(*path[-1], 'o', color=color, ms=5)
         panel.plot(0, 0, 'k+', ms=9)
         panel.set(title=name, xlabel='a', xlim=(-2.4, 1.2), ylim=(-1.2, 1.9))
     panels[0].set_ylabel('b')
@@ -167,7 +167,7 @@ def draw_loop():
     frame = {'boxstyle': 'round,pad=0.5', 'fc': '#eef4f9', 'ec': BLUE}
     for code, (x, y, gives) in boxes.items():
         axes.text(x, y, code, ha='center', va='center', family='monospace', bbox=frame)
-        axes.text(x, y - 0.25, gives, ha='center', va='center', color=GREY, fontsize=9)
+        axes.text(x, y - 0.25, gives, ha='center', va='center', color=GRAY, fontsize=9)
     places = list(boxes.values())
     for (x, y, _), (to_x, to_y, _) in zip(places, [*places[1:], places[0]]):
         gap_x, gap_y = 0.4 * (to_x - x), 0.35 * (to_y - y)
@@ -185,13 +185,13 @@ def draw_model():
     """Draws the residual stream of a GPT, with one block."""
     figure, (axes,) = new_figure(9, 3)
     frame = {'boxstyle': 'round,pad=0.4', 'fc': '#eef4f9', 'ec': BLUE}
-    plus = {'boxstyle': 'circle,pad=0.2', 'fc': 'white', 'ec': GREY}
-    axes.annotate('', (8.6, 0), (0.2, 0), arrowprops={'arrowstyle': '->', 'lw': 2, 'color': GREY})
+    plus = {'boxstyle': 'circle,pad=0.2', 'fc': 'white', 'ec': GRAY}
+    axes.annotate('', (8.6, 0), (0.2, 0), arrowprops={'arrowstyle': '->', 'lw': 2, 'color': GRAY})
     for x, code in ((0, 'wte'), (7.3, 'ln_f'), (8.4, 'head'), (9.7, 'logits')):
         axes.text(x, 0, code, ha='center', va='center', family='monospace', bbox=frame)
     axes.text(-0.95, 0, 'idx', ha='center', va='center', family='monospace')
     axes.annotate('', (-0.35, 0), (-0.75, 0), arrowprops={'arrowstyle': '->'})
-    axes.annotate('', (9.25, 0), (8.8, 0), arrowprops={'arrowstyle': '->', 'lw': 2, 'color': GREY})
+    axes.annotate('', (9.25, 0), (8.8, 0), arrowprops={'arrowstyle': '->', 'lw': 2, 'color': GRAY})
     axes.text(1, 1, 'wpe', ha='center', va='center', family='monospace', bbox=frame)
     axes.annotate('', (1, 0.15), (1, 0.8), arrowprops={'arrowstyle': '->'})
     for x, norm, layer in ((2.2, 'ln_1', 'attn'), (4.7, 'ln_2', 'mlp')):
@@ -203,7 +203,7 @@ def draw_model():
     axes.text(1, 0, '+', ha='center', va='center', bbox=plus)
     axes.plot([1.7, 6.7, 6.7, 1.7, 1.7], [-0.5, -0.5, 1.5, 1.5, -0.5], color=RED, lw=1, ls='--')
     axes.text(4.2, 1.62, 'Block, n_layer times', ha='center', color=RED, fontsize=9)
-    axes.text(4.2, -0.38, 'residual stream, B x T x C', ha='center', color=GREY, fontsize=9)
+    axes.text(4.2, -0.38, 'residual stream, B x T x C', ha='center', color=GRAY, fontsize=9)
     axes.set(xlim=(-1.2, 10.2), ylim=(-0.6, 1.9))
     axes.axis('off')
     save(figure, 'model.svg')
@@ -243,13 +243,13 @@ def draw_run(folder: Path) -> str:
     save(figure, 'weight.svg')
 
     figure, (axes,) = new_figure(7, 3)
-    for schedule, colour in (('cosine', BLUE), ('linear', GREEN), ('wsd', RED)):
+    for schedule, color in (('cosine', BLUE), ('linear', GREEN), ('wsd', RED)):
         vars(train).update(lr_schedule=schedule, cooldown_iters=60 if schedule == 'wsd' else 0)
         rates = [train.get_lr(step) for step in range(train.max_iters + 1)]
-        axes.plot(rates, color=colour, label=schedule)
+        axes.plot(rates, color=color, label=schedule)
     axes.set(xlabel='step', ylabel='lr', ylim=(0, 0.0105))
-    axes.axvline(train.warmup_iters, color=GREY, lw=0.8, ls=':')
-    axes.text(train.warmup_iters + 3, 0.0003, 'warmup_iters', color=GREY, fontsize=9)
+    axes.axvline(train.warmup_iters, color=GRAY, lw=0.8, ls=':')
+    axes.text(train.warmup_iters + 3, 0.0003, 'warmup_iters', color=GRAY, fontsize=9)
     axes.legend(frameon=False)
     save(figure, 'schedule.svg')
     return f'the weight: {weights[0]:.6f}, {weights[1]:.6f}, ..., {weights[-1]:.6f}'

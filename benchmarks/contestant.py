@@ -1,6 +1,7 @@
 """nibGPT as the benchmarks measure it: its training steps, their parts, and its generation."""
 
 import time
+from collections.abc import Callable
 
 import train
 from benchmarks import measure
@@ -28,9 +29,12 @@ def time_steps(training, first: int, n: int) -> float:
 
 
 class Contestant:
-    """nibGPT's train_step and generation, ready to be timed."""
+    """nibGPT's train_step and generation, ready to be timed.
 
-    def __init__(self, values, data):
+    announce: is called with the seconds of the first step.
+    """
+
+    def __init__(self, values, data, announce: Callable[[float], None] = lambda seconds: None):
         self.values, self.device = values, values['device']
         self.training = make_training(values, data)
         self.raw_model = self.training.raw_model
@@ -38,12 +42,13 @@ class Contestant:
         self.tokens = self.training.tokens_per_step
         self.step = 0
         self.peak = peak_flops(self.device, values['dtype'])
-        self.time_steps(WARM_UP)
+        announce(self.time_steps(1))
+        self.time_steps(WARM_UP - 1)
         # Measured now, before generation and other measurements add to it.
         self.memory = peak_memory(self.device)
 
     def round(self) -> dict[str, float]:
-        """Measures `steps` steps, a few more with timed parts, and one generation."""
+        """Measures `steps` steps, a third more with timed parts, and one generation."""
         seconds = self.time_steps(self.values['steps']) / self.values['steps']
         figures = {
             'tokens/s': self.tokens / seconds,

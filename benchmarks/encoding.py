@@ -1,16 +1,15 @@
-"""Encodes a text with GPT-2's tokenizer by nanoGPT's and by nibGPT's script, in turns, on one core.
+"""Encodes a text in GPT-2's tokens with nanoGPT's and nibGPT's scripts, in turns, on one core.
 
     git clone https://github.com/karpathy/nanoGPT && pip install datasets
     python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER
 
-The scripts are data/openwebtext/prepare.py of both. They get the same documents as a .jsonl file,
-and their bins must be equal, byte for byte. With --tokenizer=PATH, a tokenizer.json, nibGPT's table
-of words is compared with the batch encoding of the tokenizers library instead.
+The scripts are the data/openwebtext/prepare.py of both projects. They read the same documents from
+a .jsonl file, and their bins must be equal, byte for byte. With --tokenizer=PATH, a tokenizer.json,
+nibGPT's table of words is compared with the batch encoding of the tokenizers library instead.
 
-nanoGPT's script runs as it is in the clone, with three
-changes: It reads these documents. It starts no other processes, because eight of them would share
-the core. And it writes at most as many shards as there are documents to validate on, because it
-fails if there are fewer documents than its 1,024 shards.
+nanoGPT's script runs as it is in the clone, with three changes. It reads these documents. It starts
+no other processes, because eight of them would share the core. It writes at most as many shards as
+there are validation documents, because it fails if there are fewer documents than its 1,024 shards.
 """
 
 import filecmp
@@ -46,7 +45,7 @@ megabytes: float = 100.0  # maximum size of the text to encode
 rounds: int = 3  # turns of each contestant
 tokenizer: str = ''  # a tokenizer.json: compare with its library, and not with nanoGPT
 parts: bool = True  # also measure the peak memory on a tenth and three tenths of the text
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 # The lines that are changed in nanoGPT's script.
 PROCESSES, SHARDS = 'num_proc = 8\n', 'total_batches = 1024\n'

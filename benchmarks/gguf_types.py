@@ -1,9 +1,9 @@
-"""Compares a run, written as GGUF in every type, with itself: logits, greedy text, file size.
+"""Writes a run as GGUF in every type, and compares logits, greedy text and file sizes.
 
     python benchmarks/gguf_types.py --runs=out-shakespeare-char,out-modern-shakespeare-char
 
-Needs llama-cpp-python, which compiles for a quarter of an hour. The text is that of the run's
-dataset: whole contexts from the beginning of its validation split.
+Needs llama-cpp-python, whose installation compiles for a quarter of an hour. The text is that of
+the run's dataset: whole contexts from the beginning of its validation split.
 """
 
 import os

@@ -27,24 +27,31 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
-from benchmarks import gpu_kernels, measure
-from benchmarks.gpu_stages import STAGES, Setting
+from benchmarks import gpu_kernels, gpu_runs, gpu_stages, measure
+from benchmarks.gpu_stages import Setting
 from nib.errors import UserError, run_script
 from nib.files import atomic_write
 
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT; empty: nibGPT alone
 out: str = 'gpu-figures'  # folder of the results
 text: str = ''  # file to train on; empty: the source of Python's library
-stages: str = 'tests,gpt2,char,sampling,determinism,profile,recipes'  # the stages to run, in order
+stages: str = 'tests,gpt2,char,sampling,determinism,profile,compilers,recipes'  # in this order
 again: bool = False  # also run stages that are finished
 rehearse: bool = False  # on the CPU, at toy sizes
 seconds: int = 0  # time limit of all stages together; 0: only the limits of each stage
 batches: str = '16,32'  # sequences per micro step in the gpt2 stage
 recipe_seconds: int = 60  # training time of each recipe
 
-LIMITS = dict(  # seconds
-    tests=240, gpt2=240, char=150, sampling=150, determinism=180, profile=100, recipes=470
-)
+STAGES = {  # name -> the function, and its time limit in seconds
+    'tests': (gpu_stages.run_tests, 240),
+    'gpt2': (gpu_stages.measure_gpt2, 240),
+    'char': (gpu_runs.measure_char, 150),
+    'sampling': (gpu_stages.measure_sampling, 150),
+    'determinism': (gpu_stages.check_determinism, 180),
+    'profile': (gpu_stages.profile, 100),
+    'compilers': (gpu_stages.compare_compilers, 450),
+    'recipes': (gpu_runs.compare_recipes, 470),
+}
 
 
 def main(argv):
@@ -53,14 +60,14 @@ def main(argv):
     for name in names:
         if name not in STAGES:
             raise UserError(
-                f'--stages={stages}: there is no stage {name!r}; there are {", ".join(STAGES)}'
+                f'--stages={stages}: there is no stage {name!r}; use {", ".join(STAGES)}'
             )
     if not rehearse and not torch.cuda.is_available():
         raise UserError(
             'torch finds no CUDA GPU here; --rehearse runs the stages on the CPU, at toy sizes'
         )
     if nanogpt and not (Path(nanogpt) / 'train.py').exists():
-        raise UserError(f'--nanogpt={nanogpt}: it is the path of a clone of karpathy/nanoGPT')
+        raise UserError(f'--nanogpt={nanogpt}: expected the path of a clone of karpathy/nanoGPT')
     if text and not Path(text).is_file():
         raise UserError(f'--text={text}: there is no such file')
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,7 @@ def main(argv):
         if read_results().get(name, {}).get('outcome') == 'done' and not again:
             print(f'{name}: done before', flush=True)
             continue
-        limit = min(600 if rehearse else LIMITS[name], end - time.monotonic())
+        limit = min(600 if rehearse else STAGES[name][1], end - time.monotonic())
         figures = run_in_process(name, argv, limit) if limit > 10 else f'{name}: no time left'
         print(figures, flush=True)
 
@@ -128,7 +135,8 @@ def run_stage(name: str, limit: float, argv):
     figures = Figures(name)
     setting = Setting(nanogpt, Path(out), text, batches, recipe_seconds, rehearse)
     figures.note('measured on', measure.describe_machine(setting.device))
-    STAGES[name](setting, figures, time.perf_counter() + limit)
+    measure_stage, _ = STAGES[name]
+    measure_stage(setting, figures, time.perf_counter() + limit)
 
 
 class Figures:

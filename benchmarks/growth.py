@@ -101,12 +101,12 @@ def draw(growth: Growth, path: str, title: str, config: Mapping):
             (SHARE, 'tab:red', None, ''),
             (MEMORY, 'tab:green', BEFORE, 'before the model is created'),
         )
-        for panel, (measured, colour, limit, label) in zip(column, panels):
+        for panel, (measured, color, limit, label) in zip(column, panels):
             if limit:
                 limits = [point[limit] for point in points]
                 panel.plot(sizes, limits, '--', color='0.45', label=label)
             figures = [point[measured] for point in points]
-            panel.plot(sizes, figures, 'o-', color=colour, markersize=4)
+            panel.plot(sizes, figures, 'o-', color=color, markersize=4)
             ring = {'markersize': 9, 'color': 'black', 'fillstyle': 'none'}
             panel.plot(own, own_point[measured], 'o', **ring)
             panel.grid(color='0.9')

@@ -3,7 +3,7 @@
     python benchmarks/int8_loss.py --run=out-shakespeare-char
 
 The text is the beginning of the run's validation split, in whole contexts. The same is measured
-with random weights in GPT-2's shape and random tokens, where the loss says nothing. KL is the
+with random weights in GPT-2's shape and random tokens, where the loss means nothing. KL is the
 divergence of the predictions from those of float32, the mean over all positions.
 """
 

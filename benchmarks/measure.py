@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from nib.errors import UserError
+from nib.files import naming
 from nib.machine.device import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,8 @@ def publish(table: str, result: str):
     """Prints a table, and also writes it to the file `result` if that is not empty."""
     print(table, end='', flush=True)
     if result:
-        Path(result).write_text(table, encoding='utf-8')
+        with naming(result):
+            Path(result).write_text(table, encoding='utf-8')
 
 
 def show(figure: float) -> str:

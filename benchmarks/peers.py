@@ -38,7 +38,7 @@ sizes: str = 'small,10m,124m'  # of SIZES below, separated by commas
 dtype: Literal['bfloat16', 'float32'] = 'bfloat16'  # of all contestants
 peers: str = 'nanogpt,nanogpt-compiled,transformers'  # each also with -compiled
 rounds: int = 12  # turns
-result: str = ''  # file to add the table to; empty: standard output only
+result: str = ''  # also add the table to this file
 
 SIZES = {
     'small': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12),

@@ -31,8 +31,9 @@ def describe_plan(
 ) -> str:
     """Returns the plan of a run.
 
-    values: train.py's config with the device and dtype to use. devices: names such as 'H100'.
-    price: of an hour of one device; 0: unknown. Raises UserError for a device without a known rate.
+    values: train.py's config with the device, dtype and ranks to use. devices: names such as
+    'H100'. price: of an hour of one device; 0: unknown. Raises UserError for a device without a
+    known rate.
     """
     model = GPTConfig.pick(values, vocab_size)
     with torch.device('meta'):  # shapes only
@@ -42,6 +43,8 @@ def describe_plan(
     tokens = sequences * model.block_size
     flops_per_token = 3 * sum(gpt.flops_per_token().values())
     flops = flops_per_token * tokens * values['max_iters']
+    ranks = values['ranks']
+    each, count = (' of a process', f'{ranks} devices') if ranks > 1 else ('', 'one device')
     rows = [
         ('parameters', f'{gpt.num_params():,}'),
         ('tokens per step', f'{tokens:,}'),
@@ -49,7 +52,7 @@ def describe_plan(
         ('FLOPs per token', f'{flops_per_token:.4g}'),
         ('FLOPs of the run', f'{flops:.4g}'),
         ('', ''),
-        (f'memory, batch_size {values["batch_size"]}, {values["dtype"]}', 'MB'),
+        (f'memory{each}, batch_size {values["batch_size"]}, {values["dtype"]}', 'MB'),
         *((f'  {label}', f'{getattr(plan, part) / 1e6:,.0f}') for part, label in PARTS.items()),
         ('  at the peak', f'{plan.peak / 1e6:,.0f}'),
         (
@@ -57,7 +60,7 @@ def describe_plan(
             f'{available_memory(values["device"]) / 1e6:,.0f}',
         ),
         ('', ''),
-        (f'time of the run on one device, at an MFU of {100 * mfu:g} %', ''),
+        (f'time of the run on {count}, at an MFU of {100 * mfu:g} %', ''),
     ]
     rates = {
         name: look_up_peak(name, 'bfloat16') or look_up_peak(name, 'float16') for name in devices
@@ -70,9 +73,9 @@ def describe_plan(
                 f'--devices: the peak rate of {name!r} is not known: write names such as H100, '
                 'separated by commas'
             )
-        seconds = flops / (rate * mfu)
+        seconds = flops / (rate * mfu * ranks)
         time = show_seconds(seconds) if seconds >= 1 else 'less than 1 s'
-        cost = f', cost {seconds / 3600 * price:,.2f}' if price else ''
+        cost = f', cost {seconds / 3600 * ranks * price:,.2f}' if price else ''
         rows.append((f'  {name}, {rate / 1e12:,.4g} TFLOP/s', f'{time}{cost}'))
     width = max(len(label) for label, _ in rows)
     return ''.join(f'{label:{width}}  {value}'.rstrip() + '\n' for label, value in rows)

@@ -2,8 +2,8 @@
 
     python benchmarks/planned_memory.py --result=benchmarks/results/planned_memory.txt
 
-Each config trains for five steps on random tokens in a process of its own. Measured is its peak
-memory (Linux only) above that after a step of a tiny model, which has loaded the libraries.
+Each config trains for five steps on random tokens in a process of its own. The measured memory is
+its peak (Linux only) minus the memory after a step of a tiny model, which has loaded the libraries.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from nib.errors import UserError, run_script, warn
 from nib.machine.device import peak_memory
 from nib.machine.memory_plan import plan_memory
 
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 MODERN = '--position=rotary --norm=rms --qk_norm --mlp=swiglu --no-tied_head'
 MUON = '--optimizer=muon'
@@ -115,7 +115,7 @@ def resident_memory() -> int:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith('VmRSS'))
     except OSError as error:
         raise UserError(
-            'this benchmark needs Linux, which tells the memory of a process'
+            'this benchmark needs Linux, which reports the memory of a process'
         ) from error
 
 

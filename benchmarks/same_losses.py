@@ -38,7 +38,7 @@ cases: str = ''  # names of the cases to run, separated by commas; empty: all
 timing: bool = False  # measure tokens/s in turns instead of comparing losses
 rounds: int = 5  # turns of each revision, for --timing
 device: str = 'cpu'  # for --timing; losses are compared on the CPU, whose results are reproducible
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,9 @@ def check_out(reference: str, folder: Path) -> Path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     if done.returncode:
         reason = done.stderr.decode(errors='replace').strip().splitlines()[-1]
-        raise UserError(f'--base={reference}: no git reference and no copy of nibGPT ({reason})')
+        raise UserError(
+            f'--base={reference}: neither a git reference nor a copy of nibGPT ({reason})'
+        )
     zipfile.ZipFile(io.BytesIO(done.stdout)).extractall(folder)
     return folder
 

@@ -4,8 +4,8 @@
     python benchmarks/scaling.py
 
 Each run has a fixed number of steps, so its loss does not depend on the speed of the machine. The
-steps are those that one thread of an Intel Xeon with AMX makes in about 5, 10, 20 or 40 seconds.
-Finished runs are kept in --result: the same command continues. All runs add up to 27 minutes.
+number is what one thread of an Intel Xeon with AMX manages in about 5, 10, 20 or 40 seconds.
+Finished runs are kept in --result, so the same command continues. All runs take 27 minutes.
 """
 
 import json

@@ -21,7 +21,7 @@ from nib.files import read_json
 
 input: str = ''  # file of text
 max_iters: int = 500  # steps of each run
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 TOKENIZERS = {
     'char': ['--tokenizer=char'],

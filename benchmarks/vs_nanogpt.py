@@ -28,7 +28,7 @@ from nib.schema import check_range
 nanogpt: str = ''  # path of a clone of karpathy/nanoGPT with data/shakespeare_char prepared
 rounds: int = 3  # turns of each contestant
 max_iters: int = 2000  # steps in a turn; at least 250, for a quick look
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 TOKENS_PER_STEP = 12 * 64
 # nanoGPT's own code evaluates nanoGPT's checkpoint on the whole validation split.

@@ -1,6 +1,6 @@
 # A GPT of GPT-2's depth and width on OpenWebText, with half the tokens of train_gpt2.py. Its untied
 # head brings it to 162M parameters without more FLOPs per token. It has not been run to the end
-# yet, which takes GPUs; docs/experiments.md describes a small trial.
+# yet, because that requires GPUs; docs/experiments.md describes a small trial.
 
 include('train_gpt2.py')
 out_dir = 'out-fast-gpt2'

@@ -1,4 +1,4 @@
-# Finetunes the published GPT-2 to write like Shakespeare: a few minutes on a GPU.
+# Fine-tunes the published GPT-2 to write like Shakespeare: a few minutes on a GPU.
 
 out_dir = 'out-finetune-shakespeare'
 init_from = 'gpt2'  # 124M parameters; 'gpt2-xl' writes best but needs a 40 GB GPU

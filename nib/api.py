@@ -11,6 +11,7 @@ import torch
 
 from model import GPT
 from nib.checkpoint.start import read_weights
+from nib.checkpoint.weights import Weights
 from nib.doctor.inspection import attention_scores, watch_attention
 from nib.text.tokenizer import Tokenizer, encode_prompt
 
@@ -22,7 +23,7 @@ def load(name: str, which: str | int = 'best') -> tuple[GPT, Tokenizer]:
     model, or nanoGPT's ckpt.pt. which: the checkpoint of a run: 'best', 'latest' or a step number.
     Raises UserError if there is no such model.
     """
-    weights = read_weights(str(name), which=str(which))
+    weights = read_weights(str(name), which=str(which), check=Weights.known_tokenizer)
     return weights.build().float(), weights.known_tokenizer()
 
 
@@ -30,7 +31,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the token ids of a prompt.
 
     <|endoftext|> is the end-of-text token, and a beginning-of-text token comes first if the model
-    has one. Raises UserError if the vocabulary cannot express the text.
+    has one. Raises UserError if the vocabulary cannot represent the text.
     """
     return encode_prompt(tokenizer, text, 'prompt')
 
@@ -63,7 +64,7 @@ def generate(
     """Returns the prompt and the model's continuation of it.
 
     stop: the text ends after this text. sampling: arguments of GPT.generate(), such as temperature.
-    Raises UserError if the vocabulary cannot express the prompt, or an argument is invalid.
+    Raises UserError if the vocabulary cannot represent the prompt, or an argument is invalid.
     """
     pieces = stream(model, tokenizer, [encode(tokenizer, prompt)], max_new_tokens, stop, **sampling)
     return prompt + ''.join(piece for (piece,) in pieces)

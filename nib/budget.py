@@ -1,8 +1,8 @@
-"""One dial: the model and the run that make the best use of a time, on this machine and text.
+"""Plans the run that makes the best use of a time on this machine and text.
 
 --budget=10m: the largest model is not the best one, because a smaller one reads more text in the
 same time. A scaling law predicts the loss of each size with the tokens that it would read, from its
-measured speed. --params=10M: the size is given, and the law says how many tokens it deserves.
+measured speed. --params=10M: the size is given, and the law determines the number of tokens.
 nib/scaling_law.py has the law, and docs/scaling_laws.md explains the rules below.
 """
 
@@ -121,15 +121,15 @@ class Planner:
 
     def possible(self, widths: Sequence[int]) -> list[int]:
         """Returns the widths that the user's keys allow. Raises UserError if they allow none."""
-        allowed, refused = [], None
+        allowed, rejected = [], None
         for width in [self.fixed['n_embd']] if 'n_embd' in self.fixed else widths:
             try:
                 self.model(self.shape(width, 1e6))
                 allowed.append(width)
             except UserError as error:
-                refused = refused or error
-        if refused and not allowed:
-            raise refused
+                rejected = rejected or error
+        if rejected and not allowed:
+            raise rejected
         return allowed
 
     def fit_memory(self, keys: dict) -> dict:
@@ -189,7 +189,7 @@ class Planner:
         return width
 
     def for_size(self, params: float) -> dict:
-        """Returns the keys for a number of parameters and the tokens that it deserves."""
+        """Returns the keys for a number of parameters, with the number of tokens for it."""
         width = self.nearest_width(params)
         n = self.count(self.shape(width, 1e6), embeddings=False)
         # More than 16 epochs teach little more: Muennighoff et al. 2023, figure 1.

@@ -27,7 +27,7 @@ FULL = (
     'Storage size calculation overflowed'
 )
 # Messages about a GPU's software -> what to do.
-GPU_TROUBLES = {
+GPU_PROBLEMS = {
     'no kernel image': (
         'this torch was not built for this GPU: install a build whose CUDA version supports it '
         '(pytorch.org/get-started), or use --device=cpu'
@@ -168,7 +168,7 @@ def is_full(error: BaseException) -> bool:
 
 def gpu_remedy(message: str) -> str | None:
     """Returns what to do about a message about a GPU's software, if it is a known one."""
-    found = (remedy for pattern, remedy in GPU_TROUBLES.items() if re.search(pattern, message))
+    found = (remedy for pattern, remedy in GPU_PROBLEMS.items() if re.search(pattern, message))
     return next(found, None)
 
 

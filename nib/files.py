@@ -21,6 +21,8 @@ except ImportError:  # Windows
     import msvcrt
 
 ROOT = Path(__file__).resolve().parent.parent
+# What to type if a dataset cannot be written to its folder. A run may prepare it, too.
+ELSEWHERE = 'name another folder with --out_dir=PATH (in train.py, --data_dir=PATH)'
 
 
 @contextmanager
@@ -63,8 +65,18 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Within this context, the error of a full disk names the path, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        _name_path(error, Path(path), Path(path))
+        raise
+
+
 def _name_path(error: BaseException, temporary: Path, path: Path):
-    """Makes an error of a write to `temporary` name `path`, which a person knows."""
+    """Makes an error of a write to `temporary` name `path`, which the user knows."""
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in NO_ROOM or str(error.filename).startswith(str(temporary)):
             error.filename = str(path)
@@ -130,13 +142,14 @@ class FolderLock:
         return 'unknown process'
 
     def release(self, remove: bool = False):
-        """Gives the lock back. remove: whether the file is removed, too."""
+        """Releases the lock. remove: whether to remove the file, too."""
         if not self.file:
             return
-        with self.file:
-            if remove:
-                with suppress(OSError):  # Windows does not remove an open file
-                    self.path.unlink()
+        if remove:
+            with suppress(OSError):  # Windows does not remove an open file
+                self.path.unlink()
+        with suppress(OSError):  # on a full disk, sign() may have left something to write
+            self.file.close()
         self.file = None
 
 

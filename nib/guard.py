@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 
 ENDLESS = 1 << 62
-MAX_REWINDS = 3  # from the same checkpoint; if batch after batch fails, it is no accident
+MAX_REWINDS = 3  # from the same checkpoint; if more batches fail, it is not by chance
 
 
 class BadSteps:
     """Counts consecutive non-finite steps on the device, so no step waits for it.
 
-    After `limit` of them, no further step is usable. However late someone looks at the count, the
-    weights are those from before these steps. limit None: no limit. float16: non-finite gradients
-    with a finite loss are handled by the loss scale, and not counted.
+    After `limit` of them, no further step is usable. However late the count is read, the weights
+    are those from before these steps. limit None: no limit. float16: non-finite gradients with a
+    finite loss are handled by the loss scale, and not counted.
     """
 
     def __init__(self, limit: int | None, device: str, float16: bool = False):
@@ -27,7 +27,7 @@ class BadSteps:
         # Consecutive bad steps; all bad steps; steps since the last bad one.
         self._counts = torch.tensor([in_a_row, 0, 0], device=self.device)
         self._reported = 0
-        self._steps = 0  # since the last look
+        self._steps = 0  # since the last check
 
     def usable(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Returns a boolean tensor: whether a step's gradients may be applied to the weights.
@@ -49,7 +49,7 @@ class BadSteps:
         return finite & open_
 
     def look(self, step: int, scaler: torch.amp.GradScaler) -> 'Seen':
-        """Returns what has happened since the last look. Waits for the device.
+        """Returns what has happened since the last check. Waits for the device.
 
         step: number of steps done.
         """
@@ -73,11 +73,11 @@ class BadSteps:
 
 @dataclass(frozen=True)
 class Seen:
-    """The non-finite ('bad') steps since the last look."""
+    """The non-finite ('bad') steps since the last check."""
 
     in_a_row: int  # consecutive bad steps, up to the last step
-    steps: int  # all steps since the last look
-    new: int  # bad steps since the last look
+    steps: int  # all steps since the last check
+    new: int  # bad steps since the last check
     last: int  # number of the last bad step; the first step is 1
     ending: bool  # whether the run cannot continue like this
     sentence: str

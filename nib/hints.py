@@ -62,19 +62,25 @@ def print_columns(rows: Sequence[tuple[str, str]]) -> None:
 # -- hints -----------------------------------------------------------------------------------------
 
 
-def no_such_key(name: str, block: Block, note: str, form: str = '{}') -> str:
-    """Returns what is wrong with a key, and which one may be meant.
+def no_such_keys(unknown: Mapping[str, str], block: Block, note: str, form: str = '{}') -> str:
+    """Returns what is wrong with unknown keys, and which ones may be meant.
 
-    Candidates have these initials or a similar spelling, or mean this. note: for a key that is not
-    one of nanoGPT's either.
+    unknown: where each one stands -> the key. note: for keys that are not nanoGPT's either.
     """
+    problems = [f'{place}: {_no_such_key(name, block, form)}' for place, name in unknown.items()]
+    is_nanogpt = set(unknown.values()) <= NANOGPT_KEYS.keys()
+    return '; '.join(problems) + ('' if is_nanogpt else f' ({note})')
+
+
+def _no_such_key(name: str, block: Block, form: str) -> str:
+    """Candidates have these initials or a similar spelling, or mean this."""
     if name in NANOGPT_KEYS:
         return f'a key of nanoGPT: {NANOGPT_KEYS[name]}'
     keys = [key for key in block.types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
     keys = keys or difflib.get_close_matches(name, block.types, n=2, cutoff=0.66)
     keys = keys or find_by_meaning(name, block)
     hint = f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
-    return f'no such key{hint} ({note})'
+    return f'no such key{hint}'
 
 
 def find_by_meaning(name: str, block: Block) -> list[str]:

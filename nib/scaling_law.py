@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Law:
-    """What a model of N parameters (without embeddings) loses after D tokens: A/N^alpha + B/D^beta.
+    """The loss of N parameters (without embeddings) after D tokens: A/N^alpha + B/D^beta.
 
-    Hoffmann et al. 2022, section 3.3, without the floor, which differs between texts and decides
-    nothing. Repeated tokens are worth less than new ones: Muennighoff et al. 2023, section 3.1.
+    Hoffmann et al. 2022, section 3.3, without the floor, which differs between texts and does
+    not affect which size is best. Repeated tokens are worth less than new ones: Muennighoff et al.
+    2023, section 3.1.
     """
 
     A: float

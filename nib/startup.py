@@ -16,17 +16,20 @@ def in_notebook() -> bool:
     return hasattr(sys, 'ps1')  # its prompt
 
 
-_SCRIPTS = 'bench.py', 'convert.py', 'debug_training.py', 'sample.py', 'sweep.py', 'train.py'
+_SCRIPTS = 'bench convert debug_training report sample sweep train'.split()
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''
 if os.path.isabs(_main):  # as it is of a script; and realpath needs no working directory then
     _main = os.path.realpath(_main)
 _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 # Not another program that imports one of them, and may never call run_script().
-_is_script = _main in [os.path.join(_root, name) for name in _SCRIPTS]
+_is_script = _main in [os.path.join(_root, f'{name}.py') for name in _SCRIPTS]
+_folder, _name = os.path.split(_main)
+_is_prepare = _name == 'prepare.py' and os.path.dirname(_folder) == os.path.join(_root, 'data')
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()
-if _is_script and not in_notebook():
-    gc.disable()  # a tenth of the import time, and it finds nothing
+if (_is_script or _is_prepare) and not in_notebook():
+    if _is_script:
+        gc.disable()  # a tenth of the import time, and it finds nothing
     if _is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -33,7 +33,7 @@ def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     check_range(values, 'damages', least=1)
-    counts, troubles = {kind: Counter() for kind in KINDS}, []
+    counts, problems = {kind: Counter() for kind in KINDS}, []
     with tempfile.TemporaryDirectory() as scratch:
         out_dir = Path(scratch)
         whole = make_run(out_dir)
@@ -44,7 +44,7 @@ def main(argv):
             outcome, said = damage_and_load(out_dir, kind, whole, content, draw)
             counts[kind][outcome] += 1
             if outcome in ('silent', 'wrong'):
-                troubles.append(f'damage {number}, {kind}: {said}')
+                problems.append(f'damage {number}, {kind}: {said}')
             restore(out_dir, content)
     columns = {
         'older': 'older taken',
@@ -66,13 +66,13 @@ def main(argv):
                 ),
                 '',
                 f'loaded without a word: {rows[-1][1]["silent"]} of {damages:,}',
-                *troubles[:20],
+                *problems[:20],
             ]
         )
         + '\n'
     )
     measure.publish(table, result)
-    return int(bool(troubles))
+    return int(bool(problems))
 
 
 def make_run(out_dir: Path) -> dict[int, dict]:

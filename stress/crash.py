@@ -57,21 +57,21 @@ def main(argv):
     globals().update(values)
     check_range(values, 'kills', 'stops', least=2)
     torch.set_num_threads(1)
-    rows, troubles = [], []
+    rows, problems = [], []
     with tempfile.TemporaryDirectory(dir=folder or None) as scratch:
         for name in SCENARIOS:
             counts = {
-                way: stop_at_every_operation(name, way, Path(scratch) / 'stops', troubles)
+                way: stop_at_every_operation(name, way, Path(scratch) / 'stops', problems)
                 for way in WAYS
             }
             rows.append(f'{name:46}' + ''.join(f'{count:>12,}' for count in counts.values()))
-        saving = kill_saving(kills // 2, random.Random(seed), Path(scratch) / 'saving', troubles)
+        saving = kill_saving(kills // 2, random.Random(seed), Path(scratch) / 'saving', problems)
         training = kill_training(
-            kills - kills // 2, random.Random(seed + 1), Path(scratch) / 'training', troubles
+            kills - kills // 2, random.Random(seed + 1), Path(scratch) / 'training', problems
         )
         stopped = [
             stop_training(
-                stops // 2, limit, random.Random(seed + 2), Path(scratch) / name, troubles, name
+                stops // 2, limit, random.Random(seed + 2), Path(scratch) / name, problems, name
             )
             for name in STOPPED
         ]
@@ -90,10 +90,10 @@ def main(argv):
     ]
     for key in stopped[0]:
         lines.append(f'{key:46}' + ''.join(f'{counts[key]:>16,.3g}' for counts in stopped))
-    lines += ['', f'violations: {len(troubles)}', *troubles[:20], '']
+    lines += ['', f'violations: {len(problems)}', *problems[:20], '']
     table = '\n'.join(lines)
     measure.publish(table, result)
-    return int(bool(troubles))
+    return int(bool(problems))
 
 
 # -- a stop at every operation ---------------------------------------------------------------------
@@ -171,7 +171,7 @@ SCENARIOS = {
 WAYS = ('stop', 'power cut', 'error')
 
 
-def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: list[str]) -> int:
+def stop_at_every_operation(scenario: str, way: str, scratch: Path, problems: list[str]) -> int:
     """Runs the scenario once per operation and interrupts it there; returns their number."""
     prepare, act, allowed = SCENARIOS[scenario]
     shutil.rmtree(scratch, ignore_errors=True)
@@ -185,9 +185,9 @@ def stop_at_every_operation(scenario: str, way: str, scratch: Path, troubles: li
         code = exit_code(fork(lambda: play(act, out_dir, operation, way)))
         where = f'{scenario}, {way} at operation {operation}'
         if code not in (0, 50, 51, 52):
-            troubles.append(f'{where}: exit code {code}')
+            problems.append(f'{where}: exit code {code}')
             break
-        troubles += [f'{where}: {trouble}' for trouble in check_folder(out_dir, allowed)]
+        problems += [f'{where}: {problem}' for problem in check_folder(out_dir, allowed)]
         done = code == 0
         operation += not done
     return operation
@@ -262,33 +262,33 @@ def intercept(operation: int, way: str) -> Callable[[], bool]:
 
 def check_folder(out_dir: Path, allowed: set) -> list[str]:
     """Returns what is wrong with a folder after an interruption: can the run be resumed from it?"""
-    troubles, warnings = [], []
+    problems, warnings = [], []
     newest = None
     for step in sorted(store.steps_after(out_dir, 0)):
-        value = read_value(out_dir, str(step), troubles, warnings)
+        value = read_value(out_dir, str(step), problems, warnings)
         newest = (step, value)
-    if newest and read_value(out_dir, 'latest', troubles, warnings) != newest[1]:
-        troubles.append('latest is not the newest')
-    if newest and read_value(out_dir, 'best', troubles, warnings) is None:
-        troubles.append('there is no best')
-    troubles += [warning for warning in warnings if 'no best checkpoint yet' not in warning]
+    if newest and read_value(out_dir, 'latest', problems, warnings) != newest[1]:
+        problems.append('latest is not the newest')
+    if newest and read_value(out_dir, 'best', problems, warnings) is None:
+        problems.append('there is no best')
+    problems += [warning for warning in warnings if 'no best checkpoint yet' not in warning]
     if newest not in allowed:
-        troubles.append(f'the newest is {newest}')
+        problems.append(f'the newest is {newest}')
     save(out_dir, 40, 4.0, best=True, start=newest[0] if newest else 0)
     left = sorted(path.name for path in out_dir.iterdir())
     if (
         left != ['best', 'latest', 'step-00000040']
-        or read_value(out_dir, 'latest', troubles, warnings) != 4.0
+        or read_value(out_dir, 'latest', problems, warnings) != 4.0
     ):
-        troubles.append(f'after another save there are {left}')
-    return troubles
+        problems.append(f'after another save there are {left}')
+    return problems
 
 
-def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[str]) -> float | None:
+def read_value(out_dir: Path, which: str, problems: list[str], warnings: list[str]) -> float | None:
     try:
         found, tensors = store.load(out_dir, which, warn=warnings.append)
     except UserError as error:
-        troubles.append(str(error))
+        problems.append(str(error))
         return None
     values = {
         float(value)
@@ -297,7 +297,7 @@ def read_value(out_dir: Path, which: str, troubles: list[str], warnings: list[st
         for value in tensor.unique()
     }
     if len(values) != 1:
-        troubles.append(f'{found.path} mixes {values}')
+        problems.append(f'{found.path} mixes {values}')
     return values.pop()
 
 
@@ -312,7 +312,7 @@ COUNTED = (
 
 
 def kill_saving(
-    kills: int, draw: random.Random, out_dir: Path, troubles: list[str]
+    kills: int, draw: random.Random, out_dir: Path, problems: list[str]
 ) -> dict[str, int]:
     """Repeatedly kills a process that only saves; each one continues from the previous state."""
     out_dir.mkdir()
@@ -325,21 +325,21 @@ def kill_saving(
         time.sleep(draw.uniform(0, 0.15))
         os.kill(process, signal.SIGKILL)
         if exit_code(process) != -signal.SIGKILL:
-            troubles.append('the saving process failed')
+            problems.append('the saving process failed')
             break
         counts['kills'] += 1
         counts['within a save or deletion'] += has_leftovers(out_dir)
         with os.fdopen(begun) as lines:
             last = int((lines.read().split() or [newest])[-1])
-        found = check_steps(out_dir, troubles, counts)
+        found = check_steps(out_dir, problems, counts)
         counts['most saves lost of those begun'] = max(
             counts['most saves lost of those begun'], last - found
         )
         if found < last - 1 or any(
-            read_value(out_dir, str(step), troubles, []) != step
+            read_value(out_dir, str(step), problems, []) != step
             for step in store.steps_after(out_dir, 0)
         ):
-            troubles.append(f'killed while saving step {last}: the newest is {found}')
+            problems.append(f'killed while saving step {last}: the newest is {found}')
     return counts
 
 
@@ -355,7 +355,7 @@ def save_for_ever(out_dir: Path, step: int, told: int):
 
 
 def kill_training(
-    kills: int, draw: random.Random, scratch: Path, troubles: list[str]
+    kills: int, draw: random.Random, scratch: Path, problems: list[str]
 ) -> dict[str, int]:
     """Kills and resumes train.py until it ends, then compares it with an uninterrupted run."""
     flags, expected, duration = train_whole(scratch)
@@ -373,17 +373,17 @@ def kill_training(
             counts['ended'] += 1
             if not is_same(store.load(out_dir)[1], expected):
                 counts['differ'] += 1
-                troubles.append(
+                problems.append(
                     f'run {counts["ended"]} ends with other weights than the uninterrupted one'
                 )
             shutil.rmtree(out_dir)
             continue
         if code != -signal.SIGKILL:
-            troubles.append(f'train.py does not go on: {output.read_text()[-500:]}')
+            problems.append(f'train.py does not go on: {output.read_text()[-500:]}')
             break
         counts['kills'] += 1
         counts['within a save or deletion'] += has_leftovers(out_dir)
-        found = check_steps(out_dir, troubles, counts)
+        found = check_steps(out_dir, problems, counts)
         reached = max(
             map(int, re.findall(r'^step (\d+): loss', output.read_text(), re.MULTILINE)), default=0
         )
@@ -394,7 +394,7 @@ def kill_training(
             counts['most saves lost of those begun'], lost
         )
         if lost > 1:
-            troubles.append(f'killed at step {reached}: the newest checkpoint is {found}')
+            problems.append(f'killed at step {reached}: the newest checkpoint is {found}')
     return counts
 
 
@@ -404,7 +404,7 @@ def has_leftovers(out_dir: Path) -> bool:
     )
 
 
-def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> int:
+def check_steps(out_dir: Path, problems: list[str], counts: dict[str, int]) -> int:
     """Returns the newest step, or 0. Checks that every step, `latest` and `best` can be loaded."""
     if not store.exists(out_dir):
         return 0
@@ -416,7 +416,7 @@ def check_steps(out_dir: Path, troubles: list[str], counts: dict[str, int]) -> i
         warnings.append(str(error))
     if found := [warning for warning in warnings if 'no best checkpoint yet' not in warning]:
         counts['folders that cannot be loaded'] += 1
-        troubles += found
+        problems += found
     return store.load(out_dir, warn=lambda line: None)[0].step
 
 

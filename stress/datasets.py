@@ -1,10 +1,10 @@
-"""Prepares one dataset by several processes at once, and opens bins of foreign vocabularies.
+"""Prepares one dataset in several processes at once, and opens bins of other vocabularies.
 
 python stress/datasets.py                               200 rounds of three processes, 700 bins
 python stress/datasets.py --rounds=20 --vocabularies=50   a quick look
 
 The processes are forked, so this program needs Linux or macOS. Half of all rounds kill one of the
-three at a random moment. If GPT-2's vocabulary is at hand, texts in its tokens are opened, too.
+three at a random moment. If GPT-2's vocabulary is available, texts in its tokens are opened, too.
 """
 
 import multiprocessing
@@ -39,7 +39,7 @@ from nib.tokens.write import write_dataset
 rounds: int = 200  # times that three processes prepare a dataset together
 vocabularies: int = 700  # bins to open, alternating between all kinds
 seed: int = 0  # determines texts, vocabularies and kills
-result: str = ''  # file that the table is also written to
+result: str = ''  # also write the table to this file
 
 PROCESSES = 3
 WAITED, BROKEN = 10, 11  # exit codes of a process, besides 0
@@ -67,7 +67,7 @@ def main(argv):
             '',
             *rows(prepared, ('processes', 'waited', 'killed', 'broken')),
             '',
-            *rows(opened, ('right', 'refused', 'wrong')),
+            *rows(opened, ('right', 'rejected', 'wrong')),
             '',
         ]
     )
@@ -89,7 +89,7 @@ def rows(counts: dict[str, Counter], columns) -> list[str]:
 
 
 def prepare_together(folder: Path, killing: bool, draw: random.Random) -> Counter:
-    """Prepares a dataset by three processes at once; returns how they ended."""
+    """Prepares a dataset in three processes at once; returns how they ended."""
     text = ''.join(draw.choices('to be or not\n', k=3000))
     context = multiprocessing.get_context('fork')
     processes = [context.Process(target=prepare, args=(folder, text)) for _ in range(PROCESSES)]
@@ -160,7 +160,7 @@ def write(folder: Path, ids: np.ndarray, meta: dict | None):
 
 
 def bare(folder: Path, draw: random.Random, lengths: tuple[int, int]) -> str:
-    """Opens ids of an unknown vocabulary: right only if they are refused."""
+    """Opens ids of an unknown vocabulary: right only if they are rejected."""
     ids = draw_ids(draw.randint(2, 32_000), draw.randint(*lengths), draw)
     write(folder, ids, None)
     try:
@@ -168,7 +168,7 @@ def bare(folder: Path, draw: random.Random, lengths: tuple[int, int]) -> str:
     except UserError:
         size = int(ids.max()) + 1
         is_right = open_dataset(folder, 16, vocab_size=size).vocab_size == size
-        return 'refused' if is_right else 'wrong'
+        return 'rejected' if is_right else 'wrong'
     return 'wrong'
 
 

@@ -5,7 +5,7 @@
 
 A case writes a text in some encoding, with some line ending, sometimes damaged, and reads it twice:
 with data/text/prepare.py and as a prompt. It passes if both give exactly the text that was written,
-or if both refuse it in one line. If that line holds a command, the command is run, and what it
+or if both reject it in one line. If that line holds a command, the command is run, and what it
 writes is read again.
 """
 
@@ -34,7 +34,7 @@ from nib.tokens.dataset import open_dataset
 cases: int = 10000  # number of cases to run
 seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 WORDS = {
     'English': 'The cat sees a dog and then it sleeps “well” … 12 o clock'.split(),
@@ -71,7 +71,7 @@ def main(argv):
 
 
 BAD = ('another text', 'advice fails', 'no clear line')
-OUTCOMES = ('read', 'refused', 'converted', *BAD)
+OUTCOMES = ('read', 'rejected', 'converted', *BAD)
 
 
 def run_case(number: int, folder: Path, prepare) -> tuple[str, str, str]:
@@ -94,7 +94,7 @@ def run_case(number: int, folder: Path, prepare) -> tuple[str, str, str]:
     path.write_bytes(content)
     outcome, messages = read_twice(path, text, prepare)
     advice = re.search(r": ((?:iconv|tr) .*?-utf8\.txt')", messages)
-    if outcome != 'refused' or not advice or damage or encoding not in (*UNICODE, *OLD['German']):
+    if outcome != 'rejected' or not advice or damage or encoding not in (*UNICODE, *OLD['German']):
         return kind, outcome, messages
     subprocess.run(advice[1], shell=True, capture_output=True)
     again, said = read_twice(path.with_name(f'my text {number}-utf8.txt'), text, prepare)
@@ -133,10 +133,10 @@ def read_twice(path: Path, text: str, prepare) -> tuple[str, str]:
     said = printed.getvalue()
     if code == 2:
         lines = [line for line in said.splitlines() if line.startswith('error: ')]
-        return ('refused' if prompt is None and len(lines) == 1 else 'no clear line'), said
+        return ('rejected' if prompt is None and len(lines) == 1 else 'no clear line'), said
     data = open_dataset(out_dir, 8)
-    learnt = data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val)
-    return ('read' if learnt == prompt == text else 'another text'), said
+    learned = data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val)
+    return ('read' if learned == prompt == text else 'another text'), said
 
 
 def format_table(ended: dict[str, Counter[str]], seconds: float) -> str:

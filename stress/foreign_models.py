@@ -5,7 +5,7 @@
 
 A case takes a small GPT-2, Llama, Qwen2 or Qwen3, written by transformers, and changes its
 config.json or its tensors. It passes if nibGPT's logits equal those that transformers computes from
-the same files, or if nibGPT refuses them in one line that names the key or the tensor. If
+the same files, or if nibGPT rejects them in one line that names the key or the tensor. If
 transformers cannot load the files, not even without nulls and keys that have no effect, the logits
 must be those of the unchanged model.
 """
@@ -42,7 +42,7 @@ from nib.schema import check_range
 cases: int = 1000  # number of cases to run
 seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 SECONDS = 20  # limit for a case, of processor time
 VOCAB_SIZE, CONTEXT = 67, 19
@@ -123,8 +123,8 @@ WORDS = [
 NUMBERS = [-1, 0, 1, 2, 3, 4, 6, 8, 12, 19, 24, 36, 52, 67, 1000, 10**6, 10**12, 10**400]
 FLOATS = [-1.0, 0.0, 1e-6, 1e-5, 0.1, 0.5, 1.0, 2.0, 100.0, 1e308, float('nan'), float('inf')]
 NESTED = [None, [], {}, [None], {'x': None}, [[]], {'rope_type': None}, ['full_attention'] * 3]
-BAD = ('another model', 'no clear line', 'harmless, but refused', 'too long')
-OUTCOMES = ('equal', 'as unchanged', 'refused', *BAD)
+BAD = ('another model', 'no clear line', 'harmless, but rejected', 'too long')
+OUTCOMES = ('equal', 'as unchanged', 'rejected', *BAD)
 
 
 def main(argv):
@@ -199,10 +199,10 @@ def run_case(number: int, scratch: Path, originals) -> tuple[str, str, str]:
     if code == 2:
         is_named = any(key in message for key in names) or 'the tensor ' in message
         is_line = message.startswith('error: ') and message.count('\n') == 1
-        outcome = 'refused' if is_named and is_line else 'no clear line'
-        return kind, 'harmless, but refused' if kind == HARMLESS_KEY else outcome, said
+        outcome = 'rejected' if is_named and is_line else 'no clear line'
+        return kind, 'harmless, but rejected' if kind == HARMLESS_KEY else outcome, said
     theirs = reference(folder, logits.shape[1])
-    if theirs is None:  # it refuses some nulls, and wrong types in keys that have no effect
+    if theirs is None:  # it rejects some nulls, and wrong types in keys that have no effect
         kept = {k: v for k, v in config.items() if v is not None and k not in HARMLESS}
         for key in ('rms_norm_eps', 'layer_norm_epsilon'):  # nor an integer there
             if type(kept.get(key)) is int:

@@ -62,7 +62,7 @@ from nib.tokens.write import write_char_dataset
 cases: int = 10000  # number of cases to run
 seed: int = 1  # determines the cases
 case: int = -1  # the number of a case to run alone; -1 for all
-result: str = ''  # file to write the table to; empty: standard output only
+result: str = ''  # also write the table to this file
 
 MEMORY, SECONDS = 2 << 30, 60  # limits for a case: bytes and seconds
 PREPARE = {
@@ -210,7 +210,7 @@ def main(argv):
 
 
 def run_all(numbers, ground: Path, scratch: Path) -> list[tuple[str, int, str]]:
-    """Runs the cases on all cores; returns the kind, exit code and trouble of each."""
+    """Runs the cases on all cores; returns the kind, exit code and problem of each."""
     running, ended = {}, []
     for number in [*numbers, None]:
         while running and (number is None or len(running) >= (os.cpu_count() or 1)):

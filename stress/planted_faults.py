@@ -1,4 +1,4 @@
-"""Trains models with the faults of config/lab/ and healthy ones: what does the doctor find, when?
+"""Trains models with the faults of config/lab/ and healthy ones; counts what the doctor finds.
 
     python stress/planted_faults.py --text=data/shakespeare_char/input.txt
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import configurator
 import train
 from benchmarks import measure
-from nib.doctor.troubles import TROUBLES
+from nib.doctor.problems import PROBLEMS
 from nib.errors import UserError, call, run_script
 from nib.schema import check_range
 from nib.tokens.write import write_char_dataset
@@ -32,7 +32,7 @@ seeds: int = 3  # runs of each fault, model and text
 faults: str = ''  # names in config/lab, separated by commas; empty: all
 healthy: bool = True  # also run healthy configs
 processes: int = 1  # runs at a time, each on one core
-result: str = ''  # file to write the tables to; empty: standard output only
+result: str = ''  # also write the tables to this file
 
 CHARACTERS = 1_100_000  # taken from each text
 MODELS = {  # the flags that turn the lab's model into it
@@ -80,11 +80,11 @@ CONFIGS = {  # the project's own, made smaller where they are too large for this
 def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
-    planted = faults.split(',') if faults else list(TROUBLES)
-    if unknown := set(planted) - set(TROUBLES):
+    planted = faults.split(',') if faults else list(PROBLEMS)
+    if unknown := set(planted) - set(PROBLEMS):
         raise UserError(
             f'--faults: {", ".join(sorted(unknown))}: no such fault; '
-            f'choose from {", ".join(TROUBLES)}'
+            f'choose from {", ".join(PROBLEMS)}'
         )
     check_range(values, 'seeds', 'processes', least=1)
     torch.set_num_threads(1)  # before this process forks
@@ -148,7 +148,7 @@ def make_datasets(folder: Path):
         given = Path(text).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f'--text={text}: cannot be read as UTF-8 ({error}); it is the path of a text'
+            f'--text={text}: cannot be read as UTF-8 ({error}); expected the path of a text'
         ) from error
     library = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
     code = ''.join(
@@ -208,7 +208,7 @@ def run_job(job) -> dict:
 
 def table_of_faults(runs) -> str:
     rows, named_all, in_time_all, n_all = [], 0, 0, 0
-    for fault in TROUBLES:
+    for fault in PROBLEMS:
         mine = [run for run in runs if run['fault'] == fault]
         if not mine:
             continue
@@ -253,7 +253,7 @@ def table_of_healthy(runs) -> str:
         return ''
     by_severity = {
         severity: sum(
-            TROUBLES[name].severity == severity for run in runs for name in run['findings']
+            PROBLEMS[name].severity == severity for run in runs for name in run['findings']
         )
         for severity in ('critical', 'warning', 'note')
     }

@@ -94,7 +94,7 @@ def is_same(tensors: dict, others: dict) -> bool:
 
 
 def stop_training(
-    stops: int, limit: float, draw: random.Random, scratch: Path, troubles: list[str], kind: str
+    stops: int, limit: float, draw: random.Random, scratch: Path, problems: list[str], kind: str
 ) -> dict[str, float]:
     """Stops and resumes train.py until it ends, then compares it with an uninterrupted run."""
     flags, expected, duration = train_whole(scratch, *STOPPED[kind])
@@ -127,11 +127,11 @@ def stop_training(
             counts['runs that ended'] += 1
             if not is_same(store.load(out_dir)[1], expected):
                 counts['of these, different'] += 1
-                troubles.append(f'{where}: other weights than the uninterrupted run')
+                problems.append(f'{where}: other weights than the uninterrupted run')
             shutil.rmtree(out_dir)
             continue
         if code != 128 + number:
-            troubles.append(
+            problems.append(
                 f'{where}: exit code {code}; {(scratch / "run.txt").read_text()[-500:]}'
             )
             break
@@ -143,11 +143,11 @@ def stop_training(
         lost = max(record['step'] for record in records) - saved
         counts['steps lost'] += lost
         if lost or 'end' not in records[-1] or seconds > limit:
-            troubles.append(f'{where}: {lost} steps lost, {seconds:.1f} s, {records[-1]}')
+            problems.append(f'{where}: {lost} steps lost, {seconds:.1f} s, {records[-1]}')
         if is_long:
             late = sum(float(line) > since for line in began.read_text().split())
             if late > 2:  # one may begin before the signal arrives
-                troubles.append(f'{where}: {late} micro steps after it')
+                problems.append(f'{where}: {late} micro steps after it')
     return counts
 
 

@@ -1,4 +1,4 @@
-"""A server that misbehaves in every way that a download must stand, for tests."""
+"""A server that misbehaves in every way that a download must withstand, for tests."""
 
 import hashlib
 import threading

@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Spares the garbage collector what has been imported, a sixth of a second each time."""
+    """Excludes imported objects from garbage collection: saves a sixth of a second each time."""
     gc.enable()
     gc.collect()
     gc.freeze()
@@ -207,6 +207,18 @@ def process_kept():
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def full_disk(n_bytes: int):
+    """Within this context, no file can grow beyond n_bytes."""
+    resource = pytest.importorskip('resource')  # Windows has none
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def train_once(data_dir, out_dir, *flags):

@@ -24,7 +24,7 @@ MERGES = [
 
 @pytest.fixture(scope='session')
 def real_gpt2():
-    """Skips a test where GPT-2's two files are neither at hand nor to be had."""
+    """Skips a test if GPT-2's two files are missing and cannot be downloaded."""
     try:
         gpt2.load_gpt2()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A small model under the microscope of debug_training.py, to examine and to break."""
+"""A small model in the Microscope of debug_training.py, to examine and to break."""
 
 import re
 

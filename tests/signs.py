@@ -1,4 +1,4 @@
-"""The vital signs of a healthy run, and changes to them that show each trouble."""
+"""The vital signs of a healthy run, and changes to them that show each problem."""
 
 import math
 from dataclasses import replace
@@ -116,7 +116,7 @@ def rising(s):
     return {'losses': [loss_at(s) + 2.0 * (s > 100)] * 10}
 
 
-# name -> changes to a healthy run that show this trouble and no other
+# name -> changes to a healthy run that show this problem and no other
 FIRING = {
     'diverging': {'step': rising},
     'lr_too_high': {'step': lambda s: ratio(0.2)},

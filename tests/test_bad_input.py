@@ -74,7 +74,7 @@ def assert_refused(ended, words):
 
 
 def try_to_train(run_main, place, *flags):
-    """A run that would write over the one that is there, if it could begin."""
+    """Starts a run that would overwrite the existing one if it could begin."""
     return run_main(
         'train.py',
         *SMALL_RUN,
@@ -498,13 +498,18 @@ def test_a_run_that_would_go_on_as_another_model_is_told(run_main, place):
     before = contents(place)
     ended = try_to_train(run_main, place, '--init_from=resume', '--n_embd=64')
     assert_refused(
-        ended, ['was trained with n_embd 32', 'command line says 64', '--init_from=scratch']
+        ended, ['was trained with n_embd 32', 'command line says n_embd 64', '--init_from=scratch']
     )
     ended = try_to_train(run_main, place, '--init_from=resume', '--n_embd=64', '--n_layer=9')
-    assert_refused(ended, ['command line says 9', 'command line says 64', 'leave n_layer, n_embd'])
+    assert_refused(ended, ['command line says n_layer 9, n_embd 64: leave n_layer, n_embd'])
     ended = try_to_train(run_main, place, '--init_from=resume', '--optimizer=muon')
     assert_refused(
-        ended, ['was trained with optimizer adamw', 'command line says muon', '--init_from=scratch']
+        ended,
+        [
+            'was trained with optimizer adamw',
+            'command line says optimizer muon',
+            '--init_from=scratch',
+        ],
     )
     ended = try_to_train(run_main, place, '--init_from=resume', '--dropout=2')
     assert_refused(ended, ['dropout is 2.0: it must be at least 0 and less than 1'])
@@ -529,7 +534,7 @@ def test_a_run_that_is_not_there_to_go_on_with_is_told(run_main, place):
 
 
 def test_a_precision_that_the_gpu_lacks_is_told(run_main, place, monkeypatch):
-    """On a machine that has such a GPU by its own account; nothing is computed on it."""
+    """On a machine that seems to have such a GPU; nothing is computed on it."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: False)
@@ -623,9 +628,9 @@ WEIGHTS = {
     'another shape': (
         None,
         ['--n_layer=3'],
-        ['n_layer 1, but the command line says 3', '--init_from=scratch'],
+        ['n_layer 1, but the command line says n_layer 3', '--init_from=scratch'],
     ),
-    'another tokenizer': (None, ['--dataset=tiny'], ['another tokenizer', '--tokenizer=gpt2']),
+    'another tokenizer': (None, ['--dataset=tiny'], ['a different tokenizer', '--tokenizer=gpt2']),
     'no weights': (
         lambda place: (place / 'gpt2/model.safetensors').unlink(),
         [],
@@ -979,7 +984,7 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
 
 @pytest.mark.slow
 def test_wandb_without_a_login_offers_to_stay_offline(place, tmp_path):
-    """No key, no .netrc, no terminal: it ends at once, and the run that was there stays."""
+    """No key, no .netrc, no terminal: the script ends at once, and the existing run stays."""
     before = contents(place)
     environment = {key: value for key, value in os.environ.items() if not key.startswith('WANDB_')}
     done = subprocess.run(

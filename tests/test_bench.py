@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, full_disk
 
 import bench as bench_script
 import configurator
@@ -76,6 +76,12 @@ def test_the_figures_of_a_config_add_up(bench, data_dir, tmp_path):
         '--rounds=1',
     )
     assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()[0]  # before the first round
+    assert re.fullmatch(
+        'measuring 1 round of 6 steps, then runs of train.py: about [0-9]+ s of steps '
+        r'\(the first one took [0-9.]+ s\)',
+        said,
+    )
     assert (tmp_path / 'table.txt').read_text() == done.stdout
     assert '128 tokens per step (2 x 4 x 16), float32, compile off, tiny' in done.stdout
     figures = rows(done.stdout)
@@ -85,6 +91,13 @@ def test_the_figures_of_a_config_add_up(bench, data_dir, tmp_path):
     assert 0 < figures['% data, checks, loop, logging'] < 100 and figures['ms loop and logging'] > 0
     assert figures['ms that a checkpoint blocks'] > 0 and figures['ms evaluation, a batch'] > 0
     assert figures["ms doctor's check-up after it"] > 0
+
+
+def test_a_full_disk_names_the_file_of_the_table_and_the_table_is_printed(tmp_path, capsys):
+    with full_disk(10), pytest.raises(OSError) as caught:
+        measure.publish('a table of a few lines\n', str(tmp_path / 'table.txt'))
+    assert caught.value.filename == str(tmp_path / 'table.txt')
+    assert capsys.readouterr().out == 'a table of a few lines\n'
 
 
 def test_the_time_of_each_part_of_a_step_is_counted_as_its_own(data_dir, monkeypatch):
@@ -409,11 +422,29 @@ def test_the_plan_of_a_run_adds_up(run_main, tmp_path):
     assert 3000 < int(megabytes['at the peak']) < 15_000
 
 
+def test_the_plan_of_several_processes_divides_time_and_optimizer(run_main, tmp_path):
+    cells = []
+    for changes in ([], ['--processes=4'], ['--processes=4', '--shard_optimizer']):
+        flags = [*changes, '--plan', '--device=cpu', f'--data_dir={tmp_path}', '--devices=A100']
+        done = run_main('bench.py', 'config/train_gpt2.py', '--price_per_hour=2', *flags)
+        cells.append(dict(re.findall(r'^ *(.+?)  +([^ ].*)$', done.stdout, re.MULTILINE)))
+    one, four, sharded = cells
+    (hours, cost), (fewer_hours, same_cost) = (
+        re.search(r'(\d+) h.*, cost (.*)', plan['A100, 312 TFLOP/s']).groups()
+        for plan in (one, four)
+    )
+    assert int(hours) // 4 == int(fewer_hours) > 0 and cost == same_cost
+    for part, factor in (('weights', 1), ('gradients', 2), ("optimizer's state", 1)):
+        assert int(four[part]) == pytest.approx(factor * int(one[part].replace(',', '')), abs=1)
+    # One of the four has the embedding, 50,257 x 768, and nothing else.
+    assert int(sharded["optimizer's state"]) == round(50257 * 768 * 2 * 4 / 1e6)
+
+
 def test_a_note_says_that_other_weights_are_not_measured(capsys):
     bench_script.read_config([*SMALL])
     assert not capsys.readouterr().err
     bench_script.read_config([*SMALL, '--init_from=gpt2-xl'])
-    said = "init_from is 'gpt2-xl' (command line), which bench.py does not read"
+    said = "init_from is 'gpt2-xl' (command line), which bench.py ignores"
     assert said in capsys.readouterr().err
 
 
@@ -436,6 +467,7 @@ def test_the_model_is_compiled_if_the_run_of_the_config_is(max_iters, monkeypatc
         ('--mfu=0', 'more than 0'),
         ('--batch_size=auto', 'use a number here'),
         ('--price_per_hour=-1', 'at least 0'),
+        ('--processes=7', 'is not a multiple of the number of processes, 7'),
         ('--params=10M', "params is '10M' (command line): only train.py plans runs; leave it out"),
         ('--n_head=5', 'n_embd 768 is not divisible by n_head 5'),
     ],

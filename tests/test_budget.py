@@ -90,9 +90,9 @@ def test_the_constants_are_those_that_the_recorded_runs_give():
     assert fitted.beta == pytest.approx(LAW.beta, abs=0.002)
     ratio = fitted.A / fitted.B
     assert ratio == pytest.approx(LAW.A / LAW.B, rel=0.02)
-    # Runs of twice the time with the dial's depth, batch and context, which were not fitted.
-    dial = {'seconds': 40, 'n_layer': 2, 'batch_size': BATCH // 128, 'block_size': 128}
-    compared = [run for run in runs if run | dial == run]
+    # Runs of twice the time with the planner's depth, batch and context, which were not fitted.
+    planned = {'seconds': 40, 'n_layer': 2, 'batch_size': BATCH // 128, 'block_size': 128}
+    compared = [run for run in runs if run | planned == run]
     assert len(compared) == 14
     for run in compared:
         name = run['dataset']

@@ -1,6 +1,6 @@
 """Nothing that is loaded can run code: the tests put code into every file and every flag.
 
-The canaries are pickles and Python code that would create a folder named 'canary'. A run may refuse
+The canaries are pickles and Python code that would create a folder named 'canary'. A run may reject
 such a file or treat it as text, but the folder must not appear.
 """
 
@@ -68,8 +68,8 @@ PICKLES = HAND_MADE | {
 }
 
 
-def test_the_canaries_sing(tmp_path, monkeypatch):
-    """Where nothing holds them: or the other tests would show nothing."""
+def test_the_canaries_run_without_protection(tmp_path, monkeypatch):
+    """Without protection, they run. Otherwise the other tests would show nothing."""
     for name in (
         'reduce',
         'evaluate',
@@ -126,7 +126,7 @@ def test_a_meta_pkl_runs_nothing(run_main, place, content):
 
 
 def poison(data):
-    """JSON whose every text is code and whose every number is left."""
+    """JSON in which every text is code and every number is unchanged."""
     if isinstance(data, dict):
         return {key: poison(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -338,7 +338,7 @@ def test_the_journal_of_a_dataset_in_the_making_runs_nothing(run_main, place, mo
     ],
 )
 def test_a_flag_runs_nothing(run_main, place, value):
-    """Taken by a run that goes to its end where it is a text, refused where it is not."""
+    """A key of type text accepts it, and the run goes to its end; other keys reject it."""
     for key in (
         'out_dir',
         'init_from',
@@ -386,7 +386,7 @@ def test_a_flag_runs_nothing(run_main, place, value):
 
 
 def test_only_a_dataset_of_the_project_is_prepared(run_main, place):
-    """Whatever the path in its name: another folder's prepare.py is nobody's own config file."""
+    """Whatever path its name contains: a prepare.py in another folder does not run."""
     (place / 'other').mkdir()
     (place / 'other/prepare.py').write_text(f'def main(argv):\n    {CODE}\n')
     for name in (place / 'other', os.path.relpath(place / 'other', ROOT / 'data')):

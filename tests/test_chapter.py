@@ -21,7 +21,7 @@ from conftest import ROOT
 import configurator
 import train
 from nib.doctor import health
-from nib.doctor.troubles import TROUBLES
+from nib.doctor.problems import PROBLEMS
 
 ENGLISH, CHINESE = ROOT / 'docs/training_loop.md', ROOT / 'docs/training_loop.zh.md'
 MODEL, MODEL_CHINESE = ROOT / 'docs/model.md', ROOT / 'docs/model.zh.md'
@@ -354,10 +354,10 @@ def test_tables_of_characters_lose_what_is_shown():
     )
 
 
-# -- the table of troubles -------------------------------------------------------------------------
+# -- the table of problems -------------------------------------------------------------------------
 
 
-def trouble_rows(path: Path) -> list[list[str]]:
+def problem_rows(path: Path) -> list[list[str]]:
     rows = [
         [cell.strip() for cell in line.strip('|').split('|')]
         for line in path.read_text(encoding='utf-8').splitlines()
@@ -367,18 +367,18 @@ def trouble_rows(path: Path) -> list[list[str]]:
     return rows
 
 
-def test_every_trouble_has_its_row():
-    names = [row[2] for row in trouble_rows(ENGLISH)]
+def test_every_problem_has_its_row():
+    names = [row[2] for row in problem_rows(ENGLISH)]
     grave = {'critical': ' (critical)', 'warning': '', 'note': ' (note)'}
     assert names == [
-        f'[`{name}`](../config/lab/{name}.py){grave[trouble.severity]}'
-        for name, trouble in TROUBLES.items()
+        f'[`{name}`](../config/lab/{name}.py){grave[problem.severity]}'
+        for name, problem in PROBLEMS.items()
     ]
 
 
 def test_what_to_change_is_what_the_doctor_says():
-    for (_, _, _, change), trouble in zip(trouble_rows(ENGLISH), TROUBLES.values(), strict=True):
-        said = [advice if isinstance(advice, str) else advice[1] for advice in trouble.changes]
+    for (_, _, _, change), problem in zip(problem_rows(ENGLISH), PROBLEMS.values(), strict=True):
+        said = [advice if isinstance(advice, str) else advice[1] for advice in problem.changes]
         assert change.replace('`', '') == '; '.join(said)
 
 
@@ -388,7 +388,7 @@ def test_what_the_doctor_sees_is_recorded_by_that_name(folder, run_main):
         (ROOT / file).read_text() for file in ('nib/run/logbook.py', 'nib/doctor/vitals.py')
     )
     keys = configurator.read_block(str(ROOT / 'train.py')).defaults
-    named = {name for row in trouble_rows(ENGLISH) for name in re.findall('`([^`]+)`', row[1])}
+    named = {name for row in problem_rows(ENGLISH) for name in re.findall('`([^`]+)`', row[1])}
     assert len(named) > 5
     for name in named - set(keys):
         assert re.search(rf"['\"]{re.escape(name.removesuffix('...'))}|{name}: float", sources), (
@@ -405,7 +405,7 @@ def test_commands_name_files_that_are_there(path):
     assert [file for file in set(named) if not (ROOT / file).exists()] == []
 
 
-def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
+def test_what_fixes_a_problem_is_a_key_of_the_config():
     block = configurator.read_block(str(ROOT / 'train.py'))
     elsewhere = {
         'x = x + layer(norm(x))',
@@ -419,7 +419,7 @@ def test_what_a_trouble_is_to_be_mended_with_is_a_key_of_the_config():
         'OMP_NUM_THREADS',
     }
     keys = set()
-    for _, _, name, change in trouble_rows(ENGLISH):
+    for _, _, name, change in problem_rows(ENGLISH):
         plain = re.sub('`[^`]+`', '', change)
         assert not [
             key for key in block.defaults if '_' in key and re.search(rf'\b{key}\b', plain)

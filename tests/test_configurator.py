@@ -474,6 +474,31 @@ def test_wrong_file_is_named_with_its_line(config, text, expected):
     assert complaint(config(text)).startswith(expected)
 
 
+def test_a_file_of_a_windows_editor_is_read(config):
+    path = config(b'\xef\xbb\xbfseed = 3\r\n\r\nmax_iters = 2\r\n')
+    values, origins = resolve(KEYS, [path])
+    assert (values['seed'], values['max_iters']) == (3, 2)
+    assert (origins['seed'], origins['max_iters']) == ('x.py:1', 'x.py:3')
+
+
+def test_all_unknown_keys_are_in_one_message(config):
+    said = complaint(
+        '--learing_rate=1', '--decay-lr', 'True', '--zzz', '2', '--compille', '--seed=1'
+    )
+    assert said == (
+        '--learing_rate: no such key; did you mean --learning_rate?; '
+        f'--decay-lr: a key of nanoGPT: {hints.NANOGPT_KEYS["decay_lr"]}; '
+        '--zzz: no such key; --compille: no such key; did you mean --compile? '
+        '(--help lists all keys)'
+    )
+    said = complaint(config('backend = 1\nmax_iter = 3\nseed = 1\ndef zzz(): pass'))
+    assert said == (
+        f'x.py:1: backend: a key of nanoGPT: {hints.NANOGPT_KEYS["backend"]}; '
+        'x.py:2: max_iter: no such key; did you mean max_iters?; x.py:4: zzz: no such key '
+        "(the file's own names must begin with _)"
+    )
+
+
 def test_interrupt_in_a_file_passes(config):
     with pytest.raises(KeyboardInterrupt):
         resolve(KEYS, [config('raise KeyboardInterrupt')])

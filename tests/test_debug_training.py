@@ -1,6 +1,7 @@
 """debug_training.py: how much of a batch it takes, and every way to start it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ from microscope import SCRIPT, examined
 import debug_training
 from model import GPT, GPTConfig
 from nib.lessons import examination
+from nib.text.tokenizer import ByteTokenizer
 
 
 def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
@@ -32,7 +34,7 @@ def test_a_batch_is_cut_to_what_a_cpu_computes_soon(make_training, monkeypatch):
     text = ' '.join(
         '\n'.join(examination.describe_batch(make_training('--batch_tokens=10'))).split()
     )
-    assert '1 sequence of 10 tokens' in text and '(--batch_tokens=64 takes all)' in text
+    assert '1 sequence of 10 tokens' in text and '(--batch_tokens=64 examines all)' in text
 
 
 def test_the_part_that_is_examined_is_the_beginning_of_the_batch_of_training(make_training):
@@ -49,6 +51,15 @@ def test_a_batch_far_too_large_for_the_memory_costs_only_the_part_that_is_examin
         training = make_training('--batch_size=2000000000', '--batch_tokens=40', *flags)
         assert training.batch(1)[0].shape == (2, 16)
         assert training.data.train.nbytes < 200e6
+
+
+def test_parts_of_a_character_are_shown_as_bytes(make_training):
+    training = make_training()
+    training.data = replace(training.data, tokenizer=ByteTokenizer())
+    ids = torch.tensor([*'né中'.encode(), 256, *'中'.encode()[:2]])
+    assert training.show_tokens(ids) == "'né中<|endoftext|><0xE4><0xB8>'"
+    parts = [training.show_tokens(part) for part in ids[1:6].split(1)]
+    assert parts == ["'<0xC3>'", "'<0xA9>'", "'<0xE4>'", "'<0xB8>'", "'<0xAD>'"]
 
 
 def test_a_step_that_is_undone_leaves_nothing(make_training):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from nib.doctor.troubles import TROUBLES
+from nib.doctor.problems import PROBLEMS
 from nib.files import command
 
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
@@ -432,9 +432,9 @@ def test_debug_training_prints_such_rows_as_are_shown(folder, run_main):
 
 def test_the_finding_that_is_shown_is_the_doctors():
     said = ' '.join(shown_after('docs/watching.md', 'step 10: lr_too_high'))
-    trouble = TROUBLES['lr_too_high']
-    assert f'lr_too_high, {trouble.severity}: ' in said
-    for sentences in (trouble.causes, trouble.changes):
+    problem = PROBLEMS['lr_too_high']
+    assert f'lr_too_high, {problem.severity}: ' in said
+    for sentences in (problem.causes, problem.changes):
         known = [one if isinstance(one, str) else one[1] for one in sentences]
         assert sum(sentence in said for sentence in known) >= 2, known
 

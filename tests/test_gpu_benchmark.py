@@ -25,6 +25,7 @@ def test_every_stage_is_rehearsed_on_a_cpu(tmp_path):
         'sampling',
         'determinism',
         'profile',
+        'compilers',
         'recipes',
     ]
     for stage, figures in results.items():

@@ -107,7 +107,7 @@ def test_no_modules_import_each_other_in_a_circle():
         visit(name, [])
 
 
-def test_packages_are_doors_without_a_sign():
+def test_init_files_are_empty():
     """An __init__.py that imports would load torch for a prepare script."""
     rooms = {path.parent for path in (ROOT / 'nib').rglob('*.py')}
     assert len(rooms) > 5

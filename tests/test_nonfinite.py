@@ -150,11 +150,11 @@ def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path
         done.returncode == 0
         and step == 9
         and said.startswith(
-            'warning: 3 of 9 steps had a non-finite loss or gradient and were skipped: the first '
-            'by step 5, the last was step 9'
+            'warning: 3 of 9 steps had a non-finite loss or gradient and were skipped, the first '
+            'no later than step 5, the last at step 9'
         )
     )
-    assert 'on_nonfinite stop to see where it begins' in said
+    assert 'on_nonfinite = stop to see where it begins' in said
     assert done.stderr.count('not_finite, warning: ') == 1 and re.search(
         'verdict of the doctor: warning: .*not_finite', done.stdout
     )
@@ -199,8 +199,9 @@ def test_rewinding_is_a_warning_where_many_steps_were_not_finite(train_here, poi
     assert (
         step == 10
         and said.startswith('warning: 3 of 15 steps ')
-        and 'the first by step 13, the last was step 15; then the run returned to step 10' in said
-        and 'on_nonfinite rewind' not in said  # it does so already
+        and 'the first no later than step 13, the last at step 15; then the run returned to step 10'
+        in said
+        and 'on_nonfinite = rewind' not in said  # it does so already
     )
 
 
@@ -212,7 +213,7 @@ def test_a_rewind_repeats_no_warning_about_steps_skipped_before_it(train_here, p
     assert 'step 15: not_finite, warning: 3 of 15 steps ' in done.stderr
     ((step, said),) = findings(tmp_path / 'run')
     assert step == 10 and said.startswith('warning: 3 of 15 steps ')
-    assert 'the last was step 15; then the run returned to step 10. Likely' in said
+    assert 'the last at step 15; then the run returned to step 10. Likely' in said
     assert done.stdout.count('not_finite') == 1  # in the verdict
 
 

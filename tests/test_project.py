@@ -1,4 +1,4 @@
-"""The project as a whole: that what is written about it is so."""
+"""The project as a whole: what its files say about it is true."""
 
 import ast
 import re

@@ -53,7 +53,7 @@ def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     assert (tmp_path / 'x.html').exists() and not (tmp_path / 'x').exists()
 
 
-@pytest.mark.parametrize('n, last', [(1, '1 trouble-0'), (30, 'and 6 more')])
+@pytest.mark.parametrize('n, last', [(1, '1 problem-0'), (30, 'and 6 more')])
 def test_a_png_names_its_findings(tmp_path, monkeypatch, n, last):
     figure = pytest.importorskip('matplotlib.figure')
     legends, legend = [], figure.Figure.legend
@@ -63,11 +63,11 @@ def test_a_png_names_its_findings(tmp_path, monkeypatch, n, last):
         lambda self, *args, **options: legends.append(legend(self, *args, **options)),
     )
     lines = [{'step': step, 'loss/val': 2.0} for step in (1, 40)] + [
-        {'step': 1 + i, f'finding/trouble-{i}': FINDING} for i in range(n)
+        {'step': 1 + i, f'finding/problem-{i}': FINDING} for i in range(n)
     ]
     write_report([write_run(tmp_path / 'run', lines)], DEFAULTS, tmp_path / 'page.html', png=True)
     (named,) = [[label.get_text() for label in one.get_texts()] for one in legends]
-    assert '1 trouble-0' in named and last in named and len(named) == 2 + n - max(0, n - 24 - 1)
+    assert '1 problem-0' in named and last in named and len(named) == 2 + n - max(0, n - 24 - 1)
 
 
 def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, monkeypatch):

@@ -370,4 +370,4 @@ def test_debug_training_examines_a_run_by_its_folder_alone(cut_run, run_main):
         'debug_training.py', '--init_from=resume', f'--out_dir={cut_run}', '--overfit_steps=1'
     )
     assert done.returncode == 0, done.stderr
-    assert f'microscope: tiny, {cut_run}' in done.stdout
+    assert f'in detail: tiny, {cut_run}' in done.stdout

@@ -32,7 +32,7 @@ def out_dir(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def bytes_out_dir(tmp_path_factory):
-    """A model that has learnt the one document it saw, byte by byte, and that it ends."""
+    """A model that has learned one document byte by byte, and where it ends."""
     folder = tmp_path_factory.mktemp('bytes')
     write_dataset(
         folder / 'tiny',

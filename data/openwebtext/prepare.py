@@ -5,15 +5,18 @@ or reads --input=FOLDER. The split and the order are the same as nanoGPT's. A ru
 continues where it left off.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import logging
 import math
 import os
 import socket
-import sys
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
@@ -30,8 +33,9 @@ out_dir: str = ''  # output folder; empty: this file's folder
 
 NAME = 'Skylion007/openwebtext'
 EXPECTED = {'train': 9_035_582_198, 'val': 4_434_897}  # tokens, as published by nanoGPT
-OFFLINE = (ConnectionError, TimeoutError, socket.gaierror)  # errors of a network that fails,
-NETWORK = ('requests', 'urllib3', 'httpx', 'httpcore', 'huggingface_hub')  # and who has others
+OFFLINE = (ConnectionError, TimeoutError, socket.gaierror)  # errors without a network
+# Packages whose own errors mean the same.
+NETWORK = ('requests', 'urllib3', 'httpx', 'httpcore', 'huggingface_hub')
 VAL_FRACTION, SEED = 0.0005, 2357
 
 

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare in characters: 40,000 lines of his plays, a vocabulary of 65.
+"""Tiny Shakespeare in characters: 40,000 lines of Shakespeare's plays, a vocabulary of 65.
 
 Reads --input=PATH, or else input.txt in this file's folder, in out_dir or in data/shakespeare.
 Without any of these it downloads the text into out_dir.
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import configurator
 from nib.errors import run_script
 from nib.text.tokenizer import CharTokenizer

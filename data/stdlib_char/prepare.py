@@ -1,12 +1,15 @@
 """The source of Python's standard library in characters: about 11 MB of text without a download."""
 
-import hashlib
-import platform
 import sys
-import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
+import hashlib
+import platform
+import sysconfig
+
 import configurator
 from nib.errors import UserError, run_script
 from nib.tokens.write import describe, write_char_dataset
@@ -24,7 +27,8 @@ def main(argv):
     sources = read_sources(library)
     if not sources:
         raise UserError(
-            f'{library} contains no Python source: use a Python whose library is .py files'
+            f'{library} contains no Python source: use a Python whose library is installed as '
+            f'.py files'
         )
     text = ''.join(sources)
     source = {

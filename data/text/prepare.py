@@ -11,18 +11,21 @@ validation split, about a tenth of the text, and an end-of-text token follows ea
 single one, its last tenth is the validation split.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
+
 import re
 import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from nib.errors import UserError, run_script
 from nib.files import command, read_json, script_path, shown
@@ -38,7 +41,7 @@ from nib.tokens.write import describe, stored_tokenizer, write_dataset
 input: str = ''  # files and folders, separated by commas; hidden files in folders are skipped
 field: str = 'text'  # the field of .jsonl and .parquet rows that contains the text
 tokenizer: str = 'char'  # 'char', 'byte', 'gpt2', 'bpe', a run, dataset, model or tokenizer.json
-vocab_size: int = 4096  # tokens of --tokenizer=bpe, or by default as many as a short text allows
+vocab_size: int = 4096  # tokens of --tokenizer=bpe; by default fewer if the text is short
 replace_missing: str = ''  # replaces characters that are not in the vocabulary; empty: reject them
 end_of_text: Literal['token', 'characters'] = 'token'  # how to read <|endoftext|> in the text
 name: str = ''  # name of the dataset, written to data/NAME; empty: that of the input

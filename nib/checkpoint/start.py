@@ -10,7 +10,7 @@ import torch
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.weights import Weights, build_model
-from nib.checkpoint.wrong_folder import explain, is_run
+from nib.checkpoint.wrong_folder import explain, is_run, is_torch_file
 from nib.errors import UserError, warn
 from nib.hub import huggingface, nanogpt, reference
 from nib.machine.device import ShapesOnly, seed_everything
@@ -18,6 +18,7 @@ from nib.run.checks import pick_model
 from nib.tokens.dataset import TokenDataset
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # in openai-community/ on the hub
+Check = Callable[[Weights], object]
 
 
 def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT:
@@ -42,29 +43,37 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     return model
 
 
-def read_start(init_from: str, out_dir: str, warn: Callable[[str], None]) -> Weights | None:
+def read_start(
+    init_from: str, out_dir: str, warn: Callable[[str], None], check: Check = lambda weights: None
+) -> Weights | None:
     """Returns the weights that init_from names; None for 'scratch'.
 
-    Raises UserError if they are missing or not usable.
+    check: as for read_weights(). Raises UserError if they are missing or not usable.
     """
     if init_from == 'scratch':
         return None
     if init_from == 'resume':
         found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=True)
-    return read_weights(init_from, warn, words=('scratch', 'resume', *GPT2_NAMES))
+    words = ('scratch', 'resume', *GPT2_NAMES)
+    return read_weights(init_from, warn, words=words, check=check)
 
 
 def read_model(
-    init_from: str, out_dir: str, which: str = 'best', read: tuple[str, ...] = ('model',)
+    init_from: str,
+    out_dir: str,
+    which: str = 'best',
+    read: tuple[str, ...] = ('model',),
+    check: Check = Weights.known_tokenizer,
 ) -> Weights:
     """Returns the weights of the run in out_dir, or those that init_from names.
 
     init_from: '' or 'resume' for the run. which: its checkpoint, 'best', 'latest' or a step number.
-    read: files of the checkpoint to read. Raises UserError if they are missing or not usable.
+    read: files of the checkpoint to read. check: as for read_weights(). Raises UserError if they
+    are missing or not usable.
     """
     if init_from not in ('', 'resume'):
-        return read_weights(init_from, which=which)
+        return read_weights(init_from, which=which, check=check)
     run, which = store.locate(out_dir, which)
     found, tensors = store.load(run, which, read=read, check=check_shapes)
     return _from_checkpoint(found, tensors, resumed=True)
@@ -75,11 +84,13 @@ def read_weights(
     warn: Callable[[str], None] = warn,
     which: str = 'best',
     words: tuple[str, ...] = GPT2_NAMES,
+    check: Check = lambda weights: None,
 ) -> Weights:
     """Returns the weights of a run, of an open model, or of nanoGPT.
 
     name: the folder of a run or a model, a ckpt.pt (whose training then continues) or its folder,
     or a hub id. which: the checkpoint of a run. words: what else the user may write, for the error.
+    check: is called with an open model, without its tensors, before these are downloaded.
     Raises UserError if they are missing or not usable.
     """
     path = Path(name)
@@ -87,7 +98,7 @@ def read_weights(
     if store.exists(run):
         found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
         return _from_checkpoint(found, tensors, resumed=False)
-    if path.suffix == '.pt' and path.is_file():
+    if is_torch_file(path):
         return _compared(_from_nanogpt(path, resumed=True), warn)
     if (path / 'ckpt.pt').is_file():
         return _compared(_from_nanogpt(path / 'ckpt.pt', resumed=False), warn)
@@ -99,7 +110,9 @@ def read_weights(
         repository = (
             f'openai-community/{name}' if name in GPT2_NAMES and not path.exists() else name
         )
-        model, model_tensors, tokenizer = huggingface.read(repository)
+        model, model_tensors, tokenizer = huggingface.read(
+            repository, lambda model, tokenizer: check(Weights(name, model, tokenizer, {}))
+        )
         return _compared(Weights(name, model, tokenizer, {'model': model_tensors}), warn)
     instead = explain(name, may_train=False)
     near = [] if path.exists() else difflib.get_close_matches(name, words, n=1, cutoff=0.8)
@@ -161,7 +174,7 @@ def _from_checkpoint(found: store.Checkpoint, tensors, resumed: bool) -> Weights
     )
 
 
-CHANGED = 'it was trained with another model.py: use that one'
+CHANGED = 'it was trained with a different model.py: use that one'
 
 
 def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):

@@ -1,10 +1,10 @@
 """Checkpoints: written completely or not at all, and read only if their digests match.
 
     out_dir/step-00000250/  model.safetensors  optimizer.safetensors  state.json
-    out_dir/latest  out_dir/best     each holds the name of a step directory
+    out_dir/latest  out_dir/best     each holds the name of a step folder
 
 A checkpoint is written under a temporary name, synced and renamed. Only then does `latest` or
-`best` name it. A directory with a step's name is therefore a complete checkpoint, whenever the
+`best` name it. A folder with a step's name is therefore a complete checkpoint, whenever the
 machine stopped. Deleting a checkpoint begins with renaming it, too.
 """
 
@@ -27,9 +27,9 @@ from nib.files import atomic_write, clear_temporaries, sync_folder
 from nib.machine.ranks import Ranks
 
 FORMAT = 1
-_TEMPORARY = '.tmp-'  # prefix of directories that are being written or deleted
+_TEMPORARY = '.tmp-'  # prefix of folders that are being written or deleted
 _ASIDE = '.old-'  # prefix of checkpoints of a run that is being replaced
-_REPLACED = '.tmp-replaced-'  # prefix of a step's directory while another one takes its place
+_REPLACED = '.tmp-replaced-'  # prefix of a step's folder while another one takes its place
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
 
 
@@ -84,7 +84,7 @@ class Checkpoint:
 def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     """Writes the checkpoint of `step` and points `latest` to it.
 
-    model, optimizer: name -> tensor on the CPU. state: values that JSON can express. Raises
+    model, optimizer: name -> tensor on the CPU. state: values that JSON can represent. Raises
     UserError if writing fails; earlier checkpoints stay intact.
     """
     try:
@@ -147,7 +147,7 @@ def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
 
 
 def point(out_dir, name: str, step_folder: Path):
-    """Atomically points `name` ('latest' or 'best') to a step directory."""
+    """Atomically points `name` ('latest' or 'best') to a step folder."""
     with atomic_write(Path(out_dir) / name) as file:
         file.write(step_folder.name.encode() + b'\n')
 
@@ -183,7 +183,7 @@ def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[
 
 
 def steps_after(out_dir, step: int) -> set[int]:
-    """Returns the steps after `step` that have a directory."""
+    """Returns the steps after `step` that have a folder."""
     return {newer for newer in map(_step_of, _step_folders(Path(out_dir))) if newer > step}
 
 
@@ -203,7 +203,7 @@ def newest(out_dir) -> Checkpoint | None:
 def locate(path, which: str) -> tuple[Path, str]:
     """Returns the folder of a run and the checkpoint to read, for load().
 
-    path: the folder, or the directory of a single checkpoint, which then replaces `which`.
+    path: this folder, or that of a single checkpoint, which then replaces `which`.
     """
     whole = Path(os.path.abspath(path))
     return (run_of(whole), str(_step_of(whole))) if is_checkpoint(whole) else (Path(path), which)
@@ -279,7 +279,7 @@ def load(
 
 
 def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[Path]:
-    """Returns the directories to try, in order. Raises UserError if `which` is invalid."""
+    """Returns the folders to try, in order. Raises UserError if `which` is invalid."""
     folders = _step_folders(out_dir)
     if which == 'latest':
         return folders  # not what `latest` names: a crash may have left it behind the newest
@@ -308,7 +308,7 @@ def _read_state(folder: Path) -> dict:
         raise Damaged(f'{path}: {error.strerror}') from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: not a checkpoint's state") from error
-    # The bytes are compared too, because JSON can express the same values in different bytes.
+    # The bytes are compared too, because JSON can represent the same values in different bytes.
     if digest != _digest(state) or content != _encode(state):
         raise Damaged(f'{path}: its content is not what was saved (SHA-256 differs)')
     if state['format'] != FORMAT:
@@ -340,9 +340,9 @@ def _step_of(folder: Path) -> int:
 
 
 def _step_folders(out_dir: Path) -> list[Path]:
-    """Returns the step directories, newest first.
+    """Returns the step folders, newest first.
 
-    A directory that was being replaced counts if a crash left no other one of its step.
+    A folder that was being replaced counts if a crash left no other one of its step.
     """
     if not out_dir.is_dir():
         return []
@@ -366,7 +366,7 @@ def _named(out_dir: Path, name: str) -> int | None:
 
 
 def _delete(folder: Path):
-    """Deletes a step directory, after renaming it: half-deleted, it must not look complete."""
+    """Deletes a step folder, after renaming it: half-deleted, it must not look complete."""
     doomed = folder.with_name(f'{_TEMPORARY}deleted-{folder.name}')
     shutil.rmtree(doomed, ignore_errors=True)  # may be left from a crash
     os.rename(folder, doomed)

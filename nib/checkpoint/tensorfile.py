@@ -60,15 +60,15 @@ def read(path: Path, expected: str) -> dict[str, torch.Tensor]:
             while start < len(view) and (length := file.readinto(view[start : start + BLOCK])):
                 update(view[start : start + length])
                 start += length
-        tensors, trouble = {}, None
+        tensors, problem = {}, None
         try:  # while the hash is being computed
             tensors = _parse(content[:start])
         except Exception as error:  # damage can cause any error; or the memory is full
-            trouble = error
+            problem = error
     if digest.hexdigest() != expected:
         raise Altered(f'{path}: its content is not what was saved (SHA-256 differs)')
-    if trouble:
-        raise trouble
+    if problem:
+        raise problem
     return tensors
 
 

@@ -43,10 +43,12 @@ class Weights:
         return '/'.join(path.parts[-2:] if is_inside else path.parts[-1:])
 
     @property
-    def as_start(self) -> str:
+    def as_start(self) -> str | None:
         """The init_from that starts a new run from the weights of a resumed one."""
         path = Path(self.name)
-        return shlex.quote(str(path.parent if path.is_file() else path))  # of a ckpt.pt the folder
+        if path.is_file():  # of a ckpt.pt the folder
+            return shlex.quote(str(path.parent)) if path.name == 'ckpt.pt' else None
+        return shlex.quote(self.name)
 
     @property
     def continues_nanogpt(self) -> bool:
@@ -95,10 +97,14 @@ class Weights:
                 conflicts.append(key)
         if conflicts:
             own = ', '.join(f'{key} {fixed[key]}' for key in conflicts)
-            says = [f'{origins[key]} says {values[key]}' for key in conflicts]
-            places = ', '.join(says).replace('command line', 'the command line')
+            said: dict[str, list[str]] = {}  # place -> what it says
+            for key in conflicts:
+                said.setdefault(origins[key], []).append(f'{key} {values[key]}')
+            says = [f'{place} says {", ".join(pairs)}' for place, pairs in said.items()]
+            places = ', and '.join(says).replace('command line', 'the command line')
             begin = 'train a new model with --init_from=scratch'
-            if conflicts == ['block_size'] and values['block_size'] < self.model.block_size:
+            is_shorter = values['block_size'] < self.model.block_size
+            if conflicts == ['block_size'] and is_shorter and self.as_start:
                 begin = f'start a new run from these weights with --init_from={self.as_start}'
             raise UserError(
                 f'{self.name} was trained with {own}, but {places}: leave '
@@ -147,7 +153,7 @@ class Weights:
         # Open models may have more embeddings than their tokenizer has tokens.
         if data.vocab_size > self.model.vocab_size or data.tokenizer.to_json() != self.tokenizer:
             raise UserError(
-                f'{self.name} has another tokenizer ({kind}, vocabulary '
+                f'{self.name} has a different tokenizer ({kind}, vocabulary '
                 f'{self.model.vocab_size}) than dataset {data.name} (vocabulary '
                 f"{data.vocab_size}): prepare your text with the model's tokenizer, "
                 f'{command("data/text/prepare.py")} --input=PATH --tokenizer={borrowed}'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nib.files import command, read_json, shown
 
-STEP = 'step-[0-9]*'  # the directories of checkpoints
+STEP = 'step-[0-9]*'  # the folders of checkpoints
 SHOWN = 3  # runs to list
 
 
@@ -21,7 +21,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether an absolute path is the directory of a single checkpoint."""
+    """Returns whether an absolute path is the folder of a single checkpoint."""
     return path.match(STEP) and (path / 'state.json').exists()
 
 
@@ -33,6 +33,11 @@ def is_own_name(path: Path) -> bool:
 def run_of(checkpoint: Path) -> Path:
     """Returns the folder of a checkpoint's run, as a person would type it."""
     return Path(shown(checkpoint.parent))
+
+
+def is_torch_file(path: Path) -> bool:
+    """Returns whether a path is a file as nanoGPT's ckpt.pt, of any name."""
+    return path.is_file() and path.suffix in ('.pt', '.pth')
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -60,7 +65,7 @@ def explain(path, may_train: bool = True) -> str:
         return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'
     if path.is_file():
         instead = f'; for a checkpoint of nanoGPT, use --init_from={_typed(path)}'
-        return f'{path} is a file, not the folder of a run{instead * (path.suffix == ".pt")}'
+        return f'{path} is a file, not the folder of a run{instead * is_torch_file(path)}'
     train_first = (
         f'; train first: {command("train.py")} CONFIG --out_dir={_typed(path)}' * may_train
     )
@@ -79,7 +84,7 @@ def explain(path, may_train: bool = True) -> str:
     if (path / 'ckpt.pt').is_file():
         return (
             f'{path} contains a checkpoint of nanoGPT, not a run: use it with '
-            f'--init_from={_typed(path / "ckpt.pt")}, which train.py continues at its step'
+            f'--init_from={_typed(path / "ckpt.pt")}; train.py continues at its step'
         )
     if is_hugging_face(path):
         return (

@@ -1,6 +1,6 @@
-"""The doctor of a run: remembers its vital signs, and reports each trouble once, with the evidence.
+"""The doctor of a run: remembers its vital signs and reports each problem once, with the evidence.
 
-nib/doctor/rules.py says which signs are trouble.
+nib/doctor/rules.py says which signs mean a problem.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from nib.doctor import rules
 from nib.doctor.finding import Finding
+from nib.doctor.problems import PROBLEMS, SEVERITIES, Severity
 from nib.doctor.texts import DataSigns
-from nib.doctor.troubles import SEVERITIES, TROUBLES, Severity
 from nib.doctor.vitals import EvaluationSigns, StepSigns
 from nib.guard import Seen
 
@@ -121,19 +121,20 @@ class Doctor:
         return self._apply(rules.GENERATION_RULES, step)
 
     def see_bad_steps(self, step: int, seen: Seen) -> list[Finding]:
-        """Counts non-finite steps, which were skipped, in a run that continues."""
+        """Counts the non-finite steps that a run has skipped, if it continues."""
         self.steps, self.bad_steps = self.steps + seen.steps, self.bad_steps + seen.new
         if seen.new:
             self.first_bad, self.last_bad = self.first_bad or seen.last, seen.last
             self.returned_to = None
-        # Healthy runs have none, and overflows in float16 do not count. One bad batch in hundreds
-        # does no harm if it is skipped.
+        # Healthy runs have no such steps, and overflows in float16 do not count. Skipping one bad
+        # batch in hundreds does no harm.
         many = self.bad_steps >= 3 and self.bad_steps > 0.01 * self.steps
         if seen.ending or not many:
             return []
         evidence = (
             f'{self.bad_steps} of {self.steps:,} steps had a non-finite loss or gradient and were '
-            f'skipped: the first by step {self.first_bad}, the last was step {self.last_bad}'
+            f'skipped, the first no later than step {self.first_bad}, the last at step '
+            f'{self.last_bad}'
         )
         if self.returned_to is not None:
             evidence += f'; then the run returned to step {self.returned_to}'
@@ -152,7 +153,7 @@ class Doctor:
                 self.evaluations.append(evaluation)
             for key in record:
                 name = key.removeprefix('finding/')
-                if key.startswith('finding/') and name in TROUBLES:
+                if key.startswith('finding/') and name in PROBLEMS:
                     self.findings.append(Finding.of_record(name, record['step'], record[key]))
 
     def rewind(self, step: int) -> list[Finding]:
@@ -203,7 +204,7 @@ class Doctor:
         return found
 
     def _add_line(self, line: Line):
-        """Adds a line to the current window, so that the cost of a look stays constant."""
+        """Adds a line to the current window, so that the cost of a rule stays constant."""
         self.lines.append(line)
         self.fastest = max(self.fastest, line.tokens_per_second)
         self.unsummed.append(line)

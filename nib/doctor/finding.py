@@ -1,16 +1,16 @@
-"""A trouble that the doctor has found in a run: what is printed, recorded and read again."""
+"""A problem that the doctor has found in a run: what is printed, recorded and read again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nib.doctor.troubles import SEVERITIES, TROUBLES, Severity, select_advice
+from nib.doctor.problems import PROBLEMS, SEVERITIES, Severity, select_advice
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A trouble that the doctor has found at a step of a run."""
+    """A problem that the doctor has found at a step of a run."""
 
-    name: str  # of the trouble
+    name: str  # of the problem
     step: int
     severity: Severity
     evidence: str
@@ -23,16 +23,16 @@ class Finding:
     ) -> 'Finding':
         """Creates a finding with the advice for a config of train.py.
 
-        name: a key of TROUBLES. severity: overrides that of the trouble.
+        name: a key of PROBLEMS. severity: overrides that of the problem.
         """
-        trouble = TROUBLES[name]
+        problem = PROBLEMS[name]
         return cls(
             name,
             step,
-            severity or trouble.severity,
+            severity or problem.severity,
             evidence,
-            select_advice(trouble.causes, config),
-            select_advice(trouble.changes, config),
+            select_advice(problem.causes, config),
+            select_advice(problem.changes, config),
         )
 
     @classmethod
@@ -49,7 +49,7 @@ class Finding:
                 recorded = {'evidence': str(recorded)}
         severity = recorded.get('severity')
         if severity not in SEVERITIES:
-            severity = TROUBLES[name].severity if name in TROUBLES else 'note'
+            severity = PROBLEMS[name].severity if name in PROBLEMS else 'note'
 
         def texts(key) -> tuple[str, ...]:
             entries = recorded.get(key)

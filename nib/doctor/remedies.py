@@ -64,9 +64,9 @@ PARAMETER_REMEDIES = {
     'weights not finite': 'Start again, or resume from an earlier checkpoint, with a lower '
     'learning_rate',
     'gradient not finite': 'Check where weights or activations stop being finite, and try '
-    'dtype float32',
-    'no gradient': 'Check whether the loss depends on these weights: no gradient passes dead '
-    'units, a matrix of zeros or a detached tensor',
+    'dtype = float32',
+    'no gradient': 'Check whether the loss depends on these weights: no gradient passes through '
+    'dead units, a matrix of zeros or a detached tensor',
 }
 
 
@@ -118,12 +118,12 @@ def _explain_update(
 
 
 LAYER_REMEDIES = {
-    'not finite': 'The numbers are too large for the dtype: try dtype float32, and look at the '
-    'previous layer',
+    'not finite': 'The numbers are too large for the dtype: try dtype = float32, and look at '
+    'the previous layer',
     'nothing passes': 'All activations are equal: look at the weights of this layer and of the '
     'previous one',
     'dead units': 'Lower learning_rate or raise warmup_iters, because large steps can close units '
-    'for good; or use mlp gelu',
+    'permanently; or use mlp = gelu',
     'attention collapsed': 'Each position attends to a single one: set qk_norm, or lower '
     'learning_rate',
 }
@@ -147,13 +147,13 @@ def judge_grad_norm(norm: float, limits: tuple[float, float]) -> list[OutOfRange
         remedy = (
             'A batch of few tokens can have such a norm. Otherwise, find the rows whose gradient '
             'stands out, and check whether their weights, or those before them, are too large. '
-            'grad_clip 1 keeps such a batch from doing harm'
+            'grad_clip = 1 keeps such a batch from doing harm'
         )
     elif norm < low:
         what = f'gradient norm {norm:.3g}, below {low:.3g}'
         remedy = (
-            'Little is learned here: the model already knows the batch, its activations are dead, '
-            'or its predictions are almost certain'
+            'There is little to learn here: the model already knows the batch, its activations are '
+            'dead, or its predictions are almost certain'
         )
     elif not math.isfinite(norm):
         what = f'gradient norm {norm}'
@@ -222,8 +222,8 @@ def judge_memorizing(losses: Mapping[int, float], goal: float) -> list[OutOfRang
     )
     if last == min(losses.values()) and last < min(0.8 * first, 0.95 * goal / MEMORIZED):
         remedy = (
-            'The loss falls, so the loop works, but it needs more steps (--overfit_steps) or '
-            'another learning_rate: a lower one if updates are too large, otherwise a higher one'
+            'The loss falls, so the loop works, but it needs more steps (--overfit_steps) or a '
+            'different learning_rate: a lower one if updates are too large, otherwise a higher one'
         )
     else:
         remedy = (

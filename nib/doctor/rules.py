@@ -1,7 +1,7 @@
-"""The doctor's rules: one function for each trouble.
+"""The doctor's rules: one function for each problem.
 
 A rule takes the doctor `d`, which holds the run's vital signs, and returns the evidence of its
-trouble, or None. Comments say where the thresholds come from. docs/doctor.md describes the
+problem, or None. Comments say where the thresholds come from. docs/doctor.md describes the
 experiment that checks them.
 """
 
@@ -205,7 +205,7 @@ def vanishing_gradients(d) -> str | None:
         return None  # no finite step so far
     none = rms[:1] == [0.0]
     tiny = len(rms) > 2 and 0.0 < rms[-1] < math.inf and rms[0] < 1e-3 * rms[-1]
-    # A small gradient is no trouble if everything is learned.
+    # A small gradient is no problem if everything is learned.
     low = health.GRAD_NORM[0] / health.SLACK
     small = max(norms) < low and d.lines[-1].loss > 0.9 * d.data.entropy
     present = d.vital_signs.step > 1 and (none or tiny or small)
@@ -369,7 +369,9 @@ def generation_differs(d) -> str | None:
 
 
 def largest_ratio(d) -> float:
-    return max(d.vital_signs.update_ratio[group] for group in health.LEARNING)
+    """Returns the largest update ratio of the blocks; NaN if their matrices are frozen."""
+    ratios = d.vital_signs.update_ratio
+    return max((ratios[group] for group in health.LEARNING if group in ratios), default=math.nan)
 
 
 def ratio_limits(d) -> tuple[float, float]:

@@ -169,7 +169,8 @@ class Vitals:
     def read(self, step: int, learning_rate: float, tokens_per_second: float) -> StepSigns:
         """Returns the vital signs after a step that followed begin(). Waits for the device."""
         before, after = list(self._before.values()), list(self._sample_groups().values())
-        norms = torch._foreach_norm([*before, *after, *torch._foreach_sub(after, before)])
+        moves = torch._foreach_sub(after, before) if after else []  # all may be frozen
+        norms = torch._foreach_norm([*before, *after, *moves]) if after else []
         stored = [gradients for block in self._blocks.values() for gradients in block]
         stored_norms = torch._foreach_norm(stored, self._order) if stored else []
         noted = [value for pair in self._noted for value in pair]
@@ -221,7 +222,7 @@ class Vitals:
         too late to change anything.
         """
         is_power_of_2 = number > 0 and number & (number - 1) == 0
-        noise_scale = self._noise_scale() if is_power_of_2 else None
+        noise_scale = self._noise_scale() if is_power_of_2 and self._groups else None
         x, y = val_batch
         _, layers = inspection.measure_layers(self.raw_model, x, y, self.precision, n_sequences=1)
         largest = health.largest_entropy(x.shape[1])

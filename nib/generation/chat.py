@@ -47,10 +47,11 @@ class ChatFormat:
         ends = {id for id in template.end_ids if 0 <= id < tokenizer.vocab_size}
         ends |= {tokenizer.end_of_text} - {None}
         special, control = set(ends), set()
+        written = _written_by(template)
         for id, token in tokenizer.added_tokens().items():
             if token.special:
                 special.add(id)
-            elif token.content in template.source and not token.content.isspace():
+            elif token.content in written and not token.content.isspace():
                 control.add(id)
         return cls(template, tokenizer, *map(frozenset, (ends, special, special | control)))
 
@@ -59,7 +60,7 @@ class ChatFormat:
 
         They are those of transformers, except that the words of a message contain no control
         tokens: what looks like one is encoded as its characters. An answer may contain <think>.
-        Raises UserError if the template refuses the conversation, or makes special tokens of words.
+        Raises UserError if the template rejects the conversation, or makes special tokens of words.
         """
         ids = self._encode(messages)
         # A template may change words or join messages, so that new tokens appear.
@@ -96,6 +97,16 @@ class ChatFormat:
         return self.tokenizer.encode_parts(parts, self.control)
 
 
+def _written_by(template: ChatTemplate) -> str:
+    """Returns the source of a template, and what it writes, such as '<|' + message.role."""
+    turns = [{'role': role, 'content': 'a'} for role in ('user', 'assistant', 'user')]
+    written = [template.source]
+    for messages in (turns, [{'role': 'system', 'content': 'a'}, *turns]):
+        with suppress(UserError):  # a conversation that it refuses
+            written.append(template.render(messages))
+    return '\n'.join(written)
+
+
 @dataclass
 class Conversation:
     """The messages so far, and how answers are generated.
@@ -122,9 +133,9 @@ class Conversation:
         return cls(form, messages, weights.model.block_size, max_new_tokens, show)
 
     def opening_ids(self) -> list[int]:
-        """Returns the token ids of a shortest conversation.
+        """Returns the token ids of the shortest possible conversation.
 
-        Raises UserError if the template refuses it, or the system message is too long.
+        Raises UserError if the template rejects it, or the system message is too long.
         """
         ids = self.form.encode([*self.messages, {'role': 'user', 'content': 'a'}])
         if len(ids) > self.room:
@@ -163,7 +174,7 @@ class Conversation:
         """Adds a message of the user; returns the token ids of the conversation.
 
         Drops the oldest turns if it is too long for the context, but not the system message. Raises
-        UserError, and adds nothing, if the message alone is too long or the template refuses it.
+        UserError, and adds nothing, if the message alone is too long or the template rejects it.
         """
         messages = [*self.messages, {'role': 'user', 'content': line}]
         first = int(messages[0]['role'] == 'system')

@@ -16,7 +16,7 @@ def for_generation(module: nn.Module, linear: Any):
     """A copy of the module without dropout. It shares all parameters except those it rewrites:
     packed matrices, and the gains of RMSNorm on a CPU.
 
-    linear: PackedLinear or RowLinear, in place of linear layers where it pays; None: neither.
+    linear: PackedLinear or RowLinear, replaces linear layers where that is faster; None: neither.
     """
     if linear and isinstance(module, nn.Linear) and linear.pays(module.weight):
         return linear(module.weight, module.bias)

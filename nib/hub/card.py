@@ -67,7 +67,7 @@ def _prompt(tokenizer: Tokenizer) -> str:
 
 
 def _known_characters(tokenizer: Tokenizer) -> list[str]:
-    """Returns a paragraph about the characters if the tokenizer refuses all others."""
+    """Returns a paragraph about the characters if the tokenizer rejects all others."""
     if not isinstance(tokenizer, CharTokenizer):
         return []
     n = len(tokenizer.characters)

@@ -30,7 +30,7 @@ class ChatTemplate:
         """Returns the text of a conversation, up to where the model's answer begins.
 
         messages: dictionaries with 'role' (system, user or assistant) and 'content'.
-        Raises UserError if the template is not valid or refuses the conversation.
+        Raises UserError if the template is not valid or rejects the conversation.
         """
         environment = _environment()
         try:

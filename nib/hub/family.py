@@ -42,9 +42,9 @@ class Family:
     architecture: str
     # Key of config.json -> field of GPTConfig, and its value if the key is absent or null.
     keys: Mapping[str, tuple[str, Any]]
-    # Key -> the values that mean what model.py computes; others are refused.
+    # Key -> the values that mean what model.py computes; others are rejected.
     fixed: Mapping[str, tuple]
-    # Field of GPTConfig -> the values that the architecture can express.
+    # Field of GPTConfig -> the values that the architecture supports.
     needs: Mapping[str, tuple]
     prefix: str  # of their names, except the output head's
     outer: Mapping[str, str]  # our name -> theirs
@@ -58,7 +58,7 @@ class Family:
         """Returns the GPTConfig of a config.json.
 
         special: the fields that the table of keys does not have. Raises
-        UserError, which names the key, for a value that model.py cannot express.
+        UserError, which names the key, for a value that model.py does not support.
         """
         values = dict(special)
         for key, (name, default) in self.keys.items():
@@ -91,7 +91,7 @@ class Family:
         return model
 
     def check_keys(self, config: Mapping, special: Mapping[str, tuple[type, ...]]):
-        """Raises UserError, which names the key, unless every key is honoured or changes nothing.
+        """Raises UserError, which names the key, unless every key is honored or changes nothing.
 
         special: keys that the family reads itself, and the types of their values.
         """
@@ -122,12 +122,12 @@ class Family:
             )
 
     def why_not(self, config: GPTConfig) -> str | None:
-        """Returns which key of GPTConfig this architecture cannot express; None if it can all."""
+        """Returns which key of GPTConfig this architecture does not support, or None."""
         for name, allowed in self.needs.items():
             value = getattr(config, name)
             if value not in allowed:
                 wanted = ' or '.join(map(str, allowed))
-                return f'{name} is {value}, but {self.architecture} can only express {wanted}'
+                return f'{name} is {value}, but {self.architecture} only supports {wanted}'
         return None
 
     def write_fields(self, config: GPTConfig) -> dict:

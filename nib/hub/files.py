@@ -27,7 +27,7 @@ class Repository:
     def find(self, file: str) -> Path | None:
         """Returns the path of a file, downloaded once; None if the repository does not have it.
 
-        Raises UserError if the hub cannot be reached or refuses.
+        Raises UserError if the hub cannot be reached or rejects the request.
         """
         if self.is_folder:
             path = Path(self.name) / file
@@ -86,7 +86,7 @@ class Repository:
         if path := self.find('model.safetensors'):
             return _read_file(path)
         if not self.find(INDEX):
-            self._refuse_pickles()
+            self._reject_pickles()
             raise UserError(
                 f'{self.name} has neither model.safetensors nor {INDEX}; download it again'
             )
@@ -109,7 +109,7 @@ class Repository:
                 )
         return tensors
 
-    def _refuse_pickles(self):
+    def _reject_pickles(self):
         for file in PICKLES:
             if self.find(file):
                 raise UserError(

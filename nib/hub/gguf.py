@@ -29,7 +29,7 @@ def write(
 
     dtype: of the matrices, 'f32', 'f16', 'bf16' or 'q8_0'. Vectors and positions stay in float32.
     Raises UserError, which names the key of GPTConfig or the part of the tokenizer, if llama.cpp
-    cannot express it.
+    does not support it.
     """
     with optional('gguf', '--to=gguf'):
         import gguf
@@ -69,7 +69,7 @@ def write(
 def pick(config: GPTConfig) -> str:
     """Returns llama.cpp's name of the architecture that fits best.
 
-    Its llama can express most: biases, any width of a head, and scaled rotations.
+    Its llama supports the most: biases, any width of a head, and scaled rotations.
     """
     if config.position == 'learned':
         return 'gpt2'
@@ -84,9 +84,9 @@ def why_not(config: GPTConfig) -> str | None:
         return reason
     architecture = pick(config)
     if architecture == 'gpt2' and config.mlp == 'relu':
-        return 'mlp is relu, but its gpt2 can only express gelu'
+        return "mlp is relu, but llama.cpp's gpt2 only supports gelu"
     if architecture == 'qwen3' and config.rotary_scaling:
-        return f'rotary_scaling is {config.rotary_scaling}, but its qwen3 has none'
+        return f"rotary_scaling is {config.rotary_scaling}, but llama.cpp's qwen3 has none"
     return None
 
 

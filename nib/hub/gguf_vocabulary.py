@@ -59,10 +59,10 @@ def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
         return _from_json(tokenizer, json.loads(tokenizer.content))
     if isinstance(tokenizer, (ByteTokenizer, Gpt2Tokenizer)):
         return _from_json(tokenizer, json.loads(describe(tokenizer)))
-    raise _refused(f'it is of the kind {tokenizer.to_json()["kind"]}')
+    raise _rejected(f'it is of the kind {tokenizer.to_json()["kind"]}')
 
 
-def _refused(reason: str) -> UserError:
+def _rejected(reason: str) -> UserError:
     return UserError(f'the tokenizer of this model cannot be written for llama.cpp: {reason}')
 
 
@@ -72,7 +72,7 @@ def _from_characters(tokenizer: CharTokenizer) -> Vocabulary:
     try:
         tokens = [''.join(names[b] for b in c.encode()) for c in tokenizer.characters]
     except UnicodeEncodeError as error:  # a surrogate
-        raise _refused(f'it has {error.object!r}, which is not a character') from error
+        raise _rejected(f'it has {error.object!r}, which is not a character') from error
     cuts = [(token[:i], token[i]) for token in tokens for i in range(1, len(token))]
     vocabulary = Vocabulary(tokens, ['NORMAL'] * len(tokens), tokenizer.end_of_text)
     vocabulary.merges = list(dict.fromkeys(' '.join(cut) for cut in cuts))
@@ -86,10 +86,10 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
     model = described['model']
     kind = model.get('type', 'BPE')
     if kind != 'BPE':
-        raise _refused(f'its model is {kind}, not BPE')
+        raise _rejected(f'its model is {kind}, not BPE')
     for key in ('continuing_subword_prefix', 'end_of_word_suffix', 'dropout'):
         if model.get(key):
-            raise _refused(f'its {key} is {model[key]!r}')
+            raise _rejected(f'its {key} is {model[key]!r}')
     size = tokenizer.vocab_size
     tokens, types = [f'[unused {n}]' for n in range(size)], ['UNUSED'] * size
     for token, number in model['vocab'].items():
@@ -100,13 +100,13 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
         types[number] = 'CONTROL' if added['special'] else 'USER_DEFINED'
         for flag in ('single_word', 'lstrip', 'rstrip'):
             if added.get(flag):
-                raise _refused(f'its token {added["content"]!r} has {flag}')
+                raise _rejected(f'its token {added["content"]!r} has {flag}')
     vocabulary = Vocabulary(tokens, types, tokenizer.end_of_text)
     if vocabulary.end is None and END_OF_TEXT in tokens:
         vocabulary.end = tokens.index(END_OF_TEXT)
     if isinstance(tokenizer, HfTokenizer) and tokenizer.first_ids:
         if len(tokenizer.first_ids) > 1:
-            raise _refused('it begins every text with several tokens')
+            raise _rejected('it begins every text with several tokens')
         vocabulary.begin = tokenizer.first_ids[0]
     merges = [tuple(m.split(' ') if isinstance(m, str) else m) for m in model['merges']]
     vocabulary.merges = [' '.join(merge) for merge in merges]
@@ -115,7 +115,7 @@ def _from_json(tokenizer: Tokenizer, described: dict) -> Vocabulary:
         vocabulary.model = 'llama'
         vocabulary.adds_space = isinstance(tokenizer, HfTokenizer) and tokenizer.adds_space
         if model.get('unk_token') not in tokens:
-            raise _refused(f'its unk_token is {model.get("unk_token")!r}')
+            raise _rejected(f'its unk_token is {model.get("unk_token")!r}')
         types[tokens.index(model['unk_token'])] = 'UNKNOWN'
         for number, token in enumerate(tokens):
             if re.fullmatch('<0x[0-9A-F]{2}>', token):
@@ -133,15 +133,15 @@ def _words(described: dict, has_merges: bool, ignores_merges: bool) -> str:
     """
     normalizer = described.get('normalizer')
     if normalizer not in (None, {'type': 'NFC'}):  # Qwen's, which changes few texts
-        raise _refused(f'its normalizer is {_short(normalizer)}')
+        raise _rejected(f'its normalizer is {_short(normalizer)}')
     if (described.get('decoder') or {}).get('type') != 'ByteLevel':
-        raise _refused(f'its decoder is {_short(described.get("decoder"))}')
+        raise _rejected(f'its decoder is {_short(described.get("decoder"))}')
     patterns = tuple(_patterns(described.get('pre_tokenizer')))
     key = (*patterns, 'ignore_merges') if ignores_merges else patterns
     if not has_merges and not ignores_merges:
         return Vocabulary.words
     if key not in WORDS:
-        raise _refused(f'it cuts text into words by {" and ".join(key) or "no rule"}')
+        raise _rejected(f'it cuts text into words by {" and ".join(key) or "no rule"}')
     return WORDS[key]
 
 
@@ -157,7 +157,7 @@ def _patterns(step) -> list[str]:
         case {'type': 'Split', 'pattern': {'Regex': str(pattern)}, 'behavior': 'Isolated'}:
             if not step.get('invert'):
                 return [pattern.replace(CONTRACTIONS[1], CONTRACTIONS[0])]
-    raise _refused(f'its pre_tokenizer is {_short(step)}')
+    raise _rejected(f'its pre_tokenizer is {_short(step)}')
 
 
 def _check_spaces(described: dict):
@@ -175,7 +175,7 @@ def _check_spaces(described: dict):
     others = [p for p in parts if p not in (replace_spaces, {'type': 'Prepend', 'prepend': '▁'})]
     if others or not is_known:
         steps = [described.get('pre_tokenizer'), normalizer or None]
-        raise _refused(f'its pre_tokenizer and normalizer are {_short(steps)}')
+        raise _rejected(f'its pre_tokenizer and normalizer are {_short(steps)}')
 
 
 def _scores(tokens: list[str], types: list[str], merges: list[tuple[str, str]]) -> list[float]:
@@ -188,14 +188,14 @@ def _scores(tokens: list[str], types: list[str], merges: list[tuple[str, str]]) 
     ranks = {token: rank for rank, token in enumerate(order)}
     results = [ranks[left + right] for left, right in merges]
     if results != sorted(results):
-        raise _refused('its merges are not in the order of their tokens, as in SentencePiece')
+        raise _rejected('its merges are not in the order of their tokens, as in SentencePiece')
     normal = {token for token, kind in zip(tokens, types) if kind == 'NORMAL'}
     known = set(merges)
     for token in filter(normal.__contains__, tokens):
         for cut in range(1, len(token)):
             parts = token[:cut], token[cut:]
             if normal.issuperset(parts) and parts not in known:
-                raise _refused(f'it has no merge of {parts[0]!r} and {parts[1]!r}')
+                raise _rejected(f'it has no merge of {parts[0]!r} and {parts[1]!r}')
     return [float(-ranks.get(token, 0)) for token in tokens]
 
 

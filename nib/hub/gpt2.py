@@ -76,10 +76,10 @@ GPT2 = Family(
 )
 
 
-def read(config: dict, tensors: dict[str, torch.Tensor]):
-    """Returns the GPTConfig and the state_dict of a GPT-2's config.json and tensors.
+def read_config(config: dict) -> GPTConfig:
+    """Returns the GPTConfig of a GPT-2's config.json, in which it replaces other names of keys.
 
-    Raises UserError, which names the key or the tensor, if model.py cannot express it.
+    Raises UserError, which names the key, if model.py does not support it.
     """
     for alias, key in ALIASES.items():
         if alias in config and config.setdefault(key, config[alias]) != config.pop(alias):
@@ -91,7 +91,15 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
             f'config.json: activation_function is {activation!r}, but only '
             f'{", ".join(ACTIVATIONS)} are supported'
         )
-    model = GPT2.read_fields(config, {'mlp': ACTIVATIONS[activation]})
+    return GPT2.read_fields(config, {'mlp': ACTIVATIONS[activation]})
+
+
+def read(config: dict, tensors: dict[str, torch.Tensor]):
+    """Returns the GPTConfig and the state_dict of a GPT-2's config.json and tensors.
+
+    Raises UserError, which names the key or the tensor, if model.py does not support it.
+    """
+    model = read_config(config)
     ours = GPT2.to_ours(tensors, model, BIASES)
     _scale_queries(config, model, ours)
     return model, ours

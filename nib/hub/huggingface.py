@@ -1,7 +1,8 @@
 """Models in Hugging Face's format: config.json, model.safetensors and a tokenizer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,10 +18,14 @@ from nib.text.hf_tokenizer import HfTokenizer
 FAMILIES = {'gpt2': gpt2, **dict.fromkeys(llama.FAMILIES, llama)}  # model_type -> its module
 
 
-def read(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict | None]:
+def read(
+    name: str, check: Callable[[GPTConfig, dict | None], object] = lambda model, tokenizer: None
+) -> tuple[GPTConfig, dict[str, torch.Tensor], dict | None]:
     """Returns a model's config, its state_dict and its tokenizer (None: not known to nibGPT).
 
-    name: a folder or a hub id. Raises UserError if the model cannot be expressed exactly.
+    name: a folder or a hub id. check: is called with the config and the tokenizer before the
+    weights, which may be large, are downloaded. Raises UserError if the model cannot be expressed
+    exactly.
     """
     repository = Repository(name)
     config = repository.read_json('config.json')
@@ -30,14 +35,25 @@ def read(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict | None]:
             f'{name}: config.json has the model_type {kind!r}, but only {", ".join(FAMILIES)} are '
             f'supported'
         )
+    with _explained(name):
+        model = FAMILIES[kind].read_config(config)
+    tokenizer = read_tokenizer(repository, model.vocab_size)
+    check(model, tokenizer)
     tensors = repository.read_tensors()
-    try:
+    with _explained(name):
         model, ours = FAMILIES[kind].read(config, tensors)
+    return model, ours, tokenizer
+
+
+@contextmanager
+def _explained(name: str):
+    """Within this context, errors say which model cannot be used."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f'{name} cannot be used: {error}') from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:  # of a wrong type
         raise UserError(f'{name} cannot be used: config.json is not valid ({error})') from error
-    return model, ours, read_tokenizer(repository, model.vocab_size)
 
 
 def why_not(config: GPTConfig) -> str | None:

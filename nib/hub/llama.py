@@ -96,10 +96,10 @@ QWEN3 = replace(
 FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
 
 
-def read(config: dict, tensors: dict[str, torch.Tensor]):
-    """Returns the GPTConfig and the state_dict of a config.json and tensors of these families.
+def read_config(config: dict) -> GPTConfig:
+    """Returns the GPTConfig of a config.json of these families.
 
-    Raises UserError, which names the key or the tensor, if model.py cannot express it.
+    Raises UserError, which names the key, if model.py does not support it.
     """
     family = FAMILIES[config['model_type']]
     special = ROTARY if family is LLAMA else ROTARY | WINDOW
@@ -109,21 +109,29 @@ def read(config: dict, tensors: dict[str, torch.Tensor]):
         special = special | {'mlp_bias': (bool,)}
     family.check_keys(config, special)
     base, scaling = _read_rotary(config)
-    attention, mlp = (bool(config.get(key)) for key in ('attention_bias', 'mlp_bias'))
-    has_qkv_bias = family is QWEN2
-    if attention and not mlp and _drop_zero_biases(config, tensors):
-        attention, has_qkv_bias = False, True
-    in_file = ATTENTION[:1] * has_qkv_bias + ATTENTION * attention + MLP * mlp
     special_fields = {name: allowed[0] for name, allowed in family.needs.items()} | {
         'rotary_base': base,
         'rotary_scaling': scaling,
-        'bias': attention or mlp,
-        'qkv_bias': has_qkv_bias,
+        'bias': bool(config.get('attention_bias') or config.get('mlp_bias')),
+        'qkv_bias': family is QWEN2,
     }
     model = family.read_fields(config, special_fields)
     if family is not LLAMA:
         _check_window(config, model.n_layer)
-    return model, family.to_ours(tensors, model, frozenset(in_file))
+    return model
+
+
+def read(config: dict, tensors: dict[str, torch.Tensor]):
+    """Returns the GPTConfig and the state_dict of a config.json and tensors of these families.
+
+    Raises UserError, which names the key or the tensor, if model.py does not support it.
+    """
+    model = read_config(config)
+    attention, mlp = (bool(config.get(key)) for key in ('attention_bias', 'mlp_bias'))
+    if attention and not mlp and _drop_zero_biases(config, tensors):
+        attention, model = False, replace(model, bias=False, qkv_bias=True)
+    in_file = ATTENTION[:1] * model.qkv_bias + ATTENTION * attention + MLP * mlp
+    return model, FAMILIES[config['model_type']].to_ours(tensors, model, frozenset(in_file))
 
 
 def _drop_zero_biases(config: Mapping, tensors: dict[str, torch.Tensor]) -> bool:

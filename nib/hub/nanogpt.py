@@ -17,6 +17,7 @@ from nib.errors import UserError
 from nib.files import new_folder, read_json
 from nib.hub.family import check_numbers
 from nib.machine.device import ShapesOnly
+from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import (
     END_OF_TEXT,
@@ -28,7 +29,7 @@ from nib.text.tokenizer import (
 from nib.tokens import nanogpt_bins
 
 SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')  # of model_args
-GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and as nanoGPT pads it
+GPT2_SIZES = (Gpt2Tokenizer.vocab_size, nanogpt_bins.PADDED_GPT2)
 ARGUMENTS = (*SIZES, 'dropout')
 # Keys of its config that train.py has, too, with the same meaning, and their types.
 CONFIG: dict[str, type] = {
@@ -275,7 +276,7 @@ def write_folder(
 
 
 def why_not(config: GPTConfig) -> str | None:
-    """Returns why nanoGPT cannot express a model; None if it can."""
+    """Returns why nanoGPT does not support a model; None if it does."""
     needs = {
         'position': 'learned',
         'norm': 'layer',
@@ -288,11 +289,11 @@ def why_not(config: GPTConfig) -> str | None:
     }
     for name, wanted in needs.items():
         if getattr(config, name) != wanted:
-            return f'{name} is {getattr(config, name)}, but nanoGPT can only express {wanted}'
+            return f'{name} is {getattr(config, name)}, but nanoGPT only supports {wanted}'
     if config.mlp not in ('gelu', 'gelu_erf'):
-        return f'mlp is {config.mlp}, but nanoGPT can only express gelu_erf'
+        return f'mlp is {config.mlp}, but nanoGPT only supports gelu_erf'
     if config.norm_eps not in (0.0, 1e-5):
-        return f'norm_eps is {config.norm_eps}, but nanoGPT can only express 1e-05'
+        return f'norm_eps is {config.norm_eps}, but nanoGPT only supports 1e-05'
     if config.head_width * config.n_head != config.n_embd:
         return f'head_dim is {config.head_dim}, but nanoGPT needs n_embd / n_head'
     if config.qkv_bias and not config.bias:

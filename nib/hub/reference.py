@@ -1,4 +1,4 @@
-"""The architectures of model.py, computed plainly, to notice a model.py that has been changed.
+"""The architectures of model.py, computed plainly, to detect a changed model.py.
 
 Other programs receive weights and the name of an architecture. If a changed model.py computes
 something else, they would compute other logits from the same weights.
@@ -34,7 +34,7 @@ def check_model(config: GPTConfig):
     Compares the logits of a model of two layers with random weights and up to 1,024 positions. So a
     change that only concerns later layers or longer distances is not found.
     """
-    if config.smear:  # no format can express it
+    if config.smear:  # no format supports it
         return
     small = replace(
         config,

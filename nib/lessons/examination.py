@@ -35,7 +35,7 @@ def count(n: int, noun: str) -> str:
 def examine(training, full: bool, overfit_steps: int) -> Iterator[str]:
     """Yields the report. full: show every layer of a deep model. overfit_steps: for section 4."""
     x, y = training.batch()
-    yield f'One batch under the microscope: {training.describe()}'
+    yield f'One batch in detail: {training.describe()}'
     yield '\nTHE BATCH\n'
     yield from describe_batch(training)
     findings = remedies.judge_shift(float(inspection.shifted_share(x, y)))
@@ -61,8 +61,8 @@ def describe_batch(training) -> Iterator[str]:
     cut = ''
     if x.shape != (sequences, positions):
         cut = (
-            f', the beginning of {count(sequences, "sequence")} of {positions:,} '
-            f'(--batch_tokens={sequences * positions} takes all)'
+            f', which has {count(sequences, "sequence")} of {positions:,} '
+            f'(--batch_tokens={sequences * positions} examines all)'
         )
     yield note(
         f'{count(len(x), "sequence")} of {count(x.shape[1], "token")}, from the first micro batch '
@@ -85,7 +85,7 @@ def describe_rate(training) -> Iterator[str]:
     done, steps = training.steps_done, training.values['max_iters']
     rate, full = training.scheduled_rate, training.values['learning_rate']
     if done >= steps:
-        yield f'The run has done all its {count(steps, "step")}: train.py would not take this one.'
+        yield f'The run has done all its {count(steps, "step")}: train.py would not run this one.'
     elif rate != full:
         yield (
             f'train.py uses the scheduled learning rate {rate:.4g} for this step; the updates '
@@ -179,8 +179,9 @@ def report_parameters(training, full: bool) -> Report:
     yield from explain_updates(training)
     if any(row.behind_zeros for row in rows):
         yield note(
-            'If a c_proj is all 0, its block adds nothing yet, and no gradient passes it. The rows '
-            'before it have none in this step, but will have one after it has moved.',
+            'If a c_proj is all zeros, its block adds nothing yet, and no gradient passes through '
+            'it. The parameters before it have no gradient in this step, but will have one after '
+            'the first update.',
             'zeros',
         )
     findings = remedies.judge_grad_norm(norm, norm_limits)
@@ -274,7 +275,7 @@ def explain_updates(training) -> Iterator[str]:
         text += (
             f"Muon updates the blocks' matrices. In every step, their weights move by a root mean "
             f'square of about 0.2 * learning_rate * muon_lr_ratio = {rms:.2g}, equally far in rare '
-            f'and frequent directions, so larger updates are healthy. Theirs are marked '
+            f'and frequent directions, so larger updates are healthy. They are marked if '
             f'{below}above {most:.2g}. '
         )
     text += 'Biases start at 0 and gains at 1, so their ratio has no range.'
@@ -284,10 +285,10 @@ def explain_updates(training) -> Iterator[str]:
         if warmup:
             text = (
                 f'This is why training warms up: the real first step has 1/{warmup + 1} of this '
-                f'rate, and its update is as many times smaller.'
+                f'rate, so its update is smaller by this factor.'
             )
         else:
-            text = 'warmup_iters is 0, so training really begins with this step.'
+            text = 'warmup_iters is 0, so training begins with exactly this step.'
         yield note(text, ' ' * 16)
 
 
@@ -335,13 +336,13 @@ def explain_layers(x, mlp_kind: str, largest: float) -> Iterator[str]:
     )
     yield note("std of what the block's attention and MLP add to the stream.", '... adds')
     closed = {
-        'gelu': 'stay below -3, where GELU is flat (its slope within 0.012 of 0),',
-        'swiglu': 'have a gate that stays below -6, where SiLU is flat (its slope within 0.0125 of '
-        '0),',
+        'gelu': 'stay below -3, where GELU is flat (its slope is within 0.012 of 0),',
+        'swiglu': 'have a gate that stays below -6, where SiLU is flat (its slope is within 0.0125 '
+        'of 0),',
     }.get(mlp_kind, 'are exactly 0')
     yield note(
         f"share of the MLP's hidden units that {closed} for every one of the {x.numel():,} tokens: "
-        f'they learn nothing from them. Healthy: at most {health.DEAD:.0%}.',
+        f'such units learn nothing from the batch. Healthy: at most {health.DEAD:.0%}.',
         'dead units',
     )
     yield note(
@@ -374,15 +375,15 @@ def report_start(training, loss: float) -> Report:
     if is_new:
         yield note(
             f'A new model knows nothing and should guess. Its logits are not quite equal: their '
-            f'std is 0.02 * sqrt(n_embd) = {0.02 * math.sqrt(n_embd):.2f}, which costs half of its '
-            f'square, {0.0002 * n_embd:.3f}. The tolerance is twice that, plus three standard '
-            f'errors of a mean over {n_tokens:,} tokens, plus 0.1 for a tied head, which predicts '
-            f'its own input at first.'
+            f'std is 0.02 * sqrt(n_embd) = {0.02 * math.sqrt(n_embd):.2f}, which adds half of its '
+            f'square, {0.0002 * n_embd:.3f}, to the loss. The tolerance is twice that, plus three '
+            f'standard errors of a mean over {n_tokens:,} tokens, plus 0.1 for a tied head, which '
+            f'predicts its own input at first.'
         )
     elif is_text:
-        yield 'These weights are trained, so they should be better than a guess.'
+        yield 'These weights are trained, so the loss should be lower than that of a guess.'
     else:
-        yield 'A trained model has expectations, so it is worse than a guess on random tokens.'
+        yield 'A trained model expects real text, so it is worse than a guess on random tokens.'
     return remedies.judge_start(loss, vocab_size, tolerance) if is_new or is_text else []
 
 
@@ -414,12 +415,12 @@ def report_memorizing(training, steps: int) -> Report:
     goal = health.MEMORIZED * min(entropy, losses[0])
     yield f'healthy:      at most {goal:.4f}\n'
     yield note(
-        f'A loss of {loss:.3g} is a probability of exp(-{loss:.3g}) = {math.exp(-loss):.3g} for '
-        f'the right token; at the start it was {math.exp(-losses[0]):.2g}. A model that knows the '
+        f'A loss of {loss:.3g} means a probability of exp(-{loss:.3g}) = {math.exp(-loss):.3g} for '
+        f'the right token; at the start, it was {math.exp(-losses[0]):.2g}. A model that knows the '
         f'frequency of each token, but does not look at the input, gets no lower than '
         f'{entropy:.3f} nats, the entropy of the targets. The goal is two thirds of that, or of '
-        f'the first loss if it is lower. It requires learning which token follows which. A loop '
-        f'that cannot memorize one batch will not learn a text. But memorizing says nothing about '
-        f'new text.'
+        f'the first loss if it is lower. To reach it, the model must learn which token follows '
+        f'which. A loop that cannot memorize one batch will not learn a text. But memorizing says '
+        f'nothing about new text.'
     )
     return remedies.judge_memorizing(losses, goal)

@@ -276,11 +276,11 @@ def explain_accumulation(training, micro_batches: Sequence, weight: Weight) -> I
     yield row('the whole batch at once')
     yield undivided + '\n'
     yield note(
-        f'With the division, the sum is the gradient of the whole batch, except for rounding. It '
-        f'is shorter than most of its parts, which partly cancel. Without it, the sum is {n} times '
-        f'too long, and a step of SGD would go {n} times too far. AdamW would hardly change, '
-        f'because it divides by the size of the gradient, but every norm that is logged or clipped '
-        f'would be wrong.'
+        f'With the division, the sum is the gradient of the whole batch, except for rounding. '
+        f'It is shorter than most of its parts, which partly cancel. Without the division, the sum '
+        f'is {n} times too long, and a step of SGD would go {n} times too far. AdamW would hardly '
+        f'change, because it divides by the size of the gradient, but every norm that is logged or '
+        f'clipped would be wrong.'
     )
 
 
@@ -305,8 +305,8 @@ def explain_clipping(training, micro_batches: Sequence, weight: Weight) -> Itera
     yield f'{"norm after":28}{norm * factor:16.8f}{clipped:16.8f}\n'
     if factor < 1:
         yield (
-            'All gradients are multiplied by the same factor, so their direction is the same, and '
-            'no unusual batch can move the weights far.'
+            'All gradients are multiplied by the same factor, so the direction of the step stays '
+            'the same, and no unusual batch can move the weights far.'
         )
     else:
         yield 'The norm is small enough: nothing is clipped in this step.'

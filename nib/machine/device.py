@@ -70,7 +70,7 @@ def pick_device(device: str) -> str:
     limit_threads()
     watch_cores()
     if device == 'auto':
-        if not gpu_trouble() and torch.cuda.is_available():
+        if not gpu_problem() and torch.cuda.is_available():
             return 'cuda'
         return 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
@@ -88,7 +88,7 @@ def pick_device(device: str) -> str:
         raise UserError(
             f'--device={device}: this machine has {available or "no"} {kind} '
             f'device{"s" * (available != 1)} that torch {torch.__version__} can use; '
-            f'{(kind == "cuda" and gpu_trouble()) or "try --device=auto"}'
+            f'{(kind == "cuda" and gpu_problem()) or "try --device=auto"}'
         )
     return kind if kind in ('cpu', 'mps') else device  # there is only one: 'cpu:0' is 'cpu'
 
@@ -107,12 +107,12 @@ def describe_device(device: str) -> str:
         return device
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     threads = torch.get_num_threads()
-    reason = 'GPU not used' if has_gpu else gpu_trouble() or 'no GPU found'
+    reason = 'GPU not used' if has_gpu else gpu_problem() or 'no GPU found'
     return f'cpu ({threads} thread{"s" * (threads > 1)}, {reason})'
 
 
 @functools.cache
-def gpu_trouble() -> str:
+def gpu_problem() -> str:
     """Returns why torch cannot use the NVIDIA GPU of this machine, or '' if nothing is known."""
     with warnings.catch_warnings(record=True) as caught:  # torch warns once, in its first call
         warnings.simplefilter('always')

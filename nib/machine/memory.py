@@ -17,7 +17,7 @@ from nib.machine.device import kept_buffers, synchronize
 from nib.machine.memory_plan import plan_memory
 
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
-FAR = 4  # more than this multiple of a machine's memory is refused: no estimate is that wrong
+FAR = 4  # a run that needs this many times the memory is rejected: no estimate is that wrong
 
 
 def fit_batch_size(t, config: Mapping, say: Callable[[str], None]) -> dict[str, int]:
@@ -141,10 +141,10 @@ def check_memory(model: GPTConfig, config: Mapping, auto: bool = False):
     room = available_memory('cpu', config.get('ranks', 1))
     n_fitting = bisect.bisect(range(batch_size + 1), USABLE * room, key=needed)  # of 0, 1, 2, ...
     if n_fitting == 0:
-        refuse('training this model', needed(0), room, 'use a smaller one')
+        reject('training this model', needed(0), room, 'use a smaller one')
     what = f'batch_size {batch_size} with block_size {config["block_size"]}'
     remedy = f'use at most --batch_size={n_fitting - 1}'
-    refuse(what, needed(batch_size), room, remedy if n_fitting > 1 else 'lower --block_size')
+    reject(what, needed(batch_size), room, remedy if n_fitting > 1 else 'lower --block_size')
 
 
 def check_samples(model: GPTConfig, num_samples: int, n_positions: int):
@@ -154,10 +154,10 @@ def check_samples(model: GPTConfig, num_samples: int, n_positions: int):
     if num_samples * row > FAR * total_memory():
         room = available_memory('cpu')
         remedy = f'use at most --num_samples={max(1, int(USABLE * room / row))}'
-        refuse(f'num_samples {num_samples}', num_samples * row, room, remedy)
+        reject(f'num_samples {num_samples}', num_samples * row, room, remedy)
 
 
-def refuse(what: str, needed: float, room: float, remedy: str):
+def reject(what: str, needed: float, room: float, remedy: str):
     raise UserError(
         f'{what} takes about {needed / 1e9:,.1f} GB, but {room / 1e9:,.1f} GB are available: '
         f'{remedy}'

@@ -71,7 +71,8 @@ def plan_memory(config: GPTConfig, values: Mapping, compiled: bool = False) -> M
         work = heap_bytes(config, tokens, activations, dtype, accumulates)
     return MemoryPlan(
         weights=FLOAT * n_params,
-        gradients=FLOAT * n_params,
+        # DistributedDataParallel keeps those that are exchanged; others accumulate beside them.
+        gradients=FLOAT * n_params * (2 if accumulates and ranks > 1 else 1),
         optimizer=optimizer,
         activations=activations,
         logits=loss_bytes(config, tokens, device, dtype, compiled),
@@ -114,7 +115,7 @@ def heap_bytes(
 ) -> float:
     """Returns the bytes that training takes on a CPU's heap beside what it keeps."""
     V, C, is_float32 = config.vocab_size, config.n_embd, dtype == 'float32'
-    # A tied table has two gradients and their sum. That of a head of its own is in loss_bytes, too.
+    # A tied table has two gradients and their sum. That of an untied head is in loss_bytes, too.
     tables = FLOAT * V * C * ((1 if config.tied_head else -1) + accumulates)
     # Small tensors split what activations have freed, and more often with gradients that stay until
     # the next pass. In float32, the loss has freed more than they need, unless the gradient of an

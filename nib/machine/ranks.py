@@ -162,7 +162,7 @@ def _read_environment() -> tuple[int, int, int]:
         what = f'is {found[wrong[0]]!r}' if found[wrong[0]] else 'is not set'
         raise UserError(
             f'{wrong[0]} {what}, but RANK={found["RANK"]} and '
-            f'WORLD_SIZE={found["WORLD_SIZE"]} announce several processes: start them with '
+            f'WORLD_SIZE={found["WORLD_SIZE"]} indicate several processes: start them with '
             f'torchrun, which sets {", ".join(VARIABLES)}; for a single process, unset RANK'
         )
     return int(found['RANK']), int(found['LOCAL_RANK']), int(found['WORLD_SIZE'])

@@ -12,9 +12,9 @@ from pathlib import Path
 from nib.machine.cgroup import cpu_quotas
 
 SETTINGS = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')  # how threads wait, if the user decides it
-INTERVAL = 0.25  # seconds between two looks
+INTERVAL = 0.25  # seconds between two checks
 TAKEN = 0.05  # share of the time without a core; alone it is 0.002 at most
-CALM = 8  # looks in a row that must find the cores free
+CALM = 8  # checks in a row that must find the cores free
 
 
 def available_cores() -> int:
@@ -66,7 +66,7 @@ class Yielding:
         atexit.register(self._busy.acquire, timeout=1.0)
 
     def run(self):
-        """Looks at intervals, as long as the seconds without a core are known."""
+        """Checks at intervals, as long as the seconds without a core are known."""
         pause, calm, before = threading.Event(), 0, self._waited()
         while before is not None:
             pause.wait(self._interval)

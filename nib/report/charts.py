@@ -24,14 +24,16 @@ TINY = 1e-290  # ratios of smaller values overflow
 DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # approximate number on an axis
 WIDE_RANGE = 10.0  # an axis is logarithmic if the largest value exceeds this many medians
-FIRST_FALL = 0.1  # part of the steps that does not count for the range of a chart with a first fall
-# Similar to the colours of Okabe and Ito (2008), for a white and a dark background. They differ for
-# people with any form of colour blindness, and a run's series also have different dashes. The last
-# colour is neutral.
+INITIAL_DROP = (
+    0.1  # part of the steps that does not count for the range of a chart with an initial drop
+)
+# Similar to the colors of Okabe and Ito (2008), for a white and a dark background. They differ for
+# people with any form of color blindness, and a run's series also have different dashes. The last
+# color is neutral.
 LIGHT = ('#0072b2', '#e06000', '#005040', '#c4708c', '#5a3f0c', '#5b5f66')
 DARK = ('#56b4e9', '#f18a30', '#0b8d62', '#f6b7b8', '#f5ef66', '#a7adb5')
 NEUTRAL = 5
-SEVERITY_COLOURS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
+SEVERITY_COLORS = {'critical': '#c0182b', 'warning': '#a35f00', 'note': '#3d6ea8'}
 DASHES = {'line': '', 'dots': '', 'dashed': '6 4', 'dotted': '1.5 4', 'mixed': '9 3 2 3'}
 
 
@@ -40,7 +42,7 @@ class Series:
     name: str
     steps: Sequence[int]
     values: Sequence[float | None]  # None: not finite
-    colour: int = 0
+    color: int = 0
     look: str = 'line'  # a key of DASHES; 'dots' draws no line
     pale: bool = False  # drawn faintly, in the background
     dotted: bool = False  # a dot at each value if there are few
@@ -96,7 +98,7 @@ class Mark:
     step: int
     value: float
     label: str  # in the legend; '' in a chart of several runs
-    colour: int = 0
+    color: int = 0
     run: str = ''
 
 
@@ -131,10 +133,10 @@ class Chart:
 
     def axis(self) -> 'Axis':
         """Returns the vertical axis."""
-        ends: dict[str, float] = {}  # run -> its last step, as a short run has a short first fall
+        ends: dict[str, float] = {}  # run -> its last step, as a short run has a short initial drop
         for series in self.series:
             ends[series.run] = max(ends.get(series.run, 0), *series.steps, 0)
-        start = FIRST_FALL if self.falls else 0
+        start = INITIAL_DROP if self.falls else 0
         drawn = [
             value
             for series in self.series
@@ -270,13 +272,13 @@ def chart_data(chart: Chart) -> dict:
     return {
         'series': [series_data(one) for one in chart.drawn()],
         'marks': [
-            [mark.run, mark.step, mark.value, mark.label, mark.colour] for mark in chart.marks
+            [mark.run, mark.step, mark.value, mark.label, mark.color] for mark in chart.marks
         ],
         'band': chart.band,
         'level': chart.level,
         'log': chart.axis().log,
         'fromZero': chart.from_zero,
-        'firstFall': FIRST_FALL if chart.falls else 0,
+        'initialDrop': INITIAL_DROP if chart.falls else 0,
     }
 
 
@@ -285,7 +287,7 @@ def series_data(series: Series) -> dict:
     return {
         'name': series.name,
         'run': series.run,
-        'colour': series.colour % len(LIGHT),
+        'color': series.color % len(LIGHT),
         'dashes': DASHES[series.look],
         'line': series.look != 'dots',
         'dots': series.dotted or series.look == 'dots',

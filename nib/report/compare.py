@@ -87,7 +87,7 @@ def comparison_section(runs: Sequence[Run]) -> str:
         dashes = f' stroke-dasharray="{DASHES[line.look]}"' if DASHES[line.look] else ''
         key = (
             f'<svg class="key" viewBox="0 0 24 10" aria-hidden="true">'
-            f'<path class="c{line.colour}"{dashes} d="M0 5H24"/></svg>'
+            f'<path class="c{line.color}"{dashes} d="M0 5H24"/></svg>'
         )
         name = text(run.name)
         switch = (
@@ -140,8 +140,8 @@ def swept_chart(runs: Sequence[Run], key: str) -> str:
         f'<span class="x" style="left:{x(value)}%">{show_number(value)}</span>' for value in shown
     )
     for value, loss, number in points:
-        colour = style_of_run(Series('', (), (), number)).colour
-        drawn += f'<path class="c{colour} dot" d="M{10 * x(value)} {10 * y(loss)}h0"/>'
+        color = style_of_run(Series('', (), (), number)).color
+        drawn += f'<path class="c{color} dot" d="M{10 * x(value)} {10 * y(loss)}h0"/>'
     value, loss, _ = min(points, key=lambda point: point[1])
     words = f'best validation loss by {key}; lowest {loss:.4f} at {show_number(value)}'
     return (

@@ -24,8 +24,8 @@ ENTROPY = 'attention entropy, relative to its maximum'
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """Returns all charts that have records, including one for each kind of unknown metric.
 
-    With one run, each series has a colour. Several runs have a chart for each name, in which each
-    run has a colour and a look.
+    With one run, each series has a color. Several runs have a chart for each name, in which each
+    run has a color and a look.
     """
     clipped = curves(runs, {'clipped': 'clipped steps'}, factor=100)
     between = curves(runs, {'loss/mean': 'mean', 'loss/max': 'largest'})
@@ -103,11 +103,11 @@ def split(chart: Chart) -> list[Chart]:
 
 
 def style_of_run(series: Series) -> Series:
-    """Returns the series in the colour and look of its run; 20 runs differ."""
+    """Returns the series in the color and look of its run; 20 runs differ."""
     if series.look == 'dots':
-        return replace(series, colour=series.colour % NEUTRAL)
-    look = LOOKS[series.colour // NEUTRAL % len(LOOKS)]
-    return replace(series, colour=series.colour % NEUTRAL, look=look, pale=False)
+        return replace(series, color=series.color % NEUTRAL)
+    look = LOOKS[series.color // NEUTRAL % len(LOOKS)]
+    return replace(series, color=series.color % NEUTRAL, look=look, pale=False)
 
 
 def update_band(runs) -> tuple[float, float] | None:
@@ -129,26 +129,26 @@ def curves(runs, names: Mapping[str, str], factor: float = 1, **options) -> tupl
             if not points:
                 continue
             values = [None if value is None else factor * value for value in points.values()]
-            colour = number if len(runs) > 1 else place
+            color = number if len(runs) > 1 else place
             look = LOOKS[place % len(LOOKS)]
             owner = run.name if len(runs) > 1 else ''
-            found.append(Series(shown, list(points), values, colour, look, run=owner, **options))
+            found.append(Series(shown, list(points), values, color, look, run=owner, **options))
     return tuple(found)
 
 
 def loss_chart(runs) -> Chart:
     steps = curves(runs, {'loss/step': "a step's batch"}, pale=True)
-    steps = tuple(replace(one, colour=NEUTRAL) for one in steps) if len(runs) == 1 else steps
+    steps = tuple(replace(one, color=NEUTRAL) for one in steps) if len(runs) == 1 else steps
     evaluated = curves(runs, {'loss/val': 'validation', 'loss/train': 'training'}, dotted=True)
     # The validation loss comes last, so that it is drawn above the others.
     evaluated = tuple(sorted(evaluated, key=lambda one: one.name == 'validation'))
     marks = []
-    for colour, run in enumerate(runs):
+    for color, run in enumerate(runs):
         if best := run.best():
             step, loss = best
             label = f'best {loss:.4f} at step {step:,}' if len(runs) == 1 else ''
             marks.append(
-                Mark(step, loss, label, colour % NEUTRAL, run.name if len(runs) > 1 else '')
+                Mark(step, loss, label, color % NEUTRAL, run.name if len(runs) > 1 else '')
             )
     return Chart('loss', 'Loss', 'nats per token', steps + evaluated, tuple(marks), falls=True)
 
@@ -176,9 +176,9 @@ def gradient_chart(runs) -> Chart:
         norm = run.numbers.get('grad_norm', {}).items()
         clipped = {step: one for step, one in norm if None not in (one, limit) and one > limit}
         if clipped:
-            colour = number if len(runs) > 1 else 1
+            color = number if len(runs) > 1 else 1
             owner = run.name if len(runs) > 1 else ''
             values = list(clipped.values())
-            norms.append(Series('clipped', list(clipped), values, colour, 'dots', run=owner))
+            norms.append(Series('clipped', list(clipped), values, color, 'dots', run=owner))
     level = (limits[0], f'grad_clip {limits[0]:g}') if len(set(limits)) == 1 and limits[0] else None
     return Chart('gradient_norm', 'Gradient norm', 'before clipping', tuple(norms), level=level)

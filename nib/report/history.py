@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nib.checkpoint.wrong_folder import explain, is_run
 from nib.doctor.finding import Finding
-from nib.doctor.troubles import SEVERITIES
+from nib.doctor.problems import SEVERITIES
 from nib.errors import UserError
 from nib.files import read_json
 from nib.run.metrics import read_records

@@ -72,9 +72,9 @@ function horizontalAxis(figures) {
 
 function verticalAxis(data, lines, across) {
   const zoomed = toolbar.from.value || toolbar.to.value
-  const fall = toolbar.fall.checked || zoomed ? 0 : data.firstFall, ends = {}
+  const fall = toolbar.fall.checked || zoomed ? 0 : data.initialDrop, ends = {}
   for (const {run, places} of lines) ends[run] = places.reduce((a, b) => Math.max(a, b), ends[run] ?? across.low)
-  const start = run => across.low + fall * (Math.min(ends[run] ?? across.low, across.high) - across.low)  // a short run has a short first fall
+  const start = run => across.low + fall * (Math.min(ends[run] ?? across.low, across.high) - across.low)  // a short run has a short initial drop
   const values = lines.flatMap(one => one.drawn.filter((value, index) => value !== null && one.places[index] >= start(one.run) && one.places[index] <= across.high))
   values.push(...data.marks.filter(([run, step]) => run in ends && placeOf(run, step) >= start(run)).map(mark => mark[2]))
   if (!zoomed) values.push(...data.level ? [data.level[0]] : [], ...data.band ?? [])
@@ -139,16 +139,16 @@ function draw(figure, across) {
     const inside = one.places.map((place, index) => place >= across.low && place <= across.high || (one.places[index + 1] > across.low && place < across.high) || (one.places[index - 1] < across.high && place > across.low))
     const points = values => values.map((value, index) => inside[index] ? [x(one.places[index]), value === null ? null : y(value)] : null).filter(point => point)
     const line = (name, values) => add(name, pathOf(points(values)), {'stroke-dasharray': one.dashes || null})
-    if (one.smoothed) line(`c${one.colour} pale`, one.values)
-    if (one.line) line(`c${one.colour}${one.pale && !one.smoothed ? ' pale' : ''}`, one.drawn)
-    if (one.dots) add(`c${one.colour} ${one.values.length > 180 ? 'small ' : ''}dot`, dots(points(one.values).filter(point => point[1] !== null)))
+    if (one.smoothed) line(`c${one.color} pale`, one.values)
+    if (one.line) line(`c${one.color}${one.pale && !one.smoothed ? ' pale' : ''}`, one.drawn)
+    if (one.dots) add(`c${one.color} ${one.values.length > 180 ? 'small ' : ''}dot`, dots(points(one.values).filter(point => point[1] !== null)))
     const gaps = points(one.values).filter(point => point[1] === null)
     if (gaps.length) add('gap', dots(gaps.map(([left]) => [left, 4])))
   }
-  for (const [run, step, value, , colour] of data.marks) {
+  for (const [run, step, value, , color] of data.marks) {
     const place = placeOf(run, step), at = dots([[x(place), y(value)]])
     if (hidden.has(run || 'validation') || place < across.low || place > across.high) continue
-    add(`c${colour} ring`, at)
+    add(`c${color} ring`, at)
     add('hole', at)
   }
   const ends = []  // of the rows of badges above the plot
@@ -184,10 +184,10 @@ function drawLegend(figure, data, several) {
   if (data.band) entries.push([key(make('rect', {class: 'band', width: 24, height: 10})), `healthy: ${show(data.band[0])} to ${show(data.band[1])}`])
   if (data.level) entries.push([key(path('level', 'M0 5H24')), data.level[1]])
   if (!several && data.series.length > 1) for (const one of data.series) {
-    const look = one.line ? path(`c${one.colour}${one.pale ? ' pale' : ''}`, 'M0 5H24', {'stroke-dasharray': one.dashes || null}) : path(`c${one.colour} dot`, 'M12 5h0')
+    const look = one.line ? path(`c${one.color}${one.pale ? ' pale' : ''}`, 'M0 5H24', {'stroke-dasharray': one.dashes || null}) : path(`c${one.color} dot`, 'M12 5h0')
     entries.push([make('button', {type: 'button', 'data-series': one.name, 'aria-pressed': !hidden.has(one.name)}, key(look), one.name)])
   }
-  for (const [, , , label, colour] of data.marks) if (label) entries.push([key(path(`c${colour} ring`, 'M12 5h0'), path('hole', 'M12 5h0')), label])
+  for (const [, , , label, color] of data.marks) if (label) entries.push([key(path(`c${color} ring`, 'M12 5h0'), path('hole', 'M12 5h0')), label])
   if (data.series.some(one => one.values.includes(null))) entries.push([key(path('gap', 'M12 5h0')), 'not finite'])
   const held = legend.contains(document.activeElement)
   legend.replaceChildren(...entries.map(parts => make('li', {}, ...parts)))
@@ -244,13 +244,13 @@ function point(event) {
   const place = lines[closest].places[chosen[closest]], step = lines[closest].steps[chosen[closest]]
   const tip = plot.querySelector('.tip'), width = plot.offsetWidth, near = (across.high - across.low) / 50
   const unit = toolbar.x.value === 'step' ? '' : `, ${show(place)} ${toolbar.x.value}`
-  const row = (colour, name, value = '') => make('div', {}, make('i', {style: `background:var(--${colour})`}), make('em', {}, name), make('strong', {}, value))
+  const row = (color, name, value = '') => make('div', {}, make('i', {style: `background:var(--${color})`}), make('em', {}, name), make('strong', {}, value))
   tip.replaceChildren(make('b', {}, `step ${step.toLocaleString('en')}${unit}`))
   lines.forEach((one, number) => {
     const at = one.steps[chosen[number]], away = Math.abs(one.places[chosen[number]] - place)
     if (away > 0 && (!one.line || away > 5 * near)) return
     const name = (one.run ? `${one.run}: ${one.name}` : one.name) + (at === step ? '' : ` (${at.toLocaleString('en')})`)
-    tip.append(row(`c${one.colour}`, name, show(one.drawn[chosen[number]])))
+    tip.append(row(`c${one.color}`, name, show(one.drawn[chosen[number]])))
   })
   for (const [run, at, number, name, severity] of read(toolbar).flags)
     if (Math.abs(placeOf(run, at) - place) < near / 2) tip.append(row(severity, `${number} ${name}`))

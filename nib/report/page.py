@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from nib.doctor.finding import Finding
-from nib.doctor.troubles import SEVERITIES
+from nib.doctor.problems import SEVERITIES
 from nib.files import atomic_write
 from nib.report.charts import (
     BUCKETS,
     DARK,
     LIGHT,
-    SEVERITY_COLOURS,
+    SEVERITY_COLORS,
     Flag,
     text,
     time_axis,
@@ -65,9 +65,9 @@ def build_page(runs: Sequence[Run], defaults: Mapping, watching: bool = False) -
     title = ', '.join(run.name for run in runs) if len(runs) <= 3 else f'{len(runs)} runs'
     figures = ''.join(map(to_html, charts))
     overview = comparison_section(runs) if len(runs) > 1 else summary(runs[0])
-    light = ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(LIGHT))
-    dark = ';'.join(f'--c{index}:{colour}' for index, colour in enumerate(DARK))
-    severities = ';'.join(f'--{severity}:{colour}' for severity, colour in SEVERITY_COLOURS.items())
+    light = ';'.join(f'--c{index}:{color}' for index, color in enumerate(LIGHT))
+    dark = ';'.join(f'--c{index}:{color}' for index, color in enumerate(DARK))
+    severities = ';'.join(f'--{severity}:{color}' for severity, color in SEVERITY_COLORS.items())
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">\
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -115,7 +115,7 @@ def toolbar(runs, flags: Sequence[Flag]) -> str:
 <label><input type="checkbox" name="logX"> logarithmic x</label>
 <label>y axis <select name="y"><option value="auto">automatic</option>\
 <option>linear</option><option value="log">logarithmic</option></select></label>
-<label><input type="checkbox" name="fall"> include the first fall</label>
+<label><input type="checkbox" name="fall"> include the initial drop</label>
 <label>smoothing <input type="range" name="smoothing" min="0" max="0.98" step="0.02" value="0">\
 </label>
 <label>from <input name="from" size="6" inputmode="decimal" autocomplete="off"></label>

@@ -8,7 +8,7 @@ from nib.report.charts import (
     DASHES,
     LIGHT,
     NEUTRAL,
-    SEVERITY_COLOURS,
+    SEVERITY_COLORS,
     Axis,
     Chart,
     Flag,
@@ -53,14 +53,14 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
         axes.plot(one.steps, values, clip_on=chart.falls, zorder=3, **style(one))
         gaps = [step for step, value in zip(one.steps, one.values) if value is None]
         if gaps:
-            red = SEVERITY_COLOURS['critical']
+            red = SEVERITY_COLORS['critical']
             axes.plot(gaps, [axis.high] * len(gaps), 'x', color=red, ms=6, clip_on=False)
     for mark in chart.marks:
-        axes.plot([mark.step], [mark.value], clip_on=False, zorder=4, **ring(mark.colour))
+        axes.plot([mark.step], [mark.value], clip_on=False, zorder=4, **ring(mark.color))
     rows = badge_rows([time.share(flag.step) for flag in flags])
     for flag, row in zip(flags, rows):
-        colour = SEVERITY_COLOURS[flag.severity]
-        axes.axvline(flag.step, color=colour, lw=1.2, ls=(0, (2, 2)))
+        color = SEVERITY_COLORS[flag.severity]
+        axes.axvline(flag.step, color=color, lw=1.2, ls=(0, (2, 2)))
         axes.annotate(
             str(flag.number),
             (flag.step, 1),
@@ -72,7 +72,7 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
             color='white',
             fontsize=8,
             fontweight='bold',
-            bbox={'boxstyle': 'round,pad=0.25', 'fc': colour, 'ec': 'none'},
+            bbox={'boxstyle': 'round,pad=0.25', 'fc': color, 'ec': 'none'},
             annotation_clip=False,
         )
     axes.set(
@@ -116,7 +116,7 @@ def style(series: Series) -> dict:
     solid = '' if series.look == 'dots' else '-'
     dotted = series.dotted or series.look == 'dots' or len(series.steps) == 1
     return {
-        'color': LIGHT[series.colour % len(LIGHT)],
+        'color': LIGHT[series.color % len(LIGHT)],
         'ls': (0, dashes) if dashes else solid,
         'lw': 0.9 if series.pale else 1.8,
         'alpha': 0.5 if series.pale else 1,
@@ -125,12 +125,12 @@ def style(series: Series) -> dict:
     }
 
 
-def ring(colour: int) -> dict:
+def ring(color: int) -> dict:
     return {
         'marker': 'o',
         'ms': 9,
         'mfc': 'white',
-        'mec': LIGHT[colour % len(LIGHT)],
+        'mec': LIGHT[color % len(LIGHT)],
         'mew': 2,
         'ls': '',
     }
@@ -140,7 +140,7 @@ def badge(flag: Flag):
     """Returns matplotlib's legend handle for a finding."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=SEVERITY_COLOURS[flag.severity], marker='s', ms=7, ls='')
+    return Line2D([], [], color=SEVERITY_COLORS[flag.severity], marker='s', ms=7, ls='')
 
 
 def proxy(key: Key):
@@ -153,18 +153,18 @@ def proxy(key: Key):
     if key.shown == 'series':
         look = style(key.series)
     elif key.shown == 'ring':
-        look = ring(key.series.colour)
+        look = ring(key.series.color)
     elif key.shown == 'level':
         look = {'color': QUIET, 'lw': 1, 'ls': (0, (4, 3))}
     else:  # 'gap'
-        look = {'color': SEVERITY_COLOURS['critical'], 'marker': 'x', 'ls': ''}
+        look = {'color': SEVERITY_COLORS['critical'], 'marker': 'x', 'ls': ''}
     return Line2D([], [], **look)
 
 
 def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
     """Returns the entries of a chart's legend, or none if there is only one.
 
-    Several runs differ in colour, and the series of each run in look.
+    Several runs differ in color, and the series of each run in look.
     """
     keys = []
     if chart.band:
@@ -179,15 +179,15 @@ def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
         names.setdefault(one.name, one)
     if len(runs) > 1:
         for run, one in runs.items():
-            keys.append(Key('series', run, Series(run, (), (), one.colour)))
+            keys.append(Key('series', run, Series(run, (), (), one.color)))
         if len(names) > 1:
             for name, one in names.items():
-                keys.append(Key('series', name, replace(one, colour=NEUTRAL)))
+                keys.append(Key('series', name, replace(one, color=NEUTRAL)))
     else:
         keys += [Key('series', one.label, one) for one in series]
     for mark in chart.marks:
         if mark.label:
-            keys.append(Key('ring', mark.label, Series('', (), (), mark.colour)))
+            keys.append(Key('ring', mark.label, Series('', (), (), mark.color)))
     if any(not mark.label for mark in chart.marks):
         keys.append(Key('ring', 'best', Series('', (), (), NEUTRAL)))
     if any(value is None for one in series for value in one.values):

@@ -72,7 +72,9 @@ def find_start(values, origins, book) -> tuple[Weights | None, dict]:
         book.lock_existing()  # before the checkpoint is read, so no other run saves meanwhile
     elif not values['overwrite'] and not values['eval_only']:
         book.check_new()
-    start = read_start(values['init_from'], values['out_dir'], book.warn)
+    start = read_start(
+        values['init_from'], values['out_dir'], book.warn, check=Weights.known_tokenizer
+    )
     if start:
         own = any(origin.startswith('checkpoint') for origin in origins.values())
         book.say(

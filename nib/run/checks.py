@@ -64,7 +64,7 @@ def check_config(config: Mapping, world_size: int, planned: bool = False):
         check_accumulation(config, world_size)
 
 
-def refuse_plan(values: Mapping, origins: Mapping):
+def reject_plan(values: Mapping, origins: Mapping):
     """Raises UserError if the command or a config file sets --budget or --params."""
     for key in ('budget', 'params'):
         if values[key] and not origins[key].startswith('checkpoint'):  # of a run that was planned

@@ -58,7 +58,7 @@ class Metrics:
     def log(self, step: int, values: Mapping[str, float | str | None]):
         """Records the values of a step, numbers or texts; None is left out.
 
-        Numbers that are not finite become null in metrics.jsonl, because JSON cannot express them.
+        Non-finite numbers become null in metrics.jsonl, because JSON cannot represent them.
         """
         present = {name: value for name, value in values.items() if value is not None}
         self._write(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nib.errors import UserError
+from nib.files import ELSEWHERE
 from nib.text import reading, rows
 from nib.text.tokenizer import END_OF_TEXT
 
@@ -98,7 +99,7 @@ def _at_end_of_text(
 
 
 def _without_line_end(text: str, begins: bool) -> str:
-    """Removes the line ending of an END_OF_TEXT on a line of its own from the text behind it."""
+    """Removes the line ending of an END_OF_TEXT on a line of its own from the text after it."""
     return text.removeprefix('\n') if begins else text
 
 
@@ -245,7 +246,7 @@ class StoredTexts:
         except OSError as error:
             raise UserError(
                 f'{existing} cannot be written ({error.strerror}): the whole text has to fit; '
-                f'use --out_dir=PATH to name another folder'
+                f'{ELSEWHERE}'
             ) from error
         self.n_bytes, self.fingerprint = self._ends[-1], digest.hexdigest()
 

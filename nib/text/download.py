@@ -16,7 +16,7 @@ class DownloadError(UserError):
     """No address serves the file: nothing else than a network is missing."""
 
 
-class _Refused(Exception):
+class _Failed(Exception):
     """Why an address did not serve the file."""
 
 
@@ -40,9 +40,9 @@ def download(
         try:
             content = _fetch(url, max_bytes, timeout, overall_seconds)
             if hashlib.sha256(content).hexdigest() != sha256:
-                raise _Refused('not the expected file (wrong SHA-256)')
-        except _Refused as refused:
-            reasons.append(str(refused))
+                raise _Failed('not the expected file (wrong SHA-256)')
+        except _Failed as failed:
+            reasons.append(str(failed))
             continue
         with atomic_write(path) as file:
             file.write(content)
@@ -71,7 +71,7 @@ def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_secon
     try:
         return answer.result(overall_seconds)
     except FutureTimeout:
-        raise _Refused(f'too slow, gave up after {overall_seconds:g} s') from None
+        raise _Failed(f'too slow, gave up after {overall_seconds:g} s') from None
 
 
 def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: float) -> bytes:
@@ -85,7 +85,7 @@ def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: floa
         headers = {'Accept-Encoding': 'identity'}
         with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
             if response.status_code != 200:
-                raise _Refused(f'HTTP {response.status_code}')
+                raise _Failed(f'HTTP {response.status_code}')
             expected = int(response.headers.get('Content-Length', 0))
             with tqdm(
                 total=expected or None,
@@ -98,18 +98,18 @@ def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: floa
                     content += piece
                     bar.update(len(piece))
                     if len(content) > max_bytes:
-                        raise _Refused(f'not the expected file (more than {max_bytes:,} bytes)')
+                        raise _Failed(f'not the expected file (more than {max_bytes:,} bytes)')
                     if time.monotonic() > deadline:
-                        raise _Refused('too slow')
+                        raise _Failed('too slow')
     except requests.Timeout as error:
-        raise _Refused('timed out') from error
+        raise _Failed('timed out') from error
     except requests.exceptions.ChunkedEncodingError as error:
         size = f' before all {expected:,} bytes arrived' if expected else ''
-        raise _Refused(f'connection lost{size}') from error
+        raise _Failed(f'connection lost{size}') from error
     except requests.ConnectionError as error:
         # requests wraps urllib3's timeout in a ConnectionError if a response stalls midway.
         stalled = any(isinstance(cause, ReadTimeoutError) for cause in error.args)
-        raise _Refused('timed out' if stalled else 'no connection') from error
+        raise _Failed('timed out' if stalled else 'no connection') from error
     except (requests.RequestException, OSError, ValueError) as error:
-        raise _Refused(type(error).__name__) from error
+        raise _Failed(type(error).__name__) from error
     return bytes(content)

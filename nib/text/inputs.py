@@ -47,7 +47,7 @@ def find_files(
             paths.append((path, _identity(path, state)))
     for path, identity in paths:
         if found.setdefault(identity, path) != path:
-            skipped['other path{s} to a file that is read already'] += 1
+            skipped['other path{s} to the same file'] += 1
     if not found:
         raise UserError(
             f'{", ".join(map(str, inputs))}: found no {", ".join(endings)} file there'
@@ -61,14 +61,14 @@ def _search(
 ) -> Iterator[tuple[Path, tuple[int, int] | str]]:
     """Yields the files in a folder with these endings, and their identities."""
 
-    def refuse(error: OSError):
+    def fail(error: OSError):
         raise UserError(
             f'{error.filename} cannot be read: {error.strerror}; make it readable, '
             f'or name only the folders to read'
         ) from error
 
     entered = {_identity(folder, os.stat(folder))}  # a link may lead back to a folder above it
-    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         skipped['hidden folder{s}'] += sum(name.startswith('.') for name in folders)
         skipped['hidden file{s}'] += sum(name.startswith('.') for name in names)
         folders[:] = sorted(name for name in folders if not name.startswith('.'))

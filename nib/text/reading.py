@@ -1,7 +1,7 @@
 r"""Reads text from bytes by one rule, for prepare scripts and prompts alike, and says what it did.
 
 A byte-order mark decides the encoding and is removed. Without one, the text must be UTF-8. The
-line endings \r\n and \r become \n. Other content is refused, and the error has a command that
+line endings \r\n and \r become \n. Other content is rejected, and the error has a command that
 converts it.
 """
 

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -97,7 +97,7 @@ def _in_processes(
     waiting = deque()  # pool.map would read all batches at once
     try:
         for batch in batches:
-            waiting.append(pool.submit(_encode, batch))
+            waiting.append(_submit(pool, batch))
             if len(waiting) > 2 * cores:
                 yield waiting.popleft().result()
         while waiting:
@@ -111,6 +111,18 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, batch: Batch) -> Future:
+    """Encodes a batch in the pool, which starts a process if none is idle.
+
+    Ctrl-C reaches all processes, and this one handles it. A new one inherits that it is ignored.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.submit(_encode, batch)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 # Of a process that encodes. A tokenizer.json has megabytes, too much to send with each batch.
 _sent: list = []
 
@@ -122,7 +134,7 @@ def _encode(batch: Batch) -> Encoded:
 def _start_process(tokenizer: Tokenizer, dtype: np.dtype):
     _sent[:] = tokenizer, dtype
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the library's threads: each core is in use
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, nothing is inherited
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

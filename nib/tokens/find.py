@@ -4,12 +4,15 @@ import difflib
 import inspect
 import os
 import runpy
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nib.errors import UserError
 from nib.files import command, shown
 from nib.text.download import DownloadError
+from nib.text.gpt2 import Gpt2Tokenizer
+from nib.text.vocabulary import IdTokenizer
 from nib.tokens.dataset import (
     SCRIPTS,
     SPLITS,
@@ -19,7 +22,7 @@ from nib.tokens.dataset import (
     open_dataset,
     prepare_command,
 )
-from nib.tokens.nanogpt_bins import data_folders
+from nib.tokens.nanogpt_bins import PADDED_GPT2, data_folders
 from nib.tokens.unfinished import wait_for_others
 
 
@@ -47,7 +50,7 @@ def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> Token
 
     def prepare_or_fall_back() -> Path:
         if values['init_from'] == 'resume':
-            return _find_trained_on(name, data_dir)
+            return _find_trained_on(name, data_dir, values)
         try:
             return _prepare(name, data_dir, values, say)
         except DownloadError as error:
@@ -68,21 +71,40 @@ def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> Token
             f"{folder} has neither meta.json nor meta.pkl: its ids are taken for GPT-2's tokens "
             f'(if they are of another vocabulary, set --vocab_size=N, its number of tokens)'
         )
+    if data.tokenizer == IdTokenizer(PADDED_GPT2):
+        source = 'vocab_size' if is_assumed(folder) else folder / 'meta.pkl'
+        say(
+            f"note: {PADDED_GPT2:,} is GPT-2's vocabulary of {Gpt2Tokenizer.vocab_size:,} tokens, "
+            f"as nanoGPT pads it: samples will be ids, not text; if the ids are GPT-2's tokens, "
+            f'leave {source} out'
+        )
     return data
 
 
-def _find_trained_on(name: str, data_dir: Path) -> Path:
+def _find_trained_on(name: str, data_dir: Path, values: Mapping) -> Path:
     """Returns the folder of the dataset of a resumed run. Raises UserError if it is missing."""
     folder = data_dir / name
     if not is_prepared(folder):
         again = ''
         if data_dir.resolve() == SCRIPTS and (SCRIPTS / name / 'prepare.py').exists():
             again = f', or prepare it again with {command(f"data/{name}/prepare.py")}'
+        how = f': name the folder that contains {name} with --data_dir=FOLDER{again}'
         raise UserError(
             f'{folder} has no train.bin and val.bin, and a resumed run needs the dataset that it '
-            f'was trained on: name the folder that contains {name} with --data_dir=FOLDER{again}'
+            f'was trained on{_find_near(name, Path(values["out_dir"], "latest")) or how}'
         )
     return folder
+
+
+def _find_near(name: str, start: str | Path) -> str:
+    """Returns a question that names the data_dir in which a dataset is; '' if none is found.
+
+    start: a checkpoint, or another init_from.
+    """
+    for folder in (*data_folders(start), Path(shown(SCRIPTS))):
+        if is_prepared(folder / name):
+            return f'; did you mean --data_dir={shlex.quote(str(folder))}?'
+    return ''
 
 
 def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], None]) -> Path:
@@ -94,17 +116,16 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
         return folder
     missing = next(path for split in SPLITS if not (path := folder / f'{split}.bin').exists())
     script = SCRIPTS / name / 'prepare.py'
-    near = [data for data in data_folders(values['init_from']) if is_prepared(data / name)]
-    is_near = f'; did you mean --data_dir={near[0]}?' if near else ''
+    near = _find_near(name, values['init_from'])
     # A name that is a path could run a script that is not part of this project.
     if Path(name).name != name or not script.exists():
-        raise UserError(f'{missing} is missing{is_near or _advise(name, data_dir)}')
+        raise UserError(f'{missing} is missing{near or _advise(name, data_dir)}')
     if not values['prepare_dataset']:
         others = ', '.join(_prepared(data_dir))
         first = f'{command("train.py")} config/train_shakespeare_char.py'
         here = f' (prepared: {others})' if others else f'; a small run to begin with: {first}'
         how = f': prepare it with {prepare_command(folder)}, or name another dataset, '
-        raise Unavailable(f'{missing} is missing' + (is_near or f'{how}--dataset=NAME{here}'))
+        raise Unavailable(f'{missing} is missing' + (near or f'{how}--dataset=NAME{here}'))
     say(f'preparing {name}')
     prepare = runpy.run_path(str(script)).get('main')  # None: it has done it, as in nanoGPT
     if prepare and inspect.signature(prepare).parameters:
@@ -121,7 +142,8 @@ def _advise(name: str, data_dir: Path) -> str:
     """Returns what to do about a missing dataset that no script prepares."""
     elsewhere = Path(name).resolve()
     if is_prepared(elsewhere):
-        return f'; did you mean --data_dir={elsewhere.parent} --dataset={elsewhere.name}?'
+        parent, own_name = shlex.quote(str(elsewhere.parent)), shlex.quote(elsewhere.name)
+        return f'; did you mean --data_dir={parent} --dataset={own_name}?'
     config = Path(os.path.relpath(SCRIPTS.parent / 'config' / f'{name}.py'))
     if config.exists():
         return f'; the first lines of {config} say how to prepare it'

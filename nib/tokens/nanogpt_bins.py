@@ -8,6 +8,7 @@ from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.tokenizer import CharTokenizer, Tokenizer
 from nib.text.vocabulary import IdTokenizer, VocabularyTokenizer, without_surrogates
 
+PADDED_GPT2 = 50304  # the size to which nanoGPT pads GPT-2's vocabulary
 _MOST = 1 << 24  # tokens in a vocabulary
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import command, shown
+from nib.files import ELSEWHERE, command, shown
 from nib.text import reading
 from nib.text.download import DownloadError, download
 from nib.text.tokenizer import END_OF_TEXT, Tokenizer
@@ -81,8 +81,5 @@ def _fetch(folder: Path) -> Path:
             f'{error}: download {URLS[0]} on another machine and save it under this name'
         ) from error
     except OSError as error:
-        raise UserError(
-            f'{path} cannot be written ({error.strerror}); '
-            f'use --out_dir=PATH to name another folder'
-        ) from error
+        raise UserError(f'{path} cannot be written ({error.strerror}); {ELSEWHERE}') from error
     return path

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nib.errors import UserError
-from nib.files import FolderLock, atomic_write, clear_temporaries, read_json, sync_folder
+from nib.files import ELSEWHERE, FolderLock, atomic_write, clear_temporaries, read_json, sync_folder
 from nib.tokens.encode import SPLITS, Encoded
 
 JOURNAL_SECONDS = 5.0  # between two writes of the journal
@@ -72,7 +72,7 @@ def _writing(folder: Path):
     except OSError as error:
         raise UserError(
             f'{folder} cannot be written ({error.strerror}): fix that and repeat the '
-            f'command to continue, or use --out_dir=PATH to name another folder'
+            f'command to continue, or {ELSEWHERE}'
         ) from error
 
 

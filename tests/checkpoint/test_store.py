@@ -177,7 +177,7 @@ def test_a_state_that_says_the_same_in_other_bytes_is_damaged(tmp_path):
 
 
 def test_what_was_newest_when_the_machine_stopped_is_the_latest(tmp_path):
-    """Between the renaming of a directory and that of `latest`."""
+    """Between the renaming of a folder and that of `latest`."""
     save(tmp_path, 10)
     before = (tmp_path / 'latest').read_bytes()
     save(tmp_path, 20)

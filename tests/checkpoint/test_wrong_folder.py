@@ -42,7 +42,7 @@ WRONG = {
     'out-a/latest': 'not the folder of a run; did you mean out-a?',
     'out-new': 'contains no checkpoint yet',
     'hf': "Hugging Face's format, not a run: use it with --init_from=hf",
-    'nanogpt': 'a checkpoint of nanoGPT, not a run: use it with --init_from=nanogpt/ckpt.pt, which',
+    'nanogpt': 'a checkpoint of nanoGPT, not a run: use it with --init_from=nanogpt/ckpt.pt;',
     'nanogpt/ckpt.pt': 'not the folder of a run; for a checkpoint of nanoGPT, use --init_',
     'odd': 'not a run, because it contains no checkpoint',
     'notes': 'is a dataset, not a run: train on it with --dataset=notes --data_dir=.',

@@ -22,9 +22,9 @@ from signs import (
 )
 
 from nib.doctor.doctor import KEPT, Doctor, Line, LossWindow
+from nib.doctor.problems import PROBLEMS
 from nib.doctor.rules import mean_loss
 from nib.doctor.texts import DataSigns
-from nib.doctor.troubles import TROUBLES
 from nib.doctor.vitals import EvaluationSigns, StepSigns
 
 
@@ -233,7 +233,7 @@ def test_no_signs_confuse_it(config, data, trained, shown):
         )
     names = names_of(found)
     assert (
-        len(names) == len(set(names)) and set(names) <= set(TROUBLES) and found == doctor.findings
+        len(names) == len(set(names)) and set(names) <= set(PROBLEMS) and found == doctor.findings
     )
     assert doctor.verdict(300).startswith(('healthy', 'critical', 'warning', 'note')) and all(
         str(finding) for finding in found

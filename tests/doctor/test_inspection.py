@@ -195,7 +195,7 @@ class TwoMlps(torch.nn.Module):
 @pytest.mark.parametrize('kind', ['relu', 'swiglu', 'relu2'])
 @pytest.mark.parametrize('sizes, dead', [([127, 1], 0.0), ([1, 127], 0.5), ([0, 128], 0.5)])
 def test_the_mlp_with_the_most_tokens_tells_how_many_units_are_dead(kind, sizes, dead):
-    """One token leaves half of the units closed, which is no fault."""
+    """One token leaves half of the units closed, which is not a fault."""
     torch.manual_seed(0)
     config = GPTConfig(
         vocab_size=31, block_size=32, n_layer=1, n_head=2, n_embd=16, mlp=kind, mlp_width=16

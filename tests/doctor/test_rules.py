@@ -1,4 +1,4 @@
-"""Each trouble is reported once, where it begins, and none in healthy runs."""
+"""Each problem is reported once, where it begins, and none in healthy runs."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from signs import FIRING, GUESS, diagnose, loss_at, make_doctor, names_of, ratio
 
 from nib.doctor import rules
 from nib.doctor.doctor import Doctor
-from nib.doctor.troubles import TROUBLES
+from nib.doctor.problems import PROBLEMS
 from nib.guard import Seen
 
 
@@ -18,13 +18,13 @@ def beginner() -> Doctor:
 
 
 @pytest.mark.parametrize('name', FIRING)
-def test_a_trouble_is_named_once_and_alone(name):
+def test_a_problem_is_named_once_and_alone(name):
     doctor, found = diagnose(name)
     assert names_of(found) == [name] and found == doctor.findings
     assert found[0].step <= (300 if name == 'generation_differs' else 270) and re.search(
         r'\d', found[0].evidence
     )
-    severity = TROUBLES[name].severity
+    severity = PROBLEMS[name].severity
     assert doctor.verdict(300) == f'{severity}: {name}'
     assert str(found[0]).startswith(
         f'{severity}: {found[0].evidence}. Likely causes'
@@ -44,7 +44,7 @@ def test_a_trouble_is_named_once_and_alone(name):
     )
 
 
-def test_all_troubles_but_the_one_that_the_loop_sees_are_fired_here():
+def test_all_problems_but_the_one_that_the_loop_sees_are_fired_here():
     functions = {
         *rules.DATA_RULES,
         *rules.STEP_RULES,
@@ -52,7 +52,7 @@ def test_all_troubles_but_the_one_that_the_loop_sees_are_fired_here():
         *rules.GENERATION_RULES,
     }
     names = {function.__name__ for function in functions}
-    assert set(FIRING) == set(TROUBLES) - {'not_finite'} == names - {'attention_collapsed'}
+    assert set(FIRING) == set(PROBLEMS) - {'not_finite'} == names - {'attention_collapsed'}
 
 
 @pytest.mark.parametrize('log_interval', [1, 10, 100, 1000])
@@ -98,7 +98,10 @@ def test_steps_left_out_are_many_from_three_and_more_than_a_hundredth(seen, name
         assert doctor.see_bad_steps(step + 10, Seen(9, 10, 9, step + 10, False, '')) == []  # once
         first = seen[0][0] - 1
         assert f'{sum(bad for _, bad in seen)} of {step} steps' in found[0].evidence
-        assert f'the first by step {first}, the last was step {step - 1}' in found[0].evidence
+        assert (
+            f'the first no later than step {first}, the last at step {step - 1}'
+            in found[0].evidence
+        )
         other = make_doctor()
         other.recall([{'step': step, 'finding/not_finite': str(found[0])}])
         assert other.verdict(step) == 'warning: not_finite' and [
@@ -160,7 +163,7 @@ ALWAYS = {  # name of the rule -> vital signs just within its bounds, and just o
 
 
 @pytest.mark.parametrize('name', ALWAYS)
-def test_where_a_trouble_begins(name):
+def test_where_a_problem_begins(name):
     kind, *sides = ALWAYS[name]
     names = []
     for vital_signs in sides:
@@ -212,7 +215,7 @@ SMALL = {'n_params': 768}  # 200 tokens for each
 EPOCHS = {'train_tokens': 75_000}  # 2.05 in 300 steps
 NORM = math.sqrt(4 * 128)  # of the gradients: four layers of width 128
 START = 0.1 + 0.0512 + 3 * math.sqrt(0.0512 / 512) + 0.15  # a variance of 0.02^2 * 128, 512 tokens
-# Trouble; changes to the doctor and the vital signs, just within its limit and just outside.
+# Problem; changes to the doctor and the vital signs, just within its limit and just outside.
 LIMITS = [
     ('wrong_initial_loss', {'start': GUESS + START - 0.01}, {'start': GUESS + START + 0.01}),
     ('wrong_initial_loss', {'start': GUESS - START + 0.01}, {'start': GUESS - START - 0.01}),
@@ -291,7 +294,7 @@ LIMITS = [
 
 
 @pytest.mark.parametrize('name, within, outside', LIMITS)
-def test_the_limit_of_a_trouble(name, within, outside):
+def test_the_limit_of_a_problem(name, within, outside):
     for changes, names in ((within, []), (outside, [name])):
         signs = {
             key: changes[key] for key in ('step', 'evaluation', 'start', 'last') if key in changes
@@ -304,7 +307,7 @@ def test_the_limit_of_a_trouble(name, within, outside):
     'rule, there',
     [('lr_too_high', 2), ('lr_too_low', 3), ('all_clipped', 4), ('vanishing_gradients', 2)],
 )
-def test_what_passes_is_no_trouble(rule, there):
+def test_what_passes_is_no_problem(rule, there):
     """A sign must last so many lines in a row."""
     vital_signs = FIRING[rule]['step'](50)
     for lines, names in ((there - 1, []), (there, [rule])):
@@ -345,7 +348,7 @@ def test_noise_is_told_in_batches(noise, words):
     assert found.name == 'batch_too_small' and words in found.evidence
 
 
-def test_a_loss_that_is_learnt_needs_no_gradient():
+def test_a_loss_that_is_learned_needs_no_gradient():
     for loss, names in (
         (0.001, []),
         (3.2, ['vanishing_gradients']),
@@ -380,7 +383,7 @@ def test_steps_that_were_not_finite_are_no_vanishing_gradient():
         ({'batch_size': 1, 'block_size': 16}, {}, ['constant_batches']),
     ],
 )
-def test_batches_that_are_the_same_by_chance_are_no_trouble(config, data, names):
+def test_batches_that_are_the_same_by_chance_are_no_problem(config, data, names):
     found = show(
         make_doctor(config, data), step=lambda s: {'repeated': 1.0 if s > 1 else None}, last=50
     )
@@ -400,7 +403,7 @@ def test_a_model_that_learnt_before_may_begin_as_it_likes():
         assert show(doctor, **options) == [], name
 
 
-def test_a_model_that_has_learnt_may_go_on_with_a_low_rate():
+def test_a_model_that_has_learned_may_go_on_with_a_low_rate():
     for entropy, names in ((2.5, []), (1.0, ['lr_too_low'])):  # the loss is 2.3 at step 100
         found = show(make_doctor(data={'entropy': entropy}), step=lambda s: ratio(1e-5), first=100)
         assert names_of(found) == names

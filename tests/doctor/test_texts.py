@@ -106,7 +106,7 @@ def test_a_text_of_any_length_is_examined_in_a_moment(tmp_path):
 
 
 def resident_bytes(path) -> int:
-    """Returns how much of a mapped file this process has read; 0 where only Linux tells it."""
+    """Returns how much of a mapped file this process has read; 0 if the system is not Linux."""
     if sys.platform != 'linux':
         return 0
     maps = Path('/proc/self/smaps').read_text()

@@ -433,6 +433,27 @@ def test_looking_leaves_the_training_as_it_is(train_here, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
+    'frozen, n_ratios', [('weight', 0), ('.h.', 1), ('attn', 2)], ids=['matrices', 'blocks', 'attn']
+)
+def test_a_model_with_frozen_weights_is_watched(
+    frozen, n_ratios, train_here, tmp_path, monkeypatch
+):
+    initialize = GPT.__init__
+
+    def freeze(model, config):
+        initialize(model, config)
+        for name, p in model.named_parameters():
+            p.requires_grad_(frozen not in name)
+
+    monkeypatch.setattr(GPT, '__init__', freeze)
+    done = train_here(tmp_path / 'run', '--bias', '--max_iters=6', '--eval_interval=3')
+    assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
+    written = records(tmp_path / 'run')
+    assert max(sum('update_ratio/' in key for key in record) for record in written) == n_ratios
+    assert any('noise_scale' in record for record in written) == (n_ratios > 0)
+
+
+@pytest.mark.parametrize(
     'flags',
     [
         ['--block_size=1', '--batch_size=1'],

@@ -9,7 +9,7 @@ from conftest import SMALL_RUN, records
 from processes import TRAIN, Started, start_on_ranks
 
 import model
-from nib.doctor.troubles import TROUBLES
+from nib.doctor.problems import PROBLEMS
 from nib.errors import EXIT_FINDING
 from nib.tokens import batches, find
 
@@ -201,7 +201,7 @@ def test_the_doctor_names_what_a_config_of_the_lab_breaks(
     found = [finding for _, finding in findings(tmp_path / 'run')]
     if name != 'healthy':
         assert found == [name]
-        verdict = f'{TROUBLES[name].severity}: {name}'
+        verdict = f'{PROBLEMS[name].severity}: {name}'
     else:
         assert found == []
         verdict = 'healthy, no findings in 120 steps'

@@ -174,6 +174,16 @@ def test_a_message_cannot_contain_control_tokens(built, tmp_path):
     assert len(think) == 1 and ids.count(think[0]) == 1
 
 
+def test_a_message_cannot_contain_tokens_that_a_template_puts_together(tmp_path):
+    parts = CHATML.replace("'<|im_start|>' + message.role", "'<|' + message.role + '|>'")
+    built = byte_level()
+    built.add_tokens([AddedToken('<|user|>', normalized=False)])  # not a special token
+    folder, _ = write_model(tmp_path, parts, built)
+    form = read_form(folder)
+    ids = form.encode([{'role': 'user', 'content': '<|user|> and <|user|>'}])
+    assert ids.count(built.token_to_id('<|user|>')) == 1
+
+
 JOINED = '{% for message in messages %}{{ message.content }}{% endfor %}'
 
 

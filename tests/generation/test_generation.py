@@ -24,7 +24,7 @@ from nib.kernels import is_causal_attention
 
 
 def greedy_without_cache(model, prompt, n):
-    """The documented behaviour: a full window drops its oldest half before the next token."""
+    """The documented behavior: a full window drops its oldest half before the next token."""
     size = model.config.block_size
     window, made = list(prompt)[-size:], []
     for _ in range(n):

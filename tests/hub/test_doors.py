@@ -1,4 +1,4 @@
-"""The doors: hub ids, folders, files, tokenizers and scripts."""
+"""Where open models come from: hub ids, folders, files, tokenizers and scripts."""
 
 import errno
 import io
@@ -18,6 +18,7 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import SMALL_RUN, full_disk
 from safetensors.torch import load_file, save_file
 from small_tokenizers import byte_fallback, byte_level, qwen, split_like
 from transformers import (
@@ -70,6 +71,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self, with_content=True):
         parts = self.path.split('/')
+        self.server.asked.add(parts[-1])
         path = self.server.folder / parts[2] / parts[-1]
         if 'gated' in self.path or not path.is_file():
             gated = 'gated' in self.path
@@ -100,7 +102,7 @@ def hub(folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    server.folder = folder
+    server.folder, server.asked = folder, set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setenv('no_proxy', '127.0.0.1')
@@ -150,6 +152,44 @@ def test_the_tokenizer_of_a_hub_id_is_fetched_and_the_line_without_a_network_nam
     with pytest.raises(UserError, match='no connection.*--tokenizer=FOLDER'):
         borrow.read_tokenizer('owner/absent')
     assert pauses == []  # it does not try again
+
+
+UNKNOWN = {'vocab.json': '{"a": 0}'}
+
+
+@pytest.mark.parametrize(
+    'command, files, words',
+    [
+        (['sample.py', '--chat'], {}, 'has no chat template'),
+        (
+            ['sample.py', '--chat'],
+            {'tokenizer.json': byte_level().to_str(), 'chat_template.jinja': '{{'},
+            'the chat template does not accept',
+        ),
+        (
+            ['sample.py', '--start=' + 'a ' * 17],
+            {'tokenizer.json': byte_level().to_str()},
+            'the context of the model has 16',
+        ),
+        (['sample.py'], {'tokenizer.json': '{}'}, 'not a valid tokenizer.json'),
+        (['sample.py'], UNKNOWN, 'the tokenizer of owner/lacking is not known'),
+        (['convert.py', '--dest=new'], UNKNOWN, 'the tokenizer of owner/lacking is not known'),
+        (['train.py', *SMALL_RUN], UNKNOWN, 'the tokenizer of owner/lacking is not known'),
+    ],
+)
+def test_weights_are_not_downloaded_if_what_else_is_needed_is_missing(
+    command, files, words, hub, copy, folder, run_main, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    lacking = copy('whole').rename(folder / 'lacking')
+    try:
+        for file, text in files.items():
+            (lacking / file).write_text(text)
+        done = run_main(command[0], '--init_from=owner/lacking', *command[1:])
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert not [file for file in hub.asked if file.startswith('model')]
+    finally:
+        shutil.rmtree(lacking)
 
 
 def test_a_gated_model_says_how_to_get_access(hub):
@@ -442,22 +482,15 @@ def test_a_run_without_a_checkpoint_is_no_model(train_here, tmp_path, run_main):
         assert ended.returncode == 2 and 'contains no checkpoint yet' in ended.stderr
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit on the size of files')
 def test_on_a_full_disk_nothing_is_left_behind(train_here, tmp_path, run_main):
-    import resource
-
     train_here(tmp_path / 'run', '--max_iters=1', '--eval_iters=1', '--mlp=gelu_erf')
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     writers = ('hf', 'new'), ('nanogpt', 'new'), ('gguf', 'new.gguf')
     for (to, dest), size in product(writers, (600, 50_000)):
         path = tmp_path / 'models' / dest
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        with full_disk(size):
             ended = run_main(
                 'convert.py', f'--out_dir={tmp_path / "run"}', f'--to={to}', f'--dest={path}'
             )
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert ended.returncode == 2 and ended.stderr.count('\n') == 1, ended.stderr
         assert str(path) in ended.stderr and 'choose another path' in ended.stderr
         assert not list(path.parent.iterdir())

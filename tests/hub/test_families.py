@@ -181,7 +181,7 @@ def test_open_models_have_the_published_numbers_of_parameters(config, parameters
 
 
 @pytest.mark.parametrize('kind', CLASSES)
-def test_every_key_of_transformers_is_honoured_refused_or_harmless(kind):
+def test_every_key_of_transformers_is_honored_rejected_or_harmless(kind):
     """A new key of transformers must be put into one of the tables."""
     family = gpt2.GPT2 if kind == 'gpt2' else llama.FAMILIES[kind]
     special = [*(gpt2.SPECIAL if kind == 'gpt2' else llama.ROTARY)]

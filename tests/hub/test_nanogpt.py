@@ -15,6 +15,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from nib.checkpoint import store
 from nib.checkpoint.start import read_weights
+from nib.checkpoint.wrong_folder import explain
 from nib.errors import UserError
 from nib.hub import nanogpt
 from nib.machine.ranks import Ranks
@@ -284,6 +285,18 @@ def test_a_folder_gives_the_weights_for_a_new_run(nano, tmp_path):
     save(tmp_path / 'ckpt.pt', nano, nano.make_optimizer(), 10)
     weights, _ = load(tmp_path)
     assert weights.resumed is None and weights.tensors.keys() == {'model'}
+
+
+@pytest.mark.parametrize('name', ['ckpt-10.pt', 'best.pth'])
+def test_a_file_of_another_name_is_continued_too(name, nano, tmp_path):
+    save(tmp_path / name, nano, nano.make_optimizer(), 10)
+    weights, _ = load(tmp_path / name)
+    assert weights.resumed.state['step'] == 10 and 'optimizer' in weights.tensors
+    assert f'use --init_from={tmp_path / name}' in explain(tmp_path / name)
+    keys = vars(weights.model) | {'optimizer': 'adamw', 'batch_size': 1, 'block_size': 8}
+    keys |= {'max_iters': 20, 'lr_decay_iters': 20, 'learning_rate': 1e-2, 'min_lr': 1e-3}
+    with pytest.raises(UserError, match='was trained with block_size 16, .*, or train a new model'):
+        weights.adopt(keys, dict.fromkeys(keys, 'command line'))
 
 
 def test_a_shorter_context_needs_a_new_run_which_the_message_starts(nano, data, tmp_path, run_main):

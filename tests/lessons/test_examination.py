@@ -122,7 +122,7 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
         done.stdout, model, *step_by_hand(model, x, y, optimizer, values['grad_clip'])
     )
     assert 'from the first micro batch of step 10' in done.stdout and 't = 11' in explained.stdout
-    assert 'The run has done all its 10 steps: train.py would not take this one.' in done.stdout
+    assert 'The run has done all its 10 steps: train.py would not run this one.' in done.stdout
     scheduled = 3e-4 + 0.5 * (1 + math.cos(math.pi * 6 / 16)) * 2.7e-3
     assert f'uses the scheduled learning rate {scheduled:.4g} for this step' in ' '.join(
         explained.stdout.split()
@@ -132,7 +132,7 @@ def test_a_resumed_run_is_shown_at_its_next_step_with_its_optimizers_memory(
     assert len(apart) == 3 and all(float(figure) < 1e-6 for figure in apart)
 
 
-def test_the_batch_is_learnt_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
+def test_the_batch_is_learned_by_heart_as_in_a_loop_made_by_hand(debug, make_training):
     """Without dropout, with a warm-up of a tenth of the steps, and from the initial weights."""
     done = debug('--dropout=0.5', '--overfit_steps=20', '--grad_clip=0.7')
     training = make_training('--grad_clip=0.7')
@@ -408,7 +408,7 @@ def test_matrices_of_zeros_have_no_ratio_and_what_is_before_them_no_mark(make_tr
     assert 'Nothing: all' in findings and '<-' not in text, findings
     rows = table(text)
     assert rows['h.1.mlp.c_proj.weight'][1] == '0.0000' and rows['h.1.mlp.c_proj.weight'][-1] == '-'
-    assert float(rows['h.1.mlp.c_proj.weight'][5]) > 0 and 'If a c_proj is all 0' in text
+    assert float(rows['h.1.mlp.c_proj.weight'][5]) > 0 and 'If a c_proj is all zeros' in text
     without = {row for row, cells in rows.items() if float(cells[5]) == 0.0}
     assert without == {
         row

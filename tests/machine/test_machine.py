@@ -60,7 +60,7 @@ def test_the_reason_why_a_gpu_cannot_be_used_is_shown(monkeypatch, tmp_path):
         warnings.warn('The NVIDIA driver on your system is too old (found 11040)', stacklevel=1)
         return False
 
-    device.gpu_trouble.cache_clear()
+    device.gpu_problem.cache_clear()
     monkeypatch.setattr(torch.cuda, 'is_available', old_driver)
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # torch's own warning is not shown too
@@ -68,17 +68,17 @@ def test_the_reason_why_a_gpu_cannot_be_used_is_shown(monkeypatch, tmp_path):
     with warnings.catch_warnings(record=True):
         assert 'update the driver' in device.describe_device('cpu')
 
-    device.gpu_trouble.cache_clear()
+    device.gpu_problem.cache_clear()
     machine(monkeypatch)
     assert device.describe_device('cpu').endswith('no GPU found)')
-    device.gpu_trouble.cache_clear()
+    device.gpu_problem.cache_clear()
     (tmp_path / 'version').touch()
     monkeypatch.setattr(device, 'NVIDIA_DRIVER', tmp_path / 'version')
     monkeypatch.setattr(torch.version, 'cuda', None)
     assert 'built without GPU support' in device.describe_device('cpu')
     with pytest.raises(UserError, match='has no cuda devices.*install a build for CUDA'):
         pick_device('cuda')
-    device.gpu_trouble.cache_clear()
+    device.gpu_problem.cache_clear()
 
 
 def test_a_device_that_is_not_there_is_refused_with_what_is(monkeypatch):

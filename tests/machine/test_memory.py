@@ -4,11 +4,13 @@ import json
 import math
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, records, run_script
 from small_models import ARCHITECTURES, NAMES
 
@@ -20,6 +22,7 @@ from nib.checkpoint import store
 from nib.errors import UserError
 from nib.machine import memory, memory_plan
 from nib.machine.device import ShapesOnly, autocast
+from nib.machine.ranks import Ranks
 
 MODERN = {
     'position': 'rotary',
@@ -129,6 +132,30 @@ def test_sgd_keeps_one_number_per_weight_and_adamw_two():
         values = {'device': 'cpu', 'dtype': 'float32', 'optimizer': method, 'batch_size': 1}
         plan = memory_plan.plan_memory(GPTConfig(), values | {'gradient_accumulation_steps': 1})
         assert plan.optimizer == copies * plan.weights
+
+
+@pytest.mark.parametrize('micro_steps', [1, 2])
+def test_several_ranks_hold_the_planned_gradients(micro_steps):
+    config = GPTConfig(vocab_size=60, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    x = torch.zeros(1, 8, dtype=torch.long)
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = GPT(config)
+        distributed = Ranks(world_size=2).distribute(model, 'cpu', (x, x), nullcontext())
+        held = {}  # address -> storage
+        for micro_step in range(micro_steps):
+            is_last = micro_step == micro_steps - 1
+            with nullcontext() if is_last else distributed.no_sync():
+                distributed(x, x).backward()
+            for p in model.parameters():
+                storage = p.grad.untyped_storage()
+                held[storage.data_ptr()] = storage  # so that no other one gets its address
+    finally:
+        dist.destroy_process_group()
+    values = {'device': 'cpu', 'dtype': 'float32', 'optimizer': 'adamw', 'batch_size': 1}
+    values |= {'ranks': 2, 'gradient_accumulation_steps': 2 * micro_steps}
+    plan = memory_plan.plan_memory(config, values)
+    assert plan.gradients == pytest.approx(sum(s.nbytes() for s in held.values()), rel=0.02)
 
 
 def test_memory_on_a_gpu_is_what_is_free_and_what_the_process_holds(monkeypatch):

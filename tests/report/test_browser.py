@@ -113,10 +113,10 @@ def test_points_are_drawn_where_their_values_are(open_page):
         assert points[0][1] - y == pytest.approx(rise * index / 20, abs=0.2)
 
 
-def test_the_first_fall_is_left_out_until_it_is_asked_for(open_page):
+def test_the_initial_drop_is_left_out_until_it_is_asked_for(open_page):
     page = open_page()
     before = max(ticks(page, axis='y'))
-    page.get_by_label('include the first fall').check()
+    page.get_by_label('include the initial drop').check()
     assert max(ticks(page, axis='y')) > before
 
 

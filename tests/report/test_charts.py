@@ -1,4 +1,4 @@
-"""Charts as data: what is drawn of a long series, axes, colours."""
+"""Charts as data: what is drawn of a long series, axes, colors."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from nib.report.charts import Chart, Series, show_number
 from nib.report.pngs import BADGE, badge_rows
 
 
-def test_the_axis_of_the_loss_ignores_the_first_fall():
+def test_the_axis_of_the_loss_ignores_the_initial_drop():
     steps = range(0, 1001, 10)
     losses = [4.0 if step < 90 else 2.3 + step / 1e5 for step in steps]
     series = (Series('validation', steps, losses),)
@@ -24,7 +24,7 @@ def test_the_axis_of_the_loss_ignores_the_first_fall():
     assert Chart('loss', 'Loss', '', series).axis().high > 4
 
 
-def test_the_first_fall_of_a_short_run_does_not_hide_the_run_beside_a_long_one():
+def test_the_initial_drop_of_a_short_run_does_not_hide_the_run_beside_a_long_one():
     short = Series('validation', range(0, 101, 10), [5.0] + [4.0] * 10, run='short')
     long = Series('validation', range(0, 1001, 10), [5.0] * 9 + [2.0] * 92, run='long')
     axis = Chart('loss', 'Loss', '', (short, long), falls=True).axis()
@@ -175,8 +175,8 @@ SIGHTS = {
 }
 
 
-def linear(colour):
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+def linear(color):
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     return np.array(
         [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     )
@@ -193,14 +193,14 @@ def cielab(rgb):
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-@pytest.mark.parametrize('colours, ground', [(charts.LIGHT, '#ffffff'), (charts.DARK, '#171b21')])
-def test_colours_are_told_apart_by_the_colour_blind(colours, ground):
+@pytest.mark.parametrize('colors, ground', [(charts.LIGHT, '#ffffff'), (charts.DARK, '#171b21')])
+def test_colors_are_told_apart_by_the_color_blind(colors, ground):
     assert ground in (ROOT / 'nib/report/page.css').read_text()
     for sight in SIGHTS.values():
-        seen = [cielab(np.array(sight) @ linear(colour)) for colour in colours[: charts.NEUTRAL]]
+        seen = [cielab(np.array(sight) @ linear(color)) for color in colors[: charts.NEUTRAL]]
         assert (
             min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 20
         )
-    for colour in colours:  # WCAG 2.1, 1.4.11: at least 3 for what is drawn
-        darker, lighter = sorted(linear(one) @ (0.2126, 0.7152, 0.0722) for one in (colour, ground))
+    for color in colors:  # WCAG 2.1, 1.4.11: at least 3 for what is drawn
+        darker, lighter = sorted(linear(one) @ (0.2126, 0.7152, 0.0722) for one in (color, ground))
         assert (lighter + 0.05) / (darker + 0.05) > 3

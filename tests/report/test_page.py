@@ -127,7 +127,7 @@ def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
         '3 findings: see below',
     ):
         assert page.shown.count(shown) == 1, shown
-    assert page.of_class('verdict critical')  # the colour of the worst
+    assert page.of_class('verdict critical')  # the color of the worst
     (found,) = [
         one for one in history.read_run(tmp_path / 'run').findings() if one.name == 'lr_too_high'
     ]
@@ -256,7 +256,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
     )
     page = page_of(first, second)
     assert page.values('loss') == {'a: validation': {10: 2.0, 20: 1.5}, 'b: validation': {40: 3.0}}
-    assert len({series['colour'] for series in page.charts['loss']['series']}) == 2
+    assert len({series['color'] for series in page.charts['loss']['series']}) == 2
     assert page.flags == [['b', 5, 1, 'b: plateau', 'warning']]
     assert len(page.of_class('apart')) == 1
     assert [mark[:3] for mark in page.charts['loss']['marks']] == [['a', 20, 1.5], ['b', 40, 3.0]]
@@ -452,7 +452,7 @@ def test_twenty_runs_look_different(tmp_path):
     page = page_of(*folders)
     assert set(page.charts) == {'loss', 'loss_1'}  # several runs have a chart for each name
     for chart in page.charts.values():
-        assert len({(one['colour'], one['dashes']) for one in chart['series']}) == 20
+        assert len({(one['color'], one['dashes']) for one in chart['series']}) == 20
 
 
 @pytest.mark.parametrize(

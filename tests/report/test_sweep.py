@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, full_disk
 from processes import PATIENCE, Started
 
 import sweep
@@ -60,6 +60,13 @@ def test_bad_input_is_one_line_before_the_first_run(tmp_path, run_main, flags, s
     done = run_main('sweep.py', f'--sweep_dir={tmp_path / "sweep"}', *flags)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / 'sweep').exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path, run_main):
+    flags = [f'--wandb_run_name={"long" * 999}', '--seed=1,2', f'--sweep_dir={tmp_path}']
+    with full_disk(2000):  # enough for what is printed
+        done = run_main('sweep.py', *flags)
+    assert done.returncode == 2 and done.stderr.startswith(f'error: {tmp_path / "seed=1.log"}: ')
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Config values that are refused, and the values that 'auto' stands for."""
+"""Config values that are rejected, and the values that 'auto' stands for."""
 
 from types import SimpleNamespace
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL_RUN, records, run_script, train
+from conftest import ROOT, SMALL_RUN, full_disk, records, run_script, train
 from processes import PATIENCE, TRAIN, Started, free_port, start_on_ranks
 
 from nib.checkpoint import store
@@ -47,7 +47,7 @@ linux = pytest.mark.skipif(
 
 
 @linux
-def test_a_deleted_working_directory_is_one_line_or_no_trouble(data_dir, run_main, tmp_path):
+def test_a_deleted_working_directory_is_one_line_or_no_problem(data_dir, run_main, tmp_path):
     """A relative out_dir has no place then; with an absolute one, the run goes on to its end."""
     train = ['train.py', *SMALL_RUN, '--max_iters=2', '--eval_iters=1', f'--data_dir={data_dir}']
     here, gone = Path.cwd(), tmp_path / 'gone'
@@ -151,6 +151,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='file cannot be written'):
         RunLock(tmp_path / 'file').take(new_run=True)
+
+
+def test_a_full_disk_is_named_before_the_first_step(tmp_path):
+    lock = RunLock(tmp_path)
+    with full_disk(10):
+        with pytest.raises(UserError, match=f'out_dir {tmp_path} cannot be written: '):
+            lock.take(new_run=True)
+        lock.release()  # raises nothing that would hide that
 
 
 def test_a_run_that_appears_after_the_first_check_is_left_alone(tmp_path, train_here, monkeypatch):

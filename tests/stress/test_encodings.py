@@ -8,15 +8,15 @@ from conftest import run_script
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('iconv'), reason='runs the advised commands')
-def test_100_random_texts_are_read_as_they_are_or_refused(tmp_path):
+def test_100_random_texts_are_read_as_they_are_or_rejected(tmp_path):
     done = run_script(
         'stress/encodings.py', '--cases=100', '--seed=100', f'--result={tmp_path / "table.txt"}'
     )
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / 'table.txt').read_text()
     assert table == done.stdout and table.startswith('100 cases')
-    read, refused, converted, *bad = table.splitlines()[-1].split()[1:]
-    assert int(read) + int(refused) + int(converted) == 100 and bad == ['0', '0', '0']
+    read, rejected, converted, *bad = table.splitlines()[-1].split()[1:]
+    assert int(read) + int(rejected) + int(converted) == 100 and bad == ['0', '0', '0']
 
 
 def test_another_text_and_advice_that_fails_are_seen(tmp_path, run_main, monkeypatch):

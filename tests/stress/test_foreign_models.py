@@ -11,18 +11,18 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, 'SIGPROF'), reason='limits p
 
 
 @pytest.mark.slow
-def test_150_changed_models_are_computed_like_transformers_or_refused(run_main, tmp_path):
+def test_150_changed_models_are_computed_like_transformers_or_rejected(run_main, tmp_path):
     table = tmp_path / 'table.txt'
     done = run_main(PROGRAM, '--cases=150', '--seed=5', f'--result={table}')
     assert done.returncode == 0, done.stdout + done.stderr
     assert table.read_text() == done.stdout and done.stdout.startswith('150 cases')
-    equal, unchanged, refused, *bad = map(int, done.stdout.splitlines()[-1].split()[1:])
-    assert equal + unchanged + refused == 150 and bad == [0, 0, 0, 0]
-    assert min(equal, refused) > 30
+    equal, unchanged, rejected, *bad = map(int, done.stdout.splitlines()[-1].split()[1:])
+    assert equal + unchanged + rejected == 150 and bad == [0, 0, 0, 0]
+    assert min(equal, rejected) > 30
 
 
 @pytest.mark.slow
-def test_another_model_and_a_refusal_without_a_name_are_seen(run_main, monkeypatch):
+def test_another_model_and_a_rejection_without_a_name_are_seen(run_main, monkeypatch):
     """A reader that ignores the activation, and one that does not say what is wrong."""
     flags = [PROGRAM, '--cases=60', '--seed=2']
     with monkeypatch.context() as patch:

@@ -178,7 +178,7 @@ def test_every_ascii_character_between_any_two_others_has_them(splits):
 
 
 def around(character):
-    """A text with a character beside every kind of neighbour."""
+    """A text with a character beside every kind of neighbor."""
     c = character
     return f"{c} {c}a{c}1{c}!{c}'s{c}{c}  {c}\n{c}\n\n{c}'ll{c}\xa0{c} \xa0{c}"
 

@@ -1,4 +1,4 @@
-"""Inputs: every file is found once, and what is left out is told."""
+"""Inputs: every file is found once, and what is skipped is reported."""
 
 import os
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_linked_folders_are_searched_and_each_file_counts_once(tmp_path):
     os.link(tmp_path / 'elsewhere/c.txt', tmp_path / 'notes/old/hard.txt')
     files, skipped = inputs.find_files([tmp_path / 'notes'])
     assert names_of(files, tmp_path) == ['notes/a.txt', 'notes/linked/c.txt', 'notes/old/b.txt']
-    assert inputs.told(skipped) == ['2 other paths to a file that is read already']
+    assert inputs.told(skipped) == ['2 other paths to the same file']
     again = [tmp_path / 'elsewhere/../notes', tmp_path / 'notes/a.txt', tmp_path / 'notes']
     assert len(inputs.find_files(again)[0]) == 3
 

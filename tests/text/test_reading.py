@@ -1,4 +1,4 @@
-"""Reading: one rule for all text. What is not text is refused with advice that works."""
+"""Reading: one rule for all text. Other content is rejected, with advice that works."""
 
 import codecs
 import io

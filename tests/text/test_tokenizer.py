@@ -1,4 +1,4 @@
-"""Tokenizers: what is encoded comes back, and what cannot be is named."""
+"""Tokenizers: what is encoded comes back, and what cannot be encoded is named."""
 
 import hashlib
 import json
@@ -127,7 +127,7 @@ def test_the_json_of_a_char_tokenizer_without_end_of_text_is_as_it_was():
 
 
 def test_surrogates_of_both_kinds_stay_apart_in_json():
-    """In order they would be neighbours, which JSON reads as one character."""
+    """In order they would be neighbors, which JSON reads as one character."""
     tokenizer = CharTokenizer.train('a\udc00\ud800\udbff\udfff\uffff🙂')
     assert tokenizer.vocab_size == 7
     assert tokenizer_from_json(json.loads(json.dumps(tokenizer.to_json()))) == tokenizer

@@ -58,7 +58,7 @@ def test_a_permuted_value_does_not_depend_on_the_others_asked_for(n, key, data):
 
 
 def test_a_permutation_is_no_pattern():
-    """As in a random order, about one pair of neighbours remains, and the mean move is n / 3."""
+    """As in a random order, about one pair of neighbors remains, and the mean move is n / 3."""
     n, draw = 10_000, np.random.default_rng(0)
     for _ in range(5):
         order = permute(

@@ -1,4 +1,4 @@
-"""Datasets: what is written is read back; damaged ones are refused before the first step."""
+"""Datasets: what is written is read back; damaged ones are rejected before the first step."""
 
 import hashlib
 import json
@@ -228,7 +228,7 @@ def test_a_bad_id_between_the_samples_is_met_by_the_batch_that_holds_it(small_is
 
 
 def test_a_large_bin_with_holes_is_not_the_one_that_was_written(small_is_large, tmp_path):
-    """What a copy that was broken off leaves where room was made for it: zeros, ids like others."""
+    """An interrupted copy may leave zeros in place of the rest, and they are valid ids."""
     write_char_dataset(tmp_path, TEXT, {})
     put_id(tmp_path, slice(400, None), 0)
     with pytest.raises(UserError, match='train.bin is not the file that meta.json describes'):

@@ -25,7 +25,7 @@ UINT16 = np.dtype('<u2')
 
 
 class DyingTokenizer(ByteTokenizer):
-    """Ends the process that it works in, unless that is the first one."""
+    """Ends the process that uses it, unless that is the first one."""
 
     def encode(self, text):
         if text.startswith('last'):
@@ -195,7 +195,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line():
 
 @pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them():
-    """Also where that is killed, and cannot tell them."""
+    """Also if that one is killed and cannot tell them."""
     program = (
         'import itertools, sys, time; import numpy as np\n'
         'from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
@@ -214,6 +214,25 @@ def test_processes_end_with_the_one_that_started_them():
     while living(run.pid):
         assert time.monotonic() < deadline, 'processes are left behind'
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == 'nt', reason='needs process groups')
+def test_ctrl_c_does_not_reach_processes_that_are_starting():
+    program = (
+        'import os, signal; import numpy as np\n'
+        'from nib.tokens.encode import *; from nib.text.tokenizer import *\n'
+        'def pieces():\n'
+        '    for n in range(SERIAL_BATCHES + 4):\n'
+        '        if n > SERIAL_BATCHES: os.killpg(0, signal.SIGINT)\n'
+        '        yield "train", "x" * BATCH, False\n'
+        'heard = []; signal.signal(signal.SIGINT, lambda *_: heard.append(1))\n'
+        'done = list(encode_all(pieces(), ByteTokenizer(), np.dtype("<u2")))\n'
+        'print(len(done) - SERIAL_BATCHES, len(heard))\n'
+    )
+    command = [sys.executable, '-c', program]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    assert (run.stdout, run.stderr) == ('4 3\n', '')
 
 
 def living(session: int) -> bool:

@@ -2,8 +2,8 @@
 
 import errno
 import os
+import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, full_disk
 from processes import PATIENCE
 
 import configurator
@@ -105,6 +105,22 @@ def test_a_dataset_in_nanogpt_s_folder_is_named(
     assert refusal(values).endswith(f'train.bin is missing; did you mean --data_dir={data_dir}?')
 
 
+@pytest.mark.parametrize('data_dir', ['data', 'my runs/data', 'checkout/data'])
+def test_a_resumed_run_without_its_dataset_says_where_one_of_this_name_is(
+    data_dir, values, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(find, 'SCRIPTS', tmp_path / 'checkout/data')
+    monkeypatch.chdir(tmp_path)
+    values |= {'dataset': 'mine', 'init_from': 'resume', 'out_dir': 'my runs/out'}
+    values |= {'data_dir': str(tmp_path / 'gone')}
+    assert 'with --data_dir=FOLDER' in refusal(values)
+    (tmp_path / data_dir / 'mine').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (tmp_path / data_dir / 'mine' / f'{split}.bin').touch()
+    typed = f'did you mean --data_dir={shlex.quote(data_dir)}?'
+    assert refusal(values).endswith(f'that it was trained on; {typed}')
+
+
 WRITE = """
 from pathlib import Path
 for split in ('train', 'val'):
@@ -163,25 +179,18 @@ def test_a_text_that_will_not_do_does_not_fall_back(values, tmp_path, content, w
 @pytest.mark.usefixtures('no_text_here')
 def test_a_folder_that_cannot_be_written_does_not_fall_back(values, tmp_path):
     (tmp_path / 'data').write_text('not a folder')
-    assert 'cannot be written (Not a directory)' in refusal(values)
+    said = refusal(values)
+    assert 'cannot be written (Not a directory)' in said
+    assert 'in train.py, --data_dir=PATH' in said  # whose --out_dir is the folder of the run
 
 
 @pytest.mark.usefixtures('no_text_here')
-@pytest.mark.skipif(sys.platform == 'win32', reason='has no RLIMIT_FSIZE')
 def test_a_full_disk_does_not_fall_back(values, tmp_path):
-    import resource
-
     folder = tmp_path / 'data/shakespeare_char'
     folder.mkdir(parents=True)
     (folder / 'input.txt').write_text(TEXT)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
+    with full_disk(1000):
         assert 'cannot be written (File too large)' in refusal(values)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
     assert not (tmp_path / 'data/stdlib_char').exists()
 
 

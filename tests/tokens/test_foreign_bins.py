@@ -172,9 +172,9 @@ def test_a_model_without_texts_is_prompted_with_ids(trained):
     assert sample().stdout.startswith('0 ')  # there is no line break to start from
 
 
-def test_what_is_assumed_is_said(tmp_path):
+def said_of(tmp_path, vocab_size, meta=None):
     ids = np.random.default_rng(0).integers(50257, size=100)
-    make(tmp_path / 'foreign', ids)
+    make(tmp_path / 'foreign', ids, meta)
     said = []
     values = {
         'init_from': 'scratch',
@@ -183,9 +183,21 @@ def test_what_is_assumed_is_said(tmp_path):
         'fallback_dataset': '',
         'prepare_dataset': False,
         'block_size': 16,
-        'vocab_size': 0,
+        'vocab_size': vocab_size,
     }
     open_or_prepare(values, Ranks(), said.append)
-    assert len(said) == 1 and "its ids are taken for GPT-2's tokens" in said[0]
-    open_or_prepare(values | {'vocab_size': 50257}, Ranks(), said.append)
-    assert len(said) == 1  # nothing is assumed
+    return said
+
+
+def test_what_is_assumed_is_said(tmp_path):
+    (line,) = said_of(tmp_path, vocab_size=0)
+    assert "its ids are taken for GPT-2's tokens" in line
+    assert said_of(tmp_path, vocab_size=50257) == []  # nothing is assumed
+    assert said_of(tmp_path, vocab_size=50305) == []
+
+
+def test_a_padded_vocabulary_of_gpt2_has_no_text_and_says_so(tmp_path):
+    (line,) = said_of(tmp_path, vocab_size=50304)
+    assert 'samples will be ids' in line and 'leave vocab_size out' in line
+    (line,) = said_of(tmp_path, vocab_size=0, meta={'vocab_size': 50304})
+    assert f'leave {tmp_path / "foreign" / "meta.pkl"} out' in line

@@ -1,4 +1,4 @@
-"""The troubles that the doctor can report: their severity, likely causes, and what to change."""
+"""The problems that the doctor can report: their severity, likely causes, and what to change."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ Advice = str | tuple[Callable[[Mapping], bool], str]
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """A kind of trouble, and the advice for it.
+class Problem:
+    """A problem that a run can have, and the advice for it.
 
     Critical: the result of the run is not usable. Warning: the run could be much better. Note:
     worth knowing.
@@ -100,8 +100,8 @@ def predicts_its_input(config: Mapping) -> bool:
     return config['zero_init'] and config['tied_head']
 
 
-TROUBLES: dict[str, Trouble] = {
-    'diverging': Trouble(
+PROBLEMS: dict[str, Problem] = {
+    'diverging': Problem(
         'critical',
         ('the learning rate is too high', (unclipped, 'no clipping'), 'broken text'),
         (
@@ -110,7 +110,7 @@ TROUBLES: dict[str, Trouble] = {
             'resume from an earlier checkpoint',
         ),
     ),
-    'not_finite': Trouble(
+    'not_finite': Problem(
         'critical',
         (
             'the learning rate is far too high',
@@ -121,12 +121,12 @@ TROUBLES: dict[str, Trouble] = {
         (
             'lower learning_rate',
             (unclipped, 'grad_clip = 1'),
-            (uses_float16, 'dtype bfloat16 or float32'),
-            (does_not_rewind, 'on_nonfinite rewind to get past a single bad batch'),
-            (does_not_stop, 'on_nonfinite stop to see where it begins'),
+            (uses_float16, 'dtype = bfloat16 or float32'),
+            (does_not_rewind, 'on_nonfinite = rewind to get past a single bad batch'),
+            (does_not_stop, 'on_nonfinite = stop to see where it begins'),
         ),
     ),
-    'lr_too_high': Trouble(
+    'lr_too_high': Problem(
         'warning',
         (
             'the learning rate is too high for this model',
@@ -134,7 +134,7 @@ TROUBLES: dict[str, Trouble] = {
         ),
         ('lower learning_rate by a factor of 3 to 10', (no_qk_norm, 'or set qk_norm')),
     ),
-    'lr_too_low': Trouble(
+    'lr_too_low': Problem(
         'warning',
         ('the learning rate is too low', 'the initial weights are too large for it'),
         (
@@ -142,7 +142,7 @@ TROUBLES: dict[str, Trouble] = {
             'the update ratio should reach 0.001 to 0.01',
         ),
     ),
-    'plateau': Trouble(
+    'plateau': Problem(
         'warning',
         (
             (decays_early, 'the schedule ends long before the run'),
@@ -152,11 +152,11 @@ TROUBLES: dict[str, Trouble] = {
         ),
         (
             (decays_early, 'lr_decay_iters = max_iters'),
-            'another learning_rate',
+            'a different learning_rate',
             'a larger n_layer or n_embd',
         ),
     ),
-    'exploding_gradients': Trouble(
+    'exploding_gradients': Problem(
         'warning',
         (
             'norms are missing, or initial weights are too large',
@@ -168,7 +168,7 @@ TROUBLES: dict[str, Trouble] = {
             'grad_clip = 1 keeps a single bad batch from doing harm',
         ),
     ),
-    'vanishing_gradients': Trouble(
+    'vanishing_gradients': Problem(
         'warning',
         (
             'residual connections or norms are missing',
@@ -180,7 +180,7 @@ TROUBLES: dict[str, Trouble] = {
             'run debug_training.py to see where the gradients become small',
         ),
     ),
-    'all_clipped': Trouble(
+    'all_clipped': Problem(
         'warning',
         (
             (clips_below_1, 'grad_clip is far below the usual norm'),
@@ -192,12 +192,12 @@ TROUBLES: dict[str, Trouble] = {
             (clips_at_1_or_more, 'run debug_training.py to see which gradients are too large'),
         ),
     ),
-    'no_warmup': Trouble(
+    'no_warmup': Problem(
         'warning',
         ("AdamW's first steps are several times larger than later ones, and there is no warm-up",),
         ('warmup_iters = 1 to 10 % of max_iters', 'or a lower learning_rate'),
     ),
-    'overfitting': Trouble(
+    'overfitting': Problem(
         'warning',
         ('the text is too short for this model and this many steps', (no_dropout, 'no dropout')),
         (
@@ -207,17 +207,20 @@ TROUBLES: dict[str, Trouble] = {
             'a smaller model or max_iters',
         ),
     ),
-    'underfitting': Trouble(
+    'underfitting': Problem(
         'note',
         ('the model is too small for this many tokens', (has_dropout, 'too much dropout')),
         ('a larger n_layer and n_embd: about 20 tokens per parameter are compute-optimal',),
     ),
-    'constant_batches': Trouble(
+    'constant_batches': Problem(
         'critical',
-        ('the loader returns the same batch at every step', 'the text is no longer than one batch'),
+        (
+            'the loader returns the same batch at every step',
+            'the text is not longer than one batch',
+        ),
         ('check that the step number reaches the loader', 'more text'),
     ),
-    'tiny_vocabulary': Trouble(
+    'tiny_vocabulary': Problem(
         'warning',
         (
             'the text was encoded with a different tokenizer than the model expects',
@@ -225,7 +228,7 @@ TROUBLES: dict[str, Trouble] = {
         ),
         ('prepare the dataset with another tokenizer, such as prepare.py --tokenizer=char',),
     ),
-    'different_texts': Trouble(
+    'different_texts': Problem(
         'warning',
         (
             'the training and validation texts are of different kinds',
@@ -239,7 +242,7 @@ TROUBLES: dict[str, Trouble] = {
             ),
         ),
     ),
-    'targets_not_shifted': Trouble(
+    'targets_not_shifted': Problem(
         'critical',
         (
             'the targets are not the inputs shifted by one token',
@@ -247,7 +250,7 @@ TROUBLES: dict[str, Trouble] = {
         ),
         ('y[t] = x[t + 1] in the loader',),
     ),
-    'val_leaked': Trouble(
+    'val_leaked': Problem(
         'critical',
         (
             'the training text includes the validation text',
@@ -258,20 +261,20 @@ TROUBLES: dict[str, Trouble] = {
             'the validation loss of this run is meaningless',
         ),
     ),
-    'dead_units': Trouble(
+    'dead_units': Problem(
         'warning',
         (
-            'large steps have closed units for good',
+            'large steps have closed units permanently',
             (has_biases, 'the initial biases are too far below 0'),
             (uses_relu2, 'squared ReLU has no gradient below 0'),
         ),
         (
             'lower learning_rate or raise warmup_iters',
             (has_biases, 'initialize biases to 0, or omit them: bias = False'),
-            (uses_relu2, 'mlp gelu or swiglu'),
+            (uses_relu2, 'mlp = gelu or swiglu'),
         ),
     ),
-    'wrong_initial_loss': Trouble(
+    'wrong_initial_loss': Problem(
         'warning',
         (
             'if it is too high: the initial weights are too large, or the loss is summed',
@@ -287,13 +290,13 @@ TROUBLES: dict[str, Trouble] = {
             (predicts_its_input, 'tied_head = False'),
         ),
     ),
-    'throughput_collapse': Trouble(
+    'throughput_collapse': Problem(
         'warning',
         (
             (cores_taken, 'other processes use the cores, or a CPU quota applies'),
             (cores_free, 'another process uses the disk or the GPU'),
             (cores_free, 'the disk is too slow for the data'),
-            (cores_free, 'the device is too hot and slows itself down'),
+            (cores_free, 'the device is too hot and slows down'),
         ),
         (
             'check the machine (top, nvidia-smi)',
@@ -301,26 +304,26 @@ TROUBLES: dict[str, Trouble] = {
             'the training itself is not affected',
         ),
     ),
-    'float16_underflow': Trouble(
+    'float16_underflow': Problem(
         'warning',
         (
             'gradients overflow in float16: the loss scale falls until small ones become 0',
             'the loss is summed instead of averaged',
             'activations grow',
         ),
-        ('dtype bfloat16 or float32', 'average the loss', 'a lower learning_rate'),
+        ('dtype = bfloat16 or float32', 'average the loss', 'a lower learning_rate'),
     ),
-    'weight_decay_too_strong': Trouble(
+    'weight_decay_too_strong': Problem(
         'warning',
         ('weight_decay shrinks the weights faster than they learn',),
         ('weight_decay = 0.1, or learning_rate * weight_decay * max_iters below 1',),
     ),
-    'batch_too_small': Trouble(
+    'batch_too_small': Problem(
         'warning',
         ('a step has too few tokens, so its gradient is nearly all noise',),
         ('raise batch_size or gradient_accumulation_steps', 'or lower learning_rate'),
     ),
-    'generation_differs': Trouble(
+    'generation_differs': Problem(
         'warning',
         (
             'attention was changed outside attention_scores(), which the cache follows',
@@ -331,7 +334,7 @@ TROUBLES: dict[str, Trouble] = {
         ),
         (
             'change attention in attention_scores() of model.py, which generation uses too',
-            'the losses are correct, samples are not',
+            'the losses are correct, but the samples are not',
         ),
     ),
 }

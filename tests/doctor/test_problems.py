@@ -1,4 +1,4 @@
-"""What the doctor says about each trouble, and the config of the lab that shows it."""
+"""What the doctor says about each problem, and the config of the lab that shows it."""
 
 import re
 
@@ -9,14 +9,14 @@ from signs import BLOCK, CONFIG, DEFAULTS
 import configurator
 import model
 from nib.doctor.finding import Finding
-from nib.doctor.troubles import TROUBLES
+from nib.doctor.problems import PROBLEMS
 
 
-@pytest.mark.parametrize('name', TROUBLES)
+@pytest.mark.parametrize('name', PROBLEMS)
 def test_what_to_change_can_be_changed(name):
     causes, changes = (
         [entry if isinstance(entry, str) else entry[1] for entry in advice]
-        for advice in (TROUBLES[name].causes, TROUBLES[name].changes)
+        for advice in (PROBLEMS[name].causes, PROBLEMS[name].changes)
     )
     assert causes and changes and not any(text.endswith('.') for text in causes + changes)
     change = '; '.join(changes)
@@ -39,11 +39,11 @@ def test_what_to_change_can_be_changed(name):
     ('name', 'config', 'advised'),
     [
         ('diverging', {'grad_clip': 0.0}, 'grad_clip = 1'),
-        ('not_finite', {'dtype': 'float16'}, 'dtype bfloat16 or float32'),
+        ('not_finite', {'dtype': 'float16'}, 'dtype = bfloat16 or float32'),
         ('lr_too_high', {}, 'or set qk_norm'),
         ('plateau', {'lr_decay_iters': 30}, 'lr_decay_iters = max_iters'),
         ('all_clipped', {'grad_clip': 0.01}, 'grad_clip = 1'),
-        ('dead_units', {'mlp': 'relu2'}, 'mlp gelu or swiglu'),
+        ('dead_units', {'mlp': 'relu2'}, 'mlp = gelu or swiglu'),
         ('dead_units', {'bias': True}, 'bias = False'),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_tied_head_is_to_blame_only_behind_blocks_that_begin_as_the_identity(
     assert ('a tied head' in said) == ('tied_head = False' in said) == (zero_init and tied_head)
 
 
-@pytest.mark.parametrize('name', [*TROUBLES, 'healthy'])
+@pytest.mark.parametrize('name', [*PROBLEMS, 'healthy'])
 def test_the_lab_has_a_config_that_says_what_it_breaks(name):
     lines = (ROOT / f'config/lab/{name}.py').read_text().splitlines()
     assert lines[0].startswith('# ') and len(lines[0]) > 20
@@ -85,4 +85,4 @@ def test_the_lab_has_a_config_that_says_what_it_breaks(name):
 
 
 def test_the_lab_breaks_nothing_without_a_name():
-    assert {path.stem for path in (ROOT / 'config/lab').glob('*.py')} == {*TROUBLES, 'healthy'}
+    assert {path.stem for path in (ROOT / 'config/lab').glob('*.py')} == {*PROBLEMS, 'healthy'}
