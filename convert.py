@@ -24,7 +24,7 @@ from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.hub import gguf, huggingface, nanogpt
 from nib.hub.card import model_card
-from nib.hub.reference import check_model
+from nib.hub.reference import check_model, check_tokenizer
 from nib.run.checks import settle_schedule
 from nib.text.tokenizer import Tokenizer
 
@@ -66,6 +66,7 @@ def main(argv):
     weights = read_model(init_from, out_dir, which, read)
     tokenizer = weights.known_tokenizer()
     check_model(weights.model)
+    check_tokenizer(tokenizer)
     {'hf': write_hf, 'nanogpt': write_nanogpt, 'gguf': write_gguf}[to](weights, tokenizer)
     print(f'{weights.describe()}: written to {dest}')
 

@@ -272,7 +272,7 @@ class TrainState:
         found.check_ranks(t.ranks)
         t.raw_model.load_state_dict(tensors['model'])
         t.optimizer.load_named_state(t.raw_model, tensors['optimizer'])
-        vars(self).update(vars(TrainState(**found.state['train'])))
+        vars(self).update(found.state['train'])
         if self.scaler and t.scaler.is_enabled():
             t.scaler.load_state_dict(self.scaler)
         t.bad_steps.reset(self.bad_steps)

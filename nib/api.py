@@ -12,7 +12,7 @@ import torch
 from model import GPT
 from nib.checkpoint.start import read_weights
 from nib.checkpoint.weights import Weights
-from nib.doctor.inspection import attention_scores
+from nib.doctor.inspection import attention_scores, watch_attention
 from nib.text.tokenizer import Tokenizer, encode_prompt
 
 
@@ -45,16 +45,11 @@ def attention_maps(model: GPT, ids: Sequence[int]) -> list[torch.Tensor]:
     """
     maps = []
 
-    def keep(attention, args, output):
-        scores, _ = attention_scores(attention, *args)  # (1, n_head, T, T)
-        maps.append(scores[0].softmax(dim=-1))
+    def keep(q, k, v):
+        maps.append(attention_scores(q, k)[0].softmax(dim=-1))
 
-    hooks = [block.attn.register_forward_hook(keep) for block in model.transformer.h]
-    try:
+    with watch_attention(model, keep):
         model(torch.tensor([list(ids)], device=model.transformer.wte.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return maps
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from nib.errors import UserError
 from nib.machine.ranks import Ranks, clear_gradients
 from nib.machine.shares import Shares
 
@@ -268,9 +269,15 @@ class Optimizer:
 
     @torch.no_grad()
     def load_named_state(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
-        """Restores this rank's share of a state. Raises KeyError for an unknown name."""
+        """Restores this rank's share of a state. Raises UserError for an unknown name."""
         own = self.named_state(model)
         others = {name for name, p in model.named_parameters() if not self.shares.has(p)}
         for name, tensor in tensors.items():
-            if name.rpartition('/')[0] not in others:
-                own[name].copy_(tensor)
+            if name.rpartition('/')[0] in others:
+                continue
+            if name not in own:
+                raise UserError(
+                    f'the checkpoint has the optimizer state {name}, which nib/optim.py lacks; it '
+                    f'was trained with another nib/optim.py: use that one'
+                )
+            own[name].copy_(tensor)

@@ -54,6 +54,8 @@ def read_block(path: str) -> Block:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             break
+        if isinstance(node, ast.Assign):
+            check_constants(path, node)
         if not (
             isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value
         ):
@@ -81,6 +83,16 @@ def read_block(path: str) -> Block:
         if line in standalone:
             block.headings[key] = standalone[line]
     return block
+
+
+def check_constants(path: str, node: ast.Assign):
+    """Raises UserError if an assignment without a type looks like a key, as in nanoGPT."""
+    for target in node.targets:
+        if isinstance(target, ast.Name) and target.id[0].islower():
+            raise UserError(
+                f'{path}:{node.lineno}: {target.id}: found {ast.unparse(node)}, expected a type if '
+                f'it is a key ({target.id}: float = 0.5), or capitals if it is a constant'
+            )
 
 
 def read_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:

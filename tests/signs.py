@@ -34,10 +34,11 @@ DATA = DataSigns(
     distance=0.01,
     usual_distance=0.01,
 )
+GUESS = math.log(65)  # the loss of a uniform guess
 
 
 def loss_at(step: int) -> float:
-    return 1.5 + (math.log(65) - 1.5) * math.exp(-step / 80)
+    return 1.5 + (GUESS - 1.5) * math.exp(-step / 80)
 
 
 def step_signs(step: int, n: int = 1, **changes) -> StepSigns:
@@ -80,12 +81,16 @@ def show(
     doctor: Doctor,
     step=lambda s: {},
     evaluation=lambda s: {},
+    start=GUESS,
     generation=None,
     log_interval=10,
     first=0,
     last=300,
 ) -> list[Finding]:
-    """Returns the findings of a healthy run whose vital signs step() and evaluation() change."""
+    """Returns the findings of a healthy run whose vital signs step() and evaluation() change.
+
+    start: the train loss of the evaluation at step 0.
+    """
     found = doctor.see_data()
     logged = first
     for s in range(first, last + 1):
@@ -93,7 +98,9 @@ def show(
             found += doctor.see_step(step_signs(s, s - logged, **step(s)))
             logged = s
         if s % 30 == 0:
-            found += doctor.see_evaluation(evaluation_signs(s, **evaluation(s)))
+            signs = evaluation_signs(s, **evaluation(s))
+            signs = signs if s else replace(signs, train_loss=start)
+            found += doctor.see_evaluation(signs)
     return found + doctor.see_generation(last, generation)
 
 
@@ -136,15 +143,12 @@ FIRING = {
         'evaluation': lambda s: {'train_loss': 2.0, 'val_loss': 2.02},
     },
     'constant_batches': {'step': lambda s: {'repeated': 1.0 if s > 1 else None}},
-    'tiny_vocabulary': {
-        'data': {'vocab_size': 4096},
-        'step': lambda s: {'losses': [math.log(4096)]} if s == 1 else {},
-    },
+    'tiny_vocabulary': {'data': {'vocab_size': 4096}, 'start': math.log(4096)},
     'different_texts': {'data': {'distance': 0.2}},
     'targets_not_shifted': {'step': lambda s: {'shifted': 0.04, 'copied': 1.0}},
     'val_leaked': {'data': {'leaked': 0.8}},
     'dead_units': {'evaluation': lambda s: {'dead_units': 0.6}},
-    'wrong_initial_loss': {'step': lambda s: {'losses': [9.0]} if s == 1 else {}},
+    'wrong_initial_loss': {'start': 9.0},
     'throughput_collapse': {'step': lambda s: {'tokens_per_second': 2e4 if s > 100 else 1e5}},
     'float16_underflow': {'step': lambda s: {'loss_scale': 65536.0 / 2 ** (s // 10)}},
     'weight_decay_too_strong': {
@@ -164,6 +168,10 @@ def diagnose(name: str, **options):
     )
     return doctor, show(
         doctor,
-        **{key: changes[key] for key in ('step', 'evaluation', 'generation') if key in changes},
+        **{
+            key: changes[key]
+            for key in ('step', 'evaluation', 'start', 'generation')
+            if key in changes
+        },
         **options,
     )

@@ -137,6 +137,7 @@ def test_a_comment_belongs_to_its_key_if_a_formatter_has_wrapped_the_line(tmp_pa
         'x: list = 1',
         'x: int = f()',
         "x: int = 'a'",
+        'x = 1',
     ],
 )
 def test_block_that_is_no_schema_is_refused_with_its_line(tmp_path, line):
@@ -144,6 +145,12 @@ def test_block_that_is_no_schema_is_refused_with_its_line(tmp_path, line):
     path.write_text(f'\n{line}\n')
     with pytest.raises(UserError, match=r'toy\.py:2: '):
         read_block(str(path))
+
+
+def test_constants_of_a_script_are_no_keys(tmp_path):
+    path = tmp_path / 'toy.py'
+    path.write_text('X = 1\n_y = 2\nZ, W = 3, 4\nx: int = 5\n')
+    assert read_block(str(path)).defaults == {'x': 5}
 
 
 # values

@@ -5,7 +5,8 @@ nib/doctor/health.py says which of the values are healthy.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -90,33 +91,38 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
     x, y: token ids (B, T). n_sequences: number of sequences on which attention is measured; its
     weights, which a forward pass never holds at once, are T * T numbers in each head.
     """
-    figures: dict[str, dict[str, float]] = defaultdict(dict)
+    figures: dict[str, dict[str, float]] = defaultdict(dict)  # in the order of the forward pass
+    # The blocks may be in the list several times. Each call of a block is its next place there.
+    places: dict[Any, list[str]] = defaultdict(list)
+    here = ''  # the place of the block that computes
     # Of several MLPs in a block, the one with the most tokens counts: a few tokens open few units.
     most_tokens: dict[str, int] = defaultdict(int)
 
-    def watch_stream(name):
+    def enter(block, args):
+        nonlocal here
+        here, *later = places[block]
+        places[block] = later or [here]
+
+    def watch_stream(name=''):
         def hook(module, args, output):
-            figures[name] |= {'mean': float(output.float().mean()), 'std': std_of(output)}
+            figures[name or here] |= {'mean': float(output.float().mean()), 'std': std_of(output)}
 
         return hook
 
-    def watch_branch(name, key):
+    def watch_branch(key):
         def hook(module, args, output):
-            figures[name][key] = std_of(output)
+            figures[here][key] = std_of(output)
 
         return hook
 
-    def watch_attention(name):
-        def hook(module, args, output):
-            figures[name] |= measure_attention(module, args[0][:n_sequences], *args[1:2])
+    def note_attention(q, k, v):
+        figures[here] |= measure_attention(q[:n_sequences], k[:n_sequences])
 
-        return hook
-
-    def watch_units(name, mlp):
+    def watch_units(mlp):
         def note(hidden, share):
             n_tokens = hidden.numel() // hidden.shape[-1]
-            if n_tokens > most_tokens[name]:
-                most_tokens[name], figures[name]['dead'] = n_tokens, share
+            if n_tokens > most_tokens[here]:
+                most_tokens[here], figures[here]['dead'] = n_tokens, share
 
         def hook_of_input(module, args, output):
             note(output, dead_share(mlp.kind, output))
@@ -134,50 +140,73 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
         parts.ln_f.register_forward_hook(watch_stream('ln_f')),
     ]
     for i, block in enumerate(parts.h):
-        name = f'h.{i}'
+        places[block].append(f'h.{i}')
+    for block in places:
         hooks += [
-            block.attn.register_forward_hook(watch_attention(name)),
-            *(watch_units(name, part) for part in block.modules() if isinstance(part, MLP)),
-            block.attn.register_forward_hook(watch_branch(name, 'attention_std')),
-            block.mlp.register_forward_hook(watch_branch(name, 'mlp_std')),
-            block.register_forward_hook(watch_stream(name)),
+            block.register_forward_pre_hook(enter),
+            *(watch_units(part) for part in block.modules() if isinstance(part, MLP)),
+            block.attn.register_forward_hook(watch_branch('attention_std')),
+            block.mlp.register_forward_hook(watch_branch('mlp_std')),
+            block.register_forward_hook(watch_stream()),
         ]
     was_training = model.training
     model.eval()
     try:
-        with precision:
+        with precision, watch_attention(model, note_attention):
             loss = float(model(x, y))
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    order = ['embedding', *(f'h.{i}' for i in range(len(parts.h))), 'ln_f']
-    return loss, [LayerStats(name, **figures[name]) for name in order]
+    return loss, [LayerStats(name, **values) for name, values in figures.items()]
 
 
-def measure_attention(attention: CausalSelfAttention, x, rotary=None) -> dict[str, float]:
-    """Returns two fields of LayerStats for the input (B, T, C) of an attention module."""
+@contextmanager
+def watch_attention(model: GPT, note: Callable):
+    """Calls note(q, k, v) when a layer attends: q (B, H, T, D), k and v (B, K, T, D).
+
+    Layers that are not CausalSelfAttention, in a changed model, are not watched.
+    """
+    layers: set[Any] = {part for part in model.modules() if isinstance(part, CausalSelfAttention)}
+
+    def watched(attend):
+        def watching(q, k, v):
+            note(q, k, v)
+            return attend(q, k, v)
+
+        return watching
+
+    for attention in layers:
+        attention.attend = watched(attention.attend)
+    try:
+        yield
+    finally:
+        for attention in layers:
+            del attention.attend
+
+
+def measure_attention(q, k) -> dict[str, float]:
+    """Returns two fields of LayerStats for queries (B, H, T, D) and keys (B, K, T, D)."""
     entropies, largest = [], 0.0
-    for sequence in x:  # one at a time, to save memory
-        scores, _ = attention_scores(attention, sequence[None], rotary)
+    for b in range(len(q)):  # one sequence at a time, to save memory
+        scores = attention_scores(q[b, None], k[b, None])
         entropies.append(entropy(scores.softmax(dim=-1)).mean())
         visible = scores.masked_fill(scores == -math.inf, 0.0)
         largest = max(largest, float(visible.abs().max()))
     return {'entropy': float(torch.stack(entropies).mean()), 'attention_logit': largest}
 
 
-def attention_scores(attention: CausalSelfAttention, x, rotary=None):
-    """Computes the attention scores (B, H, T, T) before the softmax, and the values (B, H, T, D).
+def attention_scores(q, k):
+    """Returns the scores (B, H, T, T) before the softmax of q (B, H, T, D) and k (B, K, T, D).
 
     A key that a query must not see has the score -inf. The fused kernels of the model do not return
     the scores, so model.attention_scores() computes them again, in float32 or better.
     """
-    q, k, v = attention.query_key_value(x, rotary)
-    k, v = (architecture.share_heads(part, q.shape[1]) for part in (k, v))  # (B, H, T, D)
+    k = architecture.share_heads(k, q.shape[1])  # (B, H, T, D)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    positions = torch.arange(x.shape[1], device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        return architecture.attention_scores(q.to(dtype), k.to(dtype), positions, positions), v
+    positions = torch.arange(q.shape[2], device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        return architecture.attention_scores(q.to(dtype), k.to(dtype), positions, positions)
 
 
 def std_of(x) -> float:

@@ -327,6 +327,8 @@ PROBLEMS: dict[str, Problem] = {
         'warning',
         (
             'attention was changed outside attention_scores(), which the cache follows',
+            'another layer reads earlier tokens',
+            'a block is applied more often than transformer.h lists it',
             'a layer sees later tokens',
             'nib/generation/ has a bug',
         ),

@@ -71,12 +71,16 @@ def constant_batches(d) -> str | None:
 
 
 def wrong_initial_loss(d) -> str | None:
-    if d.vital_signs.step != 1 or d.trained or not math.isfinite(d.vital_signs.losses[0]):
+    if d.vital_signs.step != 1 or d.trained or not d.evaluations:
+        return None
+    # The loss of the evaluation, because training may add dropout and other terms.
+    loss = d.evaluations[0].train_loss
+    if not math.isfinite(loss):
         return None
     # 0.15 is for texts that repeat tokens, such as Python's indentation, which the first
     # predictions of a tied head match.
     tolerance = health.start_tolerance(d.config['n_embd'], d.tokens_per_step) + 0.15
-    judged = remedies.judge_start(d.vital_signs.losses[0], d.data.vocab_size, tolerance)
+    judged = remedies.judge_start(loss, d.data.vocab_size, tolerance)
     return judged[0].what if judged else None
 
 

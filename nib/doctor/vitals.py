@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nib.doctor import health, inspection
+from nib.machine.device import kept_buffers
 from nib.machine.ranks import clear_gradients
 from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
@@ -225,17 +226,18 @@ class Vitals:
         noise_scale = self._noise_scale() if is_power_of_2 and self._groups else None
         x, y = val_batch
         _, layers = inspection.measure_layers(self.raw_model, x, y, self.precision, n_sequences=1)
-        blocks = [row for row in layers if row.entropy is not None]
         largest = health.largest_entropy(x.shape[1])
-        dead = [row.dead for row in blocks if row.dead is not None]
+        logits = [row.attention_logit for row in layers if row.attention_logit is not None]
+        entropies = [row.entropy for row in layers if row.entropy is not None]
+        dead = [row.dead for row in layers if row.dead is not None]
         return EvaluationSigns(
             step,
             train_loss,
             val_loss,
             dead_units=max(dead, default=None),
-            attention_logit=max(row.attention_logit for row in blocks),
-            attention_entropy=min(row.entropy for row in blocks) / largest if largest else 1.0,
-            activation_std=blocks[-1].std,
+            attention_logit=max(logits, default=0.0),  # 0 and 1 if no layer has attention
+            attention_entropy=min(entropies, default=largest) / largest if largest else 1.0,
+            activation_std=layers[-2].std,  # layers[-1] is the last norm
             noise_scale=noise_scale,
         )
 
@@ -281,9 +283,10 @@ def gradient_noise(
     """
     gradients = []
     for x, y in batches:
-        with precision:
-            loss = model(x, y)
-        scaler.scale(loss).backward()
+        with kept_buffers(model):
+            with precision:
+                loss = model(x, y)
+            scaler.scale(loss).backward()
         matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
         gradients.append(torch.cat([sample(grad).float() for grad in grads]))

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig
 from nib.errors import UserError
+from nib.text.tokenizer import Tokenizer
 
+TOKENIZERS = ('char', 'byte', 'gpt2', 'hf', 'vocabulary', 'ids')  # the kinds of nib/text/
 TOLERANCE = 1e-3  # of the logits' standard deviation; rounding costs less than a hundredth of it
 
 ACTIVATIONS = {
@@ -45,13 +47,24 @@ def check_model(config: GPTConfig):
     with torch.random.fork_rng(devices=[]):
         model = GPT(small).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # the gains and biases, too
-            parameter.normal_(std=0.2, generator=generator)
+        for tensor in model.state_dict().values():  # also gains, biases, and added buffers
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.2, generator=generator)
     if not is_original(model, model.state_dict()):
         raise UserError(
             'model.py has been changed: other programs would compute something else from these '
             'weights, so nothing was written; convert.py can only write models of the original '
             'model.py'
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer):
+    """Raises UserError if the tokenizer is of a kind that has been added to nib/text/."""
+    kind = tokenizer.to_json()['kind']
+    if kind not in TOKENIZERS:
+        raise UserError(
+            f'the tokenizer of this model is of the kind {kind}: other programs would give other '
+            f'tokens to the same text, so nothing was written'
         )
 
 

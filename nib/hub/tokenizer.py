@@ -207,7 +207,10 @@ def _without_end_of_text(tokenizer: Tokenizer):
     elif isinstance(tokenizer, Gpt2Tokenizer):
         described = Tokenizer(models.BPE(*_read_gpt2()))
     else:
-        raise UserError(f'the tokenizer {tokenizer.to_json()["kind"]!r} cannot be written yet')
+        raise UserError(
+            f'the tokenizer of this model cannot be written for transformers: it is of the kind '
+            f'{tokenizer.to_json()["kind"]}'
+        )
     splits = isinstance(tokenizer, Gpt2Tokenizer)
     described.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits)
     described.decoder = decoders.ByteLevel()

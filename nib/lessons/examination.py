@@ -312,13 +312,12 @@ def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report
         if row.name not in shown:
             continue
         line = f'{row.name:12}{row.mean:10.4f}{row.std:10.4f}'
+        if row.mlp_std is not None:
+            dead = '-' if row.dead is None else f'{row.dead:.1%}'
+            line += f'{row.attention_std:17.4f}{row.mlp_std:11.4f}{dead:>13}'
         if row.entropy is not None:
             share = f'{row.entropy / largest:.1%}' if largest else '-'
-            dead = '-' if row.dead is None else f'{row.dead:.1%}'
-            line += (
-                f'{row.attention_std:17.4f}{row.mlp_std:11.4f}{dead:>13}'
-                f'{row.entropy:15.3f} nats{share:>17}'
-            )
+            line += f'{row.entropy:15.3f} nats{share:>17}'
         yield line + (f'  <- {marks[row.name]}' if row.name in marks else '')
     if omitted:
         yield omitted

@@ -10,7 +10,7 @@ import torch
 
 from model import GPT, kernels_fit
 from nib.kernels import HAS_AMX, QUERY_BLOCK
-from nib.machine.device import peak_flops
+from nib.machine.device import kept_buffers, peak_flops
 
 SHORT_RUN = 15  # seconds at the peak rate; about a minute in practice, mostly spent compiling
 SHORT_CPU_RUN = 6e14  # FLOPs; a quarter of an hour on two cores, up to a minute of it compiling
@@ -83,9 +83,10 @@ def compile_model(
     compiled: torch.nn.Module = compile_function(model)
     say('compiling, which can take a minute or two')
     try:
-        with context:
-            loss = compiled(*batch)
-        loss.backward()
+        with kept_buffers(model):
+            with context:
+                loss = compiled(*batch)
+            loss.backward()
     except Exception as error:  # the compiler's errors have no common base class
         say(f'compile failed, continuing without it: {explain_failure(error)}')
         return model

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -251,6 +251,20 @@ def synchronize(device: str):
         torch.cuda.synchronize(device)
     elif device == 'mps':
         torch.mps.synchronize()
+
+
+@contextmanager
+def kept_buffers(model: torch.nn.Module):
+    """Restores the buffers of a model at the end, some of which a changed model.py may update in
+    every forward pass: a pass that is not part of a step must not change the training.
+    """
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
 
 
 def seed_everything(*counters: int | str):

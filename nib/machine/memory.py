@@ -13,7 +13,7 @@ import torch
 from model import GPTConfig
 from nib.errors import UserError, is_full
 from nib.machine.cgroup import memory_limits
-from nib.machine.device import synchronize
+from nib.machine.device import kept_buffers, synchronize
 from nib.machine.memory_plan import plan_memory
 
 USABLE = 0.9  # share of the memory to plan with, as allocators leave gaps
@@ -81,10 +81,11 @@ def fills_memory(t, batch_size: int) -> bool:
     full = False
     try:
         x = torch.zeros(batch_size, t.batches.block_size, dtype=torch.long, device=t.device)
-        for _ in range(2):  # as with accumulated gradients
-            with t.precision:
-                loss = t.model(x, x)
-            t.scaler.scale(loss).backward()
+        with kept_buffers(t.model):
+            for _ in range(2):  # as with accumulated gradients
+                with t.precision:
+                    loss = t.model(x, x)
+                t.scaler.scale(loss).backward()
         t.optimizer.update(torch.zeros((), dtype=torch.bool, device=t.device))  # not usable
         synchronize(t.device)
     except (MemoryError, RuntimeError) as error:

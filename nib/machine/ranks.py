@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nib.errors import UserError
+from nib.machine.device import kept_buffers
 
 # What torchrun tells its processes; all but the address are numbers.
 VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_PORT', 'MASTER_ADDR')
@@ -92,10 +93,11 @@ class Ranks:
             [self.local_rank] if device.startswith('cuda') else None,
             gradient_as_bucket_view=True,  # otherwise there is a second copy of them
         )
-        for _ in range(2):
-            with context:
-                loss = distributed(*batch)
-            loss.backward()
+        with kept_buffers(model):
+            for _ in range(2):
+                with context:
+                    loss = distributed(*batch)
+                loss.backward()
         clear_gradients(model.parameters())
         return distributed
 

@@ -78,7 +78,8 @@ class Metrics:
     def _write(self, step: int, values: Mapping):
         is_first_attempt = not self._unwritten
         record = {'step': step, 'time': round(time.time(), 3), **values}  # seconds since 1970
-        self._unwritten += (json.dumps(record) + '\n').encode()
+        line = json.dumps(record, default=float)  # also a tensor, or a number of NumPy
+        self._unwritten += (line + '\n').encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self.file.write(self._unwritten) :]

@@ -1,5 +1,6 @@
 """What one batch does in a model, against a forward pass by hand."""
 
+import copy
 import itertools
 import math
 
@@ -26,15 +27,19 @@ def test_weights_times_values_are_what_attention_computes(name, dtype):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # attention that has something to tell apart
     seen = []
+    outputs = []
     for block in model.transformer.h:
         block.attn.register_forward_hook(
-            lambda module, args, output: seen.append((module, args, output))
+            lambda module, args, output: outputs.append((module, output))
         )
     with torch.no_grad(), autocast(dtype, 'cpu'):
-        model(torch.randint(31, (3, 10)))
-        for attention, args, output in list(seen):
-            scores, values = inspection.attention_scores(attention, *args[:2])
-            weights_ = scores.softmax(dim=-1)
+        with inspection.watch_attention(model, lambda *qkv: seen.append(qkv)):
+            model(torch.randint(31, (3, 10)))
+        model(torch.randint(31, (3, 10)))  # not watched
+        assert len(seen) == 2
+        for (q, k, v), (attention, output) in zip(seen, outputs):
+            values = model_file.share_heads(v, q.shape[1])
+            weights_ = inspection.attention_scores(q, k).softmax(dim=-1)
             again = attention.c_proj(
                 (weights_.to(values.dtype) @ values).transpose(1, 2).reshape(output.shape)
             )
@@ -99,6 +104,43 @@ def test_layers_have_the_figures_of_a_forward_pass_made_by_hand(name):
         assert rows[-1].std == pytest.approx(
             float(model.transformer.ln_f(h).std(correction=0)), rel=1e-4
         )
+
+
+def test_a_block_at_several_places_has_the_figures_of_each():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=3, n_head=2, n_embd=16)).eval()
+    first, second, _ = model.transformer.h
+    model.transformer['h'] = torch.nn.ModuleList([first, second, first])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    copied = copy.deepcopy(model)
+    copied.transformer['h'] = torch.nn.ModuleList(map(copy.deepcopy, model.transformer.h))
+    x = torch.randint(31, (2, 10))
+    expected, actual = (
+        inspection.measure_layers(one, x, x, autocast('float32', 'cpu'), 2)
+        for one in (copied, model)
+    )
+    assert actual == expected
+    names, stds = zip(*((row.name, row.std) for row in actual[1]))
+    assert names == ('embedding', 'h.0', 'h.1', 'h.2', 'ln_f') and len(set(stds)) == 5
+
+
+class LastToken(torch.nn.Module):
+    """In place of attention: a position reads the one before it."""
+
+    def forward(self, x, rotary=None):
+        return x.roll(1, dims=1)
+
+
+def test_a_layer_in_place_of_attention_has_no_entropy():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=2, n_head=2, n_embd=16)).eval()
+    model.transformer.h[0].attn = LastToken()
+    x = torch.randint(31, (2, 10))
+    _, rows = inspection.measure_layers(model, x, x, autocast('float32', 'cpu'), 2)
+    assert rows[1].attention_std > 0.0
+    assert [row.entropy is None for row in rows[1:3]] == [True, False]
+    assert [row.attention_logit is None for row in rows[1:3]] == [True, False]
 
 
 def entropy_by_hand(attention, x, rotary, config) -> float:

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from signs import FIRING, diagnose, loss_at, make_doctor, names_of, ratio, show
+from signs import FIRING, GUESS, diagnose, loss_at, make_doctor, names_of, ratio, show
 
 from nib.doctor import rules
 from nib.doctor.doctor import Doctor
@@ -182,10 +182,6 @@ def later(signs, after=100, until=300):
     return lambda s: signs if after < s <= until else {}
 
 
-def first_loss(above):
-    return lambda s: {'losses': [math.log(65) + above]} if s == 1 else {}
-
-
 def rise(by, noise=0.0):
     """The loss falls until step 100, and is then higher by this much."""
     lowest = sum(map(loss_at, range(90, 100))) / 10
@@ -221,8 +217,8 @@ NORM = math.sqrt(4 * 128)  # of the gradients: four layers of width 128
 START = 0.1 + 0.0512 + 3 * math.sqrt(0.0512 / 512) + 0.15  # a variance of 0.02^2 * 128, 512 tokens
 # Problem; changes to the doctor and the vital signs, just within its limit and just outside.
 LIMITS = [
-    ('wrong_initial_loss', {'step': first_loss(START - 0.01)}, {'step': first_loss(START + 0.01)}),
-    ('wrong_initial_loss', {'step': first_loss(0.01 - START)}, {'step': first_loss(-0.01 - START)}),
+    ('wrong_initial_loss', {'start': GUESS + START - 0.01}, {'start': GUESS + START + 0.01}),
+    ('wrong_initial_loss', {'start': GUESS - START + 0.01}, {'start': GUESS - START - 0.01}),
     (
         'no_warmup',
         FIRING['no_warmup'] | {'config': {'warmup_iters': 10}},
@@ -300,7 +296,9 @@ LIMITS = [
 @pytest.mark.parametrize('name, within, outside', LIMITS)
 def test_the_limit_of_a_problem(name, within, outside):
     for changes, names in ((within, []), (outside, [name])):
-        signs = {key: changes[key] for key in ('step', 'evaluation', 'last') if key in changes}
+        signs = {
+            key: changes[key] for key in ('step', 'evaluation', 'start', 'last') if key in changes
+        }
         doctor = make_doctor(**{key: changes[key] for key in changes.keys() - signs.keys()})
         assert names_of(show(doctor, **signs)) == names
 
@@ -393,11 +391,16 @@ def test_batches_that_are_the_same_by_chance_are_no_problem(config, data, names)
     assert show(make_doctor(), step=lambda s: {'repeated': 0.995 if s > 1 else None}, last=50) == []
 
 
+def test_training_may_add_to_the_loss():
+    assert show(make_doctor(), step=lambda s: {'losses': [9.0]} if s == 1 else {}) == []
+
+
 def test_a_model_that_learnt_before_may_begin_as_it_likes():
     for name in ('wrong_initial_loss', 'lr_too_low', 'tiny_vocabulary'):
         changes = FIRING[name]
         doctor = make_doctor(trained=True, data=changes.get('data'))
-        assert show(doctor, step=changes['step']) == [], name
+        options = {key: changes[key] for key in ('step', 'start') if key in changes}
+        assert show(doctor, **options) == [], name
 
 
 def test_a_model_that_has_learned_may_go_on_with_a_low_rate():

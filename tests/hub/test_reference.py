@@ -16,7 +16,9 @@ from nib.checkpoint import start, store
 from nib.checkpoint.start import read_weights
 from nib.checkpoint.weights import Weights, build_model
 from nib.errors import UserError
-from nib.hub.reference import check_model, crop, is_original
+from nib.hub.reference import check_model, check_tokenizer, crop, is_original
+from nib.text.tokenizer import ByteTokenizer, CharTokenizer
+from nib.text.vocabulary import IdTokenizer, VocabularyTokenizer
 
 WIDE = GPTConfig(
     vocab_size=50_257,
@@ -65,7 +67,19 @@ class WiderMLP(model.MLP):
         return self.c_proj(self.activation(self.c_fc(x)[..., :-8]))
 
 
+class Scaled(model.MLP):
+    """Divides by a number that training changes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer('size', torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x / self.size)
+
+
 CHANGES = {
+    'a buffer that is 1 at first': (model, 'MLP', Scaled),
     'another shape': (model, 'MLP', WiderMLP),
     'a parallel block': (model.Block, 'forward', parallel),
     'another scale of attention': (model, 'attention_scores', scaled),
@@ -93,6 +107,25 @@ def test_convert_writes_nothing_of_a_changed_model(
     ended = run_main(*convert, f'--dest={tmp_path / dest}')
     assert ended.returncode == 2 and ended.stderr.startswith('error: model.py has been changed')
     assert not (tmp_path / dest).exists()
+
+
+class LowerTokenizer(ByteTokenizer):
+    """That of docs/change_it.md."""
+
+    def to_json(self):
+        return {'kind': 'lowercase'}
+
+
+def test_an_added_tokenizer_is_refused():
+    for known in (
+        ByteTokenizer(),
+        CharTokenizer('ab'),
+        IdTokenizer(3),
+        VocabularyTokenizer(('a',)),
+    ):
+        check_tokenizer(known)
+    with pytest.raises(UserError, match='of the kind lowercase: other programs would give other'):
+        check_tokenizer(LowerTokenizer())
 
 
 class WithGate(model.Block):

@@ -236,8 +236,10 @@ def test_auto_compiles_if_it_pays_off_and_there_is_a_compiler(monkeypatch):
 
 def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
     model, said = torch.nn.Linear(2, 1), []
+    model.register_buffer('passes', torch.zeros(()))
 
     def compiled(x, y):
+        model.passes += 1
         model(x).sum().backward()
         raise RuntimeError('CUDA out of memory')  # in the middle of a backward pass
 
@@ -246,7 +248,7 @@ def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
     assert compile_model(model, batch, nullcontext(), said.append) is model
     # First, because it can take minutes.
     assert said[0].startswith('compiling') and 'out of memory' in said[1]
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters()) and model.passes == 0
 
 
 @pytest.mark.slow

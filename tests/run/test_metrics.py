@@ -7,7 +7,9 @@ import re
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL_RUN
 
 from nib.errors import UserError
@@ -89,8 +91,12 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tm
 def test_records_are_json_even_of_numbers_that_are_not(tmp_path):
     metrics = Metrics(tmp_path, 0, ALONE)
     metrics.log(1, {'loss/step': 2.5, 'grad_norm': math.nan, 'noise_scale': math.inf})
+    metrics.log(2, {'loss/step': torch.tensor(2.5), 'grad_norm': np.float32(0.5)})
     metrics.close()
-    assert read(tmp_path) == [{'step': 1, 'loss/step': 2.5, 'grad_norm': None, 'noise_scale': None}]
+    assert read(tmp_path) == [
+        {'step': 1, 'loss/step': 2.5, 'grad_norm': None, 'noise_scale': None},
+        {'step': 2, 'loss/step': 2.5, 'grad_norm': 0.5},
+    ]
 
 
 def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):
