@@ -191,7 +191,7 @@ def said_of(tmp_path, vocab_size, meta=None):
 
 def test_what_is_assumed_is_said(tmp_path):
     (line,) = said_of(tmp_path, vocab_size=0)
-    assert "its ids are taken for GPT-2's tokens" in line
+    assert "its ids are assumed to be GPT-2's tokens" in line
     assert said_of(tmp_path, vocab_size=50257) == []  # nothing is assumed
     assert said_of(tmp_path, vocab_size=50305) == []
 
