@@ -73,10 +73,10 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
     'meta, words',
     [
         ({'vocab_size': 3}, 'the vocabulary has 3 tokens'),
-        ({'vocab_size': np.int64(4)}, 'refused .*numpy.*: convert values of NumPy with int()'),
+        ({'vocab_size': np.int64(4)}, 'refused .*numpy.*: convert NumPy values with int()'),
         (
             {'itos': np.array(WORDS)},
-            r'refused .*: convert values of NumPy with .* or \.tolist\(\); expected a dict',
+            r'refused .*: convert NumPy values with .* or \.tolist\(\); expected a dict',
         ),
         ({'decode': print}, 'refused to import builtins.print, which could run code; expected'),
     ],
