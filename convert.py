@@ -92,8 +92,8 @@ def write_nanogpt(weights: Weights, tokenizer: Tokenizer):
         print(f'nanoGPT looks for meta.pkl in its data/{config["dataset"]}/: move it there')
     if weights.model.mlp == 'gelu':
         print(
-            'nanoGPT computes the exact GELU, but this model its approximation: logits differ by '
-            'about a thousandth'
+            'nanoGPT computes GELU exactly, but this model approximates it: logits differ by about '
+            'a thousandth'
         )
 
 

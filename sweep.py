@@ -115,7 +115,9 @@ def plan(argv: list[str]) -> list[Planned]:
         values, _ = configurator.configure(TRAIN, flags)
         for other, run in runs.items():
             if name == other or values == run.values:
-                raise UserError(f'{" and ".join({other, name})}: two runs would be the same')
+                raise UserError(
+                    f'{" and ".join({other, name})}: two runs would be the same; remove one'
+                )
         runs[name] = Planned(Path(sweep_dir, name), flags, values)
     return list(runs.values())
 

@@ -90,7 +90,7 @@ recompute: bool = False  # recompute activations in the backward pass: less memo
 # optimizer
 max_iters: int = 600000  # training steps, not epochs
 optimizer: Literal['adamw', 'muon', 'sgd'] = 'adamw'  # muon: for the blocks' matrices only
-learning_rate: float = 6e-4  # peak learning rate, reached after the warmup
+learning_rate: float = 6e-4  # peak learning rate, reached after the warm-up
 weight_decay: float = 0.1  # of matrices and embeddings only
 beta1: float = 0.9  # AdamW: decay rate of the mean gradient
 beta2: float = 0.95  # AdamW: decay rate of the mean squared gradient
@@ -104,7 +104,7 @@ max_bad_steps: int = 3  # consecutive non-finite steps, none applied, before on_
 on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: return to the last checkpoint
 # learning rate schedule
 lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # wsd: warmup-stable-decay
-warmup_iters: int = 2000  # steps of linear warmup
+warmup_iters: int = 2000  # steps of linear warm-up
 cooldown_iters: int = 0  # wsd only: steps of decay, the last ones before lr_decay_iters
 lr_decay_iters: int | Literal['auto'] = 'auto'  # step at which min_lr is reached; auto: max_iters
 min_lr: float | Literal['auto'] = 'auto'  # final learning rate; auto: learning_rate / 10
@@ -115,7 +115,7 @@ compile: bool | Literal['auto'] = 'auto'  # use torch.compile
 
 
 def get_lr(step: int) -> float:
-    """Returns the learning rate of a step: linear warmup, then constant or decaying to min_lr.
+    """Returns the learning rate of a step: linear warm-up, then constant or decaying to min_lr.
 
     The decay ends at lr_decay_iters and follows a cosine (Loshchilov and Hutter 2017) or a line.
     With wsd, the rate stays constant and decays during the cooldown only (Hu et al. 2024).

@@ -191,7 +191,7 @@ def _explain(error: Exception) -> str | None:
         )
     if isinstance(error, OverflowError):
         return (
-            'a number is too large for this machine, use a smaller one; the message was: '
+            'a number is too large for this machine: use a smaller one; the message was: '
             f'{message[:200]}'
         )
     if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd()

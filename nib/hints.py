@@ -14,11 +14,11 @@ from nib.schema import Block, Type, describe
 CONFIG_FOLDER = str(Path(__file__).resolve().parents[1] / 'config')
 # Keys of nanoGPT's scripts that have another name or no counterpart here -> what to write instead.
 NANOGPT_KEYS = {
-    'always_save_checkpoint': 'leave it out, a run keeps its newest and its best checkpoint',
-    'decay_lr': "leave decay_lr = True out; False is lr_schedule = 'constant', warmup_iters = 0",
-    'backend': 'leave it out, several processes use nccl on GPUs and gloo on CPUs',
-    'real_data': 'leave it out, bench.py measures random tokens if there is no dataset',
-    'profile': 'leave it out, bench.py always shows where the time of a step goes',
+    'always_save_checkpoint': 'leave it out, because a run keeps its newest and best checkpoint',
+    'decay_lr': "leave it out, or replace False by lr_schedule = 'constant' and warmup_iters = 0",
+    'backend': 'leave it out, because processes use nccl on GPUs and gloo on CPUs',
+    'real_data': 'leave it out, because bench.py measures random tokens if there is no dataset',
+    'profile': 'leave it out, because bench.py always shows where the time of a step goes',
 }
 
 

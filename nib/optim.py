@@ -277,7 +277,7 @@ class Optimizer:
                 continue
             if name not in own:
                 raise UserError(
-                    f'the checkpoint has the optimizer state {name}, which nib/optim.py lacks; it '
-                    f'was trained with another nib/optim.py: use that one'
+                    f'the checkpoint has the optimizer state {name}, which nib/optim.py lacks: use '
+                    f'the nib/optim.py that the run was trained with'
                 )
             own[name].copy_(tensor)

@@ -415,7 +415,7 @@ def test_what_the_plan_chooses_is_checked_after_it(tmp_path, run_main):
     flags = [f'--out_dir={tmp_path / "run"}', f'--data_dir={tmp_path}', '--dataset=short']
     flags += ['--params=30k', '--lr_schedule=wsd', '--learning_rate=1e-5', '--max_iters=4']
     flags += ['--min_lr=auto', '--lr_decay_iters=auto', '--device=cpu', '--no-report']
-    # The warmup and block_size are defaults: 2,000 steps, and more than the 120 tokens of val.
+    # The warm-up and block_size are defaults: 2,000 steps, and more than the 120 tokens of val.
     done = run_main('train.py', str(file), *flags)
     assert done.returncode == 0, done.stderr
     config = saved(tmp_path / 'run')['config']

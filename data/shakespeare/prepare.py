@@ -15,7 +15,7 @@ from nib.errors import run_script
 from nib.text.gpt2 import Gpt2Tokenizer
 from nib.tokens import shakespeare
 
-input: str = ''  # path of the text; empty: input.txt in one of these folders, else download
+input: str = ''  # path of the text; empty: input.txt in a folder named above, or a download
 out_dir: str = ''  # output folder; empty: this file's folder
 
 

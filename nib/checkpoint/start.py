@@ -210,4 +210,4 @@ def _difference(name: str, saved: torch.Size | None, built: torch.Size | None) -
         return f'lacks {name}, which model.py has'
     if built is None:
         return f'has {name}, which model.py lacks'
-    return f'has {name} of shape {tuple(saved)}, and model.py of shape {tuple(built)}'
+    return f'has {name} of shape {tuple(saved)}, but model.py has shape {tuple(built)}'

@@ -44,7 +44,9 @@ def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, voc
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError('a prompt is empty: generation needs at least one token to start from')
     for id in (id for prompt in prompts for id in prompt if not 0 <= id < vocab_size):
-        raise UserError(f'the prompt holds token id {id}, but the vocabulary has {vocab_size}')
+        raise UserError(
+            f'the prompt contains token id {id}, but the vocabulary ends at {vocab_size - 1}'
+        )
     if max_new_tokens < 0:
         raise UserError(f'max_new_tokens is {max_new_tokens}: it must be at least 0')
     if not 0.0 <= temperature < math.inf:

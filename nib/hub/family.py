@@ -201,8 +201,8 @@ class Family:
             check_numbers('lm_head.weight', head)
             if not torch.equal(head, renamed['transformer.wte.weight']):
                 raise UserError(
-                    'the tensor lm_head.weight differs from the embedding, although config.json '
-                    'says tie_word_embeddings'
+                    'the tensor lm_head.weight differs from the embedding, although '
+                    'tie_word_embeddings is true in config.json'
                 )
         for name in tensors:
             if not self.ignored.search(name):

@@ -151,7 +151,10 @@ def _drop_zero_biases(config: Mapping, tensors: dict[str, torch.Tensor]) -> bool
 def _check_window(config: Mapping, n_layer: int):
     """Raises UserError if a layer attends to a sliding window only."""
     if kinds := set(map(str, config.get('layer_types') or ())) - {'full_attention'}:
-        raise UserError(f'config.json: layer_types has {", ".join(sorted(kinds))}')
+        raise UserError(
+            f'config.json: layer_types has {", ".join(sorted(kinds))}, but only full_attention is '
+            f'supported'
+        )
     first = config.get('max_window_layers')
     slides = first is None or first < n_layer
     slides = slides and not config.get('layer_types')

@@ -184,7 +184,7 @@ def _read_moments(path: Path, found: dict, model: GPTConfig, weights) -> dict[st
     names, _ = _ordered(model)
     if states and set(states) != set(range(len(names))):
         raise UserError(
-            f'{path}: the optimizer has {len(states)} parameters, but the model {len(names)}'
+            f'{path}: the optimizer has {len(states)} parameters, but the model has {len(names)}'
         )
     moments = {}
     for number, state in states.items():

@@ -63,8 +63,8 @@ def check_tokenizer(tokenizer: Tokenizer):
     kind = tokenizer.to_json()['kind']
     if kind not in TOKENIZERS:
         raise UserError(
-            f'the tokenizer of this model is of the kind {kind}: other programs would give other '
-            f'tokens to the same text, so nothing was written'
+            f'the tokenizer of this model is of the kind {kind}: other programs would split '
+            f'the same text into other tokens, so nothing was written'
         )
 
 

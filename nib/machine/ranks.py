@@ -137,8 +137,8 @@ def start_ranks(device: str) -> Ranks:
         n_gpus = torch.cuda.device_count()
         if local_rank >= n_gpus:
             raise UserError(
-                f'{local_rank + 1} processes on this machine, but {n_gpus} GPUs: '
-                f'use --nproc_per_node={n_gpus}'
+                f'{local_rank + 1} processes on this machine, but only {n_gpus} '
+                f'GPU{"s" * (n_gpus != 1)}: use --nproc_per_node={n_gpus}'
             )
         torch.cuda.set_device(local_rank)
     # torchrun may keep its store over restarts, with the addresses of processes that have died.

@@ -224,7 +224,7 @@ def _load(content: str, spells_end_of_text: bool) -> tuple:
     steps = _steps(decoder)
     largest = max(vocabulary.values(), default=-1)
     if largest >= _MOST:
-        raise UserError(f'not a valid tokenizer.json (it has the id {largest:,})')
+        raise UserError(f'not a valid tokenizer.json (its largest id is {largest:,})')
     tokens = [b''] * (1 + largest)  # ids may have gaps
     for token, number in vocabulary.items():
         tokens[number] = _bytes(token, steps, number in added)

@@ -68,8 +68,8 @@ def open_or_prepare(values: Mapping, ranks, say: Callable[[str], None]) -> Token
     data = open_dataset(folder, values['block_size'], values['vocab_size'])
     if is_assumed(folder) and not values['vocab_size']:
         say(
-            f"{folder} has neither meta.json nor meta.pkl: its ids are taken for GPT-2's tokens "
-            f'(if they are of another vocabulary, set --vocab_size=N, its number of tokens)'
+            f"{folder} has neither meta.json nor meta.pkl: its ids are assumed to be GPT-2's "
+            f'tokens (if they are of another vocabulary, set --vocab_size=N, its number of tokens)'
         )
     if data.tokenizer == IdTokenizer(PADDED_GPT2):
         source = 'vocab_size' if is_assumed(folder) else folder / 'meta.pkl'

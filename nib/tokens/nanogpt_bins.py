@@ -21,7 +21,7 @@ class _Unpickler(pickle.Unpickler):
         is_numpy = module.partition('.')[0] == 'numpy'
         raise UserError(
             f'refused to import {module}.{name}, which could run code'
-            f'{": convert values of NumPy with int() or .tolist()" * is_numpy}'
+            f'{": convert NumPy values with int() or .tolist()" * is_numpy}'
         )
 
 

@@ -248,7 +248,7 @@ def save_model(out_dir, step, model_tensors=None, optimizer=None, **config):
 @pytest.mark.parametrize(
     'wrong, said',
     [
-        ({'n_embd': 8}, 'of shape (12,), and model.py of shape (24,); it was trained with'),
+        ({'n_embd': 8}, 'of shape (12,), but model.py has shape (24,); it was trained with'),
         ({'n_layer': 2}, 'lacks transformer.h.1.attn.c_attn.bias, which model.py has'),
         ({'rotary_basis': 1}, 'state.json: its model cannot be built'),
         ({'model_tensors': {'other': torch.ones(2)}}, 'has other, which model.py lacks'),

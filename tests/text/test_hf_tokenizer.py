@@ -150,7 +150,7 @@ def test_what_cannot_be_used_is_refused_in_one_line():
         ('[]', 'not a valid tokenizer.json'),
         (wordpiece.to_str(), "the decoder 'WordPiece'"),
         (Tokenizer(models.BPE()).to_str(), 'the decoder None'),
-        (json.dumps(huge), 'it has the id 2,147,483,648'),
+        (json.dumps(huge), 'its largest id is 2,147,483,648'),
     ):
         with pytest.raises(UserError, match=words) as raised:
             HfTokenizer.read(content)

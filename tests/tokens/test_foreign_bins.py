@@ -73,10 +73,10 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
     'meta, words',
     [
         ({'vocab_size': 3}, 'the vocabulary has 3 tokens'),
-        ({'vocab_size': np.int64(4)}, 'refused .*numpy.*: convert values of NumPy with int()'),
+        ({'vocab_size': np.int64(4)}, 'refused .*numpy.*: convert NumPy values with int()'),
         (
             {'itos': np.array(WORDS)},
-            r'refused .*: convert values of NumPy with .* or \.tolist\(\); expected a dict',
+            r'refused .*: convert NumPy values with .* or \.tolist\(\); expected a dict',
         ),
         ({'decode': print}, 'refused to import builtins.print, which could run code; expected'),
     ],
@@ -191,7 +191,7 @@ def said_of(tmp_path, vocab_size, meta=None):
 
 def test_what_is_assumed_is_said(tmp_path):
     (line,) = said_of(tmp_path, vocab_size=0)
-    assert "its ids are taken for GPT-2's tokens" in line
+    assert "its ids are assumed to be GPT-2's tokens" in line
     assert said_of(tmp_path, vocab_size=50257) == []  # nothing is assumed
     assert said_of(tmp_path, vocab_size=50305) == []
 
