@@ -491,6 +491,7 @@ def test_all_unknown_keys_are_in_one_message(config):
         '--zzz: no such key; --compille: no such key; did you mean --compile? '
         '(--help lists all keys)'
     )
+    assert complaint('--zzz', 'notes.py') == '--zzz: no such key (--help lists all keys)'
     said = complaint(config('backend = 1\nmax_iter = 3\nseed = 1\ndef zzz(): pass'))
     assert said == (
         f'x.py:1: backend: a key of nanoGPT: {hints.NANOGPT_KEYS["backend"]}; '
