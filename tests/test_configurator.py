@@ -138,6 +138,7 @@ def test_a_comment_belongs_to_its_key_if_a_formatter_has_wrapped_the_line(tmp_pa
         'x: int = f()',
         "x: int = 'a'",
         'x = 1',
+        'y, x = 1, 2',
     ],
 )
 def test_block_that_is_no_schema_is_refused_with_its_line(tmp_path, line):
