@@ -140,7 +140,7 @@ def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], li
             flags[key] = False
         elif key not in types:
             unknown[f'--{name}'] = key
-            if not equals and items and not items[0].startswith('--') and items[0][-3:] != '.py':
+            if not equals and items and not items[0].startswith('--'):
                 items.pop(0)  # its value
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True

@@ -13,6 +13,7 @@ import tokenize
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from nib.errors import UserError
 
@@ -87,11 +88,11 @@ def read_block(path: str) -> Block:
 
 def check_constants(path: str, node: ast.Assign):
     """Raises UserError if an assignment without a type looks like a key, as in nanoGPT."""
-    for target in node.targets:
-        if isinstance(target, ast.Name) and target.id[0].islower():
+    for part in chain.from_iterable(map(ast.walk, node.targets)):  # also of x, y = 1, 2
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and part.id[0].islower():
             raise UserError(
-                f'{path}:{node.lineno}: {target.id}: found {ast.unparse(node)}, expected a type if '
-                f'it is a key ({target.id}: float = 0.5), or capitals if it is a constant'
+                f'{path}:{node.lineno}: {part.id}: found {ast.unparse(node)}, expected a type if '
+                f'it is a key ({part.id}: float = 0.5), or capitals if it is a constant'
             )
 
 

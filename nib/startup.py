@@ -17,14 +17,14 @@ def in_notebook() -> bool:
 
 
 _SCRIPTS = 'bench convert debug_training report sample sweep train'.split()
+_DATASETS = 'openwebtext shakespeare shakespeare_char stdlib_char text'.split()
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''
 if os.path.isabs(_main):  # as it is of a script; and realpath needs no working directory then
     _main = os.path.realpath(_main)
 _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-# Not another program that imports one of them, and may never call run_script().
+# Not another program, such as your own prepare.py, which may never call run_script().
 _is_script = _main in [os.path.join(_root, f'{name}.py') for name in _SCRIPTS]
-_folder, _name = os.path.split(_main)
-_is_prepare = _name == 'prepare.py' and os.path.dirname(_folder) == os.path.join(_root, 'data')
+_is_prepare = _main in [os.path.join(_root, 'data', name, 'prepare.py') for name in _DATASETS]
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()
 if (_is_script or _is_prepare) and not in_notebook():

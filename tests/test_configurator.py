@@ -138,6 +138,7 @@ def test_a_comment_belongs_to_its_key_if_a_formatter_has_wrapped_the_line(tmp_pa
         'x: int = f()',
         "x: int = 'a'",
         'x = 1',
+        'y, x = 1, 2',
     ],
 )
 def test_block_that_is_no_schema_is_refused_with_its_line(tmp_path, line):
@@ -491,6 +492,7 @@ def test_all_unknown_keys_are_in_one_message(config):
         '--zzz: no such key; --compille: no such key; did you mean --compile? '
         '(--help lists all keys)'
     )
+    assert complaint('--zzz', 'notes.py') == '--zzz: no such key (--help lists all keys)'
     said = complaint(config('backend = 1\nmax_iter = 3\nseed = 1\ndef zzz(): pass'))
     assert said == (
         f'x.py:1: backend: a key of nanoGPT: {hints.NANOGPT_KEYS["backend"]}; '

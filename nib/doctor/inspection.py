@@ -165,24 +165,29 @@ def measure_layers(model: GPT, x, y, precision, n_sequences: int) -> tuple[float
 def watch_attention(model: GPT, note: Callable):
     """Calls note(q, k, v) when a layer attends: q (B, H, T, D), k and v (B, K, T, D).
 
-    Layers that are not CausalSelfAttention, in a changed model, are not watched.
+    Layers without attend(), in a changed model, are not watched. Others may set it in __init__(),
+    even to a module, so what is watched stands in their dictionaries, where Python looks first.
     """
-    layers: set[Any] = {part for part in model.modules() if isinstance(part, CausalSelfAttention)}
 
     def watched(attend):
-        def watching(q, k, v):
+        def watching(q, k, v, *others, **options):
             note(q, k, v)
-            return attend(q, k, v)
+            return attend(q, k, v, *others, **options)
 
         return watching
 
-    for attention in layers:
-        attention.attend = watched(attention.attend)
+    layers = [part for part in model.modules() if isinstance(part, CausalSelfAttention)]
+    layers = [layer for layer in layers if hasattr(layer, 'attend')]
+    before = [vars(layer).get('attend') for layer in layers]
+    for layer in layers:
+        vars(layer)['attend'] = watched(layer.attend)
     try:
         yield
     finally:
-        for attention in layers:
-            del attention.attend
+        for layer, attend in zip(layers, before):
+            del vars(layer)['attend']
+            if attend:
+                vars(layer)['attend'] = attend
 
 
 def measure_attention(q, k) -> dict[str, float]:

@@ -264,7 +264,8 @@ def kept_buffers(model: torch.nn.Module):
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
+                if name in before and buffer.shape == before[name].shape:  # else a cache has grown
+                    buffer.copy_(before[name])
 
 
 def seed_everything(*counters: int | str):

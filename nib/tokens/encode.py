@@ -116,6 +116,8 @@ def _submit(pool: ProcessPoolExecutor, batch: Batch) -> Future:
 
     Ctrl-C reaches all processes, and this one handles it. A new one inherits that it is ignored.
     """
+    if threading.current_thread() is not threading.main_thread():  # only that one may ignore it
+        return pool.submit(_encode, batch)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return pool.submit(_encode, batch)

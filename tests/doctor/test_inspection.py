@@ -10,7 +10,7 @@ from microscope import ARCHITECTURES
 from torch.nn import functional as F
 
 import model as model_file
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig
 from nib.doctor import health, inspection
 from nib.machine.device import autocast
 
@@ -125,6 +125,56 @@ def test_a_block_at_several_places_has_the_figures_of_each():
     assert names == ('embedding', 'h.0', 'h.1', 'h.2', 'ln_f') and len(set(stds)) == 5
 
 
+class SetByInstance(CausalSelfAttention):
+    def __init__(self, config):
+        super().__init__(config)
+        self.attend = model_file.attend
+
+
+class SetToModule(CausalSelfAttention):
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return model_file.attend(q, k, v)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attend = self.Attend()
+
+
+class AnotherArgument(CausalSelfAttention):
+    def forward(self, x, rotary=None):
+        y = self.attend(*self.query_key_value(x, rotary), scale=2.0)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v, scale):
+        return scale * model_file.attend(q, k, v)
+
+
+@pytest.mark.parametrize('layer', [SetByInstance, SetToModule, AnotherArgument])
+def test_another_way_to_attend_is_watched_and_stays(layer):
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=31, block_size=12, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(config).eval()
+    for block in model.transformer.h:
+        block.attn = layer(config)
+    attend = model.transformer.h[0].attn.attend
+    x = torch.randint(31, (2, 10))
+    loss = float(model(x, x).detach())
+    for _ in range(2):
+        measured, rows = inspection.measure_layers(model, x, x, autocast('float32', 'cpu'), 2)
+        assert measured == loss == float(model(x, x).detach())
+        assert [row.entropy is None for row in rows] == [True, False, False, True]
+    assert model.transformer.h[0].attn.attend == attend
+
+
+class NoAttend(CausalSelfAttention):
+    attend = property()  # raises AttributeError, as if model.py did not define it
+
+    def forward(self, x, rotary=None):
+        y = model_file.attend(*self.query_key_value(x, rotary))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
 class LastToken(torch.nn.Module):
     """In place of attention: a position reads the one before it."""
 
@@ -132,10 +182,12 @@ class LastToken(torch.nn.Module):
         return x.roll(1, dims=1)
 
 
-def test_a_layer_in_place_of_attention_has_no_entropy():
+@pytest.mark.parametrize('layer', [lambda config: LastToken(), NoAttend])
+def test_a_layer_in_place_of_attention_has_no_entropy(layer):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=2, n_head=2, n_embd=16)).eval()
-    model.transformer.h[0].attn = LastToken()
+    config = GPTConfig(vocab_size=31, block_size=12, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(config).eval()
+    model.transformer.h[0].attn = layer(config)
     x = torch.randint(31, (2, 10))
     _, rows = inspection.measure_layers(model, x, x, autocast('float32', 'cpu'), 2)
     assert rows[1].attention_std > 0.0

@@ -25,6 +25,7 @@ from nib.machine import compiling, device
 from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import (
     autocast,
+    kept_buffers,
     measure_flops,
     peak_flops,
     pick_device,
@@ -249,6 +250,20 @@ def test_a_failed_compilation_leaves_no_gradients(monkeypatch):
     # First, because it can take minutes.
     assert said[0].startswith('compiling') and 'out of memory' in said[1]
     assert all(p.grad is None for p in model.parameters()) and model.passes == 0
+
+
+def test_a_cache_that_a_pass_makes_longer_stays():
+    """The model may remember its length elsewhere."""
+    model = torch.nn.Linear(2, 1)
+    model.register_buffer('mean', torch.zeros(2))
+    model.register_buffer('longer', torch.zeros(2), persistent=False)
+    model.register_buffer('first', None, persistent=False)
+    with kept_buffers(model):
+        model.mean = 0.9 * model.mean + 1.0
+        model.longer = model.first = torch.ones(3)
+        model.register_buffer('added', torch.ones(3), persistent=False)
+    assert not model.mean.any()
+    assert model.longer.sum() == model.first.sum() == model.added.sum() == 3
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,13 +145,30 @@ def test_the_wait_for_a_core_is_that_which_another_process_causes():
 def test_scripts_import_startup_before_everything_else():
     scripts = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
     assert scripts == set(startup._SCRIPTS)
-    for path in [*(ROOT / f'{script}.py' for script in scripts), *ROOT.glob('data/*/prepare.py')]:
+    prepares = [ROOT / 'data' / name / 'prepare.py' for name in startup._DATASETS]
+    for path in [*(ROOT / f'{script}.py' for script in scripts), *prepares]:
         lines = path.read_text(encoding='utf-8').splitlines()
         imports = [line for line in lines if line.startswith(('import ', 'from '))]
         if path.name == 'prepare.py':  # which has to find the repository first
             assert imports[:2] == ['import sys', 'from pathlib import Path'], path
             del imports[:2]
         assert imports[0].startswith('import nib.startup'), path
+
+
+def test_ctrl_c_reaches_your_own_prepare_script(tmp_path):
+    """It imports parts of nib, but need not call run_script()."""
+    for file in ('startup.py', 'errors.py', '__init__.py'):
+        (tmp_path / 'nib').mkdir(exist_ok=True)
+        shutil.copy(ROOT / 'nib' / file, tmp_path / 'nib')
+    for name in (startup._DATASETS[0], 'own'):
+        script = tmp_path / 'data' / name / 'prepare.py'
+        script.parent.mkdir(parents=True)
+        script.write_text(
+            f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
+            'import signal, nib.errors; print(signal.getsignal(signal.SIGINT) != signal.SIG_DFL)'
+        )
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+        assert done.stdout == f'{name == "own"}\n', done.stderr
 
 
 def test_garbage_is_collected_again_when_main_runs(capsys):
