@@ -23,13 +23,14 @@ if os.path.isabs(_main):  # as it is of a script; and realpath needs no working 
     _main = os.path.realpath(_main)
 _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 # Not another program, such as your own prepare.py, which may never call run_script().
-_is_script = _main in [os.path.join(_root, f'{name}.py') for name in _SCRIPTS]
-_is_prepare = _main in [os.path.join(_root, 'data', name, 'prepare.py') for name in _DATASETS]
+_is_script = _main in [
+    *(os.path.join(_root, f'{name}.py') for name in _SCRIPTS),
+    *(os.path.join(_root, 'data', name, 'prepare.py') for name in _DATASETS),
+]
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()
-if (_is_script or _is_prepare) and not in_notebook():
-    if _is_script:
-        gc.disable()  # a tenth of the import time, and it finds nothing
+if _is_script and not in_notebook():
+    gc.disable()  # a tenth of the import time, and it finds nothing
     if _is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -24,9 +24,7 @@ TINY = 1e-290  # ratios of smaller values overflow
 DECADES = 12  # at most, on a logarithmic axis
 TICKS = 5  # approximate number on an axis
 WIDE_RANGE = 10.0  # an axis is logarithmic if the largest value exceeds this many medians
-INITIAL_DROP = (
-    0.1  # part of the steps that does not count for the range of a chart with an initial drop
-)
+INITIAL_DROP = 0.1  # part of the steps that does not count for the range of a falling curve's chart
 # Similar to the colors of Okabe and Ito (2008), for a white and a dark background. They differ for
 # people with any form of color blindness, and a run's series also have different dashes. The last
 # color is neutral.
