@@ -414,6 +414,14 @@ def read_wandb(out_dir) -> tuple[list[dict], list[int]]:
     return rows, exit_codes
 
 
+def exit_codes_of(out_dir) -> list[int]:
+    """Returns the exit codes of read_wandb(), which wandb's own process may write a moment later."""
+    deadline = time.monotonic() + 60
+    while not read_wandb(out_dir)[1] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return read_wandb(out_dir)[1]
+
+
 @pytest.mark.slow
 def test_wandb_and_tensorboard_get_what_metrics_jsonl_has_also_after_a_resume(tmp_path, train_here):
     out_dir, watched = (
@@ -489,12 +497,12 @@ def test_wandb_is_told_how_a_run_ended_and_does_not_wait_for_hours(
     original = Logbook.log
     monkeypatch.setattr(Logbook, 'log', look)
     train_here(tmp_path / 'nan', '--wandb_log', '--learning_rate=1e30', status=3)
-    assert read_wandb(tmp_path / 'nan')[1] == [3]
+    assert exit_codes_of(tmp_path / 'nan') == [3]
     assert settings[0].finish_timeout == 60
     monkeypatch.setattr(training, 'train_step', break_down)
     with pytest.raises(OSError, match='breaks down'):
         train_here(tmp_path / 'broken', '--wandb_log')
-    assert read_wandb(tmp_path / 'broken')[1] == [1]
+    assert exit_codes_of(tmp_path / 'broken') == [1]
 
 
 @pytest.mark.slow
