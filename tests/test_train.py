@@ -415,7 +415,7 @@ def read_wandb(out_dir) -> tuple[list[dict], list[int]]:
 
 
 def exit_codes_of(out_dir) -> list[int]:
-    """Returns the exit codes of read_wandb(), which wandb's own process may write a moment later."""
+    """Returns the exit codes of read_wandb(). wandb's process may write them a moment later."""
     deadline = time.monotonic() + 60
     while not read_wandb(out_dir)[1] and time.monotonic() < deadline:
         time.sleep(0.1)
