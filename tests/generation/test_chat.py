@@ -517,6 +517,7 @@ def test_an_answer_ends_where_the_context_does(folder, run_main, monkeypatch):
     assert f'cut off after {192 - n_prompt} tokens: the context is full' in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='Windows sends Ctrl-C differently')
 def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_program(tmp_path):
     folder, _ = write_model(tmp_path / 'model', CHATML, context=100_000)

@@ -188,6 +188,7 @@ def test_a_broken_description_is_refused(data):
         tokenizer_from_json(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cached', [None, b'not the vocabulary'])
 def test_gpt2_without_its_files_and_a_network_is_one_line_that_says_which_and_where(
     tmp_path, cached
