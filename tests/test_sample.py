@@ -308,6 +308,7 @@ def test_in_a_notebook_the_text_is_in_one_piece_and_other_cells_keep_their_threa
     assert set(limited) == {4}
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(out_dir):
     run = subprocess.Popen(
         [

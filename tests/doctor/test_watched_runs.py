@@ -112,6 +112,7 @@ def test_a_resumed_run_says_nothing_twice(train_here, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights, names', [('scratch', ['lr_too_low']), ('{other}', [])])
 def test_a_resumed_run_is_judged_by_how_it_began(run_main, data_dir, tmp_path, weights, names):
     """Cut before the doctor could tell, twice."""

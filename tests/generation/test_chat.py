@@ -546,6 +546,7 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_program(tmp_path):
             stream.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no pseudo-terminals')
 def test_a_terminal_shows_a_prompt_sign_and_ctrl_d_ends_the_program(talker):
     ours, theirs = os.openpty()

@@ -157,6 +157,7 @@ def test_the_tokenizer_of_a_hub_id_is_fetched_and_the_line_without_a_network_nam
 UNKNOWN = {'vocab.json': '{"a": 0}'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'command, files, words',
     [

@@ -223,6 +223,7 @@ def test_every_config_that_trains_new_weights_is_listed():
     assert names - from_gpt2 == {name for name in SHIPPED if not name.startswith('lab/')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', SHIPPED)
 def test_updates_are_too_large_where_the_doctor_says_so(config, data_dir):
     flags, too_large = SHIPPED[config]
