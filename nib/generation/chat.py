@@ -102,7 +102,7 @@ def _written_by(template: ChatTemplate) -> str:
     turns = [{'role': role, 'content': 'a'} for role in ('user', 'assistant', 'user')]
     written = [template.source]
     for messages in (turns, [{'role': 'system', 'content': 'a'}, *turns]):
-        with suppress(UserError):  # a conversation that it refuses
+        with suppress(UserError):  # a conversation that it rejects
             written.append(template.render(messages))
     return '\n'.join(written)
 

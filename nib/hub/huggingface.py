@@ -24,7 +24,7 @@ def read(
     """Returns a model's config, its state_dict and its tokenizer (None: not known to nibGPT).
 
     name: a folder or a hub id. check: is called with the config and the tokenizer before the
-    weights, which may be large, are downloaded. Raises UserError if the model cannot be expressed
+    weights, which may be large, are downloaded. Raises UserError if the model cannot be represented
     exactly.
     """
     repository = Repository(name)
