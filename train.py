@@ -26,6 +26,7 @@ from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, run_scr
 from nib.guard import MAX_REWINDS, BadSteps, describe, nonfinite_parameters, watch_outputs
 from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import autocast, has_bfloat16, pick_device, prepare_device, seed_everything
+from nib.machine.graphs import capture_model, is_launch_bound
 from nib.machine.memory import explain_full_memory, fit_batch_size
 from nib.machine.ranks import Ranks, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
@@ -112,6 +113,7 @@ min_lr: float | Literal['auto'] = 'auto'  # final learning rate; auto: learning_
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float32 is TF32 on a GPU
 compile: bool | Literal['auto'] = 'auto'  # use torch.compile
+cuda_graph: bool = True  # on one GPU, launch the kernels of a small model's pass all at once
 
 
 def get_lr(step: int) -> float:
@@ -211,6 +213,7 @@ class Training:
     micro_steps: int  # per step, on this rank
     grad_clip: float
     seed: int
+    cuda_graph: bool = False  # whether the passes of a small model may be CUDA graphs
 
     @classmethod
     def set_up(cls, config, data, start=None, ranks=Ranks()) -> 'Training':
@@ -235,6 +238,7 @@ class Training:
             micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
             grad_clip=config['grad_clip'],
             seed=config['seed'],
+            cuda_graph=config['cuda_graph'] and not config['recompute'],
         )
 
     @property
@@ -249,10 +253,12 @@ class Training:
         return tokens * self.micro_steps * self.ranks.world_size
 
     def compile_and_distribute(self, compiled: bool, say):
-        """Compiles the model if requested, and distributes it if there are several ranks."""
+        """Compiles the model if requested, and prepares it for a GPU or several ranks."""
         batch = self.batches.batch(0, 0)
         if compiled:
             self.model = compile_model(self.model, batch, self.precision, say)
+        if self.cuda_graph and is_launch_bound(self):
+            self.model = capture_model(self.model, batch, self.precision, say)
         self.model = self.ranks.distribute(self.model, self.device, batch, self.precision)
 
 

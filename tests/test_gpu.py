@@ -12,7 +12,9 @@ import configurator
 import train as training
 from model import GPT, GPTConfig
 from nib import kernels, optim
+from nib.machine import graphs
 from nib.machine.device import autocast
+from nib.machine.memory_plan import plan_memory
 from nib.machine.ranks import Ranks
 from nib.tokens.dataset import open_dataset
 
@@ -273,3 +275,124 @@ def test_a_model_that_waits_for_the_gpu_generates_without_a_cuda_graph(monkeypat
 
     model.transformer.drop = Waiting()
     assert greedy(model, [[1, 2, 3]], 20) == expected
+
+
+# -- CUDA graphs of training passes ----------------------------------------------------------------
+
+
+def make_training(data_dir, **changes):
+    config = configurator.read_block(training.__file__).defaults | {
+        'device': 'cuda',
+        'dtype': 'bfloat16',
+        'n_layer': 2,
+        'n_head': 4,
+        'n_embd': 128,
+        'block_size': 64,
+        'batch_size': 8,
+        'gradient_accumulation_steps': 3,
+        'dropout': 0.2,
+        **changes,
+    }
+    t = training.Training.set_up(config, open_dataset(data_dir / 'tiny', config['block_size']))
+    said = []
+    t.compile_and_distribute(config['compile'] is True, said.append)
+    t.optimizer.lr = 1e-3
+    return t, said
+
+
+def train_steps(t, n):
+    """The losses and gradient norms of n steps, and the weights after them."""
+    steps = [training.train_step(t, t.batches.micro_batches(step), step) for step in range(n)]
+    return [number for pair in steps for number in pair] + [
+        p.detach() for p in t.raw_model.parameters()
+    ]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_graphed_steps_equal_those_without_graphs(data_dir, dtype, optimizer):
+    """Also with dropout, whose seeds change between passes, and accumulated gradients."""
+    options = {'dtype': dtype, 'optimizer': optimizer}
+    graphed, said = make_training(data_dir, **options)
+    plain, _ = make_training(data_dir, cuda_graph=False, **options)
+    assert isinstance(graphed.model, graphs.GraphedModel) and 'captured' in said[0]
+    assert plain.model is plain.raw_model
+    for ours, expected in zip(train_steps(graphed, 6), train_steps(plain, 6)):
+        assert torch.equal(ours, expected)
+
+
+def test_a_compiled_model_is_captured_too(data_dir):
+    graphed, said = make_training(data_dir, compile=True, dropout=0.0)
+    plain, _ = make_training(data_dir, cuda_graph=False, dropout=0.0)
+    assert isinstance(graphed.model, graphs.GraphedModel), said
+    for ours, expected in zip(train_steps(graphed, 3)[:6], train_steps(plain, 3)[:6]):
+        assert ours.item() == pytest.approx(expected.item(), rel=2e-2)
+
+
+def test_a_model_that_changes_runs_without_its_graph(data_dir, monkeypatch):
+    t, _ = make_training(data_dir, dropout=0.0)
+    x, y = t.batches.batch(0, 0)
+    with t.precision:
+        first = t.model(x, y).item()
+        t.raw_model.transformer.h[0].scale = 2.0  # a number that a changed model may set
+        monkeypatch.setattr(
+            type(t.raw_model.transformer.h[0]),
+            'forward',
+            lambda block, x, rotary=None: x * getattr(block, 'scale', 1.0),
+        )
+        assert t.model(x, y).item() != first
+        del t.raw_model.transformer.h[0].scale
+        assert t.model(x, y).item() == first  # the graph, which does not see the other forward()
+        t.raw_model.eval()
+        assert t.model(x, y).item() != first
+        assert t.model(x[:3], y[:3]).isfinite()
+
+
+def test_a_model_that_waits_for_the_gpu_trains_without_a_graph(data_dir, monkeypatch):
+    drop = torch.nn.Dropout.forward
+    monkeypatch.setattr(
+        torch.nn.Dropout, 'forward', lambda self, x: drop(self, x) if x.sum().item() < 1e9 else x
+    )
+    t, said = make_training(data_dir)
+    assert t.model is t.raw_model and 'no CUDA graph' in said[-1]
+    assert all(p.grad is None for p in t.raw_model.parameters())
+    assert all(value.isfinite().all() for value in train_steps(t, 2))
+
+
+def test_a_backward_pass_of_an_earlier_batch_is_an_error(data_dir):
+    t, _ = make_training(data_dir)
+    first, _ = t.model(*t.batches.batch(0, 0)), t.model(*t.batches.batch(0, 1))
+    with pytest.raises(RuntimeError, match='--no-cuda_graph'):
+        first.backward()
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('compile', [False, True])
+def test_the_planned_memory_is_what_a_step_takes(data_dir, compile):
+    sizes = dict(n_layer=6, n_head=8, n_embd=512, block_size=128, batch_size=256, dropout=0.0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    t, _ = make_training(data_dir, compile=compile, cuda_graph=False, **sizes)
+    train_steps(t, 2)
+    measured = torch.cuda.max_memory_allocated() - before
+    values = configurator.read_block(training.__file__).defaults | sizes
+    values |= {'device': 'cuda', 'dtype': 'bfloat16', 'gradient_accumulation_steps': 3}
+    planned = plan_memory(t.raw_model.config, values, compile).peak
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_a_batch_that_does_not_fit_is_one_line_with_sizes_that_do(data_dir, tmp_path):
+    flags = ['--device=cuda', '--n_embd=1024', '--block_size=64', '--batch_size=262144']
+    done = train(data_dir, tmp_path / 'out', *flags, check=False)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('error: out of memory on cuda') and '; try --batch_size=' in last
+
+
+def test_the_largest_batch_is_found_by_a_trial(data_dir, tmp_path):
+    flags = ['--device=cuda', '--batch_size=auto', '--gradient_accumulation_steps=40']
+    done = train(data_dir, tmp_path / 'out', *flags)
+    assert 'batch_size 480, gradient_accumulation_steps 1 (auto: about' in done.stdout

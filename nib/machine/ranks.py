@@ -107,15 +107,19 @@ class Ranks:
 
 
 def clear_gradients(params: Iterable[torch.nn.Parameter]):
-    """Removes the gradients, or sets them to 0 if they lie in DistributedDataParallel's buckets.
+    """Removes the gradients, or sets them to 0 if they are views of memory that stays.
 
-    It keeps the buckets, and new gradients would accumulate beside them.
+    DistributedDataParallel keeps its buckets, and new gradients would accumulate beside them. A
+    CUDA graph always adds to the same tensors.
     """
+    kept = []
     for p in params:
         if p.grad is not None and p.grad._is_view():
-            p.grad.zero_()
+            kept.append(p.grad)
         else:
             p.grad = None
+    if kept:
+        torch._foreach_zero_(kept)
 
 
 def start_ranks(device: str) -> Ranks:

@@ -1,0 +1,130 @@
+"""Training passes as CUDA graphs: two launches instead of about a thousand.
+
+The kernels of a small model take less time on a GPU than the processor needs to launch them.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from nib.machine.device import kept_buffers
+
+WARM_UP = 3  # passes before the capture, which load kernels and set up their memory
+SMALL_PASS = 4e12  # FLOPs; an H100 computes these in about the time that the launches take
+
+
+def is_launch_bound(t) -> bool:
+    """Returns whether the passes of a run are so small that launching their kernels takes longer.
+
+    t: train.py's Training. Passes of several ranks are not captured.
+    """
+    flops = t.flops_per_token * t.batches.batch_size * t.batches.block_size
+    return t.device.startswith('cuda') and t.ranks.world_size == 1 and flops < SMALL_PASS
+
+
+def capture_model(
+    model: torch.nn.Module,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    context,
+    say: Callable[[str], None],
+) -> torch.nn.Module:
+    """Returns the model as a GraphedModel, or the model itself if that fails, and reports which.
+
+    batch: x and y, in the shape of all batches. context: of forward passes.
+    """
+    started = time.perf_counter()
+    try:
+        graphed = GraphedModel(model, batch, context)
+    except RuntimeError as error:
+        model.zero_grad(set_to_none=True)
+        reason = str(error).strip().splitlines()[0][:200]
+        say(f'no CUDA graph, continuing without it (--no-cuda_graph skips the attempt): {reason}')
+        return model
+    say(f'training passes captured as CUDA graphs in {time.perf_counter() - started:.1f} s')
+    return graphed
+
+
+class GraphedModel(torch.nn.Module):
+    """A model whose loss and gradients for a batch are computed by replaying two CUDA graphs.
+
+    The graphs repeat the kernels of the pass that was captured. Whatever Python did in it is not
+    repeated, so the model itself runs if the shape of the batch or a number, string or flag of one
+    of its modules has changed since. Gradients accumulate in tensors that are never removed.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch, context):
+        super().__init__()
+        self.module = model
+        self.batch = [ids.clone() for ids in batch]
+        self.anchor = torch.zeros((), device=batch[0].device, requires_grad=True)
+        self.passes = 0
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p).view_as(p)  # clear_gradients() keeps views
+        stream = torch.cuda.Stream(batch[0].device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with kept_buffers(model):
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.compute_loss(context).backward()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.forward_graph, stream=stream):
+                loss = self.compute_loss(context)
+            self.grad_loss = torch.ones_like(loss)
+            pool = self.forward_graph.pool()
+            with torch.cuda.graph(self.backward_graph, pool=pool, stream=stream):
+                loss.backward(self.grad_loss)
+        self.loss = loss.detach()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
+        self.values = plain_values(model)
+
+    def compute_loss(self, context) -> torch.Tensor:
+        with context:
+            return self.module(*self.batch)
+
+    def forward(self, x, y):
+        is_same = x.shape == self.batch[0].shape and torch.is_grad_enabled()
+        if is_same and plain_values(self.module) == self.values:
+            return Replay.apply(self.anchor, self, x, y)
+        return self.module(x, y)
+
+
+def plain_values(model: torch.nn.Module) -> list:
+    """Returns the numbers, strings and flags that are attributes of a model's modules."""
+    return [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, (int, float, str))
+    ]
+
+
+class Replay(torch.autograd.Function):
+    """The pass of a GraphedModel. The anchor makes autograd call backward()."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor, graphed: GraphedModel, x, y):
+        graphed.passes += 1
+        ctx.graphed, ctx.number = graphed, graphed.passes
+        for static, ids in zip(graphed.batch, (x, y)):
+            static.copy_(ids)
+        graphed.forward_graph.replay()
+        return graphed.loss.clone()  # the next pass overwrites it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss):
+        if ctx.number != ctx.graphed.passes:
+            raise RuntimeError(
+                'a CUDA graph keeps the activations of its last forward pass only, and this '
+                'backward pass is of an earlier one: use --no-cuda_graph'
+            )
+        ctx.graphed.grad_loss.copy_(grad_loss)
+        ctx.graphed.backward_graph.replay()
+        return None, None, None, None
