@@ -10,6 +10,7 @@ from nib.generation.caches import AmxCache, BagCache, KVCache, Pass
 from nib.generation.layers import PackedLinear, RowLinear, for_generation
 from nib.kernels import HAS_AMX
 from nib.machine.compiling import compile_function
+from nib.machine.graphs import capture, warm_up
 
 
 class Window:
@@ -115,16 +116,11 @@ class StepGraph:
 
     def __init__(self, read, idx, slots):
         self.read, self.idx, self.slots = read, idx.clone(), slots.clone()
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(idx.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # loads and compiles kernels before the capture
-                for _ in range(2):
-                    read(self.idx, self.slots)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(self.graph):
+                warm_up(lambda: read(self.idx, self.slots), idx.device)
+                with capture(self.graph):
                     self.logits = read(self.idx, self.slots)
             except RuntimeError:
                 self.graph = None

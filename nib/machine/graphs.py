@@ -4,7 +4,9 @@ The kernels of a small model take less time on a GPU than the processor needs to
 """
 
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +14,48 @@ from torch.autograd.function import once_differentiable
 
 from nib.machine.device import kept_buffers
 
-WARM_UP = 3  # passes before the capture, which load kernels and set up their memory
 SMALL_PASS = 4e12  # FLOPs; an H100 computes these in about the time that the launches take
+
+
+# -- any function ----------------------------------------------------------------------------------
+
+
+def warm_up(function: Callable[[], Any], device: torch.device):
+    """Calls a function twice on another stream, so that its kernels are loaded before a capture.
+
+    Raises RuntimeError if it waits for the GPU, which a capture does not allow.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+            mode = torch.cuda.get_sync_debug_mode()
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # it calls itself a prototype
+                torch.cuda.set_sync_debug_mode('error')
+            try:
+                function()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph, pool=None):
+    """Captures what is launched in its block. Raises RuntimeError if that is not possible."""
+    try:
+        with torch.cuda.graph(graph, pool):
+            yield
+    except RuntimeError:
+        # The random generator would refuse to work, as if the capture went on.
+        device = torch.cuda.current_device()
+        fresh = torch.Generator(torch.device('cuda', device)).graphsafe_get_state()
+        torch.cuda.default_generators[device].graphsafe_set_state(fresh)
+        raise
+
+
+# -- training passes -------------------------------------------------------------------------------
 
 
 def is_launch_bound(t) -> bool:
@@ -37,7 +79,8 @@ def capture_model(
     """
     started = time.perf_counter()
     try:
-        graphed = GraphedModel(model, batch, context)
+        with torch.cuda.device(batch[0].device):
+            graphed = GraphedModel(model, batch, context)
     except RuntimeError as error:
         model.zero_grad(set_to_none=True)
         reason = str(error).strip().splitlines()[0][:200]
@@ -64,19 +107,13 @@ class GraphedModel(torch.nn.Module):
         for p in model.parameters():
             if p.requires_grad:
                 p.grad = torch.zeros_like(p).view_as(p)  # clear_gradients() keeps views
-        stream = torch.cuda.Stream(batch[0].device)
-        stream.wait_stream(torch.cuda.current_stream())
         with kept_buffers(model):
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self.compute_loss(context).backward()
-            torch.cuda.current_stream().wait_stream(stream)
+            warm_up(lambda: self.compute_loss(context).backward(), self.anchor.device)
             self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward_graph, stream=stream):
+            with capture(self.forward_graph):
                 loss = self.compute_loss(context)
             self.grad_loss = torch.ones_like(loss)
-            pool = self.forward_graph.pool()
-            with torch.cuda.graph(self.backward_graph, pool=pool, stream=stream):
+            with capture(self.backward_graph, self.forward_graph.pool()):
                 loss.backward(self.grad_loss)
         self.loss = loss.detach()
         for p in model.parameters():
