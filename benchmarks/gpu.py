@@ -45,7 +45,7 @@ recipe_seconds: int = 60  # training time of each recipe
 STAGES = {  # name -> the function, and its time limit in seconds
     'tests': (gpu_stages.run_tests, 240),
     'gpt2': (gpu_stages.measure_gpt2, 240),
-    'char': (gpu_runs.measure_char, 150),
+    'char': (gpu_runs.measure_char, 240),
     'sampling': (gpu_stages.measure_sampling, 150),
     'determinism': (gpu_stages.check_determinism, 180),
     'profile': (gpu_stages.profile, 100),

@@ -60,12 +60,11 @@ def measure_char(s, figures, end):
     write_characters(path, data)
     toy = TOY_FLAGS if s.rehearse else []
     ours = [f'--data_dir={data.parent}', '--fallback_dataset=', '--overwrite', '--no-report', *toy]
-    fast = ['--max_iters=1000', '--eval_interval=100']
     train_py = [*PYTHON, 'train.py']
     char, fast_char = 'config/train_shakespeare_char.py', 'config/fast_shakespeare_char.py'
     runs = {
         'nibGPT': ([*train_py, char, f'--out_dir={s.out}/char', *ours], ROOT),
-        'fast': ([*train_py, fast_char, f'--out_dir={s.out}/char-fast', *fast, *ours], ROOT),
+        'fast': ([*train_py, fast_char, f'--out_dir={s.out}/char-fast', *ours], ROOT),
     }
     if s.nanogpt:  # which prints only every log_interval-th step's time
         theirs = [*toy, f'--log_interval={1 if s.rehearse else 10}']

@@ -25,6 +25,8 @@ if device == 'cpu':
     max_iters = 104
     eval_iters = 4  # the end of the run evaluates the whole split anyway
     log_interval = 10
+else:
+    max_iters = 400
 warmup_iters = 10
 lr_schedule = 'wsd'
 cooldown_iters = max_iters * 2 // 3

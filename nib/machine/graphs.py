@@ -3,6 +3,7 @@
 The kernels of a small model take less time on a GPU than the processor needs to launch them.
 """
 
+import gc
 import time
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def warm_up(function: Callable[[], Any], device: torch.device):
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, pool=None):
     """Captures what is launched in its block. Raises RuntimeError if that is not possible."""
+    collects = gc.isenabled()
+    gc.disable()  # freeing another graph would end the capture
     try:
         with torch.cuda.graph(graph, pool):
             yield
@@ -53,6 +56,9 @@ def capture(graph: torch.cuda.CUDAGraph, pool=None):
         fresh = torch.Generator(torch.device('cuda', device)).graphsafe_get_state()
         torch.cuda.default_generators[device].graphsafe_set_state(fresh)
         raise
+    finally:
+        if collects:
+            gc.enable()
 
 
 # -- training passes -------------------------------------------------------------------------------
