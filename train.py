@@ -114,6 +114,7 @@ device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float32 is TF32 on a GPU
 compile: bool | Literal['auto'] = 'auto'  # use torch.compile
 cuda_graph: bool = True  # on one GPU, launch the kernels of a small model's pass all at once
+deterministic: bool = False  # on a GPU, use only operations that repeat bit for bit; slower
 
 
 def get_lr(step: int) -> float:
@@ -222,7 +223,7 @@ class Training:
         config: the values of this file's keys, with the device and dtype to use.
         """
         device, float16 = config['device'], config['dtype'] == 'float16'
-        prepare_device(device)
+        prepare_device(device, config['deterministic'])
         model = new_model(config, data, start).to(device).train()
         max_bad_steps = None if config['on_nonfinite'] == 'skip' else config['max_bad_steps']
         return cls(

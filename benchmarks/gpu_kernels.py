@@ -145,7 +145,7 @@ def reset(t, config, initial):
 def gradients_of(t, config, initial) -> dict[str, torch.Tensor]:
     reset(t, config, initial)
     loss = train.accumulate_gradients(t, t.batches.micro_batches(0), 0)
-    gradients = {name: p.grad for name, p in t.raw_model.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in t.raw_model.named_parameters()}
     t.optimizer.zero_grad()
     return {'the loss itself': loss, **gradients}
 

@@ -142,7 +142,7 @@ def compare_recipes(s, figures, end):
         write_characters(path, data)
     figures.note('tokens', 'characters' if (data / 'meta.pkl').exists() else 'gpt2')
     micro_steps = 2 if s.rehearse else 4
-    size = TOY_FLAGS if s.rehearse else ['--batch_size=16']
+    size = TOY_FLAGS if s.rehearse else ['--batch_size=16', '--compile']
     size = [*size, f'--gradient_accumulation_steps={micro_steps}']
     tokens_per_step = micro_steps * (4 * 32 if s.rehearse else 16 * 1024)
 

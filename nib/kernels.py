@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that the loss leaves out; what generate() yields for rows that have ended
@@ -50,7 +51,8 @@ def is_causal_attention(scores) -> bool:
         * 2
     )
     identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
-    with torch.autocast('cpu', enabled=False):
+    # Whatever kernels the caller has selected for the model's own device.
+    with torch.autocast('cpu', enabled=False), sdpa_kernel(SDPBackend.MATH):
         kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
         try:
             weights = scores(q, k, positions, positions).softmax(dim=-1)

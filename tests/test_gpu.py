@@ -127,12 +127,12 @@ def test_compiled_steps_write_the_same_tokens(config):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('compile', ['compile', 'no-compile'])
+@pytest.mark.parametrize('compile', ['compile', 'compile --deterministic', 'no-compile'])
 def test_a_resumed_run_equals_the_uninterrupted_one_on_a_gpu(data_dir, tmp_path, dtype, compile):
     flags = [
         '--device=cuda',
         f'--dtype={dtype}',
-        f'--{compile}',
+        *f'--{compile}'.split(),
         '--dropout=0.1',
         '--max_iters=50',
         '--lr_decay_iters=50',

@@ -743,10 +743,10 @@ def test_a_run_prepares_its_device_and_an_evaluations_seconds_include_the_check_
     train_here, tmp_path, monkeypatch
 ):
     devices, evaluate = [], vitals.Vitals.evaluate
-    monkeypatch.setattr(training, 'prepare_device', devices.append)
+    monkeypatch.setattr(training, 'prepare_device', lambda *args: devices.append(args))
     monkeypatch.setattr(vitals.Vitals, 'evaluate', lambda *args: time.sleep(0.3) or evaluate(*args))
     assert train_here(tmp_path, '--max_iters=1', '--eval_interval=1').returncode == 0
-    assert devices == ['cpu']
+    assert devices == [('cpu', False)]
     seconds = [
         record['seconds/evaluation']
         for record in records(tmp_path)

@@ -224,10 +224,16 @@ def peak_memory(device: str) -> int | None:
     return peak if sys.platform == 'darwin' else 1024 * peak  # bytes on macOS, KiB elsewhere
 
 
-def prepare_device(device: str):
-    """Configures torch and the C library for fast training on the device."""
+def prepare_device(device: str, deterministic: bool = False):
+    """Configures torch and the C library for fast training on the device.
+
+    deterministic: use only operations whose results repeat bit for bit. On a CPU, all do.
+    """
     if device.startswith('cuda'):
         torch.set_float32_matmul_precision('high')  # TF32 tensor cores for float32 products
+        if deterministic:
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # which torch requires
+            torch.use_deterministic_algorithms(True)
     if device == 'cpu':
         keep_freed_memory()
 

@@ -39,9 +39,9 @@ class Stopwatch:
         t = self.set_up({**config, **share, 'on_nonfinite': 'skip'}, data)
         t.optimizer.lr = config['learning_rate'] / 10
         started = time.perf_counter()
-        if run_steps:
-            compiled, _ = pick_compile({**config, 'max_iters': run_steps}, t.raw_model)
-            t.compile_and_distribute(compiled, lambda line: None)
+        config = {**config, 'max_iters': run_steps}
+        compiled = run_steps > 0 and pick_compile(config, t.raw_model)[0]
+        t.compile_and_distribute(compiled, lambda line: None)
         compiling = time.perf_counter() - started
         n_warm, step = 2, 0  # the first steps are slower
         started = time.perf_counter()

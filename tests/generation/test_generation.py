@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_models import ARCHITECTURES, MODERN, NAMES, SMALL, make_model
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_file
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
@@ -526,6 +527,14 @@ def test_the_fused_kernels_are_used_for_the_same_scores_written_otherwise():
         return torch.where(visible, (q / q.shape[-1] ** 0.5) @ k.mT, -math.inf)
 
     assert is_causal_attention(scores) and model_file.kernels_fit()
+
+
+def test_the_comparison_runs_under_any_choice_of_kernels():
+    def scores(*args):
+        return model_file.attention_scores(*args)
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # which a CPU does not have
+        assert is_causal_attention(scores)
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)

@@ -131,6 +131,20 @@ def test_float32_products_use_tf32_on_a_gpu_and_only_there(monkeypatch):
         chosen.clear()
 
 
+def test_a_deterministic_run_uses_only_operations_that_repeat_on_a_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda precision: None)
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', chosen.append)
+    monkeypatch.setattr('nib.machine.device.keep_freed_memory', lambda: None)
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', '')  # so that it is restored
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG')
+    for name, deterministic in (('cpu', True), ('cuda', False)):
+        prepare_device(name, deterministic)
+        assert not chosen and 'CUBLAS_WORKSPACE_CONFIG' not in os.environ
+    prepare_device('cuda', True)
+    assert chosen == [True] and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+
+
 def test_the_peak_rate_is_the_data_sheets_or_unknown(monkeypatch):
     machine(monkeypatch, cuda=1)
     assert peak_flops('cuda', 'bfloat16') == 989e12
