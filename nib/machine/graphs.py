@@ -87,8 +87,13 @@ def capture_model(
     try:
         with torch.cuda.device(batch[0].device):
             graphed = GraphedModel(model, batch, context)
+            free, total = torch.cuda.mem_get_info()
+        if free < total / 2:  # graphs keep the memory of a pass, which evaluations need, too
+            raise RuntimeError(f'only {free / 1e9:.1f} of {total / 1e9:.1f} GB would be left')
     except RuntimeError as error:
+        graphed = None  # frees its memory
         model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
         reason = str(error).strip().splitlines()[0][:200]
         say(f'no CUDA graph, continuing without it (--no-cuda_graph skips the attempt): {reason}')
         return model
