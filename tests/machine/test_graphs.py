@@ -71,7 +71,7 @@ def test_a_change_of_a_number_or_flag_is_seen_in_the_plain_values_of_a_model():
     for change in (
         lambda: setattr(model[0], 'p', 0.2),
         lambda: setattr(model[1], 'scale', 3),
-        lambda: model[1].eval(),
+        model[1].eval,
     ):
         change()
         assert graphs.plain_values(model) != before
