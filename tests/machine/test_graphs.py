@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import configurator
+import train
 from nib.machine import graphs
+from nib.tokens.dataset import open_dataset
 
 GB = 1e9
 
@@ -31,6 +34,24 @@ def test_small_passes_of_one_gpu_are_launch_bound(changes, expected):
         ranks=SimpleNamespace(world_size=case['world_size']),
     )
     assert graphs.is_launch_bound(t) is expected
+
+
+@pytest.mark.parametrize(
+    'changes, captured', [({}, True), ({'cuda_graph': False}, False), ({'recompute': True}, False)]
+)
+@pytest.mark.parametrize('launch_bound', [True, False])
+def test_a_run_captures_small_passes(monkeypatch, data_dir, changes, captured, launch_bound):
+    """Those of the compiled model, if it is compiled."""
+    monkeypatch.setattr(train, 'is_launch_bound', lambda t: launch_bound)
+    monkeypatch.setattr(train, 'compile_model', lambda model, *args: ('compiled', model))
+    monkeypatch.setattr(train, 'capture_model', lambda model, *args: ('captured', model))
+    small = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=2, device='cpu')
+    config = configurator.read_block(train.__file__).defaults | small | {'dtype': 'float32'}
+    for compiled in (True, False):
+        t = train.Training.set_up(config | changes, open_dataset(data_dir / 'tiny', 8))
+        t.compile_and_distribute(compiled, print)
+        expected = ('compiled', t.raw_model) if compiled else t.raw_model
+        assert t.model == (('captured', expected) if captured and launch_bound else expected)
 
 
 @pytest.mark.parametrize(
