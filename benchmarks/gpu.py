@@ -43,7 +43,7 @@ batches: str = '16,32'  # sequences per micro step in the gpt2 stage
 recipe_seconds: int = 60  # training time of each recipe
 
 STAGES = {  # name -> the function, and its time limit in seconds
-    'tests': (gpu_stages.run_tests, 240),
+    'tests': (gpu_stages.run_tests, 330),
     'gpt2': (gpu_stages.measure_gpt2, 240),
     'char': (gpu_runs.measure_char, 240),
     'sampling': (gpu_stages.measure_sampling, 150),
