@@ -341,6 +341,18 @@ def test_the_plan_compiles_what_the_run_compiles(planner, monkeypatch, steps):
     assert asked == [steps == 10**9]
 
 
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_the_plan_captures_cuda_graphs_only_if_the_run_does(planner, monkeypatch, ranks):
+    allowed = []
+    monkeypatch.setattr(
+        train.Training, 'compile_and_distribute', lambda t, *args: allowed.append(t.cuda_graph)
+    )
+    plan = planner(n_embd=32, block_size=16, batch_size=2, gradient_accumulation_steps=2)
+    watch = Stopwatch(train.Training.set_up, train.train_step, train.evaluate)
+    watch.measure({**plan.config, **plan.shape(32, 1e5), 'ranks': ranks}, plan.data, 0.0)
+    assert allowed == [ranks == 1]
+
+
 # -- train.py --------------------------------------------------------------------------------------
 
 SHORT = ['--n_embd=32', '--batch_size=4', '--block_size=16', '--max_iters=20', '--eval_iters=1']

@@ -4,6 +4,7 @@ The kernels of a small model take less time on a GPU than the processor needs to
 """
 
 import gc
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from nib.machine.compiling import explain_failure
 from nib.machine.device import kept_buffers
 
 SMALL_PASS = 4e12  # FLOPs; an H100 computes these in about the time that the launches take
@@ -29,17 +31,17 @@ def warm_up(function: Callable[[], Any], device: torch.device):
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function()
-            mode = torch.cuda.get_sync_debug_mode()
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # it calls itself a prototype
-                torch.cuda.set_sync_debug_mode('error')
-            try:
+        mode = torch.cuda.get_sync_debug_mode()
+        try:
+            with torch.cuda.stream(stream):
                 function()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(stream)
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # it calls itself a prototype
+                    torch.cuda.set_sync_debug_mode('error')
+                function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(stream)  # before its memory is used again
 
 
 @contextmanager
@@ -90,11 +92,11 @@ def capture_model(
             free, total = torch.cuda.mem_get_info()
         if free < total / 2:  # graphs keep the memory of a pass, which evaluations need, too
             raise RuntimeError(f'only {free / 1e9:.1f} of {total / 1e9:.1f} GB would be left')
-    except RuntimeError as error:
+    except Exception as error:  # whatever a changed model raises
         graphed = None  # frees its memory
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = explain_failure(error)
         say(f'no CUDA graph, continuing without it (--no-cuda_graph skips the attempt): {reason}')
         return model
     say(f'training passes captured as CUDA graphs in {time.perf_counter() - started:.1f} s')
@@ -104,9 +106,9 @@ def capture_model(
 class GraphedModel(torch.nn.Module):
     """A model whose loss and gradients for a batch are computed by replaying two CUDA graphs.
 
-    The graphs repeat the kernels of the pass that was captured. Whatever Python did in it is not
-    repeated, so the model itself runs if the shape of the batch or a number, string or flag of one
-    of its modules has changed since. Gradients accumulate in tensors that are never removed.
+    The graphs repeat the kernels of the pass that was captured, on the same memory. Whatever Python
+    did in it is not repeated, so the model itself runs if the shape of the batch or the fingerprint
+    of the model has changed since.
     """
 
     def __init__(self, model: torch.nn.Module, batch, context):
@@ -115,11 +117,11 @@ class GraphedModel(torch.nn.Module):
         self.batch = [ids.clone() for ids in batch]
         self.anchor = torch.zeros((), device=batch[0].device, requires_grad=True)
         self.passes = 0
-        for p in model.parameters():
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p).view_as(p)  # clear_gradients() keeps views
+        self.gradients = [(p, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
+        self.restore_gradients()
         with kept_buffers(model):
             warm_up(lambda: self.compute_loss(context).backward(), self.anchor.device)
+            before = fingerprint(model), random.getstate(), torch.get_rng_state().tolist()
             self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with capture(self.forward_graph):
                 loss = self.compute_loss(context)
@@ -127,30 +129,51 @@ class GraphedModel(torch.nn.Module):
             with capture(self.backward_graph, self.forward_graph.pool()):
                 loss.backward(self.grad_loss)
         self.loss = loss.detach()
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.zero_()
-        self.values = plain_values(model)
+        self.fingerprint = fingerprint(model)
+        if before != (self.fingerprint, random.getstate(), torch.get_rng_state().tolist()):
+            raise RuntimeError(
+                'a pass changes an attribute of the model or draws random numbers on the CPU, '
+                'which a graph would not repeat'
+            )
+        model.zero_grad(set_to_none=True)
 
     def compute_loss(self, context) -> torch.Tensor:
         with context:
             return self.module(*self.batch)
 
+    def restore_gradients(self):
+        """Lets the gradients be the tensors that the graph adds to, if they were removed since."""
+        removed = [grad for p, grad in self.gradients if p.grad is None]
+        if removed:
+            torch._foreach_zero_(removed)
+        for p, grad in self.gradients:
+            if p.grad is not None and p.grad is not grad:  # of a pass without the graph
+                grad.copy_(p.grad)
+            p.grad = grad
+
     def forward(self, x, y):
         is_same = x.shape == self.batch[0].shape and torch.is_grad_enabled()
-        if is_same and plain_values(self.module) == self.values:
+        if is_same and fingerprint(self.module) == self.fingerprint:
             return Replay.apply(self.anchor, self, x, y)
         return self.module(x, y)
 
 
-def plain_values(model: torch.nn.Module) -> list:
-    """Returns the numbers, strings and flags that are attributes of a model's modules."""
-    return [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, (int, float, str))
-    ]
+def fingerprint(model: torch.nn.Module) -> list:
+    """Returns what must be the same in a later pass if a graph is to repeat a pass of the model.
+
+    These are the numbers, strings and flags that are attributes of its modules, the number of
+    their hooks and parts, and the memory of parameters and buffers.
+    """
+    found: list = []
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, (int, float, str)):
+                found.append(value)
+            elif isinstance(value, dict):
+                found.append(len(value))
+    for tensor in (*model.parameters(), *model.buffers()):
+        found += (tensor.data_ptr(), tensor.requires_grad)
+    return found
 
 
 class Replay(torch.autograd.Function):
@@ -173,6 +196,7 @@ class Replay(torch.autograd.Function):
                 'a CUDA graph keeps the activations of its last forward pass only, and this '
                 'backward pass is of an earlier one: use --no-cuda_graph'
             )
+        ctx.graphed.restore_gradients()
         ctx.graphed.grad_loss.copy_(grad_loss)
         ctx.graphed.backward_graph.replay()
         return None, None, None, None

@@ -107,19 +107,15 @@ class Ranks:
 
 
 def clear_gradients(params: Iterable[torch.nn.Parameter]):
-    """Removes the gradients, or sets them to 0 if they are views of memory that stays.
+    """Removes the gradients, or sets them to 0 if they lie in DistributedDataParallel's buckets.
 
-    DistributedDataParallel keeps its buckets, and new gradients would accumulate beside them. A
-    CUDA graph always adds to the same tensors.
+    It keeps the buckets, and new gradients would accumulate beside them.
     """
-    kept = []
     for p in params:
         if p.grad is not None and p.grad._is_view():
-            kept.append(p.grad)
+            p.grad.zero_()
         else:
             p.grad = None
-    if kept:
-        torch._foreach_zero_(kept)
 
 
 def start_ranks(device: str) -> Ranks:

@@ -35,7 +35,10 @@ class Stopwatch:
         on which it depends whether the model is compiled; 0: it is not.
         """
         ranks = config.get('ranks', 1)
-        share = {'gradient_accumulation_steps': config['gradient_accumulation_steps'] // ranks}
+        share = {
+            'gradient_accumulation_steps': config['gradient_accumulation_steps'] // ranks,
+            'cuda_graph': config['cuda_graph'] and ranks == 1,  # the run will not use them either
+        }
         t = self.set_up({**config, **share, 'on_nonfinite': 'skip'}, data)
         t.optimizer.lr = config['learning_rate'] / 10
         started = time.perf_counter()
