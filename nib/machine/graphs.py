@@ -171,8 +171,9 @@ def fingerprint(model: torch.nn.Module) -> list:
                 found.append(value)
             elif isinstance(value, dict):
                 found.append(len(value))
-    for tensor in (*model.parameters(), *model.buffers()):
-        found += (tensor.data_ptr(), tensor.requires_grad)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found += (tensor.data_ptr(), tensor.requires_grad)
     return found
 
 
