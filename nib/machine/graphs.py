@@ -31,16 +31,18 @@ def warm_up(function: Callable[[], Any], device: torch.device):
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        mode = torch.cuda.get_sync_debug_mode()
         try:
             with torch.cuda.stream(stream):
                 function()
+                mode = torch.cuda.get_sync_debug_mode()
                 with warnings.catch_warnings():
                     warnings.simplefilter('ignore')  # it calls itself a prototype
                     torch.cuda.set_sync_debug_mode('error')
-                function()
+                try:
+                    function()
+                finally:
+                    torch.cuda.set_sync_debug_mode(mode)
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.current_stream().wait_stream(stream)  # before its memory is used again
 
 
