@@ -157,13 +157,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one_on_a_gpu(data_dir, tmp_path,
         ).read_bytes()
 
 
+@pytest.mark.parametrize('cuda_graph', [True, False])
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'sgd'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype, data_dir):
+def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype, cuda_graph, data_dir):
     config = configurator.read_block(training.__file__).defaults | {
         'device': 'cuda',
         'dtype': dtype,
         'optimizer': optimizer,
+        'cuda_graph': cuda_graph,
         'n_layer': 2,
         'n_head': 4,
         'n_kv_head': 2,
@@ -178,6 +180,8 @@ def test_a_training_step_never_waits_for_the_gpu(optimizer, dtype, data_dir):
         'tied_head': False,
     }
     t = training.Training.set_up(config, open_dataset(data_dir / 'tiny', 64))
+    t.compile_and_distribute(False, print)
+    assert isinstance(t.model, graphs.GraphedModel) is cuda_graph
     t.optimizer.lr = 1e-3
     for step in range(3):  # kernels are loaded and memory is set up
         training.train_step(t, t.batches.micro_batches(step), step)
