@@ -69,6 +69,12 @@ def block_of(defaults, types) -> Block:
 KEYS = block_of(DEFAULTS, TYPES)
 
 
+def pick(value):
+    if value == 'gpu':
+        raise UserError('gpu is no device')
+    return 'cpu' if value == 'auto' else value
+
+
 @pytest.fixture
 def script(tmp_path):
     path = tmp_path / 'toy.py'
@@ -501,6 +507,40 @@ def test_all_unknown_keys_are_in_one_message(config):
     )
 
 
+def test_all_that_is_wrong_with_flags_and_files_is_in_one_message(config):
+    one = config("device = 'gpu'\nmax_iter = 3\nseed = 'a'\nverbose = 1", 'one.py')
+    two = config('seed = 1 / 0\nzzz = 1', 'two.py')
+    said = complaint(
+        '--zzz=1',
+        '--max_iters=abc',
+        '--no-seed',
+        one,
+        two,
+        'notes.txt',
+        '--init',
+        settle={'device': pick},
+    )
+    assert said == (
+        "--max_iters: found 'abc', expected an integer; "
+        '--no-seed: seed is not a switch but an integer or None; type --seed=value; '
+        'notes.txt: no such config file (flags are written --key=value); '
+        '--init: found no value, expected a text or None; type --init=value; '
+        '--zzz: no such key (--help lists all keys); '
+        "one.py:3: seed: found 'a', expected an integer or None; "
+        'one.py:4: verbose: found 1, expected True or False; '
+        'one.py:2: max_iter: no such key; did you mean max_iters? '
+        "(the file's own names must begin with _); "
+        'two.py:1: ZeroDivisionError: division by zero'
+    )
+    one = config("device = 'gpu'", 'one.py')
+    assert complaint('--zzz=1', one, settle={'device': pick}) == (
+        '--zzz: no such key (--help lists all keys); gpu is no device'
+    )
+    assert complaint('--zzz=1', '--device=gpu', settle={'device': pick}) == (
+        '--zzz: no such key (--help lists all keys); gpu is no device'
+    )
+
+
 def test_interrupt_in_a_file_passes(config):
     with pytest.raises(KeyboardInterrupt):
         resolve(KEYS, [config('raise KeyboardInterrupt')])
@@ -548,10 +588,6 @@ def test_calls_do_not_leak_into_each_other(config):
 
 
 # settling
-
-
-def pick(value):
-    return 'cpu' if value == 'auto' else value
 
 
 def test_settled_value_is_what_files_see(config):
