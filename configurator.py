@@ -22,13 +22,14 @@ from types import MappingProxyType
 from typing import Any
 
 from nib.errors import UserError, collecting, run_script
-from nib.hints import check_file, no_such_keys, print_columns, print_help
+from nib.hints import check_file, hint_at_name, no_such_keys, print_columns, print_help
 from nib.schema import Block, Type, fit, in_words, read_block, read_python, read_text
 
 Settle = Mapping[str, Callable]
 Recall = Callable[[Mapping, Mapping], tuple[Mapping, str]]
 NO_SETTLING: Settle = MappingProxyType({})
 TEXTS = ('start', 'stop')  # keys whose value is a text, in which ~ is not a home folder
+DASHES = ('-', '\u2013', '\u2014')  # word processors write the last two for --
 
 
 def configure(
@@ -96,7 +97,7 @@ def resolve(
         settle_keys(values, origins, settle, settle)
     for path in files:
         with collecting(problems):
-            places = run_file(path, block, values, flags, adapted)
+            places = run_file(path, Namespace(values, flags, adapted), block, values, problems)
             origins.update(places)
             settle_keys(values, origins, settle, [key for key in settle if key in places])
     if problems:
@@ -135,12 +136,12 @@ def parse_argv(
     items = list(argv)
     while items:
         item = items.pop(0)
-        if not item.startswith('--'):
+        if not item.startswith(DASHES):
             with collecting(problems):
                 files.append(check_file(os.path.expanduser(item), types))
             continue
-        name, equals, text = item.removeprefix('--').partition('=')
-        key = name.replace('-', '_')
+        flag, equals, text = item.partition('=')
+        key = flag.removeprefix('--').replace('-', '_')
         if key not in types and key.removeprefix('no_') in types and not equals:
             key = key.removeprefix('no_')
             if bool in types[key]:
@@ -150,18 +151,18 @@ def parse_argv(
                     f'{item}: {key} is not a switch but {in_words(types[key])}; type --{key}=value'
                 )
         elif key not in types:
-            unknown[f'--{name}'] = key
+            unknown[flag] = key
             if not equals and items and not items[0].startswith('--'):
                 items.pop(0)  # its value
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True
         elif not equals and (not items or items[0].startswith('--')):
             problems.append(
-                f'--{name}: found no value, expected {in_words(types[key])}; type --{key}=value'
+                f'{flag}: found no value, expected {in_words(types[key])}; type --{key}=value'
             )
         else:
             with collecting(problems):
-                flags[key] = read_text(text if equals else items.pop(0), types[key], f'--{name}')
+                flags[key] = read_text(text if equals else items.pop(0), types[key], flag)
     if unknown:
         problems.append(no_such_keys(unknown, block, '--help lists all keys', '--{}'))
     return flags, files
@@ -242,7 +243,7 @@ class Namespace(dict):
             # A SyntaxError of compile has no frame.
             line = lines[-1] if lines else getattr(error, 'lineno', 1)
             reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
-            raise UserError(f'{path}:{line}: {reason}') from None
+            raise UserError(f'{path}:{line}: {reason}{hint_at_name(error, self)}') from None
         self.running.pop()
 
 
@@ -266,14 +267,12 @@ def _sets_nothing(node: ast.stmt) -> bool:
 
 
 def run_file(
-    path: str, block: Block, values: dict, pinned: Mapping[str, object], adapted: Collection[str]
+    path: str, namespace: Namespace, block: Block, values: dict, problems: list[str]
 ) -> dict[str, str]:
-    """Runs a config file and updates the values; returns where each key was last assigned."""
+    """Runs a config file; updates values and problems; returns where keys were last assigned."""
     types = block.types
-    namespace = Namespace(values, pinned, adapted)
     namespace.execute(path)
     unknown: dict[str, str] = {}
-    problems: list[str] = []
     for name, value in namespace.items():
         place = namespace.places.get(name, path)
         if name in namespace.places and name in types:
@@ -283,13 +282,11 @@ def run_file(
             name not in types
             and name not in namespace.imports
             and not name.startswith('_')
-            and name != 'include'
+            and (name != 'include' or name in namespace.places)
         ):
             unknown[f'{place}: {name}'] = name
     if unknown:
         problems.append(no_such_keys(unknown, block, "the file's own names must begin with _"))
-    if problems:
-        raise UserError('; '.join(problems))
     return {
         name: place
         for name, place in namespace.places.items()

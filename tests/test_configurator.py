@@ -264,7 +264,12 @@ def test_last_of_a_repeated_flag_wins():
         ('--no-max_iters', ['max_iters is not a switch']),
         ('--no-verbose=1', ['no such key', '--verbose']),
         ('max_iters=3', ['did you mean --max_iters=3?']),
-        ('-max_iters=3', ['did you mean --max_iters=3?']),
+        ('-max_iters=3', ['-max_iters: no such key; did you mean --max_iters?']),
+        ('\u2014max_iters=3', ['max_iters: no such key; did you mean --max_iters?']),
+        ('---max_iters=3', ['---max_iters: no such key; did you mean --max_iters?']),
+        ('--max_iters =3', ['no such key; did you mean --max_iters?']),
+        ('-lr=3', ['-lr: no such key; did you mean --learning_rate?']),
+        ('--config=x.py', ['--config: no such key; the path of a config file needs no flag']),
     ],
 )
 def test_wrong_flag_is_named_with_its_remedy(item, words):
@@ -286,6 +291,8 @@ def test_wrong_flag_is_named_with_its_remedy(item, words):
         ('context', ['block_size']),
         ('on_critical', ['stop_on']),  # choices
         ('cosine', ['lr_schedule']),
+        ('out', ['out_dir']),  # a first word
+        ('log', ['log_interval']),
         ('grad_accum', ['gradient_accumulation_steps']),  # the beginnings of words
         ('zzz', []),
         ('no_such', []),
@@ -466,6 +473,8 @@ seed = max_iters
         ('def _f():\n    return 1 / 0\nseed = _f()', 'x.py:2: ZeroDivisionError: division by zero'),
         ('import json\nseed = json.loads("{")', 'x.py:2: JSONDecodeError'),
         ('assert False', 'x.py:1: AssertionError'),
+        ('max-iters = 3', 'x.py:1: SyntaxError: cannot assign to expression here; a config file'),
+        ("include = 'y.py'", "x.py:1: include: no such key; a function: write include('other.py')"),
         ('seed = 1\nmax_iters: 3', "x.py:2: found 'max_iters: 3', which sets nothing; expected"),
         ('max_iters == 3', "x.py:1: found 'max_iters == 3', which sets nothing; expected"),
         ("{'max_iters': 3}", 'x.py:1: found "{\'max_iters\': 3}", which sets nothing; expected'),
@@ -479,6 +488,39 @@ seed = max_iters
 )  # fmt: skip
 def test_wrong_file_is_named_with_its_line(config, text, expected):
     assert complaint(config(text)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    'text, meant',
+    [
+        ('max_iters = seeed', "seed or the text 'seeed'"),
+        ('verbose = true', "True or the text 'true'"),
+        ('dtype = bfloat16', "the text 'bfloat16'"),
+    ],
+)
+def test_an_undefined_name_may_be_a_text_without_quotes(config, text, meant):
+    name = text.split()[-1]
+    assert complaint(config(text)) == (
+        f'x.py:1: NameError: name {name!r} is not defined; did you mean {meant}?'
+    )
+
+
+@pytest.mark.parametrize('text', ['raise NameError', 'def _f():\n    seed += 1\n_f()'])
+def test_another_name_error_has_no_hint(config, text):
+    assert 'did you mean' not in complaint(config(text))
+
+
+def test_a_file_may_compute_with_numpy(config):
+    path = config("""import numpy as np
+learning_rate = np.float64(0.5)
+max_iters = np.int64(3)
+top_p = np.float32(0.25)
+""")
+    values, _ = resolve(KEYS, [path])
+    for key, value in {'learning_rate': 0.5, 'max_iters': 3, 'top_p': 0.25}.items():
+        assert values[key] == value and type(values[key]) is type(value)
+    said = complaint(config('import numpy as np\nmax_iters = np.float64(0.5)'))
+    assert said == 'x.py:2: max_iters: found 0.5, expected an integer'
 
 
 def test_a_file_of_a_windows_editor_is_read(config):
@@ -523,13 +565,15 @@ def test_all_that_is_wrong_with_flags_and_files_is_in_one_message(config):
     assert said == (
         "--max_iters: found 'abc', expected an integer; "
         '--no-seed: seed is not a switch but an integer or None; type --seed=value; '
-        'notes.txt: no such config file (flags are written --key=value); '
+        'notes.txt: no such config file (flags are written --key=value; a text with spaces needs '
+        'quotes); '
         '--init: found no value, expected a text or None; type --init=value; '
         '--zzz: no such key (--help lists all keys); '
         "one.py:3: seed: found 'a', expected an integer or None; "
         'one.py:4: verbose: found 1, expected True or False; '
         'one.py:2: max_iter: no such key; did you mean max_iters? '
         "(the file's own names must begin with _); "
+        'gpu is no device; '
         'two.py:1: ZeroDivisionError: division by zero'
     )
     one = config("device = 'gpu'", 'one.py')
