@@ -311,6 +311,14 @@ def test_another_name_for_a_key_is_understood(name, keys, tmp_path):
         assert hint.replace('--', '') in str(caught.value)
 
 
+def test_a_flag_with_one_dash_is_told_together_with_its_value():
+    with pytest.raises(UserError) as caught:
+        configure(str(ROOT / 'train.py'), ['-batch_size', '3'])
+    assert str(caught.value) == (
+        '-batch_size: no such key; did you mean --batch_size? (--help lists all keys)'
+    )
+
+
 # Every key of nanoGPT's train.py and bench.py.
 NANOGPT = (
     'out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from '
