@@ -62,6 +62,8 @@ def main(argv):
     own, others = split_arguments(argv)
     values, _ = configurator.configure(__file__, own)
     globals().update(values)
+    if not sweep_dir:
+        raise UserError('sweep_dir is empty: set it with --sweep_dir=NAME')
     runs = plan(others)
     environments = find_environments(runs[0].values['device'])
     Path(sweep_dir).mkdir(parents=True, exist_ok=True)
