@@ -21,14 +21,15 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
-from nib.errors import UserError, run_script
-from nib.hints import check_file, no_such_keys, print_columns, print_help
+from nib.errors import UserError, collecting, run_script
+from nib.hints import check_file, hint_at_name, no_such_keys, print_columns, print_help
 from nib.schema import Block, Type, fit, in_words, read_block, read_python, read_text
 
 Settle = Mapping[str, Callable]
 Recall = Callable[[Mapping, Mapping], tuple[Mapping, str]]
 NO_SETTLING: Settle = MappingProxyType({})
 TEXTS = ('start', 'stop')  # keys whose value is a text, in which ~ is not a home folder
+DASHES = ('-', '\u2013', '\u2014')  # word processors write the last two for --
 
 
 def configure(
@@ -80,8 +81,11 @@ def resolve(
 
     If a key allows 'auto' but has another default, 'auto' keeps the value that it would replace and
     adds ' (auto)' to where it comes from. The script adapts that value.
+
+    Raises UserError with all that is wrong with the flags and the config files.
     """
-    flags, files = parse_argv(argv, block)
+    problems: list[str] = []
+    flags, files = parse_argv(argv, block, problems)
     may_be_auto = {key for key, kind in block.types.items() if 'auto' in kind}
     adapted = {key for key in may_be_auto if block.defaults[key] != 'auto'}
     autos = [key for key in adapted if flags.get(key) == 'auto']
@@ -89,11 +93,15 @@ def resolve(
         del flags[key]
     values = {**block.defaults, **flags}
     origins = {key: 'command line' if key in flags else 'default' for key in values}
-    settle_keys(values, origins, settle, settle)
+    with collecting(problems):
+        settle_keys(values, origins, settle, settle)
     for path in files:
-        places = run_file(path, block, values, flags, adapted)
-        origins.update(places)
-        settle_keys(values, origins, settle, [key for key in settle if key in places])
+        with collecting(problems):
+            places = run_file(path, Namespace(values, flags, adapted), block, values, problems)
+            origins.update(places)
+            settle_keys(values, origins, settle, [key for key in settle if key in places])
+    if problems:
+        raise UserError('; '.join(problems))
     for key, value in values.items():
         if isinstance(value, str) and key not in TEXTS:
             values[key] = ','.join(map(os.path.expanduser, value.split(',')))
@@ -117,8 +125,10 @@ def settle_keys(values, origins, settle, keys):
 # -- flags and files -------------------------------------------------------------------------------
 
 
-def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], list[str]]:
-    """Returns flags by key, and the config files in order."""
+def parse_argv(
+    argv: Sequence[str], block: Block, problems: list[str]
+) -> tuple[dict[str, object], list[str]]:
+    """Returns flags by key, and the config files in order; adds what is wrong to `problems`."""
     types = block.types
     flags: dict[str, object] = {}
     files: list[str] = []
@@ -126,32 +136,35 @@ def parse_argv(argv: Sequence[str], block: Block) -> tuple[dict[str, object], li
     items = list(argv)
     while items:
         item = items.pop(0)
-        if not item.startswith('--'):
-            files.append(check_file(os.path.expanduser(item), types))
+        if not item.startswith(DASHES):
+            with collecting(problems):
+                files.append(check_file(os.path.expanduser(item), types))
             continue
-        name, equals, text = item.removeprefix('--').partition('=')
-        key = name.replace('-', '_')
+        flag, equals, text = item.partition('=')
+        key = flag.removeprefix('--').replace('-', '_')
         if key not in types and key.removeprefix('no_') in types and not equals:
             key = key.removeprefix('no_')
-            if bool not in types[key]:
-                raise UserError(
+            if bool in types[key]:
+                flags[key] = False
+            else:
+                problems.append(
                     f'{item}: {key} is not a switch but {in_words(types[key])}; type --{key}=value'
                 )
-            flags[key] = False
         elif key not in types:
-            unknown[f'--{name}'] = key
+            unknown[flag] = key
             if not equals and items and not items[0].startswith('--'):
                 items.pop(0)  # its value
         elif not equals and bool in types[key] and not (items and is_value(items[0], types[key])):
             flags[key] = True
+        elif not equals and (not items or items[0].startswith('--')):
+            problems.append(
+                f'{flag}: found no value, expected {in_words(types[key])}; type --{key}=value'
+            )
         else:
-            if not equals and (not items or items[0].startswith('--')):
-                raise UserError(
-                    f'--{name}: found no value, expected {in_words(types[key])}; type --{key}=value'
-                )
-            flags[key] = read_text(text if equals else items.pop(0), types[key], f'--{name}')
+            with collecting(problems):
+                flags[key] = read_text(text if equals else items.pop(0), types[key], flag)
     if unknown:
-        raise UserError(no_such_keys(unknown, block, '--help lists all keys', '--{}'))
+        problems.append(no_such_keys(unknown, block, '--help lists all keys', '--{}'))
     return flags, files
 
 
@@ -230,7 +243,7 @@ class Namespace(dict):
             # A SyntaxError of compile has no frame.
             line = lines[-1] if lines else getattr(error, 'lineno', 1)
             reason = f'{type(error).__name__}: {error}'.removesuffix(': ')
-            raise UserError(f'{path}:{line}: {reason}') from None
+            raise UserError(f'{path}:{line}: {reason}{hint_at_name(error, self)}') from None
         self.running.pop()
 
 
@@ -254,26 +267,26 @@ def _sets_nothing(node: ast.stmt) -> bool:
 
 
 def run_file(
-    path: str, block: Block, values: dict, pinned: Mapping[str, object], adapted: Collection[str]
+    path: str, namespace: Namespace, block: Block, values: dict, problems: list[str]
 ) -> dict[str, str]:
-    """Runs a config file and updates the values; returns where each key was last assigned."""
+    """Runs a config file; updates values and problems; returns where keys were last assigned."""
     types = block.types
-    namespace = Namespace(values, pinned, adapted)
     namespace.execute(path)
     unknown: dict[str, str] = {}
     for name, value in namespace.items():
         place = namespace.places.get(name, path)
         if name in namespace.places and name in types:
-            values[name] = fit(value, types[name], f'{place}: {name}')
+            with collecting(problems):
+                values[name] = fit(value, types[name], f'{place}: {name}')
         elif (
             name not in types
             and name not in namespace.imports
             and not name.startswith('_')
-            and name != 'include'
+            and (name != 'include' or name in namespace.places)
         ):
             unknown[f'{place}: {name}'] = name
     if unknown:
-        raise UserError(no_such_keys(unknown, block, "the file's own names must begin with _"))
+        problems.append(no_such_keys(unknown, block, "the file's own names must begin with _"))
     return {
         name: place
         for name, place in namespace.places.items()

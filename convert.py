@@ -34,7 +34,7 @@ which: str = 'best'  # checkpoint: 'best', 'latest' or a step number
 init_from: str = ''  # use another model: 'gpt2', a hub id, a model's folder, nanoGPT's ckpt.pt
 # what to write
 to: Literal['hf', 'nanogpt', 'gguf'] = 'hf'  # Hugging Face's format, nanoGPT's ckpt.pt, or GGUF
-dest: str = ''  # folder to write (for GGUF, the file); it must not exist yet
+dest: str = ''  # output folder (for GGUF, output file); it must not exist yet
 dtype: Literal['f32', 'f16', 'bf16', 'q8_0'] = 'f32'  # precision of the matrices in GGUF
 
 

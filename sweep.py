@@ -62,6 +62,8 @@ def main(argv):
     own, others = split_arguments(argv)
     values, _ = configurator.configure(__file__, own)
     globals().update(values)
+    if not sweep_dir:
+        raise UserError('sweep_dir is empty: set it with --sweep_dir=NAME')
     runs = plan(others)
     environments = find_environments(runs[0].values['device'])
     Path(sweep_dir).mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,9 @@ def combinations(argv: list[str]) -> list[tuple[str, list[str]]]:
     fixed = [argument for argument in argv if not is_swept(argument)]
     swept = [argument.partition('=') for argument in argv if is_swept(argument)]
     if not swept:
-        raise UserError('nothing to sweep: give a key several values, as in --seed=1,2')
+        raise UserError(
+            'nothing to sweep: give a key several values, with = and commas, as in --seed=1,2'
+        )
     found = []
     for values in itertools.product(*(text.split(',') for _, _, text in swept)):
         flags = [f'{key}={value.strip()}' for (key, _, _), value in zip(swept, values)]

@@ -68,6 +68,15 @@ def optional(package: str, user: str):
         ) from error
 
 
+@contextmanager
+def collecting(problems: list[str]):
+    """Within this context, a UserError ends the block and adds its message to the problems."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
 def warn(line: str):
     """Prints a line on standard error at once."""
     print(line, file=sys.stderr, flush=True)

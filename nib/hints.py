@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nib.errors import UserError
@@ -19,6 +19,11 @@ NANOGPT_KEYS = {
     'backend': 'leave it out, because processes use nccl on GPUs and gloo on CPUs',
     'real_data': 'leave it out, because bench.py measures random tokens if there is no dataset',
     'profile': 'leave it out, because bench.py always shows where the time of a step goes',
+}
+# Names that may be mistaken for keys -> what to write instead.
+NOT_KEYS = {
+    'config': 'the path of a config file needs no flag',
+    'include': "a function: write include('other.py')",
 }
 
 
@@ -74,10 +79,16 @@ def no_such_keys(unknown: Mapping[str, str], block: Block, note: str, form: str 
 
 def _no_such_key(name: str, block: Block, form: str) -> str:
     """Candidates have these initials or a similar spelling, or mean this."""
+    name = name.strip('_ \u2013\u2014')  # -name, a dash, and '--name = value'
     if name in NANOGPT_KEYS:
         return f'a key of nanoGPT: {NANOGPT_KEYS[name]}'
+    if name in NOT_KEYS:
+        return f'no such key; {NOT_KEYS[name]}'
+    if name in block.types:
+        return f'no such key; did you mean {form.format(name)}?'
     keys = [key for key in block.types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
     keys = keys or difflib.get_close_matches(name, block.types, n=2, cutoff=0.66)
+    keys = keys or [key for key in block.types if key.startswith(f'{name}_')][:2]
     keys = keys or find_by_meaning(name, block)
     hint = f'; did you mean {" or ".join(map(form.format, keys))}?' if keys else ''
     return f'no such key{hint}'
@@ -99,25 +110,33 @@ def find_by_meaning(name: str, block: Block) -> list[str]:
 
 def check_file(path: str, types: Mapping[str, Type]) -> str:
     """Returns the path of a config file. Raises UserError with a hint if it is not one."""
+    quotes = '; a text with spaces needs quotes' if 'start' in types else ''
+    usage = f' (flags are written --key=value{quotes})'
     if os.path.exists(path) and path.endswith('.py'):
         return path
     if os.path.exists(path):  # a text or a run's folder, for which the user forgot the flag
-        hint = ' (flags are written --key=value)'
+        hint = usage
         if 'input' in types:
             hint = f'; did you mean --input={path}?'
         elif 'out_dir' in types and os.path.isdir(path):
             hint = f'; did you mean --out_dir={path}?'
         raise UserError(f'{path}: not a config file, because its name does not end in .py{hint}')
-    flag = path.lstrip('-')
-    if flag.partition('=')[0].replace('-', '_') in types:
-        raise UserError(f'{path}: no such config file; did you mean --{flag}?')
+    if path.partition('=')[0].replace('-', '_') in types:
+        raise UserError(f'{path}: no such config file; did you mean --{path}?')
     candidates = list_python(os.path.dirname(path)) + list_python(CONFIG_FOLDER)
     nearby = {os.path.basename(file): file for file in candidates}
     nearest = difflib.get_close_matches(os.path.basename(path), nearby, n=1)
-    hint = (
-        f'; did you mean {nearby[nearest[0]]}?' if nearest else ' (flags are written --key=value)'
-    )
+    hint = f'; did you mean {nearby[nearest[0]]}?' if nearest else usage
     raise UserError(f'{path}: no such config file{hint}')
+
+
+def hint_at_name(error: BaseException, names: Iterable[str]) -> str:
+    """Returns a hint if a config file uses a name that is not defined."""
+    name = error.name if type(error) is NameError else None
+    if not name:
+        return ''
+    nearest = difflib.get_close_matches(name, ['True', 'False', 'None', *names], n=1)
+    return f'; did you mean {" or ".join([*nearest, f"the text {name!r}"])}?'
 
 
 def list_python(folder: str) -> list[str]:

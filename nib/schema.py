@@ -8,6 +8,7 @@ import ast
 import difflib
 import io
 import math
+import numbers
 import sys
 import tokenize
 import warnings
@@ -133,9 +134,10 @@ def read_python(path: str) -> tuple[str, ast.Module]:
             source = file.read()
         return source, ast.parse(source, path)
     except SyntaxError as error:
+        what = error.msg.partition('. Maybe')[0]  # of batch-size = 12, that == was meant
         reason = (
-            f':{error.lineno or 1}: SyntaxError: {error.msg}; a config file is Python code, such '
-            f'as: batch_size = 12'
+            f':{error.lineno or 1}: SyntaxError: {what}; a config file is Python code, such as: '
+            f'batch_size = 12'
         )
     except UnicodeDecodeError as error:
         reason = f': found bytes that are not UTF-8 ({error.reason}), expected a Python file'
@@ -157,6 +159,8 @@ def fit(value: object, kind: Type, where: str) -> object:
 
     True is not an int, but 1 may become a float, and 1e3 an int. Raises UserError if nothing fits.
     """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also NumPy's
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     for alternative in kind:
         if type(value) is alternative or (
             type(value) is type(alternative) and value == alternative

@@ -707,6 +707,10 @@ PROMPTS = {
         ['the prompt is empty', 'at least one character'],
     ),
     'empty': (['--start='], ['the prompt is empty', 'at least one character']),
+    'without quotes': (
+        ['--start', 'The', 'cat'],
+        ['cat: no such config file', 'a text with spaces needs quotes'],
+    ),
     'characters that the model lacks': (
         ['--start=The caé'],
         ["'é' (the first at offset 6)", 'remove them'],
@@ -793,6 +797,7 @@ def test_a_bad_benchmark_is_told(run_main, place, flags, words):
 
 TEXTS = {
     'nothing named': ('text', None, [], ['--input=PATH is missing']),
+    'only a comma': ('text', None, ['--input=,'], ['--input=PATH is missing']),
     'no such file': (
         'text',
         None,

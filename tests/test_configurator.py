@@ -69,6 +69,12 @@ def block_of(defaults, types) -> Block:
 KEYS = block_of(DEFAULTS, TYPES)
 
 
+def pick(value):
+    if value == 'gpu':
+        raise UserError('gpu is no device')
+    return 'cpu' if value == 'auto' else value
+
+
 @pytest.fixture
 def script(tmp_path):
     path = tmp_path / 'toy.py'
@@ -258,7 +264,12 @@ def test_last_of_a_repeated_flag_wins():
         ('--no-max_iters', ['max_iters is not a switch']),
         ('--no-verbose=1', ['no such key', '--verbose']),
         ('max_iters=3', ['did you mean --max_iters=3?']),
-        ('-max_iters=3', ['did you mean --max_iters=3?']),
+        ('-max_iters=3', ['-max_iters: no such key; did you mean --max_iters?']),
+        ('\u2014max_iters=3', ['max_iters: no such key; did you mean --max_iters?']),
+        ('---max_iters=3', ['---max_iters: no such key; did you mean --max_iters?']),
+        ('--max_iters =3', ['no such key; did you mean --max_iters?']),
+        ('-lr=3', ['-lr: no such key; did you mean --learning_rate?']),
+        ('--config=x.py', ['--config: no such key; the path of a config file needs no flag']),
     ],
 )
 def test_wrong_flag_is_named_with_its_remedy(item, words):
@@ -280,6 +291,8 @@ def test_wrong_flag_is_named_with_its_remedy(item, words):
         ('context', ['block_size']),
         ('on_critical', ['stop_on']),  # choices
         ('cosine', ['lr_schedule']),
+        ('out', ['out_dir']),  # a first word
+        ('log', ['log_interval']),
         ('grad_accum', ['gradient_accumulation_steps']),  # the beginnings of words
         ('zzz', []),
         ('no_such', []),
@@ -296,6 +309,14 @@ def test_another_name_for_a_key_is_understood(name, keys, tmp_path):
         with pytest.raises(UserError) as caught:
             configure(str(ROOT / 'train.py'), [str(tmp_path / 'x.py')])
         assert hint.replace('--', '') in str(caught.value)
+
+
+def test_a_flag_with_one_dash_is_told_together_with_its_value():
+    with pytest.raises(UserError) as caught:
+        configure(str(ROOT / 'train.py'), ['-batch_size', '3'])
+    assert str(caught.value) == (
+        '-batch_size: no such key; did you mean --batch_size? (--help lists all keys)'
+    )
 
 
 # Every key of nanoGPT's train.py and bench.py.
@@ -460,6 +481,8 @@ seed = max_iters
         ('def _f():\n    return 1 / 0\nseed = _f()', 'x.py:2: ZeroDivisionError: division by zero'),
         ('import json\nseed = json.loads("{")', 'x.py:2: JSONDecodeError'),
         ('assert False', 'x.py:1: AssertionError'),
+        ('max-iters = 3', 'x.py:1: SyntaxError: cannot assign to expression here; a config file'),
+        ("include = 'y.py'", "x.py:1: include: no such key; a function: write include('other.py')"),
         ('seed = 1\nmax_iters: 3', "x.py:2: found 'max_iters: 3', which sets nothing; expected"),
         ('max_iters == 3', "x.py:1: found 'max_iters == 3', which sets nothing; expected"),
         ("{'max_iters': 3}", 'x.py:1: found "{\'max_iters\': 3}", which sets nothing; expected'),
@@ -473,6 +496,39 @@ seed = max_iters
 )  # fmt: skip
 def test_wrong_file_is_named_with_its_line(config, text, expected):
     assert complaint(config(text)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    'text, meant',
+    [
+        ('max_iters = seeed', "seed or the text 'seeed'"),
+        ('verbose = true', "True or the text 'true'"),
+        ('dtype = bfloat16', "the text 'bfloat16'"),
+    ],
+)
+def test_an_undefined_name_may_be_a_text_without_quotes(config, text, meant):
+    name = text.split()[-1]
+    assert complaint(config(text)) == (
+        f'x.py:1: NameError: name {name!r} is not defined; did you mean {meant}?'
+    )
+
+
+@pytest.mark.parametrize('text', ['raise NameError', 'def _f():\n    seed += 1\n_f()'])
+def test_another_name_error_has_no_hint(config, text):
+    assert 'did you mean' not in complaint(config(text))
+
+
+def test_a_file_may_compute_with_numpy(config):
+    path = config("""import numpy as np
+learning_rate = np.float64(0.5)
+max_iters = np.int64(3)
+top_p = np.float32(0.25)
+""")
+    values, _ = resolve(KEYS, [path])
+    for key, value in {'learning_rate': 0.5, 'max_iters': 3, 'top_p': 0.25}.items():
+        assert values[key] == value and type(values[key]) is type(value)
+    said = complaint(config('import numpy as np\nmax_iters = np.float64(0.5)'))
+    assert said == 'x.py:2: max_iters: found 0.5, expected an integer'
 
 
 def test_a_file_of_a_windows_editor_is_read(config):
@@ -498,6 +554,42 @@ def test_all_unknown_keys_are_in_one_message(config):
         f'x.py:1: backend: a key of nanoGPT: {hints.NANOGPT_KEYS["backend"]}; '
         'x.py:2: max_iter: no such key; did you mean max_iters?; x.py:4: zzz: no such key '
         "(the file's own names must begin with _)"
+    )
+
+
+def test_all_that_is_wrong_with_flags_and_files_is_in_one_message(config):
+    one = config("device = 'gpu'\nmax_iter = 3\nseed = 'a'\nverbose = 1", 'one.py')
+    two = config('seed = 1 / 0\nzzz = 1', 'two.py')
+    said = complaint(
+        '--zzz=1',
+        '--max_iters=abc',
+        '--no-seed',
+        one,
+        two,
+        'notes.txt',
+        '--init',
+        settle={'device': pick},
+    )
+    assert said == (
+        "--max_iters: found 'abc', expected an integer; "
+        '--no-seed: seed is not a switch but an integer or None; type --seed=value; '
+        'notes.txt: no such config file (flags are written --key=value; a text with spaces needs '
+        'quotes); '
+        '--init: found no value, expected a text or None; type --init=value; '
+        '--zzz: no such key (--help lists all keys); '
+        "one.py:3: seed: found 'a', expected an integer or None; "
+        'one.py:4: verbose: found 1, expected True or False; '
+        'one.py:2: max_iter: no such key; did you mean max_iters? '
+        "(the file's own names must begin with _); "
+        'gpu is no device; '
+        'two.py:1: ZeroDivisionError: division by zero'
+    )
+    one = config("device = 'gpu'", 'one.py')
+    assert complaint('--zzz=1', one, settle={'device': pick}) == (
+        '--zzz: no such key (--help lists all keys); gpu is no device'
+    )
+    assert complaint('--zzz=1', '--device=gpu', settle={'device': pick}) == (
+        '--zzz: no such key (--help lists all keys); gpu is no device'
     )
 
 
@@ -548,10 +640,6 @@ def test_calls_do_not_leak_into_each_other(config):
 
 
 # settling
-
-
-def pick(value):
-    return 'cpu' if value == 'auto' else value
 
 
 def test_settled_value_is_what_files_see(config):

@@ -82,7 +82,7 @@ def load(folder: Path):
     """Returns the documents for random access, with len(), n_bytes, fingerprint and read(rows)."""
     if not input:
         return HubTexts()
-    files, skipped = inputs.find_files(input.split(','), tuple(READERS))
+    files, skipped = inputs.find_files(inputs.split_names(input), tuple(READERS))
     for what in inputs.told(skipped):
         print(f'note: skipped {what}', file=sys.stderr)
     files.sort(key=lambda file: file.suffix.lower() == '.parquet')

@@ -56,10 +56,9 @@ SAMPLE = 1 << 22  # characters of the validation split on which tokenizers are c
 def main(argv):
     values, origins = configurator.configure(__file__, argv)
     globals().update(values)
-    if not input:
+    paths = [Path(name) for name in inputs.split_names(input)]
+    if not paths:
         raise UserError('--input=PATH is missing: name the files and folders that hold your text')
-    names = [input] if Path(input).exists() else input.split(',')
-    paths = [Path(path) for path in names]
     folder = Path(out_dir) if out_dir else choose_folder(paths[0])
     files, skipped = inputs.find_files(paths)
     for what in inputs.told(skipped):

@@ -12,6 +12,13 @@ from nib.text import reading, rows
 ENDINGS = ('.txt', '.md', *rows.READERS)
 
 
+def split_names(names: str) -> list[str]:
+    """Returns names that are separated by commas; a path that exists may contain commas."""
+    if os.path.exists(names):
+        return [names]
+    return [name.strip() for name in names.split(',') if name.strip()]
+
+
 def find_files(
     inputs: Sequence[str | os.PathLike], endings: Sequence[str] = ENDINGS
 ) -> tuple[list[Path], Counter[str]]:
@@ -30,8 +37,8 @@ def find_files(
         state = _state(path)
         if state is None:
             raise UserError(
-                f'{path}: no such file or folder; --input=PATH takes files and folders, '
-                f'separated by commas'
+                f'{path}: no such file or folder; --input=PATH takes files and folders '
+                f'of this machine, separated by commas'
             )
         if stat.S_ISDIR(state.st_mode):
             paths += _search(path, endings, skipped)

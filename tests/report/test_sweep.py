@@ -42,6 +42,8 @@ def test_commas_separate_values_but_not_the_parts_of_an_existing_path(tmp_path):
     'flags, said',
     [
         (['--seed=1'], 'nothing to sweep'),
+        (['--seed=1,2', '--sweep_dir='], 'sweep_dir is empty: set it with --sweep_dir=NAME'),
+        (['--seed', '1,2'], 'several values, with = and commas, as in --seed=1,2'),
         (['--seed=1,1'], 'seed=1: two runs would be the same'),
         (['--learning_rate=1e-3,0.001'], 'two runs would be the same'),
         (['--seed=1,2', '--seed=3,4'], 'two runs would be the same'),

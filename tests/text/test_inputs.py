@@ -50,6 +50,14 @@ def test_folders_are_searched_to_the_bottom_and_hidden_files_left_out(tmp_path):
     assert skipped['file{s} of types other than .jsonl'] == 6
 
 
+def test_names_are_separated_by_commas_and_no_name_is_not_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert inputs.split_names('a.txt, b,') == ['a.txt', 'b']
+    assert inputs.split_names('') == inputs.split_names(', ') == []
+    Path('a,b').mkdir()
+    assert inputs.split_names('a,b') == ['a,b']
+
+
 def test_linked_folders_are_searched_and_each_file_counts_once(tmp_path):
     (tmp_path / 'notes/old').mkdir(parents=True)
     (tmp_path / 'elsewhere').mkdir()
