@@ -23,6 +23,7 @@ import torch
 
 import configurator
 import train
+from nib.checkpoint import store
 from nib.checkpoint.start import read_start
 from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script, warn
@@ -89,7 +90,10 @@ def open_dataset(values) -> TokenDataset:
     try:
         return open_or_prepare(values, Ranks(), warn)
     except UserError as error:
-        raise UserError(f'{error}; or use random tokens: --dataset=') from error
+        hint = 'or use random tokens: --dataset='
+        if values['init_from'] != 'resume' and store.exists(values['out_dir']):
+            hint = f'to examine the run in {values["out_dir"]}, add --init_from=resume; {hint}'
+        raise UserError(f'{error}; {hint}') from error
 
 
 def random_tokens(values, start) -> tuple[TokenDataset, Weights | None]:

@@ -5,12 +5,14 @@ python sweep.py config/x.py --seed=1,2,3,4 --jobs=2                      two at 
 python sweep.py config/x.py --seed=1,2 --sweep_dir=seeds                 to another folder
 
 All arguments but --jobs and --sweep_dir are those of train.py. The same command continues a sweep:
-it leaves out the runs that have ended and resumes the others. A run that fails does not stop it.
+it leaves out the runs that have ended and resumes the others. --overwrite trains all of them again,
+for example after a change to the code. A run that fails does not stop a sweep.
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -26,7 +28,7 @@ import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
 from nib.errors import EXIT_INTERRUPTED, UserError, run_script
-from nib.files import naming
+from nib.files import naming, read_json
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 from nib.report.compare import compare
@@ -55,6 +57,11 @@ class Planned:
     def log(self) -> Path:
         return Path(f'{self.folder}.log')
 
+    @property
+    def record(self) -> Path:
+        """The values that the run began with, to tell whether the command has changed."""
+        return Path(f'{self.folder}.json')
+
 
 def main(argv):
     if not argv or {'--help', '-h'} & set(argv):
@@ -65,6 +72,8 @@ def main(argv):
     if not sweep_dir:
         raise UserError('sweep_dir is empty: set it with --sweep_dir=NAME')
     runs = plan(others)
+    for run in runs:
+        check_unchanged(run)
     environments = find_environments(runs[0].values['device'])
     Path(sweep_dir).mkdir(parents=True, exist_ok=True)
     print(f'{len(runs)} runs, {jobs} at a time; their logs are {Path(sweep_dir, "*.log")}')
@@ -122,6 +131,19 @@ def plan(argv: list[str]) -> list[Planned]:
                 )
         runs[name] = Planned(Path(sweep_dir, name), flags, values)
     return list(runs.values())
+
+
+def check_unchanged(run: Planned):
+    """Raises UserError if a run exists that began with other values, except of max_iters."""
+    if run.values['overwrite'] or not store.exists(run.folder):
+        return
+    for key, before in read_json(run.record).items():
+        now = run.values.get(key, before)
+        if now != before and key not in ('max_iters', 'overwrite'):
+            raise UserError(
+                f'{run.folder} was trained with {key} {before!r}, but this command says {now!r}: '
+                f'choose another --sweep_dir, or train all runs again (--overwrite)'
+            )
 
 
 def combinations(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -213,15 +235,18 @@ class Sweep:
 
     def start(self, run: Planned):
         """Starts or resumes a run, unless it has finished."""
-        if is_finished(run):
+        overwrite = run.values['overwrite']
+        if is_finished(run) and not overwrite:
             print(f'{run.folder.name}: already finished', flush=True)
             return
-        resume = ['--init_from=resume'] if store.exists(run.folder) else []
+        resume = ['--init_from=resume'] if store.exists(run.folder) and not overwrite else []
         command = [sys.executable, TRAIN, *run.flags, f'--out_dir={run.folder}', *resume]
         environment = self.free.pop()
         with naming(run.log), open(run.log, 'a', encoding='utf-8') as output:
             output.write(f'{shlex.join(command)}\n')
             output.flush()
+            if not resume:
+                run.record.write_text(json.dumps(run.values, indent=1), encoding='utf-8')
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
             )
@@ -248,8 +273,10 @@ def is_finished(run: Planned) -> bool:
     """Returns whether a run has evaluated the whole validation split at its end."""
     if not is_run(run.folder):
         return False
-    ends = read_run(run.folder).numbers.get('loss/val_whole', {})
-    return max(ends, default=-1) >= run.values['max_iters']
+    read, last = read_run(run.folder), run.values['max_iters']
+    if run.values['budget'] or run.values['params']:  # which have chosen it
+        last = read.config.get('max_iters', last)
+    return max(read.numbers.get('loss/val_whole', {}), default=-1) >= last
 
 
 def print_table(names, rows):

@@ -25,7 +25,7 @@ from nib.scaling_law import LAW
 from nib.tokens.dataset import TokenDataset
 
 SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
-COUNTS = {'': 1, 'k': 1e3, 'M': 1e6, 'B': 1e9}
+COUNTS = {'': 1, 'k': 1e3, 'K': 1e3, 'M': 1e6, 'B': 1e9}
 
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 # Of --params, with steps of at most 2.4 times the parameters.

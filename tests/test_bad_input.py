@@ -325,16 +325,23 @@ def test_a_meta_pkl_that_will_not_do_is_told(run_main, place, monkeypatch, conte
     assert contents(place) == before
 
 
-def test_bins_that_changed_since_the_checkpoint_are_told(run_main, place):
-    write_char_dataset(place / 'data/tiny', 'The cat sees a dog, and then it sleeps.\n' * 60, {})
+@pytest.mark.parametrize(
+    'name, way',
+    [
+        ('tiny', 'prepare it again from the same text, with the same tokenizer'),
+        ('other', 'resume with the same bins (--dataset=tiny)'),
+    ],
+)
+def test_bins_that_changed_since_the_checkpoint_are_told(run_main, place, name, way):
+    write_char_dataset(place / 'data' / name, 'The cat sees a dog, and then it sleeps.\n' * 60, {})
     before = contents(place)
-    ended = try_to_train(run_main, place, '--init_from=resume')
+    ended = try_to_train(run_main, place, '--init_from=resume', f'--dataset={name}')
     assert_refused(
         ended,
         [
             'run/step-00000010 was trained on tiny with the fingerprint',
-            'data/tiny has',
-            '--dataset=tiny',
+            f'data/{name} has',
+            way,
             'another --out_dir',
             '--overwrite',
         ],

@@ -40,7 +40,8 @@ def test_durations(text, seconds):
 
 
 @pytest.mark.parametrize(
-    ('text', 'number'), [('5000', 5000), ('300k', 3e5), ('10M', 1e7), ('1.5B', 1.5e9)]
+    ('text', 'number'),
+    [('5000', 5000), ('300k', 3e5), ('300K', 3e5), ('10M', 1e7), ('1.5B', 1.5e9)],
 )
 def test_counts(text, number):
     assert parse_count(text) == number

@@ -159,6 +159,12 @@ def test_mistakes_are_one_line(debug, tmp_path):
         assert words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_without_a_dataset_the_run_in_out_dir_is_offered(debug, tmp_path):
+    (tmp_path / 'run/step-00000010').mkdir(parents=True)
+    said = debug('--dataset=nowhere', f'--out_dir={tmp_path / "run"}').stderr
+    assert f'to examine the run in {tmp_path / "run"}, add --init_from=resume' in said
+
+
 def test_help_tells_its_own_keys_and_train_pys(run_main):
     said = run_main(SCRIPT, '--help').stdout
     assert '--explain' in said and '--batch_tokens' in said and '--learning_rate' in said

@@ -52,10 +52,13 @@ class Checkpoint:
         """Raises UserError if this checkpoint was trained on a dataset with another fingerprint."""
         name, own = self.state['dataset'], self.state['dataset_fingerprint']
         if own != fingerprint:
+            bins = f'resume with the same bins (--dataset={name})'
+            if Path(dataset).name == name:  # it has changed since
+                bins = 'prepare it again from the same text, with the same tokenizer'
             raise UserError(
                 f'{self.path} was trained on {name} with the fingerprint {own[:16]}, but {dataset} '
-                f'has {fingerprint[:16]}: resume with the same bins (--dataset={name}), or start a '
-                f'new run in another --out_dir, or with --overwrite instead of --init_from=resume'
+                f'has {fingerprint[:16]}: {bins}, or start a new run in another --out_dir, or with '
+                f'--overwrite instead of --init_from=resume'
             )
 
     def check_ranks(self, ranks: Ranks):

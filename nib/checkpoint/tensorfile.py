@@ -29,6 +29,7 @@ DTYPES = {
     'U8': torch.uint8,
     'BOOL': torch.bool,
 }
+NOTES = '__metadata__'  # the header's field for notes
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -36,10 +37,15 @@ class Altered(Exception):
     """A file's content is not what was written."""
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Writes CPU tensors to a new file and syncs it to the disk; returns its SHA-256."""
+def write(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Writes CPU tensors to a new file and syncs it to the disk; returns its SHA-256.
+
+    metadata: texts for the header's field for notes.
+    """
     with _hashing() as (digest, update), open(path, 'wb') as file:
-        for block in _blocks(tensors):
+        for block in _blocks(tensors, metadata):
             update(block)
             file.write(block)
         file.flush()
@@ -72,14 +78,15 @@ def read(path: Path, expected: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _blocks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+def _blocks(tensors: Mapping[str, torch.Tensor], metadata) -> Iterator[memoryview]:
     """Yields the bytes of the file, without copying the tensors."""
     # Widest dtype first, so each tensor begins at a multiple of its element size.
     tensors = {
         name: tensors[name].detach().contiguous()
         for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     }
-    header, end = {}, 0
+    header: dict[str, Mapping] = {NOTES: metadata} if metadata else {}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {
@@ -102,7 +109,7 @@ def _parse(content: torch.Tensor) -> dict[str, torch.Tensor]:
     header = json.loads(content[8:data].numpy().tobytes())
     tensors = {}
     for name, entry in header.items():
-        if name != '__metadata__':  # the format's field for notes
+        if name != NOTES:
             start, end = entry['data_offsets']
             own = content[data + start : data + end].clone()
             tensors[name] = own.view(DTYPES[entry['dtype']]).reshape(entry['shape'])

@@ -122,13 +122,14 @@ class Family:
             )
 
     def why_not(self, config: GPTConfig) -> str | None:
-        """Returns which key of GPTConfig this architecture does not support, or None."""
-        for name, allowed in self.needs.items():
-            value = getattr(config, name)
-            if value not in allowed:
-                wanted = ' or '.join(map(str, allowed))
-                return f'{name} is {value}, but {self.architecture} only supports {wanted}'
-        return None
+        """Returns which keys of GPTConfig this architecture does not support, or None."""
+        reasons = [
+            f'{name} is {value}, but {self.architecture} only supports '
+            + ' or '.join(map(str, allowed))
+            for name, allowed in self.needs.items()
+            if (value := getattr(config, name)) not in allowed
+        ]
+        return '; '.join(reasons) or None
 
     def write_fields(self, config: GPTConfig) -> dict:
         """Returns the keys of config.json that the tables know."""

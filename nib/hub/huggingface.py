@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from model import GPTConfig
+from nib.checkpoint import tensorfile
 from nib.errors import UserError
 from nib.files import new_folder
 from nib.hub import gpt2, llama
@@ -69,8 +70,6 @@ def write(
     folder: must not exist. card: the text of README.md. Raises UserError, which names the key of
     GPTConfig, if no architecture of transformers is this model.
     """
-    from safetensors.torch import save_file
-
     if reason := why_not(config):
         raise UserError(f'this model cannot be written for transformers: {reason}')
     if config.position == 'learned':
@@ -84,9 +83,9 @@ def write(
     with new_folder(folder) as temporary:
         _write_json(temporary / 'config.json', {**keys, **ends, 'dtype': 'float32'})
         _write_json(temporary / 'generation_config.json', {**ends, 'do_sample': True})
-        save_file(
-            {name: tensor.float().clone() for name, tensor in theirs.items()},
+        tensorfile.write(
             temporary / 'model.safetensors',
+            {name: tensor.float() for name, tensor in theirs.items()},
             metadata={'format': 'pt'},  # transformers requires it
         )
         write_tokenizer(temporary, tokenizer, config.block_size)

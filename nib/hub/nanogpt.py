@@ -287,15 +287,17 @@ def why_not(config: GPTConfig) -> str | None:
         'mlp_units': 4 * config.n_embd,
         'kv_heads': config.n_head,
     }
-    for name, wanted in needs.items():
-        if getattr(config, name) != wanted:
-            return f'{name} is {getattr(config, name)}, but nanoGPT only supports {wanted}'
+    reasons = [
+        f'{name} is {value}, but nanoGPT only supports {wanted}'
+        for name, wanted in needs.items()
+        if (value := getattr(config, name)) != wanted
+    ]
     if config.mlp not in ('gelu', 'gelu_erf'):
-        return f'mlp is {config.mlp}, but nanoGPT only supports gelu_erf'
+        reasons.append(f'mlp is {config.mlp}, but nanoGPT only supports gelu_erf')
     if config.norm_eps not in (0.0, 1e-5):
-        return f'norm_eps is {config.norm_eps}, but nanoGPT only supports 1e-05'
+        reasons.append(f'norm_eps is {config.norm_eps}, but nanoGPT only supports 1e-05')
     if config.head_width * config.n_head != config.n_embd:
-        return f'head_dim is {config.head_dim}, but nanoGPT needs n_embd / n_head'
+        reasons.append(f'head_dim is {config.head_dim}, but nanoGPT needs n_embd / n_head')
     if config.qkv_bias and not config.bias:
-        return 'qkv_bias is True, but nanoGPT has biases everywhere or nowhere'
-    return None
+        reasons.append('qkv_bias is True, but nanoGPT has biases everywhere or nowhere')
+    return '; '.join(reasons) or None

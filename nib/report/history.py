@@ -106,7 +106,8 @@ class Run:
                 starts = [start for start in value if isinstance(start, dict)]
                 for start in starts:
                     first = f'start at step {start.get("step")}: ' if len(starts) > 1 else ''
-                    rows += [(first + key, show_fact(one)) for key, one in start.items()]
+                    facts = {key: value for key, value in start.items() if key != 'step'}
+                    rows += [(first + key, show_fact(fact)) for key, fact in facts.items()]
             else:
                 rows.append((name, show_fact(value)))
         return rows

@@ -28,7 +28,10 @@ def _read_jsonl(file: Path, field: str, say: Callable[[str], None]) -> Iterator[
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f'{where}: not valid JSON ({error}); {_one_object(file)}') from error
+            why = str(error)
+            if isinstance(error, json.JSONDecodeError):  # whose text calls every line the first
+                why = f'{error.msg} at column {error.colno}'
+            raise UserError(f'{where}: not valid JSON ({why}); {_one_object(file)}') from error
         if not isinstance(row, dict):
             kind = 'array' if isinstance(row, list) else type(row).__name__
             raise UserError(f'{where}: a JSON {kind}, not an object; {_one_object(file)}')

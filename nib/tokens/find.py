@@ -144,6 +144,9 @@ def _advise(name: str, data_dir: Path) -> str:
     if is_prepared(elsewhere):
         parent, own_name = shlex.quote(str(elsewhere.parent)), shlex.quote(elsewhere.name)
         return f'; did you mean --data_dir={parent} --dataset={own_name}?'
+    if elsewhere.exists() and not any((elsewhere / f'{split}.bin').exists() for split in SPLITS):
+        prepare = f'{command("data/text/prepare.py")} --input={shlex.quote(name)}'
+        return f'; if {name} is your text, prepare it with {prepare}, which prints the next command'
     config = Path(os.path.relpath(SCRIPTS.parent / 'config' / f'{name}.py'))
     if config.exists():
         return f'; the first lines of {config} say how to prepare it'

@@ -40,6 +40,13 @@ def test_what_is_written_is_read_here_and_by_the_safetensors_package(tmp_path, m
         assert (data + entry['data_offsets'][0]) % TENSORS[name].itemsize == 0, name
 
 
+def test_metadata_is_written_as_the_safetensors_package_reads_it(tmp_path):
+    digest = tensorfile.write(tmp_path / 'file', TENSORS, {'format': 'pt'})
+    with safetensors.safe_open(tmp_path / 'file', 'pt') as file:
+        assert file.metadata() == {'format': 'pt'}
+    assert_equal(tensorfile.read(tmp_path / 'file', digest), TENSORS)
+
+
 def test_files_of_the_safetensors_package_are_read(tmp_path):
     expected = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
     safetensors.torch.save_file(expected, tmp_path / 'file', {'format': 'pt'})

@@ -23,7 +23,7 @@ from transformers import (
 
 from model import GPT, GPTConfig
 from nib.errors import UserError
-from nib.hub import family, gpt2, huggingface, llama
+from nib.hub import family, gpt2, huggingface, llama, nanogpt
 from nib.hub.family import HARMLESS, REQUIRED
 from nib.text.hf_tokenizer import HfTokenizer
 from nib.text.tokenizer import CharTokenizer
@@ -432,3 +432,21 @@ def test_what_is_written_is_loaded_by_transformers_and_read_again(architecture, 
 def test_what_no_architecture_expresses_is_refused_by_its_key(changes):
     reason = huggingface.why_not(replace(SMALL, **changes))
     assert reason and next(iter(changes)) in reason
+
+
+def test_other_users_may_read_what_is_written(tmp_path):
+    tokenizer = CharTokenizer(''.join(map(chr, range(40, 40 + V))))
+    huggingface.write(tmp_path / 'out', SMALL, GPT(SMALL).state_dict(), tokenizer, 'A card.')
+    (tmp_path / 'plain').write_text('')
+    usual = (tmp_path / 'plain').stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / 'out').iterdir()} == {usual}
+
+
+def test_a_refusal_names_all_keys_to_change():
+    planned = replace(SMALL, position='rotary', mlp='swiglu', qk_norm=True, smear=1)
+    assert planned.norm == 'layer'
+    reason = huggingface.why_not(planned)
+    assert 'norm is layer' in reason and 'smear is 1' in reason
+    assert huggingface.why_not(replace(planned, norm='rms', smear=0)) is None
+    reason = nanogpt.why_not(planned)
+    assert all(f'{key} is ' in reason for key in ('position', 'mlp', 'qk_norm', 'smear'))

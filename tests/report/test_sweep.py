@@ -181,3 +181,22 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert again.stdout.splitlines()[-1] == line
     again = run_main('sweep.py', *flags)
     assert 'learning_rate=1e-2: already finished' in again.stdout and again.returncode == 1
+    changed = run_main('sweep.py', *flags, '--weight_decay=0.25')
+    assert changed.returncode == 2 and not changed.stdout
+    assert 'trained with weight_decay 0.1, but this command says 0.25' in changed.stderr
+    changed = run_main('sweep.py', *flags, '--weight_decay=0.25', '--overwrite')
+    assert 'learning_rate=1e-2: best validation loss' in changed.stdout
+    config = json.loads((folder / 'learning_rate=1e-2/config.json').read_text())['config']
+    assert config['weight_decay'] == 0.25
+    again = run_main('sweep.py', *flags, '--weight_decay=0.25')
+    assert 'learning_rate=1e-2: already finished' in again.stdout
+
+
+def test_a_planned_run_has_finished_after_the_steps_of_its_plan(tmp_path):
+    values = {'max_iters': 600000, 'budget': '', 'params': '300k'}
+    (tmp_path / 'config.json').write_text(json.dumps({'config': values | {'max_iters': 20}}))
+    for step, finished in ((10, False), (20, True)):
+        record = {'step': step, 'loss/val_whole': 1.0}
+        (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
+        assert sweep.is_finished(sweep.Planned(tmp_path, [], values)) == finished
+    assert not sweep.is_finished(sweep.Planned(tmp_path, [], values | {'params': ''}))

@@ -49,6 +49,8 @@ def test_the_duration_leaves_out_the_pause_before_a_resume(tmp_path):
     assert run.elapsed[10] == 600 and run.seconds == 20 * 60  # and not a day more
     content = re.search(r'"hours":(\[.*?\])', page.toolbar([run], []))[1]
     assert json.loads(content)[-1] == pytest.approx(1 / 3, abs=1e-5)
+    names = [name for name, _ in run.origin()]  # the step is in the heading
+    assert names[-2:] == ['start at step 0: date', 'start at step 10: date']
 
 
 @pytest.mark.parametrize(

@@ -396,3 +396,13 @@ def test_three_runs_started_together_prepare_the_dataset_once(tmp_path):
         assert state['dataset_fingerprint'] == fingerprint
     names = sorted(path.name for path in folder.iterdir())
     assert names == ['input.txt', 'meta.json', 'train.bin', 'val.bin']
+
+
+def test_the_path_of_a_text_gets_the_command_that_prepares_it(values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my notes').mkdir()
+    (tmp_path / 'novel.txt').write_text('Once upon a time')
+    for name, typed in (('my notes', "'my notes'"), ('novel.txt', 'novel.txt')):
+        said = refusal(values | {'dataset': name})
+        assert f'if {name} is your text, prepare it with ' in said
+        assert f'data/text/prepare.py --input={typed}, which' in said
