@@ -69,7 +69,12 @@ def likeliest(out_dir, which, prompt, count, dtype=torch.float32) -> str:
     return tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize('which, step', [('best', 10), ('latest', 20), ('10', 10), ('20', 20)])
+BEST = 'step 10 (the best; the newest is step 20)'
+
+
+@pytest.mark.parametrize(
+    'which, step', [('best', BEST), ('latest', 'step 20'), ('10', BEST), ('20', 'step 20')]
+)
 def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest(
     out_dir, sample, which, step
 ):
@@ -77,7 +82,7 @@ def test_the_checkpoint_that_was_asked_for_writes_what_its_model_finds_likeliest
         out_dir, f'--which={which}', '--start=The cat', '--temperature=0', '--max_new_tokens=9'
     )
     assert done.stdout == likeliest(out_dir, which, 'The cat', 9) + '\n'
-    assert f'step {step}, trained on tiny' in done.stderr
+    assert f': {step}, trained on tiny' in done.stderr
 
 
 def test_weights_of_another_precision_write_what_they_find_likeliest(out_dir, run_main):
@@ -304,7 +309,7 @@ def test_in_a_notebook_the_text_is_in_one_piece_and_other_cells_keep_their_threa
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
         monkeypatch.delenv(name, raising=False)
     sample(out_dir, '--start=the', '--max_new_tokens=4')
-    assert 'step 10, trained on tiny' in shown[0] and shown[1] == 'the'
+    assert f'{BEST}, trained on tiny' in shown[0] and shown[1] == 'the'
     assert set(limited) == {4}
 
 

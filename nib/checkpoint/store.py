@@ -61,6 +61,13 @@ class Checkpoint:
                 f'--overwrite instead of --init_from=resume'
             )
 
+    def describe_step(self) -> str:
+        """Returns the step, and whether it is the best one of a run with newer ones."""
+        step, folders = self.state['step'], _step_folders(self.path.parent)
+        newest = max(map(_step_of, folders), default=step)
+        is_best = step < newest and step == _named(self.path.parent, 'best')
+        return f'step {step}' + f' (the best; the newest is step {newest})' * is_best
+
     def check_ranks(self, ranks: Ranks):
         """Raises UserError if the processes of the run have read different checkpoints."""
         steps = ranks.gather(self.step)

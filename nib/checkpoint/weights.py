@@ -163,9 +163,9 @@ class Weights:
         """Returns the name, and for a run the step and the dataset."""
         if not self.resumed:
             return self.name
-        state = self.resumed.state
+        step, state = self.resumed.describe_step(), self.resumed.state
         dataset = state.get('dataset') or state['config'].get('dataset', 'an unknown dataset')
-        return f'{self.name}: step {state["step"]}, trained on {dataset}'
+        return f'{self.name}: {step}, trained on {dataset}'
 
     def known_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UserError if it is not known."""
