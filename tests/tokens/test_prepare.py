@@ -671,8 +671,10 @@ def test_a_tokenizer_is_trained_once(tmp_path, run_main, monkeypatch):
         for name in ('meta.json', 'train.bin', 'val.bin'):
             whole = (tmp_path / 'whole' / name).read_bytes()
             assert (tmp_path / 'a' / name).read_bytes() == whole
+        assert 'cannot be resumed' not in done.stderr
     monkeypatch.undo()
-    prepare_bpe(run_main, path, tmp_path / 'a', '--vocab_size=265')
+    done = prepare_bpe(run_main, path, tmp_path / 'a', '--vocab_size=265')
+    assert 'replaces the tokens that were here before: runs on them cannot' in done.stderr
     assert open_dataset(tmp_path / 'a', 16).vocab_size == 265
 
 
