@@ -245,7 +245,13 @@ class Ended:
 
 
 find_commit = functools.cache(provenance.find_commit)  # the tests make no commits here
-read_script = functools.cache(configurator.read_block)  # and change none of the scripts
+read_block = configurator.read_block
+read_script = functools.cache(read_block)
+
+
+def read_block_once(path):
+    """Parses the repository's own scripts, which no test changes, only once."""
+    return deepcopy(read_script(path)) if ROOT in Path(path).parents else read_block(path)
 
 
 @pytest.fixture
@@ -260,7 +266,7 @@ def run_main(monkeypatch, capfd):
     others = [rule for rule in rules.STEP_RULES if rule is not rules.throughput_collapse]
     monkeypatch.setattr(rules, 'STEP_RULES', others)
     monkeypatch.setattr(provenance, 'find_commit', find_commit)
-    monkeypatch.setattr(configurator, 'read_block', lambda path: deepcopy(read_script(path)))
+    monkeypatch.setattr(configurator, 'read_block', read_block_once)
     monkeypatch.setattr(sys, 'path', list(sys.path))  # to which prepare scripts add
     modules = {}
 
