@@ -12,9 +12,9 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 # Limits of a download that are reached only by the pages which are there to reach them.
 PATIENT = {'timeout': (600, 600), 'overall_seconds': 600}
 LIMITS = {
-    'stalled': PATIENT | {'timeout': (600, 0.3)},
-    'silent': PATIENT | {'timeout': (600, 0.3)},
-    'drip': PATIENT | {'overall_seconds': 0.7},
+    'stalled': PATIENT | {'timeout': (600, 0.1)},
+    'silent': PATIENT | {'timeout': (600, 0.1)},
+    'drip': PATIENT | {'overall_seconds': 0.2},
 }
 
 
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
     def drip(self):
         """A byte at a time, each within the timeout for silence."""
         self.begin(len(CONTENT))
-        while not self.server.over.wait(0.1):
+        while not self.server.over.wait(0.05):
             self.wfile.write(b'T')
             self.wfile.flush()
 
@@ -77,7 +77,7 @@ def address():
     """http://127.0.0.1:port of the server, whatever proxy the machine has."""
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.daemon_threads, server.over = True, threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('NO_PROXY', '127.0.0.1')
         patch.setenv('no_proxy', '127.0.0.1')

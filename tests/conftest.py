@@ -20,15 +20,18 @@ import processes
 import pytest
 import torch
 
+import configurator
 from nib import errors
 from nib.doctor import rules
 from nib.machine import ranks
 from nib.run import provenance
+from nib.schema import Block
 from nib.tokens.write import write_char_dataset
 
 pytest_plugins = ['bad_server', 'gpt2', 'microscope']  # their fixtures
 gc.disable()  # until the tests are collected: seconds of looking at what nobody frees
 torch.set_num_threads(1)  # the models of the tests are too small for more
+os.fsync = os.fstat  # waits for no disk; `disk` and test_writer.py see what is synced, and when
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model and a run that take a second, exact enough to compare with formulas.
@@ -91,7 +94,9 @@ def pytest_xdist_make_scheduler(config):
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """Seeds each test alike, whichever tests its process has run before."""
-    torch.manual_seed(0)
+    # torch.manual_seed would format a stack trace, in case that CUDA starts later and fails.
+    seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+    seed(0)
     random.seed(0)
     np.random.seed(0)
 
@@ -240,6 +245,15 @@ class Ended:
 
 
 find_commit = functools.cache(provenance.find_commit)  # the tests make no commits here
+read_block = configurator.read_block
+read_script = functools.cache(read_block)
+
+
+def read_block_once(path):
+    """Parses the repository's own scripts, which no test changes, only once."""
+    if ROOT not in Path(path).parents:
+        return read_block(path)
+    return read_script(path).extended(Block({}, {}, {}, {}, ''))  # a copy
 
 
 @pytest.fixture
@@ -254,6 +268,7 @@ def run_main(monkeypatch, capfd):
     others = [rule for rule in rules.STEP_RULES if rule is not rules.throughput_collapse]
     monkeypatch.setattr(rules, 'STEP_RULES', others)
     monkeypatch.setattr(provenance, 'find_commit', find_commit)
+    monkeypatch.setattr(configurator, 'read_block', read_block_once)
     monkeypatch.setattr(sys, 'path', list(sys.path))  # to which prepare scripts add
     modules = {}
 

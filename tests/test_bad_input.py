@@ -589,7 +589,7 @@ errors.run_script(main)
 
 
 def test_an_error_of_another_rank_alone_is_told_by_it():
-    done = run_script('-c', ALONE, env={'LOCAL_RANK': '1'})
+    done = run_script('-c', ALONE, env={'LOCAL_RANK': '1'}, python=sys.executable)
     assert (done.returncode, done.stderr) == (2, 'error: only here\n')
 
 

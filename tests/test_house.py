@@ -1,6 +1,7 @@
 """The house: which module may import which, read from the imports themselves."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def imports(tree: ast.AST) -> set[str]:
     return {name for name in names if name.split('.')[0] in PROJECT}
 
 
-def imports_of(path: Path) -> set[str]:
-    return imports(ast.parse(path.read_text(encoding='utf-8')))
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
+    return frozenset(imports(ast.parse(path.read_text(encoding='utf-8'))))
 
 
 def tops(names: set[str]) -> set[str]:

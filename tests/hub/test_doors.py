@@ -103,7 +103,7 @@ def hub(folder, tmp_path, monkeypatch):
 
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     server.folder, server.asked = folder, set()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     address = f'http://127.0.0.1:{server.server_port}'

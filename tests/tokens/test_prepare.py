@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, run_script
-from processes import Started
+from processes import PATIENCE
 
 from nib.errors import UserError
 from nib.files import command
@@ -50,9 +50,12 @@ def text_of(folder):
     return data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val)
 
 
-def test_a_text_of_one_s_own_becomes_a_dataset_and_is_told_from_shakespeare(given, tmp_path):
+def test_a_text_of_one_s_own_becomes_a_dataset_and_is_told_from_shakespeare(
+    given, tmp_path, run_main, monkeypatch
+):
     """From another folder, with relative paths."""
-    done = run_script(SHAKESPEARE, '--input=romeo.txt', '--out_dir=romeo', folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = run_main(SHAKESPEARE, '--input=romeo.txt', '--out_dir=romeo')
     assert done.returncode == 0, done.stderr
     assert text_of(tmp_path / 'romeo') == TEXT
     cut = int(len(TEXT) * 0.9)
@@ -131,6 +134,7 @@ def test_shakespeare_by_gpt2_s_tokens_without_its_vocabulary_is_one_line(given, 
         f'--input={given}',
         f'--out_dir={tmp_path / "new"}',
         env={**NO_NETWORK, 'TIKTOKEN_CACHE_DIR': str(tmp_path / 'cache')},
+        python=sys.executable,  # which has not read the vocabulary
     )
     assert (
         done.returncode == 2
@@ -157,6 +161,7 @@ def stdlib(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_text_enough_and_says_where_it_is_from(stdlib):
     text = text_of(stdlib)
     assert len(text) > 5_000_000 and text.isascii() and '\r' not in text and text.endswith('\n')
@@ -257,8 +262,11 @@ def test_a_folder_of_notes_becomes_a_dataset(
     )
 
 
-def test_one_text_is_split_by_position_and_has_no_end_of_text(given, tmp_path):
-    done = run_script(WRITTEN, '--input=romeo.txt', '--out_dir=romeo', folder=tmp_path)
+def test_one_text_is_split_by_position_and_has_no_end_of_text(
+    given, tmp_path, run_main, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = run_main(WRITTEN, '--input=romeo.txt', '--out_dir=romeo')
     assert done.returncode == 0 and done.stderr.splitlines() == [
         'note: this is very little text to learn from; use at least 100,000 characters'
     ]
@@ -417,7 +425,9 @@ def checkout(tmp_path):
 
 
 def test_a_dataset_is_named_after_its_input_and_stays_out_of_git(checkout, notes):
-    done = run_script('data/text/prepare.py', f'--input={notes}', folder=checkout)
+    done = run_script(
+        'data/text/prepare.py', f'--input={notes}', folder=checkout, python=sys.executable
+    )
     assert done.returncode == 0, done.stderr
     assert is_prepared(checkout / 'data/My_notes')
     last = done.stdout.splitlines()[-1]
@@ -744,8 +754,14 @@ runpy.run_path(sys.argv.pop(1), run_name='__main__')
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes')
 def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once(notes, tmp_path):
     flags = [f'--input={notes}', f'--out_dir={tmp_path / "a"}', '--tokenizer=bpe']
-    run = Started(tmp_path, TRAINS_ON, WRITTEN, *flags)
-    run.wait_for('training')
-    run.send(signal.SIGINT)
-    assert run.end() == -signal.SIGINT and 'Traceback' not in run.stderr
+    program = [sys.executable, '-c', TRAINS_ON, WRITTEN, *flags]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(program, cwd=ROOT, **pipes) as run:
+        try:
+            assert any('training' in line for line in run.stdout)
+            run.send_signal(signal.SIGINT)
+            _, said = run.communicate(timeout=PATIENCE)
+        finally:
+            run.kill()
+    assert run.returncode == -signal.SIGINT and 'Traceback' not in said
     assert not (tmp_path / 'a').exists()
