@@ -23,7 +23,7 @@ NANOGPT_KEYS = {
 # Names that may be mistaken for keys -> what to write instead.
 NOT_KEYS = {
     'config': 'the path of a config file needs no flag',
-    'include': "a function: write include('other.py')",
+    'include': "it is a function: write include('other.py')",
 }
 
 
