@@ -78,7 +78,7 @@ def no_such_keys(unknown: Mapping[str, str], block: Block, note: str, form: str 
 
 
 def _no_such_key(name: str, block: Block, form: str) -> str:
-    """Candidates have these initials or a similar spelling, or mean this."""
+    """Candidates have these initials, a similar spelling, this first word or this meaning."""
     name = name.strip('_ \u2013\u2014')  # -name, a dash, and '--name = value'
     if name in NANOGPT_KEYS:
         return f'a key of nanoGPT: {NANOGPT_KEYS[name]}'

@@ -85,7 +85,7 @@ def capture_model(
 ) -> torch.nn.Module:
     """Returns the model as a GraphedModel, or the model itself if that fails, and reports which.
 
-    batch: x and y, with the shape of all batches. context: a context for forward passes.
+    batch: x and y, with the shape of all batches. context: of the forward pass, such as autocast.
     """
     started = time.perf_counter()
     try:
@@ -144,7 +144,7 @@ class GraphedModel(torch.nn.Module):
             return self.module(*self.batch)
 
     def restore_gradients(self):
-        """Makes the tensors that the graph adds to the gradients again, if others replaced them."""
+        """Restores the gradients that the graph adds to, if they were removed or replaced."""
         removed = [grad for p, grad in self.gradients if p.grad is None]
         if removed:
             torch._foreach_zero_(removed)
