@@ -29,7 +29,7 @@ Settle = Mapping[str, Callable]
 Recall = Callable[[Mapping, Mapping], tuple[Mapping, str]]
 NO_SETTLING: Settle = MappingProxyType({})
 TEXTS = ('start', 'stop')  # keys whose value is a text, in which ~ is not a home folder
-DASHES = ('-', '\u2013', '\u2014')  # word processors write the last two for --
+DASHES = ('-', '\u2013', '\u2014')  # word processors write the last two instead of --
 
 
 def configure(
@@ -82,7 +82,7 @@ def resolve(
     If a key allows 'auto' but has another default, 'auto' keeps the value that it would replace and
     adds ' (auto)' to where it comes from. The script adapts that value.
 
-    Raises UserError with all that is wrong with the flags and the config files.
+    Raises UserError with one message for everything wrong with the flags and the config files.
     """
     problems: list[str] = []
     flags, files = parse_argv(argv, block, problems)

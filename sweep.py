@@ -6,7 +6,7 @@ python sweep.py config/x.py --seed=1,2 --sweep_dir=seeds                 to anot
 
 All arguments but --jobs and --sweep_dir are those of train.py. The same command continues a sweep:
 it leaves out the runs that have ended and resumes the others. --overwrite trains all of them again,
-for example after a change to the code. A run that fails does not stop a sweep.
+for example after a change to the code. If a run fails, the sweep continues with the next one.
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
@@ -134,7 +134,7 @@ def plan(argv: list[str]) -> list[Planned]:
 
 
 def check_unchanged(run: Planned):
-    """Raises UserError if a run exists that began with other values, except of max_iters."""
+    """Raises UserError if the run exists and began with other values; max_iters may differ."""
     if run.values['overwrite'] or not store.exists(run.folder):
         return
     for key, before in read_json(run.record).items():
@@ -274,7 +274,7 @@ def is_finished(run: Planned) -> bool:
     if not is_run(run.folder):
         return False
     read, last = read_run(run.folder), run.values['max_iters']
-    if run.values['budget'] or run.values['params']:  # which have chosen it
+    if run.values['budget'] or run.values['params']:  # these have chosen it
         last = read.config.get('max_iters', last)
     return max(read.numbers.get('loss/val_whole', {}), default=-1) >= last
 

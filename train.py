@@ -113,8 +113,8 @@ min_lr: float | Literal['auto'] = 'auto'  # final learning rate; auto: learning_
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float32 is TF32 on a GPU
 compile: bool | Literal['auto'] = 'auto'  # use torch.compile
-cuda_graph: bool = True  # on one GPU, launch the kernels of a small model's pass all at once
-deterministic: bool = False  # on a GPU, use only operations that repeat bit for bit; slower
+cuda_graph: bool = True  # on one GPU, launch all kernels of a small model's pass at once
+deterministic: bool = False  # on a GPU, use only operations that repeat bit for bit (slower)
 
 
 def get_lr(step: int) -> float:
@@ -214,7 +214,7 @@ class Training:
     micro_steps: int  # per step, on this rank
     grad_clip: float
     seed: int
-    cuda_graph: bool = False  # whether the passes of a small model may be CUDA graphs
+    cuda_graph: bool = False  # whether passes of a small model may be captured
 
     @classmethod
     def set_up(cls, config, data, start=None, ranks=Ranks()) -> 'Training':

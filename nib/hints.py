@@ -23,7 +23,7 @@ NANOGPT_KEYS = {
 # Names that may be mistaken for keys -> what to write instead.
 NOT_KEYS = {
     'config': 'the path of a config file needs no flag',
-    'include': "a function: write include('other.py')",
+    'include': "it is a function: write include('other.py')",
 }
 
 
@@ -78,7 +78,7 @@ def no_such_keys(unknown: Mapping[str, str], block: Block, note: str, form: str 
 
 
 def _no_such_key(name: str, block: Block, form: str) -> str:
-    """Candidates have these initials or a similar spelling, or mean this."""
+    """Candidates have these initials, a similar spelling, this first word or this meaning."""
     name = name.strip('_ \u2013\u2014')  # -name, a dash, and '--name = value'
     if name in NANOGPT_KEYS:
         return f'a key of nanoGPT: {NANOGPT_KEYS[name]}'

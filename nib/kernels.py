@@ -51,7 +51,7 @@ def is_causal_attention(scores) -> bool:
         * 2
     )
     identity = torch.eye(len(positions), dtype=q.dtype, device='cpu').expand(1, 4, -1, -1)
-    # Whatever kernels the caller has selected for the model's own device.
+    # The caller may have selected kernels that a CPU does not have.
     with torch.autocast('cpu', enabled=False), sdpa_kernel(SDPBackend.MATH):
         kernel_weights = F.scaled_dot_product_attention(q, k, identity, is_causal=True)
         try:

@@ -134,7 +134,7 @@ def read_python(path: str) -> tuple[str, ast.Module]:
             source = file.read()
         return source, ast.parse(source, path)
     except SyntaxError as error:
-        what = error.msg.partition('. Maybe')[0]  # of batch-size = 12, that == was meant
+        what = error.msg.partition('. Maybe')[0]  # for batch-size = 12, Python suggests ==
         reason = (
             f':{error.lineno or 1}: SyntaxError: {what}; a config file is Python code, such as: '
             f'batch_size = 12'

@@ -31,7 +31,7 @@ from nib.tokens.write import write_char_dataset
 pytest_plugins = ['bad_server', 'gpt2', 'microscope']  # their fixtures
 gc.disable()  # until the tests are collected: seconds of looking at what nobody frees
 torch.set_num_threads(1)  # the models of the tests are too small for more
-os.fsync = os.fstat  # waits for no disk; `disk` and test_writer.py see what is synced, and when
+os.fsync = os.fstat  # never waits for the disk; `disk` and test_writer.py check what is synced
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model and a run that take a second, exact enough to compare with formulas.
@@ -94,7 +94,7 @@ def pytest_xdist_make_scheduler(config):
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """Seeds each test alike, whichever tests its process has run before."""
-    # torch.manual_seed would format a stack trace, in case that CUDA starts later and fails.
+    # torch.manual_seed would format a stack trace, in case CUDA starts later and fails.
     seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
     seed(0)
     random.seed(0)

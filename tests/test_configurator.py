@@ -482,7 +482,10 @@ seed = max_iters
         ('import json\nseed = json.loads("{")', 'x.py:2: JSONDecodeError'),
         ('assert False', 'x.py:1: AssertionError'),
         ('max-iters = 3', 'x.py:1: SyntaxError: cannot assign to expression here; a config file'),
-        ("include = 'y.py'", "x.py:1: include: no such key; a function: write include('other.py')"),
+        (
+            "include = 'y.py'",
+            "x.py:1: include: no such key; it is a function: write include('other.py')",
+        ),
         ('seed = 1\nmax_iters: 3', "x.py:2: found 'max_iters: 3', which sets nothing; expected"),
         ('max_iters == 3', "x.py:1: found 'max_iters == 3', which sets nothing; expected"),
         ("{'max_iters': 3}", 'x.py:1: found "{\'max_iters\': 3}", which sets nothing; expected'),

@@ -360,7 +360,7 @@ def test_a_model_that_waits_for_the_gpu_trains_without_a_graph(data_dir, monkeyp
     drop = torch.nn.Dropout.forward
     monkeypatch.setattr(torch.nn.Dropout, 'forward', lambda self, x: (wait(x), drop(self, x))[1])
     t, said = make_training(data_dir)
-    assert t.model is t.raw_model and 'no CUDA graph' in said[-1]
+    assert t.model is t.raw_model and 'without CUDA graphs' in said[-1]
     assert all(p.grad is None for p in t.raw_model.parameters())
     monkeypatch.undo()
     plain, _ = make_training(data_dir, cuda_graph=False)

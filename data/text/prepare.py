@@ -103,7 +103,7 @@ def main(argv):
     before = read_json(folder / 'meta.json').get('splits')
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     if before and before != meta['splits']:
-        note('this replaces the tokens that were here before: runs on them cannot be resumed')
+        note(f'the tokens in {folder} were replaced: runs on the old ones cannot be resumed')
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)
     if several and not 0.5 * documents.VAL_FRACTION <= share <= 2 * documents.VAL_FRACTION:
         note(f'the validation split has {share:.0%} of the text, because documents are kept whole')

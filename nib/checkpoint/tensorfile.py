@@ -42,7 +42,7 @@ def write(
 ) -> str:
     """Writes CPU tensors to a new file and syncs it to the disk; returns its SHA-256.
 
-    metadata: texts for the header's field for notes.
+    metadata: texts to store in the header's field for notes.
     """
     with _hashing() as (digest, update), open(path, 'wb') as file:
         for block in _blocks(tensors, metadata):

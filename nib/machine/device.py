@@ -232,7 +232,7 @@ def prepare_device(device: str, deterministic: bool = False):
     if device.startswith('cuda'):
         torch.set_float32_matmul_precision('high')  # TF32 tensor cores for float32 products
         if deterministic:
-            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # which torch requires
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # torch requires it
             torch.use_deterministic_algorithms(True)
     if device == 'cpu':
         keep_freed_memory()

@@ -36,7 +36,7 @@ def warm_up(function: Callable[[], Any], device: torch.device):
                 function()
                 mode = torch.cuda.get_sync_debug_mode()
                 with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')  # it calls itself a prototype
+                    warnings.simplefilter('ignore')  # torch warns that it is a prototype
                     torch.cuda.set_sync_debug_mode('error')
                 try:
                     function()
@@ -55,7 +55,7 @@ def capture(graph: torch.cuda.CUDAGraph, pool=None):
         with torch.cuda.graph(graph, pool):
             yield
     except RuntimeError:
-        # The random generator would refuse to work, as if the capture went on.
+        # Otherwise, the random generator fails as if the capture were still in progress.
         device = torch.cuda.current_device()
         fresh = torch.Generator(torch.device('cuda', device)).graphsafe_get_state()
         torch.cuda.default_generators[device].graphsafe_set_state(fresh)
@@ -69,7 +69,7 @@ def capture(graph: torch.cuda.CUDAGraph, pool=None):
 
 
 def is_launch_bound(t) -> bool:
-    """Returns whether the passes of a run are so small that launching their kernels takes longer.
+    """Returns whether launching the kernels of a run's passes takes longer than running them.
 
     t: train.py's Training. Passes of several ranks are not captured.
     """
@@ -85,21 +85,21 @@ def capture_model(
 ) -> torch.nn.Module:
     """Returns the model as a GraphedModel, or the model itself if that fails, and reports which.
 
-    batch: x and y, in the shape of all batches. context: of forward passes.
+    batch: x and y, with the shape of all batches. context: of the forward pass, such as autocast.
     """
     started = time.perf_counter()
     try:
         with torch.cuda.device(batch[0].device):
             graphed = GraphedModel(model, batch, context)
             free, total = torch.cuda.mem_get_info()
-        if free < total / 2:  # graphs keep the memory of a pass, which evaluations need, too
-            raise RuntimeError(f'only {free / 1e9:.1f} of {total / 1e9:.1f} GB would be left')
+        if free < total / 2:  # graphs keep the memory of a pass; evaluations need some, too
+            raise RuntimeError(f'only {free / 1e9:.1f} of {total / 1e9:.1f} GB would remain free')
     except Exception as error:  # whatever a changed model raises
         graphed = None  # frees its memory
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         reason = explain_failure(error)
-        say(f'no CUDA graph, continuing without it (--no-cuda_graph skips the attempt): {reason}')
+        say(f'continuing without CUDA graphs (--no-cuda_graph skips the attempt): {reason}')
         return model
     say(f'training passes captured as CUDA graphs in {time.perf_counter() - started:.1f} s')
     return graphed
@@ -108,9 +108,9 @@ def capture_model(
 class GraphedModel(torch.nn.Module):
     """A model whose loss and gradients for a batch are computed by replaying two CUDA graphs.
 
-    The graphs repeat the kernels of the pass that was captured, on the same memory. Whatever Python
-    did in it is not repeated, so the model itself runs if the shape of the batch or the fingerprint
-    of the model has changed since.
+    The graphs repeat the kernels of the captured pass, on the same memory. They do not repeat its
+    Python code, so the model itself runs if the shape of the batch or the fingerprint of the model
+    has changed since.
     """
 
     def __init__(self, model: torch.nn.Module, batch, context):
@@ -144,7 +144,7 @@ class GraphedModel(torch.nn.Module):
             return self.module(*self.batch)
 
     def restore_gradients(self):
-        """Lets the gradients be the tensors that the graph adds to, if they were removed since."""
+        """Restores the gradients that the graph adds to, if they were removed or replaced."""
         removed = [grad for p, grad in self.gradients if p.grad is None]
         if removed:
             torch._foreach_zero_(removed)
@@ -161,10 +161,10 @@ class GraphedModel(torch.nn.Module):
 
 
 def fingerprint(model: torch.nn.Module) -> list:
-    """Returns what must be the same in a later pass if a graph is to repeat a pass of the model.
+    """Returns what must not change as long as the graphs of a model are used.
 
-    These are the numbers, strings and flags that are attributes of its modules, the number of
-    their hooks and parts, and the memory of parameters and buffers.
+    These are the attributes of its modules that are numbers, strings and flags, the number of their
+    hooks and submodules, and the memory of parameters and buffers.
     """
     found: list = []
     for module in model.modules():
@@ -196,8 +196,8 @@ class Replay(torch.autograd.Function):
     def backward(ctx: Any, grad_loss):
         if ctx.number != ctx.graphed.passes:
             raise RuntimeError(
-                'a CUDA graph keeps the activations of its last forward pass only, and this '
-                'backward pass is of an earlier one: use --no-cuda_graph'
+                'a CUDA graph keeps only the activations of its last forward pass, but this '
+                'backward pass belongs to an earlier one: use --no-cuda_graph'
             )
         ctx.graphed.restore_gradients()
         ctx.graphed.grad_loss.copy_(grad_loss)

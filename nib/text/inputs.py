@@ -38,7 +38,7 @@ def find_files(
         if state is None:
             raise UserError(
                 f'{path}: no such file or folder; --input=PATH takes files and folders '
-                f'of this machine, separated by commas'
+                f'on this machine, separated by commas'
             )
         if stat.S_ISDIR(state.st_mode):
             paths += _search(path, endings, skipped)

@@ -29,7 +29,7 @@ def _read_jsonl(file: Path, field: str, say: Callable[[str], None]) -> Iterator[
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             why = str(error)
-            if isinstance(error, json.JSONDecodeError):  # whose text calls every line the first
+            if isinstance(error, json.JSONDecodeError):  # its text always says line 1
                 why = f'{error.msg} at column {error.colno}'
             raise UserError(f'{where}: not valid JSON ({why}); {_one_object(file)}') from error
         if not isinstance(row, dict):

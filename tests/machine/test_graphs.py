@@ -1,4 +1,4 @@
-"""What of the CUDA graphs needs no GPU; tests/test_gpu.py has the rest."""
+"""CUDA graphs, as far as they can be tested without a GPU; tests/test_gpu.py tests the rest."""
 
 import contextlib
 import random
@@ -62,7 +62,7 @@ def test_a_run_captures_small_passes(monkeypatch, data_dir, changes, captured, l
     'error, free, reason',
     [
         (None, 60 * GB, ''),
-        (None, 30 * GB, 'only 30.0 of 80.0 GB would be left'),
+        (None, 30 * GB, 'only 30.0 of 80.0 GB would remain free'),
         (RuntimeError('called a synchronizing CUDA operation\nsecond line'), 60 * GB, 'called a'),
         (AttributeError("'tuple' object has no attribute 'backward'"), 60 * GB, "'tuple' object"),
         (AssertionError(), 60 * GB, 'AssertionError'),
@@ -86,7 +86,7 @@ def test_a_model_that_cannot_be_captured_runs_as_usual(monkeypatch, error, free,
         assert isinstance(captured, Graphed) and 'captured as CUDA graphs in' in said[0]
         return
     assert captured is model and model.weight.grad is None
-    assert said[0].startswith('no CUDA graph, continuing without it') and reason in said[0]
+    assert said[0].startswith('continuing without CUDA graphs') and reason in said[0]
     assert 'second line' not in said[0]
 
 

@@ -684,7 +684,7 @@ def test_a_tokenizer_is_trained_once(tmp_path, run_main, monkeypatch):
         assert 'cannot be resumed' not in done.stderr
     monkeypatch.undo()
     done = prepare_bpe(run_main, path, tmp_path / 'a', '--vocab_size=265')
-    assert 'replaces the tokens that were here before: runs on them cannot' in done.stderr
+    assert f'the tokens in {tmp_path / "a"} were replaced: runs on the old ones' in done.stderr
     assert open_dataset(tmp_path / 'a', 16).vocab_size == 265
 
 
