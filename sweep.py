@@ -24,14 +24,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
 from nib.errors import EXIT_INTERRUPTED, UserError, run_script
 from nib.files import naming, read_json
+from nib.machine.device import pick_device
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
-from nib.report.compare import compare
+from nib.report.compare import NOT_COMPARED, compare
 from nib.report.history import read_run, read_runs
 from nib.report.page import write_report
 
@@ -40,6 +43,7 @@ sweep_dir: str = 'sweep'  # folder of the runs, their logs and comparison.html
 jobs: int = 1  # runs at a time, each on its own GPU or with its share of the CPU cores
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
+MAY_CHANGE = {'max_iters', 'device', *NOT_COMPARED} - {'init_from'}  # when a sweep continues
 EXIT_FAILED = 1  # at least one run has failed
 # Ctrl-C; a shutdown; a preemption on a cluster; a closed terminal. Windows has the first two.
 SIGNALS = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')]
@@ -123,7 +127,7 @@ def plan(argv: list[str]) -> list[Planned]:
         raise UserError('--out_dir and --init_from=resume are set for each run; use --sweep_dir')
     runs: dict[str, Planned] = {}
     for name, flags in combinations(argv):
-        values, _ = configurator.configure(TRAIN, flags)
+        values, _ = configurator.configure(TRAIN, flags, settle={'device': pick_device})
         for other, run in runs.items():
             if name == other or values == run.values:
                 raise UserError(
@@ -134,12 +138,12 @@ def plan(argv: list[str]) -> list[Planned]:
 
 
 def check_unchanged(run: Planned):
-    """Raises UserError if a run exists that began with other values, except of max_iters."""
+    """Raises UserError if a run exists that began with other values of keys that matter."""
     if run.values['overwrite'] or not store.exists(run.folder):
         return
     for key, before in read_json(run.record).items():
         now = run.values.get(key, before)
-        if now != before and key not in ('max_iters', 'overwrite'):
+        if now != before and key not in MAY_CHANGE:
             raise UserError(
                 f'{run.folder} was trained with {key} {before!r}, but this command says {now!r}: '
                 f'choose another --sweep_dir, or train all runs again (--overwrite)'
@@ -170,8 +174,6 @@ def is_swept(argument: str) -> bool:
 
 def find_environments(device: str) -> list[dict]:
     """Returns the environment variables of each job, at most one on each GPU or CPU core."""
-    import torch  # late, because the check of the arguments does not need it
-
     gpus = 0 if device == 'cpu' else torch.cuda.device_count()
     cores = available_cores()
     most, unit = (gpus, 'GPUs') if gpus else (cores, 'CPU cores')

@@ -14,6 +14,7 @@ from conftest import SMALL_RUN, full_disk
 from processes import PATIENCE, Started
 
 import sweep
+from nib.errors import UserError
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 from nib.report import page
@@ -190,6 +191,29 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert config['weight_decay'] == 0.25
     again = run_main('sweep.py', *flags, '--weight_decay=0.25')
     assert 'learning_rate=1e-2: already finished' in again.stdout
+
+
+def test_config_files_see_the_device_of_the_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, 'sweep_dir', str(tmp_path))
+    config = tmp_path / 'x.py'
+    config.write_text("max_iters = 40 if device == 'auto' else 20")
+    runs = sweep.plan([str(config), '--seed=1,2', '--device=auto'])
+    assert all(run.values['max_iters'] == 20 for run in runs)
+
+
+def test_only_keys_that_matter_may_not_change(tmp_path):
+    values = {'overwrite': False, 'seed': 1, 'init_from': 'scratch'}
+    values |= {'max_iters': 10, 'log_interval': 10, 'device': 'cpu'}
+    run = sweep.Planned(tmp_path / 'a', [], values)
+    (tmp_path / 'a' / 'step-00000010').mkdir(parents=True)
+    sweep.check_unchanged(run)  # of a version that left no record
+    run.record.write_text(json.dumps(values))
+    later = values | {'max_iters': 20, 'log_interval': 5, 'device': 'cuda', 'new_key': 1}
+    sweep.check_unchanged(sweep.Planned(run.folder, [], later))
+    for key, now in (('seed', 2), ('init_from', 'gpt2')):
+        said = f'trained with {key} {values[key]!r}, but this command says {now!r}'
+        with pytest.raises(UserError, match=said):
+            sweep.check_unchanged(sweep.Planned(run.folder, [], values | {key: now}))
 
 
 def test_a_planned_run_has_finished_after_the_steps_of_its_plan(tmp_path):
