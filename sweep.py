@@ -29,8 +29,8 @@ import torch
 import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
-from nib.errors import EXIT_INTERRUPTED, UserError, run_script
-from nib.files import naming, read_json
+from nib.errors import EXIT_FINDING, EXIT_INTERRUPTED, EXIT_NONFINITE, UserError, run_script
+from nib.files import atomic_write, naming, read_json
 from nib.machine.device import pick_device
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
@@ -66,6 +66,10 @@ class Planned:
         """The values that the run began with, to tell whether the command has changed."""
         return Path(f'{self.folder}.json')
 
+    def write_record(self):
+        with atomic_write(self.record) as file:
+            file.write(json.dumps(self.values, indent=1).encode())
+
 
 def main(argv):
     if not argv or {'--help', '-h'} & set(argv):
@@ -84,19 +88,24 @@ def main(argv):
     sweep = Sweep(environments)
     sweep.train_all(runs)
     try:
-        return end(runs, sweep.signal)
+        return end(runs, sweep.signal, sweep.failed)
     except KeyboardInterrupt:
         name = name_signal(signal.SIGINT)
         print(f'stopped by {name}: the runs have ended; repeat the command to compare them')
         return EXIT_INTERRUPTED
 
 
-def end(runs: list[Planned], number: int) -> int:
-    """Compares the runs, unless signal `number` has stopped the sweep; returns the exit code."""
-    finished = [run.folder for run in runs if is_finished(run)]
+def end(runs: list[Planned], number: int, failed: list[Planned]) -> int:
+    """Compares the runs, unless signal `number` has stopped the sweep; returns the exit code.
+
+    failed: runs whose folders may still hold an earlier run.
+    """
+    finished = [run.folder for run in runs if is_finished(run) and run not in failed]
     if number:
-        done = f'{len(finished)} of {len(runs)} runs are finished'
-        print(f'stopped by {name_signal(number)}: {done}; repeat the command to continue')
+        then = f'{len(finished)} of {len(runs)} runs are finished; repeat the command to continue'
+        if runs[0].values['overwrite']:
+            then = 'because of --overwrite, the same command would begin again'
+        print(f'stopped by {name_signal(number)}: {then}')
         return 128 + number
     folders = [run.folder for run in runs if is_run(run.folder)]
     if folders:
@@ -197,6 +206,7 @@ class Sweep:
     def __init__(self, environments: list[dict]):
         self.free = environments
         self.active: list[tuple[subprocess.Popen, Planned, dict, float]] = []
+        self.failed: list[Planned] = []  # perhaps before they replaced an earlier run
         self.signal = 0  # the signal received; 0: none
 
     def train_all(self, runs: list[Planned]):
@@ -247,8 +257,8 @@ class Sweep:
         with naming(run.log), open(run.log, 'a', encoding='utf-8') as output:
             output.write(f'{shlex.join(command)}\n')
             output.flush()
-            if not resume:
-                run.record.write_text(json.dumps(run.values, indent=1), encoding='utf-8')
+            if not store.exists(run.folder):
+                run.write_record()
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
             )
@@ -261,6 +271,10 @@ class Sweep:
         self.free.append(environment)
         if self.signal:
             return
+        if process.returncode not in (0, EXIT_NONFINITE, EXIT_FINDING):
+            self.failed.append(run)
+        elif run.values['overwrite']:  # now the folder holds this run
+            run.write_record()
         if process.returncode:
             lines = run.log.read_text(encoding='utf-8', errors='replace').splitlines()
             said = f'exit code {process.returncode}, {lines[-1]} (see {run.log})'

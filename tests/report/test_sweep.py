@@ -191,6 +191,11 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert config['weight_decay'] == 0.25
     again = run_main('sweep.py', *flags, '--weight_decay=0.25')
     assert 'learning_rate=1e-2: already finished' in again.stdout
+    broken = ['--weight_decay=0.25', '--dataset=missing']  # the earlier runs are still there
+    failed = run_main('sweep.py', *flags, *broken, '--overwrite')
+    assert failed.returncode == 1 and 'learning_rate=1e-2: exit code 2' in failed.stdout
+    again = run_main('sweep.py', *flags, *broken)
+    assert again.returncode == 2 and "with dataset 'tiny', but" in again.stderr
 
 
 def test_config_files_see_the_device_of_the_runs(monkeypatch, tmp_path):
@@ -216,11 +221,24 @@ def test_only_keys_that_matter_may_not_change(tmp_path):
             sweep.check_unchanged(sweep.Planned(run.folder, [], values | {key: now}))
 
 
-def test_a_planned_run_has_finished_after_the_steps_of_its_plan(tmp_path):
-    values = {'max_iters': 600000, 'budget': '', 'params': '300k'}
+@pytest.mark.parametrize(
+    'overwrite, then', [(False, 'repeat the command to continue'), (True, 'would begin again')]
+)
+def test_a_stopped_sweep_says_what_the_same_command_does(tmp_path, capsys, overwrite, then):
+    run = sweep.Planned(tmp_path / 'a', [], {'overwrite': overwrite})
+    assert sweep.end([run], signal.SIGINT, []) == 130
+    assert capsys.readouterr().out.endswith(f'{then}\n')
+
+
+def test_a_planned_run_has_finished_after_the_steps_of_its_plan(tmp_path, capsys):
+    values = {'max_iters': 600000, 'budget': '', 'params': '300k', 'overwrite': False}
     (tmp_path / 'config.json').write_text(json.dumps({'config': values | {'max_iters': 20}}))
     for step, finished in ((10, False), (20, True)):
         record = {'step': step, 'loss/val_whole': 1.0}
         (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
         assert sweep.is_finished(sweep.Planned(tmp_path, [], values)) == finished
+    for failed, n_finished in (False, 1), (True, 0):  # another run, perhaps before it began
+        run = sweep.Planned(tmp_path, [], values)
+        sweep.end([run], signal.SIGINT, [run] * failed)
+        assert f': {n_finished} of 1 runs are finished' in capsys.readouterr().out
     assert not sweep.is_finished(sweep.Planned(tmp_path, [], values | {'params': ''}))
