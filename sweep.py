@@ -132,11 +132,13 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def plan(argv: list[str]) -> list[Planned]:
     """Returns a run for each combination of values. Raises UserError if any is impossible."""
-    if any(argument.startswith(('--out_dir', '--init_from=resume')) for argument in argv):
-        raise UserError('--out_dir and --init_from=resume are set for each run; use --sweep_dir')
     runs: dict[str, Planned] = {}
     for name, flags in combinations(argv):
-        values, _ = configurator.configure(TRAIN, flags, settle={'device': pick_device})
+        values, origins = configurator.configure(TRAIN, flags, settle={'device': pick_device})
+        if origins['out_dir'] == 'command line' or values['init_from'] == 'resume':
+            raise UserError(
+                '--out_dir and --init_from=resume are set for each run; use --sweep_dir'
+            )
         for other, run in runs.items():
             if name == other or values == run.values:
                 raise UserError(

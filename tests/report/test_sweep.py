@@ -50,6 +50,8 @@ def test_commas_separate_values_but_not_the_parts_of_an_existing_path(tmp_path):
         (['--seed=1,2', '--seed=3,4'], 'two runs would be the same'),
         (['--seed=1,'], '--seed'),
         (['--seed=1,2', '--init_from=resume'], '--sweep_dir'),
+        (['--seed=1,2', '--init-from', 'resume'], '--sweep_dir'),
+        (['--seed=1,2', '--out-dir=x'], '--sweep_dir'),
         (['--seed=1,2', '--jobs=0'], '--jobs=0'),
         (['--seed=1,2', '--jobs'], '--jobs'),
         (['--seed=1,2', '--out_dir=x'], '--sweep_dir'),
