@@ -193,11 +193,6 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert config['weight_decay'] == 0.25
     again = run_main('sweep.py', *flags, '--weight_decay=0.25')
     assert 'learning_rate=1e-2: already finished' in again.stdout
-    broken = ['--weight_decay=0.25', '--dataset=missing']  # the earlier runs are still there
-    failed = run_main('sweep.py', *flags, *broken, '--overwrite')
-    assert failed.returncode == 1 and 'learning_rate=1e-2: exit code 2' in failed.stdout
-    again = run_main('sweep.py', *flags, *broken)
-    assert again.returncode == 2 and "with dataset 'tiny', but" in again.stderr
 
 
 def test_config_files_see_the_device_of_the_runs(monkeypatch, tmp_path):
@@ -221,6 +216,23 @@ def test_only_keys_that_matter_may_not_change(tmp_path):
         said = f'trained with {key} {values[key]!r}, but this command says {now!r}'
         with pytest.raises(UserError, match=said):
             sweep.check_unchanged(sweep.Planned(run.folder, [], values | {key: now}))
+
+
+@pytest.mark.parametrize('exit_code', [0, 1, 2, 3])
+def test_a_run_that_could_not_overwrite_another_leaves_its_record(tmp_path, monkeypatch, exit_code):
+    values = {'overwrite': True, 'max_iters': 10, 'seed': 2, 'budget': '', 'params': ''}
+    run = sweep.Planned(tmp_path / 'a', [], values)
+    (tmp_path / 'a' / 'step-00000010').mkdir(parents=True)
+    run.record.write_text('{"seed": 1}')
+    process = subprocess.CompletedProcess([], exit_code)
+    monkeypatch.setattr(sweep.subprocess, 'Popen', lambda *_, **__: process)
+    training = sweep.Sweep([{}])
+    training.start(run)
+    assert json.loads(run.record.read_text()) == {'seed': 1}
+    training.end(*training.active.pop())
+    failed = exit_code in (1, 2)  # perhaps before it began: a broken model, or an impossible value
+    assert training.failed == [run] * failed
+    assert json.loads(run.record.read_text())['seed'] == (1 if failed else 2)
 
 
 @pytest.mark.parametrize(
