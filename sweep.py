@@ -24,14 +24,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import configurator
 from nib.checkpoint import store
 from nib.checkpoint.wrong_folder import is_run
-from nib.errors import EXIT_INTERRUPTED, UserError, run_script
-from nib.files import naming, read_json
+from nib.errors import EXIT_FINDING, EXIT_INTERRUPTED, EXIT_NONFINITE, UserError, run_script
+from nib.files import atomic_write, naming, read_json
+from nib.machine.device import pick_device
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
-from nib.report.compare import compare
+from nib.report.compare import NOT_COMPARED, compare
 from nib.report.history import read_run, read_runs
 from nib.report.page import write_report
 
@@ -40,6 +43,7 @@ sweep_dir: str = 'sweep'  # folder of the runs, their logs and comparison.html
 jobs: int = 1  # runs at a time, each on its own GPU or with its share of the CPU cores
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
+MAY_CHANGE = {'max_iters', 'device', *NOT_COMPARED} - {'init_from'}  # when a sweep continues
 EXIT_FAILED = 1  # at least one run has failed
 # Ctrl-C; a shutdown; a preemption on a cluster; a closed terminal. Windows has the first two.
 SIGNALS = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')]
@@ -62,6 +66,10 @@ class Planned:
         """The values that the run began with, to tell whether the command has changed."""
         return Path(f'{self.folder}.json')
 
+    def write_record(self):
+        with atomic_write(self.record) as file:
+            file.write(json.dumps(self.values, indent=1).encode())
+
 
 def main(argv):
     if not argv or {'--help', '-h'} & set(argv):
@@ -80,19 +88,24 @@ def main(argv):
     sweep = Sweep(environments)
     sweep.train_all(runs)
     try:
-        return end(runs, sweep.signal)
+        return end(runs, sweep.signal, sweep.failed)
     except KeyboardInterrupt:
         name = name_signal(signal.SIGINT)
         print(f'stopped by {name}: the runs have ended; repeat the command to compare them')
         return EXIT_INTERRUPTED
 
 
-def end(runs: list[Planned], number: int) -> int:
-    """Compares the runs, unless signal `number` has stopped the sweep; returns the exit code."""
-    finished = [run.folder for run in runs if is_finished(run)]
+def end(runs: list[Planned], number: int, failed: list[Planned]) -> int:
+    """Compares the runs, unless signal `number` has stopped the sweep; returns the exit code.
+
+    failed: runs whose folders may still hold an earlier run.
+    """
+    finished = [run.folder for run in runs if is_finished(run) and run not in failed]
     if number:
-        done = f'{len(finished)} of {len(runs)} runs are finished'
-        print(f'stopped by {name_signal(number)}: {done}; repeat the command to continue')
+        then = f'{len(finished)} of {len(runs)} runs are finished; repeat the command to continue'
+        if runs[0].values['overwrite']:
+            then = 'because of --overwrite, the same command would begin again'
+        print(f'stopped by {name_signal(number)}: {then}')
         return 128 + number
     folders = [run.folder for run in runs if is_run(run.folder)]
     if folders:
@@ -119,11 +132,13 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def plan(argv: list[str]) -> list[Planned]:
     """Returns a run for each combination of values. Raises UserError if any is impossible."""
-    if any(argument.startswith(('--out_dir', '--init_from=resume')) for argument in argv):
-        raise UserError('--out_dir and --init_from=resume are set for each run; use --sweep_dir')
     runs: dict[str, Planned] = {}
     for name, flags in combinations(argv):
-        values, _ = configurator.configure(TRAIN, flags)
+        values, origins = configurator.configure(TRAIN, flags, settle={'device': pick_device})
+        if origins['out_dir'] == 'command line' or values['init_from'] == 'resume':
+            raise UserError(
+                '--out_dir and --init_from=resume are set for each run; use --sweep_dir'
+            )
         for other, run in runs.items():
             if name == other or values == run.values:
                 raise UserError(
@@ -134,12 +149,12 @@ def plan(argv: list[str]) -> list[Planned]:
 
 
 def check_unchanged(run: Planned):
-    """Raises UserError if the run exists and began with other values; max_iters may differ."""
+    """Raises UserError if the run exists and began with other values of keys that matter."""
     if run.values['overwrite'] or not store.exists(run.folder):
         return
     for key, before in read_json(run.record).items():
         now = run.values.get(key, before)
-        if now != before and key not in ('max_iters', 'overwrite'):
+        if now != before and key not in MAY_CHANGE:
             raise UserError(
                 f'{run.folder} was trained with {key} {before!r}, but this command says {now!r}: '
                 f'choose another --sweep_dir, or train all runs again (--overwrite)'
@@ -170,8 +185,6 @@ def is_swept(argument: str) -> bool:
 
 def find_environments(device: str) -> list[dict]:
     """Returns the environment variables of each job, at most one on each GPU or CPU core."""
-    import torch  # late, because the check of the arguments does not need it
-
     gpus = 0 if device == 'cpu' else torch.cuda.device_count()
     cores = available_cores()
     most, unit = (gpus, 'GPUs') if gpus else (cores, 'CPU cores')
@@ -195,6 +208,7 @@ class Sweep:
     def __init__(self, environments: list[dict]):
         self.free = environments
         self.active: list[tuple[subprocess.Popen, Planned, dict, float]] = []
+        self.failed: list[Planned] = []  # perhaps before they replaced an earlier run
         self.signal = 0  # the signal received; 0: none
 
     def train_all(self, runs: list[Planned]):
@@ -245,8 +259,8 @@ class Sweep:
         with naming(run.log), open(run.log, 'a', encoding='utf-8') as output:
             output.write(f'{shlex.join(command)}\n')
             output.flush()
-            if not resume:
-                run.record.write_text(json.dumps(run.values, indent=1), encoding='utf-8')
+            if not store.exists(run.folder):
+                run.write_record()
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
             )
@@ -259,6 +273,10 @@ class Sweep:
         self.free.append(environment)
         if self.signal:
             return
+        if process.returncode not in (0, EXIT_NONFINITE, EXIT_FINDING):
+            self.failed.append(run)
+        elif run.values['overwrite']:  # now the folder holds this run
+            run.write_record()
         if process.returncode:
             lines = run.log.read_text(encoding='utf-8', errors='replace').splitlines()
             said = f'exit code {process.returncode}, {lines[-1]} (see {run.log})'

@@ -101,7 +101,7 @@ def compare_with_library() -> str:
     Raises UserError if their ids differ.
     """
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    files, _ = inputs.find_files([os.path.expanduser(name) for name in input.split(',')])
+    files, _ = inputs.find_files(inputs.split_names(input))
     pieces = [('', text, False) for text, _ in documents.read_documents(files, field)]
     ends = np.cumsum([len(text.encode()) for _, text, _ in pieces])
     pieces = pieces[: int(np.searchsorted(ends, megabytes * 1e6)) + 1]
@@ -197,7 +197,7 @@ def write_documents(path: Path, most: int) -> tuple[int, int]:
 
     Returns the number of documents and of bytes.
     """
-    files, _ = inputs.find_files([os.path.expanduser(name) for name in input.split(',')])
+    files, _ = inputs.find_files(inputs.split_names(input))
     n_documents, n_bytes, document = 0, 0, []
     with open(path, 'w') as file:
         for text, ends in documents.read_documents(files, field):

@@ -8,7 +8,6 @@ import ast
 import difflib
 import io
 import math
-import numbers
 import sys
 import tokenize
 import warnings
@@ -159,8 +158,8 @@ def fit(value: object, kind: Type, where: str) -> object:
 
     True is not an int, but 1 may become a float, and 1e3 an int. Raises UserError if nothing fits.
     """
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also NumPy's
-        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):  # NumPy's, or a tensor
+        value = value.item()
     for alternative in kind:
         if type(value) is alternative or (
             type(value) is type(alternative) and value == alternative

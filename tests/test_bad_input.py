@@ -328,7 +328,10 @@ def test_a_meta_pkl_that_will_not_do_is_told(run_main, place, monkeypatch, conte
 @pytest.mark.parametrize(
     'name, way',
     [
-        ('tiny', 'prepare it again from the same text, with the same tokenizer'),
+        (
+            'tiny',
+            '(--data_dir=PATH, if they are elsewhere), prepare them again from the same text,',
+        ),
         ('other', 'resume with the same bins (--dataset=tiny)'),
     ],
 )

@@ -526,9 +526,13 @@ def test_a_file_may_compute_with_numpy(config):
 learning_rate = np.float64(0.5)
 max_iters = np.int64(3)
 top_p = np.float32(0.25)
+seed = np.array(2)
+verbose = np.any([True])
+device = np.array(['cpu', 'mps'])[0]
 """)
     values, _ = resolve(KEYS, [path])
-    for key, value in {'learning_rate': 0.5, 'max_iters': 3, 'top_p': 0.25}.items():
+    expected = {'learning_rate': 0.5, 'max_iters': 3, 'top_p': 0.25, 'seed': 2}
+    for key, value in (expected | {'verbose': True, 'device': 'cpu'}).items():
         assert values[key] == value and type(values[key]) is type(value)
     said = complaint(config('import numpy as np\nmax_iters = np.float64(0.5)'))
     assert said == 'x.py:2: max_iters: found 0.5, expected an integer'

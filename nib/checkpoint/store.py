@@ -53,8 +53,11 @@ class Checkpoint:
         name, own = self.state['dataset'], self.state['dataset_fingerprint']
         if own != fingerprint:
             bins = f'resume with the same bins (--dataset={name})'
-            if Path(dataset).name == name:  # it has changed since
-                bins = 'prepare it again from the same text, with the same tokenizer'
+            if Path(dataset).name == name:  # it has changed since, or is another one
+                bins = (
+                    'resume with the same bins (--data_dir=PATH, if they are elsewhere), prepare '
+                    'them again from the same text, with the same tokenizer'
+                )
             raise UserError(
                 f'{self.path} was trained on {name} with the fingerprint {own[:16]}, but {dataset} '
                 f'has {fingerprint[:16]}: {bins}, or start a new run in another --out_dir, or with '

@@ -127,8 +127,13 @@ def write(config: GPTConfig, tensors: Mapping[str, torch.Tensor]):
 
 def why_not(config: GPTConfig) -> str | None:
     """Returns why a model is no GPT2LMHeadModel; None if it is one."""
+    reasons = []
     if config.kv_heads != config.n_head:
-        return f'n_kv_head is {config.n_kv_head}, but {GPT2.architecture} has no shared heads'
+        reasons.append(
+            f'n_kv_head is {config.n_kv_head}, but {GPT2.architecture} has no shared heads'
+        )
     if config.head_width * config.n_head != config.n_embd:
-        return f'head_dim is {config.head_dim}, but {GPT2.architecture} needs n_embd / n_head'
-    return GPT2.why_not(config)
+        reasons.append(
+            f'head_dim is {config.head_dim}, but {GPT2.architecture} needs n_embd / n_head'
+        )
+    return '; '.join([*reasons, *filter(None, [GPT2.why_not(config)])]) or None

@@ -287,8 +287,9 @@ def why_not(config: GPTConfig) -> str | None:
         'mlp_units': 4 * config.n_embd,
         'kv_heads': config.n_head,
     }
+    keys = {'mlp_units': 'mlp_width', 'kv_heads': 'n_kv_head'}  # that determine these
     reasons = [
-        f'{name} is {value}, but nanoGPT only supports {wanted}'
+        f'{keys.get(name, name)} is {value}, but nanoGPT only supports {wanted}'
         for name, wanted in needs.items()
         if (value := getattr(config, name)) != wanted
     ]

@@ -16,7 +16,8 @@ def split_names(names: str) -> list[str]:
     """Returns names that are separated by commas; a path that exists may contain commas."""
     if os.path.exists(names):
         return [names]
-    return [name.strip() for name in names.split(',') if name.strip()]
+    parts = [part.strip() for part in names.split(',')]
+    return [os.path.expanduser(part) for part in parts if part]
 
 
 def find_files(

@@ -30,7 +30,7 @@ def _read_jsonl(file: Path, field: str, say: Callable[[str], None]) -> Iterator[
         except (ValueError, RecursionError) as error:
             why = str(error)
             if isinstance(error, json.JSONDecodeError):  # its text always says line 1
-                why = f'{error.msg} at column {error.colno}'
+                why = f'{error.msg.removesuffix(" at")} at column {error.colno}'
             raise UserError(f'{where}: not valid JSON ({why}); {_one_object(file)}') from error
         if not isinstance(row, dict):
             kind = 'array' if isinstance(row, list) else type(row).__name__

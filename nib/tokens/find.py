@@ -141,6 +141,8 @@ def _prepare(name: str, data_dir: Path, values: Mapping, say: Callable[[str], No
 def _advise(name: str, data_dir: Path) -> str:
     """Returns what to do about a missing dataset that no script prepares."""
     elsewhere = Path(name).resolve()
+    if elsewhere.suffix == '.bin':
+        elsewhere = elsewhere.parent
     if is_prepared(elsewhere):
         parent, own_name = shlex.quote(str(elsewhere.parent)), shlex.quote(elsewhere.name)
         return f'; did you mean --data_dir={parent} --dataset={own_name}?'

@@ -448,5 +448,8 @@ def test_a_refusal_names_all_keys_to_change():
     reason = huggingface.why_not(planned)
     assert 'norm is layer' in reason and 'smear is 1' in reason
     assert huggingface.why_not(replace(planned, norm='rms', smear=0)) is None
+    shared = replace(SMALL, n_kv_head=2, head_dim=12, logit_cap=5.0)
+    reason = huggingface.why_not(shared)
+    assert all(f'{key} is ' in reason for key in ('n_kv_head', 'head_dim', 'logit_cap'))
     reason = nanogpt.why_not(planned)
     assert all(f'{key} is ' in reason for key in ('position', 'mlp', 'qk_norm', 'smear'))

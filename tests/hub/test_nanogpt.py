@@ -462,6 +462,5 @@ def test_model_args_that_lie_are_refused(arguments, word, nano, tmp_path):
 def test_what_nanogpt_cannot_express_is_refused_by_its_key(changes):
     shape = dict(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=8)
     reason = nanogpt.why_not(GPTConfig(**shape, **changes))
-    key = {'mlp_width': 'mlp_units', 'n_kv_head': 'kv_heads'}.get(next(iter(changes)))
-    assert (key or next(iter(changes))) in reason
+    assert reason.startswith(f'{next(iter(changes))} is ')
     assert nanogpt.why_not(GPTConfig(**shape)) is None

@@ -14,6 +14,7 @@ from conftest import SMALL_RUN, full_disk
 from processes import PATIENCE, Started
 
 import sweep
+from nib.errors import UserError
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 from nib.report import page
@@ -49,6 +50,8 @@ def test_commas_separate_values_but_not_the_parts_of_an_existing_path(tmp_path):
         (['--seed=1,2', '--seed=3,4'], 'two runs would be the same'),
         (['--seed=1,'], '--seed'),
         (['--seed=1,2', '--init_from=resume'], '--sweep_dir'),
+        (['--seed=1,2', '--init-from', 'resume'], '--sweep_dir'),
+        (['--seed=1,2', '--out-dir=x'], '--sweep_dir'),
         (['--seed=1,2', '--jobs=0'], '--jobs=0'),
         (['--seed=1,2', '--jobs'], '--jobs'),
         (['--seed=1,2', '--out_dir=x'], '--sweep_dir'),
@@ -192,11 +195,64 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert 'learning_rate=1e-2: already finished' in again.stdout
 
 
-def test_a_planned_run_has_finished_after_the_steps_of_its_plan(tmp_path):
-    values = {'max_iters': 600000, 'budget': '', 'params': '300k'}
+def test_config_files_see_the_device_of_the_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, 'sweep_dir', str(tmp_path))
+    config = tmp_path / 'x.py'
+    config.write_text("max_iters = 40 if device == 'auto' else 20")
+    runs = sweep.plan([str(config), '--seed=1,2', '--device=auto'])
+    assert all(run.values['max_iters'] == 20 for run in runs)
+
+
+def test_only_keys_that_matter_may_not_change(tmp_path):
+    values = {'overwrite': False, 'seed': 1, 'init_from': 'scratch'}
+    values |= {'max_iters': 10, 'log_interval': 10, 'device': 'cpu'}
+    run = sweep.Planned(tmp_path / 'a', [], values)
+    (tmp_path / 'a' / 'step-00000010').mkdir(parents=True)
+    sweep.check_unchanged(run)  # of a version that left no record
+    run.record.write_text(json.dumps(values))
+    later = values | {'max_iters': 20, 'log_interval': 5, 'device': 'cuda', 'new_key': 1}
+    sweep.check_unchanged(sweep.Planned(run.folder, [], later))
+    for key, now in (('seed', 2), ('init_from', 'gpt2')):
+        said = f'trained with {key} {values[key]!r}, but this command says {now!r}'
+        with pytest.raises(UserError, match=said):
+            sweep.check_unchanged(sweep.Planned(run.folder, [], values | {key: now}))
+
+
+@pytest.mark.parametrize('exit_code', [0, 1, 2, 3])
+def test_a_run_that_could_not_overwrite_another_leaves_its_record(tmp_path, monkeypatch, exit_code):
+    values = {'overwrite': True, 'max_iters': 10, 'seed': 2, 'budget': '', 'params': ''}
+    run = sweep.Planned(tmp_path / 'a', [], values)
+    (tmp_path / 'a' / 'step-00000010').mkdir(parents=True)
+    run.record.write_text('{"seed": 1}')
+    process = subprocess.CompletedProcess([], exit_code)
+    monkeypatch.setattr(sweep.subprocess, 'Popen', lambda *_, **__: process)
+    training = sweep.Sweep([{}])
+    training.start(run)
+    assert json.loads(run.record.read_text()) == {'seed': 1}
+    training.end(*training.active.pop())
+    failed = exit_code in (1, 2)  # perhaps before it began: a broken model, or an impossible value
+    assert training.failed == [run] * failed
+    assert json.loads(run.record.read_text())['seed'] == (1 if failed else 2)
+
+
+@pytest.mark.parametrize(
+    'overwrite, then', [(False, 'repeat the command to continue'), (True, 'would begin again')]
+)
+def test_a_stopped_sweep_says_what_the_same_command_does(tmp_path, capsys, overwrite, then):
+    run = sweep.Planned(tmp_path / 'a', [], {'overwrite': overwrite})
+    assert sweep.end([run], signal.SIGINT, []) == 130
+    assert capsys.readouterr().out.endswith(f'{then}\n')
+
+
+def test_a_planned_run_has_finished_after_the_steps_of_its_plan(tmp_path, capsys):
+    values = {'max_iters': 600000, 'budget': '', 'params': '300k', 'overwrite': False}
     (tmp_path / 'config.json').write_text(json.dumps({'config': values | {'max_iters': 20}}))
     for step, finished in ((10, False), (20, True)):
         record = {'step': step, 'loss/val_whole': 1.0}
         (tmp_path / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
         assert sweep.is_finished(sweep.Planned(tmp_path, [], values)) == finished
+    for failed, n_finished in (False, 1), (True, 0):  # another run, perhaps before it began
+        run = sweep.Planned(tmp_path, [], values)
+        sweep.end([run], signal.SIGINT, [run] * failed)
+        assert f': {n_finished} of 1 runs are finished' in capsys.readouterr().out
     assert not sweep.is_finished(sweep.Planned(tmp_path, [], values | {'params': ''}))

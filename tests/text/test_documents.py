@@ -74,6 +74,7 @@ def test_another_field_can_hold_the_text(tmp_path):
         ('a.txt', b'caf\xe9 ' * 50, r'a.txt is not UTF-8 text \(byte 3\).*iconv'),
         ('a.md', b'x' * 10 + b'\xe2\x82', r'a.md is not UTF-8 text \(byte 10\)'),
         ('a.jsonl', b'{"text": "one"}\n{"text": \n', r'a.jsonl:2: not valid JSON.*column 10\)'),
+        ('a.jsonl', b'{"text": "one', r'string starting at column 10\)'),
         ('a.jsonl', b'{"text": "\xff"}', r'a.jsonl is not UTF-8 text \(byte 10\)'),
         ('a.jsonl', b'[' * 100_000, 'a.jsonl:1: not valid JSON'),
         (

@@ -54,6 +54,9 @@ def test_names_are_separated_by_commas_and_no_name_is_not_this_folder(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert inputs.split_names('a.txt, b,') == ['a.txt', 'b']
     assert inputs.split_names('') == inputs.split_names(', ') == []
+    monkeypatch.setenv('HOME', '/home/me')
+    monkeypatch.setenv('USERPROFILE', '/home/me')
+    assert inputs.split_names('a, ~/b') == ['a', '/home/me/b']
     Path('a,b').mkdir()
     assert inputs.split_names('a,b') == ['a,b']
 

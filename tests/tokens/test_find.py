@@ -217,6 +217,8 @@ def test_the_path_of_a_dataset_elsewhere_is_recognized(values, data_dir, monkeyp
     monkeypatch.chdir(data_dir.parent)
     said = refusal(values | {'dataset': f'{data_dir.name}/tiny'})
     assert f'did you mean --data_dir={data_dir} --dataset=tiny?' in said
+    said = refusal(values | {'dataset': f'{data_dir}/tiny/train.bin'})
+    assert f'did you mean --data_dir={data_dir} --dataset=tiny?' in said
     data = open_or_prepare(values | {'dataset': str(data_dir / 'tiny')}, Ranks(), say=print)
     assert data.name == 'tiny'
 
