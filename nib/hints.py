@@ -86,6 +86,9 @@ def _no_such_key(name: str, block: Block, form: str) -> str:
         return f'no such key; {NOT_KEYS[name]}'
     if name in block.types:
         return f'no such key; did you mean {form.format(name)}?'
+    switch = name.removeprefix('no_')
+    if switch != name and bool in block.types.get(switch, ()) and form.startswith('--'):
+        return f'no such key; did you mean --no-{switch} or --{switch}?'
     keys = [key for key in block.types if ''.join(re.findall('(?:^|_)(.)', key)) == name]
     keys = keys or difflib.get_close_matches(name, block.types, n=2, cutoff=0.66)
     keys = keys or [key for key in block.types if key.startswith(f'{name}_')][:2]

@@ -160,6 +160,10 @@ def fit(value: object, kind: Type, where: str) -> object:
     """
     if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):  # NumPy's, or a tensor
         value = value.item()
+    if type(value) is int and value.bit_length() > 14_000:  # Python prints at most 4,300 digits
+        raise UserError(
+            f'{where}: found a number of more than 4,000 digits, expected {in_words(kind)}'
+        )
     for alternative in kind:
         if type(value) is alternative or (
             type(value) is type(alternative) and value == alternative

@@ -266,6 +266,7 @@ def test_last_of_a_repeated_flag_wins():
         ('max_iters=3', ['did you mean --max_iters=3?']),
         ('-max_iters=3', ['-max_iters: no such key; did you mean --max_iters?']),
         ('\u2014max_iters=3', ['max_iters: no such key; did you mean --max_iters?']),
+        ('-no-compile', ['-no-compile: no such key; did you mean --no-compile or --compile?']),
         ('---max_iters=3', ['---max_iters: no such key; did you mean --max_iters?']),
         ('--max_iters =3', ['no such key; did you mean --max_iters?']),
         ('-lr=3', ['-lr: no such key; did you mean --learning_rate?']),
@@ -536,6 +537,13 @@ device = np.array(['cpu', 'mps'])[0]
         assert values[key] == value and type(values[key]) is type(value)
     said = complaint(config('import numpy as np\nmax_iters = np.float64(0.5)'))
     assert said == 'x.py:2: max_iters: found 0.5, expected an integer'
+
+
+@pytest.mark.parametrize('value', ['10**5000', '-(10**5000)'])
+def test_a_number_that_is_too_large_is_rejected(config, value):
+    said = complaint(config(f'max_iters = {value}\nlearning_rate = {value}\nseed = 10**300'))
+    found = 'found a number of more than 4,000 digits, expected'
+    assert said == f'x.py:1: max_iters: {found} an integer; x.py:2: learning_rate: {found} a number'
 
 
 def test_a_file_of_a_windows_editor_is_read(config):
