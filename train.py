@@ -26,7 +26,7 @@ from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped, run_scr
 from nib.guard import MAX_REWINDS, BadSteps, describe, nonfinite_parameters, watch_outputs
 from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import autocast, has_bfloat16, pick_device, prepare_device, seed_everything
-from nib.machine.graphs import capture_model, is_launch_bound
+from nib.machine.graphs import capture_model, has_small_passes
 from nib.machine.memory import explain_full_memory, fit_batch_size
 from nib.machine.ranks import Ranks, start_ranks
 from nib.machine.signals import FINDING, StepCut, StopSignal
@@ -214,7 +214,7 @@ class Training:
     micro_steps: int  # per step, on this rank
     grad_clip: float
     seed: int
-    cuda_graph: bool = False  # whether passes of a small model may be captured
+    cuda_graph: bool  # whether passes of a small model may be captured
 
     @classmethod
     def set_up(cls, config, data, start=None, ranks=Ranks()) -> 'Training':
@@ -239,7 +239,7 @@ class Training:
             micro_steps=config['gradient_accumulation_steps'] // ranks.world_size,
             grad_clip=config['grad_clip'],
             seed=config['seed'],
-            cuda_graph=config['cuda_graph'] and not config['recompute'],
+            cuda_graph=config['cuda_graph'],
         )
 
     @property
@@ -258,7 +258,7 @@ class Training:
         batch = self.batches.batch(0, 0)
         if compiled:
             self.model = compile_model(self.model, batch, self.precision, say)
-        if self.cuda_graph and is_launch_bound(self):
+        if self.cuda_graph and has_small_passes(self):
             self.model = capture_model(self.model, batch, self.precision, say)
         self.model = self.ranks.distribute(self.model, self.device, batch, self.precision)
 

@@ -68,13 +68,14 @@ def capture(graph: torch.cuda.CUDAGraph, pool=None):
 # -- training passes -------------------------------------------------------------------------------
 
 
-def is_launch_bound(t) -> bool:
+def has_small_passes(t) -> bool:
     """Returns whether launching the kernels of a run's passes takes longer than running them.
 
-    t: train.py's Training. Passes of several ranks are not captured.
+    t: train.py's Training. Passes of several ranks, or with recomputation, cannot be captured.
     """
-    flops = t.flops_per_token * t.batches.batch_size * t.batches.block_size
-    return t.device.startswith('cuda') and t.ranks.world_size == 1 and flops < SMALL_PASS
+    if not t.device.startswith('cuda') or t.ranks.world_size > 1 or t.raw_model.config.recompute:
+        return False
+    return t.flops_per_token * t.batches.batch_size * t.batches.block_size < SMALL_PASS
 
 
 def capture_model(

@@ -27,35 +27,36 @@ GB = 1e9
         ({'device': 'cpu'}, False),
         ({'device': 'mps'}, False),
         ({'world_size': 2}, False),
+        ({'recompute': True}, False),
     ],
 )
-def test_small_passes_of_one_gpu_are_launch_bound(changes, expected):
-    case = {'batch_size': 7, 'device': 'cuda', 'world_size': 1, **changes}
+def test_small_passes_of_one_gpu_are_captured(changes, expected):
+    case = {'batch_size': 7, 'device': 'cuda', 'world_size': 1, 'recompute': False, **changes}
     t = SimpleNamespace(
+        raw_model=SimpleNamespace(config=SimpleNamespace(recompute=case['recompute'])),
         flops_per_token=1e9,
         batches=SimpleNamespace(batch_size=case['batch_size'], block_size=512),
         device=case['device'],
         ranks=SimpleNamespace(world_size=case['world_size']),
     )
-    assert graphs.is_launch_bound(t) is expected
+    assert graphs.has_small_passes(t) is expected
 
 
-@pytest.mark.parametrize(
-    'changes, captured', [({}, True), ({'cuda_graph': False}, False), ({'recompute': True}, False)]
-)
-@pytest.mark.parametrize('launch_bound', [True, False])
-def test_a_run_captures_small_passes(monkeypatch, data_dir, changes, captured, launch_bound):
+@pytest.mark.parametrize('wanted', [True, False])
+@pytest.mark.parametrize('small', [True, False])
+def test_a_run_captures_small_passes(monkeypatch, data_dir, wanted, small):
     """Those of the compiled model, if it is compiled."""
-    monkeypatch.setattr(training, 'is_launch_bound', lambda t: launch_bound)
+    monkeypatch.setattr(training, 'has_small_passes', lambda t: small)
     monkeypatch.setattr(training, 'compile_model', lambda model, *args: ('compiled', model))
     monkeypatch.setattr(training, 'capture_model', lambda model, *args: ('captured', model))
-    small = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=2, device='cpu')
-    config = configurator.read_block(training.__file__).defaults | small | {'dtype': 'float32'}
+    shape = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=2)
+    config = configurator.read_block(training.__file__).defaults | shape
+    config |= {'device': 'cpu', 'dtype': 'float32', 'cuda_graph': wanted}
     for compiled in (True, False):
-        t = training.Training.set_up(config | changes, open_dataset(data_dir / 'tiny', 8))
+        t = training.Training.set_up(config, open_dataset(data_dir / 'tiny', 8))
         t.compile_and_distribute(compiled, print)
         expected = ('compiled', t.raw_model) if compiled else t.raw_model
-        assert t.model == (('captured', expected) if captured and launch_bound else expected)
+        assert t.model == (('captured', expected) if wanted and small else expected)
 
 
 @pytest.mark.parametrize(
