@@ -214,7 +214,7 @@ class Training:
     micro_steps: int  # per step, on this rank
     grad_clip: float
     seed: int
-    cuda_graph: bool  # whether passes of a small model may be captured
+    cuda_graph: bool = False  # whether passes of a small model may be captured
 
     @classmethod
     def set_up(cls, config, data, start=None, ranks=Ranks()) -> 'Training':

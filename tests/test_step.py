@@ -31,7 +31,6 @@ def step(model, optimizer, batches, grad_clip, seed=0, number=0):
         len(batches),
         grad_clip,
         seed,
-        cuda_graph=False,
     )
     return training.train_step(t, batches, number)
 

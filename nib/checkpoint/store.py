@@ -66,10 +66,10 @@ class Checkpoint:
 
     def describe_step(self) -> str:
         """Returns the step, and whether it is the best one of a run with newer ones."""
-        step, folders = self.state['step'], _step_folders(self.path.parent)
-        newest = max(map(_step_of, folders), default=step)
-        is_best = step < newest and step == _named(self.path.parent, 'best')
-        return f'step {step}' + f' (the best; the newest is step {newest})' * is_best
+        run = self.path.parent
+        newest = max(map(_step_of, _step_folders(run)), default=self.step)
+        is_best = self.step < newest and self.step == _named(run, 'best')
+        return f'step {self.step}' + f' (the best; the newest is step {newest})' * is_best
 
     def check_ranks(self, ranks: Ranks):
         """Raises UserError if the processes of the run have read different checkpoints."""

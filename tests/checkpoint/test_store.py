@@ -49,6 +49,19 @@ def test_what_was_saved_is_loaded_by_name_and_by_step(tmp_path):
     ]
 
 
+def test_a_step_says_that_it_is_the_best_if_there_are_newer_ones(tmp_path):
+    save(tmp_path, 10, best=True)
+    assert store.load(tmp_path, '10')[0].describe_step() == 'step 10'
+    save(tmp_path, 20)
+    said = 'step 10 (the best; the newest is step 20)'
+    assert store.load(tmp_path, '10')[0].describe_step() == said
+    assert store.load(tmp_path, '20')[0].describe_step() == 'step 20'
+    shutil.rmtree(tmp_path / 'step-00000020')
+    found, _ = store.load(tmp_path, 'best')
+    shutil.rmtree(tmp_path / 'step-00000010')
+    assert found.describe_step() == 'step 10'
+
+
 def test_the_same_step_can_be_saved_again(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 10, value=7)

@@ -254,6 +254,15 @@ def test_a_pass_whose_python_code_matters_is_not_captured(make_training, monkeyp
     assert all(p.grad is None for p in t.raw_model.parameters())
 
 
+def test_a_smaller_batch_runs_without_the_graph_and_a_loss_stays(make_training):
+    t, _ = make_training(dropout=0.0)
+    x, y = t.batches.batch(0, 0)
+    first, expected = t.model(x, y), t.raw_model(x, y).item()
+    assert t.model(x[:3], y[:3]).item() == t.raw_model(x[:3], y[:3]).item() != expected
+    t.model(*t.batches.batch(0, 1))
+    assert first.item() == expected
+
+
 def test_a_model_that_has_changed_runs_without_its_graph(make_training):
     t, _ = make_training()
     seen = []
