@@ -70,6 +70,7 @@ if job.get('model') == 'transformers':
             self.model = GPT2LMHeadModel(GPT2Config(
                 vocab_size=shape['vocab_size'], n_positions=shape['block_size'],
                 n_layer=shape['n_layer'], n_head=shape['n_head'], n_embd=shape['n_embd'],
+                activation_function='gelu',  # exact, like nanoGPT's
                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
                 bos_token_id=None, eos_token_id=None))
         def forward(self, x, y):

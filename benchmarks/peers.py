@@ -4,7 +4,8 @@
     python benchmarks/peers.py --nanogpt=nanoGPT
     python benchmarks/peers.py --nanogpt=nanoGPT --sizes=124m --peers=nanogpt,transformers
 
-Every contestant has the same shape, batch, optimizer (AdamW in torch's fused kernel) and clipping.
+Every contestant has the same shape, activation (exact GELU, as nanoGPT), batch, optimizer (AdamW in
+torch's fused kernel) and clipping.
 In bfloat16, the peers run inside torch.autocast, which is one line in anybody's loop. 'compiled' is
 torch.compile with its defaults. nibGPT is compiled if a long run with --compile=auto is. The time
 until a contestant is ready, with three steps, is a line of its own. A turn is a few whole steps,
@@ -121,7 +122,7 @@ def train_config(size: str) -> dict:
     device = pick_device('cpu')
     shape = SIZES[size]
     changes = {'device': device, 'dtype': dtype, 'prompt_tokens': 1}
-    changes |= {'gradient_accumulation_steps': 1}
+    changes |= {'gradient_accumulation_steps': 1, 'mlp': 'gelu_erf'}  # nanoGPT's GELU is exact
     values = settle_schedule(defaults | shape | changes)
     return settle_compile(values, VOCAB_SIZES[size])  # of a run with GPT-2's 600,000 steps
 
