@@ -115,7 +115,7 @@ PROBLEMS: dict[str, Problem] = {
         (
             'lower learning_rate by a factor of 3 to 10',
             (unclipped, 'grad_clip = 1'),
-            'resume from an earlier checkpoint',
+            'start again, or from a checkpoint well before the rise: --init_from=OUT_DIR/step-N',
         ),
     ),
     'not_finite': Problem(
