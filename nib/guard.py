@@ -110,7 +110,11 @@ def describe(outputs: list[str], parameters: list[str]) -> str:
 
     outputs: from watch_outputs. parameters: from nonfinite_parameters.
     """
-    affected = ', '.join(parameters[:3]) or 'none when the step is repeated'
+    affected = ', '.join(parameters[:3])
+    if not parameters:
+        affected = 'none when the step is repeated'
+        if not outputs:
+            affected += ' (the norm of finite gradients can overflow)'
     if len(parameters) > 3:
         affected += f' and {len(parameters) - 3} more'
     line = f'parameters affected: {affected}'

@@ -325,6 +325,11 @@ def test_the_first_module_and_parameter_that_are_not_finite_are_named():
     assert outputs.count('transformer.h.1.mlp.c_fc') == 1  # it watches no longer
 
 
+def test_the_norm_of_finite_gradients_is_said_to_overflow():
+    assert 'the norm of finite gradients can overflow' in guard.describe([], [])
+    assert 'overflow' not in guard.describe(['ln_f'], []) + guard.describe([], ['ln_f.weight'])
+
+
 @given(
     st.lists(
         st.sampled_from([(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)]),

@@ -12,7 +12,9 @@ _reset = model.GPT.reset_parameters
 
 def _reset_closed(self):
     _reset(self)
-    torch.nn.init.constant_(self.transformer.h[0].mlp.c_fc.bias, -10.0)
+    bias = self.transformer.h[0].mlp.c_fc.bias
+    if bias is not None:  # --no-bias is one of the cures
+        torch.nn.init.constant_(bias, -10.0)
 
 
 model.GPT.reset_parameters = _reset_closed

@@ -4,4 +4,4 @@
 include('healthy.py')
 out_dir = 'out-lab-no-warmup'
 warmup_iters = 0
-learning_rate = 0.02
+learning_rate = 0.006

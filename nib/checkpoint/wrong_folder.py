@@ -60,6 +60,11 @@ def explain(path, may_train: bool = True) -> str:
         return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
     if path.suffix == '.gguf':
         return f'{path} is a GGUF file, which nibGPT cannot read; use the original model'
+    if (path / 'adapter_config.json').is_file():
+        return (
+            f'{path} has only the adapter of a model: merge both with peft, '
+            f'merge_and_unload().save_pretrained(FOLDER), and name that folder'
+        )
     if 'huggingface.co' in path.parts:
         name = path.parts[path.parts.index('huggingface.co') + 1 :][:2]
         return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'

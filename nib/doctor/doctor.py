@@ -82,6 +82,7 @@ class Doctor:
         self.evaluations: list[EvaluationSigns] = []
         self.difference: str | None = None  # result of check_generation()
         self.cores_taken = False  # whether the run is slow because it waits for cores
+        self.starts_low = False  # whether the first loss is below that of a uniform guess
         self.steps = 0  # since the run was started or resumed
         self.bad_steps = 0  # of these, the non-finite ones
         self.first_bad = self.last_bad = 0  # the first and the last one that is known
@@ -230,7 +231,7 @@ class Doctor:
         )
         if self.found(name) or ruined and name != 'not_finite':
             return []
-        facts = {**self.config, 'cores_taken': self.cores_taken}
+        facts = {**self.config, 'cores_taken': self.cores_taken, 'starts_low': self.starts_low}
         finding = Finding.of(name, step, evidence, facts, severity)
         self.findings.append(finding)
         return [finding]

@@ -96,6 +96,14 @@ def cores_free(config: Mapping) -> bool:
     return not cores_taken(config)
 
 
+def starts_low(config: Mapping) -> bool:
+    return config.get('starts_low', False)  # added by the doctor
+
+
+def starts_high(config: Mapping) -> bool:
+    return not starts_low(config)
+
+
 def predicts_its_input(config: Mapping) -> bool:
     return config['zero_init'] and config['tied_head']
 
@@ -107,7 +115,7 @@ PROBLEMS: dict[str, Problem] = {
         (
             'lower learning_rate by a factor of 3 to 10',
             (unclipped, 'grad_clip = 1'),
-            'resume from an earlier checkpoint',
+            'start again, or from a checkpoint well before the rise: --init_from=OUT_DIR/step-N',
         ),
     ),
     'not_finite': Problem(
@@ -132,7 +140,10 @@ PROBLEMS: dict[str, Problem] = {
             'the learning rate is too high for this model',
             (no_qk_norm, 'no query-key norm, which allows higher rates'),
         ),
-        ('lower learning_rate by a factor of 3 to 10', (no_qk_norm, 'or set qk_norm')),
+        (
+            'lower learning_rate by a factor of 3 to 10',
+            (no_qk_norm, 'set qk_norm if attention looks at a single position'),
+        ),
     ),
     'lr_too_low': Problem(
         'warning',
@@ -277,15 +288,16 @@ PROBLEMS: dict[str, Problem] = {
     'wrong_initial_loss': Problem(
         'warning',
         (
-            'if it is too high: the initial weights are too large, or the loss is summed',
-            'if it is too low: the targets leak into the inputs, or equal them',
+            (starts_high, 'the initial weights are too large'),
+            (starts_high, 'the loss is summed instead of averaged'),
+            (starts_low, 'the targets leak into the inputs, or equal them'),
             (
                 predicts_its_input,
                 'a tied head after blocks that add nothing predicts the input token at first',
             ),
         ),
         (
-            'initialize weights with a standard deviation of 0.02',
+            (starts_high, 'initialize weights with a standard deviation of 0.02'),
             'check the loss function and the targets',
             (predicts_its_input, 'tied_head = False'),
         ),
@@ -321,7 +333,7 @@ PROBLEMS: dict[str, Problem] = {
     'batch_too_small': Problem(
         'warning',
         ('a step has too few tokens, so its gradient is nearly all noise',),
-        ('raise batch_size or gradient_accumulation_steps', 'or lower learning_rate'),
+        ('raise batch_size or gradient_accumulation_steps',),
     ),
     'generation_differs': Problem(
         'warning',

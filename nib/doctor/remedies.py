@@ -61,8 +61,8 @@ def mark_layer(row: LayerStats, n_positions: int) -> str:
 
 
 PARAMETER_REMEDIES = {
-    'weights not finite': 'Start again, or resume from an earlier checkpoint, with a lower '
-    'learning_rate',
+    'weights not finite': 'Start a new run with a lower learning_rate, from scratch or from an '
+    'earlier checkpoint (--init_from=OUT_DIR/step-N)',
     'gradient not finite': 'Check where weights or activations stop being finite, and try '
     'dtype = float32',
     'no gradient': 'Check whether the loss depends on these weights: no gradient passes through '

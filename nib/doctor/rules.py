@@ -80,6 +80,7 @@ def wrong_initial_loss(d) -> str | None:
     # 0.15 is for texts that repeat tokens, such as Python's indentation, which the first
     # predictions of a tied head match.
     tolerance = health.start_tolerance(d.config['n_embd'], d.tokens_per_step) + 0.15
+    d.starts_low = loss < math.log(d.data.vocab_size)
     judged = remedies.judge_start(loss, d.data.vocab_size, tolerance)
     return judged[0].what if judged else None
 

@@ -92,6 +92,8 @@ def _end_of_text(repository: Repository) -> str | int | None:
     for file in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
         config = repository.read_json(file) if repository.find(file) else {}
         match config.get('eos_token', config.get('eos_token_id')):
+            case bool():
+                continue
             case str() | int() as found:
                 return found
             case {'content': str(found)} | [int(found), *_]:

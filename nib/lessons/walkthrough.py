@@ -304,7 +304,7 @@ def explain_clipping(training, micro_batches: Sequence, weight: Weight) -> Itera
     )
     yield f'{"norm after":28}{norm * factor:16.8f}{clipped:16.8f}\n'
     if factor < 1:
-        yield (
+        yield note(
             'All gradients are multiplied by the same factor, so the direction of the step stays '
             'the same, and no unusual batch can move the weights far.'
         )

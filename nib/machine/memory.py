@@ -99,10 +99,16 @@ def fills_memory(t, batch_size: int) -> bool:
 
 
 def explain_full_memory(error: Exception, t, config: Mapping):
-    """Raises UserError with the keys and values that would fit, if the error is full memory."""
+    """Raises UserError with the keys and values that would fit, if the error is full memory.
+
+    It returns if it is another error, or if it is unknown how much memory there is.
+    """
     if not is_full(error):
         return
-    room = available_memory(t.device, t.ranks.world_size)
+    try:
+        room = available_memory(t.device, t.ranks.world_size)
+    except UserError:  # unknown: the script explains the error without numbers
+        return
     tries = []
     for recompute in (False, True)[config['recompute'] :]:
         changes = {'recompute': recompute}

@@ -139,7 +139,9 @@ class Chart:
             value
             for series in self.series
             for step, value in zip(series.steps, series.values)
-            if value is not None and math.isfinite(value) and step >= start * ends[series.run]
+            if value is not None and math.isfinite(value)
+            # Of two points, both count: otherwise, their line would come from out of sight.
+            if len(series.steps) < 3 or step >= start * ends[series.run]
         ]
         others = [mark.value for mark in self.marks]
         others += [self.level[0]] if self.level else []

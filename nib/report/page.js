@@ -75,7 +75,7 @@ function verticalAxis(data, lines, across) {
   const fall = toolbar.fall.checked || zoomed ? 0 : data.initialDrop, ends = {}
   for (const {run, places} of lines) ends[run] = places.reduce((a, b) => Math.max(a, b), ends[run] ?? across.low)
   const start = run => across.low + fall * (Math.min(ends[run] ?? across.low, across.high) - across.low)  // a short run has a short initial drop
-  const values = lines.flatMap(one => one.drawn.filter((value, index) => value !== null && one.places[index] >= start(one.run) && one.places[index] <= across.high))
+  const values = lines.flatMap(one => one.drawn.filter((value, index) => value !== null && (one.drawn.length < 3 || one.places[index] >= start(one.run)) && one.places[index] <= across.high))  // two points: both, or nothing of their line is in sight
   values.push(...data.marks.filter(([run, step]) => run in ends && placeOf(run, step) >= start(run)).map(mark => mark[2]))
   if (!zoomed) values.push(...data.level ? [data.level[0]] : [], ...data.band ?? [])
   const log = toolbar.y.value === 'log' || toolbar.y.value === 'auto' && data.log
@@ -133,6 +133,7 @@ function draw(figure, across) {
     texts.push(make('span', {class: 'y', style: `top:${y(tick) / 10}%`}, show(tick, 4)))
   }
   for (const tick of across.ticks) texts.push(make('span', {class: 'x', style: `left:${x(tick) / 10}%`}, show(tick, 4)))
+  texts.push(make('span', {class: 'unit'}, toolbar.x.value))
   if (data.band) svg.append(make('rect', {class: 'band', width: 1000, y: y(data.band[1]), height: Math.max(0, y(data.band[0]) - y(data.band[1]))}))
   if (data.level) add('level', `M0 ${y(data.level[0])}H1000`)
   for (const one of lines) {

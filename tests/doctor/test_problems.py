@@ -40,7 +40,7 @@ def test_what_to_change_can_be_changed(name):
     [
         ('diverging', {'grad_clip': 0.0}, 'grad_clip = 1'),
         ('not_finite', {'dtype': 'float16'}, 'dtype = bfloat16 or float32'),
-        ('lr_too_high', {}, 'or set qk_norm'),
+        ('lr_too_high', {}, 'set qk_norm'),
         ('plateau', {'lr_decay_iters': 30}, 'lr_decay_iters = max_iters'),
         ('all_clipped', {'grad_clip': 0.01}, 'grad_clip = 1'),
         ('dead_units', {'mlp': 'relu2'}, 'mlp = gelu or swiglu'),

@@ -395,6 +395,19 @@ def test_training_may_add_to_the_loss():
     assert show(make_doctor(), step=lambda s: {'losses': [9.0]} if s == 1 else {}) == []
 
 
+@pytest.mark.parametrize(
+    ('start', 'said', 'unsaid'),
+    [
+        (GUESS + 1, ['weights are too large', 'standard deviation'], ['leak']),
+        (GUESS - 1, ['leak'], ['weights are too large', 'standard deviation']),
+    ],
+)
+def test_the_advice_for_a_wrong_initial_loss_fits_its_direction(start, said, unsaid):
+    (finding,) = show(make_doctor(), start=start)
+    assert all(words in str(finding) for words in said)
+    assert not any(words in str(finding) for words in unsaid)
+
+
 def test_a_model_that_learnt_before_may_begin_as_it_likes():
     for name in ('wrong_initial_loss', 'lr_too_low', 'tiny_vocabulary'):
         changes = FIRING[name]

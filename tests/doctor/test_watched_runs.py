@@ -224,3 +224,12 @@ def test_the_doctor_names_what_a_config_of_the_lab_breaks_in_the_code(data_dir, 
     run = Started(tmp_path, TRAIN, f'config/lab/{name}.py', *flags)
     assert run.end() == 0 and name in run.stderr, run.stderr
     assert name in [found for _, found in findings(tmp_path / 'run')]
+
+
+@pytest.mark.slow
+def test_the_dead_units_of_the_lab_live_without_biases_as_the_doctor_advises(data_dir, tmp_path):
+    flags = [*LAB_FLAGS, '--max_iters=4', '--warmup_iters=1', '--eval_interval=1']
+    flags += [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}']
+    run = Started(tmp_path, TRAIN, 'config/lab/dead_units.py', '--no-bias', *flags)
+    assert run.end() == 0, run.stderr
+    assert 'dead_units' not in [found for _, found in findings(tmp_path / 'run')]

@@ -205,6 +205,20 @@ def test_pickles_are_refused_with_the_alternative(copy):
         read_weights(str(folder), print)
 
 
+def test_an_adapter_without_its_model_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / 'adapter_config.json').write_text('{}')
+    with pytest.raises(UserError, match=r'adapter.*merge_and_unload'):
+        read_weights(str(tmp_path), print)
+
+
+def test_true_is_no_end_of_text_token(tmp_path):
+    (tmp_path / 'tokenizer.json').write_text(byte_level().to_str())
+    (tmp_path / 'generation_config.json').write_text('{"eos_token_id": true}')
+    found = hub_tokenizer.read_file(tmp_path / 'tokenizer.json', Repository(str(tmp_path)))
+    expected = HfTokenizer.read(byte_level().to_str(), None).end_of_text
+    assert found.end_of_text is expected
+
+
 def test_damaged_shards_are_named(copy):
     folder = copy('shards')
     shard = sorted(folder.glob('*.safetensors'))[1]

@@ -262,6 +262,21 @@ def test_full_memory_is_one_line_with_sizes_that_fit(train_here, tmp_path, monke
     assert int(sizes[0][0]) < int(sizes[1][0]) < 1024  # recomputing leaves room for more
 
 
+def test_full_memory_of_unknown_size_is_explained_without_numbers(
+    train_here, tmp_path, monkeypatch
+):
+    def fill(*arguments):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+
+    def unknown(*arguments):  # as on Windows
+        raise UserError('the memory of this machine is unknown: set --batch_size to a number')
+
+    monkeypatch.setattr(training, 'train_step', fill)
+    monkeypatch.setattr(memory, 'available_memory', unknown)
+    done = train_here(tmp_path / 'run', status=2)
+    assert len(done.stderr.splitlines()) == 1 and 'out of memory. Halve' in done.stderr
+
+
 def test_other_errors_of_a_run_stay_what_they_are(train_here, tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError('a bug')

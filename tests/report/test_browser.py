@@ -120,6 +120,28 @@ def test_the_initial_drop_is_left_out_until_it_is_asked_for(open_page):
     assert max(ticks(page, axis='y')) > before
 
 
+def test_a_line_of_two_points_is_in_sight(open_page, tmp_path):
+    open_page.write_runs(1)
+    metrics = tmp_path / 'run-0/metrics.jsonl'
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if line['step'] in (50, 100, 150):
+            del line['loss/val']
+    lines[0]['loss/val'] = 3.5
+    metrics.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (tmp_path / 'page.html').write_text(build_page(read_runs([tmp_path / 'run-0']), DEFAULTS))
+    page = open_page(url=f'file://{tmp_path / "page.html"}')
+    assert max(ticks(page, axis='y')) >= 3.5
+
+
+def test_each_chart_names_its_horizontal_axis(open_page):
+    page = open_page()
+    for unit, name in (('steps', 'step'), ('tokens', 'tokens'), ('time in hours', 'hours')):
+        page.get_by_label('x axis').select_option(unit)
+        assert set(page.locator('.chart .unit').all_text_contents()) == {name}
+    assert page.locator('.chart .unit').count() == page.locator('.chart .plot').count()
+
+
 def test_a_short_run_beside_a_long_one_is_in_sight(open_page, tmp_path):
     open_page.write_runs(2)
     metrics = tmp_path / 'run-1/metrics.jsonl'

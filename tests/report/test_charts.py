@@ -24,6 +24,13 @@ def test_the_axis_of_the_loss_ignores_the_initial_drop():
     assert Chart('loss', 'Loss', '', series).axis().high > 4
 
 
+def test_a_line_of_two_points_is_in_sight():
+    steps = range(0, 1001, 10)
+    batches = Series('step', steps, [4.0] * 9 + [2.3] * 92)
+    losses = Series('validation', (0, 1000), (4.2, 2.4))
+    assert 4.2 < Chart('loss', 'Loss', '', (batches, losses), falls=True).axis().high < 4.5
+
+
 def test_the_initial_drop_of_a_short_run_does_not_hide_the_run_beside_a_long_one():
     short = Series('validation', range(0, 101, 10), [5.0] + [4.0] * 10, run='short')
     long = Series('validation', range(0, 1001, 10), [5.0] * 9 + [2.0] * 92, run='long')
