@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
@@ -114,15 +115,39 @@ def _in_processes(
 def _submit(pool: ProcessPoolExecutor, batch: Batch) -> Future:
     """Encodes a batch in the pool, which starts a process if none is idle.
 
-    Ctrl-C reaches all processes, and this one handles it. A new one inherits that it is ignored.
+    Ctrl-C reaches all processes, and this one handles it, after the new one has started.
     """
-    if threading.current_thread() is not threading.main_thread():  # only that one may ignore it
+    with _later(signal.SIGINT), _blocked(signal.SIGINT):  # a new process inherits that
         return pool.submit(_encode, batch)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _blocked(number: signal.Signals):
+    """Within this context, this thread and the processes that it starts do not get a signal."""
+    if os.name == 'nt':  # cannot block signals
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     try:
-        return pool.submit(_encode, batch)
+        yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _later(number: signal.Signals):
+    """Within this context, a signal waits, also if another thread of this process gets it."""
+    if threading.current_thread() is not threading.main_thread():  # only that one handles signals
+        yield
+        return
+    came = []
+    handler = signal.signal(number, lambda *_: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+        if came:
+            signal.raise_signal(number)
 
 
 # Of a process that encodes. A tokenizer.json has megabytes, too much to send with each batch.

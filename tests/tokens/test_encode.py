@@ -238,6 +238,38 @@ def test_ctrl_c_does_not_reach_processes_that_are_starting():
     assert (run.stdout, run.stderr) == ('4 3\n', '')
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='blocks signals')
+@pytest.mark.parametrize('handled_by', ['this thread', 'another thread'])
+def test_ctrl_c_while_a_process_starts_comes_after_it_has_started(handled_by):
+    """The new process inherits the blocked signals; the system may give one to any thread."""
+    started, blocked = False, None
+
+    class Pool:
+        def submit(self, *_):
+            nonlocal started, blocked
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            if handled_by == 'another thread':
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # a handler would run here
+                pass
+            started = True
+
+    def handler(*_):
+        assert started
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            encode._submit(Pool(), ([], ''))
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def living(session: int) -> bool:
     """Whether any process of a session goes on."""
     try:
