@@ -13,6 +13,7 @@ from model import GPT
 from nib.checkpoint.start import read_weights
 from nib.checkpoint.weights import Weights
 from nib.doctor.inspection import attention_scores, watch_attention
+from nib.errors import UserError
 from nib.text.tokenizer import Tokenizer, encode_prompt
 
 
@@ -41,8 +42,10 @@ def attention_maps(model: GPT, ids: Sequence[int]) -> list[torch.Tensor]:
     """Returns the attention weights of each layer, (n_head, T, T) in float32.
 
     Row t of a head is where position t looks: it adds up to 1, and is 0 after position t. ids: T
-    token ids. Raises ValueError if they are more than block_size.
+    token ids. Raises ValueError if they are none, or more than block_size.
     """
+    if not len(ids):
+        raise UserError('ids is empty: attention maps need at least one token id')
     maps = []
 
     def keep(q, k, v):

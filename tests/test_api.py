@@ -108,6 +108,8 @@ def test_errors_are_one_exception(train_here, tmp_path):
         generate(model, tokenizer, 'The', temperature=-1)
     with pytest.raises(UserError, match='empty'):
         generate(model, tokenizer, '')
+    with pytest.raises(UserError, match='ids is empty'):
+        attention_maps(model, [])
 
 
 @given(st.binary() | st.text().map(str.encode))

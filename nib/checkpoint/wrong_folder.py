@@ -56,15 +56,12 @@ def explain(path, may_train: bool = True) -> str:
     run = next((folder for folder in path.parents if is_run(folder)), None)
     if not path.is_dir() and run:  # a file or a step of the run
         return f'{path} is not the folder of a run; did you mean {_typed(run)}?'
-    if path.is_file() and is_hugging_face(path.parent):
-        return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
     if path.suffix == '.gguf':
         return f'{path} is a GGUF file, which nibGPT cannot read; use the original model'
+    if path.is_file() and is_hugging_face(path.parent):
+        return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
     if (path / 'adapter_config.json').is_file():
-        return (
-            f'{path} has only the adapter of a model: merge both with peft, '
-            f'merge_and_unload().save_pretrained(FOLDER), and name that folder'
-        )
+        return explain_adapter(path)
     if 'huggingface.co' in path.parts:
         name = path.parts[path.parts.index('huggingface.co') + 1 :][:2]
         return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'
@@ -103,7 +100,17 @@ def explain(path, may_train: bool = True) -> str:
         )
     if runs:
         return f'{path} is not a run, but contains runs: name one of them{_list(runs, ": ")}'
+    for file in path.glob('*.gguf'):
+        return explain(file)
     return f'{path} is not a run, because it contains no checkpoint{train_first}'
+
+
+def explain_adapter(name) -> str:
+    """Returns a sentence about a folder or a repository with an adapter and no whole model."""
+    return (
+        f'{name} has only the adapter of a model: merge both with peft, '
+        f'merge_and_unload().save_pretrained(FOLDER), and name that folder'
+    )
 
 
 def _runs_in(folder: Path) -> list[Path]:

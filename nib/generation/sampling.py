@@ -19,7 +19,7 @@ from nib.generation.window import Window
 def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile):
     """Implements GPT.generate(); see there."""
     vocab_size = model.config.vocab_size
-    check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
+    check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size, stop)
     window = Window(model, prompts, max_new_tokens, compile)
     device = window.tokens.device
     generator = torch.Generator(device)
@@ -39,7 +39,7 @@ def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, see
                 return
 
 
-def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size):
+def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size, stop=()):
     """Raises UserError, naming the argument, if an argument of generate() is invalid."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError('a prompt is empty: generation needs at least one token to start from')
@@ -59,6 +59,8 @@ def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, voc
         )
     if seed is not None and not 0 <= seed < 1 << 63:
         raise UserError(f'seed is {seed}: it must be at least 0 and less than 2^63')
+    if not all(len(sequence) for sequence in stop):
+        raise UserError('stop contains an empty sequence: each needs at least one token id')
 
 
 def sample_tokens(logits, temperature, top_k, top_p, generator):

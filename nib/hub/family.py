@@ -32,6 +32,10 @@ HARMLESS = re.compile(
 )
 REQUIRED = object()  # a key without a default
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+QUANTIZED = (
+    'quantized weights are not supported; use a version of the model in bfloat16, float16 or '
+    'float32'
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Family:
         special: keys that the family reads itself, and the types of their values.
         """
         for key, value in config.items():
+            if key == 'quantization_config' and value is not None:
+                raise UserError(f'config.json has a {key}: {QUANTIZED}')
             if key in self.fixed:
                 if value not in self.fixed[key]:
                     allowed = ' or '.join(map(repr, self.fixed[key]))
@@ -230,10 +236,7 @@ class Family:
 def check_numbers(name: str, tensor: torch.Tensor):
     """Raises UserError if a tensor is quantized, or contains NaN or infinity."""
     if tensor.dtype not in FLOATS:
-        raise UserError(
-            f'the tensor {name} has dtype {tensor.dtype}: quantized weights are not supported; use '
-            f'a version of the model in bfloat16, float16 or float32'
-        )
+        raise UserError(f'the tensor {name} has dtype {tensor.dtype}: {QUANTIZED}')
     if not all(bound.isfinite() for bound in tensor.aminmax()):
         raise UserError(f'the tensor {name} contains NaN or infinite numbers; download it again')
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from nib.checkpoint.wrong_folder import explain, explain_adapter
 from nib.errors import UserError, optional
 
 INDEX = 'model.safetensors.index.json'
@@ -81,12 +82,12 @@ class Repository:
     def read_tensors(self) -> dict[str, torch.Tensor]:
         """Returns the tensors of model.safetensors, or of the shards that its index names.
 
-        Raises UserError if a file is missing or damaged, or if there are only pickles.
+        Raises UserError if a file is missing or damaged, or if the weights are in another format.
         """
         if path := self.find('model.safetensors'):
             return _read_file(path)
         if not self.find(INDEX):
-            self._reject_pickles()
+            self._reject_other_formats()
             raise UserError(
                 f'{self.name} has neither model.safetensors nor {INDEX}; download it again'
             )
@@ -109,7 +110,11 @@ class Repository:
                 )
         return tensors
 
-    def _reject_pickles(self):
+    def _reject_other_formats(self):
+        if self.find('adapter_config.json'):
+            raise UserError(explain_adapter(self.name))
+        for path in Path(self.name).glob('*.gguf'):
+            raise UserError(explain(path))
         for file in PICKLES:
             if self.find(file):
                 raise UserError(

@@ -51,7 +51,6 @@ GPT2 = Family(
         'add_cross_attention': (False,),
         'is_encoder_decoder': (False,),
         'pruned_heads': (None, {}),
-        'quantization_config': (None,),
     },
     needs={
         'position': ('learned',),

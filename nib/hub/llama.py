@@ -50,7 +50,6 @@ LLAMA = Family(
         'hidden_act': ('silu', 'swish'),
         'is_encoder_decoder': (False,),
         'pruned_heads': (None, {}),
-        'quantization_config': (None,),
     },
     needs={
         'position': ('rotary',),

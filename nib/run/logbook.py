@@ -63,10 +63,12 @@ class Logbook:
     def __exit__(self, *error):
         """Releases the folder, however the run ends: in a notebook, the process goes on."""
         try:
-            if self.writer:
-                self.writer.close()  # completes the last checkpoint if the run has failed
-            if self.metrics:
-                self.metrics.close(exit_code=1)  # no effect after close()
+            try:
+                if self.writer:
+                    self.writer.close()  # completes the last checkpoint if the run has failed
+            finally:
+                if self.metrics:
+                    self.metrics.close(exit_code=1)  # no effect after close()
         except Exception as failure:
             self.warn(f'error: {failure}')
         finally:

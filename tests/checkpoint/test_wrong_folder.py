@@ -27,6 +27,8 @@ def place(tmp_path, monkeypatch):
         'notes/train.bin': '',
         'more/out-c/metrics.jsonl': '',
         'empty/x.txt': '',
+        'gguf/q4.gguf': '',
+        'gguf/README.md': '',
     }.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
@@ -50,6 +52,7 @@ WRONG = {
     'empty': 'not a run, because it contains no checkpoint; train first: ',
     'empty/x.txt': 'is a file, not the folder of a run',
     'no/model.gguf': 'no/model.gguf is a GGUF file, which nibGPT cannot read',
+    'gguf': 'gguf/q4.gguf is a GGUF file, which nibGPT cannot read; use the original',
     'https://huggingface.co/owner/name': 'name OWNER/NAME only, owner/name',
     'https://huggingface.co/owner/name/tree/main': 'name OWNER/NAME only, owner/name',
     'https://huggingface.co/gpt2': 'name OWNER/NAME only, gpt2',

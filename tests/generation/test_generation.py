@@ -341,6 +341,7 @@ def test_sampling_draws_tokens_by_their_probability():
         (dict(top_k=0), 'top_k'),
         (dict(top_p=1.5), 'top_p'),
         (dict(max_new_tokens=-1), 'max_new_tokens'),
+        (dict(stop=[[2], []]), 'stop contains an empty'),
     ],
 )
 def test_what_cannot_be_sampled_is_named(options, named):

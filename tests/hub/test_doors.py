@@ -211,6 +211,18 @@ def test_an_adapter_without_its_model_is_refused_with_the_remedy(tmp_path):
         read_weights(str(tmp_path), print)
 
 
+@pytest.mark.parametrize(
+    'file, words',
+    [('adapter_config.json', 'adapter.*merge_and_unload'), ('q4.gguf', r'q4\.gguf is a GGUF file')],
+)
+def test_weights_in_another_format_are_named_beside_a_config(file, words, copy):
+    folder = copy('whole')
+    (folder / 'model.safetensors').rename(folder / file)
+    for name in {folder, folder / file} if file.endswith('.gguf') else {folder}:
+        with pytest.raises(UserError, match=words):
+            read_weights(str(name), print)
+
+
 def test_true_is_no_end_of_text_token(tmp_path):
     (tmp_path / 'tokenizer.json').write_text(byte_level().to_str())
     (tmp_path / 'generation_config.json').write_text('{"eos_token_id": true}')

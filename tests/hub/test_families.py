@@ -279,6 +279,14 @@ def test_a_config_that_changes_the_model_is_refused_by_name(kind, tmp_path):
         assert named or key == 'head_dim' and 'head_dim' in said, (changes, said)
 
 
+@pytest.mark.parametrize('kind', REFUSED)
+def test_a_quantized_model_is_refused_with_the_remedy(kind, tmp_path):
+    make(kind).save_pretrained(tmp_path / 'model')
+    change(tmp_path / 'model', quantization_config={'bits': 4})
+    with pytest.raises(UserError, match='quantization_config.* use a version .* in bfloat16'):
+        read(tmp_path / 'model')
+
+
 def test_keys_of_before_transformers_5_mean_the_same(tmp_path):
     theirs = make('llama', rope_parameters=LLAMA3)
     theirs.save_pretrained(tmp_path)

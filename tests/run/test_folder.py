@@ -16,11 +16,14 @@ from conftest import ROOT, SMALL_RUN, full_disk, records, run_script, train
 from processes import PATIENCE, TRAIN, Started, free_port, start_on_ranks
 
 from nib.checkpoint import store
+from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError, call
 from nib.files import atomic_write
-from nib.machine.signals import name_signal
+from nib.machine.ranks import Ranks
+from nib.machine.signals import StopSignal, name_signal
 from nib.run.folder import RunLock, write_config
 from nib.run.logbook import Logbook
+from nib.run.metrics import Metrics
 
 TIMED = (
     'time',
@@ -168,6 +171,17 @@ def test_a_run_that_appears_after_the_first_check_is_left_alone(tmp_path, train_
     done = train_here(tmp_path / 'run', '--max_iters=1', status=2)
     assert 'already contains a run' in done.stderr
     assert (tmp_path / 'run/metrics.jsonl').read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_open(tmp_path, capsys):
+    ranks = Ranks()
+    with Logbook(str(tmp_path), {}, ranks, StopSignal(ranks)) as book:
+        book.metrics = Metrics(tmp_path, 0, {'tensorboard': False, 'wandb_log': False})
+        file = book.metrics.file
+        book.writer = CheckpointWriter(tmp_path / 'absent', keep_last=1)
+        book.writer.record_evaluation(1, {}, best=True)
+    assert 'absent' in capsys.readouterr().err
+    assert file.closed
 
 
 @pytest.mark.slow
