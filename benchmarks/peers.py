@@ -4,12 +4,12 @@
     python benchmarks/peers.py --nanogpt=nanoGPT
     python benchmarks/peers.py --nanogpt=nanoGPT --sizes=124m --peers=nanogpt,transformers
 
-Every contestant has the same shape, activation (exact GELU, as nanoGPT), batch, optimizer (AdamW in
-torch's fused kernel) and clipping.
-In bfloat16, the peers run inside torch.autocast, which is one line in anybody's loop. 'compiled' is
-torch.compile with its defaults. nibGPT is compiled if a long run with --compile=auto is. The time
-until a contestant is ready, with three steps, is a line of its own. A turn is a few whole steps,
-short because the speed of a machine drifts. Each peer is a process of its own, next to nibGPT's.
+Every contestant has the same shape, activation (exact GELU, like nanoGPT's), batch, optimizer
+(AdamW in torch's fused kernel) and clipping. In bfloat16, the peers run inside torch.autocast,
+which is one line in anybody's loop. 'compiled' is torch.compile with its defaults. nibGPT is
+compiled if a long run with --compile=auto is. The time until a contestant is ready, with three
+steps, is a line of its own. A turn is a few whole steps, short because the speed of a machine
+drifts. Each peer is a process of its own, next to nibGPT's.
 """
 
 import sys

@@ -335,8 +335,10 @@ def explain_layers(x, mlp_kind: str, largest: float) -> Iterator[str]:
         'mean, std',
     )
     yield note("std of what the block's attention and MLP add to the stream.", '... adds')
+    flat = 'stay below -3, where GELU is flat (its slope is within 0.012 of 0),'
     closed = {
-        'gelu': 'stay below -3, where GELU is flat (its slope is within 0.012 of 0),',
+        'gelu': flat,
+        'gelu_erf': flat,
         'swiglu': 'have a gate that stays below -6, where SiLU is flat (its slope is within 0.0125 '
         'of 0),',
     }.get(mlp_kind, 'are exactly 0')

@@ -272,6 +272,13 @@ def test_a_dead_relu_layer_is_seen(make_training):
     )  # all of the branch but c_proj's bias
 
 
+@pytest.mark.parametrize('mlp', inspection.CLOSED_BELOW)
+def test_the_lesson_says_when_a_unit_of_each_activation_is_closed(mlp):
+    text = ' '.join(' '.join(examination.explain_layers(torch.zeros(1, 8), mlp, 1.0)).split())
+    limit = inspection.CLOSED_BELOW[mlp]
+    assert (f'below {limit:.0f},' if limit else 'are exactly 0') in text
+
+
 def test_a_learning_rate_that_is_too_high_is_seen(make_training):
     text, findings = examined(make_training('--learning_rate=10'))
     assert re.search(
