@@ -28,9 +28,9 @@ def for_generation(module: nn.Module, linear: Any):
     twin.training = False
     twin._modules = {name: for_generation(child, linear) for name, child in module._modules.items()}
     if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear):
-        is_gelu = isinstance(module.activation, nn.GELU) and module.activation.approximate == 'tanh'
-        if is_gelu:  # part of the packed product
-            twin.c_fc.then, twin.activation = ('gelu', [], 'tanh'), nn.Identity()
+        if isinstance(module.activation, nn.GELU):  # part of the packed product
+            twin.c_fc.then = 'gelu', [], module.activation.approximate
+            twin.activation = nn.Identity()
     if isinstance(module, GPT) and module.config.tied_head and linear:
         head = module.transformer.wte.weight
         if linear.pays(head):

@@ -24,6 +24,8 @@ def pick_compile(config: Mapping, model: GPT) -> tuple[bool, str]:
     whole run and not on the load of the machine, so that a resumed run chooses the same.
     """
     device, chosen, reason = config['device'], config['compile'], 'as requested'
+    if config.get('eval_only'):
+        return False, 'nothing is trained'
     if chosen == 'auto':
         on_gpu = device.startswith('cuda')
         if not on_gpu and not (device == 'cpu' and HAS_AMX):

@@ -244,6 +244,9 @@ def test_auto_compiles_if_it_pays_off_and_there_is_a_compiler(monkeypatch):
     assert pick('auto', 'cpu', 1e13) == too_short
     assert pick('auto', 'mps', 1e16)[0] is False
     assert pick(False, 'cuda') == (False, 'as requested')
+    sizes['eval_only'] = True
+    assert pick('auto', 'cuda', 3600e15) == pick(True, 'cuda') == (False, 'nothing is trained')
+    del sizes['eval_only']
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     for asked in (True, 'auto'):
         assert pick(asked, 'cuda', 3600e15) == (False, 'no C compiler found: install gcc')
