@@ -27,10 +27,10 @@ def for_generation(module: nn.Module, linear: Any):
     twin: Any = copy.copy(module)
     twin.training = False
     twin._modules = {name: for_generation(child, linear) for name, child in module._modules.items()}
-    if isinstance(module, MLP) and isinstance(twin.c_fc, PackedLinear):
-        if isinstance(module.activation, nn.GELU):  # part of the packed product
-            twin.c_fc.then = 'gelu', [], module.activation.approximate
-            twin.activation = nn.Identity()
+    is_gelu = isinstance(module, MLP) and isinstance(module.activation, nn.GELU)
+    if is_gelu and isinstance(twin.c_fc, PackedLinear):  # part of the packed product
+        twin.c_fc.then = 'gelu', [], module.activation.approximate
+        twin.activation = nn.Identity()
     if isinstance(module, GPT) and module.config.tied_head and linear:
         head = module.transformer.wte.weight
         if linear.pays(head):
