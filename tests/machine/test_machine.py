@@ -442,6 +442,32 @@ def test_two_ranks_agree(tmp_path):
     assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
 
 
+DIFFERS = """
+import os, sys, train
+from nib.errors import run_script
+if os.environ['RANK'] == '1':
+    sys.argv.append(OWN)
+run_script(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('differs', ['learning_rate', 'the fingerprint of the dataset'])
+def test_processes_that_differ_do_not_train_together(data_dir, tmp_path, differs):
+    """As on two hosts, one of which was started with another flag or has other bins."""
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}']
+    own = '--learning_rate=0.5'
+    if differs != 'learning_rate':
+        shutil.copytree(data_dir, tmp_path / 'data')
+        for path in (tmp_path / 'data').rglob('train.bin'):
+            path.write_bytes(path.read_bytes()[2:] + path.read_bytes()[:2])
+        own = f'--data_dir={tmp_path / "data"}'
+    ranks = start_on_ranks(2, tmp_path, DIFFERS.replace('OWN', repr(own)), *flags)
+    assert [rank.end() for rank in ranks] == [2, 2]
+    assert f'error: {differs} differs between the processes' in ranks[0].stderr
+    assert len(ranks[0].stderr.splitlines()) == 1 and not (tmp_path / 'run').exists()
+
+
 SKIPS_A_LAYER = """
 import model, train
 from nib.errors import run_script
