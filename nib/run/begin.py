@@ -25,8 +25,7 @@ def begin(
     dtype, reason = pick_dtype(values['dtype'], values['device'])
     may_plan = bool(values['budget'] or values['params'])
     check_config(values, ranks.world_size, may_plan)
-    # Hosts may keep their files in different folders.
-    same = {key: value for key, value in values.items() if key not in ('out_dir', 'data_dir')}
+    same = {key: value for key, value in values.items() if key != 'out_dir'}  # rank 0 writes it
     ranks.check_same(
         same | {'dtype': dtype},
         f'start all of them with the same command, config files and versions of the code; to '
