@@ -1,7 +1,7 @@
 """The processes of a run that torchrun starts, and their communication."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -56,6 +56,14 @@ class Ranks:
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def check_same(self, values: Mapping, remedy: str):
+        """Raises UserError on all ranks if a key does not have the same value on all of them."""
+        found = self.gather(dict(values))
+        for key in values:
+            by_rank = [theirs.get(key) for theirs in found]
+            if any(value != by_rank[0] for value in by_rank):
+                raise UserError(f'{key} differs between the processes, {by_rank} by rank: {remedy}')
 
     def on_first(self, function: Callable[[], Any]):
         """Calls function() on rank 0 only and returns its result on all ranks.

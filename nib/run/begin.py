@@ -25,6 +25,12 @@ def begin(
     dtype, reason = pick_dtype(values['dtype'], values['device'])
     may_plan = bool(values['budget'] or values['params'])
     check_config(values, ranks.world_size, may_plan)
+    same = {key: value for key, value in values.items() if key != 'out_dir'}  # rank 0 writes it
+    ranks.check_same(
+        same | {'dtype': dtype},
+        f'start all of them with the same command, config files and versions of the code; to '
+        f'resume, all must be able to read {values["out_dir"]}',
+    )
     device = ranks.own_device(values['device'])
     processes = f'{ranks.world_size} process{"es" * (ranks.world_size > 1)}'
     book.say(f'device {describe_device(device)}, {processes}, dtype {dtype} ({reason})')
@@ -41,6 +47,10 @@ def begin(
         if not values['eval_only']:
             check_memory(model, used, is_auto(origins['batch_size']))
     data = find_data(values, origins, planned, book)
+    ranks.check_same(
+        {'the fingerprint of the dataset': data.fingerprint[:16]},
+        f'copy the bins of {data.folder} from one host to the others',
+    )
     config = values | {
         'device': device,
         'dtype': dtype,

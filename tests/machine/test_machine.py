@@ -445,6 +445,37 @@ def test_two_ranks_agree(tmp_path):
     assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
 
 
+DIFFERS = """
+import dataclasses, os, sys, train
+from nib.errors import run_script
+from nib.tokens import find
+opened = find.open_dataset
+if os.environ['RANK'] == '1':
+    CHANGE
+run_script(train.main)
+"""
+OTHER_TEXT = """find.open_dataset = lambda *arguments: dataclasses.replace(
+        opened(*arguments), fingerprint=64 * '0')"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('differs', 'change'),
+    [
+        ('learning_rate', 'sys.argv.append("--learning_rate=0.5")'),
+        ('data_dir', 'sys.argv.append("--data_dir=elsewhere")'),
+        ('the fingerprint of the dataset', OTHER_TEXT),
+    ],
+)
+def test_processes_that_differ_do_not_train_together(data_dir, tmp_path, differs, change):
+    """As on two hosts, one of which was started with another flag or has other bins."""
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}']
+    ranks = start_on_ranks(2, tmp_path, DIFFERS.replace('CHANGE', change), *flags)
+    assert [rank.end() for rank in ranks] == [2, 2]
+    assert f'error: {differs} differs between the processes' in ranks[0].stderr
+    assert len(ranks[0].stderr.splitlines()) == 1 and not (tmp_path / 'run').exists()
+
+
 SKIPS_A_LAYER = """
 import model, train
 from nib.errors import run_script
