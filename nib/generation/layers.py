@@ -29,7 +29,7 @@ def for_generation(module: nn.Module, linear: Any):
     twin._modules = {name: for_generation(child, linear) for name, child in module._modules.items()}
     is_gelu = isinstance(module, MLP) and isinstance(module.activation, nn.GELU)
     if is_gelu and isinstance(twin.c_fc, PackedLinear):  # part of the packed product
-        twin.c_fc.then = 'gelu', [], module.activation.approximate
+        twin.c_fc.then = 'gelu', [], twin.activation.approximate
         twin.activation = nn.Identity()
     if isinstance(module, GPT) and module.config.tied_head and linear:
         head = module.transformer.wte.weight
