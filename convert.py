@@ -93,7 +93,7 @@ def write_nanogpt(weights: Weights, tokenizer: Tokenizer):
     if weights.model.mlp == 'gelu':
         print(
             'nanoGPT computes GELU exactly, but this model approximates it: logits differ by about '
-            'a thousandth'
+            'a thousandth of the largest one'
         )
 
 
@@ -104,7 +104,7 @@ def write_gguf(weights: Weights, tokenizer: Tokenizer):
     if weights.model.mlp == 'gelu_erf':
         print(
             'llama.cpp approximates GELU, but this model computes it exactly: logits differ by '
-            'about a thousandth'
+            'about a thousandth of the largest one'
         )
 
 

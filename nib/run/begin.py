@@ -28,8 +28,8 @@ def begin(
     same = {key: value for key, value in values.items() if key != 'out_dir'}  # rank 0 writes it
     ranks.check_same(
         same | {'dtype': dtype},
-        f'start all of them with the same command, config files and versions of the code; to '
-        f'resume, all must be able to read {values["out_dir"]}',
+        f'start all of them with the same command, config files and code; to resume, all must be '
+        f'able to read {values["out_dir"]}',
     )
     device = ranks.own_device(values['device'])
     processes = f'{ranks.world_size} process{"es" * (ranks.world_size > 1)}'
