@@ -27,6 +27,7 @@ from nib.checkpoint import store
 from nib.checkpoint.start import read_start
 from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script, warn
+from nib.kernels import IGNORED
 from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
 from nib.machine.memory import check_memory
@@ -230,8 +231,10 @@ class Microscope:
     def show_tokens(self, ids) -> str:
         """Returns the text of token ids, or the ids if there is no tokenizer.
 
-        A token that is only a part of a character appears as its bytes, such as <0xE4>.
+        A token that is only a part of a character appears as its bytes, such as <0xE4>. Targets
+        that the loss ignores are left out.
         """
+        ids = ids[ids != IGNORED]
         if not self.has_text:
             return ' '.join(map(str, ids.tolist()))
         content = self.data.tokenizer.decode_bytes(ids.tolist())

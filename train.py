@@ -149,8 +149,8 @@ def evaluate(model, batches, precision, ranks) -> float:
     for x, y in batches:
         with precision:
             loss = model(x, y)
-        total[0] += loss * y.numel()
-        total[1] += y.numel()
+        counted = (y != -1).sum()  # the loss ignores targets of -1
+        total += torch.stack((loss * counted, counted))
     model.train()
     summed, tokens = ranks.sum(total).tolist()
     return summed / tokens if tokens else math.nan

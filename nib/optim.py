@@ -269,15 +269,16 @@ class Optimizer:
 
     @torch.no_grad()
     def load_named_state(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
-        """Restores this rank's share of a state. Raises UserError for an unknown name."""
+        """Restores this rank's share of a state. Raises UserError for an unknown one."""
         own = self.named_state(model)
         others = {name for name, p in model.named_parameters() if not self.shares.has(p)}
         for name, tensor in tensors.items():
             if name.rpartition('/')[0] in others:
                 continue
-            if name not in own:
+            if name not in own or own[name].shape != tensor.shape:
                 raise UserError(
-                    f'the checkpoint has the optimizer state {name}, which nib/optim.py lacks: use '
-                    f'the nib/optim.py that the run was trained with'
+                    f'the checkpoint has the optimizer state {name}, of shape '
+                    f'{tuple(tensor.shape)}, which nib/optim.py lacks: use the nib/optim.py that '
+                    f'the run was trained with'
                 )
             own[name].copy_(tensor)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run_script
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +86,9 @@ def test_there_is_an_example_of_every_kind():
         'Attention',
         'A layer',
         'The loss',
+        'Distillation',
+        'Masked targets',
+        'Frozen parameters',
         'A learning rate schedule',
         'A dataset',
         'A tokenizer',
@@ -250,6 +255,17 @@ assert sum(bool(e.c_fc.weight.grad.any()) for e in mlp.experts) == 2
 }
 
 
+def check_only_lora_is_trained(out_dir):
+    folder = max(out_dir.glob('step-*'))
+    before = load_file(max((out_dir.parent / 'out-base').glob('step-*')) / 'model.safetensors')
+    after = load_file(folder / 'model.safetensors')
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    added = after.keys() - before.keys()
+    assert len(added) == 4 and all(after[name].any() for name in added)
+    state = load_file(folder / 'optimizer.safetensors')
+    assert {name.rpartition('/')[0] for name in state} == added
+
+
 def check_schedule(out_dir):
     records = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
     rates = [record['learning_rate'] for record in records if 'learning_rate' in record]
@@ -265,4 +281,8 @@ def check_metric(out_dir):
     assert '<figcaption>weight_rms' in (out_dir / 'report.html').read_text()
 
 
-PROMISES = {'A learning rate schedule': check_schedule, 'A metric': check_metric}
+PROMISES = {
+    'A learning rate schedule': check_schedule,
+    'A metric': check_metric,
+    'Frozen parameters': check_only_lora_is_trained,
+}

@@ -7,10 +7,13 @@ import shutil
 import signal
 
 import pytest
+import torch
 from conftest import SMALL_RUN, records
 from processes import start_on_ranks
 
 import train as training
+from model import GPT, GPTConfig
+from nib import optim
 from nib.checkpoint import store
 from nib.machine import compiling
 
@@ -289,6 +292,20 @@ def test_a_resumed_run_that_is_stopped_before_its_first_step_keeps_its_new_flags
     assert done.returncode == 143
     end = 'stopped by SIGTERM after step 10, with nothing new to save: start again'
     assert end in done.stdout
+
+
+def test_optimizer_state_that_the_checkpoint_lacks_is_named(cut_run, resume, monkeypatch):
+    """As if nib/optim.py had been changed since, or parameters had been frozen until then."""
+    own = optim.AdamW.state
+    extra = torch.zeros(())
+    monkeypatch.setattr(
+        optim.AdamW, 'state', lambda self: [(p, {**s, 'extra': extra}) for p, s in own(self)]
+    )
+    done = resume(cut_run)
+    n = len(list(GPT(GPTConfig(**store.newest(cut_run).state['model'])).parameters()))
+    lacking = f'step-00000010 lacks {n} tensors of optimizer state, such as transformer.wte.weight'
+    assert done.returncode == 0 and f'{lacking}/extra: they start anew' in done.stderr
+    assert 'start anew' not in resume(cut_run, '--max_iters=26').stderr  # they have been saved
 
 
 def test_the_command_wins_over_the_config_of_the_run(cut_run, resume, tmp_path):

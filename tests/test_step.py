@@ -172,3 +172,14 @@ def test_evaluation_turns_dropout_off_and_weighs_every_token_alike():
     assert together == pytest.approx(by_hand, abs=1e-6) and in_parts == pytest.approx(
         by_hand, abs=1e-6
     )
+
+
+def test_evaluation_does_not_count_targets_that_the_loss_ignores():
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    x, y = torch.randint(31, (2, 4, 16))
+    y[0, 3:] = y[2] = -1
+    batches = [(x[:1], y[:1]), (x[1:], y[1:])]
+    found = training.evaluate(model, batches, autocast('float32', 'cpu'), Ranks())
+    with torch.no_grad():
+        assert found == pytest.approx(model(x, y).item(), abs=1e-6)

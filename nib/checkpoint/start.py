@@ -1,7 +1,7 @@
 """The weights that a run starts from: its own checkpoint, another run's, or an open model's."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
-from nib.checkpoint.weights import Weights, build_model
+from nib.checkpoint.weights import MAY_DIFFER, Weights, build_model
 from nib.checkpoint.wrong_folder import explain, is_run, is_torch_file
 from nib.errors import UserError, warn
 from nib.hub import huggingface, nanogpt, reference
@@ -32,7 +32,7 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
         return GPT(model_config)
     start.check_dataset(data)
     # adopt() has given the config this model's other keys, and has checked block_size.
-    own = {name: config[name] for name in ('dropout', 'recompute', 'block_size')}
+    own = {name: config[name] for name in ('block_size', *MAY_DIFFER)}
     model = GPT(replace(start.model, **own))
     weights = dict(start.tensors['model'])
     if model.config.position == 'learned':
@@ -183,26 +183,44 @@ def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Ten
     As they are what was saved, it is model.py that has been changed.
     """
     try:
-        with ShapesOnly():
-            shapes = {
-                name: tensor.shape
-                for name, tensor in GPT(GPTConfig(**found.state['model'])).state_dict().items()
-            }
+        shapes = _built_shapes(GPTConfig(**found.state['model']))
     except (TypeError, ValueError) as error:
         raise store.Damaged(
             f'{found.path / "state.json"}: its model cannot be built ({error}); {CHANGED}'
         ) from error
-    have = {name: tensor.shape for name, tensor in tensors['model'].items()}
+    for what in _differences(tensors['model'], shapes):
+        raise store.Damaged(f'{found.path / "model.safetensors"} {what}; {CHANGED}')
+    for name, tensor in tensors.get('optimizer', {}).items():
+        if name.rpartition('/')[0] not in shapes:  # their shapes are the optimizer's affair
+            what = _difference(name, tensor.shape, None)
+            raise store.Damaged(f'{found.path / "optimizer.safetensors"} {what}; {CHANGED}')
+
+
+def check_readable(model: GPT):
+    """Raises UserError if a checkpoint of this model could not be read: its config builds others.
+
+    A changed train.py may have added weights to the model.
+    """
+    for what in _differences(model.state_dict(), _built_shapes(model.config)):
+        raise UserError(
+            f'the model to train {what}, so its checkpoints could not be read: create all of its '
+            f'weights in GPT.__init__, by options of GPTConfig; put another model, such as a '
+            f'teacher, into a tuple, whose weights are not saved'
+        )
+
+
+def _built_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    with ShapesOnly():
+        return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+
+
+def _differences(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]
+) -> Iterator[str]:
+    have = {name: tensor.shape for name, tensor in tensors.items()}
     for name in sorted(have.keys() | shapes.keys()):
         if have.get(name) != shapes.get(name):
-            what = _difference(name, have.get(name), shapes.get(name))
-            raise store.Damaged(f'{found.path / "model.safetensors"} {what}; {CHANGED}')
-    for full_name, tensor in tensors.get('optimizer', {}).items():
-        shape = shapes.get(full_name.rpartition('/')[0])
-        # Optimizers may keep fewer numbers than one per weight.
-        if shape is None or tensor.dim() == len(shape) and tensor.shape != shape:
-            what = _difference(full_name, tensor.shape, shape)
-            raise store.Damaged(f'{found.path / "optimizer.safetensors"} {what}; {CHANGED}')
+            yield _difference(name, have.get(name), shapes.get(name))
 
 
 def _difference(name: str, saved: torch.Size | None, built: torch.Size | None) -> str:

@@ -20,6 +20,8 @@ from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 
 PLANNED = 'planned'  # origin of the keys that --budget or --params has chosen
+# Fields of GPTConfig that a run may change, although it starts from existing weights.
+MAY_DIFFER = ('dropout', 'recompute')
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Weights:
 
         A resumed run keeps its plan, which is noted in origins, except for keys of the command
         line. Raises UserError if the user has set a key to a value that contradicts the model.
-        dropout and recompute may differ, and in a new run, block_size may be smaller.
+        Those of MAY_DIFFER may differ, and in a new run, block_size may be smaller.
         """
         if self.resumed:
             values = self.keep_plan(values, origins)
@@ -83,7 +85,7 @@ class Weights:
                     adopted[key] = before[key]
         conflicts = []
         for key, own in fixed.items():
-            if key in ('vocab_size', 'dropout', 'recompute') or values[key] == own:
+            if key in ('vocab_size', *MAY_DIFFER) or values[key] == own:
                 continue
             if origins[key] == 'default':
                 adopted[key] = own

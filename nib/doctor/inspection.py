@@ -16,6 +16,7 @@ from torch import nn
 import model as architecture
 from model import GPT, MLP, CausalSelfAttention
 from nib.doctor.health import LayerStats, ParameterStats
+from nib.kernels import IGNORED
 
 # A hidden unit is closed if its activation function passes hardly any gradient. Below these inputs,
 # squared ReLU passes none, and the slopes of GELU and of SwiGLU's gate (SiLU) are within 0.0125 of
@@ -28,13 +29,15 @@ CLOSED_BELOW = {'relu': 0.0, 'relu2': 0.0, 'gelu': -3.0, 'gelu_erf': -3.0, 'swig
 
 @torch.no_grad()
 def measure_parameters(model: nn.Module) -> list[ParameterStats]:
-    """Returns the statistics of the current weights and gradients.
+    """Returns the statistics of the current weights and gradients, without frozen parameters.
 
     A gradient that is None counts as zeros.
     """
     blocked = behind_zeros(model)
     rows = []
     for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
         grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         figures = (
             torch.linalg.vector_norm(weight) / math.sqrt(weight.numel()),
@@ -247,12 +250,14 @@ def share_always(is_closed) -> float:
 def shifted_share(x, y) -> torch.Tensor:
     """Returns the share of targets (B, T) that are the next token of the input (B, T), a scalar.
 
-    The last targets are not counted, because their input is not in the batch. 1 if T is 1.
+    The last targets are not counted, because their input is not in the batch. 1 if T is 1. Those
+    that the loss ignores are never wrong.
     """
-    is_next = y[:, :-1] == x[:, 1:]
+    is_next = (y[:, :-1] == x[:, 1:]) | (y[:, :-1] == IGNORED)
     return is_next.float().mean() if x.shape[1] > 1 else torch.ones((), device=x.device)
 
 
 def unigram_entropy(targets) -> float:
     """Returns the lowest mean loss, in nats, that is possible without looking at the inputs."""
-    return float(entropy(targets.flatten().cpu().bincount().double() / targets.numel()))
+    counts = targets[targets != IGNORED].cpu().bincount().double()
+    return float(entropy(counts / counts.sum()))

@@ -15,6 +15,7 @@ from torch import nn
 
 from model import GPT
 from nib.errors import UserError
+from nib.generation.layers import is_linear
 
 
 def quantize(model: GPT) -> GPT:
@@ -73,7 +74,7 @@ class Int8Linear(nn.Module):
 
 
 def _quantized(module: nn.Module) -> Any:
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return Int8Linear(module.weight, module.bias)
     twin = copy.copy(module)
     twin._modules = {name: _quantized(child) for name, child in module._modules.items()}

@@ -18,9 +18,9 @@ def for_generation(module: nn.Module, linear: Any):
 
     linear: PackedLinear or RowLinear, replaces linear layers where that is faster; None: neither.
     """
-    if linear and isinstance(module, nn.Linear) and linear.pays(module.weight):
+    if linear and is_linear(module) and linear.pays(module.weight):
         return linear(module.weight, module.bias)
-    if linear and isinstance(module, RMSNorm) and FewRowNorm.pays(module.weight):
+    if linear and type(module) is RMSNorm and FewRowNorm.pays(module.weight):
         return FewRowNorm(module)
     if isinstance(module, nn.Dropout):
         return nn.Identity()
@@ -37,6 +37,11 @@ def for_generation(module: nn.Module, linear: Any):
             twin.lm_head = linear(head, None)
             twin.config = replace(module.config, tied_head=False)
     return twin
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is only a matrix and a bias; a subclass of a fork may add more."""
+    return type(module).forward is nn.Linear.forward
 
 
 class PackedLinear:

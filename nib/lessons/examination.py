@@ -141,7 +141,8 @@ def measure_step(training) -> tuple[list[ParameterStats], dict[str, tuple[float,
     rows = [replace(row, name=row.name.removeprefix('transformer.')) for row in rows]
     method_of = {p: type(part).__name__.lower() for part in optimizer.parts for p in part.params}
     ratios, limits = health.group_ratios(rows), {}
-    for row, p in zip(rows, training.model.parameters()):
+    trained = (p for p in training.model.parameters() if p.requires_grad)
+    for row, p in zip(rows, trained):
         method = method_of.get(p, '')  # 'adamw', 'muon', or another optimizer's class
         limits[row.name] = health.limits_of(row, ratios, update_limits(training, method))
     return rows, limits, norm

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT
+from nib.kernels import IGNORED
 from nib.lessons.examination import describe_batch, note
 
 # The lesson follows the weight with the largest gradient in the first of these that has a gradient.
@@ -135,6 +136,8 @@ def walk_through(training) -> Iterator[str]:
     yield from describe_batch(training)
     if model.config.dropout:
         yield 'Dropout is off here, so that every number can be computed twice.'
+    end = 1 + int((y[0] != IGNORED).nonzero()[-1])  # the lesson follows the last target that counts
+    x, y = x[:, :end], y[:, :end]
     training.accumulate([(x, y)])
     weight = Weight.with_largest_gradient(model)
     model.zero_grad(set_to_none=True)
@@ -182,9 +185,10 @@ def explain_loss(
         )
     yield f'{f"all {len(row):,}":>14}{"":10}{total:14.4f}{1.0:13.6f}\n'
     p, own = float(probabilities[target]), float(row.logsumexp(dim=0) - row[target])
-    mean = float(F.cross_entropy(logits.flatten(0, 1), y.flatten()))
+    mean = float(F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED))
+    counted = int((y != IGNORED).sum())
     yield f'loss of this token    -log p = -ln {p:.6g} = {own:.6f} nats'
-    yield f'loss of the batch     {mean:.6f} nats, the mean of -log p over {y.numel():,} tokens'
+    yield f'loss of the batch     {mean:.6f} nats, the mean of -log p over {counted:,} tokens'
     yield f'a uniform guess       ln {len(row):,} = {math.log(len(row)):.6f} nats\n'
     yield (
         'The loss measures surprise: it is 0 if the model was certain of the token, and grows as '
@@ -199,7 +203,7 @@ def explain_gradient(model: GPT, x, y, weight: Weight) -> Iterator[str]:
     """
 
     def loss():  # not model(x, y), whose loss is float32
-        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED)
 
     with torch.no_grad():
         logits = model(x[:1])[0, -1]

@@ -119,6 +119,14 @@ def resume(t, state, start: Weights | None, config: dict, book) -> dict:
     if not start or not start.resumed:
         return {}
     state.restore(t, start.resumed, start.tensors)
+    own, saved = t.optimizer.named_state(t.raw_model), start.tensors['optimizer']
+    by_rank = t.ranks.gather([name for name in own if name not in saved])
+    new = [name for names in by_rank for name in names]
+    if new and not config['eval_only']:
+        book.warn(
+            f'warning: {start.name} lacks {len(new)} tensors of optimizer state, such as {new[0]}: '
+            f'they start anew'
+        )
     config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
     changes = start.changes(config)
     if changes:

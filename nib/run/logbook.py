@@ -11,6 +11,7 @@ import torch
 
 from nib import guard
 from nib.checkpoint import store
+from nib.checkpoint.start import check_readable
 from nib.checkpoint.writer import CheckpointWriter
 from nib.doctor import vitals
 from nib.doctor.doctor import Doctor
@@ -122,8 +123,10 @@ class Logbook:
         """Starts recording a run that continues from `step`; clears the folder if the run is new.
 
         training: train.py's Training. config: the values that the run uses. origins: where they
-        come from. changes: changes of the config since the checkpoint.
+        come from. changes: changes of the config since the checkpoint. Raises UserError if the
+        model's checkpoints could not be read.
         """
+        check_readable(training.raw_model)
         self.training, self.data = training, data
         self.config, self.origins = config, origins
         # A run that continues nanoGPT's has no checkpoint of its own yet.

@@ -274,6 +274,21 @@ def test_entropies_against_sums_by_hand():
     )
 
 
+def test_targets_that_the_loss_ignores_are_neither_wrong_nor_counted():
+    x, y = torch.tensor([[3, 5, 7, 2]]), torch.tensor([[5, -1, -1, 4]])
+    assert float(inspection.shifted_share(x, y)) == 1.0
+    y[0, 0] = 3
+    assert float(inspection.shifted_share(x, y)) == pytest.approx(2 / 3)
+    assert inspection.unigram_entropy(torch.tensor([[3, -1], [5, -1]])) == math.log(2)
+
+
+def test_frozen_parameters_are_not_measured():
+    model = GPT(GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=1, n_embd=8))
+    model.transformer.wte.weight.requires_grad_(False)
+    measured = [row.name for row in inspection.measure_parameters(model)]
+    assert measured == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 def test_closed_units_let_hardly_any_gradient_through():
     for kind, function, slope in (
         ('gelu', lambda x: F.gelu(x, approximate='tanh'), 0.012),

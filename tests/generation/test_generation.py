@@ -17,7 +17,7 @@ from nib.doctor import inspection
 from nib.generation import sampling
 from nib.generation.caches import BagCache, KVCache
 from nib.generation.check import check_generation
-from nib.generation.int8 import Int8Linear
+from nib.generation.int8 import Int8Linear, _quantized
 from nib.generation.layers import PackedLinear, RowLinear, for_generation
 from nib.generation.sampling import sample_tokens
 from nib.generation.window import Window
@@ -564,6 +564,28 @@ def test_generation_follows_a_changed_layer(layer, monkeypatch):
         assert generate(model, [[1, 2]], 20, temperature=0.0) == [
             greedy_without_cache(model, [1, 2], 20)
         ]
+
+
+def test_generation_keeps_what_a_linear_layer_or_a_norm_adds(monkeypatch):
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return 3.0 * super().forward(x)
+
+    class Shifted(model_file.RMSNorm):
+        def forward(self, x):
+            return super().forward(x) + 1.0
+
+    monkeypatch.setattr(PackedLinear, 'SMALLEST', 1)
+    model = make_model(MODERN)
+    for part in model.modules():
+        if type(part) is torch.nn.Linear:
+            part.__class__ = Louder
+        elif type(part) is model_file.RMSNorm:
+            part.__class__ = Shifted
+    assert check_generation(model, [*range(30)]) is None
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        assert torch.equal(_quantized(model)(ids), model(ids))  # there is nothing that it may round
 
 
 def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):
