@@ -285,6 +285,8 @@ def test_ctrl_c_while_a_process_starts_comes_after_it_has_started(handled_by):
     try:
         with pytest.raises(KeyboardInterrupt):
             encode._submit(Pool(), ([], ''))
+            for _ in range(100):  # another thread may get the signal a little later
+                time.sleep(0.01)
         assert signal.getsignal(signal.SIGINT) == handler
     finally:
         signal.signal(signal.SIGINT, before)
