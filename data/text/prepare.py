@@ -100,6 +100,8 @@ def main(argv):
         )
         check_size(trained.vocab_size, origins)
         encoder = replace(trained, spells_end_of_text=encoder.spells_end_of_text)
+    if isinstance(encoder, HfTokenizer):
+        tell_changes(encoder, next(read_pieces(0))[1])
     before = read_json(folder / 'meta.json').get('splits')
     meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
     if before and before != meta['splits']:
@@ -258,6 +260,18 @@ def compare(trained: Tokenizer, read_pieces: Callable[[int], Iterator[Piece]]) -
     else:
         figures.append("GPT-2's vocabulary is not on this machine, so it is not compared")
     return f'bytes per token on validation text: {"; ".join(figures)}'
+
+
+def tell_changes(encoder: HfTokenizer, text: str):
+    """Prints a note if a text, the first one, differs from the text of its tokens."""
+    decoded = encoder.decode(encoder.encode(text))
+    if decoded != text:
+        pairs = enumerate(zip(text, decoded))
+        at = next((n for n, (a, b) in pairs if a != b), min(len(text), len(decoded)))
+        note(
+            f'the tokenizer of {tokenizer} changes the text: {text[at : at + 20]!r} becomes '
+            f'{decoded[at : at + 20]!r}'
+        )
 
 
 def characters_of(encoder: Tokenizer) -> str:

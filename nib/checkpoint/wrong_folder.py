@@ -57,7 +57,7 @@ def explain(path, may_train: bool = True) -> str:
     if not path.is_dir() and run:  # a file or a step of the run
         return f'{path} is not the folder of a run; did you mean {_typed(run)}?'
     if path.suffix == '.gguf':
-        return f'{path} is a GGUF file, which nibGPT cannot read; use the original model'
+        return explain_gguf(path)
     if path.is_file() and is_hugging_face(path.parent):
         return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
     if (path / 'adapter_config.json').is_file():
@@ -101,7 +101,7 @@ def explain(path, may_train: bool = True) -> str:
     if runs:
         return f'{path} is not a run, but contains runs: name one of them{_list(runs, ": ")}'
     for file in path.glob('*.gguf'):
-        return explain(file)
+        return explain_gguf(file)
     return f'{path} is not a run, because it contains no checkpoint{train_first}'
 
 
@@ -111,6 +111,10 @@ def explain_adapter(name) -> str:
         f'{name} has only the adapter of a model: merge both with peft, '
         f'merge_and_unload().save_pretrained(FOLDER), and name that folder'
     )
+
+
+def explain_gguf(file: Path) -> str:
+    return f'{file} is a GGUF file, which nibGPT cannot read; use the original model'
 
 
 def _runs_in(folder: Path) -> list[Path]:

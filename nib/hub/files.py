@@ -2,12 +2,14 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nib.checkpoint.wrong_folder import explain, explain_adapter
+from nib.checkpoint.wrong_folder import explain_adapter, explain_gguf
 from nib.errors import UserError, optional
 
 INDEX = 'model.safetensors.index.json'
@@ -87,7 +89,7 @@ class Repository:
         if path := self.find('model.safetensors'):
             return _read_file(path)
         if not self.find(INDEX):
-            self._reject_other_formats()
+            self.reject_other_formats()
             raise UserError(
                 f'{self.name} has neither model.safetensors nor {INDEX}; download it again'
             )
@@ -110,19 +112,39 @@ class Repository:
                 )
         return tensors
 
-    def _reject_other_formats(self):
-        if self.find('adapter_config.json'):
-            raise UserError(explain_adapter(self.name))
-        for path in Path(self.name).glob('*.gguf'):
-            raise UserError(explain(path))
-        for file in PICKLES:
-            if self.find(file):
-                raise UserError(
-                    f'{self.name} has its weights only in {file}, a pickle, which can run code '
-                    f'when it is read: use a version of the model with model.safetensors, or write '
-                    f'one with transformers: '
-                    f"AutoModelForCausalLM.from_pretrained('{self.name}').save_pretrained('FOLDER')"
-                )
+    def reject_other_formats(self):
+        """Raises UserError if all weights are in files that cannot be read: what to do instead."""
+        for names in self._listings():
+            if {'model.safetensors', INDEX} & names:
+                return
+            if 'adapter_config.json' in names:
+                raise UserError(explain_adapter(self.name))
+            for name in sorted(names):
+                if name.endswith('.gguf'):
+                    raise UserError(explain_gguf(Path(self.name, name)))
+            for file in PICKLES:
+                if file in names:
+                    raise UserError(
+                        f'{self.name} has its weights only in {file}, a pickle, which can run code '
+                        f'when it is read: use a version of the model with model.safetensors, or '
+                        f'write one with transformers: AutoModelForCausalLM.from_pretrained('
+                        f"'{self.name}').save_pretrained('FOLDER')"
+                    )
+
+    def _listings(self) -> Iterator[set[str]]:
+        """Yields the names of the files; of the hub's, first of those that are in the cache."""
+        if self.is_folder:
+            yield {path.name for path in Path(self.name).iterdir()}
+            return
+        import huggingface_hub as hub
+
+        with suppress(Exception):  # its errors have no common base class
+            cached = Path(hub.snapshot_download(self.name, local_files_only=True))
+            yield {path.name for path in cached.iterdir()}
+        with suppress(Exception):
+            # Unlike list_repo_files, this does not retry for half a minute.
+            found = hub.HfApi().model_info(self.name, timeout=10)
+            yield {file.rfilename for file in found.siblings or []}
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:

@@ -29,7 +29,11 @@ def read(
     exactly.
     """
     repository = Repository(name)
-    config = repository.read_json('config.json')
+    try:
+        config = repository.read_json('config.json')
+    except UserError:
+        repository.reject_other_formats()  # which need no config.json
+        raise
     kind = config.get('model_type')
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(

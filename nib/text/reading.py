@@ -33,6 +33,9 @@ _SIGNATURES = {
     b'%!PS': '.ps',
     b'PK\x03\x04': '.zip',
     b'\x1f\x8b': '.gz',
+    b'BZh91AY&SY': '.bz2',
+    b'\xfd7zXZ\0': '.xz',
+    b'\x28\xb5\x2f\xfd': '.zst',
     b'PAR1': '.parquet',
 }
 _PANDOC = 'pandoc --to=plain {file} --output={stem}-text.txt'
@@ -43,6 +46,10 @@ _CONVERTERS = {
     **dict.fromkeys(('.rtf', '.doc', '.docx', '.odt', '.epub', '.html', '.htm'), _PANDOC),
     '.zip': 'unzip {file}',
     '.gz': 'gunzip --stdout {file} > {stem}-text.txt',
+    '.bz2': 'bunzip2 --stdout {file} > {stem}-text.txt',
+    '.xz': 'xz --decompress --stdout {file} > {stem}-text.txt',
+    '.zst': 'zstd --decompress --stdout {file} > {stem}-text.txt',
+    '.ndjson': 'cp {file} {stem}.jsonl',
     '.parquet': 'mv {file} {stem}.parquet',
     '.json': "jq --compact-output '.[]' {file} > {stem}-rows.jsonl",
 }

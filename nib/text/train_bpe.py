@@ -19,22 +19,29 @@ PATTERN = (
 SMALLEST, LARGEST = 257, 1 << 20  # tokens: every byte and END_OF_TEXT; what fits into memory
 # Time and memory grow with the text; the vocabulary hardly changes any more.
 MOST = 1 << 29  # characters
+LONGEST = 1024  # characters of a word; the library's time grows with the square of a word's length
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     """Trains a tokenizer on texts. The same texts always give the same tokenizer.
 
     A merge needs a pair of tokens that occurs at least twice. If the texts have too few of them,
-    the tokenizer has fewer than vocab_size tokens. END_OF_TEXT is the last one.
+    the tokenizer has fewer than vocab_size tokens. END_OF_TEXT is the last one. It learns from
+    words longer than LONGEST in parts.
     """
     library = import_library()
+
+    def split_words(pattern: str):
+        return library.pre_tokenizers.Sequence(
+            [
+                library.pre_tokenizers.Split(library.Regex(pattern), 'isolated'),
+                library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
     trained = library.Tokenizer(library.models.BPE())
-    trained.pre_tokenizer = library.pre_tokenizers.Sequence(
-        [
-            library.pre_tokenizers.Split(library.Regex(PATTERN), 'isolated'),
-            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    short = PATTERN.replace('+', f'{{1,{LONGEST}}}').replace('*', f'{{0,{LONGEST}}}')
+    trained.pre_tokenizer = split_words(short)
     trained.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
@@ -50,6 +57,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
         trained.train_from_iterator(texts, trainer)
     finally:
         signal.signal(signal.SIGINT, handler)
+    trained.pre_tokenizer = split_words(PATTERN)
     trained.add_special_tokens([library.AddedToken(END_OF_TEXT, normalized=False)])
     return HfTokenizer.read(trained.to_str())
 

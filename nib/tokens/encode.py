@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ class Encoded:
 
 def encode_all(
     pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, unfinished: str = ''
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Encodes pieces in order; the end-of-text token follows every document.
 
     unfinished: as in Batch. Raises UserError if a process that encodes is killed.
@@ -90,7 +90,7 @@ def encode_batch(
 
 def _in_processes(
     batches: Iterator[Batch], tokenizer: Tokenizer, dtype: np.dtype, cores: int
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     # Forking a process that has threads (torch's, tqdm's) may hang, so processes are spawned.
     pool = ProcessPoolExecutor(
         cores, multiprocessing.get_context('spawn'), _start_process, (tokenizer, dtype)
@@ -109,7 +109,9 @@ def _in_processes(
             'to continue from here, repeat the command'
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        # If this process ended first, those that are still starting would fail with tracebacks.
+        with _later(signal.SIGINT):
+            pool.shutdown(cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, batch: Batch) -> Future:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -131,9 +131,11 @@ def _write(
         ) as bar:
             pieces = read_pieces(unfinished.done['pieces'])
             begun = unfinished.done['unfinished']
-            for encoded in encode_all(pieces, tokenizer, dtype, begun):
-                unfinished.add(encoded)
-                bar.update(sum(encoded.n_bytes.values()))
+            # After Ctrl-C, its processes end here and not when this generator is garbage.
+            with closing(encode_all(pieces, tokenizer, dtype, begun)) as batches:
+                for encoded in batches:
+                    unfinished.add(encoded)
+                    bar.update(sum(encoded.n_bytes.values()))
         splits = {
             split: {
                 'tokens': unfinished.done['tokens'][split],

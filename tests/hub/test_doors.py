@@ -71,6 +71,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self, with_content=True):
         parts = self.path.split('/')
+        if parts[1] == 'api':  # /api/models/OWNER/NAME
+            return self.list_files(parts[4])
         self.server.asked.add(parts[-1])
         path = self.server.folder / parts[2] / parts[-1]
         if 'gated' in self.path or not path.is_file():
@@ -89,6 +91,14 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if with_content:
             self.wfile.write(content)
+
+    def list_files(self, name):
+        files = [{'rfilename': path.name} for path in (self.server.folder / name).iterdir()]
+        content = json.dumps({'id': f'owner/{name}', 'siblings': files}).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def do_HEAD(self):
         self.do_GET(with_content=False)
@@ -221,6 +231,30 @@ def test_weights_in_another_format_are_named_beside_a_config(file, words, copy):
     for name in {folder, folder / file} if file.endswith('.gguf') else {folder}:
         with pytest.raises(UserError, match=words):
             read_weights(str(name), print)
+
+
+@pytest.mark.parametrize(
+    'file, words',
+    [
+        ('adapter_config.json', 'owner/odd has only the adapter.*merge_and_unload'),
+        ('q4.gguf', r'owner/odd/q4\.gguf is a GGUF file'),
+    ],
+)
+def test_weights_in_another_format_are_named_without_a_config_on_the_hub_and_in_its_cache(
+    file, words, hub, tmp_path
+):
+    from huggingface_hub import hf_hub_download
+
+    hub.folder = tmp_path / 'hub'
+    (hub.folder / 'odd').mkdir(parents=True)
+    (hub.folder / 'odd' / file).write_text('{}')
+    with pytest.raises(UserError, match=words):
+        read_weights('owner/odd', print)
+    hf_hub_download('owner/odd', file)
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(UserError, match=words):
+        read_weights('owner/odd', print)
 
 
 def test_true_is_no_end_of_text_token(tmp_path):

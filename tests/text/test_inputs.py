@@ -101,6 +101,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         ('book.pdf', r'type.*pdftotext \S*book.pdf \S*book-text.txt'),
         ('my letter.docx', r"type.*pandoc --to=plain '\S*my letter.docx' --output='\S*my "),
         ('rows.json', r'type.*jq .* > \S*rows-rows.jsonl'),
+        ('rows.ndjson', r'type.*cp \S*rows.ndjson \S*rows.jsonl'),
+        ('book.txt.zst', r'type.*zstd .* > \S*book.txt-text.txt'),
         ('empty', 'found no .txt'),
         ('pictures', '1 file of types other'),
         ('pipe.txt', 'is a pipe, not a file'),
@@ -109,7 +111,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_nothing_to_read_is_named(tmp_path, name, said):
     for folder in ('empty', 'pictures'):
         (tmp_path / folder).mkdir()
-    for file in ('pictures/x.png', 'picture.png', 'book.pdf', 'my letter.docx', 'rows.json'):
+    files = 'pictures/x.png', 'picture.png', 'book.pdf', 'my letter.docx', 'rows.json'
+    for file in (*files, 'rows.ndjson', 'book.txt.zst'):
         (tmp_path / file).write_bytes(b'')
     os.mkfifo(tmp_path / 'pipe.txt')
     with pytest.raises(UserError, match=said) as error:

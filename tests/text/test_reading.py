@@ -1,7 +1,9 @@
 """Reading: one rule for all text. Other content is rejected, with advice that works."""
 
+import bz2
 import codecs
 import io
+import lzma
 import os
 import re
 import shutil
@@ -110,6 +112,9 @@ def test_the_advised_command_makes_text_of_what_can_be_converted(tmp_path, conte
         (b'{\\rtf1\\ansi text}', 'is a .rtf file.*pandoc'),
         (b'PK\x03\x04\x14\x00', 'is a .zip file.*unzip'),
         (b'\x1f\x8b\x08\x00', 'is a .gz file.*gunzip'),
+        (bz2.compress(b'text'), 'is a .bz2 file.*bunzip2'),
+        (lzma.compress(b'text'), 'is a .xz file.*xz --decompress'),
+        (b'\x28\xb5\x2f\xfd\x24\x04', 'is a .zst file.*zstd --decompress'),
         (b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x01\0', 'binary data'),
         (b'\x7fELF\x02\x01\x01\0\0\0\0\0\0\0', 'binary data'),
         (b'\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01', 'binary data'),

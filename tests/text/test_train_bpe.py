@@ -1,6 +1,7 @@
 """Tokenizers trained on a text: deterministic, exact, and what they are trained on."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -35,6 +36,22 @@ def test_it_has_every_byte_the_merges_asked_for_and_the_end_of_text():
 def test_merges_are_those_of_the_most_frequent_pairs():
     described = json.loads(train_bpe.train_bpe(['ab ab ab xy'] * 2, 259).content)
     assert described['model']['merges'] == [['a', 'b'], ['Ġ', 'ab']]
+
+
+@pytest.mark.parametrize('text', ['ACGT' * 75_000, ' ' * 300_000, '=' * 300_000, '\n' * 300_000])
+def test_a_text_of_a_single_word_takes_no_longer_than_others(text):
+    started = time.process_time()
+    trained = train_bpe.train_bpe([text], 300)
+    assert time.process_time() - started < 10  # with whole words: minutes
+    assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize('length', [2, train_bpe.LONGEST])
+def test_words_up_to_the_longest_give_the_merges_of_whole_words(length, monkeypatch):
+    texts = [first + 'abc' * (length // 3) + ' \n' * length for first in 'xyz']
+    limited = train_bpe.train_bpe(texts, 280)
+    monkeypatch.setattr(train_bpe, 'LONGEST', 100_000)
+    assert limited == train_bpe.train_bpe(texts, 280)
 
 
 @settings(max_examples=60)

@@ -238,6 +238,28 @@ def test_ctrl_c_does_not_reach_processes_that_are_starting():
     assert (run.stdout, run.stderr) == ('4 3\n', '')
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == 'nt', reason='needs process groups')
+def test_more_ctrl_cs_end_quietly_while_processes_are_starting(tmp_path):
+    """The first one comes before any of them has started; the others while it waits for them."""
+    program = (
+        'import os, signal, sys, threading, time; import numpy as np\n'
+        'from nib.errors import run_script; from nib.tokens.encode import *\n'
+        'from nib.text.tokenizer import *; from nib.tokens.write import write_dataset\n'
+        'def press():\n'
+        '    for _ in range(5): os.killpg(0, signal.SIGINT); time.sleep(0.02)\n'
+        'def pieces(start):\n'
+        '    for n in range(SERIAL_BATCHES + 4):\n'
+        '        if n == SERIAL_BATCHES + 2: threading.Thread(target=press).start()\n'
+        '        yield "train", "x" * BATCH, False\n'
+        'run_script(lambda argv: write_dataset(argv[0], pieces, ByteTokenizer(), {}))\n'
+    )
+    command = [sys.executable, '-c', program, str(tmp_path / 'set')]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, '', '')
+    assert not any((tmp_path / 'set' / name).exists() for name in ('meta.json', 'train.bin'))
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='blocks signals')
 @pytest.mark.parametrize('handled_by', ['this thread', 'another thread'])
 def test_ctrl_c_while_a_process_starts_comes_after_it_has_started(handled_by):
@@ -263,6 +285,8 @@ def test_ctrl_c_while_a_process_starts_comes_after_it_has_started(handled_by):
     try:
         with pytest.raises(KeyboardInterrupt):
             encode._submit(Pool(), ([], ''))
+            for _ in range(100):  # another thread may get the signal a little later
+                time.sleep(0.01)
         assert signal.getsignal(signal.SIGINT) == handler
     finally:
         signal.signal(signal.SIGINT, before)

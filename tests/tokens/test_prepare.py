@@ -17,8 +17,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 from conftest import ROOT, run_script
 from processes import PATIENCE
+from small_tokenizers import byte_level
 
 from nib.errors import UserError
 from nib.files import command
@@ -647,6 +649,29 @@ def prepare_bpe(run_main, path, folder, *flags):
     return run_main(
         'data/text/prepare.py', f'--input={path}', f'--out_dir={folder}', '--tokenizer=bpe', *flags
     )
+
+
+@pytest.mark.parametrize(
+    'normalizer, said',
+    [
+        (None, ''),
+        (tokenizers.normalizers.Lowercase(), "changes the text: 'The old captain sail' bec"),
+    ],
+)
+def test_a_note_says_that_a_tokenizer_changes_the_text(normalizer, said, tmp_path, run_main):
+    library = byte_level()
+    if normalizer:
+        library.normalizer = normalizer
+    library.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'one.txt').write_text('The old captain sails home. ' * 400)
+    done = run_main(
+        'data/text/prepare.py',
+        f'--input={tmp_path / "one.txt"}',
+        f'--tokenizer={tmp_path / "tokenizer.json"}',
+        f'--out_dir={tmp_path / "set"}',
+    )
+    assert done.returncode == 0 and said in done.stderr
+    assert ('changes the text' in done.stderr) == bool(said)
 
 
 def test_a_tokenizer_is_trained_on_the_training_split(tmp_path, run_main):
