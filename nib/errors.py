@@ -41,6 +41,8 @@ GPU_PROBLEMS = {
         'helps if GPUs have no direct connection; or use one GPU, without torchrun'
     ),
 }
+# gloo's messages, which contain the paths of its source files, about a process that does not answer
+NO_ANSWER = r'gloo/transport|Connection (closed|reset) by peer'
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -192,6 +194,18 @@ def _explain(error: Exception) -> str | None:
         )
     if isinstance(error, RuntimeError) and (remedy := gpu_remedy(message)):
         return f'{remedy}; the message was: {message[:200]}'
+    if isinstance(error, RuntimeError) and 'Gloo connect' in message:
+        return (
+            'the processes cannot connect to each other: if they are on several hosts, set '
+            'GLOO_SOCKET_IFNAME on each to the network interface that connects it to the others '
+            f'(ip addr lists them); the message was: {message[:200]}'
+        )
+    if isinstance(error, RuntimeError) and re.search(NO_ANSWER, message):
+        return (
+            'another process of the run has ended or does not answer; if it has printed an error, '
+            'that says why. To continue from the last checkpoint, add --init_from=resume to the '
+            f'command; the message was: {message[:200]}'
+        )
     if isinstance(error, RuntimeError) and 'not used in producing loss' in message:
         return (
             'a step did not use all weights of the model: with several processes, every weight '
