@@ -102,8 +102,11 @@ class Stopped(Exception):
         self.number, self.at_end = number, at_end
 
 
-def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Calls main with the command-line arguments and exits with its return value."""
+def run_script(main: Callable[[list[str]], int | None], on_ranks: bool = False) -> NoReturn:
+    """Calls main with the command-line arguments and exits with its return value.
+
+    on_ranks: whether torchrun may start several processes of the script.
+    """
     for name in ('stdin', 'stdout', 'stderr'):
         if getattr(sys, name) is None:  # closed, as by 2>&-: no other file may get its number
             setattr(sys, name, open(os.devnull, 'r+'))  # noqa: SIM115, open until the end
@@ -117,11 +120,20 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     if not gc.isenabled():  # disabled by nib/startup.py
         gc.freeze()  # what has been imported is never garbage
         gc.enable()
-    exit_code = call(main, sys.argv[1:])
+    # Several processes of the same script would print and write everything several times.
+    started = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('WORLD_SIZE', '1') != '1'
+    exit_code = call(main if on_ranks or not started else _refuse_torchrun, sys.argv[1:])
     if not in_notebook():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # it could only disturb the end
     sys.exit(exit_code)
+
+
+def _refuse_torchrun(argv: list[str]) -> NoReturn:
+    raise UserError(
+        f'{sys.argv[0]} is one process, but torchrun has started several: start it with python '
+        f'(only train.py shares its work among processes)'
+    )
 
 
 def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
