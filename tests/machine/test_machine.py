@@ -20,7 +20,7 @@ from processes import Started, start_on_ranks
 from model import GPT, GPTConfig
 from nib import kernels
 from nib.checkpoint import store
-from nib.errors import UserError
+from nib.errors import UserError, call
 from nib.files import command, script_path
 from nib.machine import compiling, device
 from nib.machine.compiling import compile_model, pick_compile
@@ -511,6 +511,15 @@ def test_a_process_does_not_wait_for_ever_for_one_that_has_left(data_dir, tmp_pa
     assert error.startswith('error: another process of the run has ended or does not answer')
     assert all(' warning: ' in line for line in findings)
     assert store.load(tmp_path / 'run')[0].step == 2
+
+
+def test_hosts_that_cannot_connect_are_told_how(capsys):
+    def connect(argv):
+        raise RuntimeError('Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] x')
+
+    assert call(connect, []) == 2
+    said = capsys.readouterr().err
+    assert 'error: the processes cannot connect' in said and 'GLOO_SOCKET_IFNAME' in said
 
 
 SKIPS_A_LAYER = """
