@@ -456,4 +456,4 @@ def finish(t, data, state, book, stop) -> int:
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, on_ranks=True)

@@ -41,6 +41,8 @@ GPU_PROBLEMS = {
         'helps if GPUs have no direct connection; or use one GPU, without torchrun'
     ),
 }
+# gloo's messages, which contain the paths of its source files, about a process that does not answer
+NO_ANSWER = r'gloo/transport|Connection (closed|reset) by peer'
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -100,8 +102,11 @@ class Stopped(Exception):
         self.number, self.at_end = number, at_end
 
 
-def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Calls main with the command-line arguments and exits with its return value."""
+def run_script(main: Callable[[list[str]], int | None], on_ranks: bool = False) -> NoReturn:
+    """Calls main with the command-line arguments and exits with its return value.
+
+    on_ranks: whether torchrun may start several processes of the script.
+    """
     for name in ('stdin', 'stdout', 'stderr'):
         if getattr(sys, name) is None:  # closed, as by 2>&-: no other file may get its number
             setattr(sys, name, open(os.devnull, 'r+'))  # noqa: SIM115, open until the end
@@ -115,11 +120,20 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     if not gc.isenabled():  # disabled by nib/startup.py
         gc.freeze()  # what has been imported is never garbage
         gc.enable()
-    exit_code = call(main, sys.argv[1:])
+    # Several processes of the same script would print and write everything several times.
+    started = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('WORLD_SIZE', '1') != '1'
+    exit_code = call(main if on_ranks or not started else _refuse_torchrun, sys.argv[1:])
     if not in_notebook():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # it could only disturb the end
     sys.exit(exit_code)
+
+
+def _refuse_torchrun(argv: list[str]) -> NoReturn:
+    raise UserError(
+        f'{sys.argv[0]} is one process, but torchrun has started several: start it with python '
+        f'(only train.py shares its work among processes)'
+    )
 
 
 def call(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
@@ -192,6 +206,18 @@ def _explain(error: Exception) -> str | None:
         )
     if isinstance(error, RuntimeError) and (remedy := gpu_remedy(message)):
         return f'{remedy}; the message was: {message[:200]}'
+    if isinstance(error, RuntimeError) and 'Gloo connect' in message:
+        return (
+            'the processes cannot connect to each other: if they are on several hosts, set '
+            'GLOO_SOCKET_IFNAME on each to the network interface that connects it to the others '
+            f'(ip addr lists them); the message was: {message[:200]}'
+        )
+    if isinstance(error, RuntimeError) and re.search(NO_ANSWER, message):
+        return (
+            'another process of the run has ended or does not answer; if it has printed an error, '
+            'that says why. To continue from the last checkpoint, add --init_from=resume to the '
+            f'command; the message was: {message[:200]}'
+        )
     if isinstance(error, RuntimeError) and 'not used in producing loss' in message:
         return (
             'a step did not use all weights of the model: with several processes, every weight '

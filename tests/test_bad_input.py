@@ -596,6 +596,14 @@ def test_an_error_of_another_rank_alone_is_told_by_it():
     assert (done.returncode, done.stderr) == (2, 'error: only here\n')
 
 
+@pytest.mark.parametrize('script', ['sample.py', 'bench.py', 'data/shakespeare/prepare.py'])
+def test_several_processes_of_a_script_that_is_one_are_refused(script):
+    env = {'TORCHELASTIC_RUN_ID': 'x', 'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}
+    done = run_script(script, env=env)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f'error: {script} is one process, but torchrun has started several' in done.stderr
+
+
 REFUSED = {
     'train.py': ['--batch_size=0'],
     'sample.py': ['--out_dir=nowhere'],

@@ -109,6 +109,8 @@ ELSEWHERE = {
     'config/train_shakespeare_char.py --device=cpu --dtype=float32': 'test_chapter.py, 50 steps',
     'torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char.py '
     '--gradient_accumulation_steps=2 --out_dir=out-two': 'test_train.py, with a smaller model',
+    'torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 '
+    '--master_port=29500 train.py config/train_gpt2.py': 'needs two hosts',
     'torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --optimizer=muon '
     '--shard_optimizer': 'test_shares.py, with a smaller model',
     'python report.py '

@@ -12,15 +12,19 @@ import torch.distributed as dist
 from nib.errors import UserError
 from nib.machine.device import kept_buffers
 
+# How long a process waits for another one that does not answer, such as one on a host whose link is
+# lost. The end of a process on a host that can be reached is noticed at once.
+LONGEST_WAIT = timedelta(minutes=30)
 # What torchrun tells its processes; all but the address are numbers.
 VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_PORT', 'MASTER_ADDR')
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """This process and the other processes of the run.
 
-    A single process is rank 0 of 1, and its methods need no communication.
+    A single process is rank 0 of 1, and its methods need no communication. A process that waits
+    raises RuntimeError if another one has ended, or does not answer in time: see limit_waiting().
     """
 
     rank: int = 0
@@ -35,6 +39,16 @@ class Ranks:
     def own_device(self, device: str) -> str:
         """Returns the device of this rank: each one uses its own GPU."""
         return f'cuda:{self.local_rank}' if device == 'cuda' else device
+
+    def limit_waiting(self):
+        """Limits the wait for another process to LONGEST_WAIT. Call it once all can train.
+
+        Until then, the first one may prepare a dataset for hours, while the others wait.
+        """
+        if self.world_size > 1:
+            beginning = self.control
+            self.control = dist.new_group(backend='gloo', timeout=LONGEST_WAIT)
+            dist.destroy_process_group(beginning)
 
     def largest(self, flag: int) -> int:
         """Returns the largest flag of all ranks."""
@@ -161,9 +175,10 @@ def start_ranks(device: str) -> Ranks:
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     store = dist.PrefixStore(f'restart {restarts}', store)
     backend = 'nccl' if device == 'cuda' else 'gloo'
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    # Long enough for rank 0 to prepare a dataset. The death of a process is noticed at once.
-    control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+    dist.init_process_group(
+        backend, timeout=LONGEST_WAIT, store=store, rank=rank, world_size=world_size
+    )
+    control = dist.new_group(backend='gloo', timeout=timedelta(days=7))  # see limit_waiting()
     dist.barrier(control)  # rank 0 may host the store, which the others need until here
     return Ranks(rank, local_rank, world_size, control)
 

@@ -51,6 +51,7 @@ def begin(
         {'the fingerprint of the dataset': data.fingerprint[:16]},
         f'copy the bins of {data.folder} from one host to the others',
     )
+    ranks.limit_waiting()
     config = values | {
         'device': device,
         'dtype': dtype,

@@ -19,7 +19,8 @@ from processes import Started, start_on_ranks
 
 from model import GPT, GPTConfig
 from nib import kernels
-from nib.errors import UserError
+from nib.checkpoint import store
+from nib.errors import UserError, call
 from nib.files import command, script_path
 from nib.machine import compiling, device
 from nib.machine.compiling import compile_model, pick_compile
@@ -474,6 +475,51 @@ def test_processes_that_differ_do_not_train_together(data_dir, tmp_path, differs
     assert [rank.end() for rank in ranks] == [2, 2]
     assert f'error: {differs} differs between the processes' in ranks[0].stderr
     assert len(ranks[0].stderr.splitlines()) == 1 and not (tmp_path / 'run').exists()
+
+
+# In the fourth step, rank 1 ends or freezes at the start of a function of train.py.
+LEAVES = """
+import os, signal, train
+from datetime import timedelta
+from nib.errors import run_script
+from nib.machine import ranks
+ranks.LONGEST_WAIT = timedelta(seconds=3)
+function, calls = train.PLACE, []
+def leave(*arguments):
+    calls.append(arguments)
+    if os.environ['RANK'] == '1' and len(calls) == 4:
+        os.kill(os.getpid(), signal.NUMBER)
+    return function(*arguments)
+train.PLACE = leave
+run_script(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == 'nt', reason='no SIGKILL')
+@pytest.mark.parametrize(
+    ('number', 'place'),
+    [('SIGKILL', 'seed_everything'), ('SIGSTOP', 'seed_everything'), ('SIGSTOP', 'get_lr')],
+)
+def test_a_process_does_not_wait_for_ever_for_one_that_has_left(data_dir, tmp_path, number, place):
+    """As on two hosts, whose link is lost, where torchrun does not notice it."""
+    program = LEAVES.replace('PLACE', place).replace('NUMBER', number)
+    flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--eval_interval=2']
+    first, _ = start_on_ranks(2, tmp_path, program, *SMALL_RUN, *flags)
+    assert first.end() == 2
+    *findings, error = first.stderr.splitlines()
+    assert error.startswith('error: another process of the run has ended or does not answer')
+    assert all(' warning: ' in line for line in findings)
+    assert store.load(tmp_path / 'run')[0].step == 2
+
+
+def test_hosts_that_cannot_connect_are_told_how(capsys):
+    def connect(argv):
+        raise RuntimeError('Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] x')
+
+    assert call(connect, []) == 2
+    said = capsys.readouterr().err
+    assert 'error: the processes cannot connect' in said and 'GLOO_SOCKET_IFNAME' in said
 
 
 SKIPS_A_LAYER = """
