@@ -120,7 +120,7 @@ def run_script(main: Callable[[list[str]], int | None], on_ranks: bool = False) 
     if not gc.isenabled():  # disabled by nib/startup.py
         gc.freeze()  # what has been imported is never garbage
         gc.enable()
-    # Several processes of the same script would print and write everything several times.
+    # Each process of another script would print and write everything.
     started = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('WORLD_SIZE', '1') != '1'
     exit_code = call(main if on_ranks or not started else _refuse_torchrun, sys.argv[1:])
     if not in_notebook():
