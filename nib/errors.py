@@ -41,7 +41,7 @@ GPU_PROBLEMS = {
         'helps if GPUs have no direct connection; or use one GPU, without torchrun'
     ),
 }
-# gloo's messages, which contain the paths of its source files, about a process that does not answer
+# Matches gloo's messages about a process that does not respond; they name gloo's source files.
 NO_ANSWER = r'gloo/transport|Connection (closed|reset) by peer'
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
@@ -120,7 +120,7 @@ def run_script(main: Callable[[list[str]], int | None], on_ranks: bool = False) 
     if not gc.isenabled():  # disabled by nib/startup.py
         gc.freeze()  # what has been imported is never garbage
         gc.enable()
-    # Several processes of the same script would print and write everything several times.
+    # Each process of another script would print and write everything.
     started = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('WORLD_SIZE', '1') != '1'
     exit_code = call(main if on_ranks or not started else _refuse_torchrun, sys.argv[1:])
     if not in_notebook():
@@ -131,8 +131,8 @@ def run_script(main: Callable[[list[str]], int | None], on_ranks: bool = False) 
 
 def _refuse_torchrun(argv: list[str]) -> NoReturn:
     raise UserError(
-        f'{sys.argv[0]} is one process, but torchrun has started several: start it with python '
-        f'(only train.py shares its work among processes)'
+        f'{sys.argv[0]} runs in a single process, but torchrun has started several: start it with '
+        f'python (only train.py supports several processes)'
     )
 
 
@@ -210,12 +210,12 @@ def _explain(error: Exception) -> str | None:
         return (
             'the processes cannot connect to each other: if they are on several hosts, set '
             'GLOO_SOCKET_IFNAME on each to the network interface that connects it to the others '
-            f'(ip addr lists them); the message was: {message[:200]}'
+            f'(ip addr lists the interfaces); the message was: {message[:200]}'
         )
     if isinstance(error, RuntimeError) and re.search(NO_ANSWER, message):
         return (
-            'another process of the run has ended or does not answer; if it has printed an error, '
-            'that says why. To continue from the last checkpoint, add --init_from=resume to the '
+            'another process of the run has ended or does not respond; if it printed an error, '
+            'fix that first. To continue from the last checkpoint, add --init_from=resume to the '
             f'command; the message was: {message[:200]}'
         )
     if isinstance(error, RuntimeError) and 'not used in producing loss' in message:

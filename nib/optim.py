@@ -269,7 +269,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_named_state(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
-        """Restores this rank's share of a state. Raises UserError for an unknown one."""
+        """Restores this rank's share of a state. Raises UserError for one that does not fit."""
         own = self.named_state(model)
         others = {name for name, p in model.named_parameters() if not self.shares.has(p)}
         for name, tensor in tensors.items():

@@ -597,11 +597,11 @@ def test_an_error_of_another_rank_alone_is_told_by_it():
 
 
 @pytest.mark.parametrize('script', ['sample.py', 'bench.py', 'data/shakespeare/prepare.py'])
-def test_several_processes_of_a_script_that_is_one_are_refused(script):
+def test_scripts_that_run_in_one_process_refuse_several(script):
     env = {'TORCHELASTIC_RUN_ID': 'x', 'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}
     done = run_script(script, env=env)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f'error: {script} is one process, but torchrun has started several' in done.stderr
+    assert f'error: {script} runs in a single process, but torchrun has started' in done.stderr
 
 
 REFUSED = {
@@ -822,7 +822,7 @@ TEXTS = {
         ['--input={place}/none'],
         ['none: no such file or folder', '--input=PATH'],
     ),
-    'an empty text': ('text', ('a.txt', b''), [], ['all files are empty', '--input=PATH']),
+    'an empty text': ('text', ('a.txt', b''), [], ['the files contain no text', '--input=PATH']),
     'two characters': (
         'text',
         ('a.txt', b'ab'),

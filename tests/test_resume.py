@@ -295,7 +295,7 @@ def test_a_resumed_run_that_is_stopped_before_its_first_step_keeps_its_new_flags
 
 
 def test_optimizer_state_that_the_checkpoint_lacks_is_named(cut_run, resume, monkeypatch):
-    """As if nib/optim.py had been changed since, or parameters had been frozen until then."""
+    """As if nib/optim.py had been changed since then, or parameters had been unfrozen."""
     own = optim.AdamW.state
     extra = torch.zeros(())
     monkeypatch.setattr(
@@ -304,8 +304,8 @@ def test_optimizer_state_that_the_checkpoint_lacks_is_named(cut_run, resume, mon
     done = resume(cut_run)
     n = len(list(GPT(GPTConfig(**store.newest(cut_run).state['model'])).parameters()))
     lacking = f'step-00000010 lacks {n} tensors of optimizer state, such as transformer.wte.weight'
-    assert done.returncode == 0 and f'{lacking}/extra: they start anew' in done.stderr
-    assert 'start anew' not in resume(cut_run, '--max_iters=26').stderr  # they have been saved
+    assert done.returncode == 0 and f'{lacking}/extra: they start from their initial' in done.stderr
+    assert 'lacks' not in resume(cut_run, '--max_iters=26').stderr  # they have been saved
 
 
 def test_the_command_wins_over_the_config_of_the_run(cut_run, resume, tmp_path):

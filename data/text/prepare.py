@@ -263,7 +263,7 @@ def compare(trained: Tokenizer, read_pieces: Callable[[int], Iterator[Piece]]) -
 
 
 def tell_changes(encoder: HfTokenizer, text: str):
-    """Prints a note if a text, the first one, differs from the text of its tokens."""
+    """Prints a note if encoding and decoding a text changes it."""
     decoded = encoder.decode(encoder.encode(text))
     if decoded != text:
         pairs = enumerate(zip(text, decoded))

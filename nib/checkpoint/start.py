@@ -180,7 +180,7 @@ CHANGED = 'it was trained with a different model.py: use that one'
 def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Tensor]]):
     """Raises Damaged if the tensors do not have the shapes of the checkpoint's model.
 
-    As they are what was saved, it is model.py that has been changed.
+    The tensors are as they were saved, so model.py must have been changed.
     """
     try:
         shapes = _built_shapes(GPTConfig(**found.state['model']))
@@ -191,21 +191,21 @@ def check_shapes(found: store.Checkpoint, tensors: dict[str, dict[str, torch.Ten
     for what in _differences(tensors['model'], shapes):
         raise store.Damaged(f'{found.path / "model.safetensors"} {what}; {CHANGED}')
     for name, tensor in tensors.get('optimizer', {}).items():
-        if name.rpartition('/')[0] not in shapes:  # their shapes are the optimizer's affair
+        if name.rpartition('/')[0] not in shapes:  # the state may have any shape
             what = _difference(name, tensor.shape, None)
             raise store.Damaged(f'{found.path / "optimizer.safetensors"} {what}; {CHANGED}')
 
 
 def check_readable(model: GPT):
-    """Raises UserError if a checkpoint of this model could not be read: its config builds others.
+    """Raises UserError if the model's config does not build the weights that the model has.
 
-    A changed train.py may have added weights to the model.
+    Its checkpoints could not be loaded. For example, a changed train.py may have added weights.
     """
     for what in _differences(model.state_dict(), _built_shapes(model.config)):
         raise UserError(
-            f'the model to train {what}, so its checkpoints could not be read: create all of its '
-            f'weights in GPT.__init__, by options of GPTConfig; put another model, such as a '
-            f'teacher, into a tuple, whose weights are not saved'
+            f'the model to train {what}, so its checkpoints could not be loaded: create all of its '
+            f'weights in GPT.__init__, according to options of GPTConfig, and keep other models, '
+            f'such as a teacher, in a tuple, so that their weights are not saved'
         )
 
 

@@ -20,7 +20,7 @@ from nib.text.tokenizer import Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import TokenDataset
 
 PLANNED = 'planned'  # origin of the keys that --budget or --params has chosen
-# Fields of GPTConfig that a run may change, although it starts from existing weights.
+# Fields of GPTConfig that may differ from those of the weights that a run starts from.
 MAY_DIFFER = ('dropout', 'recompute')
 
 
@@ -61,7 +61,7 @@ class Weights:
 
         A resumed run keeps its plan, which is noted in origins, except for keys of the command
         line. Raises UserError if the user has set a key to a value that contradicts the model.
-        Those of MAY_DIFFER may differ, and in a new run, block_size may be smaller.
+        The keys in MAY_DIFFER may differ, and in a new run, block_size may be smaller.
         """
         if self.resumed:
             values = self.keep_plan(values, origins)

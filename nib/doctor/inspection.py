@@ -29,7 +29,7 @@ CLOSED_BELOW = {'relu': 0.0, 'relu2': 0.0, 'gelu': -3.0, 'gelu_erf': -3.0, 'swig
 
 @torch.no_grad()
 def measure_parameters(model: nn.Module) -> list[ParameterStats]:
-    """Returns the statistics of the current weights and gradients, without frozen parameters.
+    """Returns the statistics of the current weights and gradients of trained parameters.
 
     A gradient that is None counts as zeros.
     """
@@ -250,8 +250,8 @@ def share_always(is_closed) -> float:
 def shifted_share(x, y) -> torch.Tensor:
     """Returns the share of targets (B, T) that are the next token of the input (B, T), a scalar.
 
-    The last targets are not counted, because their input is not in the batch. 1 if T is 1. Those
-    that the loss ignores are never wrong.
+    The last targets are not counted, because their input is not in the batch. 1 if T is 1. Targets
+    that the loss ignores count as correct.
     """
     is_next = (y[:, :-1] == x[:, 1:]) | (y[:, :-1] == IGNORED)
     return is_next.float().mean() if x.shape[1] > 1 else torch.ones((), device=x.device)

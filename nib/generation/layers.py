@@ -40,7 +40,7 @@ def for_generation(module: nn.Module, linear: Any):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is only a matrix and a bias; a subclass of a fork may add more."""
+    """Returns whether a module is a plain linear layer. A subclass in a fork may compute more."""
     return type(module).forward is nn.Linear.forward
 
 

@@ -113,7 +113,7 @@ class Repository:
         return tensors
 
     def reject_other_formats(self):
-        """Raises UserError if all weights are in files that cannot be read: what to do instead."""
+        """Raises UserError if all weights are in formats that nibGPT cannot read."""
         for names in self._listings():
             if {'model.safetensors', INDEX} & names:
                 return
@@ -132,7 +132,7 @@ class Repository:
                     )
 
     def _listings(self) -> Iterator[set[str]]:
-        """Yields the names of the files; of the hub's, first of those that are in the cache."""
+        """Yields the file names: a folder's, or the cache's and then the hub's."""
         if self.is_folder:
             yield {path.name for path in Path(self.name).iterdir()}
             return

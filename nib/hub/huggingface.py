@@ -32,7 +32,7 @@ def read(
     try:
         config = repository.read_json('config.json')
     except UserError:
-        repository.reject_other_formats()  # which need no config.json
+        repository.reject_other_formats()  # these may lack config.json
         raise
     kind = config.get('model_type')
     if not isinstance(kind, str) or kind not in FAMILIES:

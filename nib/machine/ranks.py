@@ -12,8 +12,8 @@ import torch.distributed as dist
 from nib.errors import UserError
 from nib.machine.device import kept_buffers
 
-# How long a process waits for another one that does not answer, such as one on a host whose link is
-# lost. The end of a process on a host that can be reached is noticed at once.
+# How long a process waits for another one that does not respond, for example because its host is
+# unreachable. If a process ends and its host is reachable, the others notice at once.
 LONGEST_WAIT = timedelta(minutes=30)
 # What torchrun tells its processes; all but the address are numbers.
 VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_PORT', 'MASTER_ADDR')
@@ -23,8 +23,9 @@ VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_PORT', 'MASTER_ADDR')
 class Ranks:
     """This process and the other processes of the run.
 
-    A single process is rank 0 of 1, and its methods need no communication. A process that waits
-    raises RuntimeError if another one has ended, or does not answer in time: see limit_waiting().
+    A single process is rank 0 of 1, and its methods need no communication. With several, a method
+    that waits raises RuntimeError if another process has ended or does not respond in time; see
+    limit_waiting().
     """
 
     rank: int = 0
@@ -41,9 +42,9 @@ class Ranks:
         return f'cuda:{self.local_rank}' if device == 'cuda' else device
 
     def limit_waiting(self):
-        """Limits the wait for another process to LONGEST_WAIT. Call it once all can train.
+        """Limits the wait for another process to LONGEST_WAIT. Call it when the dataset is ready.
 
-        Until then, the first one may prepare a dataset for hours, while the others wait.
+        Until then, the first process may prepare the dataset for hours while the others wait.
         """
         if self.world_size > 1:
             beginning = self.control

@@ -126,7 +126,7 @@ def resume(t, state, start: Weights | None, config: dict, book) -> dict:
     if new and not config['eval_only']:
         book.warn(
             f'warning: {start.name} lacks {len(new)} tensors of optimizer state, such as {new[0]}: '
-            f'they start anew'
+            f'they start from their initial values'
         )
     config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
     changes = start.changes(config)

@@ -124,7 +124,7 @@ class Logbook:
 
         training: train.py's Training. config: the values that the run uses. origins: where they
         come from. changes: changes of the config since the checkpoint. Raises UserError if the
-        model's checkpoints could not be read.
+        model's checkpoints could not be loaded.
         """
         check_readable(training.raw_model)
         self.training, self.data = training, data

@@ -156,9 +156,7 @@ def survey(pieces: Iterable[tuple[str, bool]], with_characters: bool, known: str
             lengths.append(length)
             length = 0
     if not lengths:
-        raise UserError(
-            'all files are empty, or their rows are; use --input=PATH to name other files'
-        )
+        raise UserError('the files contain no text; use --input=PATH to name other files')
     return Survey(lengths, n_bytes, digest.hexdigest(), ''.join(sorted(characters)), missing)
 
 

@@ -26,8 +26,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
     """Trains a tokenizer on texts. The same texts always give the same tokenizer.
 
     A merge needs a pair of tokens that occurs at least twice. If the texts have too few of them,
-    the tokenizer has fewer than vocab_size tokens. END_OF_TEXT is the last one. It learns from
-    words longer than LONGEST in parts.
+    the tokenizer has fewer than vocab_size tokens. END_OF_TEXT is the last one. For training,
+    words longer than LONGEST are split.
     """
     library = import_library()
 

@@ -131,7 +131,7 @@ def _write(
         ) as bar:
             pieces = read_pieces(unfinished.done['pieces'])
             begun = unfinished.done['unfinished']
-            # After Ctrl-C, its processes end here and not when this generator is garbage.
+            # After Ctrl-C, its processes end here, not when the generator is garbage-collected.
             with closing(encode_all(pieces, tokenizer, dtype, begun)) as batches:
                 for encoded in batches:
                     unfinished.add(encoded)

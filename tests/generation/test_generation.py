@@ -585,7 +585,7 @@ def test_generation_keeps_what_a_linear_layer_or_a_norm_adds(monkeypatch):
     assert check_generation(model, [*range(30)]) is None
     ids = torch.arange(16)[None]
     with torch.no_grad():
-        assert torch.equal(_quantized(model)(ids), model(ids))  # there is nothing that it may round
+        assert torch.equal(_quantized(model)(ids), model(ids))  # no plain layer to quantize
 
 
 def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):

@@ -502,13 +502,13 @@ run_script(train.main)
     [('SIGKILL', 'seed_everything'), ('SIGSTOP', 'seed_everything'), ('SIGSTOP', 'get_lr')],
 )
 def test_a_process_does_not_wait_for_ever_for_one_that_has_left(data_dir, tmp_path, number, place):
-    """As on two hosts, whose link is lost, where torchrun does not notice it."""
+    """As on two hosts that lose their connection, which torchrun does not notice."""
     program = LEAVES.replace('PLACE', place).replace('NUMBER', number)
     flags = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--eval_interval=2']
     first, _ = start_on_ranks(2, tmp_path, program, *SMALL_RUN, *flags)
     assert first.end() == 2
     *findings, error = first.stderr.splitlines()
-    assert error.startswith('error: another process of the run has ended or does not answer')
+    assert error.startswith('error: another process of the run has ended or does not respond')
     assert all(' warning: ' in line for line in findings)
     assert store.load(tmp_path / 'run')[0].step == 2
 

@@ -282,7 +282,7 @@ def test_a_survey_counts_documents_not_pieces():
     assert documents.survey([('ab', True)], with_characters=False).characters == ''
     lacking = documents.survey([('abba', False), ('cb', True)], True, known='ac')
     assert lacking.missing == {'b': 3} and not found.missing
-    with pytest.raises(UserError, match='all files are empty, or their rows'):
+    with pytest.raises(UserError, match='the files contain no text'):
         documents.survey([], with_characters=True)
 
 

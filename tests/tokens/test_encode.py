@@ -241,7 +241,7 @@ def test_ctrl_c_does_not_reach_processes_that_are_starting():
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='needs process groups')
 def test_more_ctrl_cs_end_quietly_while_processes_are_starting(tmp_path):
-    """The first one comes before any of them has started; the others while it waits for them."""
+    """The first comes before any process has started, the others during the wait for them."""
     program = (
         'import os, signal, sys, threading, time; import numpy as np\n'
         'from nib.errors import run_script; from nib.tokens.encode import *\n'

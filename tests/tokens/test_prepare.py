@@ -482,7 +482,7 @@ def test_a_second_text_of_the_same_name_does_not_replace_the_first(tmp_path, run
         (['--input={notes}', '--name=a/b'], '--name=a_b'),
         (['--input={notes}', '--name=..'], '--name=notes'),
         (['--input={notes}', '--tokenizer=words'], 'words'),
-        (['--input={notes}/empty.txt'], 'all files are empty'),
+        (['--input={notes}/empty.txt'], 'the files contain no text'),
         (['--input={notes}/ab.txt'], '2 characters'),
         (['--input={notes}/bad.jsonl'], 'bad.jsonl:1'),
     ],
