@@ -155,10 +155,23 @@ class Microscope:
         return sequences, min(block_size, max(shortest, limit // sequences))
 
     def batch(self, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns x and y (n_sequences, n_positions) of the step `number` steps from here."""
+        """Returns x and y (n_sequences, n_positions) of the step `number` steps from here.
+
+        Sequences without a target that the loss counts come last. Raises UserError if all lack one.
+        """
         batches = self.training.batches
         x, y = batches.first_sequences(self.data_step + number, self.n_sequences)
-        return x[:, : self.n_positions].contiguous(), y[:, : self.n_positions].contiguous()
+        x, y = x[:, : self.n_positions], y[:, : self.n_positions]
+        counts = (y != IGNORED).any(dim=1)
+        if not counts.any():
+            tokens = self.batch_size * self.values['block_size']
+            more = f'examine more (--batch_tokens={tokens} examines all)'
+            raise UserError(
+                f'the loss ignores all targets of the {y.numel():,} tokens that are examined: '
+                f'{more if y.numel() < tokens else "every batch must have some that count"}'
+            )
+        order = counts.int().argsort(descending=True, stable=True)
+        return x[order].contiguous(), y[order].contiguous()
 
     @property
     def scheduled_rate(self) -> float:

@@ -39,7 +39,13 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
         name = 'transformer.wpe.weight'
         weights[name] = weights[name][: model.config.block_size]
     # What a changed model.py adds keeps its initial values.
-    model.load_state_dict(model.state_dict() | weights)
+    built = model.state_dict()
+    shapes = {name: built[name].shape for name in weights if name in built}
+    for what in _differences(weights, shapes):
+        had = {name: getattr(start.model, name) for name in MAY_DIFFER}
+        said = ', '.join(f'{name} {value}' for name, value in had.items() if own[name] != value)
+        raise UserError(f'{start.name} {what}: it was trained with {said}; use the same')
+    model.load_state_dict(built | weights)
     return model
 
 

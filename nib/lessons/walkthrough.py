@@ -136,8 +136,10 @@ def walk_through(training) -> Iterator[str]:
     yield from describe_batch(training)
     if model.config.dropout:
         yield 'Dropout is off here, so that every number can be computed twice.'
-    end = 1 + int((y[0] != IGNORED).nonzero()[-1])  # the lesson follows the last target that counts
-    x, y = x[:, :end], y[:, :end]
+    counts = y != IGNORED
+    end = 1 + int(counts[0].nonzero()[-1])  # the lesson follows the last target that counts
+    kept = counts[:, :end].any(dim=1)  # the others have no loss
+    x, y = x[kept, :end], y[kept, :end]
     training.accumulate([(x, y)])
     weight = Weight.with_largest_gradient(model)
     model.zero_grad(set_to_none=True)
@@ -256,6 +258,7 @@ def explain_accumulation(training, micro_batches: Sequence, weight: Weight) -> I
     gradients.
     """
     model, n = training.model, len(micro_batches)
+    uneven = len({int((y != IGNORED).sum()) for _, y in micro_batches}) > 1
 
     def row(label):
         norm, gradient = total_norm(model), weight.gradient(model)
@@ -280,7 +283,8 @@ def explain_accumulation(training, micro_batches: Sequence, weight: Weight) -> I
     yield row('the whole batch at once')
     yield undivided + '\n'
     yield note(
-        f'With the division, the sum is the gradient of the whole batch, except for rounding. '
+        f'With the division, the sum is the gradient of the whole batch, except for rounding'
+        f'{" and because each micro batch counts alike, however few targets it has" * uneven}. '
         f'It is shorter than most of its parts, which partly cancel. Without the division, the sum '
         f'is {n} times too long, and a step of SGD would go {n} times too far. AdamW would hardly '
         f'change, because it divides by the size of the gradient, but every norm that is logged or '

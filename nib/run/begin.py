@@ -125,8 +125,8 @@ def resume(t, state, start: Weights | None, config: dict, book) -> dict:
     new = [name for names in by_rank for name in names]
     if new and not config['eval_only']:
         book.warn(
-            f'warning: {start.name} lacks {len(new)} tensors of optimizer state, such as {new[0]}: '
-            f'they start from their initial values'
+            f'warning: {start.name} lacks the optimizer state {new[0]}'
+            f'{f" and {len(new) - 1} more" * (len(new) > 1)}: initial values are used'
         )
     config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
     changes = start.changes(config)

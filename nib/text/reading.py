@@ -45,13 +45,17 @@ _CONVERTERS = {
     '.ps': 'ps2ascii {file} {stem}-text.txt',
     **dict.fromkeys(('.rtf', '.doc', '.docx', '.odt', '.epub', '.html', '.htm'), _PANDOC),
     '.zip': 'unzip {file}',
-    '.gz': 'gunzip --stdout {file} > {stem}-text.txt',
-    '.bz2': 'bunzip2 --stdout {file} > {stem}-text.txt',
-    '.xz': 'xz --decompress --stdout {file} > {stem}-text.txt',
-    '.zst': 'zstd --decompress --stdout {file} > {stem}-text.txt',
+    **dict.fromkeys(('.tar', '.tgz'), 'tar --extract --file={file}'),
+    '.gz': 'gunzip --stdout {file} > {unpacked}',
+    '.bz2': 'bunzip2 --stdout {file} > {unpacked}',
+    '.xz': 'xz --decompress --stdout {file} > {unpacked}',
+    '.zst': 'zstd --decompress --stdout {file} > {unpacked}',
     '.ndjson': 'cp {file} {stem}.jsonl',
     '.parquet': 'mv {file} {stem}.parquet',
-    '.json': "jq --compact-output '.[]' {file} > {stem}-rows.jsonl",
+    # An array of rows, a row on several lines, or rows as in .jsonl.
+    '.json': (
+        'jq --compact-output \'if type == "array" then .[] else . end\' {file} > {stem}-rows.jsonl'
+    ),
 }
 # Control characters other than NUL that occur in no text, whatever its encoding.
 _CONTROLS = bytes(byte for byte in (*range(1, 32), 127) if byte not in b'\b\t\n\f\r\x1b')
@@ -165,7 +169,10 @@ def _command(form: str, path: str | os.PathLike | None) -> str:
     """Returns a shell command that reads the file and writes another."""
     file = os.fspath(path or 'FILE')
     stem, suffix = os.path.splitext(file)
-    names = {'file': file, 'new': f'{stem}-utf8{suffix}', 'stem': stem}
+    name, inner = os.path.splitext(stem)  # of name.jsonl.gz
+    is_known = inner.lower() in (*_CONVERTERS, '.txt', '.md', '.jsonl')
+    unpacked = f'{name}-text{inner}' if is_known else f'{stem}-text.txt'
+    names = {'file': file, 'new': f'{stem}-utf8{suffix}', 'stem': stem, 'unpacked': unpacked}
     return form.format(**{key: shlex.quote(name) for key, name in names.items()})
 
 

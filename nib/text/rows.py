@@ -53,8 +53,8 @@ def _lines(chunks: Iterable[str]) -> Iterator[str]:
 
 def _one_object(file: Path) -> str:
     return (
-        f'every line must be a JSON object; if the file is an array of them, '
-        f'{reading.advice(file, ".json")}'
+        f'every line must be a JSON object; if the file is an array of them, or an object has '
+        f'several lines, {reading.advice(file, ".json")}'
     )
 
 

@@ -11,6 +11,7 @@ from microscope import ARCHITECTURES, plain_adamw
 from torch.nn import functional as F
 
 from nib.checkpoint.start import new_model
+from nib.errors import UserError
 from nib.lessons import walkthrough
 from nib.tokens.batches import BatchLoader
 
@@ -176,3 +177,44 @@ def test_gradients_that_are_short_enough_are_not_clipped(debug, grad_clip):
         rows['norm before'][0] == rows['norm after'][0]
         and 'nothing is clipped in this step' in said
     )
+
+
+def ignore(training, monkeypatch, places):
+    """Lets the loss ignore the targets at some places of every batch."""
+    whole = training.training.batches.first_sequences
+
+    def first_sequences(*arguments):
+        x, y = whole(*arguments)
+        y[places] = -1
+        return x, y
+
+    monkeypatch.setattr(training.training.batches, 'first_sequences', first_sequences)
+    return whole(0, training.n_sequences)
+
+
+def test_the_lesson_follows_a_sequence_that_has_targets(make_training, monkeypatch):
+    training = make_training('--batch_size=4')
+    places = torch.zeros(4, 16, dtype=torch.bool)
+    places[0] = places[1, 9:] = places[2, :10] = True
+    x, y = ignore(training, monkeypatch, places)
+    with torch.no_grad():
+        log_probs = training.model(x).log_softmax(dim=-1)
+    losses = -log_probs.gather(2, y[..., None])[..., 0]
+    said = '\n'.join(walkthrough.walk_through(training))
+    own = re.search(r'loss of this token .* = ([\d.]+) nats', said)[1]
+    assert float(own) == pytest.approx(float(losses[1, 8]), rel=1e-5)
+    mean, n = re.search(r'loss of the batch +([\d.]+) nats, .* over (\d+) tokens', said).groups()
+    assert n == '18'  # the third sequence has no target up to there
+    assert float(mean) == pytest.approx(float(losses[[1, 3], :9].mean()), rel=1e-5)
+    assert not re.search(r'\bnan\b', said)
+
+
+def test_an_examination_without_targets_says_how_to_examine_more(make_training, monkeypatch):
+    training = make_training('--batch_size=4', '--batch_tokens=32')
+    with pytest.raises(UserError, match=r'32 tokens .*--batch_tokens=64 examines all'):
+        ignore(training, monkeypatch, slice(0, 2))
+        next(walkthrough.walk_through(training))
+    training = make_training('--batch_size=4')
+    with pytest.raises(UserError, match=r'64 tokens .* every batch must have some that count'):
+        ignore(training, monkeypatch, slice(0, 4))
+        next(walkthrough.walk_through(training))

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import configurator
 from model import GPT, GPTConfig
+from nib.checkpoint import start as beginning
 from nib.checkpoint.start import new_model
 from nib.checkpoint.weights import Weights
 from nib.errors import UserError
@@ -110,3 +111,15 @@ def test_a_run_from_other_weights_has_its_own_dropout_recomputation_and_context(
         assert value.equal(expected[name]), name
     ids = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(model.eval()(ids), other.eval()(ids))
+
+
+def test_an_option_that_may_differ_but_changes_the_shapes_is_named(monkeypatch):
+    """As in a fork that adds an option to MAY_DIFFER, and starts from a run that used it."""
+    monkeypatch.setattr(beginning, 'MAY_DIFFER', ('dropout', 'smear'))
+    shape = {'block_size': 8, 'n_layer': 1, 'n_head': 1, 'n_embd': 4}
+    other = GPT(GPTConfig(11, smear=2, **shape))
+    start = Weights('other', other.config, None, {'model': other.state_dict()})
+    data = SimpleNamespace(tokenizer=None, vocab_size=11)
+    for smear, said in ((0, 'which model.py lacks'), (1, 'but model.py has shape')):
+        with pytest.raises(UserError, match=f'other has .*{said}.*: it was trained with smear 2;'):
+            new_model(DEFAULTS | shape | {'smear': smear}, data, start)

@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         ('my letter.docx', r"type.*pandoc --to=plain '\S*my letter.docx' --output='\S*my "),
         ('rows.json', r'type.*jq .* > \S*rows-rows.jsonl'),
         ('rows.ndjson', r'type.*cp \S*rows.ndjson \S*rows.jsonl'),
-        ('book.txt.zst', r'type.*zstd .* > \S*book.txt-text.txt'),
+        ('book.txt.zst', r'type.*zstd .* > \S*book-text.txt'),
         ('empty', 'found no .txt'),
         ('pictures', '1 file of types other'),
         ('pipe.txt', 'is a pipe, not a file'),

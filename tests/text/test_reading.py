@@ -2,12 +2,14 @@
 
 import bz2
 import codecs
+import gzip
 import io
 import lzma
 import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -103,6 +105,42 @@ def test_the_advised_command_makes_text_of_what_can_be_converted(tmp_path, conte
     message, converted = advised(content, tmp_path)
     assert said in message
     assert read(converted)[0] == becomes
+
+
+def follow_advice(path) -> Path:
+    """Returns the file that the advised command writes, which is the only new one."""
+    before = set(path.parent.iterdir())
+    command = reading.advice(path).removeprefix('convert it: ')
+    subprocess.run(command, shell=True, check=True)
+    [new] = set(path.parent.iterdir()) - before
+    return new
+
+
+@pytest.mark.skipif(not shutil.which('jq'), reason='no jq')
+@pytest.mark.parametrize(
+    'content', ['[\n {"text": "a"},\n {"text": "b"}\n]', '{\n "text": "a"\n}\n{"text": "b"}']
+)
+def test_the_advised_command_makes_rows_of_json(tmp_path, content):
+    (tmp_path / 'my rows.json').write_text(content)
+    new = follow_advice(tmp_path / 'my rows.json')
+    assert new.name == 'my rows-rows.jsonl' and new.read_text() == '{"text":"a"}\n{"text":"b"}\n'
+
+
+@pytest.mark.skipif(not shutil.which('gunzip'), reason='no gunzip')
+@pytest.mark.parametrize(
+    'name, becomes',
+    [
+        ('rows.jsonl.gz', 'rows-text.jsonl'),
+        ('a.b.txt.gz', 'a.b-text.txt'),
+        ('rows.json.gz', 'rows-text.json'),
+        ('vol.1.gz', 'vol.1-text.txt'),
+        ('book.gz', 'book-text.txt'),
+    ],
+)
+def test_a_file_is_unpacked_under_a_name_of_its_type(tmp_path, name, becomes):
+    (tmp_path / name).write_bytes(gzip.compress(b'text'))
+    new = follow_advice(tmp_path / name)
+    assert new.name == becomes and new.read_bytes() == b'text'
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,14 @@ def test_ctrl_c_does_not_reach_processes_that_are_starting():
         'print(len(done) - SERIAL_BATCHES, len(heard))\n'
     )
     command = [sys.executable, '-c', program]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=PATIENCE,
+    )
     assert (run.stdout, run.stderr) == ('4 3\n', '')
 
 
@@ -255,7 +262,14 @@ def test_more_ctrl_cs_end_quietly_while_processes_are_starting(tmp_path):
         'run_script(lambda argv: write_dataset(argv[0], pieces, ByteTokenizer(), {}))\n'
     )
     command = [sys.executable, '-c', program, str(tmp_path / 'set')]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=PATIENCE,
+    )
     assert (run.returncode, run.stdout, run.stderr) == (130, '', '')
     assert not any((tmp_path / 'set' / name).exists() for name in ('meta.json', 'train.bin'))
 
