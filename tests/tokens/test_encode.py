@@ -235,12 +235,7 @@ def test_ctrl_c_does_not_reach_processes_that_are_starting():
     )
     command = [sys.executable, '-c', program]
     run = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=PATIENCE,
+        command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=PATIENCE
     )
     assert (run.stdout, run.stderr) == ('4 3\n', '')
 
@@ -263,12 +258,7 @@ def test_more_ctrl_cs_end_quietly_while_processes_are_starting(tmp_path):
     )
     command = [sys.executable, '-c', program, str(tmp_path / 'set')]
     run = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=PATIENCE,
+        command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=PATIENCE
     )
     assert (run.returncode, run.stdout, run.stderr) == (130, '', '')
     assert not any((tmp_path / 'set' / name).exists() for name in ('meta.json', 'train.bin'))
