@@ -487,8 +487,10 @@ def test_planned_memory_is_what_training_takes(dtype):
     """
     flags = '--n_layer=4 --n_embd=384 --n_head=6 --block_size=256 --batch_size=8 --vocab_size=5000'
     flags += f' --mlp=swiglu --no-tied_head --dtype={dtype}'
-    ratios = [0.0]
-    while ratios[-1] < 0.9 and len(ratios) <= 3:
+    ratios, n_right = [], 0
+    while n_right < 2 and len(ratios) < 5:
         planned, measured = measure.in_fresh_process(planned_memory.MEASURE_CONFIG, flags.split())
         ratios.append(planned / measured)
-    assert ratios[-1] == pytest.approx(1, abs=0.1), ratios
+        assert ratios[-1] <= 1.1, ratios
+        n_right += ratios[-1] >= 0.9
+    assert n_right == 2, ratios

@@ -103,6 +103,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         ('rows.json', r'type.*jq .* > \S*rows-rows.jsonl'),
         ('rows.ndjson', r'type.*cp \S*rows.ndjson \S*rows.jsonl'),
         ('book.txt.zst', r'type.*zstd .* > \S*book-text.txt'),
+        ('books.tgz', r'type.*tar --extract --file=\S*books.tgz'),
         ('empty', 'found no .txt'),
         ('pictures', '1 file of types other'),
         ('pipe.txt', 'is a pipe, not a file'),
@@ -112,7 +113,7 @@ def test_nothing_to_read_is_named(tmp_path, name, said):
     for folder in ('empty', 'pictures'):
         (tmp_path / folder).mkdir()
     files = 'pictures/x.png', 'picture.png', 'book.pdf', 'my letter.docx', 'rows.json'
-    for file in (*files, 'rows.ndjson', 'book.txt.zst'):
+    for file in (*files, 'rows.ndjson', 'book.txt.zst', 'books.tgz'):
         (tmp_path / file).write_bytes(b'')
     os.mkfifo(tmp_path / 'pipe.txt')
     with pytest.raises(UserError, match=said) as error:
