@@ -44,7 +44,8 @@ def new_model(config: Mapping, data: TokenDataset, start: Weights | None) -> GPT
     for what in _differences(weights, shapes):
         had = {name: getattr(start.model, name) for name in MAY_DIFFER}
         said = ', '.join(f'{name} {value}' for name, value in had.items() if own[name] != value)
-        raise UserError(f'{start.name} {what}: it was trained with {said}; use the same')
+        why = f'it was trained with {said}; use the same' if said else CHANGED
+        raise UserError(f'{start.name} {what}: {why}')
     model.load_state_dict(built | weights)
     return model
 

@@ -123,3 +123,13 @@ def test_an_option_that_may_differ_but_changes_the_shapes_is_named(monkeypatch):
     for smear, said in ((0, 'which model.py lacks'), (1, 'but model.py has shape')):
         with pytest.raises(UserError, match=f'other has .*{said}.*: it was trained with smear 2;'):
             new_model(DEFAULTS | shape | {'smear': smear}, data, start)
+
+
+def test_weights_that_a_changed_model_does_not_fit_are_refused():
+    """As if model.py had been changed, other than by an option."""
+    model = GPT(GPTConfig(11, block_size=8, n_layer=1, n_head=1, n_embd=4))
+    weights = model.state_dict() | {'extra': torch.ones(2)}
+    start = Weights('other', model.config, None, {'model': weights})
+    data = SimpleNamespace(tokenizer=None, vocab_size=11)
+    with pytest.raises(UserError, match='other has extra, which .*: it was trained with a diff'):
+        new_model(DEFAULTS, data, start)
