@@ -24,8 +24,10 @@ class AdamW:
         self.lr_ratio = 1.0
         self.exp_avg = [torch.zeros_like(p) for p in self.params]  # mean gradient
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]  # mean squared gradient
-        # Counted on the device, which decides whether a step is applied.
-        self.n_steps = torch.zeros((), device=self.params[0].device)
+        # Steps of each parameter, which a resumed run may train only now. They are counted on the
+        # device, which decides whether a step is applied.
+        self.n_steps = torch.zeros(len(self.params), device=self.params[0].device)
+        self.steps = list(self.n_steps.unbind())
 
     def step(self, lr: float, usable: torch.Tensor):
         self.n_steps += usable
@@ -35,7 +37,7 @@ class AdamW:
             self.exp_avg,
             self.exp_avg_sq,
             [],
-            [self.n_steps] * len(self.params),
+            self.steps,
             lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -49,10 +51,8 @@ class AdamW:
     def state(self):
         """Returns (parameter, its state by name) per parameter; step() updates these tensors."""
         names = ('exp_avg', 'exp_avg_sq', 'step')
-        return [
-            (p, dict(zip(names, (exp_avg, exp_avg_sq, self.n_steps))))
-            for p, exp_avg, exp_avg_sq in zip(self.params, self.exp_avg, self.exp_avg_sq)
-        ]
+        states = zip(self.exp_avg, self.exp_avg_sq, self.steps)
+        return [(p, dict(zip(names, state))) for p, state in zip(self.params, states)]
 
 
 class SGD:

@@ -298,3 +298,28 @@ def test_frozen_weights_stay_and_unused_ones_have_a_gradient_of_zero(method):
     for name, p in model.named_parameters():
         other = same.get_parameter(name)
         assert torch.equal(p, other) != (p is frozen), name
+
+
+def test_weights_that_are_unfrozen_at_a_resume_begin_at_their_own_first_step():
+    """torch's AdamW counts the steps of each parameter, too: those in which it had a gradient."""
+    torch.manual_seed(0)
+    model, reference = GPT(CONFIG), GPT(CONFIG)
+    reference.load_state_dict(model.state_dict())
+    late = model.transformer.wte.weight.requires_grad_(False)
+    options = {'betas': (0.9, 0.95), 'weight_decay': 0.0}
+    torchs = torch.optim.AdamW(reference.parameters(), lr=0.01, **options)
+    first = make(model, 0.01, **options)
+    second = None
+    for step in range(6):
+        if step == 4:
+            state = {name: tensor.clone() for name, tensor in first.named_state(model).items()}
+            late.requires_grad_(True)
+            second = make(model, 0.01, **options)
+            second.load_named_state(model, state)
+        for p, q in zip(model.parameters(), reference.parameters()):
+            q.grad = torch.randn_like(q) if p.requires_grad else None
+            p.grad = None if q.grad is None else q.grad.clone()
+        (second or first).step(USABLE)
+        torchs.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, reference.get_parameter(name), rtol=1e-5, atol=1e-7, msg=name)
