@@ -87,7 +87,7 @@ mlp_width: int = 0  # hidden units of the MLP; 0: 4 * n_embd, and for swiglu two
 tied_head: bool = True  # the output head shares the weights of the token embedding
 logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_cap; 0: no limit
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
-recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
+recompute: bool = False  # recompute activations in the backward pass: less memory, 25% slower
 # optimizer
 max_iters: int = 600000  # training steps, not epochs
 optimizer: Literal['adamw', 'muon', 'sgd'] = 'adamw'  # muon: for the blocks' matrices only
