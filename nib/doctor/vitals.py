@@ -21,7 +21,7 @@ from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
 
-SAMPLE = 4096  # weights that represent a matrix: their root mean square is within about 1 %
+SAMPLE = 4096  # weights that represent a matrix: their root mean square is within about 1%
 KEPT = 1000  # steps whose losses are kept until they are read
 
 
