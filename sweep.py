@@ -222,7 +222,7 @@ class Sweep:
                 while waiting and self.free and not self.signal:
                     self.start(waiting.pop(0))
                 if self.signal and not told:
-                    line = 'stopping: the active runs save (a second signal ends them at once)'
+                    line = 'stopping and saving the active runs (a second signal ends them at once)'
                     print(line, flush=True)
                     told = True
                 for job in [job for job in self.active if job[0].poll() is not None]:
