@@ -216,7 +216,7 @@ class Vitals:
     ) -> EvaluationSigns:
         """Measures the activations on a batch of the validation text.
 
-        Also measures the noise of the gradient at the first, second, fourth, eighth ... evaluation,
+        Also measures the gradient noise at the first, second, fourth, eighth ... evaluation,
         because it costs as much time as some steps.
 
         number: of the evaluation; 0 before the first step, and for the last evaluation, which is
