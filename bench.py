@@ -8,9 +8,9 @@
     python bench.py config/train_shakespeare_char.py --vs_nanogpt=nanoGPT
 
 It accepts every key of train.py except --budget and --params. It compiles the model if train.py
-would, for a run of max_iters steps. --vs_nanogpt also measures nanoGPT's code, in turns, with the
-same model and batch. --growth measures how speed and memory change with width, depth, context and
-batch. --plan measures nothing, and prints what the whole run would take.
+would, for a run of max_iters steps. --vs_nanogpt also measures nanoGPT's code, alternating with
+nibGPT's, with the same model and batch. --growth measures how speed and memory change with width,
+depth, context and batch. --plan measures nothing, and prints what the whole run would take.
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback

@@ -3,11 +3,11 @@
 python convert.py --out_dir=out-shakespeare-char --to=hf --dest=shakespeare
     a folder for transformers, vLLM, llama.cpp's converter and everything that reads such folders
 python convert.py --out_dir=out-shakespeare-char --to=nanogpt --dest=nanoGPT/out
-    ckpt.pt, which nanoGPT's sample.py and train.py continue
+    ckpt.pt, for nanoGPT's sample.py and train.py
 python convert.py --out_dir=out-shakespeare-char --to=gguf --dest=shakespeare.gguf
     a file for llama.cpp, Ollama and LM Studio
 python convert.py --init_from=nanoGPT/out/ckpt.pt --to=hf --dest=shakespeare
-    the same for a model of another project
+    the same for a model from another project
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback

@@ -52,7 +52,7 @@ seed: int = 1337  # a different seed gives different samples
 # machine
 device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
-compile: bool | Literal['auto'] = False  # use torch.compile; for many thousand tokens on a GPU
+compile: bool | Literal['auto'] = False  # use torch.compile; for thousands of tokens on a GPU
 
 
 def main(argv):

@@ -4,9 +4,9 @@ python sweep.py config/x.py --learning_rate=1e-4,3e-4,1e-3 --seed=1,2    six run
 python sweep.py config/x.py --seed=1,2,3,4 --jobs=2                      two at a time
 python sweep.py config/x.py --seed=1,2 --sweep_dir=seeds                 to another folder
 
-All arguments but --jobs and --sweep_dir are those of train.py. The same command continues a sweep:
-it leaves out the runs that have ended and resumes the others. --overwrite trains all of them again,
-for example after a change to the code. If a run fails, the sweep continues with the next one.
+Besides --jobs and --sweep_dir, it takes the arguments of train.py. The same command continues a
+sweep: it leaves out the runs that have ended and resumes the others. --overwrite trains all of them
+again, for example after a change to the code. If a run fails, the sweep continues with the next.
 """
 
 import nib.startup  # noqa: F401 - first: so that Ctrl-C during the imports prints no traceback
@@ -222,7 +222,7 @@ class Sweep:
                 while waiting and self.free and not self.signal:
                     self.start(waiting.pop(0))
                 if self.signal and not told:
-                    line = 'stopping: the active runs save (a second signal ends them at once)'
+                    line = 'stopping and saving the active runs (a second signal ends them at once)'
                     print(line, flush=True)
                     told = True
                 for job in [job for job in self.active if job[0].poll() is not None]:

@@ -87,12 +87,12 @@ mlp_width: int = 0  # hidden units of the MLP; 0: 4 * n_embd, and for swiglu two
 tied_head: bool = True  # the output head shares the weights of the token embedding
 logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_cap; 0: no limit
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
-recompute: bool = False  # recompute activations in the backward pass: less memory, 25 % slower
+recompute: bool = False  # recompute activations in the backward pass: less memory, 25% slower
 # optimizer
 max_iters: int = 600000  # training steps, not epochs
 optimizer: Literal['adamw', 'muon', 'sgd'] = 'adamw'  # muon: for the blocks' matrices only
 learning_rate: float = 6e-4  # peak learning rate, reached after the warm-up
-weight_decay: float = 0.1  # of matrices and embeddings only
+weight_decay: float = 0.1  # applied to matrices and embeddings only
 beta1: float = 0.9  # AdamW: decay rate of the mean gradient
 beta2: float = 0.95  # AdamW: decay rate of the mean squared gradient
 muon_lr_ratio: float = 1.0  # Muon: learning rate as a multiple of learning_rate
@@ -106,7 +106,7 @@ on_nonfinite: Literal['stop', 'skip', 'rewind'] = 'stop'  # rewind: return to th
 # learning rate schedule
 lr_schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'  # wsd: warmup-stable-decay
 warmup_iters: int = 2000  # steps of linear warm-up
-cooldown_iters: int = 0  # wsd only: steps of decay, the last ones before lr_decay_iters
+cooldown_iters: int = 0  # wsd only: steps of decay, ending at lr_decay_iters
 lr_decay_iters: int | Literal['auto'] = 'auto'  # step at which min_lr is reached; auto: max_iters
 min_lr: float | Literal['auto'] = 'auto'  # final learning rate; auto: learning_rate / 10
 # machine

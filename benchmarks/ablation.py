@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py --text=data/shakespeare_char/input.txt
 
-It trains on the first 81 % of the text and validates on the next 9 %. The last tenth, on which
+It trains on the first 81% of the text and validates on the next 9%. The last tenth, on which
 results are reported, remains unseen, so choices based on this table are not tuned on it.
 """
 

@@ -4,7 +4,7 @@
 
 Each job runs alone, twice at once, and next to a process that never waits. It does so with
 libgomp's defaults (a thread per core and a spin count of 300,000) and with nibGPT's settings. The
-jobs are ready before the measurement, and run in turns for the same time. Nothing else may use the
+jobs are ready before the measurement, and take turns of equal time. Nothing else may use the
 machine meanwhile.
 """
 
@@ -66,7 +66,7 @@ def main(argv):
             for worker in pair:
                 worker.close()
     table = (
-        f'{rounds} rounds in turns of {seconds:g} s; {measure.describe_machine()}\n'
+        f'{rounds} alternating rounds of {seconds:g} s; {measure.describe_machine()}\n'
         f'{config}; x: times slower than alone in the same round\n\n'
         f'{measure.make_table(turns)}'
     )

@@ -1,4 +1,4 @@
-"""Encodes a text in GPT-2's tokens with nanoGPT's and nibGPT's scripts, in turns, on one core.
+"""Encodes a text in GPT-2's tokens with nanoGPT's and nibGPT's scripts, alternating, on one core.
 
     git clone https://github.com/karpathy/nanoGPT && pip install datasets
     python benchmarks/encoding.py --nanogpt=nanoGPT --input=FOLDER
@@ -134,8 +134,9 @@ def compare_with_library() -> str:
     if len(digests) > 1:
         raise UserError('the ids differ')
     return (
-        f'{rounds} round{"s" * (rounds > 1)} in turns, on one core; {measure.describe_machine()}; '
-        f'{n_bytes / 1e6:.1f} MB of UTF-8, vocabulary {ours.vocab_size:,}; equal ids\n\n'
+        f'{rounds} alternating round{"s" * (rounds > 1)} on one core; '
+        f'{measure.describe_machine()}; {n_bytes / 1e6:.1f} MB of UTF-8, '
+        f'vocabulary {ours.vocab_size:,}; equal ids\n\n'
         f'{measure.make_table(turns)}'
     )
 
@@ -174,7 +175,7 @@ def compare_with_nanogpt() -> str:
                     raise UserError(f'the two {split} differ')
         lines = [
             (
-                f'{rounds} round{"s" * (rounds > 1)} in turns, on one core; '
+                f'{rounds} alternating round{"s" * (rounds > 1)} on one core; '
                 f'{measure.describe_machine()}; '
                 f'{n_documents:,} documents, {n_bytes / 1e6:.1f} MB of UTF-8'
             ),

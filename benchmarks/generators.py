@@ -1,4 +1,4 @@
-"""Measures generation against llama.cpp, CTranslate2 and transformers, in turns.
+"""Measures generation against llama.cpp, CTranslate2 and transformers, alternating.
 
     pip install llama-cpp-python ctranslate2 transformers gguf
     python benchmarks/generators.py --shape=gpt2 --prompt_tokens=256
@@ -108,8 +108,8 @@ def compare(models: Path) -> str:
         for generator in running.values():
             generator.close()
     return (
-        f'{shape}: {new_tokens} tokens after {prompt_tokens}, {n_prompts} prompts, {rounds} rounds '
-        f'in turns; {measure.describe_machine(device)}\n\n{measure.make_table(turns)}'
+        f'{shape}: {new_tokens} tokens after {prompt_tokens}, {n_prompts} prompts, {rounds} '
+        f'alternating rounds; {measure.describe_machine(device)}\n\n{measure.make_table(turns)}'
     )
 
 

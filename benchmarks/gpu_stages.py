@@ -131,7 +131,7 @@ def run_tests(s, figures, end):
 
 
 def measure_gpt2(s, figures, end):
-    """Training of GPT-2 124M at context 1024, in turns with nanoGPT."""
+    """Training of GPT-2 124M at context 1024, alternating with nanoGPT."""
     rate = measure_flops(s.device, 'float32' if s.rehearse else 'bfloat16')
     figures.note('rate of a large matrix product, TFLOP/s', rate / 1e12)
     peak = peak_flops(s.device, 'bfloat16')
@@ -194,7 +194,7 @@ def measure_batch(s, figures, batch: int, rate: float, peak: float | None):
 
 
 def compare_compilers(s, figures, end):
-    """The same training, in turns, with settings of torch's compiler, as far as the time allows."""
+    """The same training, alternating settings of torch's compiler, as far as the time allows."""
     batch = int(s.batches.split(',')[0])
     job = gpt2_config(s, batch_size=batch) | {'steps': 1 if s.rehearse else 10}
     workers: dict[str, measure.Worker] = {}

@@ -22,7 +22,7 @@ from nib.schema import check_range
 from nib.tokens.batches import BatchLoader
 from nib.tokens.dataset import SPLITS, open_dataset
 
-rounds: int = 5  # measurements of each, in turns, each in a new process
+rounds: int = 5  # alternating measurements of each, each in a new process
 folder: str = ''  # where to write; empty: the system's folder for temporary files
 result: str = ''  # also write the table to this file
 
@@ -61,7 +61,7 @@ def main(argv):
                     flush=True,
                 )
     table = (
-        f'{rounds} rounds in turns; {measure.describe_machine()}\n'
+        f'{rounds} alternating rounds; {measure.describe_machine()}\n'
         f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training '
         f'split\n\n' + measure.make_table(turns)
     )

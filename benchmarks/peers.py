@@ -1,4 +1,4 @@
-"""Trains nanoGPT's and transformers' GPT-2 with nibGPT in turns, at equal precision.
+"""Trains nanoGPT's and transformers' GPT-2 alternating with nibGPT, at equal precision.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/peers.py --nanogpt=nanoGPT
@@ -64,7 +64,7 @@ def main(argv):
             )
     check_range(values, 'rounds', least=1)
     heading = [
-        f'training, {dtype}; {rounds} rounds in turns; {measure.describe_machine()}',
+        f'training, {dtype}; {rounds} alternating rounds; {measure.describe_machine()}',
         f'{"size":8}{"peer":24}{"peer, tokens/s":>26}{"nibGPT, tokens/s":>26}{"ratio":>26}',
     ]
     write('\n'.join(heading))

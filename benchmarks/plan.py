@@ -60,7 +60,7 @@ def describe_plan(
             f'{available_memory(values["device"]) / 1e6:,.0f}',
         ),
         ('', ''),
-        (f'time of the run on {count}, at an MFU of {100 * mfu:g} %', ''),
+        (f'time of the run on {count}, at an MFU of {100 * mfu:g}%', ''),
     ]
     rates = {
         name: look_up_peak(name, 'bfloat16') or look_up_peak(name, 'float16') for name in devices

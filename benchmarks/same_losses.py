@@ -1,7 +1,7 @@
 """Checks that a change to the code keeps every loss: trains two revisions and compares them.
 
     python benchmarks/same_losses.py --base=main             the working tree against branch main
-    python benchmarks/same_losses.py --base=main --timing    tokens/s of both, measured in turns
+    python benchmarks/same_losses.py --base=main --timing    tokens/s of both, alternating
 
 Run it before and after a refactoring. Each case is a short training run on the CPU with both
 revisions. The loss of every step and evaluation, every gradient norm and the sampled text must be
@@ -35,7 +35,7 @@ from nib.schema import check_range
 
 base: str = 'HEAD'  # what to compare the working tree with: a git reference or the path of a copy
 cases: str = ''  # names of the cases to run, separated by commas; empty: all
-timing: bool = False  # measure tokens/s in turns instead of comparing losses
+timing: bool = False  # compare tokens/s instead of losses
 rounds: int = 5  # turns of each revision, for --timing
 device: str = 'cpu'  # for --timing; losses are compared on the CPU, whose results are reproducible
 result: str = ''  # also write the table to this file
@@ -213,7 +213,7 @@ def compare_bins(old: Path, new: Path) -> tuple[int, str]:
 
 
 def measure_speed(chosen: dict[str, str], old: Path, scratch: Path) -> str:
-    """Trains every config with both revisions in turns; returns a table of their speeds."""
+    """Trains every config with both revisions, alternating; returns a table of their speeds."""
     lines = [
         f'{rounds} rounds on {device}; new / old: median (lowest to highest)',
         f'{"config":24}{"old tokens/s":>14}{"new tokens/s":>14}{"speed":>26}{"whole process":>26}',

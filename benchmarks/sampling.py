@@ -1,4 +1,4 @@
-"""Measures generation against nanoGPT's, in turns, and against the memory bandwidth.
+"""Measures generation against nanoGPT's, alternating, and against the memory bandwidth.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/sampling.py --nanogpt=nanoGPT
@@ -102,7 +102,7 @@ def main(argv):
         )
     compiled = ', compiled' if compile else ''
     table = (
-        f'{rounds} rounds in turns; {measure.describe_machine(device)}{compiled}\n'
+        f'{rounds} alternating rounds; {measure.describe_machine(device)}{compiled}\n'
         f'tokens/s of one prompt; time of {N_PROMPTS} prompts / time of 1, {name}; rate at which a '
         f'step reads the weights, in % of a plain read\n\n'
         f'{measure.make_table(turns)}'

@@ -1,4 +1,4 @@
-"""Measures saving and loading a checkpoint, with and without digests, in turns.
+"""Measures saving and loading a checkpoint, with and without digests, alternating.
 
     python benchmarks/saving.py                          124M parameters: 0.5 GB, optimizer 1 GB
     python benchmarks/saving.py --n_layer=2 --rounds=1   a quick look
@@ -70,7 +70,7 @@ def main(argv):
                     flush=True,
                 )
     table = (
-        f'{rounds} rounds in turns; {measure.describe_machine(device)}\n'
+        f'{rounds} alternating rounds; {measure.describe_machine(device)}\n'
         f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes '
         f'{hash_alone(model, optimizer):.2f} on one core\n\n' + measure.make_table(turns)
     )

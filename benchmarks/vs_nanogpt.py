@@ -1,4 +1,4 @@
-"""Trains the small character GPT with nanoGPT and nibGPT in turns; prints time, speed and loss.
+"""Trains the small character GPT with nanoGPT and nibGPT, alternating; prints time, speed and loss.
 
     git clone https://github.com/karpathy/nanoGPT && python nanoGPT/data/shakespeare_char/prepare.py
     python benchmarks/vs_nanogpt.py --nanogpt=nanoGPT
@@ -88,7 +88,7 @@ def main(argv):
                     flush=True,
                 )
     table = (
-        f'{rounds} rounds in turns; {measure.describe_machine()}; '
+        f'{rounds} alternating rounds; {measure.describe_machine()}; '
         f'{max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
         + measure.make_table({name: turns[name] for name in ('nanoGPT', 'nibGPT')})
         + '\n'

@@ -234,7 +234,7 @@ def table_of_faults(runs) -> str:
     late = ', '.join(f'{fault} by {share:.0%}' for fault, share in SHOWS.items())
     return '\n'.join(
         [
-            f'named at: share of the run, median and latest; in time: by 20 % ({late})',
+            f'named at: share of the run, median and latest; in time: by 20% ({late})',
             (
                 f'{"fault":25}{"runs":>5}{"named":>7}{"in time":>9}{"median":>8}{"latest":>8}'
                 '  also named, in how many of the runs'

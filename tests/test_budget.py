@@ -395,7 +395,7 @@ def test_a_run_records_its_plan_and_keeps_it_when_resumed(data_dir, tmp_path, ru
     assert rates[21] > rates[22] > 0
 
     done = run_main('train.py', *run, '--init_from=resume', '--params=1M')
-    assert done.returncode == 2 and 'was begun with params' in done.stderr
+    assert done.returncode == 2 and 'was started with params' in done.stderr
 
 
 @pytest.mark.parametrize(

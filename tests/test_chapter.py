@@ -445,8 +445,8 @@ def test_healthy_ranges_are_those_of_the_doctor():
     }
     for name, (low, high) in ranges.items():
         assert re.match(rf'{low:g} to {high:g}\b', rows[name]), name
-    assert rows['dead units of an MLP'] == f'below {health.DEAD:.0%}'.replace('%', ' %')
-    assert rows['entropy of attention'].startswith(f'above {health.ENTROPY:.0%}'.replace('%', ' %'))
+    assert rows['dead units of an MLP'] == f'below {health.DEAD:.0%}'
+    assert rows['entropy of attention'].startswith(f'above {health.ENTROPY:.0%}')
 
 
 # -- the chapter in Chinese ------------------------------------------------------------------------

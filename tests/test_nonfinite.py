@@ -156,13 +156,13 @@ def test_many_steps_that_are_left_out_are_a_warning(train_here, poison, tmp_path
     )
     assert 'on_nonfinite = stop to see where it begins' in said
     assert done.stderr.count('not_finite, warning: ') == 1 and re.search(
-        'verdict of the doctor: warning: .*not_finite', done.stdout
+        "doctor's verdict: warning: .*not_finite", done.stdout
     )
     again = train_here(
         tmp_path / 'skip', '--on_nonfinite=skip', '--init_from=resume', '--max_iters=30'
     )
     assert (
-        re.search('verdict of the doctor: warning: .*not_finite', again.stdout)
+        re.search("doctor's verdict: warning: .*not_finite", again.stdout)
         and len(findings(tmp_path / 'skip')) == 1
     )
     poison({3, 4}, 'gradient')
@@ -187,7 +187,7 @@ def test_a_warning_of_steps_left_out_gives_way_to_the_end(train_here, poison, tm
     found = [(step, said.partition(':')[0]) for step, said in findings(tmp_path / 'run')]
     assert done.returncode == 3 and found == [(9, 'warning'), (15, 'critical')]
     assert (
-        'verdict of the doctor: critical: not_finite' in done.stdout
+        "doctor's verdict: critical: not_finite" in done.stdout
         and done.stdout.count('not_finite') == 1
     )
 

@@ -1,4 +1,4 @@
-# Initial biases that close every hidden unit of the first block's MLP.
+# Initial biases that keep every hidden unit of the first block's MLP inactive.
 import torch
 
 import model

@@ -120,7 +120,7 @@ class Weights:
         for key in ('budget', 'params'):
             if origins.get(key) == 'command line' and values[key] != before.get(key, ''):
                 raise UserError(
-                    f'--{key} plans a new run, but {self.name} was begun with '
+                    f'--{key} plans a new run, but {self.name} was started with '
                     f'{key} {before.get(key, "")!r}: leave it out, or change --max_iters instead'
                 )
         kept = [key for key, origin in chosen.items() if origin == PLANNED and key in values]

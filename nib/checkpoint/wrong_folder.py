@@ -59,14 +59,14 @@ def explain(path, may_train: bool = True) -> str:
     if path.suffix == '.gguf':
         return explain_gguf(path)
     if path.is_file() and is_hugging_face(path.parent):
-        return f'{path} is a file of a model; name its folder, {_typed(path.parent)}'
+        return f'{path} is part of a model; name its folder, {_typed(path.parent)}'
     if (path / 'adapter_config.json').is_file():
         return explain_adapter(path)
     if 'huggingface.co' in path.parts:
         name = path.parts[path.parts.index('huggingface.co') + 1 :][:2]
-        return f'for a model of the hub, name OWNER/NAME only, {_typed(Path(*name))}'
+        return f'for a model on the hub, name OWNER/NAME only, {_typed(Path(*name))}'
     if path.is_file():
-        instead = f'; for a checkpoint of nanoGPT, use --init_from={_typed(path)}'
+        instead = f'; for a nanoGPT checkpoint, use --init_from={_typed(path)}'
         return f'{path} is a file, not the folder of a run{instead * is_torch_file(path)}'
     train_first = (
         f'; train first: {command("train.py")} CONFIG --out_dir={_typed(path)}' * may_train
@@ -85,7 +85,7 @@ def explain(path, may_train: bool = True) -> str:
         )
     if (path / 'ckpt.pt').is_file():
         return (
-            f'{path} contains a checkpoint of nanoGPT, not a run: use it with '
+            f'{path} contains a nanoGPT checkpoint, not a run: use it with '
             f'--init_from={_typed(path / "ckpt.pt")}; train.py continues at its step'
         )
     if is_hugging_face(path):

@@ -206,7 +206,7 @@ PROBLEMS: dict[str, Problem] = {
     'no_warmup': Problem(
         'warning',
         ("AdamW's first steps are several times larger than later ones, and there is no warm-up",),
-        ('warmup_iters = 1 to 10 % of max_iters', 'or a lower learning_rate'),
+        ('warmup_iters = 1 to 10% of max_iters', 'or a lower learning_rate'),
     ),
     'overfitting': Problem(
         'warning',
@@ -275,7 +275,7 @@ PROBLEMS: dict[str, Problem] = {
     'dead_units': Problem(
         'warning',
         (
-            'large steps have closed units permanently',
+            'large steps have permanently deactivated units',
             (has_biases, 'the initial biases are too far below 0'),
             (uses_relu2, 'squared ReLU has no gradient below 0'),
         ),

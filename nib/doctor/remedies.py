@@ -122,8 +122,8 @@ LAYER_REMEDIES = {
     'the previous layer',
     'nothing passes': 'All activations are equal: look at the weights of this layer and of the '
     'previous one',
-    'dead units': 'Lower learning_rate or raise warmup_iters, because large steps can close units '
-    'permanently; or use mlp = gelu',
+    'dead units': 'Lower learning_rate or raise warmup_iters, because large steps can deactivate '
+    'units permanently; or use mlp = gelu',
     'attention collapsed': 'Each position attends to a single one: set qk_norm, or lower '
     'learning_rate',
 }

@@ -275,8 +275,8 @@ def throughput_collapse(d) -> str | None:
     if max(line.tokens_per_second for line in now) >= 0.4 * usual:
         return None
     evidence = f'{now[-1].tokens_per_second:,.0f} tokens/s, down from {usual:,.0f}'
-    # On a quiet machine, or with slow data, it was at most 0.2 % of the time. Next to one
-    # to four busy processes on two cores, it was 29 to 49 %.
+    # On a quiet machine, or with slow data, it was at most 0.2% of the time. Next to one
+    # to four busy processes on two cores, it was 29 to 49%.
     wait_before = statistics.median(line.core_wait for line in before)
     wait = statistics.median(line.core_wait for line in now)
     d.cores_taken = wait > wait_before + 0.1
@@ -301,7 +301,7 @@ def attention_collapsed(d) -> str | None:
 def dead_units(d) -> str | None:
     dead = d.evaluations[-1].dead_units
     if dead is not None and d.lasts('dead_units', dead > health.DEAD, 2):
-        return f'{dead:.0%} of the hidden units of an MLP are closed for every token'
+        return f'{dead:.0%} of the hidden units of an MLP are inactive for every token'
     return None
 
 

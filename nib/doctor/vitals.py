@@ -21,7 +21,7 @@ from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
 from nib.tokens.batches import BatchLoader
 
-SAMPLE = 4096  # weights that represent a matrix: their root mean square is within about 1 %
+SAMPLE = 4096  # weights that represent a matrix: their root mean square is within about 1%
 KEPT = 1000  # steps whose losses are kept until they are read
 
 
@@ -216,7 +216,7 @@ class Vitals:
     ) -> EvaluationSigns:
         """Measures the activations on a batch of the validation text.
 
-        Also measures the noise of the gradient at the first, second, fourth, eighth ... evaluation,
+        Also measures the gradient noise at the first, second, fourth, eighth ... evaluation,
         because it costs as much time as some steps.
 
         number: of the evaluation; 0 before the first step, and for the last evaluation, which is

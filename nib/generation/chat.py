@@ -142,7 +142,7 @@ class Conversation:
             raise UserError(
                 f'--start: with this system message, a conversation begins with {len(ids):,} '
                 f'tokens, but only {self.room:,} are available, because the rest of the context '
-                f'of {self.block_size:,} is kept for an answer: shorten the message'
+                f'of {self.block_size:,} is reserved for the answer: shorten the message'
             )
         return ids
 

@@ -82,7 +82,7 @@ def read(path: Path) -> NanoCheckpoint:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # wrong types
         raise UserError(
-            f'{path} is not a valid checkpoint of nanoGPT ({type(error).__name__}: {error})'
+            f'{path} is not a valid nanoGPT checkpoint ({type(error).__name__}: {error})'
         ) from error
 
 
@@ -91,7 +91,7 @@ def _interpret(path: Path, found) -> NanoCheckpoint:
         case {'model': dict(state), 'model_args': dict(arguments)} if set(SIZES) <= set(arguments):
             pass
         case _:
-            raise UserError(f'{path} is not a checkpoint of nanoGPT: expected model and model_args')
+            raise UserError(f'{path} is not a nanoGPT checkpoint: expected model and model_args')
     weights = {_strip(name): tensor for name, tensor in state.items()}
     weights = {name: t for name, t in weights.items() if not name.endswith('.attn.bias')}  # masks
     model = _read_model(path, arguments, weights)

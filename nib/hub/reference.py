@@ -52,9 +52,9 @@ def check_model(config: GPTConfig):
                 tensor.normal_(std=0.2, generator=generator)
     if not is_original(model, model.state_dict()):
         raise UserError(
-            'model.py has been changed: other programs would compute something else from these '
-            'weights, so nothing was written; convert.py can only write models of the original '
-            'model.py'
+            'model.py has been changed: other programs would compute something different from '
+            'these weights, so nothing was written; convert.py can only write models of the '
+            'original model.py'
         )
 
 
@@ -63,8 +63,8 @@ def check_tokenizer(tokenizer: Tokenizer):
     kind = tokenizer.to_json()['kind']
     if kind not in TOKENIZERS:
         raise UserError(
-            f'the tokenizer of this model is of the kind {kind}: other programs would split '
-            f'the same text into other tokens, so nothing was written'
+            f'this model has a tokenizer of the kind {kind}: other programs would split '
+            f'the same text into different tokens, so nothing was written'
         )
 
 

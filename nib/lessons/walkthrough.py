@@ -284,7 +284,7 @@ def explain_accumulation(training, micro_batches: Sequence, weight: Weight) -> I
     yield undivided + '\n'
     yield note(
         f'With the division, the sum is the gradient of the whole batch, except for rounding'
-        f'{" and because each micro batch counts alike, however few targets it has" * uneven}. '
+        f'{" and the equal weight of all micro batches, however few targets they have" * uneven}. '
         f'It is shorter than most of its parts, which partly cancel. Without the division, the sum '
         f'is {n} times too long, and a step of SGD would go {n} times too far. AdamW would hardly '
         f'change, because it divides by the size of the gradient, but every norm that is logged or '

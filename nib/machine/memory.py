@@ -122,7 +122,7 @@ def explain_full_memory(error: Exception, t, config: Mapping):
     needed = needed_memory(t.raw_model.config, config)
     raise UserError(
         f'out of memory on {t.device}: batch_size {config["batch_size"]} takes about '
-        f'{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are available; try '
+        f'{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB is available; try '
         f'{" or ".join(tries) or "a smaller model or --block_size"}; the message was: '
         f'{" ".join(str(error).split())[:200]}'
     ) from error
@@ -165,7 +165,7 @@ def check_samples(model: GPTConfig, num_samples: int, n_positions: int):
 
 def reject(what: str, needed: float, room: float, remedy: str):
     raise UserError(
-        f'{what} takes about {needed / 1e9:,.1f} GB, but {room / 1e9:,.1f} GB are available: '
+        f'{what} takes about {needed / 1e9:,.1f} GB, but {room / 1e9:,.1f} GB is available: '
         f'{remedy}'
     )
 

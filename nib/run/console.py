@@ -9,7 +9,7 @@ from nib.errors import try_to_write
 
 PATIENCE = 1.0  # seconds to wait for somebody who does not read the output
 PIECE = 1000  # characters written at once: a pipe that takes any bytes takes 4096
-GAP = '\n[some output was left out, because nobody read it]\n'
+GAP = '\n[some output was dropped, because nobody was reading it]\n'
 
 
 class Output:

@@ -395,7 +395,7 @@ class Logbook:
         self.writer.close()
         if exit_code < 128:  # not stopped by a signal
             verdict = self.doctor.verdict(step)
-            self.say(f'verdict of the doctor: {verdict}')
+            self.say(f"doctor's verdict: {verdict}")
             self.metrics.log(step, {'verdict': verdict})
         self.metrics.close(exit_code)
         if self.config['report']:

@@ -44,8 +44,8 @@ WRONG = {
     'out-a/latest': 'not the folder of a run; did you mean out-a?',
     'out-new': 'contains no checkpoint yet',
     'hf': "Hugging Face's format, not a run: use it with --init_from=hf",
-    'nanogpt': 'a checkpoint of nanoGPT, not a run: use it with --init_from=nanogpt/ckpt.pt;',
-    'nanogpt/ckpt.pt': 'not the folder of a run; for a checkpoint of nanoGPT, use --init_',
+    'nanogpt': 'a nanoGPT checkpoint, not a run: use it with --init_from=nanogpt/ckpt.pt;',
+    'nanogpt/ckpt.pt': 'not the folder of a run; for a nanoGPT checkpoint, use --init_',
     'odd': 'not a run, because it contains no checkpoint',
     'notes': 'is a dataset, not a run: train on it with --dataset=notes --data_dir=.',
     'more': 'not a run, but contains runs: name one of them: more/out-c',
@@ -123,5 +123,5 @@ def test_a_folder_named_like_gpt2_that_is_no_model_is_named(tmp_path, monkeypatc
 def test_a_file_of_a_model_leads_to_its_folder(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2'}))
     (tmp_path / 'model.safetensors').touch()
-    with pytest.raises(UserError, match='a file of a model; name its folder, '):
+    with pytest.raises(UserError, match='part of a model; name its folder, '):
         read_weights(str(tmp_path / 'model.safetensors'), print)

@@ -126,7 +126,7 @@ def test_a_resumed_run_is_compared_with_its_evaluations_before():
     slow = (
         {'n_params': 500},
         lambda s: {'train_loss': 3.0 - s / 150, 'val_loss': 3.01 - s / 150},
-    )  # a gain of less than 5 % from 210 to 240
+    )  # a gain of less than 5% from 210 to 240
     doctor = make_doctor(**slow[0])
     doctor.recall(recorded(slow[1], last=210))
     assert show(doctor, evaluation=slow[1], first=211, last=240) == []

@@ -237,7 +237,7 @@ LIMITS = [
     ('diverging', {'step': rise(0.14), 'last': 120}, {'step': rise(0.16), 'last': 120}),
     ('diverging', {'step': rise(0.86, 0.5), 'last': 120}, {'step': rise(0.93, 0.5), 'last': 120}),
     ('plateau', {'step': later(ratio(1.1e-7), 150)}, {'step': later(ratio(0.9e-7), 150)}),
-    ('plateau', {'step': later(ratio(0.0), 220)}, {'step': later(ratio(0.0), 210)}),  # 80 % of 300
+    ('plateau', {'step': later(ratio(0.0), 220)}, {'step': later(ratio(0.0), 210)}),  # 80% of 300
     (
         'plateau',
         {'step': lambda s: {'losses': [3.0 - 2.9e-4 * s] * 10} if s > 1 else {}},

@@ -40,7 +40,7 @@ def test_a_critical_finding_ends_the_run_which_can_go_on(train_here, tmp_path, m
     assert done.stderr.count('step 1: targets_not_shifted, critical: ') == 1
     assert findings(tmp_path / 'run')[0] == (1, 'targets_not_shifted')
     (verdict,) = [record['verdict'] for record in records(tmp_path / 'run') if 'verdict' in record]
-    assert f'verdict of the doctor: {verdict}\n' in done.stdout and verdict.startswith(
+    assert f"doctor's verdict: {verdict}\n" in done.stdout and verdict.startswith(
         'critical: targets_not_shifted'
     )
     done = train_here(tmp_path / 'run', '--stop_on=critical', '--init_from=resume')
@@ -140,8 +140,7 @@ def test_a_resumed_run_is_judged_by_how_it_began(run_main, data_dir, tmp_path, w
     )
     second = lab('lr_too_low', tmp_path / 'run', '--max_iters=9', '--init_from=resume')
     assert (
-        'verdict of the doctor: healthy' in first.stdout
-        and 'verdict of the doctor: healthy' in second.stdout
+        "doctor's verdict: healthy" in first.stdout and "doctor's verdict: healthy" in second.stdout
     )
     third = lab('lr_too_low', tmp_path / 'run', '--max_iters=40', '--init_from=resume')
     assert [name for _, name in findings(tmp_path / 'run')] == names and (
@@ -165,7 +164,7 @@ def test_two_ranks_stop_together(data_dir, tmp_path):
     assert [rank.end() for rank in ranks] == [EXIT_FINDING] * 2, ranks[0].stderr
     said = ranks[0].stdout
     assert 'stopped by the doctor after step' in said and 'which is saved' in said
-    assert said.count('verdict of the doctor') == 1 and ranks[1].stdout == ''
+    assert said.count("doctor's verdict") == 1 and ranks[1].stdout == ''
     assert len(set(findings(tmp_path / 'run'))) == len(findings(tmp_path / 'run')) > 0
 
 
@@ -206,7 +205,7 @@ def test_the_doctor_names_what_a_config_of_the_lab_breaks(
     else:
         assert found == []
         verdict = 'healthy, no findings in 120 steps'
-    assert f'verdict of the doctor: {verdict}\n' in done.stdout
+    assert f"doctor's verdict: {verdict}\n" in done.stdout
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_a_reader_that_does_not_read_costs_a_second_and_not_the_run():
             pass
         rest = [line, *(lines.readline() for _ in range(2))]
         assert [item.strip() for item in rest if item.strip()] == [
-            '[some output was left out, because nobody read it]',
+            '[some output was dropped, because nobody was reading it]',
             'read again',
         ]
 
