@@ -43,7 +43,12 @@ def digests(out_dir) -> dict[str, str]:
     state = json.loads((folder / 'state.json').read_text())
     files['train state'] = json.dumps(state['train']).encode()
     files['curves'] = json.dumps(
-        [(r['step'], name, r[name]) for r in records(out_dir) for name in CURVE if name in r]
+        [
+            (r['step'], name, r[name])
+            for r in records(out_dir)
+            for name in (*CURVE, 'noise_scale')
+            if name in r
+        ]
     ).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
