@@ -141,6 +141,23 @@ def test_a_step_that_is_cut_between_its_micro_steps_is_done_again(train_here, tm
 
 
 @pytest.mark.slow
+def test_a_run_that_is_stopped_in_its_last_evaluation_repeats_it(train_here, tmp_path, monkeypatch):
+    train_here(tmp_path / 'whole', *RUN, status=0)
+    finish = training.finish
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(*arguments)
+
+    monkeypatch.setattr(training, 'finish', stopped)
+    done = train_here(tmp_path / 'cut', *RUN, status=143)
+    assert f'stopped by SIGTERM after step {STEPS}, which is saved; to resume: ' in done.stdout
+    monkeypatch.setattr(training, 'finish', finish)
+    train_here(tmp_path / 'cut', *RUN, '--init_from=resume', status=0)
+    assert digests(tmp_path / 'cut') == digests(tmp_path / 'whole')
+
+
+@pytest.mark.slow
 def test_a_run_that_auto_compiles_equals_the_uninterrupted_one(run_cut, tmp_path, monkeypatch):
     """The whole run is long enough for compilation to pay off; the steps left are not."""
     compiled, compile_model = [], training.compile_model
