@@ -448,7 +448,7 @@ def finish(t, data, state, book, stop) -> int:
         stop.number = 0  # nothing is left to stop
     loss = split_loss(t, data, 'val', None, stop)
     if number := stop.agreed():
-        raise Stopped(number, at_end=True)
+        raise Stopped(number)
     book.record_whole_validation(state.step, loss, data, block_size)
     if not math.isfinite(loss):
         return EXIT_NONFINITE

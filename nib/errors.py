@@ -94,12 +94,12 @@ class NotFinite(Exception):
 class Stopped(Exception):
     """The run ends early, because of a signal or the doctor.
 
-    number: the signal, or FINDING of nib/machine/signals.py. at_end: whether all steps were done.
+    number: the signal, or FINDING of nib/machine/signals.py.
     """
 
-    def __init__(self, number: int, at_end: bool = False):
+    def __init__(self, number: int):
         super().__init__(number)
-        self.number, self.at_end = number, at_end
+        self.number = number
 
 
 def run_script(main: Callable[[list[str]], int | None], on_ranks: bool = False) -> NoReturn:

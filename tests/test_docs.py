@@ -491,7 +491,8 @@ def keys_of_scripts() -> set[str]:
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_flags_in_the_prose_are_keys(page):
     """Of inline code. A flag of another program stands beside that program's name."""
-    others = {'help', 'print_config', 'max', 'jobs', 'sweep_dir'}  # max-restarts is torchrun's
+    others = {'help', 'print_config', 'jobs', 'sweep_dir'}
+    others |= {'max', 'shutdown', 'signals'}  # of torchrun: max-restarts and so on
     for code in re.findall(r'(?<!`)`([^`\n]+)`(?!`)', page.read_text(encoding='utf-8')):
         if not code.startswith(('pip ', 'ruff ', 'git ', 'pytest ')):
             for flag in re.findall(r'(?<!\S)--(?:no-)?(\w+)', code):

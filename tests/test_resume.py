@@ -43,7 +43,12 @@ def digests(out_dir) -> dict[str, str]:
     state = json.loads((folder / 'state.json').read_text())
     files['train state'] = json.dumps(state['train']).encode()
     files['curves'] = json.dumps(
-        [(r['step'], name, r[name]) for r in records(out_dir) for name in CURVE if name in r]
+        [
+            (r['step'], name, r[name])
+            for r in records(out_dir)
+            for name in (*CURVE, 'noise_scale')
+            if name in r
+        ]
     ).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
@@ -133,6 +138,23 @@ def test_a_step_that_is_cut_between_its_micro_steps_is_done_again(train_here, tm
     assert [len(tokens[step]) for step in (6, 7)] == [4, 2]  # nothing after the signal
     assert (tmp_path / 'once/step-00000007').exists()
     assert 'stopped by SIGTERM after step 7' in records(tmp_path / 'once')[-1]['end']
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_its_last_evaluation_repeats_it(train_here, tmp_path, monkeypatch):
+    train_here(tmp_path / 'whole', *RUN, status=0)
+    finish = training.finish
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(*arguments)
+
+    monkeypatch.setattr(training, 'finish', stopped)
+    done = train_here(tmp_path / 'cut', *RUN, status=143)
+    assert f'stopped by SIGTERM after step {STEPS}, which is saved; to resume: ' in done.stdout
+    monkeypatch.setattr(training, 'finish', finish)
+    train_here(tmp_path / 'cut', *RUN, '--init_from=resume', status=0)
+    assert digests(tmp_path / 'cut') == digests(tmp_path / 'whole')
 
 
 @pytest.mark.slow

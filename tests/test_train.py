@@ -253,7 +253,8 @@ def test_a_signal_during_the_last_evaluation_ends_it(data_dir, tmp_path, train_h
     run.wait_for('reading')
     run.send(signal.SIGTERM)
     assert run.end() == 143
-    assert 'in the last evaluation' in run.stdout and 'whole validation split' not in run.stdout
+    assert 'stopped by SIGTERM after step 2, with nothing new to save: start again' in run.stdout
+    assert 'whole validation split' not in run.stdout
     assert store.load(tmp_path / 'run')[0].step == 2
 
 

@@ -73,12 +73,10 @@ class Checkpoint:
 
     def check_ranks(self, ranks: Ranks):
         """Raises UserError if the processes of the run have read different checkpoints."""
-        steps = ranks.gather(self.step)
-        if len(set(steps)) > 1:
-            raise UserError(
-                f'the processes have read checkpoints of different steps, {steps} by rank: '
-                f'make sure that all of them can read {self.path.parent}'
-            )
+        ranks.check_same(
+            {'the step of the checkpoint': self.step},
+            f'make sure that all of them can read {self.path.parent}',
+        )
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Returns the tensors of 'model' or 'optimizer', on the CPU.

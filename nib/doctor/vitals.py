@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nib.doctor import health, inspection
-from nib.machine.device import kept_buffers
+from nib.machine.device import kept_buffers, seed_everything
 from nib.machine.ranks import clear_gradients
 from nib.machine.threads import seconds_without_core
 from nib.optim import Optimizer
@@ -246,6 +246,7 @@ class Vitals:
         tokens = self.batches.batch_size * self.batches.block_size
         k = min(max(4, 6144 // tokens), 32)  # more of the small batches, which are noisier
         micro_batches = (self.batches.batch(i, 0) for i in range(k))
+        seed_everything('noise')  # for dropout: a resumed run must measure the same
         scale = gradient_noise(self.model, self.scaler, micro_batches, self.precision)
         scale /= self.batches.micro_steps * self.batches.ranks.world_size  # micro batches in a step
         return None if math.isnan(scale) else scale

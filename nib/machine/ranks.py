@@ -1,7 +1,9 @@
 """The processes of a run that torchrun starts, and their communication."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -164,6 +166,10 @@ def start_ranks(device: str) -> Ranks:
                 f'GPU{"s" * (n_gpus != 1)}: use --nproc_per_node={n_gpus}'
             )
         torch.cuda.set_device(local_rank)
+    # Ctrl-C ends a process that waits for others: Python's handler would wait with it. StopSignal
+    # takes over when training begins.
+    with suppress(ValueError):  # this is not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # torchrun may keep its store over restarts, with the addresses of processes that have died.
     try:
         store, *_ = next(dist.rendezvous('env://'))

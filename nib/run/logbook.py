@@ -23,7 +23,7 @@ from nib.generation.check import check_generation
 from nib.hub import huggingface
 from nib.machine.device import describe_device, measure_flops, peak_flops, peak_memory
 from nib.machine.ranks import Ranks
-from nib.machine.signals import FINDING, StopSignal, describe_stop, name_signal, resume_command
+from nib.machine.signals import FINDING, StopSignal, describe_stop, resume_command
 from nib.report.page import write_after_run
 from nib.run.console import Console
 from nib.run.folder import RunLock, restarted_by_torchrun, write_config
@@ -369,14 +369,10 @@ class Logbook:
         """Waits for the checkpoint and reports what stopped the run; returns the exit code."""
         if self.saved:
             self.wait_for_checkpoint()
-        if stopped.at_end:
-            line = f'stopped by {name_signal(stopped.number)} in the last evaluation'
-        else:
-            # Without a new checkpoint, only this command knows the flags that were changed.
-            is_new = self.saved > self._first_step
-            resume = resume_command(self.out_dir, self.ranks.world_size) if is_new else ''
-            line = describe_stop(stopped.number, step, resume)
-        self._say_end(step, line, self.say)
+        # Without a new checkpoint, only this command knows the flags that were changed.
+        is_new = self.saved > self._first_step
+        resume = resume_command(self.out_dir, self.ranks.world_size) if is_new else ''
+        self._say_end(step, describe_stop(stopped.number, step, resume), self.say)
         return EXIT_FINDING if stopped.number == FINDING else 128 + stopped.number
 
     def _say_end(self, step: int, line: str, say: Callable[[str], None]):

@@ -513,6 +513,27 @@ def test_a_process_does_not_wait_for_ever_for_one_that_has_left(data_dir, tmp_pa
     assert store.load(tmp_path / 'run')[0].step == 2
 
 
+PREPARES_FOR_HOURS = """
+import sys, time, train
+from nib.tokens import find
+def prepare(*arguments):
+    print('preparing', flush=True)
+    time.sleep(3600)
+find._prepare = prepare
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such signals')
+def test_ctrl_c_ends_a_process_that_waits_for_the_dataset(data_dir, tmp_path):
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}']
+    first, second = start_on_ranks(2, tmp_path, PREPARES_FOR_HOURS, *flags)
+    first.wait_for('preparing')
+    second.send(signal.SIGINT)
+    assert second.end(60) == -signal.SIGINT and second.stderr == ''
+
+
 def test_hosts_that_cannot_connect_are_told_how(capsys):
     def connect(argv):
         raise RuntimeError('Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] x')
