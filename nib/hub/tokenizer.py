@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from nib.errors import UserError, optional
 from nib.hub.files import Repository
-from nib.text.gpt2 import GPT2_FILES, GPT2_URL, Gpt2Tokenizer, load_gpt2
+from nib.text.gpt2 import Gpt2Tokenizer, load_gpt2, vocabulary_paths
 from nib.text.hf_tokenizer import HfTokenizer, byte_names
 from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 
@@ -222,12 +221,9 @@ def _without_end_of_text(tokenizer: Tokenizer):
 def _read_gpt2() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Returns GPT-2's vocabulary, without its end-of-text token, and its merges."""
     load_gpt2()  # downloads the files if they are missing
-    folder = Path(os.environ['TIKTOKEN_CACHE_DIR'])
-    merges, vocabulary = (
-        (folder / hashlib.sha1((GPT2_URL + file).encode()).hexdigest()).read_text(encoding='utf-8')
-        for file in GPT2_FILES
-    )
+    paths = vocabulary_paths()
+    merges = paths['vocab.bpe'].read_text(encoding='utf-8')
     lines = [line.split(' ') for line in merges.splitlines()[1:] if line]
-    tokens = json.loads(vocabulary)
+    tokens = json.loads(paths['encoder.json'].read_bytes())
     del tokens[END_OF_TEXT]
     return tokens, [(first, second) for first, second in lines]

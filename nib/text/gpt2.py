@@ -82,7 +82,7 @@ def load_gpt2():
     """
     import tiktoken  # most runs do not need it
 
-    stored = _gpt2_paths()
+    stored = vocabulary_paths()
     folder = stored['vocab.bpe'].parent
     try:
         for file, digest in GPT2_FILES.items():
@@ -106,12 +106,13 @@ def load_gpt2():
 
 def is_gpt2_stored() -> bool:
     """Returns whether load_gpt2 needs no network."""
-    stored = _gpt2_paths()
+    stored = vocabulary_paths()
     return all(_has_digest(stored[file], digest) for file, digest in GPT2_FILES.items())
 
 
-def _gpt2_paths() -> dict[str, Path]:
-    folder = Path(  # where tiktoken looks, in its order
+def vocabulary_paths() -> dict[str, Path]:
+    """Returns the path of each of GPT2_FILES, where tiktoken looks for it."""
+    folder = Path(  # in its order
         os.environ.get('TIKTOKEN_CACHE_DIR')
         or os.environ.get('DATA_GYM_CACHE_DIR')
         or Path(tempfile.gettempdir(), 'data-gym-cache')
