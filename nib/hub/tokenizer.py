@@ -8,7 +8,7 @@ from pathlib import Path
 from nib.errors import UserError, optional
 from nib.hub.files import Repository
 from nib.text.gpt2 import Gpt2Tokenizer, load_gpt2, vocabulary_paths
-from nib.text.hf_tokenizer import HfTokenizer, byte_names
+from nib.text.hf_tokenizer import HfTokenizer, byte_names, split_pattern
 from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 
 # digest() of GPT-2's vocabulary.
@@ -149,28 +149,17 @@ def is_qwen2(tokenizer: Tokenizer) -> bool:
         return False
     described = json.loads(tokenizer.content)
     model = described['model']
-    others = set(model) - {'type', 'vocab', 'merges'}
+    is_plain = not any(map(model.get, set(model) - {'type', 'vocab', 'merges'}))
     match described:
         case {
             'model': {'type': 'BPE'},
             'normalizer': {'type': 'NFC'},
-            'pre_tokenizer': {
-                'type': 'Sequence',
-                'pretokenizers': [
-                    {
-                        'type': 'Split',
-                        'pattern': {'Regex': pattern},
-                        'behavior': 'Isolated',
-                        'invert': False,
-                    },
-                    {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False},
-                ],
-            },
+            'pre_tokenizer': dict(first),
             'decoder': {'type': 'ByteLevel'},
             'added_tokens': list(added),
         }:
             has_end = any(token['content'] == END_OF_TEXT for token in added)  # else it adds one
-            return pattern == QWEN_WORDS and has_end and not any(map(model.get, others))
+            return split_pattern(first) == QWEN_WORDS and has_end and is_plain
     return False
 
 

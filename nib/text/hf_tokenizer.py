@@ -278,6 +278,12 @@ def _known_splits(described: dict) -> bytes | None:
         case [*digits, {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}]:
             if all(step['type'] == 'Digits' for step in digits):
                 return GPT2_SPLITS
+    return GPT4_SPLITS if _GPT4_PATTERN.fullmatch(split_pattern(first)) else None
+
+
+def split_pattern(pre_tokenizer: dict) -> str:
+    """Returns the pattern by which a byte-level tokenizer splits; '' if it splits differently."""
+    match pre_tokenizer.get('pretokenizers'):
         case [
             {
                 'type': 'Split',
@@ -287,9 +293,8 @@ def _known_splits(described: dict) -> bytes | None:
             },
             {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False},
         ]:
-            if _GPT4_PATTERN.fullmatch(pattern):
-                return GPT4_SPLITS
-    return None
+            return pattern
+    return ''
 
 
 def import_library():
