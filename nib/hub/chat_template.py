@@ -45,12 +45,8 @@ class ChatTemplate:
 
 def read_chat_template(repository: Repository) -> ChatTemplate | None:
     """Returns a model's chat template; None if it has none. Raises UserError for a damaged file."""
-
-    def read(file: str) -> dict:
-        return repository.read_json(file) if repository.find(file) else {}
-
-    config, where = read('tokenizer_config.json'), f'tokenizer_config.json of {repository.name}'
-    source = config.get('chat_template')
+    config = repository.read_json('tokenizer_config.json')
+    source, where = config.get('chat_template'), f'tokenizer_config.json of {repository.name}'
     if isinstance(source, list):  # several, for different purposes
         named = [entry for entry in source if isinstance(entry, dict)]
         source = next((e.get('template') for e in named if e.get('name') == 'default'), None)
@@ -69,7 +65,7 @@ def read_chat_template(repository: Repository) -> ChatTemplate | None:
             tokens[key] = content
     end_ids = set()
     for file in ('generation_config.json', 'config.json'):
-        found = read(file).get('eos_token_id')
+        found = repository.read_json(file).get('eos_token_id')
         end_ids |= {id for id in (found if isinstance(found, list) else [found]) if type(id) is int}
     return ChatTemplate(source, where, tokens, frozenset(end_ids))
 

@@ -30,6 +30,8 @@ def read(
     """
     repository = Repository(name)
     try:
+        if not repository.find('config.json'):
+            raise UserError(f'{name} has no config.json; download it again')
         config = repository.read_json('config.json')
     except UserError:
         repository.reject_other_formats()  # these may lack config.json

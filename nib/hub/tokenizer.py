@@ -48,10 +48,9 @@ def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
                 f'{path} belongs to another model: it has {found.vocab_size:,} tokens, but this '
                 f'model has embeddings for {vocab_size:,}'
             )
-    if repository.find('tokenizer_config.json'):
-        config = repository.read_json('tokenizer_config.json')
-        found = replace(found, spells_end_of_text=config.get('split_special_tokens') is True)
-    return found.to_json()
+    config = repository.read_json('tokenizer_config.json')
+    spells_end_of_text = config.get('split_special_tokens') is True
+    return replace(found, spells_end_of_text=spells_end_of_text).to_json()
 
 
 def read_file(path: Path, repository: Repository) -> HfTokenizer:
@@ -89,7 +88,7 @@ def _recognize(described: dict) -> CharTokenizer | ByteTokenizer | None:
 def _end_of_text(repository: Repository) -> str | int | None:
     """Returns the end-of-text token, or its id, by the files that may name it."""
     for file in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
-        config = repository.read_json(file) if repository.find(file) else {}
+        config = repository.read_json(file)
         match config.get('eos_token', config.get('eos_token_id')):
             case bool():
                 continue
