@@ -48,7 +48,7 @@ def read(
     check(model, tokenizer)
     tensors = repository.read_tensors()
     with _explained(name):
-        model, ours = FAMILIES[kind].read(config, tensors)
+        model, ours = FAMILIES[kind].read(config, model, tensors)
     return model, ours, tokenizer
 
 
