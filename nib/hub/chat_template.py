@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 
 from nib.errors import UserError, optional
@@ -97,19 +98,11 @@ def _environment():
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters['tojson'] = to_json  # Jinja's own escapes HTML
+    # Jinja's own escapes HTML.
+    environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
     environment.globals['raise_exception'] = raise_exception
     environment.globals['strftime_now'] = lambda form: datetime.now().strftime(form)
     return environment
