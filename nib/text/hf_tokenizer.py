@@ -82,7 +82,7 @@ class HfTokenizer:
         return self.decode_bytes(self.encode('a')).startswith(b' ')
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns token ids, uint32, without first_ids. Raises UserError for unknown characters."""
+        """Returns token ids without first_ids."""
         return self._encode([text])[0]
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
@@ -128,10 +128,6 @@ class HfTokenizer:
         return self.encode(text)
 
     def decode(self, ids) -> str:
-        """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
-
-        Raises UserError if an id is not in the vocabulary.
-        """
         text = self.decode_bytes(ids).decode('utf-8', 'replace')
         return text.removeprefix(' ') if self.adds_space else text
 
