@@ -21,8 +21,8 @@ from nib.report.page import build_page, read_runs, write_report
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 
-out_dir: str = 'out'  # the run's folder; several, separated by commas, are compared
-page: str = ''  # output file; empty: report.html, or comparison.html for several runs, in out_dir
+out_dir: str = 'out'  # the run's folder
+page: str = ''  # output file; empty: report.html in the run, or comparison.html above several
 png: bool = True  # also save each chart as a PNG in a folder named like the page; needs matplotlib
 watch: bool = False  # serve the page on http://127.0.0.1 and follow the run until Ctrl-C
 port: int = 8008  # port of --watch; 0: any free port
@@ -32,15 +32,14 @@ def main(argv):
     named, flags = split_arguments(argv)
     values, _ = configurator.configure(__file__, flags, positional='run')
     globals().update(values)
-    folders = find_runs(named) if named else split_folders(out_dir)
+    folders = find_runs(named) if named else [out_dir]
     defaults = configurator.read_block(TRAIN).defaults
     if watch:
         return serve(folders, defaults)
-    name = 'comparison.html' if len(folders) > 1 else 'report.html'
-    folder = folders[0]
-    if named and len(folders) > 1:
-        folder = os.path.commonpath([os.path.dirname(os.path.abspath(one)) for one in folders])
-    target = Path(page) if page else Path(folder, name)
+    target = Path(page or Path(folders[0], 'report.html'))
+    if len(folders) > 1 and not page:
+        parents = [os.path.dirname(os.path.abspath(folder)) for folder in folders]
+        target = Path(os.path.commonpath(parents), 'comparison.html')
     if target.suffix != '.html':
         raise UserError(f'--page={page}: the name must end in .html')
     try:
@@ -85,16 +84,6 @@ def find_runs(names: list[str]) -> list[str]:
             int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path)
         ],
     )
-
-
-def split_folders(names: str) -> list[str]:
-    """Returns the folders in out_dir; a single folder may have a comma in its name."""
-    if os.path.isdir(names):
-        return [names]
-    folders = [name.strip() for name in names.split(',') if name.strip()]
-    if not folders:
-        raise UserError('--out_dir is empty: name the folder that train.py wrote to')
-    return folders
 
 
 def serve(folders: list[str], defaults: dict):

@@ -26,8 +26,8 @@ FULL = (
     'out of memory|allocate memory|not enough memory|ALLOC_FAILED|'
     'Storage size calculation overflowed'
 )
-# Messages about a GPU's software -> what to do.
-GPU_PROBLEMS = {
+# What torch says -> what to do.
+REMEDIES = {
     'no kernel image': (
         'this torch was not built for this GPU: install a build whose CUDA version supports it '
         '(pytorch.org/get-started), or use --device=cpu'
@@ -40,9 +40,27 @@ GPU_PROBLEMS = {
         'the GPUs could not communicate: set NCCL_DEBUG=WARN to see why; NCCL_P2P_DISABLE=1 often '
         'helps if GPUs have no direct connection; or use one GPU, without torchrun'
     ),
+    'Gloo connect': (
+        'the processes cannot connect to each other: if they are on several hosts, set '
+        'GLOO_SOCKET_IFNAME on each to the network interface that connects it to the others '
+        '(ip addr lists the interfaces)'
+    ),
+    # gloo's messages about a process that does not respond name its source files.
+    'gloo/transport|Connection (closed|reset) by peer': (
+        'another process of the run has ended or does not respond; if it printed an error, '
+        'fix that first. To continue from the last checkpoint, add --init_from=resume to the '
+        'command'
+    ),
+    'not used in producing loss': (
+        'a step did not use all weights of the model: with several processes, every weight '
+        'needs a gradient in every step; multiply the output of a layer by 0 instead of '
+        'skipping it'
+    ),
+    "can't start new thread": (
+        'the system allows no more threads: raise the limit (ulimit -u, or the pids limit of '
+        'the container), or use fewer with OMP_NUM_THREADS=1'
+    ),
 }
-# Matches gloo's messages about a process that does not respond; they name gloo's source files.
-NO_ANSWER = r'gloo/transport|Connection (closed|reset) by peer'
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -189,67 +207,36 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(out_of_memory)
 
 
-def gpu_remedy(message: str) -> str | None:
-    """Returns what to do about a message about a GPU's software, if it is a known one."""
-    found = (remedy for pattern, remedy in GPU_PROBLEMS.items() if re.search(pattern, message))
+def known_remedy(message: str) -> str | None:
+    """Returns what to do about a message of torch, if it is a known one."""
+    found = (remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, message))
     return next(found, None)
 
 
 def _explain(error: Exception) -> str | None:
     """Returns a sentence about an unexpected error that the user can fix; None if it is a bug."""
-    message = ' '.join(str(error).split())
-    if is_full(error):
-        return (
-            'out of memory. Halve --batch_size and double --gradient_accumulation_steps, add '
-            '--recompute, or use a smaller model (in sample.py: fewer --num_samples); the message '
-            f'was: {message[:200]}'
-        )
-    if isinstance(error, RuntimeError) and (remedy := gpu_remedy(message)):
-        return f'{remedy}; the message was: {message[:200]}'
-    if isinstance(error, RuntimeError) and 'Gloo connect' in message:
-        return (
-            'the processes cannot connect to each other: if they are on several hosts, set '
-            'GLOO_SOCKET_IFNAME on each to the network interface that connects it to the others '
-            f'(ip addr lists the interfaces); the message was: {message[:200]}'
-        )
-    if isinstance(error, RuntimeError) and re.search(NO_ANSWER, message):
-        return (
-            'another process of the run has ended or does not respond; if it printed an error, '
-            'fix that first. To continue from the last checkpoint, add --init_from=resume to the '
-            f'command; the message was: {message[:200]}'
-        )
-    if isinstance(error, RuntimeError) and 'not used in producing loss' in message:
-        return (
-            'a step did not use all weights of the model: with several processes, every weight '
-            'needs a gradient in every step; multiply the output of a layer by 0 instead of '
-            'skipping it'
-        )
-    if isinstance(error, OverflowError):
-        return (
-            'a number is too large for this machine: use a smaller one; the message was: '
-            f'{message[:200]}'
-        )
     if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd()
         return 'the working directory has been deleted: change to another one (cd)'
-    if isinstance(error, RuntimeError) and "can't start new thread" in message:
-        return (
-            'the system allows no more threads: raise the limit (ulimit -u, or the pids limit of '
-            'the container), or use fewer with OMP_NUM_THREADS=1'
-        )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
         return f'{error.filename or "writing"}: {error.strerror}; fix this, or choose another path'
-    if re.search(NOT_WRITTEN, message):
-        return (
-            'a file could not be written completely: free some space, or choose another path; the '
-            f'message was: {message[:200]}'
-        )
+    message = ' '.join(str(error).split())
+    remedy = known_remedy(message) if isinstance(error, RuntimeError) else None
     null_in_path = isinstance(error, ValueError) and 'embedded null' in message
-    if isinstance(error, UnicodeEncodeError) or null_in_path:
-        return (
-            'a path contains a character that file names cannot contain, such as NUL: choose '
-            f'another path; the message was: {message[:200]}'
+    if is_full(error):
+        remedy = (
+            'out of memory. Halve --batch_size and double --gradient_accumulation_steps, add '
+            '--recompute, or use a smaller model (in sample.py: fewer --num_samples)'
         )
-    return None
+    elif isinstance(error, OverflowError):
+        remedy = 'a number is too large for this machine: use a smaller one'
+    elif isinstance(error, UnicodeEncodeError) or null_in_path:
+        remedy = (
+            'a path contains a character that file names cannot contain, such as NUL: choose '
+            'another path'
+        )
+    elif re.search(NOT_WRITTEN, message):
+        remedy = 'a file could not be written completely: free some space, or choose another path'
+    return remedy and f'{remedy}; the message was: {message[:200]}'
 
 
 def _escape(character: re.Match) -> str:

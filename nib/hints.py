@@ -6,12 +6,12 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from nib.errors import UserError
+from nib.files import ROOT
 from nib.schema import Block, Type, describe
 
-CONFIG_FOLDER = str(Path(__file__).resolve().parents[1] / 'config')
+CONFIG_FOLDER = str(ROOT / 'config')
 # Keys of nanoGPT's scripts that have another name or no counterpart here -> what to write instead.
 NANOGPT_KEYS = {
     'always_save_checkpoint': 'leave it out, because a run keeps its newest and best checkpoint',

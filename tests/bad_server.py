@@ -10,11 +10,11 @@ import pytest
 CONTENT = b'To be, or not to be: that is the question.\n' * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 # Limits of a download that are reached only by the pages which are there to reach them.
-PATIENT = {'timeout': (600, 600), 'overall_seconds': 600}
+PATIENT = {'TIMEOUT': (600, 600), 'WHOLE_SECONDS': 600}
 LIMITS = {
-    'stalled': PATIENT | {'timeout': (600, 0.1)},
-    'silent': PATIENT | {'timeout': (600, 0.1)},
-    'drip': PATIENT | {'overall_seconds': 0.2},
+    'stalled': PATIENT | {'TIMEOUT': (600, 0.1)},
+    'silent': PATIENT | {'TIMEOUT': (600, 0.1)},
+    'drip': PATIENT | {'WHOLE_SECONDS': 0.2},
 }
 
 

@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from bad_server import CONTENT, LIMITS, PATIENT, SHA256
 from conftest import ROOT, SMALL_RUN, run_script, train_once
 from processes import PATIENCE, start_on_ranks
 
+from nib.text import download
 from nib.tokens import shakespeare
 from nib.tokens.write import write_char_dataset
 
@@ -992,8 +992,8 @@ def test_a_download_that_goes_wrong_is_told_and_the_old_bins_stay(
     monkeypatch.setattr(shakespeare, 'URLS', (f'{address}/{page}',))
     monkeypatch.setattr(shakespeare, 'SHA256', digest)
     monkeypatch.setattr(shakespeare, 'SIZE', len(CONTENT))
-    limits = LIMITS.get(page, PATIENT)
-    monkeypatch.setattr(shakespeare, 'download', partial(shakespeare.download, **limits))
+    for name, value in LIMITS.get(page, PATIENT).items():
+        monkeypatch.setattr(download, name, value)
     script = place / 'checkout/data/shakespeare_char/prepare.py'  # where no text is at hand
     script.parent.mkdir(parents=True)
     shutil.copy(ROOT / 'data/shakespeare_char/prepare.py', script)

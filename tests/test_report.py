@@ -40,10 +40,10 @@ def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     one, other = (
         write_run(tmp_path / name, [{'step': 1, 'loss/step': 1.0}]) for name in ('one', 'other')
     )
-    assert run_main('report.py', f'--out_dir={one},{other}').returncode == 0
-    page = Page((one / 'comparison.html').read_text())
+    assert run_main('report.py', one, other).returncode == 0
+    page = Page((tmp_path / 'comparison.html').read_text())
     assert any(page.values(chart).get("other: a step's batch") == {1: 1.0} for chart in page.charts)
-    assert {path.stem for path in (one / 'comparison').iterdir()} == page.charts.keys()
+    assert {path.stem for path in (tmp_path / 'comparison').iterdir()} == page.charts.keys()
     assert (
         run_main(
             'report.py', f'--out_dir={run}', f'--page={tmp_path}/x.html', '--no-png'
@@ -88,10 +88,9 @@ def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, mon
     [
         (['--out_dir=nowhere'], 'no such folder'),
         (['--out_dir=config'], 'not a run'),
-        (['--out_dir=,'], 'out_dir is empty'),
+        (['--out_dir='], 'not a run'),
         (['--out_dir={run}', '--page=x.txt'], 'must end in .html'),
         (['--out_dir={run}', '--page=no/where/x.html'], 'no/where'),
-        (['--out_dir={run},nowhere'], 'nowhere'),
         (['--out_dir={run}', '--watch', '--port=99999'], 'from 0 to 65535'),
         (['--out_dir=nowhere', '--watch'], 'no such folder'),
         (['nowhere', 'config'], 'no run found'),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 
 from nib.errors import UserError, optional
@@ -45,12 +46,8 @@ class ChatTemplate:
 
 def read_chat_template(repository: Repository) -> ChatTemplate | None:
     """Returns a model's chat template; None if it has none. Raises UserError for a damaged file."""
-
-    def read(file: str) -> dict:
-        return repository.read_json(file) if repository.find(file) else {}
-
-    config, where = read('tokenizer_config.json'), f'tokenizer_config.json of {repository.name}'
-    source = config.get('chat_template')
+    config = repository.read_json('tokenizer_config.json')
+    source, where = config.get('chat_template'), f'tokenizer_config.json of {repository.name}'
     if isinstance(source, list):  # several, for different purposes
         named = [entry for entry in source if isinstance(entry, dict)]
         source = next((e.get('template') for e in named if e.get('name') == 'default'), None)
@@ -69,7 +66,7 @@ def read_chat_template(repository: Repository) -> ChatTemplate | None:
             tokens[key] = content
     end_ids = set()
     for file in ('generation_config.json', 'config.json'):
-        found = read(file).get('eos_token_id')
+        found = repository.read_json(file).get('eos_token_id')
         end_ids |= {id for id in (found if isinstance(found, list) else [found]) if type(id) is int}
     return ChatTemplate(source, where, tokens, frozenset(end_ids))
 
@@ -101,19 +98,11 @@ def _environment():
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters['tojson'] = to_json  # Jinja's own escapes HTML
+    # Jinja's own escapes HTML.
+    environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
     environment.globals['raise_exception'] = raise_exception
     environment.globals['strftime_now'] = lambda form: datetime.now().strftime(form)
     return environment

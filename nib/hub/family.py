@@ -61,8 +61,8 @@ class Family:
     def read_fields(self, config: Mapping, special: Mapping) -> GPTConfig:
         """Returns the GPTConfig of a config.json.
 
-        special: the fields that the table of keys does not have. Raises
-        UserError, which names the key, for a value that model.py does not support.
+        special: the fields that the table of keys does not have.
+        Raises UserError, which names the key, for a value that model.py does not support.
         """
         values = dict(special)
         for key, (name, default) in self.keys.items():
@@ -174,11 +174,7 @@ class Family:
             layer, _, kind = name.rpartition('.')
             inner = re.sub(r'transformer\.(h\.\d+\.)?', '', layer)
             in_theirs = kind != 'bias' or inner in biases
-            if (
-                f'{layer}.weight' not in ours
-                or name not in ours
-                and not (kind == 'bias' and in_theirs)
-            ):
+            if f'{layer}.weight' not in ours or not (name in ours or in_theirs):
                 continue
             shape = ours.get(name, ours[f'{layer}.weight'][:1])
             rows = [shape[0] // len(theirs)] * len(theirs)
@@ -261,10 +257,10 @@ class Pair:
         joined = []
         for name, part, rows in zip(self.theirs, parts, self.rows, strict=True):
             shape = (rows, *self.shape[1:])
+            expected = shape[::-1] if self.transposed else shape
             if part is None:
                 raise UserError(f'the tensor {name} is missing')
-            if tuple(part.shape) != (shape[::-1] if self.transposed else shape):
-                expected = shape[::-1] if self.transposed else shape
+            if tuple(part.shape) != expected:
                 raise UserError(
                     f'the tensor {name} has shape {tuple(part.shape)}, but '
                     f'according to config.json, it should have {expected}'

@@ -65,10 +65,13 @@ class Repository:
         )
 
     def read_json(self, file: str) -> dict:
-        """Returns the object in a JSON file. Raises UserError if it is missing or not valid."""
+        """Returns the object in a JSON file, or an empty one if the repository does not have it.
+
+        Raises UserError if the file is not valid.
+        """
         path = self.find(file)
         if path is None:
-            raise UserError(f'{self.name} has no {file}; download it again')
+            return {}
         try:
             found = json.loads(path.read_bytes())
         except OSError as error:

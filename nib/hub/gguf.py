@@ -15,6 +15,7 @@ from nib.errors import UserError, optional
 from nib.files import atomic_write
 from nib.hub import gpt2, huggingface, llama
 from nib.hub.gguf_vocabulary import Vocabulary, read_vocabulary
+from nib.hub.reference import rotary_frequencies
 from nib.text.tokenizer import END_OF_TEXT, Tokenizer
 
 
@@ -104,11 +105,8 @@ def _rename(config: GPTConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str,
                 halves = tensor.unflatten(0, (-1, 2, config.head_width // 2))
                 renamed[name] = halves.transpose(1, 2).flatten(0, 2)
     if config.rotary_scaling:
-        factor, low, high, length = config.rotary_scaling
-        exponents = -torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
-        turns = length * config.rotary_base**exponents / (2 * torch.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        renamed['rope_freqs.weight'] = 1 / (kept + (1 - kept) / factor)  # divides the frequencies
+        unscaled = rotary_frequencies(replace(config, rotary_scaling=()))
+        renamed['rope_freqs.weight'] = unscaled / rotary_frequencies(config)
     return renamed
 
 

@@ -93,12 +93,11 @@ def read_config(config: dict) -> GPTConfig:
     return GPT2.read_fields(config, {'mlp': ACTIVATIONS[activation]})
 
 
-def read(config: dict, tensors: dict[str, torch.Tensor]):
-    """Returns the GPTConfig and the state_dict of a GPT-2's config.json and tensors.
+def read(config: dict, model: GPTConfig, tensors: dict[str, torch.Tensor]):
+    """Returns the GPTConfig and the state_dict of a GPT-2's tensors. model: of read_config.
 
-    Raises UserError, which names the key or the tensor, if model.py does not support it.
+    Raises UserError, which names the tensor, if model.py does not support it.
     """
-    model = read_config(config)
     ours = GPT2.to_ours(tensors, model, BIASES)
     _scale_queries(config, model, ours)
     return model, ours

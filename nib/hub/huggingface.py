@@ -30,6 +30,8 @@ def read(
     """
     repository = Repository(name)
     try:
+        if not repository.find('config.json'):
+            raise UserError(f'{name} has no config.json; download it again')
         config = repository.read_json('config.json')
     except UserError:
         repository.reject_other_formats()  # these may lack config.json
@@ -46,7 +48,7 @@ def read(
     check(model, tokenizer)
     tensors = repository.read_tensors()
     with _explained(name):
-        model, ours = FAMILIES[kind].read(config, tensors)
+        model, ours = FAMILIES[kind].read(config, model, tensors)
     return model, ours, tokenizer
 
 

@@ -120,12 +120,11 @@ def read_config(config: dict) -> GPTConfig:
     return model
 
 
-def read(config: dict, tensors: dict[str, torch.Tensor]):
-    """Returns the GPTConfig and the state_dict of a config.json and tensors of these families.
+def read(config: dict, model: GPTConfig, tensors: dict[str, torch.Tensor]):
+    """Returns the GPTConfig and the state_dict of tensors of these families. model: of read_config.
 
-    Raises UserError, which names the key or the tensor, if model.py does not support it.
+    Raises UserError, which names the tensor, if model.py does not support it.
     """
-    model = read_config(config)
     attention, mlp = (bool(config.get(key)) for key in ('attention_bias', 'mlp_bias'))
     if attention and not mlp and _drop_zero_biases(config, tensors):
         attention, model = False, replace(model, bias=False, qkv_bias=True)

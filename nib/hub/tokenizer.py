@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from nib.errors import UserError, optional
 from nib.hub.files import Repository
-from nib.text.gpt2 import GPT2_FILES, GPT2_URL, Gpt2Tokenizer, load_gpt2
-from nib.text.hf_tokenizer import HfTokenizer, byte_names
+from nib.text.gpt2 import Gpt2Tokenizer, load_gpt2, vocabulary_paths
+from nib.text.hf_tokenizer import HfTokenizer, byte_names, split_pattern
 from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 
 # digest() of GPT-2's vocabulary.
@@ -49,10 +48,9 @@ def read_tokenizer(repository: Repository, vocab_size: int) -> dict | None:
                 f'{path} belongs to another model: it has {found.vocab_size:,} tokens, but this '
                 f'model has embeddings for {vocab_size:,}'
             )
-    if repository.find('tokenizer_config.json'):
-        config = repository.read_json('tokenizer_config.json')
-        found = replace(found, spells_end_of_text=config.get('split_special_tokens') is True)
-    return found.to_json()
+    config = repository.read_json('tokenizer_config.json')
+    spells_end_of_text = config.get('split_special_tokens') is True
+    return replace(found, spells_end_of_text=spells_end_of_text).to_json()
 
 
 def read_file(path: Path, repository: Repository) -> HfTokenizer:
@@ -90,7 +88,7 @@ def _recognize(described: dict) -> CharTokenizer | ByteTokenizer | None:
 def _end_of_text(repository: Repository) -> str | int | None:
     """Returns the end-of-text token, or its id, by the files that may name it."""
     for file in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
-        config = repository.read_json(file) if repository.find(file) else {}
+        config = repository.read_json(file)
         match config.get('eos_token', config.get('eos_token_id')):
             case bool():
                 continue
@@ -150,28 +148,17 @@ def is_qwen2(tokenizer: Tokenizer) -> bool:
         return False
     described = json.loads(tokenizer.content)
     model = described['model']
-    others = set(model) - {'type', 'vocab', 'merges'}
+    is_plain = not any(map(model.get, set(model) - {'type', 'vocab', 'merges'}))
     match described:
         case {
             'model': {'type': 'BPE'},
             'normalizer': {'type': 'NFC'},
-            'pre_tokenizer': {
-                'type': 'Sequence',
-                'pretokenizers': [
-                    {
-                        'type': 'Split',
-                        'pattern': {'Regex': pattern},
-                        'behavior': 'Isolated',
-                        'invert': False,
-                    },
-                    {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False},
-                ],
-            },
+            'pre_tokenizer': dict(first),
             'decoder': {'type': 'ByteLevel'},
             'added_tokens': list(added),
         }:
             has_end = any(token['content'] == END_OF_TEXT for token in added)  # else it adds one
-            return pattern == QWEN_WORDS and has_end and not any(map(model.get, others))
+            return split_pattern(first) == QWEN_WORDS and has_end and is_plain
     return False
 
 
@@ -222,12 +209,9 @@ def _without_end_of_text(tokenizer: Tokenizer):
 def _read_gpt2() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Returns GPT-2's vocabulary, without its end-of-text token, and its merges."""
     load_gpt2()  # downloads the files if they are missing
-    folder = Path(os.environ['TIKTOKEN_CACHE_DIR'])
-    merges, vocabulary = (
-        (folder / hashlib.sha1((GPT2_URL + file).encode()).hexdigest()).read_text(encoding='utf-8')
-        for file in GPT2_FILES
-    )
+    paths = vocabulary_paths()
+    merges = paths['vocab.bpe'].read_text(encoding='utf-8')
     lines = [line.split(' ') for line in merges.splitlines()[1:] if line]
-    tokens = json.loads(vocabulary)
+    tokens = json.loads(paths['encoder.json'].read_bytes())
     del tokens[END_OF_TEXT]
     return tokens, [(first, second) for first, second in lines]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nib.errors import UserError, gpu_remedy
+from nib.errors import UserError, known_remedy
 from nib.machine.threads import available_cores, watch_cores
 
 # Rates of dense 16-bit matrix products, added up in float32, in FLOP/s, from the vendors' data
@@ -120,7 +120,7 @@ def gpu_problem() -> str:
             return ''
     for warning in caught:
         message = ' '.join(str(warning.message).split())
-        return gpu_remedy(message) or message[:200]
+        return known_remedy(message) or message[:200]
     if NVIDIA_DRIVER.exists() and torch.version.cuda is None:
         return (
             f'torch {torch.__version__} was built without GPU support, but there is an NVIDIA '

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from nib.report.charts import (
     DASHES,
@@ -16,20 +17,14 @@ from nib.report.charts import (
     show_number,
 )
 
-GOOD, QUIET = '#00704f', LIGHT[NEUTRAL]
+# matplotlib's arguments for what is drawn alike in a chart and in its legend.
+BAND: dict[str, Any] = {'color': '#00704f', 'alpha': 0.12}
+LEVEL: dict[str, Any] = {'color': LIGHT[NEUTRAL], 'lw': 1, 'ls': (0, (4, 3))}
+GAP: dict[str, Any] = {'color': SEVERITY_COLORS['critical'], 'marker': 'x', 'ls': ''}
 HEIGHT = 4.5  # inches
 COLUMNS = 3  # of the legend
 BADGE = 0.06  # width of a finding's number, as a fraction of a chart's width on a phone
 NAMED = 24  # findings at most in the legend, which should not be taller than the chart
-
-
-@dataclass(frozen=True)
-class Key:
-    """An entry of a legend."""
-
-    shown: str  # 'series', 'band', 'level', 'ring' or 'gap'
-    label: str
-    series: Series | None = None  # a series with the same look
 
 
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
@@ -44,17 +39,16 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     figure = Figure(figsize=(9, HEIGHT), dpi=150, layout='constrained')
     axes = figure.subplots()
     if chart.band:
-        axes.axhspan(*chart.band, color=GOOD, alpha=0.12, lw=0)
+        axes.axhspan(*chart.band, lw=0, **BAND)
     if chart.level:
-        axes.axhline(chart.level[0], color=QUIET, lw=1, ls=(0, (4, 3)))
+        axes.axhline(chart.level[0], **LEVEL)
     for one in series:
         # A logarithmic axis has no 0: such a value is drawn at its end, as on the page.
         values = [math.nan if value is None else max(value, axis.low) for value in one.values]
         axes.plot(one.steps, values, clip_on=chart.falls, zorder=3, **style(one))
         gaps = [step for step, value in zip(one.steps, one.values) if value is None]
         if gaps:
-            red = SEVERITY_COLORS['critical']
-            axes.plot(gaps, [axis.high] * len(gaps), 'x', color=red, ms=6, clip_on=False)
+            axes.plot(gaps, [axis.high] * len(gaps), clip_on=False, **GAP)
     for mark in chart.marks:
         axes.plot([mark.step], [mark.value], clip_on=False, zorder=4, **ring(mark.color))
     rows = badge_rows([time.share(flag.step) for flag in flags])
@@ -95,17 +89,20 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     axes.grid(color='#e3e6ea', lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    keys = [(proxy(key), key.label) for key in legend(chart, series)]
+    keys = legend(chart, series)
     for flag in sorted(flags, key=lambda flag: flag.number)[:NAMED]:
-        keys.append((badge(flag), f'{flag.number} {flag.name}'))
+        look = {'color': SEVERITY_COLORS[flag.severity], 'marker': 's', 'ms': 7, 'ls': ''}
+        keys.append((look, f'{flag.number} {flag.name}'))
     if len(flags) > NAMED:
-        keys.append((Line2D([], [], ls=''), f'and {len(flags) - NAMED} more'))
+        keys.append(({'ls': ''}, f'and {len(flags) - NAMED} more'))
     if keys:
         figure.set_figheight(HEIGHT + 0.2 * ((len(keys) - 1) // COLUMNS))
         # matplotlib fills a legend column by column; this order makes it read row by row.
         by_rows = [key for column in range(COLUMNS) for key in keys[column::COLUMNS]]
+        lines = [Line2D([], [], **look) for look, _ in by_rows]
+        names = [name for _, name in by_rows]
         figure.legend(
-            *zip(*by_rows), loc='outside lower left', frameon=False, fontsize=9, ncols=COLUMNS
+            lines, names, loc='outside lower left', frameon=False, fontsize=9, ncols=COLUMNS
         )
     figure.savefig(path)
 
@@ -136,42 +133,18 @@ def ring(color: int) -> dict:
     }
 
 
-def badge(flag: Flag):
-    """Returns matplotlib's legend handle for a finding."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=SEVERITY_COLORS[flag.severity], marker='s', ms=7, ls='')
-
-
-def proxy(key: Key):
-    """Returns matplotlib's legend handle for an entry."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    if key.shown == 'band':
-        return Patch(color=GOOD, alpha=0.12, lw=0)
-    if key.shown == 'series':
-        look = style(key.series)
-    elif key.shown == 'ring':
-        look = ring(key.series.color)
-    elif key.shown == 'level':
-        look = {'color': QUIET, 'lw': 1, 'ls': (0, (4, 3))}
-    else:  # 'gap'
-        look = {'color': SEVERITY_COLORS['critical'], 'marker': 'x', 'ls': ''}
-    return Line2D([], [], **look)
-
-
-def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
+def legend(chart: Chart, series: Sequence[Series]) -> list[tuple[dict, str]]:
     """Returns the entries of a chart's legend, or none if there is only one.
 
-    Several runs differ in color, and the series of each run in look.
+    An entry is matplotlib's arguments for a line, and its name. Several runs differ in color, and
+    the series of each run in look.
     """
     keys = []
     if chart.band:
         low, high = map(show_number, chart.band)
-        keys.append(Key('band', f'healthy: {low} to {high}'))
+        keys.append((BAND | {'lw': 6, 'solid_capstyle': 'butt'}, f'healthy: {low} to {high}'))
     if chart.level:
-        keys.append(Key('level', chart.level[1]))
+        keys.append((LEVEL, chart.level[1]))
     # The first series of each run and of each name, in order.
     runs, names = {}, {}
     for one in series:
@@ -179,19 +152,19 @@ def legend(chart: Chart, series: Sequence[Series]) -> list[Key]:
         names.setdefault(one.name, one)
     if len(runs) > 1:
         for run, one in runs.items():
-            keys.append(Key('series', run, Series(run, (), (), one.color)))
+            keys.append((style(Series(run, (), (), one.color)), run))
         if len(names) > 1:
             for name, one in names.items():
-                keys.append(Key('series', name, replace(one, color=NEUTRAL)))
+                keys.append((style(replace(one, color=NEUTRAL)), name))
     else:
-        keys += [Key('series', one.label, one) for one in series]
+        keys += [(style(one), one.label) for one in series]
     for mark in chart.marks:
         if mark.label:
-            keys.append(Key('ring', mark.label, Series('', (), (), mark.color)))
+            keys.append((ring(mark.color), mark.label))
     if any(not mark.label for mark in chart.marks):
-        keys.append(Key('ring', 'best', Series('', (), (), NEUTRAL)))
+        keys.append((ring(NEUTRAL), 'best'))
     if any(value is None for one in series for value in one.values):
-        keys.append(Key('gap', 'not finite'))
+        keys.append((GAP, 'not finite'))
     return keys if len(keys) > 1 else []
 
 

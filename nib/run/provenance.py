@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from nib.files import ROOT
+
 GIT_SECONDS = 2.0  # timeout; usually it takes 10 ms
 
 

@@ -205,12 +205,8 @@ def split_text(texts: Iterable[str], length: int) -> Iterator[tuple[str, str, bo
 
     texts: the pieces of the text. length: its characters.
     Yields (split, text, False): no end-of-text token follows.
-    Raises UserError if the text is too short.
     """
-    return _split_at(texts, split_position(length))
-
-
-def _split_at(texts: Iterable[str], cut_at: int) -> Iterator[tuple[str, str, bool]]:
+    cut_at = split_position(length)
     for text in texts:
         train, val = text[:cut_at], text[cut_at:]
         cut_at -= len(train)

@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 from nib.errors import UserError
 from nib.files import atomic_write
 
+TIMEOUT = 5, 15  # seconds to connect, and to wait for the next bytes of a response
+WHOLE_SECONDS = 120.0  # at most, for one whole response
+
 
 class DownloadError(UserError):
     """No address serves the file: nothing else than a network is missing."""
@@ -20,25 +23,16 @@ class _Failed(Exception):
     """Why an address did not serve the file."""
 
 
-def download(
-    urls: Sequence[str],
-    path,
-    sha256: str,
-    max_bytes: int,
-    timeout: tuple[float, float] = (5, 15),
-    overall_seconds: float = 120.0,
-):
+def download(urls: Sequence[str], path, sha256: str, max_bytes: int):
     """Downloads a file, trying the addresses in order. It is written completely or not at all.
 
     sha256: the digest that the file must have; any other content is rejected.
-    timeout: seconds to connect, and to wait for the next bytes of a response.
-    overall_seconds: limit for one whole response.
     Raises DownloadError, with the reason for each address, if none of them serves the file.
     """
     reasons = []  # of each address
     for url in urls:
         try:
-            content = _fetch(url, max_bytes, timeout, overall_seconds)
+            content = _fetch(url, max_bytes)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise _Failed('not the expected file (wrong SHA-256)')
         except _Failed as failed:
@@ -54,8 +48,8 @@ def download(
     raise DownloadError(f'{path} could not be downloaded ({why})')
 
 
-def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_seconds: float) -> bytes:
-    """Reads the response in a thread, which is abandoned after overall_seconds.
+def _fetch(url: str, max_bytes: int) -> bytes:
+    """Reads the response in a thread, which is abandoned after WHOLE_SECONDS.
 
     Every byte that arrives restarts requests' own timeout, so a plain call could take days.
     """
@@ -63,27 +57,27 @@ def _fetch(url: str, max_bytes: int, timeout: tuple[float, float], overall_secon
 
     def work():
         try:
-            answer.set_result(_read(url, max_bytes, timeout, time.monotonic() + overall_seconds))
+            answer.set_result(_read(url, max_bytes))
         except BaseException as error:
             answer.set_exception(error)
 
     Thread(target=work, daemon=True).start()
     try:
-        return answer.result(overall_seconds)
+        return answer.result(WHOLE_SECONDS)
     except FutureTimeout:
-        raise _Failed(f'too slow, gave up after {overall_seconds:g} s') from None
+        raise _Failed(f'too slow, gave up after {WHOLE_SECONDS:g} s') from None
 
 
-def _read(url: str, max_bytes: int, timeout: tuple[float, float], deadline: float) -> bytes:
+def _read(url: str, max_bytes: int) -> bytes:
     import requests  # slow to import, and most runs download nothing
     from tqdm import tqdm
     from urllib3.exceptions import ReadTimeoutError
 
-    content, expected = bytearray(), 0
+    content, expected, deadline = bytearray(), 0, time.monotonic() + WHOLE_SECONDS
     try:
         # Uncompressed, so that Content-Length is the size of the file.
         headers = {'Accept-Encoding': 'identity'}
-        with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
+        with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as response:
             if response.status_code != 200:
                 raise _Failed(f'HTTP {response.status_code}')
             expected = int(response.headers.get('Content-Length', 0))

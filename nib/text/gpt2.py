@@ -28,7 +28,7 @@ GPT2_FILES = {
 
 @dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte pair encoding (Radford et al. 2019): tiktoken's, made faster by nib/text/bpe.py.
+    """GPT-2's byte pair encoding (Radford et al. 2019). It takes END_OF_TEXT as characters.
 
     The vocabulary's two files are downloaded on first use. Methods raise UserError if that fails.
     """
@@ -38,18 +38,12 @@ class Gpt2Tokenizer:
     end_of_text = 50256
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns token ids, uint32. END_OF_TEXT in the text is encoded as ordinary characters."""
         return self.encode_texts([(text, False)]).astype(np.uint32)
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Returns token ids, uint16. texts: pairs of a text and whether end_of_text follows it."""
         return _gpt2_table(load_gpt2()).encode((utf8(text), ends) for text, ends in texts)
 
     def decode(self, ids) -> str:
-        """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
-
-        Raises UserError if an id is not in the vocabulary.
-        """
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def decode_bytes(self, ids) -> bytes:
@@ -82,7 +76,7 @@ def load_gpt2():
     """
     import tiktoken  # most runs do not need it
 
-    stored = _gpt2_paths()
+    stored = vocabulary_paths()
     folder = stored['vocab.bpe'].parent
     try:
         for file, digest in GPT2_FILES.items():
@@ -106,12 +100,13 @@ def load_gpt2():
 
 def is_gpt2_stored() -> bool:
     """Returns whether load_gpt2 needs no network."""
-    stored = _gpt2_paths()
+    stored = vocabulary_paths()
     return all(_has_digest(stored[file], digest) for file, digest in GPT2_FILES.items())
 
 
-def _gpt2_paths() -> dict[str, Path]:
-    folder = Path(  # where tiktoken looks, in its order
+def vocabulary_paths() -> dict[str, Path]:
+    """Returns the path of each of GPT2_FILES, where tiktoken looks for it."""
+    folder = Path(  # in its order
         os.environ.get('TIKTOKEN_CACHE_DIR')
         or os.environ.get('DATA_GYM_CACHE_DIR')
         or Path(tempfile.gettempdir(), 'data-gym-cache')

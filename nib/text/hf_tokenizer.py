@@ -82,7 +82,7 @@ class HfTokenizer:
         return self.decode_bytes(self.encode('a')).startswith(b' ')
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns token ids, uint32, without first_ids. Raises UserError for unknown characters."""
+        """Returns token ids without first_ids."""
         return self._encode([text])[0]
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
@@ -128,10 +128,6 @@ class HfTokenizer:
         return self.encode(text)
 
     def decode(self, ids) -> str:
-        """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
-
-        Raises UserError if an id is not in the vocabulary.
-        """
         text = self.decode_bytes(ids).decode('utf-8', 'replace')
         return text.removeprefix(' ') if self.adds_space else text
 
@@ -278,6 +274,12 @@ def _known_splits(described: dict) -> bytes | None:
         case [*digits, {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}]:
             if all(step['type'] == 'Digits' for step in digits):
                 return GPT2_SPLITS
+    return GPT4_SPLITS if _GPT4_PATTERN.fullmatch(split_pattern(first)) else None
+
+
+def split_pattern(pre_tokenizer: dict) -> str:
+    """Returns the pattern by which a byte-level tokenizer splits; '' if it splits differently."""
+    match pre_tokenizer.get('pretokenizers'):
         case [
             {
                 'type': 'Split',
@@ -287,9 +289,8 @@ def _known_splits(described: dict) -> bytes | None:
             },
             {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False},
         ]:
-            if _GPT4_PATTERN.fullmatch(pattern):
-                return GPT4_SPLITS
-    return None
+            return pattern
+    return ''
 
 
 def import_library():

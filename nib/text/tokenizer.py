@@ -1,11 +1,19 @@
 """Tokenizers: text to token ids and back. Every checkpoint contains its tokenizer as JSON.
 
 nib/text/gpt2.py, nib/text/hf_tokenizer.py and nib/text/vocabulary.py hold those of GPT-2, of open
-models and of other programs.
-All tokenizers have vocab_size, end_of_text (the id that follows each document, or None), encode,
-encode_texts (several texts, one after the other), decode, decode_bytes (for output token by token,
-as the bytes of one character may belong to several tokens), to_json, and spells_end_of_text
-(whether END_OF_TEXT in a prompt means its characters, as it did in the training text).
+models and of other programs. All tokenizers have:
+
+    vocab_size
+    end_of_text         the id that follows each document, or None
+    spells_end_of_text  whether END_OF_TEXT in a prompt means its characters, as it did in training
+    encode(text)        token ids (n,), uint32
+    encode_texts(texts) token ids of several texts, one after the other. texts: pairs of a text and
+                        whether it ends a document, so that end_of_text follows
+    decode(ids)         text, with U+FFFD for bytes that are not UTF-8
+    decode_bytes(ids)   for output token by token: tokens may share the bytes of a character
+    to_json()           what tokenizer_from_json reads
+
+Methods raise UserError for a text that has no tokens, and for ids that are not in the vocabulary.
 """
 
 from collections.abc import Iterable
@@ -50,10 +58,6 @@ class CharTokenizer:
         return len(self.characters) if self.has_end_of_text else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns token ids, uint32 (len(text),).
-
-        Raises UserError, which names the characters, if some are not in the vocabulary.
-        """
         known, wanted = _code_points(self.characters), _code_points(text)
         ids = np.searchsorted(known, wanted).astype(np.uint32)
         missing = ids >= len(known)
@@ -69,11 +73,9 @@ class CharTokenizer:
         return ids
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Returns token ids, uint32. texts: pairs of a text and whether end_of_text follows it."""
         return _one_by_one(self, texts)
 
     def decode(self, ids) -> str:
-        """Returns the text of token ids. Raises UserError if an id is not in the vocabulary."""
         ids = checked_ids(ids, self.vocab_size)
         characters = _code_points(self.characters)
         return END_OF_TEXT.join(
@@ -105,18 +107,12 @@ class ByteTokenizer:
     end_of_text = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns token ids, uint32, one for each byte of the text."""
         return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.uint32)
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Returns token ids, uint32. texts: pairs of a text and whether end_of_text follows it."""
         return _one_by_one(self, texts)
 
     def decode(self, ids) -> str:
-        """Returns the text of token ids, with U+FFFD for bytes that are not valid UTF-8.
-
-        Raises UserError if an id is not in the vocabulary.
-        """
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def decode_bytes(self, ids) -> bytes:

@@ -42,7 +42,6 @@ class VocabularyTokenizer:
         return {token: number for number, token in enumerate(self.tokens)}
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns token ids, uint32. Raises UserError if a part of the text is not a token."""
         pieces = self._words(text) if self.are_words else self._longest(text)
         ids = [self._ids[piece] for piece in pieces]
         if text and not ids:
@@ -50,11 +49,9 @@ class VocabularyTokenizer:
         return np.array(ids, np.uint32)
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Returns token ids, uint32. texts: pairs of a text and whether it ends a document."""
         return np.concatenate([np.empty(0, np.uint32), *(self.encode(text) for text, _ in texts)])
 
     def decode(self, ids) -> str:
-        """Returns the text of token ids. Raises UserError if an id is not in the vocabulary."""
         tokens = [self.tokens[number] for number in checked_ids(ids, self.vocab_size)]
         if self.are_words:
             tokens = [token if token.isspace() else ' ' + token for token in tokens]
@@ -104,7 +101,6 @@ class IdTokenizer:
     spells_end_of_text = False
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns token ids, uint32. Raises UserError if the text is not a list of ids."""
         words = text.split()
         if text and not (words and all(re.fullmatch('[0-9]{1,9}', word) for word in words)):
             raise UserError(
@@ -114,11 +110,9 @@ class IdTokenizer:
         return checked_ids([int(word) for word in words], self.vocab_size).astype(np.uint32)
 
     def encode_texts(self, texts: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Returns token ids, uint32. texts: pairs of a text and whether it ends a document."""
         return np.concatenate([np.empty(0, np.uint32), *(self.encode(text) for text, _ in texts)])
 
     def decode(self, ids) -> str:
-        """Returns the ids as text. Raises UserError if an id is not in the vocabulary."""
         return ''.join(f' {number}' for number in checked_ids(ids, self.vocab_size))
 
     def decode_bytes(self, ids) -> bytes:

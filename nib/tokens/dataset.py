@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from nib.errors import UserError
-from nib.files import command
+from nib.files import ROOT, command
 from nib.text.tokenizer import CharTokenizer, Tokenizer, count_bytes, tokenizer_from_json
 from nib.tokens import nanogpt_bins
 from nib.tokens.encode import SPLITS
@@ -28,7 +28,7 @@ LARGE = 1 << 26  # bytes
 _SAMPLES = 128  # spread evenly from the first token to the last
 _SAMPLE = 1 << 13  # tokens in a sample
 _CHUNK = 1 << 20  # tokens read at once
-SCRIPTS = Path(__file__).resolve().parents[2] / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
+SCRIPTS = ROOT / 'data'  # SCRIPTS/NAME/prepare.py prepares NAME
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from nib.errors import UserError
 from nib.files import ELSEWHERE, FolderLock, atomic_write, clear_temporaries, read_json, sync_folder
@@ -65,6 +66,14 @@ def _unfinished_files(folder: Path) -> list[Path]:
     return [*(folder / f'.{split}.bin.unfinished' for split in SPLITS), folder / '.journal.json']
 
 
+def read_digest(file: BinaryIO):
+    """Reads a file to its end; returns its SHA-256, which can be updated."""
+    digest = hashlib.sha256()
+    while content := file.read(_CHUNK):
+        digest.update(content)
+    return digest
+
+
 @contextmanager
 def _writing(folder: Path):
     try:
@@ -103,7 +112,8 @@ class UnfinishedBins:
                 file = open(path, 'r+b' if path.exists() else 'w+b')  # noqa: SIM115 (stays open)
                 self.files[split] = file
             for split, file in self.files.items():
-                self.digests[split] = self._rewind(file, self.done['tokens'][split])
+                file.truncate(self.done['tokens'][split] * self.itemsize)
+                self.digests[split] = read_digest(file)
         self.save()  # now, because the key may hold a tokenizer that took minutes to train
 
     def _read_journal(self, key: dict) -> dict | None:
@@ -121,14 +131,6 @@ class UnfinishedBins:
             return done if is_known and done['key'] == json.loads(json.dumps(key)) else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-
-    def _rewind(self, file, tokens: int):
-        """Truncates a file to its tokens in the journal; returns the hash of what remains."""
-        file.truncate(tokens * self.itemsize)
-        digest = hashlib.sha256()
-        while content := file.read(_CHUNK):
-            digest.update(content)
-        return digest
 
     def add(self, encoded: Encoded):
         """Appends an encoded batch, and updates the journal every few seconds."""

@@ -1,6 +1,5 @@
 """Writes datasets: encodes text into bins and a meta.json, which nib/tokens/dataset.py reads."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -15,9 +14,7 @@ from nib.text import documents
 from nib.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 from nib.tokens.dataset import FORMAT, sampled_digest
 from nib.tokens.encode import SPLITS, Piece, encode_all
-from nib.tokens.unfinished import UnfinishedBins, locked, read_key, remove_unfinished
-
-_CHUNK = 1 << 24  # bytes read at once
+from nib.tokens.unfinished import UnfinishedBins, locked, read_digest, read_key, remove_unfinished
 
 
 def write_char_dataset(folder, text: str, source: dict) -> dict:
@@ -92,12 +89,9 @@ def _read_intact(folder: Path, source: dict, tokenizer: Tokenizer) -> dict | Non
         return None
     try:
         for split in SPLITS:
-            digest = hashlib.sha256()
             with open(folder / f'{split}.bin', 'rb') as file:
-                while content := file.read(_CHUNK):
-                    digest.update(content)
-            if digest.hexdigest() != meta['splits'][split]['sha256']:
-                return None
+                if read_digest(file).hexdigest() != meta['splits'][split]['sha256']:
+                    return None
     except (OSError, KeyError, TypeError):
         return None
     return meta

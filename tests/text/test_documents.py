@@ -345,7 +345,7 @@ def test_a_single_text_is_cut_where_nanogpt_cuts_it(length, piece):
 @pytest.mark.parametrize('text', ['', 'a', 'abc'])
 def test_a_text_too_short_to_split_is_refused(text):
     with pytest.raises(UserError, match=f'{len(text)} characters?, too few'):
-        documents.split_text([text], len(text))
+        documents.split_position(len(text))
 
 
 def test_stored_texts_are_read_in_any_order_and_known_by_their_fingerprint(tmp_path):

@@ -6,11 +6,14 @@ import pytest
 from bad_server import CONTENT, LIMITS, PATIENT, SHA256
 
 from nib.errors import UserError
-from nib.text.download import download
+from nib.text import download
 
 
 def fetch(urls, path, limits=PATIENT):
-    download(urls, path, sha256=SHA256, max_bytes=len(CONTENT), **limits)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in limits.items():
+            patch.setattr(download, name, value)
+        download.download(urls, path, sha256=SHA256, max_bytes=len(CONTENT))
 
 
 @pytest.mark.parametrize('page', ['good', 'unmeasured'])
