@@ -11,6 +11,11 @@ from nib.machine.shares import Shares
 # Coefficients of the Newton-Schulz iteration in Muon (Jordan et al. 2024). The polynomial is steep
 # at 0, so a few iterations suffice, but singular values end between 0.7 and 1.2, not at 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+FIXED = (
+    'requires_grad of a parameter has changed since the optimizer was created, but the optimizer '
+    'still updates the same parameters: set requires_grad in GPT.__init__; to change it later, '
+    'stop the run and resume it'
+)
 
 
 class AdamW:
@@ -159,6 +164,18 @@ def orthogonalize(x: torch.Tensor, iterations: int, dtype: torch.dtype) -> torch
     return x
 
 
+def check_state(part):
+    """Raises UserError if a part's state() returns copies, which a checkpoint could not restore."""
+    for (_, state), (_, again) in zip(part.state(), part.state()):
+        for name, tensor in state.items():
+            if tensor.data_ptr() != again[name].data_ptr():
+                raise UserError(
+                    f'{type(part).__name__}.state() in nib/optim.py returns a copy of {name}, so '
+                    f'a resumed run would not continue with it: return the tensor that step() '
+                    f'updates in place'
+                )
+
+
 class Optimizer:
     """Updates a model's parameters from their gradients.
 
@@ -186,7 +203,8 @@ class Optimizer:
         dtype: torch.dtype = torch.float32,
         ranks: Ranks = Ranks(),
     ):
-        self.params = [p for p in model.parameters() if p.requires_grad]  # the others are frozen
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.frozen = [p for p in model.parameters() if not p.requires_grad]
         self.shares = Shares(self.params, ranks)
         tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         matrices, others, shapes = [], [], {}
@@ -206,6 +224,8 @@ class Optimizer:
                 self.parts.append(SGD(params, momentum, decay))
             elif params:
                 self.parts.append(AdamW(params, betas, decay))
+        for part in self.parts:
+            check_state(part)
         self.lr = 0.0
 
     @classmethod
@@ -248,6 +268,10 @@ class Optimizer:
         """Performs a step on the parameters of this rank, without communication."""
         if usable.device.type == 'mps' and not usable:  # its fused kernel ignores found_inf
             return
+        if any(p.requires_grad for p in self.frozen) or not all(
+            p.requires_grad for p in self.params
+        ):
+            raise UserError(FIXED)
         for part in self.parts:
             for p in part.params:
                 if p.grad is None:  # of a layer that no token of this step has used

@@ -323,3 +323,29 @@ def test_weights_that_are_unfrozen_at_a_resume_begin_at_their_own_first_step():
         torchs.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, reference.get_parameter(name), rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize('freeze', [True, False], ids=['frozen', 'unfrozen'])
+def test_requires_grad_may_not_change_once_the_optimizer_exists(freeze):
+    """It would go on moving a frozen weight by its momentum, and never move an unfrozen one."""
+    model = GPT(CONFIG)
+    weight = model.transformer.wte.weight
+    weight.requires_grad_(freeze)
+    optimizer = make(model, 0.1)
+    optimizer.step(USABLE)
+    weight.requires_grad_(not freeze)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match='requires_grad of a parameter has changed'):
+        optimizer.step(USABLE)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_state_that_a_checkpoint_could_not_restore_is_rejected_before_training(monkeypatch):
+    own = optim.AdamW.state
+
+    def copied(self):
+        return [(p, {**state, 'count': torch.tensor(3.0)}) for p, state in own(self)]
+
+    monkeypatch.setattr(optim.AdamW, 'state', copied)
+    with pytest.raises(UserError, match=r'AdamW.state\(\) in nib/optim.py returns a copy of count'):
+        make(GPT(CONFIG), 0.1)

@@ -265,8 +265,10 @@ class Vitals:
         """Returns the shares `repeated`, `shifted` and `copied` of StepSigns, on the device."""
         x, y = self._batch
         before = x if self._batch_before is None else self._batch_before[0]
-        repeated, copied = (x == before).float().mean(), (x == y).float().mean()
-        return [repeated, inspection.shifted_share(x, y), copied]
+        repeated, copied = torch.zeros_like(x, dtype=torch.float32), (x == y).float()
+        if x.shape == before.shape:  # a changed loader may begin with smaller batches
+            repeated = (x == before).float()
+        return [repeated.mean(), inspection.shifted_share(x, y), copied.mean()]
 
 
 @torch.enable_grad()
