@@ -5,7 +5,9 @@ number of tokens, B x T.
 """
 
 import functools
+import inspect
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -40,8 +42,11 @@ def share_heads(part, n_head: int):
 def is_causal_attention(scores) -> bool:
     """Whether `scores`, a function like attention_scores(), gives the weights of the causal kernel.
 
-    They are compared at positions near and far apart, which reveals a window of any size.
+    They are compared at positions near and far apart, which reveals a window of any size. If the
+    function reads a variable, it may give other weights later, so the answer is False.
     """
+    if reads_variables(scores):
+        return False
     positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
     generator = torch.Generator('cpu').manual_seed(0)
     q, k = (
@@ -59,6 +64,22 @@ def is_causal_attention(scores) -> bool:
         except (RuntimeError, IndexError):  # it expects other shapes or positions
             return False
     return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
+
+
+def reads_variables(function) -> bool:
+    """Whether a function, or one that it calls, reads a global variable that may hold state.
+
+    Modules, classes, functions, numbers and strings do not count.
+    """
+    found = inspect.getclosurevars(function)
+    values = (*found.globals.values(), *found.nonlocals.values())
+    constant = (ModuleType, type, int, float, str)
+    return any(
+        reads_variables(value)
+        if inspect.isfunction(value) and value is not function
+        else not (isinstance(value, constant) or inspect.isroutine(value))
+        for value in values
+    )
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):

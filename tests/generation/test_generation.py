@@ -522,6 +522,27 @@ def test_no_fused_kernel_is_used_for_changed_scores(changed):
     assert not is_causal_attention(scores)
 
 
+DOCUMENTS: list = [None]  # (B, T): the document of each token, which the model sets
+
+
+def mask_of_documents():
+    [documents] = DOCUMENTS
+    return documents is not None and documents[:, None, :, None] != documents[:, None, None, :]
+
+
+def test_no_fused_kernel_is_used_for_scores_that_depend_on_a_variable():
+    """It holds nothing yet when the scores are compared, so they are still causal."""
+
+    def scores(*args):
+        causal = model_file.attention_scores(*args)
+        return causal if DOCUMENTS[0] is None else causal.masked_fill(mask_of_documents(), -1e9)
+
+    def scores_by_helper(*args):
+        return model_file.attention_scores(*args).masked_fill(torch.tensor(mask_of_documents()), 0)
+
+    assert not is_causal_attention(scores) and not is_causal_attention(scores_by_helper)
+
+
 def test_the_fused_kernels_are_used_for_the_same_scores_written_otherwise():
     def scores(q, k, query_positions, key_positions):
         visible = query_positions.unsqueeze(-1) >= key_positions.unsqueeze(-2)
