@@ -371,7 +371,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C) and (N)
-        if uses_head_kernel(x, self.config.vocab_size):
+        if uses_head_kernel(x, self.config.vocab_size):  # faster; omit it if you change the loss
             return head_cross_entropy(x, self.head_weight, targets, self.config.logit_cap)
         return F.cross_entropy(self.logits(x).float(), targets, ignore_index=IGNORED)
 

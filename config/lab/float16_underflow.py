@@ -25,3 +25,4 @@ class _Functional:
 
 
 model.F = _Functional()
+model.uses_head_kernel = lambda *args: False  # it computes the mean
