@@ -203,6 +203,12 @@ def test_weights_are_not_downloaded_if_what_else_is_needed_is_missing(
         shutil.rmtree(lacking)
 
 
+def test_a_hub_library_that_is_too_old_is_not_called_missing(monkeypatch):
+    monkeypatch.delattr('huggingface_hub.errors.EntryNotFoundError')  # as before 0.25
+    with pytest.raises(UserError, match='cannot import name.*install --upgrade huggingface_hub'):
+        read_weights('owner/whole', print)
+
+
 def test_a_gated_model_says_how_to_get_access(hub):
     with pytest.raises(UserError, match='access must be granted.*hf auth login'):
         read_weights('owner/gated', print)
