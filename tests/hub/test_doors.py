@@ -380,6 +380,9 @@ def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
     ended = run_main('convert.py', f'--out_dir={run}', f'--dest={tmp_path / "hf"}')
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / 'hf/tokenizer.json').read_text() == content
+    written = json.loads((tmp_path / 'hf/tokenizer_config.json').read_text())
+    # generate() takes no others; transformers 4 would add token_type_ids.
+    assert written['model_input_names'] == ['input_ids', 'attention_mask']
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'hf')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert tokenizer.eos_token == end and theirs.config.eos_token_id == tokenizer.eos_token_id
