@@ -82,9 +82,14 @@ def optional(package: str, user: str):
     """Within this context, an import that fails raises UserError: `user` needs the package."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(
             f'{user} needs a package that is not installed: pip install {package}'
+        ) from error
+    except ImportError as error:  # it is too old, or does not fit another package
+        raise UserError(
+            f'{user} needs {package}, but it cannot be imported ({error}): '
+            f'pip install --upgrade {package}'
         ) from error
 
 

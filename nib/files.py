@@ -145,12 +145,11 @@ class FolderLock:
         """Releases the lock. remove: whether to remove the file, too."""
         if not self.file:
             return
-        if remove:
-            with suppress(OSError):  # Windows does not remove an open file
+        file, self.file = self.file, None
+        # On a full disk, sign() may have left something to write. Windows removes no open file.
+        with suppress(OSError), file:  # closed whatever happens: other processes wait for it
+            if remove:
                 self.path.unlink()
-        with suppress(OSError):  # on a full disk, sign() may have left something to write
-            self.file.close()
-        self.file = None
 
 
 def _lock(file: IO[str]) -> bool:

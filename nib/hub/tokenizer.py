@@ -131,6 +131,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int):
     config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'model_max_length': block_size,
+        'model_input_names': ['input_ids', 'attention_mask'],  # transformers 4 would give others
         'clean_up_tokenization_spaces': False,  # the text out is the text in
         'split_special_tokens': tokenizer.spells_end_of_text,
     }

@@ -203,6 +203,12 @@ def test_weights_are_not_downloaded_if_what_else_is_needed_is_missing(
         shutil.rmtree(lacking)
 
 
+def test_a_hub_library_that_is_too_old_is_not_called_missing(monkeypatch):
+    monkeypatch.delattr('huggingface_hub.errors.EntryNotFoundError')  # as before 0.25
+    with pytest.raises(UserError, match='cannot import name.*install --upgrade huggingface_hub'):
+        read_weights('owner/whole', print)
+
+
 def test_a_gated_model_says_how_to_get_access(hub):
     with pytest.raises(UserError, match='access must be granted.*hf auth login'):
         read_weights('owner/gated', print)
@@ -374,6 +380,9 @@ def test_a_model_with_its_own_tokenizer_is_finetuned_sampled_and_written(
     ended = run_main('convert.py', f'--out_dir={run}', f'--dest={tmp_path / "hf"}')
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / 'hf/tokenizer.json').read_text() == content
+    written = json.loads((tmp_path / 'hf/tokenizer_config.json').read_text())
+    # generate() takes no others; transformers 4 would add token_type_ids.
+    assert written['model_input_names'] == ['input_ids', 'attention_mask']
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'hf')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert tokenizer.eos_token == end and theirs.config.eos_token_id == tokenizer.eos_token_id

@@ -337,6 +337,22 @@ def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path, monkey
     second.release(remove=True)
 
 
+def test_an_interrupt_while_the_file_is_removed_still_releases_the_lock(tmp_path, monkeypatch):
+    lock = FolderLock(tmp_path)
+    assert lock.take()
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr('pathlib.Path.unlink', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lock.release(remove=True)
+    other = FolderLock(tmp_path)
+    assert other.take()
+    other.release()
+
+
 def test_a_lock_names_its_last_holder(tmp_path):
     (tmp_path / '.lock').write_text('{"host": "another", "pid": 1}\n')
     lock = FolderLock(tmp_path)
