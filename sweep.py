@@ -28,7 +28,7 @@ import torch
 
 import configurator
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import is_run
+from nib.checkpoint.paths import is_run
 from nib.errors import EXIT_FINDING, EXIT_INTERRUPTED, EXIT_NONFINITE, UserError, run_script
 from nib.files import atomic_write, naming, read_json
 from nib.machine.device import pick_device

@@ -9,8 +9,8 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
+from nib.checkpoint.paths import explain, is_run, is_torch_file
 from nib.checkpoint.weights import MAY_DIFFER, Weights, build_model
-from nib.checkpoint.wrong_folder import explain, is_run, is_torch_file
 from nib.errors import UserError, warn
 from nib.hub import huggingface, nanogpt, reference
 from nib.machine.device import ShapesOnly, seed_everything

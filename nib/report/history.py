@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from nib.checkpoint.wrong_folder import explain, is_run
+from nib.checkpoint.paths import explain, is_run
 from nib.doctor.finding import Finding
 from nib.doctor.problems import SEVERITIES
 from nib.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_hugging_face
+from nib.checkpoint.paths import explain, is_checkpoint, is_hugging_face
 from nib.errors import UserError
 from nib.files import FolderLock, atomic_write, read_json
 from nib.schema import is_auto
