@@ -6,11 +6,9 @@ FLOPs at a stated share of a device's peak rate (MFU), without evaluations and c
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from model import GPT, GPTConfig
 from nib.errors import UserError
-from nib.machine.device import look_up_peak, measure_flops, peak_flops
+from nib.machine.device import ShapesOnly, look_up_peak, measure_flops, peak_flops
 from nib.machine.memory import available_memory
 from nib.machine.memory_plan import plan_memory
 from nib.report.history import show_seconds
@@ -36,7 +34,7 @@ def describe_plan(
     known rate.
     """
     model = GPTConfig.pick(values, vocab_size)
-    with torch.device('meta'):  # shapes only
+    with ShapesOnly():
         gpt = GPT(model)
     plan = plan_memory(model, values, values['compile'])
     sequences = values['batch_size'] * values['gradient_accumulation_steps']
