@@ -7,6 +7,7 @@ FLOPs at a stated share of a device's peak rate (MFU), without evaluations and c
 from collections.abc import Mapping, Sequence
 
 from model import GPT, GPTConfig
+from nib.budget import tokens_per_step
 from nib.errors import UserError
 from nib.machine.device import ShapesOnly, look_up_peak, measure_flops, peak_flops
 from nib.machine.memory import available_memory
@@ -37,8 +38,7 @@ def describe_plan(
     with ShapesOnly():
         gpt = GPT(model)
     plan = plan_memory(model, values, values['compile'])
-    sequences = values['batch_size'] * values['gradient_accumulation_steps']
-    tokens = sequences * model.block_size
+    tokens = tokens_per_step(values)
     flops_per_token = 3 * sum(gpt.flops_per_token().values())
     flops = flops_per_token * tokens * values['max_iters']
     ranks = values['ranks']
