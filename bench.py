@@ -35,9 +35,10 @@ from benchmarks.plan import describe_plan
 from model import GPT
 from nib.errors import UserError, run_script, warn
 from nib.machine.compiling import has_compiler, pick_compile
-from nib.machine.device import ShapesOnly, measure_flops, peak_memory, pick_device, pick_dtype
+from nib.machine.device import ShapesOnly, peak_memory, pick_device, pick_dtype
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
+from nib.machine.rates import measure_flops
 from nib.report.history import show_seconds
 from nib.run.checks import check_config, pick_model, reject_plan, settle_schedule
 from nib.schema import check_range, is_auto

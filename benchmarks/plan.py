@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from model import GPT, GPTConfig
 from nib.budget import tokens_per_step
 from nib.errors import UserError
-from nib.machine.device import ShapesOnly, look_up_peak, measure_flops, peak_flops
+from nib.machine.device import ShapesOnly
 from nib.machine.memory import available_memory
 from nib.machine.memory_plan import plan_memory
+from nib.machine.rates import look_up_peak, measure_flops, peak_flops
 from nib.report.history import show_seconds
 
 PARTS = {
