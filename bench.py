@@ -23,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import configurator
 import train
@@ -36,9 +35,10 @@ from benchmarks.plan import describe_plan
 from model import GPT
 from nib.errors import UserError, run_script, warn
 from nib.machine.compiling import has_compiler, pick_compile
-from nib.machine.device import measure_flops, peak_memory, pick_device, pick_dtype
+from nib.machine.device import ShapesOnly, peak_memory, pick_device, pick_dtype
 from nib.machine.memory import check_memory
 from nib.machine.ranks import Ranks
+from nib.machine.rates import measure_flops
 from nib.report.history import show_seconds
 from nib.run.checks import check_config, pick_model, reject_plan, settle_schedule
 from nib.schema import check_range, is_auto
@@ -61,7 +61,6 @@ mfu: float = 0.4  # plan: assumed share of a device's peak rate
 price_per_hour: float = 0.0  # plan: price of a device in your currency; 0: show no cost
 
 VOCAB_SIZE = 50257  # of the random tokens that replace a missing dataset
-ROOT = Path(__file__).resolve().parent
 
 
 def main(argv):
@@ -109,7 +108,7 @@ def settle_compile(values, vocab_size: int) -> dict:
 
     Raises UserError if the model is impossible.
     """
-    with torch.device('meta'):  # shapes only
+    with ShapesOnly():
         model = GPT(pick_model(values, vocab_size))
     compiled, _ = pick_compile(values, model)
     return values | {'compile': compiled}

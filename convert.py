@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 import configurator
+from nib.checkpoint.paths import is_own_name
 from nib.checkpoint.start import read_model
 from nib.checkpoint.weights import Weights
-from nib.checkpoint.wrong_folder import is_own_name
 from nib.errors import UserError, run_script
 from nib.files import shown
 from nib.hub import gguf, huggingface, nanogpt

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import configurator
-from nib.checkpoint.wrong_folder import is_run
+from nib.checkpoint.paths import is_run
 from nib.errors import UserError, run_script
 from nib.report.page import build_page, read_runs, write_report
 

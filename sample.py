@@ -23,7 +23,7 @@ import configurator
 from nib.api import stream
 from nib.checkpoint.start import read_model
 from nib.checkpoint.weights import Weights
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.generation import int8
 from nib.generation.chat import Conversation
 from nib.generation.sampling import check_sampling
@@ -81,11 +81,7 @@ def main(argv):
         model = int8.quantize(model.float())
     else:
         model.to(device, getattr(torch, dtype_used))
-    print(
-        f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})',
-        file=sys.stderr,
-        flush=True,  # before the text: a notebook does not show it at once
-    )
+    warn(f'{weights.describe()}; {describe_device(device)}, {dtype_used} ({dtype_reason})')
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if conversation:
         conversation.run(model, stop, **sampling)
@@ -153,7 +149,7 @@ def can_compile(generate: Callable) -> bool:
         except Exception as error:  # the compiler's errors have no common base class
             chosen, reason = False, explain_failure(error)
     if not chosen:
-        print(f'not compiled: {reason}', file=sys.stderr)
+        warn(f'not compiled: {reason}')
     return chosen
 
 
@@ -161,7 +157,7 @@ def unescape(text: str, flag: str) -> str:
     r"""Returns a flag's text with \n, \t and \\ replaced by what they stand for in Python."""
     meanings = {r'\n': '\n', r'\t': '\t', r'\\': '\\'}
     if re.search(r'(?<!\\)\\[nt][a-z]', text):  # it could be \theta or a path
-        print(rf'note: {flag}: \n is a line break, \t a tab, and \\ a backslash', file=sys.stderr)
+        warn(rf'note: {flag}: \n is a line break, \t a tab, and \\ a backslash')
     return re.sub(r'\\[nt\\]', lambda match: meanings[match[0]], text)
 
 
@@ -172,7 +168,7 @@ def read_prompt(start: str) -> str:
     """
 
     def note(what: str):
-        print(f'note: --start: {what}', file=sys.stderr)
+        warn(f'note: --start: {what}')
 
     try:
         if start == '-':

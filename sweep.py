@@ -28,11 +28,11 @@ import torch
 
 import configurator
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import is_run
+from nib.checkpoint.paths import is_run
 from nib.errors import EXIT_FINDING, EXIT_INTERRUPTED, EXIT_NONFINITE, UserError, run_script
 from nib.files import atomic_write, naming, read_json
 from nib.machine.device import pick_device
-from nib.machine.signals import name_signal
+from nib.machine.signals import SIGNALS, name_signal
 from nib.machine.threads import available_cores
 from nib.report.compare import NOT_COMPARED, compare
 from nib.report.history import read_run, read_runs
@@ -45,8 +45,6 @@ jobs: int = 1  # runs at a time, each on its own GPU or with its share of the CP
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 MAY_CHANGE = {'max_iters', 'device', *NOT_COMPARED} - {'init_from'}  # when a sweep continues
 EXIT_FAILED = 1  # at least one run has failed
-# Ctrl-C; a shutdown; a preemption on a cluster; a closed terminal. Windows has the first two.
-SIGNALS = [getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')]
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ class Sweep:
 
     def train_all(self, runs: list[Planned]):
         waiting, told = list(runs), False
-        previous = {number: signal.getsignal(number) for number in filter(None, SIGNALS)}
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in previous.items():
             if handler != signal.SIG_IGN:  # by nohup, for example
                 signal.signal(number, self.receive)

@@ -7,7 +7,6 @@ results are reported, remains unseen, so choices based on this table are not tun
 """
 
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -63,7 +62,7 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / 'seen.txt').write_text(seen[: len(seen) * 9 // 10], encoding='utf-8')
-        run(
+        measure.run(
             'data/shakespeare_char/prepare.py',
             f'--input={scratch / "seen.txt"}',
             f'--out_dir={scratch / "shakespeare_char"}',
@@ -94,7 +93,7 @@ def train(scratch: Path, seed: int, flags) -> tuple[float, float]:
     """Returns the loss on the whole validation split, and the seconds of the process."""
     out_dir = scratch / 'run'
     started = time.perf_counter()
-    run(
+    measure.run(
         'train.py',
         'config/fast_shakespeare_char.py',
         '--device=cpu',
@@ -108,16 +107,6 @@ def train(scratch: Path, seed: int, flags) -> tuple[float, float]:
     )
     seconds = time.perf_counter() - started
     return read_run(out_dir).values('loss/val_whole')[-1], seconds
-
-
-def run(*command):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise UserError(
-            f'{" ".join(map(str, command[:2]))} failed: {(done.stderr or done.stdout)[-500:]}'
-        )
 
 
 if __name__ == '__main__':

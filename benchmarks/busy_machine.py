@@ -56,12 +56,7 @@ def main(argv):
             for name, pair in workers.items():
                 figures = measure_situations(job, unit, pair)
                 turns[name][turn] |= figures
-                print(
-                    f'round {turn + 1}, {name}: '
-                    + ', '.join(f'{key} {figure:.3g}' for key, figure in figures.items()),
-                    file=sys.stderr,
-                    flush=True,
-                )
+                measure.say_round(turn, name, figures)
         for pair in workers.values():
             for worker in pair:
                 worker.close()

@@ -25,7 +25,7 @@ import configurator
 import train
 from benchmarks import measure
 from nib import optim
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.machine.device import peak_memory
 from nib.report.history import read_run
 from nib.tokens.dataset import open_dataset
@@ -57,7 +57,9 @@ def main(argv):
         raise UserError('matplotlib is not installed: pip install matplotlib') from error
     if text:
         with tempfile.TemporaryDirectory() as folder:
-            run('data/text/prepare.py', f'--input={text}', f'--out_dir={folder}/shakespeare_char')
+            measure.run(
+                'data/text/prepare.py', f'--input={text}', f'--out_dir={folder}/shakespeare_char'
+            )
             tables += [compare_optimizers(folder), compare_batches(folder)]
     measure.publish('\n\n'.join(tables) + '\n', result)
 
@@ -263,7 +265,7 @@ def compare_optimizers(folder: str) -> str:
     lines = [f'{"optimizer":10}{"learning_rate":>15}{"train loss":>11}{"val loss":>11}']
     for method, rates in RATES.items():
         for rate in rates:
-            run(
+            measure.run(
                 'train.py',
                 'config/train_shakespeare_char.py',
                 f'--data_dir={folder}',
@@ -279,7 +281,7 @@ def compare_optimizers(folder: str) -> str:
             numbers = read_run(f'{folder}/{method}-{rate}').numbers
             losses = (list(numbers[f'loss/{split}'].values())[-1] for split in ('train', 'val'))
             lines.append(f'{method:10}{rate:>15}' + ''.join(f'{one:11.3f}' for one in losses))
-            print(lines[-1], file=sys.stderr, flush=True)
+            warn(lines[-1])
     return '\n'.join(lines)
 
 
@@ -290,7 +292,7 @@ def compare_batches(folder: str) -> str:
         with multiprocessing.get_context('spawn').Pool(1) as pool:  # memory of its own
             ms, megabytes = pool.apply(measure_steps, (folder, size, micro_steps))
         lines.append(f'{size:<10}{micro_steps:13}{ms:10.0f}{megabytes:18.0f}')
-        print(lines[-1], file=sys.stderr, flush=True)
+        warn(lines[-1])
     return '\n'.join(lines)
 
 
@@ -307,15 +309,6 @@ def measure_steps(folder: str, size: int, micro_steps: int) -> tuple[float, floa
         train.train_step(t, t.batches.micro_batches(step), step)
         seconds.append(time.perf_counter() - started)
     return 1e3 * statistics.median(seconds[1:]), peak_memory('cpu') / 1e6
-
-
-def run(script: str, *flags: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise UserError(f'{script} failed: {done.stderr[-500:]}')
-    return done.stdout
 
 
 if __name__ == '__main__':

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import train
 from benchmarks import measure
-from nib.machine.device import measure_flops, peak_flops, peak_memory, synchronize
+from nib.machine.device import peak_memory, synchronize
+from nib.machine.rates import measure_flops, peak_flops
 
 WARM_UP = 3  # steps that are not measured
 

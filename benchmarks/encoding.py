@@ -163,11 +163,7 @@ def compare_with_nanogpt() -> str:
                 turns[name].append(
                     take_turn(*contestant, scratch / 'whole.jsonl', n_bytes, scratch / name)
                 )
-                print(
-                    f'round {turn + 1}, {name}: '
-                    + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()),
-                    flush=True,
-                )
+                measure.say_round(turn, name, turns[name][-1])
             for split in ('train.bin', 'val.bin'):
                 if not filecmp.cmp(
                     *(scratch / name / split for name in contestants), shallow=False

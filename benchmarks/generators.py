@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
 from model import GPT, GPTConfig
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.generation.int8 import quantize
 from nib.hub import gguf, huggingface
 from nib.machine.device import pick_device, synchronize
@@ -83,7 +83,7 @@ def compare(models: Path) -> str:
     turns: dict[str, list[dict]] = {}
     for name, (package, *_) in CONTESTANTS.items():
         if importlib.util.find_spec(package) is None:
-            print(f'{name} is left out: {package} is not installed', file=sys.stderr)
+            warn(f'{name} is left out: {package} is not installed')
         else:
             turns[name] = [{} for _ in range(rounds)]
     for dtype in dtypes.split(','):

@@ -25,7 +25,8 @@ from benchmarks import gpu_kernels, measure, nanogpt, sampling
 from benchmarks.contestant import time_steps
 from model import GPT, GPTConfig
 from nib.errors import UserError
-from nib.machine.device import measure_flops, peak_flops, synchronize
+from nib.machine.device import synchronize
+from nib.machine.rates import measure_flops, peak_flops
 
 ROOT = measure.ROOT
 TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)

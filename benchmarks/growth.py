@@ -1,11 +1,10 @@
 """Measures how speed and memory grow with a model's sizes: the work of bench.py --growth."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.measure import show
-from nib.errors import UserError, optional
+from nib.errors import UserError, optional, warn
 
 # Axis, such as 'width' -> its points from small to large. A point's first figure is its size.
 Growth = Mapping[str, Sequence[Mapping[str, float]]]
@@ -44,10 +43,10 @@ def measure(config: Mapping, measure_point: Callable[[dict[str, int]], dict[str,
             except UserError as error:
                 if power < 0:
                     raise
-                print(f'{axis} {size}: {error}', file=sys.stderr, flush=True)
+                warn(f'{axis} {size}: {error}')
                 break
             points.append({axis: size, **point})
-            print(f'{axis} {size}: {point[SPEED]:,.0f} tokens/s', file=sys.stderr, flush=True)
+            warn(f'{axis} {size}: {point[SPEED]:,.0f} tokens/s')
             if power >= 0 and point[STEP] > SLOW:
                 break
     return growth

@@ -54,12 +54,7 @@ def main(argv):
                     measure.in_fresh_process(TIME_LOADING, str(Path(scratch) / name))
                     | {'command to first step, s': measure.time_startup(flags)}
                 )
-                print(
-                    f'round {turn + 1}, {name}: '
-                    + ', '.join(f'{key} {figure:.4g}' for key, figure in turns[name][-1].items()),
-                    file=sys.stderr,
-                    flush=True,
-                )
+                measure.say_round(turn, name, turns[name][-1])
     table = (
         f'{rounds} alternating rounds; {measure.describe_machine()}\n'
         f'batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens, the first {N_BATCHES} of the training '

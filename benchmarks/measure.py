@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nib.errors import UserError
+from nib.errors import UserError, warn
 from nib.files import naming
 from nib.machine.device import synchronize
 
@@ -34,7 +34,7 @@ def describe_machine(device: str = 'cpu') -> str:
     return f'{name}, {os.cpu_count()} cores, {versions}'
 
 
-def copy_rate(device: str, n_bytes: int = 1 << 30) -> float:
+def copy_rate(device: str, n_bytes: int) -> float:
     """Returns the bytes/s, read and written, of a copy in the device's memory, the best of five."""
     source, target = (torch.ones(n_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     times = []
@@ -75,6 +75,12 @@ def publish(table: str, result: str):
     if result:
         with naming(result):
             Path(result).write_text(table, encoding='utf-8')
+
+
+def say_round(turn: int, name: str, figures: Mapping[str, float]):
+    """Prints a round's figures on standard error."""
+    shown = (f'{key} {show(figure)}' for key, figure in figures.items())
+    warn(f'round {turn + 1}, {name}: {", ".join(shown)}')
 
 
 def show(figure: float) -> str:
@@ -146,6 +152,23 @@ def timed_step(train_step, training, micro_batches, step: int, clock: LapClock):
     losses = train_step(timed, clock.time_batches(micro_batches), step)
     clock.lap('optimizer')
     return losses
+
+
+def run(*command, folder: str | os.PathLike = ROOT) -> str:
+    """Runs a Python script in a folder; returns what it prints.
+
+    Raises UserError with the end of its output if it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(f'{command[0]} failed in {folder}: {done.stdout[-500:]}')
+    return done.stdout
 
 
 def environment(**more: str) -> dict[str, str]:

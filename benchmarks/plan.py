@@ -6,13 +6,13 @@ FLOPs at a stated share of a device's peak rate (MFU), without evaluations and c
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from model import GPT, GPTConfig
+from nib.budget import tokens_per_step
 from nib.errors import UserError
-from nib.machine.device import look_up_peak, measure_flops, peak_flops
+from nib.machine.device import ShapesOnly
 from nib.machine.memory import available_memory
 from nib.machine.memory_plan import plan_memory
+from nib.machine.rates import look_up_peak, measure_flops, peak_flops
 from nib.report.history import show_seconds
 
 PARTS = {
@@ -36,11 +36,10 @@ def describe_plan(
     known rate.
     """
     model = GPTConfig.pick(values, vocab_size)
-    with torch.device('meta'):  # shapes only
+    with ShapesOnly():
         gpt = GPT(model)
     plan = plan_memory(model, values, values['compile'])
-    sequences = values['batch_size'] * values['gradient_accumulation_steps']
-    tokens = sequences * model.block_size
+    tokens = tokens_per_step(values)
     flops_per_token = 3 * sum(gpt.flops_per_token().values())
     flops = flops_per_token * tokens * values['max_iters']
     ranks = values['ranks']

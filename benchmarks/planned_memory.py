@@ -91,7 +91,6 @@ def measure_config(flags: list[str]) -> tuple[float, float]:
         vocab_size = take_steps(values, Path(scratch) / 'run', 5)
     peak = peak_memory('cpu')
     assert peak is not None
-    # After the measurement: its model without numbers makes torch import 45 MB of modules.
     plan = plan_memory(GPTConfig.pick(values, vocab_size), values)
     return plan.peak / 1e6, (peak - before) / 1e6
 

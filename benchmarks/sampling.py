@@ -23,7 +23,7 @@ import configurator
 from benchmarks import measure
 from benchmarks.nanogpt import start
 from model import GPT, GPTConfig
-from nib.errors import run_script
+from nib.errors import run_script, warn
 from nib.machine.device import pick_device, synchronize
 from nib.schema import check_range
 
@@ -94,11 +94,9 @@ def main(argv):
                 batches[f'{n} tokens, {dtype}: {N_PROMPTS} / 1'] = together[n - 1] / alone[n - 1]
         turns['nanoGPT'].append(theirs)
         turns['nibGPT'].append(ours | batches | {'plain read, GB/s': memory_rate / 1e9} | shares)
-        print(
+        warn(
             f'round {turn + 1}: '
-            + '; '.join(f'{key} {ours[key] / rate:.1f} x' for key, rate in theirs.items()),
-            file=sys.stderr,
-            flush=True,
+            + '; '.join(f'{key} {ours[key] / rate:.1f} x' for key, rate in theirs.items())
         )
     compiled = ', compiled' if compile else ''
     table = (

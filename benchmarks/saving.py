@@ -63,12 +63,7 @@ def main(argv):
             for name in list(turns)[:: 1 if turn % 2 else -1]:
                 tensorfile.hashlib = hashlib if name == 'digests' else NO_DIGEST
                 turns[name].append(take_turn(model, optimizer, out_dir))
-                print(
-                    f'round {turn + 1}, {name}: '
-                    + ', '.join(f'{k} {v:.3g}' for k, v in turns[name][-1].items()),
-                    file=sys.stderr,
-                    flush=True,
-                )
+                measure.say_round(turn, name, turns[name][-1])
     table = (
         f'{rounds} alternating rounds; {measure.describe_machine(device)}\n'
         f'{model.num_params() / 1e6:.2f}M parameters, seconds; SHA-256 alone takes '

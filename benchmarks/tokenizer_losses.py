@@ -7,7 +7,6 @@ and in bits per byte. Only the latter can be compared.
 """
 
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -47,14 +46,14 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in TOKENIZERS.items():
             data = Path(folder, name)
-            run('data/text/prepare.py', f'--input={input}', f'--out_dir={data}', *flags)
+            measure.run('data/text/prepare.py', f'--input={input}', f'--out_dir={data}', *flags)
             where = [
                 f'--dataset={data}',
                 f'--out_dir={folder}/run',
                 '--overwrite',
                 '--report=False',
             ]
-            said = run('train.py', 'config/train_text.py', *where, *steps)
+            said = measure.run('train.py', 'config/train_text.py', *where, *steps)
             nats, bits = re.findall(LOSS, said)[-1]
             meta = read_json(data / 'meta.json')
             counts = meta['splits']['val']
@@ -63,14 +62,6 @@ def main(argv):
             print(lines[-1], flush=True)
     table = '\n'.join(lines) + '\n'
     measure.publish(table, result)
-
-
-def run(*command: str) -> str:
-    """Runs a script; returns what it prints. Raises UserError with the end of its errors."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f'{command[0]} failed: {done.stderr[-500:]}')
-    return done.stdout
 
 
 if __name__ == '__main__':

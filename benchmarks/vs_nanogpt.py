@@ -11,7 +11,6 @@ start-up, training, evaluations and saving.
 
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -70,23 +69,15 @@ def main(argv):
     turns = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = Path(scratch) / 'data'
-        run(
-            [
-                sys.executable,
-                str(ROOT / 'data/shakespeare_char/prepare.py'),
-                f'--input={text.resolve()}',
-                f'--out_dir={data_dir / "shakespeare_char"}',
-            ],
-            ROOT,
+        measure.run(
+            'data/shakespeare_char/prepare.py',
+            f'--input={text.resolve()}',
+            f'--out_dir={data_dir / "shakespeare_char"}',
         )
         for turn in range(rounds):
             for name, train in contestants.items():
                 turns[name].append(train(clone, data_dir, Path(scratch) / f'{name}-{turn}', turn))
-                print(
-                    f'round {turn + 1}, {name}: '
-                    + ', '.join(f'{k} {v:.4g}' for k, v in turns[name][-1].items()),
-                    flush=True,
-                )
+                measure.say_round(turn, name, turns[name][-1])
     table = (
         f'{rounds} alternating rounds; {measure.describe_machine()}; '
         f'{max_iters} steps of {TOKENS_PER_STEP} tokens\n\n'
@@ -99,7 +90,6 @@ def main(argv):
 
 def train_nanogpt(clone, data_dir, out_dir, seed):
     command = [
-        sys.executable,
         'train.py',
         'config/train_shakespeare_char.py',
         '--device=cpu',
@@ -116,7 +106,9 @@ def train_nanogpt(clone, data_dir, out_dir, seed):
         '--dropout=0.0',
         f'--out_dir={out_dir}',
     ]
-    seconds, output = run(command, clone)
+    started = time.perf_counter()
+    output = measure.run(*command, folder=clone)
+    seconds = time.perf_counter() - started
     times = {
         int(step): float(ms)
         for step, ms in re.findall(r'^iter (\d+): .*time ([\d.]+)ms', output, re.MULTILINE)
@@ -126,7 +118,7 @@ def train_nanogpt(clone, data_dir, out_dir, seed):
         statistics.mean(times[step] for step in range(first, first + 50) if step % 250)
         for first in range(0, max_iters - 49, 50)
     ]
-    whole = run([sys.executable, '-c', WHOLE_SPLIT, str(out_dir)], clone)[1]
+    whole = measure.run('-c', WHOLE_SPLIT, out_dir, folder=clone)
     return {
         'process s': seconds,
         'tokens/s': TOKENS_PER_STEP / statistics.median(milliseconds) * 1000,
@@ -146,7 +138,6 @@ def train_fast(clone, data_dir, out_dir, seed):
 
 def train_config(data_dir, out_dir, *flags):
     command = [
-        sys.executable,
         'train.py',
         *flags,
         '--device=cpu',
@@ -155,27 +146,15 @@ def train_config(data_dir, out_dir, *flags):
         f'--out_dir={out_dir}',
         '--fallback_dataset=',
     ]
-    seconds, _ = run(command, ROOT)
+    started = time.perf_counter()
+    measure.run(*command)
+    seconds = time.perf_counter() - started
     done = read_run(out_dir)
     return {
         'process s': seconds,
         'tokens/s': statistics.median(done.values('tokens_per_second')),
         'val loss, whole split': done.values('loss/val_whole')[-1],
     }
-
-
-def run(command, folder) -> tuple[float, str]:
-    """Runs a command; returns its seconds and its output.
-
-    Raises UserError with the end of the output if it fails.
-    """
-    started = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        raise UserError(f'{" ".join(command[:3])} failed in {folder}: {done.stdout[-500:]}')
-    return time.perf_counter() - started, done.stdout
 
 
 if __name__ == '__main__':

@@ -139,7 +139,7 @@ class Planner:
         """
         values = {**self.config, **keys}
         for sizes in batch_sizes(values):
-            agrees = sizes | self.fixed == self.fixed | sizes
+            agrees = all(self.fixed.get(key, size) == size for key, size in sizes.items())
             if agrees and needed_memory(self.model(keys), values | sizes) <= USABLE * self.room:
                 return keys | sizes
         raise UserError(

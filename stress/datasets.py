@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 from benchmarks import measure
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.schema import check_range
 from nib.text import documents
 from nib.text.gpt2 import Gpt2Tokenizer
@@ -113,7 +113,7 @@ def prepare_together(folder: Path, killing: bool, draw: random.Random) -> Counte
     intact = last.exitcode == 0 and names == ['meta.json', 'train.bin', 'val.bin']
     counts['broken'] += not intact
     if not intact:
-        print(f'broken: exit code {last.exitcode}, {names}', file=sys.stderr)
+        warn(f'broken: exit code {last.exitcode}, {names}')
     return counts
 
 

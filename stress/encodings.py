@@ -28,7 +28,7 @@ import configurator
 import sample
 from benchmarks import measure
 from nib import errors
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.tokens.dataset import open_dataset
 
 cases: int = 10000  # number of cases to run
@@ -64,7 +64,7 @@ def main(argv):
             kind, outcome, messages = run_case(number, Path(folder), prepare)
         ended.setdefault(kind, Counter())[outcome] += 1
         if outcome in BAD or case >= 0:
-            print(f'case {number}, {kind}: {outcome}: {messages}', file=sys.stderr)
+            warn(f'case {number}, {kind}: {outcome}: {messages}')
     table = format_table(ended, time.monotonic() - began)
     measure.publish(table, result)
     return 1 if any(counts[bad] for counts in ended.values() for bad in BAD) else 0

@@ -36,7 +36,7 @@ from benchmarks import measure
 from model import GPT
 from nib import errors
 from nib.checkpoint.start import read_weights
-from nib.errors import run_script
+from nib.errors import run_script, warn
 from nib.schema import check_range
 
 cases: int = 1000  # number of cases to run
@@ -83,16 +83,16 @@ MODELS = {
     'qwen3': transformers.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True),
 }
 # Keys that these files may have; whether a model has them or not is drawn.
-KEYS = [
-    'activation_function add_cross_attention alibi architectures attention_bias auto_map head_dim',
-    'hidden_act hidden_size intermediate_size is_encoder_decoder layer_norm_epsilon layer_types',
-    'logit_scale max_position_embeddings max_window_layers mlp_bias model_type n_embd n_head',
-    'n_inner n_layer n_positions num_attention_heads num_hidden_layers num_key_value_heads',
-    'partial_rotary_factor pruned_heads quantization_config reorder_and_upcast_attn rms_norm_eps',
-    'rope_parameters rope_scaling rope_theta scale_attn_by_inverse_layer_idx scale_attn_weights',
-    'sliding_window tie_word_embeddings use_sliding_window vocab_size attn_logit_softcapping',
-    'final_logit_softcapping qk_layernorm use_qk_norm residual_multiplier embedding_multiplier',
-]
+KEYS = """
+    activation_function add_cross_attention alibi architectures attention_bias auto_map head_dim
+    hidden_act hidden_size intermediate_size is_encoder_decoder layer_norm_epsilon layer_types
+    logit_scale max_position_embeddings max_window_layers mlp_bias model_type n_embd n_head
+    n_inner n_layer n_positions num_attention_heads num_hidden_layers num_key_value_heads
+    partial_rotary_factor pruned_heads quantization_config reorder_and_upcast_attn rms_norm_eps
+    rope_parameters rope_scaling rope_theta scale_attn_by_inverse_layer_idx scale_attn_weights
+    sliding_window tie_word_embeddings use_sliding_window vocab_size attn_logit_softcapping
+    final_logit_softcapping qk_layernorm use_qk_norm residual_multiplier embedding_multiplier
+""".split()
 # Keys that change neither the logits nor the meaning of the tokens.
 HARMLESS = {
     'transformers_version': ['4.31.0', '5.0.0', None],
@@ -144,7 +144,7 @@ def main(argv):
             kind, outcome, what = run_case(number, Path(scratch), originals)
             ended[kind][outcome] += 1
             if outcome in BAD or case >= 0:
-                print(f'case {number}, {kind}: {outcome}: {what}', file=sys.stderr, flush=True)
+                warn(f'case {number}, {kind}: {outcome}: {what}')
     table = make_table(ended, time.monotonic() - began)
     measure.publish(table, result)
     return int(any(counts[bad] for counts in ended.values() for bad in BAD))
@@ -223,7 +223,7 @@ def compute(folder: Path) -> tuple[int | None, str, torch.Tensor | None]:
 
     def compute_logits(argv):
         nonlocal logits
-        start = read_weights(str(folder), lambda line: print(line, file=sys.stderr))
+        start = read_weights(str(folder))
         model = GPT(start.model).eval()
         model.load_state_dict(start.tensors['model'])
         with torch.no_grad():
@@ -262,7 +262,7 @@ def any_value(draw: random.Random):
 
 def change_value(draw: random.Random, config: dict, folder: Path) -> list[str]:
     """Changes a value into another one of its type."""
-    key = draw.choice([key for key in config if key in ' '.join(KEYS).split()])
+    key = draw.choice([key for key in config if key in KEYS])
     value = config[key]
     if isinstance(value, bool):
         config[key] = not value
@@ -278,7 +278,7 @@ def change_value(draw: random.Random, config: dict, folder: Path) -> list[str]:
 
 
 def change_type(draw: random.Random, config: dict, folder: Path) -> list[str]:
-    key = draw.choice([key for key in config if key in ' '.join(KEYS).split()])
+    key = draw.choice([key for key in config if key in KEYS])
     value = config[key]
     as_float = [float(value)] if isinstance(value, int) else []
     config[key] = draw.choice([str(value), [value], {key: value}, *as_float, any_value(draw)])
@@ -286,7 +286,7 @@ def change_type(draw: random.Random, config: dict, folder: Path) -> list[str]:
 
 
 def add_key(draw: random.Random, config: dict, folder: Path) -> list[str]:
-    key = draw.choice([*' '.join(KEYS).split(), 'surprise', 'é', ''])
+    key = draw.choice([*KEYS, 'surprise', 'é', ''])
     config[key] = any_value(draw)
     return [key]
 

@@ -23,7 +23,7 @@ import configurator
 import train
 from benchmarks import measure
 from nib.doctor.problems import PROBLEMS
-from nib.errors import UserError, call, run_script
+from nib.errors import UserError, call, run_script, warn
 from nib.schema import check_range
 from nib.tokens.write import write_char_dataset
 
@@ -120,12 +120,10 @@ def main(argv):
             runs = []
             for run in pool.imap(run_job, jobs, chunksize=1):
                 runs.append(run)
-                print(
+                warn(
                     f'{len(runs)} of {len(jobs)}: {run["fault"]}, {run["model"]}, '
                     f'{run["dataset"]}, seed {run["seed"]}: '
-                    f'{run["findings"] or "nothing found"}',
-                    file=sys.stderr,
-                    flush=True,
+                    f'{run["findings"] or "nothing found"}'
                 )
     report = '\n\n'.join(
         filter(

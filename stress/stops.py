@@ -19,6 +19,7 @@ import torch
 import train
 from nib.checkpoint import store
 from nib.errors import UserError, run_script
+from nib.machine.signals import SIGNALS
 from nib.run.metrics import read_records
 from nib.tokens.write import write_char_dataset
 
@@ -31,7 +32,6 @@ RUN = (
 ).split()
 LONG = 40  # micro steps of a long step
 MICRO_STEP = 0.02  # seconds that each of them takes at least
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CONSOLES = ('tee', 'unread pipe', 'full disk', 'closed', 'terminal')
 STEPS = f'--eval_interval=1000 --gradient_accumulation_steps={LONG} --max_iters=6'
 STOPPED = {  # what is stopped -> flags of the runs

@@ -565,6 +565,14 @@ def test_figures_of_the_pages_about_speed_are_measured_ones():
         assert any(all(map(rounds_to, triple, other)) for other in measured), triple
 
 
+def test_every_result_is_named_where_it_is_used():
+    paths = [*ROOT.glob('docs/*.md'), *ROOT.glob('nib/**/*.py'), *ROOT.glob('tests/*.py')]
+    users = ''.join(path.read_text(encoding='utf-8') for path in paths)
+    results = sorted((ROOT / 'benchmarks/results').iterdir())
+    assert len(results) > 30
+    assert [path.name for path in results if path.name not in users] == []
+
+
 def test_figures_of_the_readme_are_measured_ones():
     text = (ROOT / 'README.md').read_text()
     rows = dict(

@@ -9,8 +9,8 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
+from nib.checkpoint.paths import explain, is_run, is_torch_file
 from nib.checkpoint.weights import MAY_DIFFER, Weights, build_model
-from nib.checkpoint.wrong_folder import explain, is_run, is_torch_file
 from nib.errors import UserError, warn
 from nib.hub import huggingface, nanogpt, reference
 from nib.machine.device import ShapesOnly, seed_everything
@@ -60,8 +60,7 @@ def read_start(
     if init_from == 'scratch':
         return None
     if init_from == 'resume':
-        found, tensors = store.load(out_dir, 'latest', warn=warn, check=check_shapes)
-        return _from_checkpoint(found, tensors, resumed=True)
+        return _read_checkpoint(out_dir, 'latest', resumed=True, warn=warn)
     words = ('scratch', 'resume', *GPT2_NAMES)
     return read_weights(init_from, warn, words=words, check=check)
 
@@ -81,9 +80,7 @@ def read_model(
     """
     if init_from not in ('', 'resume'):
         return read_weights(init_from, which=which, check=check)
-    run, which = store.locate(out_dir, which)
-    found, tensors = store.load(run, which, read=read, check=check_shapes)
-    return _from_checkpoint(found, tensors, resumed=True)
+    return _read_checkpoint(*store.locate(out_dir, which), resumed=True, read=read)
 
 
 def read_weights(
@@ -103,8 +100,7 @@ def read_weights(
     path = Path(name)
     run, which = store.locate(name, which)
     if store.exists(run):
-        found, tensors = store.load(run, which, read=('model',), warn=warn, check=check_shapes)
-        return _from_checkpoint(found, tensors, resumed=False)
+        return _read_checkpoint(run, which, resumed=False, read=('model',), warn=warn)
     if is_torch_file(path):
         return _compared(_from_nanogpt(path, resumed=True), warn)
     if (path / 'ckpt.pt').is_file():
@@ -171,7 +167,9 @@ def _from_nanogpt(path: Path, resumed: bool) -> Weights:
     )
 
 
-def _from_checkpoint(found: store.Checkpoint, tensors, resumed: bool) -> Weights:
+def _read_checkpoint(out_dir, which: str, resumed: bool, **options) -> Weights:
+    """Reads the weights of a run. options: of store.load()."""
+    found, tensors = store.load(out_dir, which, check=check_shapes, **options)
     return Weights(
         name=str(found.path),
         model=GPTConfig(**found.state['model']),

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from nib.checkpoint import tensorfile
-from nib.checkpoint.wrong_folder import explain, is_checkpoint, run_of
+from nib.checkpoint.paths import explain, is_checkpoint, run_of
 from nib.errors import UserError, warn
 from nib.files import atomic_write, clear_temporaries, sync_folder
 from nib.machine.ranks import Ranks

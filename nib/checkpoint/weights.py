@@ -11,7 +11,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import is_checkpoint
+from nib.checkpoint.paths import is_checkpoint
 from nib.errors import UserError
 from nib.files import command
 from nib.machine.device import ShapesOnly

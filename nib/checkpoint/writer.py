@@ -1,13 +1,13 @@
 """Writes checkpoints in the background, while training continues."""
 
 import atexit
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from nib.checkpoint import store
+from nib.errors import warn
 
 
 class CheckpointWriter:
@@ -95,7 +95,7 @@ class CheckpointWriter:
     def _report(self):
         """Prints an error that no call has raised yet, because the program is ending."""
         if self._last and (error := self._last.exception()):
-            print(f'error: {error}', file=sys.stderr)
+            warn(f'error: {error}')
 
 
 def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

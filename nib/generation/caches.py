@@ -1,4 +1,7 @@
-"""Caches of keys and values, and the attention of new tokens to them."""
+"""Caches of keys and values, and the attention of new tokens to them.
+
+benchmarks/results/generation_steps.txt compares the speed of the three caches.
+"""
 
 import functools
 import math
@@ -21,6 +24,14 @@ class Pass:
     # Only if no fused kernel computes attention_scores(). Positions are negative in padding.
     query_positions: torch.Tensor | None = None  # (B, 1, T)
     key_positions: torch.Tensor | None = None  # (B, 1, n_seen)
+
+
+def attend_in_window(q, k, v, mask):
+    """Attends (B, H, T, D) to the keys and values (B, K, T, D) of the same tokens."""
+    if mask is None:
+        return attend(q, k, v)
+    is_shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_shared)
 
 
 class KVCache:
@@ -82,12 +93,8 @@ class AmxCache:
         n_seen, mask = self.this_pass.n_seen, self.this_pass.mask
         B, H, T, D = q.shape
         self.keys[:, :, n_seen - T : n_seen], self.values[:, :, n_seen - T : n_seen] = k, v
-        if T > 1 and mask is None:
-            return attend(q, k, v)
         if T > 1:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != H
-            )
+            return attend_in_window(q, k, v, mask)
         q = q.view(B, k.shape[1], -1, D)  # heads that share keys are queries of one head
         k, v = self.keys[:, :, :n_seen], self.values[:, :, :n_seen]
         q = q.type_as(k)  # they differ inside autocast
@@ -132,11 +139,7 @@ class BagCache:
                 F.pad(part, padding).unflatten(2, (used, self.BLOCK)) for part in (k, v)
             )
             self.keys[:, :, :used], self.values[:, :, :used] = k_blocks.transpose(3, 4), v_blocks
-            if mask is None:
-                return attend(q, k, v)
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != H
-            )
+            return attend_in_window(q, k, v, mask)
         block, slot = divmod(n_seen - 1, self.BLOCK)
         self.keys[:, :, block, :, slot], self.values[:, :, block, slot] = k[:, :, 0], v[:, :, 0]
         query = q.expand(B, H, used, D) / math.sqrt(D)

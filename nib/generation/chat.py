@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from model import GPT
 from nib.api import Continuation
 from nib.checkpoint.weights import Weights
-from nib.errors import UserError
+from nib.errors import UserError, warn
 from nib.hub.chat_template import ChatTemplate, read_chat_template
 from nib.hub.files import Repository
 from nib.text.hf_tokenizer import HfTokenizer
@@ -111,7 +111,7 @@ def _written_by(template: ChatTemplate) -> str:
 class Conversation:
     """The messages so far, and how answers are generated.
 
-    show: prints a piece of an answer. sampling: arguments of GPT.generate().
+    show: prints a piece of an answer.
     """
 
     form: ChatFormat
@@ -152,7 +152,10 @@ class Conversation:
         return self.block_size - min(self.max_new_tokens, self.block_size // 2)
 
     def run(self, model: GPT, stop: str, seed: int, **sampling):
-        """Reads lines and answers each, until the input ends or Ctrl-C at the prompt."""
+        """Reads lines and answers each, until the input ends or Ctrl-C at the prompt.
+
+        sampling: arguments of GPT.generate().
+        """
         for turn, line in enumerate(read_lines()):
             try:
                 asked = self.add(line)
@@ -248,4 +251,4 @@ def read_lines() -> Iterator[str]:
 
 
 def note(text: str):
-    print(f'note: {text}', file=sys.stderr, flush=True)
+    warn(f'note: {text}')

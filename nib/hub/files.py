@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nib.checkpoint.wrong_folder import explain_adapter, explain_gguf
+from nib.checkpoint.paths import explain_adapter, explain_gguf
 from nib.errors import UserError, optional
 
 INDEX = 'model.safetensors.index.json'

@@ -7,7 +7,7 @@ batches, and single steps.
 
 import math
 import textwrap
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 
 from nib.doctor import health, inspection, remedies
@@ -93,31 +93,28 @@ def describe_rate(training) -> Iterator[str]:
         )
 
 
-def shown_rows(
-    names: Iterable[str], marks: Mapping[str, str], n_layer: int, full: bool
-) -> tuple[set[str], str]:
+def shown_rows(marks: Mapping[str, str], n_layer: int, full: bool) -> tuple[set[str], str]:
     """Selects the rows (h.3, h.3.ln_1.weight, ln_f) to show; also returns a line about the others.
 
     For a deep model, these are the first, the middle and the last layer, and the first marked row
-    of each kind from the other layers. marks: row -> mark.
+    of each kind from the other layers. marks: row -> mark, '' for none.
     """
-    names = list(names)
     if full or n_layer <= ALL_LAYERS:
-        return set(names), ''
+        return set(marks), ''
     layers = {f'h.{i}' for i in (0, n_layer // 2, n_layer - 1)}
     shown = set()
-    for name in names:
+    for name in marks:
         if not name.startswith('h.') or '.'.join(name.split('.')[:2]) in layers:
             shown.add(name)
 
     def kind(name):
         return name.split('.')[2:], marks[name]
 
-    for name in names:
-        if name in marks and not any(kind(name) == kind(other) for other in shown & marks.keys()):
+    for name in marks:
+        if marks[name] and not any(kind(name) == kind(other) for other in shown):
             shown.add(name)
-    hidden = [name for name in names if name not in shown]
-    marked = sum(name in marks for name in hidden)
+    hidden = [name for name in marks if name not in shown]
+    marked = sum(bool(marks[name]) for name in hidden)
     what = f'{marked} of them marked like those above' if marked else 'none of them marked'
     return shown, f'{len(hidden)} rows of other layers are omitted, {what}: --full shows all'
 
@@ -152,12 +149,8 @@ def report_parameters(training, full: bool) -> Report:
     config, is_new = training.model.config, training.start is None
     rows, limits, norm = measure_step(training)
     norm_limits = health.grad_norm_limits(config.n_layer, config.n_embd, fresh=is_new)
-    marks = {}
-    for row in rows:
-        if mark := remedies.mark_parameter(row, limits[row.name]):
-            marks[row.name] = mark
-
-    shown, omitted = shown_rows((row.name for row in rows), marks, config.n_layer, full)
+    marks = {row.name: remedies.mark_parameter(row, limits[row.name]) for row in rows}
+    shown, omitted = shown_rows(marks, config.n_layer, full)
     width = max(len(row.name) for row in rows)
     yield (
         f'{"parameter":{width}}{"shape":>14}{"weight rms":>12}{"grad mean":>11}{"grad std":>10}'
@@ -167,7 +160,7 @@ def report_parameters(training, full: bool) -> Report:
         if row.name in shown:
             shape = ' x '.join(map(str, row.shape))
             ratio = '-' if row.update_ratio is None else f'{row.update_ratio:.5f}'
-            mark = f'  <- {marks[row.name]}' if row.name in marks else ''
+            mark = f'  <- {marks[row.name]}' if marks[row.name] else ''
             yield (
                 f'{row.name:{width}}{shape:>14}{row.rms:12.4f}{row.grad_mean:11.1e}'
                 f'{row.grad_std:10.1e}{row.grad_max:10.1e}{row.grad_norm:11.4f}{ratio:>15}{mark}'
@@ -300,11 +293,8 @@ def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report
     (x, _), config = training.batch(), training.model.config
     n_positions = x.shape[1]
     largest = health.largest_entropy(n_positions)
-    marks = {}
-    for row in rows:
-        if mark := remedies.mark_layer(row, n_positions):
-            marks[row.name] = mark
-    shown, omitted = shown_rows((row.name for row in rows), marks, config.n_layer, full)
+    marks = {row.name: remedies.mark_layer(row, n_positions) for row in rows}
+    shown, omitted = shown_rows(marks, config.n_layer, full)
     yield (
         f'{"layer":12}{"mean":>10}{"std":>10}{"attention adds":>17}{"MLP adds":>11}'
         f'{"dead units":>13}{"attention entropy":>20}{"of the largest":>17}'
@@ -319,7 +309,7 @@ def report_layers(training, rows: list[health.LayerStats], full: bool) -> Report
         if row.entropy is not None:
             share = f'{row.entropy / largest:.1%}' if largest else '-'
             line += f'{row.entropy:15.3f} nats{share:>17}'
-        yield line + (f'  <- {marks[row.name]}' if row.name in marks else '')
+        yield line + (f'  <- {marks[row.name]}' if marks[row.name] else '')
     if omitted:
         yield omitted
     yield ''

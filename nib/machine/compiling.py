@@ -10,7 +10,8 @@ import torch
 
 from model import GPT, kernels_fit
 from nib.kernels import HAS_AMX, QUERY_BLOCK
-from nib.machine.device import kept_buffers, peak_flops
+from nib.machine.device import kept_buffers
+from nib.machine.rates import peak_flops
 
 SHORT_RUN = 15  # seconds at the peak rate; about a minute in practice, mostly spent compiling
 SHORT_CPU_RUN = 6e14  # FLOPs; a quarter of an hour on two cores, up to a minute of it compiling

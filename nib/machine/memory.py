@@ -72,7 +72,7 @@ def needed_memory(model: GPTConfig, config: Mapping) -> float:
 
     On a CPU, weights and optimizer already exist, but are copied when they are saved.
     """
-    may_compile = (False, True)[: 1 + (config.get('compile', False) is not False)]
+    may_compile = [False] if config.get('compile', False) is False else [False, True]
     return max(plan_memory(model, config, compiled).peak for compiled in may_compile)
 
 
@@ -110,7 +110,7 @@ def explain_full_memory(error: Exception, t, config: Mapping):
     except UserError:  # unknown: the script explains the error without numbers
         return
     tries = []
-    for recompute in (False, True)[config['recompute'] :]:
+    for recompute in [True] if config['recompute'] else [False, True]:
         changes = {'recompute': recompute}
         model = replace(t.raw_model.config, recompute=recompute)
         for sizes in batch_sizes(config):

@@ -16,9 +16,10 @@ from nib.files import command, script_path
 from nib.machine.ranks import Ranks
 
 FINDING = 1 << 10  # in place of a signal's number: the doctor stops the run
-HANGUP = getattr(signal, 'SIGHUP', None)  # the terminal is closed; Windows has no such signal
-# Ctrl-C; a shutdown; a preemption on a cluster.
-SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', None), HANGUP]
+HANGUP = getattr(signal, 'SIGHUP', None)
+# Ctrl-C; a shutdown; a preemption on a cluster; a closed terminal. Windows has the first two.
+NAMES = ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 def resume_command(out_dir: str, world_size: int) -> str:
@@ -71,7 +72,7 @@ class StopSignal:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only it can receive signals
-            for number in filter(None, SIGNALS):
+            for number in SIGNALS:
                 if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                     self._previous[number] = signal.signal(number, self._receive)
         return self

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from nib.checkpoint.wrong_folder import explain, is_run
+from nib.checkpoint.paths import explain, is_run
 from nib.doctor.finding import Finding
 from nib.doctor.problems import SEVERITIES
 from nib.errors import UserError
@@ -26,7 +26,7 @@ class Run:
     folder: Path
     numbers: dict[str, dict[int, float | None]]  # name -> step -> value, sorted by step
     texts: dict[str, dict[int, str]]  # name -> step -> text
-    objects: dict[str, dict[int, dict | str]]  # 'finding/NAME' -> step -> record
+    findings: list[Finding]
     unread: int = 0  # lines of metrics.jsonl that are not records
     config: dict = field(default_factory=dict)
     origins: dict = field(default_factory=dict)  # config key -> where its value came from
@@ -69,13 +69,6 @@ class Run:
         last += [next(reversed(values)) for values in self.texts.values()]
         return max(last, default=0)
 
-    def findings(self) -> list[Finding]:
-        return [
-            Finding.of_record(name.removeprefix('finding/'), step, recorded)
-            for name, found in self.objects.items()
-            for step, recorded in found.items()
-        ]
-
     def best(self) -> tuple[int, float] | None:
         """Returns step and value of the lowest validation loss."""
         losses = self.numbers.get('loss/val', {}).items()
@@ -84,7 +77,7 @@ class Run:
 
     def verdict(self) -> tuple[str, str]:
         """Returns the severity of the worst finding ('healthy', 'unknown'), and the verdict."""
-        found = self.findings()
+        found = self.findings
         judged, verdict = next(reversed(self.texts.get('verdict', {}).items()), (0, ''))
         worst = 'healthy' if verdict.startswith('healthy') else 'unknown'
         worst = min((one.severity for one in found), key=SEVERITIES.index, default=worst)
@@ -160,7 +153,7 @@ def read_run(folder, name: str = '') -> Run:
         folder=folder,
         numbers=numbers,
         texts=texts,
-        objects=findings,
+        findings=findings,
         unread=unread,
         config=config if type(config) is dict else {},
         origins=origins if type(origins) is dict else {},
@@ -169,13 +162,12 @@ def read_run(folder, name: str = '') -> Run:
     )
 
 
-def sort_records(path: Path) -> tuple[dict, dict, dict, int]:
+def sort_records(path: Path) -> tuple[dict, dict, list[Finding], int]:
     """Returns the numbers, texts and findings of metrics.jsonl, and its number of bad lines.
 
-    Each of the three maps a name to {step: value}, sorted by step. The last value of a step
-    counts.
+    Numbers and texts map a name to {step: value}, sorted by step. The last value of a step counts.
     """
-    numbers, texts, findings = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    numbers, texts, recorded = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     records, unread = read_records(path)
     records.sort(key=lambda record: record['step'])
     for record in records:
@@ -185,10 +177,15 @@ def sort_records(path: Path) -> tuple[dict, dict, dict, int]:
                 finite = value is not None and abs(value) < 1e300
                 numbers[name][step] = value if finite else None
             elif name.startswith('finding/') and isinstance(value, (str, dict)):
-                findings[name][step] = value
+                recorded[name.removeprefix('finding/')][step] = value
             elif isinstance(value, str):
                 texts[name][step] = value
-    return dict(numbers), dict(texts), dict(findings), unread
+    findings = [
+        Finding.of_record(name, step, value)
+        for name, by_step in recorded.items()
+        for step, value in by_step.items()
+    ]
+    return dict(numbers), dict(texts), findings, unread
 
 
 def read_runs(folders: Sequence) -> list[Run]:

@@ -136,7 +136,7 @@ def thin(elapsed: Mapping[int, float]) -> dict[int, float]:
 
 def numbered_findings(runs) -> list[tuple[int, Run, Finding]]:
     """Returns all findings, numbered, in the page's order: the most severe first, then by step."""
-    found = [(run, one) for run in runs for one in run.findings()]
+    found = [(run, one) for run in runs for one in run.findings]
     found.sort(key=lambda pair: (SEVERITIES.index(pair[1].severity), pair[1].step))
     return [(number, run, one) for number, (run, one) in enumerate(found, 1)]
 

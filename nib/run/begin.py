@@ -1,6 +1,6 @@
 """How a run begins: its config, the weights that it starts from, its dataset and its plan."""
 
-from nib.budget import plan
+from nib.budget import plan, tokens_per_step
 from nib.checkpoint.start import read_start
 from nib.checkpoint.weights import PLANNED, Weights
 from nib.machine.device import describe_device, pick_dtype
@@ -64,10 +64,9 @@ def begin(
         config, origins = config | chosen, origins | dict.fromkeys(chosen, PLANNED)
         check_config(config, ranks.world_size)
         book.say(line)
-    tokens = config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
     book.say(
         f'dataset {data.name}: {len(data.train):,} training and {len(data.val):,} validation '
-        f'tokens, vocabulary {data.vocab_size}; {tokens:,} tokens per step'
+        f'tokens, vocabulary {data.vocab_size}; {tokens_per_step(config):,} tokens per step'
     )
     return config, origins, data, start
 

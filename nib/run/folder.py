@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nib.checkpoint import store
-from nib.checkpoint.wrong_folder import explain, is_checkpoint, is_hugging_face
+from nib.checkpoint.paths import explain, is_checkpoint, is_hugging_face
 from nib.errors import UserError
 from nib.files import FolderLock, atomic_write, read_json
 from nib.schema import is_auto
@@ -97,12 +97,7 @@ class RunLock:
 
 
 def write_config(
-    out_dir,
-    config: Mapping,
-    origins: Mapping,
-    step: int,
-    changes: Mapping,
-    provenance: Mapping | None = None,
+    out_dir, config: Mapping, origins: Mapping, step: int, changes: Mapping, provenance: Mapping
 ):
     """Writes config.json.
 
@@ -114,11 +109,10 @@ def write_config(
     before = read_json(path) if step else {}
     earlier = before.get('changes', [])
     history = earlier if isinstance(earlier, list) else []
-    provenance = dict(provenance or {})
     known = before.get('provenance')
     starts = known.get('starts') if isinstance(known, dict) else None
     if isinstance(starts, list):
-        provenance['starts'] = [*starts, *provenance.get('starts', [])]
+        provenance = {**provenance, 'starts': [*starts, *provenance.get('starts', [])]}
     if changes:
         history = [*history, {'step': step, 'changes': changes}]
     content = {

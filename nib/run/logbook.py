@@ -21,8 +21,9 @@ from nib.errors import EXIT_FINDING, EXIT_NONFINITE, NotFinite, Stopped
 from nib.files import command
 from nib.generation.check import check_generation
 from nib.hub import huggingface
-from nib.machine.device import describe_device, measure_flops, peak_flops, peak_memory
+from nib.machine.device import describe_device, peak_memory
 from nib.machine.ranks import Ranks
+from nib.machine.rates import measure_flops, peak_flops
 from nib.machine.signals import FINDING, StopSignal, describe_stop, resume_command
 from nib.report.page import write_after_run
 from nib.run.console import Console

@@ -14,8 +14,8 @@ from torch import nn
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
+from nib.checkpoint.paths import explain
 from nib.checkpoint.start import read_weights
-from nib.checkpoint.wrong_folder import explain
 from nib.errors import UserError
 from nib.hub import nanogpt
 from nib.machine.ranks import Ranks

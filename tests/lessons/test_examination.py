@@ -452,12 +452,9 @@ def test_tables_of_deep_models_stay_readable(run_main):
     assert f'{omitted}: --full shows all' in short
     full = run_main(SCRIPT, *flags, '--full').stdout
     assert len(table(full)) == 4 + 48 * 12 and 'omitted' not in full
-    shown, line = examination.shown_rows(
-        [f'h.{i}.{part}' for i in range(9) for part in 'ab'] + ['ln_f'],
-        {'h.2.a': 'x', 'h.3.a': 'x', 'h.3.b': 'y', 'h.5.b': 'x'},
-        9,
-        False,
-    )
+    marks = dict.fromkeys([f'h.{i}.{part}' for i in range(9) for part in 'ab'] + ['ln_f'], '')
+    marks |= {'h.2.a': 'x', 'h.3.a': 'x', 'h.3.b': 'y', 'h.5.b': 'x'}
+    shown, line = examination.shown_rows(marks, 9, False)
     assert shown == {
         'ln_f',
         'h.0.a',

@@ -22,19 +22,18 @@ from nib import kernels
 from nib.checkpoint import store
 from nib.errors import UserError, call
 from nib.files import command, script_path
-from nib.machine import compiling, device
+from nib.machine import compiling, device, rates
 from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import (
     autocast,
     kept_buffers,
-    measure_flops,
-    peak_flops,
     pick_device,
     pick_dtype,
     prepare_device,
     seed_everything,
 )
 from nib.machine.ranks import Ranks, start_ranks
+from nib.machine.rates import measure_flops, peak_flops
 from nib.machine.signals import FINDING, HANGUP, SIGNALS, StepCut, StopSignal, resume_command
 
 
@@ -200,7 +199,7 @@ def test_the_rate_of_a_device_is_measured_in_a_tenth_of_a_second(monkeypatch):
         return product(a, b)
 
     monkeypatch.setattr(torch.Tensor, '__matmul__', timed)
-    monkeypatch.setattr(device, 'time', clock)
+    monkeypatch.setattr(rates, 'time', clock)
     before = torch.get_rng_state()
     rate = measure_flops('cpu', 'float32')
     assert sizes[0] == (torch.float32, 256, 256, 256, 256) and sizes[-1][1] == 512
@@ -605,11 +604,11 @@ def test_in_a_notebook_the_cell_shows_that_a_run_is_stopping(monkeypatch, capfd)
 
 
 def test_handlers_are_restored_after_a_run():
-    before = [signal.getsignal(number) for number in filter(None, SIGNALS)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(UserError), StopSignal(Ranks()):
         assert signal.getsignal(signal.SIGINT) != before[0]
         raise UserError('the disk is full')
-    assert [signal.getsignal(number) for number in filter(None, SIGNALS)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 @pytest.mark.skipif(not HANGUP, reason='Windows has no SIGHUP')

@@ -129,7 +129,7 @@ def test_findings_stand_at_their_steps_and_say_what_to_change(tmp_path):
         assert page.shown.count(shown) == 1, shown
     assert page.of_class('verdict critical')  # the color of the worst
     (found,) = [
-        one for one in history.read_run(tmp_path / 'run').findings() if one.name == 'lr_too_high'
+        one for one in history.read_run(tmp_path / 'run').findings if one.name == 'lr_too_high'
     ]
     assert (found.severity, found.evidence) == ('warning', 'the update ratio of attention is 0.02')
     assert found.causes == ('learning_rate is too high', 'beta2') and found.changes == (
@@ -144,7 +144,7 @@ def test_findings_of_older_runs_are_sentences(tmp_path):
         'Change: beta2 = 0.99'
     )
     folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/lr_too_high': said}])
-    (found,) = history.read_run(folder).findings()
+    (found,) = history.read_run(folder).findings
     assert (found.name, found.step, found.severity, found.evidence) == (
         'lr_too_high',
         100,
@@ -160,7 +160,7 @@ def test_findings_of_older_runs_are_sentences(tmp_path):
 )
 def test_a_damaged_finding_is_shown_as_far_as_it_goes(tmp_path, recorded):
     folder = write_run(tmp_path / 'run', [{'step': 100, 'finding/odd': recorded}])
-    (found,) = history.read_run(folder).findings()
+    (found,) = history.read_run(folder).findings
     assert found.severity == 'note' and page_of(folder).of_class('badge note')
 
 

@@ -119,7 +119,7 @@ def test_a_second_process_is_refused_with_the_first_ones_host_and_pid(tmp_path):
 @pytest.mark.parametrize('content', ['', '{', '[]', '{"changes": 1}', '[' * 100_000])
 def test_a_damaged_config_json_stops_no_run(tmp_path, content):
     (tmp_path / 'config.json').write_text(content)
-    write_config(tmp_path, {'seed': 2}, {}, 10, {'seed': [1, 2]})
+    write_config(tmp_path, {'seed': 2}, {}, 10, {'seed': [1, 2]}, {})
     assert json.loads((tmp_path / 'config.json').read_text())['changes'] == [
         {'step': 10, 'changes': {'seed': [1, 2]}}
     ]

@@ -8,8 +8,8 @@ from conftest import records
 
 import train as training
 from nib.checkpoint import store
+from nib.checkpoint.paths import explain
 from nib.checkpoint.start import read_weights
-from nib.checkpoint.wrong_folder import explain
 from nib.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a folder in which a run was expected, and what to type instead."""
+"""What a path names: a run, a checkpoint or a model; and what to type instead of a wrong one."""
 
 import difflib
 import os
