@@ -22,7 +22,14 @@ from types import MappingProxyType
 from typing import Any
 
 from nib.errors import UserError, collecting, run_script
-from nib.hints import check_file, hint_at_name, no_such_keys, print_columns, print_help
+from nib.hints import (
+    check_file,
+    hint_at_name,
+    nearest_file,
+    no_such_keys,
+    print_columns,
+    print_help,
+)
 from nib.schema import Block, Type, fit, in_words, read_block, read_python, read_text
 
 Settle = Mapping[str, Callable]
@@ -224,6 +231,11 @@ class Namespace(dict):
             other = os.path.normpath(os.path.join(os.path.dirname(path), other))
             if other in self.running:
                 raise ValueError(f'{other} includes itself')
+            if not os.path.exists(other):
+                near = nearest_file(other)
+                typed = os.path.relpath(near or other, os.path.dirname(path) or '.')
+                hint = f'; did you mean include({typed!r})?' * bool(near)
+                raise ValueError(f'{other}: no such config file{hint}')
             self.execute(other)
             self.update(own_names)
 

@@ -126,11 +126,17 @@ def check_file(path: str, types: Mapping[str, Type]) -> str:
         raise UserError(f'{path}: not a config file, because its name does not end in .py{hint}')
     if path.partition('=')[0].replace('-', '_') in types:
         raise UserError(f'{path}: no such config file; did you mean --{path}?')
+    near = nearest_file(path)
+    hint = f'; did you mean {near}?' if near else usage
+    raise UserError(f'{path}: no such config file{hint}')
+
+
+def nearest_file(path: str) -> str:
+    """Returns the Python file, next to a missing one or in config/, that it may mean, or ''."""
     candidates = list_python(os.path.dirname(path)) + list_python(CONFIG_FOLDER)
     nearby = {os.path.basename(file): file for file in candidates}
     nearest = difflib.get_close_matches(os.path.basename(path), nearby, n=1)
-    hint = f'; did you mean {nearby[nearest[0]]}?' if nearest else usage
-    raise UserError(f'{path}: no such config file{hint}')
+    return nearby[nearest[0]] if nearest else ''
 
 
 def hint_at_name(error: BaseException, names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """The config: one schema, and files and flags that override it."""
 
+import os
 import re
 import sys
 from contextlib import suppress
@@ -441,9 +442,20 @@ def test_a_script_that_was_edited_is_read_again(tmp_path):
         assert configurator.read_block(str(script)).defaults == {'seed': value}
 
 
+def test_a_missing_included_file_gets_a_hint_relative_to_the_file_that_includes_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'own').mkdir()
+    (tmp_path / 'own' / 'x.py').write_text("include('zen.py')")
+    zen = os.path.relpath(ROOT / 'config' / 'zen.py', tmp_path / 'own')
+    said = 'own/x.py:1: ValueError: own/zen.py: no such config file'
+    assert complaint('own/x.py') == f'{said}; did you mean include({zen!r})?'
+
+
 def test_what_is_wrong_with_an_included_file_is_named_there(config, tmp_path):
     path = config("include('other.py')")
-    assert complaint(path).startswith('other.py: cannot be read')
+    assert complaint(path) == 'x.py:1: ValueError: other.py: no such config file'
     for text, said in (
         ('seed = 1\nmax_iter = 3', 'other.py:2: max_iter: no such key'),
         ('seed = 1 / 0', 'other.py:1: Zero'),

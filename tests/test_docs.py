@@ -6,6 +6,7 @@ What the pages refer to exists, and the figures that they quote were measured.
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,8 @@ LONG = {
 }
 LISTED = {**RUN, **ELSEWHERE, **NEEDS_NETWORK, **NEEDS_GPU, **LONG}
 
+FENCED = re.compile(r'^ *```([^\n`]*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -228,11 +231,10 @@ class Block:
 def read_blocks(page: Path) -> list[Block]:
     """The code of a page: fenced blocks and indented ones."""
     text = page.read_text(encoding='utf-8')
-    fenced = re.compile(r'^ *```([^\n`]*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
-    blocks = [Block(page, kind.strip(), body) for kind, body in fenced.findall(text)]
+    blocks = [Block(page, kind.strip(), body) for kind, body in FENCED.findall(text)]
     blocks += [
         Block(page, '', body)
-        for body in re.findall(r'(?:^ {4}.*\n)+', fenced.sub('', text), re.MULTILINE)
+        for body in re.findall(r'(?:^ {4}.*\n)+', FENCED.sub('', text), re.MULTILINE)
     ]
     return blocks
 
@@ -446,14 +448,18 @@ def test_the_finding_that_is_shown_is_the_doctors():
 
 def anchors(page: Path) -> set[str]:
     """The headings of a page as GitHub links to them."""
-    headings = re.findall(
-        r'^#+ (.*)$',
-        re.sub(
-            r'^```.*?^```$', '', page.read_text(encoding='utf-8'), flags=re.MULTILINE | re.DOTALL
-        ),
-        re.MULTILINE,
-    )
+    text = FENCED.sub('', page.read_text(encoding='utf-8'))
+    headings = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_no_paragraph_breaks_off(page):
+    """It ends in a sign, not in a letter, unless a formula or code completes its sentence."""
+    text = FENCED.sub('    code', page.read_text(encoding='utf-8')).rstrip()
+    for paragraph, following in pairwise([*text.split('\n\n'), '']):
+        if not paragraph.startswith(('#', '    ')) and not following.startswith('    '):
+            assert not paragraph[-1].isalnum(), paragraph
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

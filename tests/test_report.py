@@ -53,6 +53,18 @@ def test_report_writes_the_page_and_a_png_for_each_chart(tmp_path, run_main):
     assert (tmp_path / 'x.html').exists() and not (tmp_path / 'x').exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a disk that is full')
+def test_a_full_disk_is_reported_with_the_name_of_the_png(tmp_path, run_main):
+    pytest.importorskip('matplotlib')
+    run = write_run(tmp_path / 'run', [{'step': 1, 'loss/step': 1.0}])
+    (run / 'report').mkdir()
+    png = run / 'report' / 'loss.png'
+    png.symlink_to('/dev/full')
+    done = run_main('report.py', f'--out_dir={run}')
+    assert done.returncode == 2 and done.stderr.startswith(f'error: {png}: No space left on device')
+
+
 @pytest.mark.parametrize('n, last', [(1, '1 problem-0'), (30, 'and 6 more')])
 def test_a_png_names_its_findings(tmp_path, monkeypatch, n, last):
     figure = pytest.importorskip('matplotlib.figure')

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from nib.files import naming
 from nib.report.charts import (
     DASHES,
     LIGHT,
@@ -104,7 +105,8 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
         figure.legend(
             lines, names, loc='outside lower left', frameon=False, fontsize=9, ncols=COLUMNS
         )
-    figure.savefig(path)
+    with naming(path):
+        figure.savefig(path)
 
 
 def style(series: Series) -> dict:
