@@ -21,7 +21,7 @@ from nib.checkpoint.paths import is_own_name
 from nib.checkpoint.start import read_model
 from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script
-from nib.files import shown
+from nib.files import check_writable
 from nib.hub import gguf, huggingface, nanogpt
 from nib.hub.card import model_card
 from nib.hub.reference import check_model, check_tokenizer
@@ -51,12 +51,7 @@ def main(argv):
             f'dest {dest} is where a run keeps its checkpoints, and would be deleted with them: '
             f'choose another path'
         )
-    parent = next(folder for folder in whole.parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(
-            f'dest {dest} cannot be written, because {shown(parent)} is not a folder that you can '
-            f'write to: choose another path'
-        )
+    check_writable(dest, 'dest')
     if (to == 'gguf') != dest.endswith('.gguf'):
         raise UserError(f'--to={to} does not fit dest {dest}: only GGUF files end in .gguf')
     if to != 'gguf' and dtype != 'f32':

@@ -187,6 +187,20 @@ def shown(path: str | os.PathLike) -> str:
     return os.fspath(path) if relative.startswith('..') else relative
 
 
+def check_writable(path: str | os.PathLike, key: str):
+    """Raises UserError if a folder or a new file cannot be written. Creates nothing.
+
+    key: the name of the key that the path is the value of.
+    """
+    whole = Path(os.path.abspath(path))
+    existing = next(one for one in (whole, *whole.parents) if one.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(
+            f'{key} {path} cannot be written, because {shown(existing)} is not a folder that you '
+            f'can write to: choose another --{key}'
+        )
+
+
 def command(script: str) -> str:
     """Returns the start of a command that runs a script of this project in the working directory.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from nib.checkpoint import store
 from nib.checkpoint.paths import explain, is_checkpoint, is_hugging_face
 from nib.errors import UserError
-from nib.files import FolderLock, atomic_write, read_json
+from nib.files import FolderLock, atomic_write, check_writable, read_json
 from nib.schema import is_auto
 
 # What a command says about itself, and not about the run.
@@ -88,7 +88,8 @@ class RunLock:
             ) from error
 
     def check_new(self):
-        """Raises UserError if the folder contains a run. It creates nothing."""
+        """Raises UserError if the folder contains a run or cannot be written. Creates nothing."""
+        check_writable(self.out_dir, 'out_dir')
         if store.exists(self.out_dir):
             self.take(new_run=True)  # says whether that run is still active
 

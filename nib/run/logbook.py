@@ -100,7 +100,7 @@ class Logbook:
         self.ranks.on_first(lambda: store.exists(self.out_dir) and self._lock.take(new_run=False))
 
     def check_new(self):
-        """Raises UserError if out_dir contains a run: before anything takes time."""
+        """Raises UserError if a new run cannot use out_dir: before anything takes time."""
         self.ranks.on_first(self._lock.check_new)
 
     def lock_new(self, overwrite: bool):

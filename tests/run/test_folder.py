@@ -154,6 +154,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='file cannot be written'):
         RunLock(tmp_path / 'file').take(new_run=True)
+    for name in ('file', 'file/run', 'file/runs/run'):  # before a dataset is prepared
+        with pytest.raises(UserError, match=r'cannot be written, because .*file is not a folder'):
+            RunLock(tmp_path / name).check_new()
+    RunLock(tmp_path / 'runs/run').check_new()
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
 def test_a_full_disk_is_named_before_the_first_step(tmp_path):
