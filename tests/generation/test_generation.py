@@ -689,6 +689,15 @@ def test_a_change_that_generation_does_not_know_of_is_found(monkeypatch):
     assert model.training and check_generation(model, [*range(16)]) is None
 
 
+def test_a_small_difference_is_found_on_a_cpu(monkeypatch):
+    """As in a model that has hardly been trained, whose logits hardly depend on attention."""
+    model, plain = make_model(scale=0.02), model_file.attend
+    assert check_generation(model, [*range(16)]) is None
+    monkeypatch.setattr(model_file, 'attend', lambda *args: 1.005 * plain(*args))
+    said = check_generation(model, [*range(16)])
+    assert 'by 0.2% of their standard deviation' in said
+
+
 def test_generation_that_fails_is_found(monkeypatch):
     monkeypatch.setattr(CausalSelfAttention, 'attend', None)
     use_cache('plain', monkeypatch)
