@@ -82,11 +82,12 @@ def optional(package: str, user: str):
     """Within this context, an import that fails raises UserError: `user` needs the package."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f'{user} needs a package that is not installed: pip install {package}'
-        ) from error
-    except ImportError as error:  # it is too old, or does not fit another package
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and '.' not in (error.name or ''):
+            raise UserError(
+                f'{user} needs a package that is not installed: pip install {package}'
+            ) from error
+        # It is too old, so that a name or a part of it is missing, or does not fit another package.
         raise UserError(
             f'{user} needs {package}, but it cannot be imported ({error}): '
             f'pip install --upgrade {package}'

@@ -7,7 +7,7 @@ number of tokens, B x T.
 import functools
 import inspect
 import math
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import torch
 from torch import Tensor
@@ -66,20 +66,25 @@ def is_causal_attention(scores) -> bool:
     return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
 
 
-def reads_variables(function) -> bool:
-    """Whether a function, or one that it calls, reads a global variable that may hold state.
+def reads_variables(value, callers=()) -> bool:
+    """Whether a function, or one that it calls, reads a variable that may hold state.
 
-    Modules, classes, functions, numbers and strings do not count.
+    Modules, numbers, strings and functions that are not written in Python do not count.
     """
-    found = inspect.getclosurevars(function)
-    values = (*found.globals.values(), *found.nonlocals.values())
-    constant = (ModuleType, type, int, float, str)
-    return any(
-        reads_variables(value)
-        if inspect.isfunction(value) and value is not function
-        else not (isinstance(value, constant) or inspect.isroutine(value))
-        for value in values
-    )
+    if not inspect.isfunction(value):
+        return not (isinstance(value, (ModuleType, int, float, str)) or inspect.isbuiltin(value))
+    if value in callers:  # it calls itself
+        return False
+    names, outside = names_in(value.__code__), value.__globals__
+    found = [outside[name] for name in names if name in outside]
+    found += [cell.cell_contents for cell in value.__closure__ or ()]
+    return any(reads_variables(one, (*callers, value)) for one in found)
+
+
+def names_in(code: CodeType) -> list[str]:
+    """Returns the names of globals and attributes in a function and in those inside of it."""
+    inner = (part for part in code.co_consts if inspect.iscode(part))
+    return [*code.co_names, *(name for part in inner for name in names_in(part))]
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):

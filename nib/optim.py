@@ -167,12 +167,12 @@ def orthogonalize(x: torch.Tensor, iterations: int, dtype: torch.dtype) -> torch
 def check_state(part):
     """Raises UserError if a part's state() returns copies, which a checkpoint could not restore."""
     for (_, state), (_, again) in zip(part.state(), part.state()):
-        for name, tensor in state.items():
-            if tensor.data_ptr() != again[name].data_ptr():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.data_ptr() != again[name].data_ptr():
                 raise UserError(
-                    f'{type(part).__name__}.state() in nib/optim.py returns a copy of {name}, so '
-                    f'a resumed run would not continue with it: return the tensor that step() '
-                    f'updates in place'
+                    f'{type(part).__name__}.state() in nib/optim.py returns {name} as a copy or a '
+                    f'number, so a resumed run would not continue with it: return the tensor that '
+                    f'step() updates in place'
                 )
 
 

@@ -340,12 +340,15 @@ def test_requires_grad_may_not_change_once_the_optimizer_exists(freeze):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_state_that_a_checkpoint_could_not_restore_is_rejected_before_training(monkeypatch):
+@pytest.mark.parametrize('make_copy', [float, torch.tensor])
+def test_a_state_that_a_checkpoint_could_not_restore_is_rejected_before_training(
+    monkeypatch, make_copy
+):
     own = optim.AdamW.state
 
     def copied(self):
-        return [(p, {**state, 'count': torch.tensor(3.0)}) for p, state in own(self)]
+        return [(p, {**state, 'count': make_copy(3.0)}) for p, state in own(self)]
 
     monkeypatch.setattr(optim.AdamW, 'state', copied)
-    with pytest.raises(UserError, match=r'AdamW.state\(\) in nib/optim.py returns a copy of count'):
+    with pytest.raises(UserError, match=r'AdamW.state\(\) in nib/optim.py returns count as a copy'):
         make(GPT(CONFIG), 0.1)

@@ -168,8 +168,9 @@ def start_ranks(device: str) -> Ranks:
         torch.cuda.set_device(local_rank)
     # Ctrl-C ends a process that waits for others: Python's handler would wait with it. StopSignal
     # takes over when training begins.
-    with suppress(ValueError):  # this is not the main thread
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored
+        with suppress(ValueError):  # this is not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     # torchrun may keep its store over restarts, with the addresses of processes that have died.
     try:
         store, *_ = next(dist.rendezvous('env://'))

@@ -207,6 +207,9 @@ def test_a_hub_library_that_is_too_old_is_not_called_missing(monkeypatch):
     monkeypatch.delattr('huggingface_hub.errors.EntryNotFoundError')  # as before 0.25
     with pytest.raises(UserError, match='cannot import name.*install --upgrade huggingface_hub'):
         read_weights('owner/whole', print)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub.errors', None)  # as before it had this part
+    with pytest.raises(UserError, match='cannot be imported.*install --upgrade huggingface_hub'):
+        read_weights('owner/whole', print)
 
 
 def test_a_gated_model_says_how_to_get_access(hub):

@@ -390,13 +390,24 @@ def test_incomplete_or_wrong_variables_of_torchrun_are_refused(monkeypatch, name
         start_ranks('cpu')
 
 
-def test_processes_that_cannot_meet_say_so(monkeypatch):
-    with socket.create_server(('localhost', 0)) as taken:
-        port = str(taken.getsockname()[1])
-        for name, value in (COMPLETE | {'MASTER_PORT': port}).items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f'process 0 of 2 cannot join .* localhost:{port}'):
-            start_ranks('cpu')
+@pytest.mark.parametrize(
+    ('before', 'after'),
+    [(signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)],
+    ids=['usual', 'ignored'],
+)
+def test_processes_that_cannot_meet_say_so(monkeypatch, before, after):
+    """While they wait, Ctrl-C ends them, unless they were started to ignore it."""
+    own = signal.signal(signal.SIGINT, before)
+    try:
+        with socket.create_server(('localhost', 0)) as taken:
+            port = str(taken.getsockname()[1])
+            for name, value in (COMPLETE | {'MASTER_PORT': port}).items():
+                monkeypatch.setenv(name, value)
+            with pytest.raises(UserError, match=f'process 0 of 2 cannot join .* localhost:{port}'):
+                start_ranks('cpu')
+        assert signal.getsignal(signal.SIGINT) == after
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 TWO = """
