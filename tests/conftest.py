@@ -57,6 +57,11 @@ SMALL_RUN = [
 
 def pytest_configure(config):
     """Makes the tests independent of the shell that starts them, and repeats random examples."""
+    # nohup, and a shell that starts a command in the background, let it ignore these.
+    for name, handler in (('SIGHUP', signal.SIG_DFL), ('SIGINT', signal.default_int_handler)):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     for name in (*ranks.VARIABLES, 'LOCAL_WORLD_SIZE', 'TORCHELASTIC_RUN_ID', 'COLUMNS'):
         os.environ.pop(name, None)
     if not hasattr(config, 'workerinput'):  # the processes of pytest-xdist share it
