@@ -4,6 +4,7 @@ from nib.startup import in_notebook
 
 import errno
 import gc
+import importlib.util
 import io
 import os
 import re
@@ -83,7 +84,7 @@ def optional(package: str, user: str):
     try:
         yield
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and '.' not in (error.name or ''):
+        if importlib.util.find_spec(package) is None:
             raise UserError(
                 f'{user} needs a package that is not installed: pip install {package}'
             ) from error

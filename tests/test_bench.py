@@ -336,7 +336,8 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_anything_is_measured(
         bench_script, 'in_fresh_process', lambda *arguments: pytest.fail('measured')
     )
     if 'matplotlib' in words:
-        monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+        for package in ('matplotlib', 'matplotlib.figure'):  # importing it fails
+            monkeypatch.setitem(sys.modules, package, None)
     done = run_main(
         bench_script,
         *SMALL,

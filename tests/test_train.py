@@ -281,7 +281,7 @@ def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path, trai
     assert done.returncode == 2 and 'wandb_project is empty' in done.stderr
     hidden = tmp_path / 'hidden' / 'wandb'
     hidden.mkdir(parents=True)
-    (hidden / '__init__.py').write_text('raise ImportError')
+    (hidden / '__init__.py').write_text('raise ImportError')  # it is too old for this Python
     done = train(
         data_dir,
         tmp_path / 'run',
@@ -290,7 +290,7 @@ def test_a_new_run_keeps_the_old_one_until_it_can_start(data_dir, tmp_path, trai
         check=False,
         env={'PYTHONPATH': str(hidden.parent)},
     )
-    assert done.returncode == 2 and 'pip install wandb' in done.stderr
+    assert done.returncode == 2 and 'pip install --upgrade wandb' in done.stderr
     assert store.load(tmp_path / 'run')[0].step == 10
     train_here(tmp_path / 'run', '--overwrite', '--max_iters=4', '--eval_interval=4', status=0)
     assert [path.name for path in (tmp_path / 'run').glob('step-*')] == ['step-00000004']

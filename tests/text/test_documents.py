@@ -112,7 +112,7 @@ def test_a_file_that_goes_away_is_named(tmp_path):
 
 def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     write_parquet(tmp_path / 'a.parquet', ['one'])
-    monkeypatch.setitem(sys.modules, 'pyarrow.parquet', None)
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
     with pytest.raises(UserError, match='pip install pyarrow'):
         read(tmp_path / 'a.parquet')
 
