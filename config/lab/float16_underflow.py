@@ -25,4 +25,4 @@ class _Functional:
 
 
 model.F = _Functional()
-model.uses_head_kernel = lambda *args: False  # it computes the mean
+model.uses_head_kernel = lambda *args: False  # the kernel computes the mean
