@@ -96,7 +96,7 @@ def attend_in_blocks(q, k, v, dropout: float = 0.0):
     """
     B, H, T, D = q.shape
     k, v = share_heads(k, H), share_heads(v, H)
-    if T > QUERY_BLOCK and not dropout and HAS_AMX:
+    if T > QUERY_BLOCK and not dropout:
         return LongAttention.apply(q, k, v)
     q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
     if T <= QUERY_BLOCK:
@@ -129,14 +129,17 @@ def block_weights(q, k):
 class LongAttention(torch.autograd.Function):
     """attend_in_blocks() of a long context without dropout: q, k and v (B, H, T, D).
 
-    On a processor with AMX, the library's kernel is faster than blocks in the forward pass only. In
-    the backward pass, blocks are faster. See docs/experiments.md, "Attention".
+    On a processor with AMX, the library's kernel is faster than blocks in the forward pass only.
+    See docs/experiments.md, "Attention".
     """
 
     @staticmethod
     def forward(ctx, q, k, v):
         ctx.save_for_backward(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if HAS_AMX:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        compiling = torch.compiler.is_compiling()
+        return (weighted_values_operator if compiling else weighted_values)(q, k, v)
 
     @staticmethod
     @once_differentiable
@@ -146,6 +149,24 @@ class LongAttention(torch.autograd.Function):
         return compute(*ctx.saved_tensors, grad_y)
 
 
+def few_heads(*parts):
+    """Parts (N, T, D) of attention, a few heads at a time: their weights stay in the cache."""
+    heads = max(1, CACHED_WEIGHTS // (QUERY_BLOCK * parts[0].shape[1]))
+    return zip(*(part.split(heads) for part in parts), strict=True)
+
+
+def weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What attention gives for q, k and v, all (B, H, T, D)."""
+    B, H, T, D = q.shape
+    inputs = [part.reshape(B * H, T, D) for part in (q, k, v)]
+    y = q.new_empty(B * H, T, D)
+    for queries, keys, values, part in few_heads(*inputs, y):
+        for block, seen in blocks_of(T):
+            weights = block_weights(queries[:, block], keys[:, seen])
+            part[:, block] = weights @ values[:, seen]
+    return y.view(B, H, T, D)
+
+
 def attention_gradients(
     q: Tensor, k: Tensor, v: Tensor, grad_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,9 +174,7 @@ def attention_gradients(
     B, H, T, D = grad_y.shape
     inputs = [part.reshape(B * H, T, D) for part in (q, k, v, grad_y)]
     grads = [part.new_empty(part.shape) for part in inputs[:3]]
-    # A few heads at a time, so that their weights stay in the cache.
-    heads = max(1, CACHED_WEIGHTS // (QUERY_BLOCK * T))
-    for parts in zip(*(part.split(heads) for part in (*inputs, *grads))):
+    for parts in few_heads(*inputs, *grads):
         write_attention_gradients(*parts)
     grad_q, grad_k, grad_v = (grad.view(B, H, T, D) for grad in grads)
     return grad_q, grad_k, grad_v
@@ -181,11 +200,19 @@ def write_attention_gradients(q, k, v, grad_y, grad_q, grad_k, grad_v):
                 total[:, seen] += part
 
 
-# The compiler would unroll the blocks. Otherwise the function is called, because the first call of
-# an operator imports the compiler, which takes a second.
+# The compiler would unroll the blocks. Otherwise the functions are called, because the first call
+# of an operator imports the compiler, which takes a second.
+weighted_values_operator = torch.library.custom_op(
+    'nib::weighted_values', weighted_values, mutates_args=()
+)
 attention_gradients_operator = torch.library.custom_op(
     'nib::attention_gradients', attention_gradients, mutates_args=()
 )
+
+
+@weighted_values_operator.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape)
 
 
 @attention_gradients_operator.register_fake

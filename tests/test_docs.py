@@ -583,15 +583,20 @@ def test_figures_of_the_readme_are_measured_ones():
     text = (ROOT / 'README.md').read_text()
     rows = dict(
         re.findall(
-            r'^\| (nanoGPT|nibGPT|fast)[^|]*\| ([\d.]+ \| [\d.]+) \|$',
+            r'^\| (nanoGPT|nibGPT|fast)[^|]*\| ([\d.]+ \| [\d.]+ \| [\d.]+) \|$',
             text.replace('nibGPT, `config/fast_shakespeare_char.py`', 'fast'),
             re.MULTILINE,
         )
     )
-    first, second = (ROOT / 'benchmarks/results/small_cpu_run.txt').read_text().split('\n\n')[1:3]
-    columns = {'nanoGPT': (first, 0), 'nibGPT': (first, 1), 'fast': (second, 1)}
-    assert set(rows) == set(columns)
+    assert set(rows) == {'nanoGPT', 'nibGPT', 'fast'}
+    intel, amd = (
+        (ROOT / f'benchmarks/results/small_cpu_run{name}.txt').read_text().split('\n\n')[1:3]
+        for name in ('', '_amd')
+    )
+    columns = {'nanoGPT': (0, 0), 'nibGPT': (0, 1), 'fast': (1, 1)}
     for name, (table, column) in columns.items():
-        lines = [re.sub(r' \([^)]*\)', '', line) for line in table.splitlines()[1:]]
-        seconds, _, loss = ([*re.findall(r'(?<=\s)[\d.,]+', line)][column] for line in lines)
-        assert all(map(rounds_to, rows[name].split(' | '), (seconds, loss))), name
+        shown = rows[name].split(' | ')
+        for tables, seconds_shown in ((intel, shown[0]), (amd, shown[1])):
+            lines = [re.sub(r' \([^)]*\)', '', line) for line in tables[table].splitlines()[1:]]
+            seconds, _, loss = ([*re.findall(r'(?<=\s)[\d.,]+', line)][column] for line in lines)
+            assert all(map(rounds_to, (seconds_shown, shown[2]), (seconds, loss))), name

@@ -419,8 +419,10 @@ def traced_size(function, *inputs) -> int:
     return sum(sizes)
 
 
-def test_the_compiler_sees_neither_chunks_nor_blocks():
+@pytest.mark.parametrize('has_amx', [False, True])
+def test_the_compiler_sees_neither_chunks_nor_blocks(monkeypatch, has_amx):
     """It would unroll them, which takes minutes for GPT-2."""
+    monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
     x, weight, targets = (
         torch.randn(40, 8, requires_grad=True),
         torch.randn(97, 8, requires_grad=True),
@@ -441,6 +443,7 @@ def test_the_compiler_sees_neither_chunks_nor_blocks():
 WITHOUT_THE_COMPILER = """
 import sys, torch
 from nib import kernels
+kernels.HAS_AMX = False  # the library's kernel needs no operator of ours
 x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
 targets = torch.randint(97, (40,))
 kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 4 * 97).backward()
@@ -465,10 +468,11 @@ def test_the_operators_are_what_the_compiler_is_told(dtype, with_gradients):
     tests = ('test_schema', 'test_faketensor')
     loss = x, weight, targets, 0.0, with_gradients, 4 * 4 * 97, dtype
     torch.library.opcheck(kernels.loss_operator, loss, test_utils=tests)
-    qkv = torch.randn(4, 300, 6, 8, dtype=dtype).transpose(1, 2).split(2, dim=1)
-    torch.library.opcheck(
-        kernels.attention_gradients_operator, (*qkv, torch.randn_like(qkv[0])), test_utils=tests
-    )
+    for batch in (1, 4):
+        qkv = torch.randn(batch, 300, 6, 8, dtype=dtype).transpose(1, 2).split(2, dim=1)
+        grads = torch.randn_like(qkv[0])
+        torch.library.opcheck(kernels.weighted_values_operator, qkv, test_utils=tests)
+        torch.library.opcheck(kernels.attention_gradients_operator, (*qkv, grads), test_utils=tests)
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)

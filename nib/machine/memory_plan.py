@@ -9,7 +9,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib import kernels
-from nib.kernels import HAS_AMX, QUERY_BLOCK
+from nib.kernels import QUERY_BLOCK
 from nib.machine.device import ShapesOnly
 from nib.machine.shares import assign
 
@@ -125,9 +125,11 @@ def heap_bytes(
     if tokens * V > kernels.MANY_LOGITS and is_float32 and not config.recompute:
         gaps = 0.0 if config.tied_head else chunk_bytes(config, tokens, 'cpu', dtype)
     gaps += GAPS * activations * accumulates
-    keys = config.block_size if config.dropout and is_float32 else 0
-    if not is_float32 and config.block_size > QUERY_BLOCK and (config.dropout or not HAS_AMX):
-        keys = QUERY_BLOCK  # with AMX, only those of a few heads exist at a time
+    keys = 0  # Without dropout, the attention weights of only a few heads exist at a time.
+    if config.dropout and is_float32:
+        keys = config.block_size
+    elif config.dropout and config.block_size > QUERY_BLOCK:
+        keys = QUERY_BLOCK
     # The last term is attention weights and their gradients.
     return tables + gaps + 4 * (FLOAT if is_float32 else 2) * tokens * config.n_head * keys
 
@@ -174,7 +176,7 @@ def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
     # Without copies, the values remain a part of the tensor of queries, keys and values.
     is_long = config.block_size > QUERY_BLOCK and not config.dropout
-    has_views = in_blocks and is_long and KV == Q and HAS_AMX
+    has_views = in_blocks and is_long and KV == Q
 
     rms_parts = config.norm == 'rms' and on_cpu
     norm = norm_bytes(config, device)
