@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nib.kernels import (
     IGNORED,
+    Dropout,
     attend_in_blocks,
+    drop_out,
     head_cross_entropy,
     is_causal_attention,
     share_heads,
@@ -178,7 +180,7 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, rotary=None):  # x (B, T, C)
         y = self.attend(*self.query_key_value(x, rotary))  # (B, H, T, D)
@@ -225,7 +227,7 @@ def attend(q, k, v, dropout: float = 0.0):
     if not kernels_fit():
         positions = torch.arange(q.shape[2], device=q.device)
         return attend_by_definition(q, k, v, positions, positions, dropout)
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
+    if q.device.type == 'cpu' and (q.dtype == torch.bfloat16 or dropout):
         return attend_in_blocks(q, k, v, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
@@ -241,7 +243,7 @@ def attend_by_definition(q, k, v, query_positions, key_positions, dropout=0.0, m
     scores = attention_scores(q, k, query_positions, key_positions)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return F.dropout(scores.softmax(dim=-1), dropout).type_as(v) @ v
+    return drop_out(scores.softmax(dim=-1), dropout).type_as(v) @ v
 
 
 def kernels_fit() -> bool:
@@ -293,7 +295,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.activation = ACTIVATIONS[self.kind]()
         self.c_proj = nn.Linear(config.mlp_units, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
         x = self.activation(self.c_fc(x))  # (B, T, mlp_units)
@@ -332,7 +334,7 @@ class GPT(nn.Module):
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         else:
             self.rotary = Rotary(config)
-        self.transformer['drop'] = nn.Dropout(config.dropout)
+        self.transformer['drop'] = Dropout(config.dropout)
         self.transformer['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer['ln_f'] = make_norm(config, config.n_embd)
         if not config.tied_head:

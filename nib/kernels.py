@@ -1,4 +1,4 @@
-"""Faster ways to compute what model.py defines: attention and GELU on a CPU, and the loss.
+"""Faster ways to compute what model.py defines: attention, GELU and dropout on a CPU, and the loss.
 
 You can read model.py without this file. Letters in shapes are those of model.py, and N is the
 number of tokens, B x T.
@@ -10,7 +10,7 @@ import math
 from types import CodeType, ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -116,7 +116,7 @@ def blocks_of(T: int) -> list[tuple[slice, slice]]:
 
 def attend_block(q, k, v, dropout):
     """Attention of the last Q positions of a context of S: q (N, Q, D), k and v (N, S, D)."""
-    return F.dropout(block_weights(q, k), dropout) @ v
+    return drop_out(block_weights(q, k), dropout) @ v
 
 
 def block_weights(q, k):
@@ -218,6 +218,30 @@ def _(q, k, v):
 @attention_gradients_operator.register_fake
 def _(q, k, v, grad_y):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# -- dropout --------------------------------------------------------------------------------------
+
+
+def drop_out(x, p: float):
+    """F.dropout(x, p); on a CPU, it takes a quarter of the time.
+
+    torch draws a random number for each element. Here, 16 bits of a number of 64 bits decide, so
+    that p is rounded to a multiple of 2^-16.
+    """
+    if x.device.type != 'cpu' or p in (0, 1) or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device='cpu')
+    bits = numbers.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
+    dropped = min(round(p * 2**16), 2**16 - 1)  # of the 2^16 values that 16 bits have
+    return x * (bits >= dropped - 2**15) * (2**16 / (2**16 - dropped))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with drop_out()."""
+
+    def forward(self, x):
+        return drop_out(x, self.p) if self.training else x
 
 
 # -- GELU -----------------------------------------------------------------------------------------

@@ -223,6 +223,40 @@ def test_weights_of_attention_drop_out(monkeypatch, compute, has_amx):
     assert half.mean().item() == pytest.approx(1.0, abs=0.05) and 0.05 < half.std() < 0.5
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('p', [0.1, 0.5, 0.93])
+def test_dropout_drops_each_element_with_probability_p(p, dtype):
+    """Five standard deviations; each of the four elements that share a number is as random."""
+    torch.manual_seed(1)
+    x = torch.full((500, 401), 3.0, dtype=dtype, requires_grad=True)
+    y = kernels.drop_out(x, p)
+    y.sum().backward()
+    kept = y != 0
+    for part in (kept, *(kept.flatten()[i::4] for i in range(4))):
+        std = math.sqrt(p * (1 - p) / part.numel())
+        assert part.double().mean().item() == pytest.approx(1 - p, abs=5 * std)
+    both = (kept.flatten()[0::4][:50_000] & kept.flatten()[1::4][:50_000]).double().mean().item()
+    assert both == pytest.approx((1 - p) ** 2, abs=5 * (1 - p) / math.sqrt(50_000))
+    assert y.dtype == dtype and y.max() == y[kept].min()
+    assert y.max().item() == pytest.approx(
+        3 / (1 - p), rel=1e-2 if dtype == torch.bfloat16 else 3e-4
+    )
+    torch.testing.assert_close(x.grad * 3, y.detach(), rtol=1e-2, atol=0)
+    assert not torch.equal(kept, kernels.drop_out(x, p) != 0)
+    torch.manual_seed(1)
+    assert torch.equal(y, kernels.drop_out(x, p))
+
+
+def test_dropout_of_nothing_and_of_everything():
+    x = torch.randn(3, 5)
+    assert torch.equal(kernels.drop_out(x, 0.0), x)
+    assert not kernels.drop_out(x, 1.0).any()
+    assert kernels.drop_out(torch.empty(0, 5), 0.5).shape == (0, 5)
+    assert kernels.drop_out(x, 1 - 1e-9).isfinite().all()
+    module = kernels.Dropout(0.5)
+    assert not torch.equal(module(x), x) and torch.equal(module.eval()(x), x)
+
+
 def test_dropout_is_where_gpt2_has_it_and_in_training_only():
     model, zeros = make_model(replace(SMALL, dropout=0.5)), {}
 

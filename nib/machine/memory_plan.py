@@ -125,13 +125,12 @@ def heap_bytes(
     if tokens * V > kernels.MANY_LOGITS and is_float32 and not config.recompute:
         gaps = 0.0 if config.tied_head else chunk_bytes(config, tokens, 'cpu', dtype)
     gaps += GAPS * activations * accumulates
-    keys = 0  # Without dropout, the attention weights of only a few heads exist at a time.
-    if config.dropout and is_float32:
-        keys = config.block_size
-    elif config.dropout and config.block_size > QUERY_BLOCK:
-        keys = QUERY_BLOCK
-    # The last term is attention weights and their gradients.
-    return tables + gaps + 4 * (FLOAT if is_float32 else 2) * tokens * config.n_head * keys
+    # The last term: with dropout, the attention weights of all heads, with random numbers, what is
+    # kept, and gradients. Without, those of only a few heads exist at a time.
+    is_long = config.block_size > QUERY_BLOCK  # the weights are computed once more
+    copies = (12 if is_long else 8) * (config.dropout > 0)
+    weights = tokens * config.n_head * min(config.block_size, QUERY_BLOCK)
+    return tables + gaps + copies * (FLOAT if is_float32 else 2) * weights
 
 
 def backward_bytes(config: GPTConfig, dtype: str) -> tuple[float, float]:
@@ -173,7 +172,7 @@ def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     Q, KV = config.n_head * config.head_width, config.kv_heads * config.head_width
     size = FLOAT if dtype == 'float32' else 2
     on_cpu = device == 'cpu'
-    in_blocks = on_cpu and dtype == 'bfloat16'  # kernels.attend_in_blocks
+    in_blocks = on_cpu and (dtype == 'bfloat16' or config.dropout > 0)  # kernels.attend_in_blocks
     # Without copies, the values remain a part of the tensor of queries, keys and values.
     is_long = config.block_size > QUERY_BLOCK and not config.dropout
     has_views = in_blocks and is_long and KV == Q
@@ -192,14 +191,14 @@ def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
         qkv += 2 * size * (Q - KV)  # keys and values, repeated for the heads that share them
     else:
         qkv += size * (Q + KV + Q * on_cpu) * is_new
-    if on_cpu and (not in_blocks or config.block_size <= QUERY_BLOCK):
-        # The attention weights: one copy in blocks; with dropout three, as there is no kernel.
-        copies = 3 if config.dropout else int(in_blocks)
-        qkv += copies * size * config.n_head * config.block_size
+    if in_blocks and config.block_size <= QUERY_BLOCK:
+        # The attention weights; with dropout also what is kept of them, and which are kept.
+        weights = size + (size + 1) * (config.dropout > 0)
+        qkv += weights * config.n_head * config.block_size
     attention = norm + size * C + qkv + size * Q
     hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
     mlp = norm + size * C + size * hidden
-    dropped = 2 * size * C if config.dropout else 0
+    dropped = 2 * C if config.dropout else 0  # a byte for each element: whether it is kept
     return attention + mlp + dropped
 
 

@@ -140,7 +140,7 @@ class Record(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        is_dropout = 'dropout' in str(function) or 'bernoulli' in str(function)
+        is_dropout = any(name in str(function) for name in ('dropout', 'bernoulli', 'random_'))
         with torch.random.fork_rng(enabled=is_dropout):  # a GPU has a generator of its own
             results = function(*args, **(kwargs or {}))
         self.graph.calls.append((function, args, kwargs or {}, results))
