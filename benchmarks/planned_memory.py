@@ -66,6 +66,9 @@ CONFIGS = (  # the results file says which were seen while the estimate was made
     f'{LARGE} --n_layer=4 --block_size=256 --batch_size=4 --dtype=bfloat16 {MUON} {ACCUMULATED}',
     f'{MEDIUM} --block_size=256 --batch_size=8 --dtype=bfloat16 --mlp=relu2 --logit_cap=15',
     f'{TWELVE} --block_size=256 --batch_size=16 --dtype=float32 --recompute --vocab_size=1000',
+    f'{MEDIUM} --block_size=512 --batch_size=4 --dtype=float32 --dropout=0.1 --vocab_size=65',
+    f'{MEDIUM} --block_size=512 --batch_size=4 --dtype=bfloat16 --dropout=0.1 --vocab_size=65',
+    f'{MEDIUM} --block_size=128 --batch_size=16 --dtype=float32 --dropout=0.1 --vocab_size=65',
 )
 TINY = {'n_layer': 1, 'n_head': 1, 'n_kv_head': 0, 'n_embd': 32, 'block_size': 16, 'batch_size': 1}
 MEASURE_CONFIG = 'benchmarks.planned_memory.measure_config'

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that the loss leaves out; what generate() yields for rows that have ended
 QUERY_BLOCK = 256  # queries per block in attend_in_blocks
-CACHED_WEIGHTS = 1 << 21  # attention weights that the backward pass holds at a time: 4 MiB
+CACHED_WEIGHTS = 1 << 21  # attention weights that LongAttention holds at a time: 4 MiB
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # Intel; some kernels are faster only there
 MANY_LOGITS = 1 << 24  # with more logits than this, the loss is computed in chunks
 MANY_LOGITS_GPU = 1 << 28
@@ -88,7 +88,7 @@ def names_in(code: CodeType) -> list[str]:
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):
-    """Causal attention in bfloat16 on a CPU, as fast as other matrix products.
+    """Causal attention on a CPU: in bfloat16, and in any precision with dropout.
 
     Computes the same as scaled_dot_product_attention. A block of queries skips the keys after its
     last position. If there is more than one block, the backward pass recomputes the weights of each
@@ -129,8 +129,8 @@ def block_weights(q, k):
 class LongAttention(torch.autograd.Function):
     """attend_in_blocks() of a long context without dropout: q, k and v (B, H, T, D).
 
-    On a processor with AMX, the library's kernel is faster than blocks in the forward pass only.
-    See docs/experiments.md, "Attention".
+    On a processor with AMX, the library's kernel is faster than blocks in the forward pass.
+    Elsewhere, blocks are faster in both passes. See docs/experiments.md, "Attention".
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ class LongAttention(torch.autograd.Function):
 
 
 def few_heads(*parts):
-    """Parts (N, T, D) of attention, a few heads at a time: their weights stay in the cache."""
+    """Splits parts (N, T, D) of attention into a few heads, whose weights stay in the cache."""
     heads = max(1, CACHED_WEIGHTS // (QUERY_BLOCK * parts[0].shape[1]))
     return zip(*(part.split(heads) for part in parts), strict=True)
 
@@ -224,12 +224,12 @@ def _(q, k, v, grad_y):
 
 
 def drop_out(x, p: float):
-    """F.dropout(x, p); on a CPU, it takes a quarter of the time.
+    """F.dropout(x, p); on a CPU, the forward pass takes a quarter of the time.
 
     torch draws a random number for each element. Here, 16 bits of a number of 64 bits decide, so
     that p is rounded to a multiple of 2^-16.
     """
-    if x.device.type != 'cpu' or p in (0, 1) or torch.compiler.is_compiling():
+    if x.device.type != 'cpu' or not 0 < p < 1 or torch.compiler.is_compiling():
         return F.dropout(x, p)
     numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device='cpu')
     bits = numbers.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)

@@ -253,6 +253,9 @@ def test_dropout_of_nothing_and_of_everything():
     assert not kernels.drop_out(x, 1.0).any()
     assert kernels.drop_out(torch.empty(0, 5), 0.5).shape == (0, 5)
     assert kernels.drop_out(x, 1 - 1e-9).isfinite().all()
+    for p in (-0.1, 1.1):
+        with pytest.raises(ValueError, match='probability'):
+            kernels.drop_out(x, p)
     module = kernels.Dropout(0.5)
     assert not torch.equal(module(x), x) and torch.equal(module.eval()(x), x)
 

@@ -125,8 +125,8 @@ def heap_bytes(
     if tokens * V > kernels.MANY_LOGITS and is_float32 and not config.recompute:
         gaps = 0.0 if config.tied_head else chunk_bytes(config, tokens, 'cpu', dtype)
     gaps += GAPS * activations * accumulates
-    # The last term: with dropout, the attention weights of all heads, with random numbers, what is
-    # kept, and gradients. Without, those of only a few heads exist at a time.
+    # The last term, with dropout: attention weights of all heads, their random numbers, what remains
+    # of them, and gradients. Without dropout, only the weights of a few heads exist at a time.
     is_long = config.block_size > QUERY_BLOCK  # the weights are computed once more
     copies = (12 if is_long else 8) * (config.dropout > 0)
     weights = tokens * config.n_head * min(config.block_size, QUERY_BLOCK)
@@ -192,7 +192,7 @@ def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
     else:
         qkv += size * (Q + KV + Q * on_cpu) * is_new
     if in_blocks and config.block_size <= QUERY_BLOCK:
-        # The attention weights; with dropout also what is kept of them, and which are kept.
+        # The attention weights; with dropout, also those that remain, and a byte each for the mask.
         weights = size + (size + 1) * (config.dropout > 0)
         qkv += weights * config.n_head * config.block_size
     attention = norm + size * C + qkv + size * Q
