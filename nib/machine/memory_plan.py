@@ -125,8 +125,8 @@ def heap_bytes(
     if tokens * V > kernels.MANY_LOGITS and is_float32 and not config.recompute:
         gaps = 0.0 if config.tied_head else chunk_bytes(config, tokens, 'cpu', dtype)
     gaps += GAPS * activations * accumulates
-    # The last term, with dropout: attention weights of all heads, their random numbers, what remains
-    # of them, and gradients. Without dropout, only the weights of a few heads exist at a time.
+    # The last term, with dropout: attention weights of all heads, random numbers, what remains of
+    # the weights, and gradients. Without dropout, only the weights of a few heads exist at a time.
     is_long = config.block_size > QUERY_BLOCK  # the weights are computed once more
     copies = (12 if is_long else 8) * (config.dropout > 0)
     weights = tokens * config.n_head * min(config.block_size, QUERY_BLOCK)
