@@ -223,13 +223,31 @@ def _(q, k, v, grad_y):
 # -- dropout --------------------------------------------------------------------------------------
 
 
+def draws_in_parallel() -> bool:
+    """Whether torch draws the masks of dropout on this CPU with all threads, by MKL, as on Intel's.
+
+    MKL takes one seed from torch's generator, however many numbers it draws.
+    """
+    states = []
+    for size in (100, 200):
+        generator = torch.Generator('cpu').manual_seed(0)
+        torch.empty(size, device='cpu').bernoulli_(0.5, generator=generator)
+        states.append(generator.get_state())
+    return torch.equal(*states)
+
+
+DRAWS_IN_PARALLEL = draws_in_parallel()
+
+
 def drop_out(x, p: float):
-    """F.dropout(x, p); on a CPU, the forward pass takes a quarter of the time.
+    """F.dropout(x, p); the forward pass takes a quarter of the time if torch draws in one thread.
 
     torch draws a random number for each element. Here, 16 bits of a number of 64 bits decide, so
     that p is rounded to a multiple of 2^-16.
     """
-    if x.device.type != 'cpu' or not 0 < p < 1 or torch.compiler.is_compiling():
+    if x.device.type != 'cpu' or DRAWS_IN_PARALLEL or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    if not 0 < p < 1:  # which is an error, unless it is 0 or 1
         return F.dropout(x, p)
     numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device='cpu')
     bits = numbers.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)

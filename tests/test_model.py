@@ -225,8 +225,9 @@ def test_weights_of_attention_drop_out(monkeypatch, compute, has_amx):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize('p', [0.1, 0.5, 0.93])
-def test_dropout_drops_each_element_with_probability_p(p, dtype):
+def test_dropout_drops_each_element_with_probability_p(monkeypatch, p, dtype):
     """Five standard deviations; each of the four elements that share a number is as random."""
+    monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', False)
     torch.manual_seed(1)
     x = torch.full((500, 401), 3.0, dtype=dtype, requires_grad=True)
     y = kernels.drop_out(x, p)
@@ -247,7 +248,8 @@ def test_dropout_drops_each_element_with_probability_p(p, dtype):
     assert torch.equal(y, kernels.drop_out(x, p))
 
 
-def test_dropout_of_nothing_and_of_everything():
+def test_dropout_of_nothing_and_of_everything(monkeypatch):
+    monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', False)
     x = torch.randn(3, 5)
     assert torch.equal(kernels.drop_out(x, 0.0), x)
     assert not kernels.drop_out(x, 1.0).any()
@@ -258,6 +260,26 @@ def test_dropout_of_nothing_and_of_everything():
             kernels.drop_out(x, p)
     module = kernels.Dropout(0.5)
     assert not torch.equal(module(x), x) and torch.equal(module.eval()(x), x)
+
+
+def test_torchs_dropout_is_used_where_it_draws_in_parallel(monkeypatch):
+    """MKL takes one seed from the generator; otherwise each element takes a number."""
+    draws = {True: lambda size: 1, False: lambda size: size}
+    for parallel, count in draws.items():
+        monkeypatch.setattr(
+            torch.Tensor,
+            'bernoulli_',
+            lambda self, p, generator: torch.rand(count(len(self)), generator=generator),
+        )
+        assert kernels.draws_in_parallel() is parallel
+        monkeypatch.undo()
+    x = torch.randn(64, 64)
+    for parallel in draws:
+        monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', parallel)
+        torch.manual_seed(0)
+        ours = kernels.drop_out(x, 0.5)
+        torch.manual_seed(0)
+        assert torch.equal(ours, F.dropout(x, 0.5)) is parallel
 
 
 def test_dropout_is_where_gpt2_has_it_and_in_training_only():

@@ -191,15 +191,17 @@ def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
         qkv += 2 * size * (Q - KV)  # keys and values, repeated for the heads that share them
     else:
         qkv += size * (Q + KV + Q * on_cpu) * is_new
+    mask = 0  # of dropout
+    if config.dropout:  # a byte for each element, except in torch's dropout on a CPU
+        mask = size if on_cpu and kernels.DRAWS_IN_PARALLEL else 1
     if in_blocks and config.block_size <= QUERY_BLOCK:
-        # The attention weights; with dropout, also those that remain, and a byte each for the mask.
-        weights = size + (size + 1) * (config.dropout > 0)
+        # The attention weights; with dropout, also those that remain.
+        weights = size + (size + mask if config.dropout else 0)
         qkv += weights * config.n_head * config.block_size
     attention = norm + size * C + qkv + size * Q
     hidden = 4 * W if config.mlp == 'swiglu' else 2 * W
     mlp = norm + size * C + size * hidden
-    dropped = 2 * C if config.dropout else 0  # a byte for each element: whether it is kept
-    return attention + mlp + dropped
+    return attention + mlp + 2 * mask * C
 
 
 def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled: bool) -> float:
