@@ -63,7 +63,7 @@ class Yielding:
         self.additional: threading.Event | None = None
         # Held during an operation of torch. If Python ended meanwhile, torch would abort.
         self._busy = threading.Lock()
-        atexit.register(self._busy.acquire, timeout=1.0)
+        atexit.register(self._busy.acquire, timeout=10.0)
 
     def run(self):
         """Checks at intervals, as long as the seconds without a core are known."""
