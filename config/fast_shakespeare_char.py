@@ -1,5 +1,5 @@
 # Tiny Shakespeare in characters, as fast as possible: a validation loss below 1.886 on two CPU
-# cores in 7 to 9% of nanoGPT's time. docs/experiments.md lists what each idea gains.
+# cores in 6 to 9% of nanoGPT's time. docs/experiments.md lists what each idea gains.
 
 include('train_shakespeare_char.py')
 out_dir = 'out-fast-shakespeare-char'

@@ -224,9 +224,9 @@ def _(q, k, v, grad_y):
 
 
 def draws_in_parallel() -> bool:
-    """Whether torch draws the masks of dropout on this CPU with all threads, by MKL, as on Intel's.
+    """Whether torch draws the masks of dropout in all threads on this CPU.
 
-    MKL takes one seed from torch's generator, however many numbers it draws.
+    On Intel processors, it uses MKL, which takes one seed from the generator for all numbers.
     """
     states = []
     for size in (100, 200):
@@ -245,9 +245,8 @@ def drop_out(x, p: float):
     torch draws a random number for each element. Here, 16 bits of a number of 64 bits decide, so
     that p is rounded to a multiple of 2^-16.
     """
-    if x.device.type != 'cpu' or DRAWS_IN_PARALLEL or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    if not 0 < p < 1:  # which is an error, unless it is 0 or 1
+    is_slow = x.device.type == 'cpu' and not DRAWS_IN_PARALLEL and not torch.compiler.is_compiling()
+    if not is_slow or not 0 < p < 1:  # torch rejects what is not a probability
         return F.dropout(x, p)
     numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device='cpu')
     bits = numbers.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)

@@ -20,6 +20,7 @@ from conftest import ROOT
 
 import configurator
 import train
+from benchmarks import measure
 from nib.doctor import health
 from nib.doctor.problems import PROBLEMS
 
@@ -313,6 +314,7 @@ def test_the_pictures_are_those_that_the_script_draws(run_main, tmp_path, config
     done = run_main('benchmarks/chapter.py', f'--pictures={tmp_path}')
     assert done.returncode == 0, done.stderr
     # The path of a weight. Other processors round differently, which adds up over 300 steps.
+    tolerance = 0 if MEASURED.read_text().startswith(measure.describe_machine()) else 1e-5
     drawn, recorded = (
         [
             float(number)
@@ -320,7 +322,7 @@ def test_the_pictures_are_those_that_the_script_draws(run_main, tmp_path, config
         ]
         for text in (done.stdout, MEASURED.read_text())
     )
-    assert len(drawn) == 3 and drawn == pytest.approx(recorded, abs=5e-5)
+    assert len(drawn) == 3 and drawn == pytest.approx(recorded, abs=tolerance)
     text = ''.join(path.read_text(encoding='utf-8') for path in (ENGLISH, MODEL))
     assert {path.name for path in tmp_path.iterdir()} == set(re.findall(r'\((\w+\.svg)\)', text))
     for path in tmp_path.iterdir():

@@ -102,8 +102,12 @@ def test_the_estimate_for_a_gpu_is_what_an_h100_took():
 
 @pytest.mark.parametrize(
     'flags, n, bound',
-    [('--.*--recompute.*', 14, 0.12), ('(?!.*--(?:vocab_size|recompute))--.*', 21, 0.15)],
-    ids=['recompute', "GPT-2's vocabulary"],
+    [
+        ('--.*--recompute.*', 14, 0.12),
+        ('(?!.*--(?:vocab_size|recompute))--.*', 21, 0.15),
+        ('--.*--dropout.*', 5, 0.16),
+    ],
+    ids=['recompute', "GPT-2's vocabulary", 'dropout'],
 )
 def test_the_estimate_is_what_this_cpu_took(monkeypatch, flags, n, bound):
     """The results of benchmarks/planned_memory.py."""

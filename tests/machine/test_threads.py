@@ -70,7 +70,7 @@ ENDS_AT_ONCE = """
 import itertools, threading, time, torch
 from nib.machine import threads
 zeros = torch.zeros
-torch.zeros = lambda n: zeros(32 * n)
+torch.zeros = lambda n: zeros(64 * n)
 seconds = itertools.count()
 yielding = threads.Yielding(lambda: float(next(seconds)), interval=0.01)
 threading.Thread(target=yielding.run, daemon=True).start()
