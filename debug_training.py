@@ -27,7 +27,7 @@ from nib.checkpoint import store
 from nib.checkpoint.start import read_start
 from nib.checkpoint.weights import Weights
 from nib.errors import UserError, run_script, warn
-from nib.kernels import IGNORED
+from nib.kernels.cross_entropy import IGNORED
 from nib.lessons import examination, walkthrough
 from nib.machine.device import has_bfloat16, pick_device, pick_dtype, seed_everything
 from nib.machine.memory import check_memory

@@ -20,17 +20,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nib.kernels import (
-    IGNORED,
-    Dropout,
-    attend_in_blocks,
-    drop_out,
-    head_cross_entropy,
-    is_causal_attention,
-    share_heads,
-    tanh_gelu,
-    uses_head_kernel,
-)
+from nib.kernels.attention import attend_in_blocks, is_causal_attention, share_heads
+from nib.kernels.cross_entropy import IGNORED, head_cross_entropy, uses_head_kernel
+from nib.kernels.elementwise import Dropout, drop_out, tanh_gelu
 
 
 @dataclass(frozen=True)

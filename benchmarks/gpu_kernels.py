@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from benchmarks.contestant import make_training, time_steps
 from nib.errors import UserError
-from nib.kernels import IGNORED, ChunkedLoss, pad_rows
+from nib.kernels.cross_entropy import IGNORED, ChunkedLoss, pad_rows
 from nib.machine.device import autocast, has_bfloat16, peak_memory, synchronize
 from nib.optim import Optimizer
 from nib.tokens.dataset import open_dataset

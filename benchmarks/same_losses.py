@@ -59,7 +59,7 @@ GPT2 = f'{SMALL} --bias'
 MODERN = f'{SMALL} --position=rotary --norm=rms --qk_norm --mlp=swiglu --n_kv_head=2 --no-tied_head'
 NOISY = '--dropout=0.2 --gradient_accumulation_steps=4'
 MUON = '--optimizer=muon --learning_rate=0.01'
-LARGE = (  # a micro batch has more logits than a chunk of the loss in nib/kernels.py
+LARGE = (  # a micro batch has more logits than a chunk of the loss
     f'{SMALL} --dataset=squares --vocab_size=60000 --n_embd=16 --batch_size=20 --logit_cap=9 '
     '--max_iters=3 --eval_interval=3 --eval_iters=1'
 )

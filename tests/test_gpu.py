@@ -11,7 +11,8 @@ from test_resume import CURVE
 import configurator
 import train as training
 from model import GPT, GPTConfig
-from nib import kernels, optim
+from nib import optim
+from nib.kernels import cross_entropy, elementwise
 from nib.machine import graphs
 from nib.machine.device import autocast
 from nib.machine.memory_plan import plan_memory
@@ -257,8 +258,8 @@ def test_the_padded_vocabulary_never_shows(vocab_size, tied, cap, monkeypatch):
         model = GPT(config).cuda()
         model.load_state_dict(plain.state_dict())
         many = 50 * vocab_size if how == 'in chunks' else 1 << 28
-        monkeypatch.setattr(kernels, 'MANY_LOGITS_GPU', many)
-        monkeypatch.setattr(kernels, 'LOSS_CHUNK_GPU', 4 * many)
+        monkeypatch.setattr(cross_entropy, 'MANY_LOGITS_GPU', many)
+        monkeypatch.setattr(cross_entropy, 'LOSS_CHUNK_GPU', 4 * many)
         loss = (torch.compile(model) if how == 'compiled' else model)(idx, targets)
         loss.backward()
         assert loss.item() == pytest.approx(expected.item(), abs=1e-3)
@@ -357,8 +358,8 @@ def test_a_model_that_changes_runs_without_its_graph(data_dir, monkeypatch):
 @pytest.mark.parametrize('wait', [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()])
 def test_a_model_that_waits_for_the_gpu_trains_without_a_graph(data_dir, monkeypatch, wait):
     """Its dropout, too: a failed capture leaves torch's random generator unusable."""
-    drop = kernels.Dropout.forward
-    monkeypatch.setattr(kernels.Dropout, 'forward', lambda self, x: (wait(x), drop(self, x))[1])
+    drop = elementwise.Dropout.forward
+    monkeypatch.setattr(elementwise.Dropout, 'forward', lambda self, x: (wait(x), drop(self, x))[1])
     t, said = make_training(data_dir)
     assert t.model is t.raw_model and 'without CUDA graphs' in said[-1]
     assert all(p.grad is None for p in t.raw_model.parameters())

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from model import GPT, GPTConfig, attend, attend_by_definition
-from nib import kernels
-from nib.kernels import attend_in_blocks
+from nib.kernels import attention, cross_entropy, elementwise
+from nib.kernels.attention import attend_in_blocks
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -154,8 +154,8 @@ def test_with_zero_init_every_block_begins_as_the_identity():
 )
 def test_attention_in_blocks_is_attention(monkeypatch, T, heads, kv_heads, has_amx):
     """Values and gradients: to rounding in float64, to a few roundings in bfloat16."""
-    monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
-    monkeypatch.setattr(kernels, 'CACHED_WEIGHTS', (heads - 1) * 256 * 600)  # 3, 3 and 2 heads
+    monkeypatch.setattr(attention, 'HAS_AMX', has_amx)
+    monkeypatch.setattr(attention, 'CACHED_WEIGHTS', (heads - 1) * 256 * 600)  # 3, 3 and 2 heads
     torch.manual_seed(0)
     q, k, v, g = (
         torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads)
@@ -216,7 +216,7 @@ def by_definition(q, k, v, dropout):
 @pytest.mark.parametrize('compute', [attend, attend_in_blocks, by_definition])
 def test_weights_of_attention_drop_out(monkeypatch, compute, has_amx):
     """The mean of values that are all 1 is 1; of half of them, doubled, it is about that."""
-    monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
+    monkeypatch.setattr(attention, 'HAS_AMX', has_amx)
     ones = torch.ones(1, 4, 300, 8)
     assert compute(ones, ones, ones, 0.0).allclose(ones)
     half = compute(ones, ones, ones, 0.5)
@@ -227,10 +227,10 @@ def test_weights_of_attention_drop_out(monkeypatch, compute, has_amx):
 @pytest.mark.parametrize('p', [0.1, 0.5, 0.93])
 def test_dropout_drops_each_element_with_probability_p(monkeypatch, p, dtype):
     """Five standard deviations; each of the four elements that share a number is as random."""
-    monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', False)
+    monkeypatch.setattr(elementwise, 'DRAWS_IN_PARALLEL', False)
     torch.manual_seed(1)
     x = torch.full((500, 401), 3.0, dtype=dtype, requires_grad=True)
-    y = kernels.drop_out(x, p)
+    y = elementwise.drop_out(x, p)
     y.sum().backward()
     kept = y != 0
     for part in (kept, *(kept.flatten()[i::4] for i in range(4))):
@@ -243,22 +243,22 @@ def test_dropout_drops_each_element_with_probability_p(monkeypatch, p, dtype):
         3 / (1 - p), rel=1e-2 if dtype == torch.bfloat16 else 3e-4
     )
     torch.testing.assert_close(x.grad * 3, y.detach(), rtol=1e-2, atol=0)
-    assert not torch.equal(kept, kernels.drop_out(x, p) != 0)
+    assert not torch.equal(kept, elementwise.drop_out(x, p) != 0)
     torch.manual_seed(1)
-    assert torch.equal(y, kernels.drop_out(x, p))
+    assert torch.equal(y, elementwise.drop_out(x, p))
 
 
 def test_dropout_of_nothing_and_of_everything(monkeypatch):
-    monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', False)
+    monkeypatch.setattr(elementwise, 'DRAWS_IN_PARALLEL', False)
     x = torch.randn(3, 5)
-    assert torch.equal(kernels.drop_out(x, 0.0), x)
-    assert not kernels.drop_out(x, 1.0).any()
-    assert kernels.drop_out(torch.empty(0, 5), 0.5).shape == (0, 5)
-    assert kernels.drop_out(x, 1 - 1e-9).isfinite().all()
+    assert torch.equal(elementwise.drop_out(x, 0.0), x)
+    assert not elementwise.drop_out(x, 1.0).any()
+    assert elementwise.drop_out(torch.empty(0, 5), 0.5).shape == (0, 5)
+    assert elementwise.drop_out(x, 1 - 1e-9).isfinite().all()
     for p in (-0.1, 1.1):
         with pytest.raises(ValueError, match='probability'):
-            kernels.drop_out(x, p)
-    module = kernels.Dropout(0.5)
+            elementwise.drop_out(x, p)
+    module = elementwise.Dropout(0.5)
     assert not torch.equal(module(x), x) and torch.equal(module.eval()(x), x)
 
 
@@ -271,13 +271,13 @@ def test_torchs_dropout_is_used_where_it_draws_in_parallel(monkeypatch):
             'bernoulli_',
             lambda self, p, generator: torch.rand(count(len(self)), generator=generator),
         )
-        assert kernels.draws_in_parallel() is parallel
+        assert elementwise.draws_in_parallel() is parallel
         monkeypatch.undo()
     x = torch.randn(64, 64)
     for parallel in draws:
-        monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', parallel)
+        monkeypatch.setattr(elementwise, 'DRAWS_IN_PARALLEL', parallel)
         torch.manual_seed(0)
-        ours = kernels.drop_out(x, 0.5)
+        ours = elementwise.drop_out(x, 0.5)
         torch.manual_seed(0)
         assert torch.equal(ours, F.dropout(x, 0.5)) is parallel
 
@@ -293,13 +293,13 @@ def test_dropout_is_where_gpt2_has_it_and_in_training_only():
 
     for name in ('drop', 'h.0.attn', 'h.0.mlp'):  # the embeddings and both branches
         watch(name)
-    ones, attention = torch.ones(1, 4, 16, 8), model.transformer.h[0].attn
+    ones, layer = torch.ones(1, 4, 16, 8), model.transformer.h[0].attn
     for training in (True, False):
         model.train(training)
         model(torch.randint(61, (4, 16)))
         assert zeros == pytest.approx(dict.fromkeys(zeros, 0.5 * training), abs=0.1)
         assert len(zeros) == 3
-        assert attention.attend(ones, ones, ones).allclose(ones) != training
+        assert layer.attend(ones, ones, ones).allclose(ones) != training
 
 
 def test_residual_projections_start_smaller_by_depth():
@@ -345,14 +345,14 @@ def test_parameter_counts():
 
 def compute_loss_in_chunks(monkeypatch, V: int):
     """7 tokens of float32 logits, or 14 in bfloat16, at a time, and the softmax of 3 of them."""
-    monkeypatch.setattr(kernels, 'MANY_LOGITS', 7 * V)
-    monkeypatch.setattr(kernels, 'LOSS_CHUNK', 4 * 7 * V)
-    monkeypatch.setattr(kernels, 'CACHED_LOGITS', 3 * V)
+    monkeypatch.setattr(cross_entropy, 'MANY_LOGITS', 7 * V)
+    monkeypatch.setattr(cross_entropy, 'LOSS_CHUNK', 4 * 7 * V)
+    monkeypatch.setattr(cross_entropy, 'CACHED_LOGITS', 3 * V)
 
 
 def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
     """Against all logits at once. The last chunk and the last part of each are shorter."""
-    monkeypatch.setattr(kernels, 'COLUMNS', 300)
+    monkeypatch.setattr(cross_entropy, 'COLUMNS', 300)
     config = GPTConfig(**{**vars(SMALL), 'vocab_size': 997})
     ids, targets = torch.randint(997, (3, 16)), torch.randint(997, (3, 16))
     targets[1, 4:9] = -1
@@ -370,7 +370,7 @@ def test_the_loss_in_chunks_is_the_loss_with_its_gradients(monkeypatch):
                 assert model(ids, targets).item() == pytest.approx(whole.item(), rel=1e-6)
             x = torch.randn(48, 32)
             before = x.clone()
-            kernels.head_cross_entropy(x, model.head_weight, targets.flatten(), 0.0)
+            cross_entropy.head_cross_entropy(x, model.head_weight, targets.flatten(), 0.0)
             assert x.equal(before)
         assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
         for name, p in model.named_parameters():
@@ -401,7 +401,7 @@ def test_the_gelu_for_the_compiler_is_as_exact_as_the_plain_one(monkeypatch, dty
 
     def run(x, gradient):
         x = x.clone().requires_grad_()
-        y = kernels.tanh_gelu(x)
+        y = elementwise.tanh_gelu(x)
         y.backward(gradient)
         return y.detach(), x.grad
 
@@ -423,7 +423,7 @@ def test_the_loss_in_chunks_can_be_compiled():
     )
 
     def loss(x, weight):
-        return kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 30 * 97)
+        return cross_entropy.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 30 * 97)
 
     found = []
     for run in (loss, torch.compile(loss)):
@@ -457,7 +457,7 @@ def test_the_loss_never_holds_all_logits_of_a_large_vocabulary():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(ids, ids).backward()
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
-    assert 50_000 * 600 < largest / 4 <= kernels.LOSS_CHUNK / 4 < 50_000 * 700
+    assert 50_000 * 600 < largest / 4 <= cross_entropy.LOSS_CHUNK / 4 < 50_000 * 700
 
 
 def traced_size(function, *inputs) -> int:
@@ -481,19 +481,21 @@ def traced_size(function, *inputs) -> int:
 @pytest.mark.parametrize('has_amx', [False, True])
 def test_the_compiler_sees_neither_chunks_nor_blocks(monkeypatch, has_amx):
     """It would unroll them, which takes minutes for GPT-2."""
-    monkeypatch.setattr(kernels, 'HAS_AMX', has_amx)
+    monkeypatch.setattr(attention, 'HAS_AMX', has_amx)
     x, weight, targets = (
         torch.randn(40, 8, requires_grad=True),
         torch.randn(97, 8, requires_grad=True),
         torch.randint(97, (40,)),
     )
     one, ten = (
-        traced_size(lambda *xw: kernels.ChunkedLoss.apply(*xw, targets, 0.0, True, size), x, weight)
+        traced_size(
+            lambda *xw: cross_entropy.ChunkedLoss.apply(*xw, targets, 0.0, True, size), x, weight
+        )
         for size in (4 * 40 * 97, 4 * 4 * 97)
     )
     assert one == ten
     short, long = (
-        traced_size(kernels.LongAttention.apply, *torch.randn(3, 1, 2, T, 4, requires_grad=True))
+        traced_size(attention.LongAttention.apply, *torch.randn(3, 1, 2, T, 4, requires_grad=True))
         for T in (300, 900)
     )
     assert short == long
@@ -501,13 +503,13 @@ def test_the_compiler_sees_neither_chunks_nor_blocks(monkeypatch, has_amx):
 
 WITHOUT_THE_COMPILER = """
 import sys, torch
-from nib import kernels
-kernels.HAS_AMX = False  # the library's kernel needs no operator of ours
+from nib.kernels import attention, cross_entropy
+attention.HAS_AMX = False  # the library's kernel needs no operator of ours
 x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
 targets = torch.randint(97, (40,))
-kernels.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 4 * 97).backward()
+cross_entropy.ChunkedLoss.apply(x, weight, targets, 0.0, True, 4 * 4 * 97).backward()
 qkv = torch.randn(3, 1, 2, 300, 4, requires_grad=True)
-kernels.LongAttention.apply(*qkv).sum().backward()
+attention.LongAttention.apply(*qkv).sum().backward()
 sys.exit('torch._dynamo' in sys.modules)
 """
 
@@ -526,12 +528,14 @@ def test_the_operators_are_what_the_compiler_is_told(dtype, with_gradients):
     x, weight, targets = torch.randn(40, 8), torch.randn(97, 8), torch.randint(97, (40,))
     tests = ('test_schema', 'test_faketensor')
     loss = x, weight, targets, 0.0, with_gradients, 4 * 4 * 97, dtype
-    torch.library.opcheck(kernels.loss_operator, loss, test_utils=tests)
+    torch.library.opcheck(cross_entropy.loss_operator, loss, test_utils=tests)
     for batch in (1, 4):
         qkv = torch.randn(batch, 300, 6, 8, dtype=dtype).transpose(1, 2).split(2, dim=1)
         grads = torch.randn_like(qkv[0])
-        torch.library.opcheck(kernels.weighted_values_operator, qkv, test_utils=tests)
-        torch.library.opcheck(kernels.attention_gradients_operator, (*qkv, grads), test_utils=tests)
+        torch.library.opcheck(attention.weighted_values_operator, qkv, test_utils=tests)
+        torch.library.opcheck(
+            attention.attention_gradients_operator, (*qkv, grads), test_utils=tests
+        )
 
 
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)

@@ -16,7 +16,7 @@ from torch import nn
 import model as architecture
 from model import GPT, MLP, CausalSelfAttention
 from nib.doctor.health import LayerStats, ParameterStats
-from nib.kernels import IGNORED
+from nib.kernels.cross_entropy import IGNORED
 
 # A hidden unit is closed if its activation function passes hardly any gradient. Below these inputs,
 # squared ReLU passes none, and the slopes of GELU and of SwiGLU's gate (SiLU) are within 0.0125 of

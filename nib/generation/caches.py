@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPTConfig, attend, attend_by_definition, kernels_fit
-from nib.kernels import HAS_AMX
+from nib.kernels.attention import HAS_AMX
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from model import GPT, kernels_fit
 from nib.generation.caches import AmxCache, BagCache, KVCache, Pass
 from nib.generation.layers import PackedLinear, RowLinear, for_generation
-from nib.kernels import HAS_AMX
+from nib.kernels.attention import HAS_AMX
 from nib.machine.compiling import compile_function
 from nib.machine.graphs import capture, warm_up
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT
-from nib.kernels import IGNORED
+from nib.kernels.cross_entropy import IGNORED
 from nib.lessons.examination import describe_batch, note
 
 # The lesson follows the weight with the largest gradient in the first of these that has a gradient.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from model import GPT, kernels_fit
-from nib.kernels import HAS_AMX, QUERY_BLOCK
+from nib.kernels.attention import HAS_AMX, QUERY_BLOCK
 from nib.machine.device import kept_buffers
 from nib.machine.rates import peak_flops
 

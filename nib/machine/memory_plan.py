@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from model import GPT, GPTConfig
-from nib import kernels
-from nib.kernels import QUERY_BLOCK
+from nib.kernels import cross_entropy, elementwise
+from nib.kernels.attention import QUERY_BLOCK
 from nib.machine.device import ShapesOnly
 from nib.machine.shares import assign
 
@@ -122,7 +122,7 @@ def heap_bytes(
     block, holes = backward_bytes(config, dtype)
     gaps = max(GAPS * activations * (not config.recompute), tokens * block)
     gaps += tokens * holes * config.recompute
-    if tokens * V > kernels.MANY_LOGITS and is_float32 and not config.recompute:
+    if tokens * V > cross_entropy.MANY_LOGITS and is_float32 and not config.recompute:
         gaps = 0.0 if config.tied_head else chunk_bytes(config, tokens, 'cpu', dtype)
     gaps += GAPS * activations * accumulates
     # The last term, with dropout: attention weights of all heads, random numbers, what remains of
@@ -193,7 +193,7 @@ def layer_bytes(config: GPTConfig, device: str, dtype: str) -> float:
         qkv += size * (Q + KV + Q * on_cpu) * is_new
     mask = 0  # of dropout
     if config.dropout:  # a byte for each element, except in torch's dropout on a CPU
-        mask = size if on_cpu and kernels.DRAWS_IN_PARALLEL else 1
+        mask = size if on_cpu and elementwise.DRAWS_IN_PARALLEL else 1
     if in_blocks and config.block_size <= QUERY_BLOCK:
         # The attention weights; with dropout, also those that remain.
         weights = size + (size + mask if config.dropout else 0)
@@ -211,7 +211,7 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
     copy = 0 if dtype == 'float32' else size * V * C
     if compiled and device != 'cpu':
         return size * tokens * V  # the compiler fuses the rest
-    many = kernels.MANY_LOGITS_GPU if device.startswith('cuda') else kernels.MANY_LOGITS
+    many = cross_entropy.MANY_LOGITS_GPU if device.startswith('cuda') else cross_entropy.MANY_LOGITS
     if tokens * V <= many:
         # Logits, and in float32 their logarithmic softmax and its gradients; the copied head.
         return (size + 2 * FLOAT) * tokens * V + 2 * copy + FLOAT * V * C
@@ -222,9 +222,9 @@ def loss_bytes(config: GPTConfig, tokens: int, device: str, dtype: str, compiled
 def chunk_bytes(config: GPTConfig, tokens: int, device: str, dtype: str) -> float:
     """Returns the bytes of a chunk of logits, and of their softmax in float32."""
     size = FLOAT if dtype == 'float32' else 2
-    chunk = kernels.LOSS_CHUNK_GPU if device.startswith('cuda') else kernels.LOSS_CHUNK
+    chunk = cross_entropy.LOSS_CHUNK_GPU if device.startswith('cuda') else cross_entropy.LOSS_CHUNK
     logits = config.vocab_size * min(tokens, max(1, chunk // (size * config.vocab_size)))
     if dtype == 'float32':
         return FLOAT * logits
-    softmax = min(logits, kernels.CACHED_LOGITS) if device == 'cpu' else logits
+    softmax = min(logits, cross_entropy.CACHED_LOGITS) if device == 'cpu' else logits
     return size * logits + FLOAT * softmax

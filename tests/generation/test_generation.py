@@ -22,7 +22,7 @@ from nib.generation.int8 import Int8Linear, _quantized
 from nib.generation.layers import PackedLinear, RowLinear, for_generation
 from nib.generation.sampling import sample_tokens
 from nib.generation.window import Window
-from nib.kernels import is_causal_attention
+from nib.kernels.attention import is_causal_attention
 
 
 def greedy_without_cache(model, prompt, n):

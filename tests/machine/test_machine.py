@@ -18,10 +18,10 @@ from conftest import ROOT, SMALL_RUN
 from processes import Started, start_on_ranks
 
 from model import GPT, GPTConfig
-from nib import kernels
 from nib.checkpoint import store
 from nib.errors import UserError, call
 from nib.files import command, script_path
+from nib.kernels import attention, cross_entropy
 from nib.machine import compiling, device, rates
 from nib.machine.compiling import compile_model, pick_compile
 from nib.machine.device import (
@@ -236,7 +236,7 @@ def test_auto_compiles_if_it_pays_off_and_there_is_a_compiler(monkeypatch):
         assert pick('auto', 'cpu')[0] is False
         assert pick('auto', 'cpu', 1e16)[0] is has_amx
         for dropout, T in ((0.0, 1024), (0.1, 256), (0.1, 1024)):
-            unrolled = dropout > 0 and T > kernels.QUERY_BLOCK
+            unrolled = dropout > 0 and T > attention.QUERY_BLOCK
             chosen, _ = pick('auto', 'cpu', 1e16, dropout=dropout, block_size=T)
             assert chosen is (has_amx and not unrolled)
             assert pick('auto', 'cuda', 3600e15, dropout=dropout, block_size=T)[0] is True
@@ -286,11 +286,11 @@ def test_a_cache_that_a_pass_makes_longer_stays():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'many, T, dropout',
-    [(kernels.MANY_LOGITS, 16, 0.1), (500, 16, 0.1), (kernels.MANY_LOGITS, 300, 0.0)],
+    [(cross_entropy.MANY_LOGITS, 16, 0.1), (500, 16, 0.1), (cross_entropy.MANY_LOGITS, 300, 0.0)],
     ids=['at once', 'in chunks', 'long context'],
 )
 def test_the_compiler_takes_the_model_in_one_graph(monkeypatch, many, T, dropout):
-    monkeypatch.setattr(kernels, 'MANY_LOGITS', many)
+    monkeypatch.setattr(cross_entropy, 'MANY_LOGITS', many)
     options = {
         'position': 'rotary',
         'norm': 'rms',

@@ -17,9 +17,10 @@ from small_models import ARCHITECTURES, NAMES
 import bench
 import train as training
 from model import GPT, GPTConfig
-from nib import errors, kernels
+from nib import errors
 from nib.checkpoint import store
 from nib.errors import UserError
+from nib.kernels import elementwise
 from nib.machine import memory, memory_plan
 from nib.machine.device import ShapesOnly, autocast
 from nib.machine.ranks import Ranks, clear_gradients
@@ -73,7 +74,7 @@ def saved_bytes(config: GPTConfig, dtype: str) -> int:
 )
 def test_a_layer_needs_the_activations_that_autograd_saves(monkeypatch, changes, dtype, block_size):
     is_torchs = changes.get('dropout') == 0.2
-    monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', is_torchs)
+    monkeypatch.setattr(elementwise, 'DRAWS_IN_PARALLEL', is_torchs)
     shape = {'vocab_size': 64, 'n_head': 4, 'n_embd': 128, 'block_size': block_size, **changes}
     one, two = (GPTConfig(n_layer=n, **shape) for n in (1, 2))
     saved = saved_bytes(two, dtype) - saved_bytes(one, dtype)
@@ -111,7 +112,7 @@ def test_the_estimate_for_a_gpu_is_what_an_h100_took():
 )
 def test_the_estimate_is_what_this_cpu_took(monkeypatch, flags, n, bound):
     """The results of benchmarks/planned_memory.py."""
-    monkeypatch.setattr(kernels, 'DRAWS_IN_PARALLEL', False)  # dropout ran on AMD
+    monkeypatch.setattr(elementwise, 'DRAWS_IN_PARALLEL', False)  # dropout ran on AMD
     text = (ROOT / 'benchmarks/results/planned_memory.txt').read_text()
     rows = re.findall(rf'^ *[\d,]+ +([\d,]+) +\S+  ({flags})$', text, re.MULTILINE)
     assert len(rows) >= n
