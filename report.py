@@ -16,7 +16,7 @@ from pathlib import Path
 
 import configurator
 from nib.checkpoint.paths import is_run
-from nib.errors import UserError, run_script
+from nib.errors import UserError, run_script, warn
 from nib.report.page import build_page, read_runs, write_report
 
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
@@ -45,12 +45,9 @@ def main(argv):
     try:
         drawn = write_report(folders, defaults, target, png)
         print(f'{target} and {drawn} PNGs in {target.with_suffix("")}' if drawn else target)
-    except ImportError:
+    except ImportError as error:
         print(target)
-        print(
-            'no PNGs, because matplotlib is missing: pip install matplotlib, or use --no-png',
-            file=sys.stderr,
-        )
+        warn(f'no PNGs ({error}): pip install --upgrade matplotlib, or use --no-png')
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ CONFIG_FOLDER = str(ROOT / 'config')
 # Keys of nanoGPT's scripts that have another name or no counterpart here -> what to write instead.
 NANOGPT_KEYS = {
     'always_save_checkpoint': 'leave it out, because a run keeps its newest and best checkpoint',
-    'decay_lr': "leave it out, or replace False by lr_schedule = 'constant' and warmup_iters = 0",
+    'decay_lr': "leave it out; for False, set lr_schedule to 'constant' and warmup_iters to 0",
     'backend': 'leave it out, because processes use nccl on GPUs and gloo on CPUs',
     'real_data': 'leave it out, because bench.py measures random tokens if there is no dataset',
     'profile': 'leave it out, because bench.py always shows where the time of a step goes',

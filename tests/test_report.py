@@ -89,7 +89,7 @@ def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, mon
     done = run_main('report.py', f'--out_dir={run}')
     assert (
         done.returncode == 0
-        and 'pip install matplotlib' in done.stderr
+        and 'pip install --upgrade matplotlib' in done.stderr
         and len(done.stderr.splitlines()) == 1
     )
     assert Page((run / 'report.html').read_text()).charts

@@ -36,7 +36,8 @@ def write_report(folders: Sequence, defaults: Mapping, page, png: bool = False) 
     """Writes the page and, with png, each chart as a PNG into a folder named like the page.
 
     defaults: the default values of train.py's keys.
-    Returns the number of PNGs. Raises ImportError, after writing the page, without matplotlib.
+    Returns the number of PNGs. Raises ImportError, after writing the page, if matplotlib is missing
+    or broken.
     """
     runs, page = read_runs(folders), Path(page)
     with atomic_write(page) as file:

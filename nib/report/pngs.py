@@ -31,7 +31,7 @@ NAMED = 24  # findings at most in the legend, which should not be taller than th
 def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
     """Saves a chart as a PNG that looks like the one of nib/report/page.js.
 
-    Raises ImportError if matplotlib is missing.
+    Raises ImportError if matplotlib cannot be imported.
     """
     from matplotlib.figure import Figure  # pyplot would keep figures and look for a display
     from matplotlib.lines import Line2D
