@@ -56,7 +56,7 @@ def main(argv):
         raise UserError(f'--to={to} does not fit dest {dest}: only GGUF files end in .gguf')
     if to != 'gguf' and dtype != 'f32':
         raise UserError(f'dtype is {dtype}, but --to={to} always writes float32: leave dtype out')
-    # nanoGPT goes on with the state of the optimizer.
+    # nanoGPT continues from the optimizer state.
     read = ('model', 'optimizer') if to == 'nanogpt' else ('model',)
     weights = read_model(init_from, out_dir, which, read)
     tokenizer = weights.known_tokenizer()

@@ -1,8 +1,8 @@
 """A GPT in one file: the layers, the loss, parameter and FLOP counts.
 
 By default it is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
-The options of GPTConfig turn it into anything between GPT-2 and today's models; all of them
-together give Qwen3 (Yang et al. 2025). How it generates text is in nib/generation/.
+The options of GPTConfig turn it into anything between GPT-2 and today's models; some of them
+together give Qwen3 (Yang et al. 2025). nib/generation/ generates text with it.
 
 Letters in shapes:
     B sequences, T positions, V = vocab_size, C = n_embd
@@ -375,7 +375,7 @@ class GPT(nn.Module):
         With smear, idx may begin with up to `smear` tokens more, those before the first position.
         """
         x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.smear:  # of the tokens before, too
+        if self.config.smear:  # mix in the previous tokens
             x = self.transformer.smear(x, positions)
         rotary = None
         if self.config.position == 'learned':

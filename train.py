@@ -85,7 +85,7 @@ qk_norm: bool = False  # normalize queries and keys; more stable at high learnin
 mlp: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'gelu'  # relu2 is squared ReLU
 mlp_width: int = 0  # hidden units of the MLP; 0: 4 * n_embd, and for swiglu two thirds of that
 tied_head: bool = True  # the output head shares the weights of the token embedding
-logit_cap: float = 0.0  # soft limit: logits stay between -logit_cap and logit_cap; 0: no limit
+logit_cap: float = 0.0  # soft cap: logits stay between -logit_cap and logit_cap; 0: no cap
 zero_init: bool = False  # initialize residual projections to 0; each block starts as the identity
 recompute: bool = False  # recompute activations in the backward pass: less memory, 25% slower
 # optimizer

@@ -1,4 +1,4 @@
-"""Plans the run that makes the best use of a time on this machine and text.
+"""Plans the best run for a given time, on this machine and this text.
 
 --budget=10m: the largest model is not the best one, because a smaller one reads more text in the
 same time. A scaling law predicts the loss of each size with the tokens that it would read, from its
@@ -32,7 +32,7 @@ WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 FINE_WIDTHS = sorted({*WIDTHS, 48, 160, 224, 320, 448, 640, 896, 1792})
 EVALUATIONS = 4  # besides that of step 0
 ENDING = 2.0  # seconds of the last checkpoint, the doctor's verdict and the report
-CHECKS = 12  # steps that the doctor's measurements of the gradient's noise are worth
+CHECKS = 12  # cost of the doctor's measurements of gradient noise, in steps
 SAMPLING = 0.0006  # seconds per layer and token of a printed sample
 MIN_STEPS = 20
 RATE = 0.015  # learning rate up to width 128
@@ -91,7 +91,7 @@ class Planner:
     room: float = math.inf
 
     def shape(self, width: int, tokens: float) -> dict:
-        """Returns the keys of a model of a width and of its batches, to train on about `tokens`."""
+        """Returns the keys of a model of this width and of its batches, for about `tokens`."""
         n_train = len(self.data.train)
         # Longer runs can use a longer context, and larger batches with less noisy gradients.
         context = 2 ** round(math.log2(128 * (tokens / 6e5) ** (1 / 3)))

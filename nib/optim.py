@@ -184,7 +184,7 @@ class Optimizer:
     momentum: of Muon or SGD. ranks: those that share the parameters among themselves; by default,
     this rank updates all of them.
 
-    Weight decay applies to matrices and embeddings. It pulls weights towards 0, but the neutral
+    Weight decay applies to matrices and embeddings. It pulls weights toward 0, but the neutral
     value of a gain is 1, and biases do not cause overfitting.
 
     torch.optim is not used: importing it takes a second because it imports the compiler, and its

@@ -18,8 +18,8 @@ LEARNING = ('attention', 'mlp')
 SLACK = 5.0  # an update ratio is too small if it is this many times below its range
 WARMUP = 10  # steps of a warm-up that keeps the first steps from doing harm
 # With a warm-up, a first step at the full rate may be as large as the weights. Runs with 30 steps
-# of warm-up, whose first step would have a ratio of 0.6 at the full rate, stayed below the limit of
-# later steps, since weights grow meanwhile. At 1.2 they did not.
+# of warm-up stayed below the limit of later steps if their first step would have had a ratio of 0.6
+# at the full rate, because weights grow during the warm-up. Runs with a ratio of 1.2 did not.
 WARMED_UP = 1.0
 DEAD = 0.1  # share of an MLP's hidden units
 ENTROPY = 0.05  # of attention, as a share of the maximum
@@ -130,7 +130,7 @@ def update_limits(
         return 0.0, math.inf
     factor = first_step_factor(beta1) if first and method == 'adamw' else 1.0
     low, high = UPDATE_RANGES[method]
-    # Above, twice as much after the first step: a healthy run may reach 0.09 in its warm-up.
+    # After the first step, the upper limit is doubled: a healthy run may reach 0.09 in its warm-up.
     high *= SLACK * factor if first else 2 * SLACK
     if first and warmup_iters >= WARMUP:
         high = max(high, WARMED_UP)

@@ -149,8 +149,10 @@ PROBLEMS: dict[str, Problem] = {
         'warning',
         ('the learning rate is too low', 'the initial weights are too large for it'),
         (
-            'multiply learning_rate by 10, repeatedly, until the loss falls quickly',
-            'the update ratio should reach 0.001 to 0.01',
+            (
+                'multiply learning_rate by 10, repeatedly, until the loss falls quickly and the '
+                'update ratio reaches 0.001 to 0.01'
+            ),
         ),
     ),
     'plateau': Problem(
@@ -181,11 +183,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     'vanishing_gradients': Problem(
         'warning',
-        (
-            'residual connections or norms are missing',
-            'the initial weights are far too small',
-            'the model has too many layers for one without residual connections or norms',
-        ),
+        ('residual connections or norms are missing', 'the initial weights are far too small'),
         (
             'x = x + layer(norm(x)) in every block',
             'run debug_training.py to see where the gradients become small',
@@ -269,7 +267,7 @@ PROBLEMS: dict[str, Problem] = {
         ),
         (
             'split first, then remove the validation passages from the training text',
-            'the validation loss of this run is meaningless',
+            'do not use the validation loss of this run',
         ),
     ),
     'dead_units': Problem(
@@ -313,7 +311,7 @@ PROBLEMS: dict[str, Problem] = {
         (
             'check the machine (top, nvidia-smi)',
             (cores_taken, 'end the other processes, or start each with a smaller OMP_NUM_THREADS'),
-            'the training itself is not affected',
+            'or ignore it: the losses are not affected',
         ),
     ),
     'float16_underflow': Problem(
@@ -346,7 +344,7 @@ PROBLEMS: dict[str, Problem] = {
         ),
         (
             'change attention in attention_scores() of model.py, which generation uses too',
-            'the losses are correct, but the samples are not',
+            'do not use the samples of this run; its losses are correct',
         ),
     ),
 }

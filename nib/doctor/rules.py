@@ -164,9 +164,8 @@ def plateau(d) -> str | None:
             f'the weights no longer move: the learning rate is '
             f'{d.vital_signs.learning_rate:.2g} after {done:.0%} of the run'
         )
-    # A quarter of the run without progress, for certain: even with two standard errors, the
-    # gain is below half a percent. Not between two windows, and not if the last window looks
-    # like divergence.
+    # Without progress for a quarter of the run means: even with two standard errors, the gain is
+    # below half a percent. Wait between two windows, and if the last one looks like divergence.
     if done < 0.25 or d.unsummed or d.streak.get('diverging'):
         return None
     begin = d.vital_signs.step - 0.25 * d.config['max_iters']
@@ -263,9 +262,9 @@ def float16_underflow(d) -> str | None:
 
 def throughput_collapse(d) -> str | None:
     if not d.lines or d.lines[-1].tokens_per_second >= 0.4 * d.fastest:
-        return None  # the median, at most the fastest, needs no look
+        return None  # the median is at most `fastest`, so it need not be computed
     n, seconds = 0, 0.0
-    while n < len(d.lines) and (n < 3 or seconds < 1.0):  # the machine may pause shortly
+    while n < len(d.lines) and (n < 3 or seconds < 1.0):  # the machine may pause briefly
         n += 1
         seconds += d.lines[-n].n * d.tokens_per_step / d.lines[-n].tokens_per_second
     before, now = d.lines[1:-n], d.lines[-n:]

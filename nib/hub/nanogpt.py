@@ -229,7 +229,7 @@ def write_folder(
 ):
     """Writes ckpt.pt, which nanoGPT's sample.py and train.py load, and meta.pkl for characters.
 
-    tensors: 'model', and 'optimizer' for training to go on there. state: that of the checkpoint.
+    tensors: 'model', and 'optimizer' to continue training there. state: that of the checkpoint.
     config: train.py's. Raises UserError, which names the key of GPTConfig, if nanoGPT has no such
     model.
     """

@@ -1,4 +1,4 @@
-"""Attention on a CPU, faster than by its definition in model.py, and when it may be used.
+"""Attention on a CPU that is faster than its definition in model.py, and when it may be used.
 
 You can read model.py without this file. Letters in shapes are those of model.py, and N is a number
 of heads, over all sequences.

@@ -189,8 +189,8 @@ def explain_loss(
     p, own = float(probabilities[target]), float(row.logsumexp(dim=0) - row[target])
     mean = float(F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED))
     counted = int((y != IGNORED).sum())
-    yield f'loss of this token    -log p = -ln {p:.6g} = {own:.6f} nats'
-    yield f'loss of the batch     {mean:.6f} nats, the mean of -log p over {counted:,} tokens'
+    yield f'loss of this token    -ln p = -ln {p:.6g} = {own:.6f} nats'
+    yield f'loss of the batch     {mean:.6f} nats, the mean of -ln p over {counted:,} tokens'
     yield f'a uniform guess       ln {len(row):,} = {math.log(len(row)):.6f} nats\n'
     yield (
         'The loss measures surprise: it is 0 if the model was certain of the token, and grows as '

@@ -38,7 +38,7 @@ def name_signal(number: int) -> str:
 
 
 def describe_stop(stop: int, step: int, resume: str) -> str:
-    """Returns a line about what stopped a run and how to go on.
+    """Returns a line about what stopped a run and how to resume it.
 
     stop: StopSignal.number. resume: the command that resumes the run; empty if this process has
     saved nothing.

@@ -78,7 +78,7 @@ def test_every_number_of_the_walk_through_is_torchs(debug, make_training, name):
     x, y = batches[0]
     losses = F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction='none')
     own = float(losses[15].detach())
-    assert figures('loss of this token    -log p = -ln') == pytest.approx(
+    assert figures('loss of this token    -ln p = -ln') == pytest.approx(
         [math.exp(-own), own], rel=1e-4
     )
     assert figures('loss of the batch') == pytest.approx(
