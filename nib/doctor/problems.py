@@ -339,6 +339,7 @@ PROBLEMS: dict[str, Problem] = {
             'attention was changed outside attention_scores(), which the cache follows',
             'another layer reads earlier tokens',
             'a block is applied more often than transformer.h lists it',
+            'a layer calls attend() more than once: each CausalSelfAttention has one cache',
             'a layer sees later tokens',
             'nib/generation/ has a bug',
         ),

@@ -7,7 +7,6 @@ another less precise. Products are integers; embeddings, norms and attention sta
 
 import copy
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 from model import GPT
 from nib.errors import UserError
-from nib.generation.layers import is_linear
+from nib.generation.layers import can_untie, is_linear, untie
 
 
 def quantize(model: GPT) -> GPT:
@@ -28,9 +27,8 @@ def quantize(model: GPT) -> GPT:
     if reason := why_not(weight.device.type):
         raise UserError(f'8-bit weights: {reason}')
     twin = _quantized(model)
-    if model.config.tied_head:
-        twin.lm_head = Int8Linear(weight, None)
-        twin.config = replace(model.config, tied_head=False)
+    if model.config.tied_head and can_untie(model):
+        twin = untie(twin, Int8Linear(weight, None))
     return twin.eval()
 
 

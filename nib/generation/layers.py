@@ -1,4 +1,7 @@
-"""The model that generates: a copy whose layers are faster for a few rows on a CPU."""
+"""The model that generates: a copy whose layers are faster for a few rows on a CPU.
+
+model.py may have been changed, so the faster code is used only where it gives the same results.
+"""
 
 import copy
 import math
@@ -12,7 +15,7 @@ from torch.nn import functional as F
 from model import GPT, MLP, RMSNorm
 
 
-def for_generation(module: nn.Module, linear: Any):
+def for_generation(module: nn.Module, linear: Any) -> Any:
     """A copy of the module without dropout. It shares all parameters except those it rewrites:
     packed matrices, and the gains of RMSNorm on a CPU.
 
@@ -21,22 +24,65 @@ def for_generation(module: nn.Module, linear: Any):
     if linear and is_linear(module) and linear.pays(module.weight):
         return linear(module.weight, module.bias)
     if linear and type(module) is RMSNorm and FewRowNorm.pays(module.weight):
-        return FewRowNorm(module)
+        norm = FewRowNorm(module)
+        if agree(norm, module, module.weight):
+            return norm
     if isinstance(module, nn.Dropout):
         return nn.Identity()
-    twin: Any = copy.copy(module)
+    parts = {name: for_generation(part, linear) for name, part in module._modules.items()}
+    twin = with_parts(module, parts)
     twin.training = False
-    twin._modules = {name: for_generation(child, linear) for name, child in module._modules.items()}
-    is_gelu = isinstance(module, MLP) and isinstance(module.activation, nn.GELU)
-    if is_gelu and isinstance(twin.c_fc, PackedLinear):  # part of the packed product
-        twin.c_fc.then = 'gelu', [], twin.activation.approximate
-        twin.activation = nn.Identity()
+    if isinstance(module, MLP) and isinstance(module.activation, nn.GELU):
+        packed = isinstance(twin.c_fc, PackedLinear)
+        return fuse_gelu(twin, module.c_fc.weight) if packed else twin
     if isinstance(module, GPT) and module.config.tied_head and linear:
         head = module.transformer.wte.weight
-        if linear.pays(head):
-            twin.lm_head = linear(head, None)
-            twin.config = replace(module.config, tied_head=False)
+        if linear.pays(head) and can_untie(module):
+            return untie(twin, linear(head, None))
     return twin
+
+
+def with_parts(module: nn.Module, parts: dict) -> Any:
+    """A copy of a module with these parts, which need not be modules."""
+    twin: Any = copy.copy(module)
+    twin._modules = module._modules | parts
+    return twin
+
+
+def fuse_gelu(mlp: Any, weight) -> Any:
+    """An MLP whose packed product, with the plain matrix `weight`, applies GELU, if it may."""
+    product = copy.copy(mlp.c_fc)
+    product.then = 'gelu', [], mlp.activation.approximate
+    fused = {'c_fc': product, 'activation': nn.Identity()}
+    rest = {'c_proj': nn.Identity()}  # need not be compared
+    is_same = agree(with_parts(mlp, fused | rest), with_parts(mlp, rest), weight)
+    return with_parts(mlp, fused) if is_same else mlp
+
+
+def untie(model: GPT, head) -> Any:
+    """A copy of a model with a tied head that has a separate one."""
+    twin = with_parts(model, {'lm_head': head})
+    twin.config = replace(model.config, tied_head=False)
+    return twin
+
+
+def can_untie(model: GPT) -> bool:
+    """Whether logits() gives the same with a separate head. Compares the logits of few tokens."""
+    few = nn.Embedding.from_pretrained(model.transformer.wte.weight.detach()[:64])
+    tied = with_parts(model, {'transformer': with_parts(model.transformer, {'wte': few})})
+    return agree(untie(tied, RowLinear(few.weight, None)).logits, tied.logits, few.weight)
+
+
+def agree(fast, plain, weight) -> bool:
+    """Whether two layers give the same for a random row, as wide as those of `weight`."""
+    generator = torch.Generator('cpu').manual_seed(0)
+    x = torch.randn(1, 1, weight.shape[-1], generator=generator, device='cpu').type_as(weight)
+    try:
+        y, expected = fast(x).float(), plain(x).float()
+    except Exception:  # a changed layer may need more than a row
+        return False
+    tolerance = 0.02 if weight.dtype == torch.bfloat16 else 1e-3  # rounding
+    return torch.allclose(y, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def is_linear(module: nn.Module) -> bool:

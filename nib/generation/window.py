@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from model import GPT, kernels_fit
+from model import GPT, CausalSelfAttention, kernels_fit
 from nib.generation.caches import AmxCache, BagCache, KVCache, Pass
 from nib.generation.layers import PackedLinear, RowLinear, for_generation
 from nib.kernels.attention import HAS_AMX
@@ -34,11 +34,13 @@ class Window:
         shape = config, len(prompts), self.n_slots, weight
         candidates: list[Any] = [] if compile else [AmxCache, BagCache]
         cache_type = next((kind for kind in candidates if kind.pays(*shape)), KVCache)
-        self.caches = [cache_type(*shape) for _ in range(config.n_layer)]
         linear = RowLinear if len(prompts) == 1 and HAS_AMX else PackedLinear
         self.model = for_generation(model, None if compile else linear)
-        for block, cache in zip(self.model.transformer.h, self.caches, strict=True):
-            block.attn.attend = cache.attend
+        self.caches: list[Any] = []
+        for name, layer in model.named_modules(remove_duplicate=False):  # a block may be repeated
+            if isinstance(layer, CausalSelfAttention):
+                self.caches.append(cache_type(*shape))
+                self.model.get_submodule(name).attend = self.caches[-1].attend
         self.step = compile_function(next_logits, fullgraph=True) if compile else next_logits
         # A compiled step and a CUDA graph need the same shapes in every step.
         self.is_static = compile or weight.is_cuda

@@ -7,6 +7,7 @@ of heads, over all sequences.
 import functools
 import inspect
 import math
+from itertools import chain
 from types import CodeType, ModuleType
 
 import torch
@@ -29,16 +30,22 @@ def share_heads(part, n_head: int):
     return part if sharing == 1 else part.repeat_interleave(sharing, dim=1)
 
 
-@functools.cache
-@torch.no_grad()
 def is_causal_attention(scores) -> bool:
     """Whether `scores`, a function like attention_scores(), gives the weights of the causal kernel.
 
-    They are compared at positions near and far apart, which reveals a window of any size. If the
-    function reads a variable, it may give other weights later, so the answer is False.
+    If the function reads a variable, it may give other weights later, so the answer is False.
     """
-    if reads_variables(scores):
-        return False
+    constants = constants_of(scores)
+    return constants is not None and gives_causal_weights(scores, constants)
+
+
+@functools.cache
+@torch.no_grad()
+def gives_causal_weights(scores, constants) -> bool:
+    """is_causal_attention() of a function that reads only these constants.
+
+    The weights are compared at positions near and far apart, which reveals a window of any size.
+    """
     positions = torch.tensor([*range(32), *(2**i for i in range(5, 21))], device='cpu')
     generator = torch.Generator('cpu').manual_seed(0)
     q, k = (
@@ -58,19 +65,23 @@ def is_causal_attention(scores) -> bool:
     return torch.allclose(weights, kernel_weights, rtol=0, atol=1e-6)
 
 
-def reads_variables(value, callers=()) -> bool:
-    """Whether a function, or one that it calls, reads a variable that may hold state.
+def constants_of(value, name: str = '', callers=()) -> tuple | None:
+    """The numbers and strings that a function, and those that it calls, read from outside.
 
-    Modules, numbers, strings and functions that are not written in Python do not count.
+    None if it may read state: anything else that is neither a module nor written in C, or a number
+    whose name is not in capitals. name: that of a global variable.
     """
+    if isinstance(value, (int, float, str)):
+        return (value,) if name == name.upper() else None
     if not inspect.isfunction(value):
-        return not (isinstance(value, (ModuleType, int, float, str)) or inspect.isbuiltin(value))
+        return () if isinstance(value, ModuleType) or inspect.isbuiltin(value) else None
     if value in callers:  # it calls itself
-        return False
-    names, outside = names_in(value.__code__), value.__globals__
-    found = [outside[name] for name in names if name in outside]
-    found += [cell.cell_contents for cell in value.__closure__ or ()]
-    return any(reads_variables(one, (*callers, value)) for one in found)
+        return ()
+    outside = value.__globals__
+    found = [(outside[name], name) for name in names_in(value.__code__) if name in outside]
+    found += [(cell.cell_contents, '') for cell in value.__closure__ or ()]
+    parts = [constants_of(*one, (*callers, value)) for one in found]
+    return None if None in parts else tuple(chain(*parts))
 
 
 def names_in(code: CodeType) -> list[str]:

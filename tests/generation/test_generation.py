@@ -18,7 +18,7 @@ from nib.doctor import inspection
 from nib.generation import sampling
 from nib.generation.caches import BagCache, KVCache
 from nib.generation.check import check_generation
-from nib.generation.int8 import Int8Linear, _quantized
+from nib.generation.int8 import Int8Linear, _quantized, quantize
 from nib.generation.layers import PackedLinear, RowLinear, for_generation
 from nib.generation.sampling import sample_tokens
 from nib.generation.window import Window
@@ -562,6 +562,18 @@ class WithState:
         return hides_documents(model_file.attention_scores(*args), self.documents)
 
 
+current_window = 0
+WINDOW = 1 << 30
+
+
+def by_number(q, k, query_positions, key_positions):
+    """A layer may set the number."""
+    too_far = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2) >= current_window > 0
+    return model_file.attention_scores(q, k, query_positions, key_positions).masked_fill(
+        too_far, -math.inf
+    )
+
+
 def make_closure():
     documents = [None]
     return lambda *args: hides_documents(model_file.attention_scores(*args), documents[0])
@@ -573,12 +585,13 @@ def make_closure():
         by_variable,
         by_attribute_of_a_class,
         by_function_inside,
+        by_number,
         by_helper,
         WithState(),
         make_closure(),
         partial(by_helper),
     ],
-    ids=['variable', 'class', 'inside', 'helper', 'object', 'closure', 'partial'],
+    ids=['variable', 'class', 'inside', 'number', 'helper', 'object', 'closure', 'partial'],
 )
 def test_no_fused_kernel_is_used_for_scores_that_depend_on_a_variable(scores):
     """It holds nothing yet when the scores are compared, so they are still causal."""
@@ -607,6 +620,19 @@ def test_the_fused_kernels_are_used_for_the_same_scores_written_otherwise():
         return torch.where(visible, (q / q.shape[-1] ** 0.5) @ k.mT, -math.inf)
 
     assert is_causal_attention(scores) and model_file.kernels_fit()
+
+
+def test_a_constant_that_changes_between_two_runs_counts(monkeypatch):
+    def scores(q, k, query_positions, key_positions):
+        too_far = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2) >= WINDOW
+        hidden = too_far | (query_positions.unsqueeze(-1) < key_positions.unsqueeze(-2))
+        return (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(hidden, -math.inf)
+
+    fit = []
+    for window in (1 << 30, 8, 1 << 30):
+        monkeypatch.setitem(globals(), 'WINDOW', window)
+        fit.append(is_causal_attention(scores))
+    assert fit == [True, False, True]
 
 
 def test_the_comparison_runs_under_any_choice_of_kernels():
@@ -643,6 +669,57 @@ def test_generation_follows_a_changed_layer(layer, monkeypatch):
         assert generate(model, [[1, 2]], 20, temperature=0.0) == [
             greedy_without_cache(model, [1, 2], 20)
         ]
+
+
+def change_mlp(monkeypatch):
+    monkeypatch.setattr(
+        MLP, 'forward', lambda self, x: self.c_proj(self.activation(self.c_fc(x) - x.mean()))
+    )
+
+
+def change_norm(monkeypatch):
+    forward = model_file.RMSNorm.forward
+    monkeypatch.setattr(model_file.RMSNorm, 'forward', lambda self, x: forward(self, x) + 1.0)
+
+
+def change_head(monkeypatch):
+    logits = GPT.logits
+    monkeypatch.setattr(
+        GPT, 'logits', lambda self, x: logits(self, x) * (0.5 if self.config.tied_head else 1.0)
+    )
+
+
+@pytest.mark.parametrize('change', [change_mlp, change_norm, change_head])
+@pytest.mark.parametrize('linear', [PackedLinear, RowLinear])
+def test_faster_layers_are_used_only_if_they_compute_what_model_py_does(
+    change, linear, monkeypatch
+):
+    change(monkeypatch)
+    monkeypatch.setattr(PackedLinear, 'SMALLEST', 1)
+    ids = torch.arange(1)[None]
+    for config in (SMALL, replace(MODERN, tied_head=True)):
+        model = make_model(config)
+        with torch.no_grad():
+            expected = model(ids)
+            torch.testing.assert_close(for_generation(model, linear)(ids), expected)
+            if change is change_head:
+                assert (quantize(model)(ids) - expected).abs().max() < expected.abs().max() / 10
+
+
+def test_each_attention_of_a_block_has_its_own_cache(monkeypatch):
+    class TwoAttentions(CausalSelfAttention):
+        def __init__(self, config):
+            super().__init__(config)
+            self.other = CausalSelfAttention(config)
+
+        def forward(self, x, rotary=None):
+            return super().forward(x, rotary) - 0.5 * self.other(x, rotary)
+
+    monkeypatch.setattr(model_file, 'CausalSelfAttention', TwoAttentions)
+    model = make_model(SMALL)
+    assert generate(model, [[1, 2]], 20, temperature=0.0) == [
+        greedy_without_cache(model, [1, 2], 20)
+    ]
 
 
 def test_generation_keeps_what_a_linear_layer_or_a_norm_adds(monkeypatch):
