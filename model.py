@@ -422,7 +422,7 @@ class GPT(nn.Module):
         layers = {}
         for i, block in enumerate(self.transformer.h):
             for name in ('attn', 'mlp'):
-                matrices = (p for p in getattr(block, name).parameters() if p.dim() == 2)
+                matrices = (p for p in getattr(block, name).parameters() if p.dim() >= 2)
                 layers[f'h.{i}.{name}'] = 2 * sum(p.numel() for p in matrices)
             layers[f'h.{i}.attn'] += attention
         layers['head'] = 2 * self.head_weight.numel()

@@ -176,6 +176,10 @@ def check_state(part):
                 )
 
 
+def numbers_of(part) -> dict[str, float]:
+    return {name: value for name, value in vars(part).items() if isinstance(value, (int, float))}
+
+
 class Optimizer:
     """Updates a model's parameters from their gradients.
 
@@ -276,7 +280,13 @@ class Optimizer:
             for p in part.params:
                 if p.grad is None:  # of a layer that no token of this step has used
                     p.grad = torch.zeros_like(p)
+            numbers = numbers_of(part)
             part.step(self.lr * part.lr_ratio, usable)
+            if numbers_of(part) != numbers:
+                raise UserError(
+                    f'{type(part).__name__}.step() in nib/optim.py changes a number, with which a '
+                    f'resumed run would not continue: keep it in a tensor that state() returns'
+                )
 
     def zero_grad(self):
         clear_gradients(self.params)

@@ -538,6 +538,14 @@ def test_the_operators_are_what_the_compiler_is_told(dtype, with_gradients):
         )
 
 
+def test_parameters_with_more_than_two_dimensions_count_in_the_flops():
+    """Such as the kernel of a convolution, in a changed model.py."""
+    model = make_model(SMALL)
+    before = model.flops_per_token()['h.0.mlp']
+    model.transformer.h[0].mlp.conv = torch.nn.Conv1d(32, 32, 3, groups=32)
+    assert model.flops_per_token()['h.0.mlp'] == before + 2 * 32 * 3
+
+
 @pytest.mark.parametrize('config', ARCHITECTURES, ids=NAMES)
 def test_flops_by_layer_add_up_to_the_formula_for_the_whole(config):
     with torch.device('meta'):

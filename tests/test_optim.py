@@ -352,3 +352,16 @@ def test_a_state_that_a_checkpoint_could_not_restore_is_rejected_before_training
     monkeypatch.setattr(optim.AdamW, 'state', copied)
     with pytest.raises(UserError, match=r'AdamW.state\(\) in nib/optim.py returns count as a copy'):
         make(GPT(CONFIG), 0.1)
+
+
+def test_a_count_that_a_checkpoint_does_not_contain_ends_the_first_step(monkeypatch):
+    own = optim.AdamW.step
+
+    def counting(self, lr, usable):
+        self.count = getattr(self, 'count', 0) + 1
+        own(self, lr, usable)
+
+    monkeypatch.setattr(optim.AdamW, 'step', counting)
+    optimizer = make(GPT(CONFIG), 0.1)
+    with pytest.raises(UserError, match=r'AdamW.step\(\) in nib/optim.py changes a number'):
+        optimizer.step(USABLE)

@@ -141,10 +141,10 @@ class Vitals:
         state = optimizer.named_state(self.raw_model)
         in_blocks = [name for name, _ in matrices if '.h.' in name]
         key, self._order = stored_gradients(state, in_blocks)
-        self._groups: dict[str, list[torch.Tensor]] = {}  # samples of weights
+        self._groups: dict[str, list[torch.Tensor]] = {}  # matrices
         self._blocks: dict[int, list[torch.Tensor]] = {}  # samples of stored gradients
         for name, weight in matrices:
-            self._groups.setdefault(health.group_of(name), []).append(sample(weight))
+            self._groups.setdefault(health.group_of(name), []).append(weight)
             if '.h.' in name and key:
                 block = int(name.split('.h.')[1].split('.')[0])
                 self._blocks.setdefault(block, []).append(sample(state[f'{name}/{key}']))
@@ -259,7 +259,7 @@ class Vitals:
         return (self._clock[1] - waited) / (self._clock[0] - then)
 
     def _sample_groups(self) -> dict[str, torch.Tensor]:
-        return {group: torch.cat(weights) for group, weights in self._groups.items()}
+        return {group: torch.cat([*map(sample, ws)]) for group, ws in self._groups.items()}
 
     def _compare_batches(self) -> list[torch.Tensor]:
         """Returns the shares `repeated`, `shifted` and `copied` of StepSigns, on the device."""

@@ -109,6 +109,19 @@ def test_ratio_rms_and_gradients_are_those_of_the_whole_matrices(method, changes
         assert min(read.update_ratio.values()) > 1e-3
 
 
+def test_weights_whose_storage_was_replaced_are_still_watched():
+    """A fork may swap the weights with their mean for an evaluation."""
+    model, optimizer, batches, vital_signs = make('adamw')
+    for p in model.parameters():
+        p.data = p.detach().clone()
+    before = {group: matrices(model, GROUPS[group]) for group in ('attention', 'mlp')}
+    step(model, optimizer, batches, vital_signs, 0)
+    ratios = vital_signs.read(1, 1e-2, 1.0).update_ratio
+    for group, was in before.items():
+        moved = np.linalg.norm(matrices(model, GROUPS[group]) - was)
+        assert ratios[group] == pytest.approx(moved / np.linalg.norm(was), rel=1e-3)
+
+
 def test_weights_of_zeros_have_no_ratio():
     model, optimizer, batches, vital_signs = make()
     with torch.no_grad():
