@@ -28,7 +28,7 @@ from nib.machine.ranks import Ranks
 
 FORMAT = 1
 _TEMPORARY = '.tmp-'  # prefix of folders that are being written or deleted
-_ASIDE = '.old-'  # prefix of checkpoints of a run that is being replaced
+ASIDE = '.old'  # subfolder for a run that is being replaced
 _REPLACED = '.tmp-replaced-'  # prefix of a step's folder while another one takes its place
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
 
@@ -220,30 +220,6 @@ def locate(path, which: str) -> tuple[Path, str]:
     return (run_of(whole), str(_step_of(whole))) if is_checkpoint(whole) else (Path(path), which)
 
 
-def set_aside(out_dir):
-    """Renames the checkpoints of a run that is being replaced to `.old-step-N`.
-
-    They are kept until delete_set_aside(), because a new run may end before it has saved anything.
-    Raises UserError if they cannot be renamed.
-    """
-    try:
-        for name in ('latest', 'best'):
-            (Path(out_dir) / name).unlink(missing_ok=True)
-        for folder in _step_folders(Path(out_dir)):
-            aside = folder.with_name(_ASIDE + _name(_step_of(folder)))
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-    except OSError as error:
-        raise UserError(
-            f'the run in {out_dir} cannot be set aside ({error.strerror}): choose another --out_dir'
-        ) from error
-
-
-def delete_set_aside(out_dir):
-    for folder in Path(out_dir).glob(f'{_ASIDE}*'):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def load(
     out_dir,
     which: str = 'latest',
@@ -279,10 +255,10 @@ def load(
                 f'warning: skipping an unusable checkpoint: {damage}; using step {checkpoint.step}'
             )
         return checkpoint, tensors
-    if aside := sorted(out_dir.glob(f'{_ASIDE}*')):
+    if exists(out_dir / ASIDE):
         damages.append(
-            f'a checkpoint of the run that was replaced is still in {aside[-1]}: to use it, rename '
-            f'it to {aside[-1].name.removeprefix(_ASIDE)}'
+            f'the run that was to be replaced is in {out_dir / ASIDE}: use this folder, or move '
+            f'its files to {out_dir}'
         )
     if not damages:
         raise UserError(explain(out_dir))

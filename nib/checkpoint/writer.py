@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from nib.checkpoint import store
+from nib.checkpoint.replacing import delete_set_aside
 from nib.errors import warn
 
 
@@ -69,7 +70,7 @@ class CheckpointWriter:
 
     def _save(self, step, model, optimizer, state):
         store.save(self.out_dir, step, model, optimizer, state)
-        store.delete_set_aside(self.out_dir)
+        delete_set_aside(self.out_dir)
         self._damaged.discard(step)
         self._prune(step)
 

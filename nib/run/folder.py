@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nib.checkpoint import store
 from nib.checkpoint.paths import explain, is_checkpoint, is_hugging_face
+from nib.checkpoint.replacing import put_back
 from nib.errors import UserError
 from nib.files import FolderLock, atomic_write, check_writable, read_json
 from nib.schema import is_auto
@@ -71,6 +72,7 @@ class RunLock:
                     f'{self.out_dir} belongs to a run that is still active '
                     f'({self._lock.holder()}): stop that run, or choose another --out_dir'
                 )
+            put_back(self.out_dir)
             if new_run and store.exists(self.out_dir):
                 raise UserError(
                     f'{self.out_dir} already contains a run: resume it (--init_from=resume), '
@@ -90,7 +92,7 @@ class RunLock:
     def check_new(self):
         """Raises UserError if the folder contains a run or cannot be written. Creates nothing."""
         check_writable(self.out_dir, 'out_dir')
-        if store.exists(self.out_dir):
+        if store.exists(self.out_dir) or store.exists(self.out_dir / store.ASIDE):
             self.take(new_run=True)  # says whether that run is still active
 
     def release(self):

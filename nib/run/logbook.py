@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 
 from nib import guard
 from nib.checkpoint import store
+from nib.checkpoint.replacing import set_aside
 from nib.checkpoint.start import check_readable
 from nib.checkpoint.writer import CheckpointWriter
 from nib.doctor import vitals
@@ -74,8 +76,18 @@ class Logbook:
         except Exception as failure:
             self.warn(f'error: {failure}')
         finally:
+            self._say_set_aside()
             self.console.close()
             self._lock.release()
+
+    def _say_set_aside(self):
+        """Says where the previous run is, if this one was to replace it and has saved nothing."""
+        aside = Path(self.out_dir) / store.ASIDE
+        if self._is_new and self.metrics and store.exists(aside):
+            self.say(
+                f'the previous run is kept in {aside}; the next start with this --out_dir puts it '
+                f'back'
+            )
 
     # -- before the first step --------------------------------------------------------------------
 
@@ -138,9 +150,9 @@ class Logbook:
     def _open(self, changes, step):
         config, t = self.config, self.training
         self.metrics = Metrics(self.out_dir, step, config, self.warn)
-        # Only now is it certain that this run can start. After its first save, these are deleted.
-        if self._is_new:
-            store.set_aside(self.out_dir)
+        if self._is_new:  # only now is it certain that this run can start
+            set_aside(self.out_dir)
+        self.metrics.rewind(step)
         provenance = describe_subject(t.raw_model, self.data)
         provenance['starts'] = [describe_start(step, describe_device(t.device))]
         write_config(self.out_dir, config, self.origins, step, changes, provenance)

@@ -26,23 +26,26 @@ class Metrics:
     Use it on rank 0 only. A run that resumes from `step` drops the later records of an interrupted
     run. config: train.py's, which says whether to use TensorBoard and wandb.
 
+    Call rewind() before the first record: until then, nothing is changed in out_dir.
+
     What cannot be written does not stop the run, but `warn` prints a line. Records of metrics.jsonl
     are kept for the next attempt; TensorBoard and wandb are no longer used.
     """
 
     def __init__(self, out_dir, step: int, config: dict, warn: Callable[[str], None] = print):
         self.writer_class = _summary_writer() if config['tensorboard'] else None
-        # Opened by rewind(), and so after wandb, which may refuse to start.
         self.writer: Any = None
         self.wandb = _wandb(out_dir, step, config) if config['wandb_log'] else None
         self.wandb_step = self.wandb.step if self.wandb else 0  # it takes no earlier steps
         self.path = Path(out_dir) / 'metrics.jsonl'
         self.file: FileIO | None = None
         self._warn = warn
-        self.rewind(step)
 
     def rewind(self, step: int):
-        """Drops the records after `step`. wandb keeps its own, and takes no new ones there."""
+        """Opens the files, without the records after `step`.
+
+        wandb keeps its own, and takes no new ones there.
+        """
         if self.file:
             self.file.close()
         # Records of this run from before it was resumed.

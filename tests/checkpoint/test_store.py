@@ -1,9 +1,11 @@
 """Checkpoints: complete or absent, checked when read, and named by `latest` and `best`."""
 
+import errno
 import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import run_script
 
 from model import GPT, GPTConfig
 from nib.checkpoint import store
+from nib.checkpoint.replacing import put_back, set_aside
 from nib.checkpoint.start import check_readable, check_shapes
 from nib.checkpoint.writer import CheckpointWriter
 from nib.errors import UserError
@@ -295,18 +298,63 @@ def test_a_model_whose_checkpoints_could_not_be_read_is_refused():
 def test_checkpoints_that_are_set_aside_are_there_until_the_next_run_has_saved(tmp_path):
     save(tmp_path, 10, best=True)
     save(tmp_path, 20)
-    store.set_aside(tmp_path)
-    assert not store.exists(tmp_path)
-    aside = 'still in .*old-step-00000020: .*rename it to step-00000020'
-    with pytest.raises(UserError, match=aside):
+    (tmp_path / 'metrics.jsonl').write_text('old')
+    before = content_of(tmp_path)
+    set_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['.old']
+    with pytest.raises(UserError, match='the run that was to be replaced is in .*old: use this'):
         store.load(tmp_path)
-    (tmp_path / '.old-step-00000020').rename(tmp_path / 'step-00000020')
-    assert value_of(tmp_path, 'latest')[0] == 20
-    store.set_aside(tmp_path)
+    assert value_of(tmp_path / '.old', 'latest')[0] == 20
+    (tmp_path / 'metrics.jsonl').write_text('new')  # of a run that saves nothing
+    put_back(tmp_path)
+    assert content_of(tmp_path) == before
+    set_aside(tmp_path)
     writer = CheckpointWriter(tmp_path, keep_last=1)
     writer.save(5, {}, {}, {})
     writer.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['latest', 'step-00000005']
+
+
+def content_of(folder):
+    """The content of every file, by its path."""
+    files = (path for path in folder.rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize('undo', [False, True], ids=['aside', 'back'])
+def test_a_crash_at_any_rename_of_a_replaced_run_loses_nothing(tmp_path, monkeypatch, undo):
+    save(tmp_path, 10, best=True)
+    save(tmp_path, 20)
+    (tmp_path / 'metrics.jsonl').write_text('old')
+    before, renames = content_of(tmp_path), []
+    for allowed in range(7):
+        if undo:
+            set_aside(tmp_path)
+        renames[:] = [None] * allowed
+        with monkeypatch.context() as patch:
+            for name in ('rename', 'replace'):
+                own = getattr(os, name)
+                patch.setattr(os, name, lambda *paths, own=own: (renames.pop(), own(*paths)))
+            with suppress(IndexError):
+                (put_back if undo else set_aside)(tmp_path)
+        assert not renames, 'there are fewer renames'
+        put_back(tmp_path)
+        assert content_of(tmp_path) == before, allowed
+
+
+def test_a_run_that_cannot_be_set_aside_stays_where_it_is(tmp_path, monkeypatch):
+    save(tmp_path, 10, best=True)
+    before, rename = content_of(tmp_path), os.rename
+
+    def refuse(old, new):
+        if old.name == 'step-00000010' and new.parent.name == '.moving':
+            raise PermissionError(errno.EPERM, 'Operation not permitted')
+        rename(old, new)
+
+    monkeypatch.setattr(os, 'rename', refuse)
+    with pytest.raises(UserError, match='cannot be set aside .Operation not permitted'):
+        set_aside(tmp_path)
+    assert content_of(tmp_path) == before
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows cannot open a folder')

@@ -112,6 +112,7 @@ def test_a_run_whose_disk_is_full_keeps_its_records_until_there_is_room(tmp_path
 
     said = []
     metrics = Metrics(tmp_path, 0, ALONE, said.append)
+    metrics.rewind(0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
@@ -136,6 +137,7 @@ def test_a_service_that_fails_is_dropped_with_one_warning(tmp_path):
 
     said = []
     metrics = Metrics(tmp_path, 0, ALONE, said.append)
+    metrics.rewind(0)
     metrics.wandb = metrics.writer = Broken()
     for step in (1, 2):
         metrics.log(step, {'loss/step': 1.0})

@@ -182,11 +182,36 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_open(tmp_path, capsy
     ranks = Ranks()
     with Logbook(str(tmp_path), {}, ranks, StopSignal(ranks)) as book:
         book.metrics = Metrics(tmp_path, 0, {'tensorboard': False, 'wandb_log': False})
+        book.metrics.rewind(0)
         file = book.metrics.file
         book.writer = CheckpointWriter(tmp_path / 'absent', keep_last=1)
         book.writer.record_evaluation(1, {}, best=True)
     assert 'absent' in capsys.readouterr().err
     assert file.closed
+
+
+def test_a_run_is_kept_if_the_one_that_replaces_it_saves_nothing(tmp_path, train_here):
+    """Neither does the next start delete it, which puts it back, nor one that can't begin."""
+    out_dir = tmp_path / 'run'
+
+    def content():
+        return {
+            str(path.relative_to(out_dir)): path.read_bytes()
+            for path in out_dir.rglob('*')
+            if path.is_file() and path.name not in ('.lock', 'report.html')
+        }
+
+    train_here(out_dir, '--max_iters=2', '--no-report', status=0)
+    before = content()
+    broken = ['--overwrite', '--learning_rate=1e30', '--grad_clip=0', '--max_bad_steps=1']
+    done = train_here(out_dir, *broken, '--warmup_iters=0', '--no-report', status=3)
+    assert f'the previous run is kept in {out_dir / ".old"}' in done.stdout
+    assert not store.exists(out_dir) and store.exists(out_dir / '.old')
+    done = train_here(out_dir, status=2)
+    assert 'already contains a run' in done.stderr and content() == before
+    (out_dir / '.moving').write_text('in the way')
+    done = train_here(out_dir, '--overwrite', status=2)
+    assert content() == before | {'.moving': b'in the way'}
 
 
 @pytest.mark.slow

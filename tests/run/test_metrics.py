@@ -90,6 +90,7 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(data_dir, tm
 
 def test_records_are_json_even_of_numbers_that_are_not(tmp_path):
     metrics = Metrics(tmp_path, 0, ALONE)
+    metrics.rewind(0)
     metrics.log(1, {'loss/step': 2.5, 'grad_norm': math.nan, 'noise_scale': math.inf})
     metrics.log(2, {'loss/step': torch.tensor(2.5), 'grad_norm': np.float32(0.5)})
     metrics.close()
@@ -101,12 +102,14 @@ def test_records_are_json_even_of_numbers_that_are_not(tmp_path):
 
 def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):
     metrics = Metrics(tmp_path, 0, ALONE)
+    metrics.rewind(0)
     for step in range(1, 8):
         metrics.log(step, {'loss/step': float(step)})
     metrics.close()
     with open(tmp_path / 'metrics.jsonl', 'a') as file:
         file.write('{"step": 8, "loss/st')  # what a crash leaves
     metrics = Metrics(tmp_path, 4, ALONE)
+    metrics.rewind(4)
     metrics.log(5, {'loss/step': 50.0})
     metrics.close()
     assert [(r['step'], r['loss/step']) for r in read(tmp_path)] == [
@@ -121,6 +124,7 @@ def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path):
 def test_a_new_run_starts_a_new_file(tmp_path):
     for value in (1.0, 2.0):
         metrics = Metrics(tmp_path, 0, ALONE)
+        metrics.rewind(0)
         metrics.log(1, {'loss/step': value})
         metrics.close()
     assert read(tmp_path) == [{'step': 1, 'loss/step': 2.0}]
@@ -151,6 +155,7 @@ def test_a_rewind_leaves_one_curve_in_tensorboard_and_no_warnings_of_wandb(
     monkeypatch.setenv('WANDB_MODE', 'offline')
     config = {'wandb_log': True, 'wandb_project': 'p', 'wandb_run_name': '', 'tensorboard': True}
     metrics = Metrics(tmp_path, 0, config)
+    metrics.rewind(0)
     for step in (1, 2, 3, 4):
         metrics.log(step, {'loss/step': float(step)})
     metrics.rewind(2)

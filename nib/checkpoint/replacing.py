@@ -1,0 +1,54 @@
+"""A run that another one replaces is kept until the new run has saved its first checkpoint."""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from nib.checkpoint import store
+from nib.errors import UserError
+
+MOVING = '.moving'  # what belongs into the run's folder; a crash may leave it behind
+FILES = 'config.json', 'metrics.jsonl', 'latest', 'best', 'step-*'
+
+
+def set_aside(out_dir):
+    """Moves the checkpoints, the config and the records of a run into its subfolder .old.
+
+    Nothing happens if the run has no checkpoints. Raises UserError if a file cannot be moved; then
+    all of them stay where they are.
+    """
+    out_dir = Path(out_dir)
+    if not store.exists(out_dir):
+        return
+    try:
+        (out_dir / MOVING).mkdir()
+        for path in [path for name in FILES for path in out_dir.glob(name)]:
+            os.rename(path, out_dir / MOVING / path.name)
+        os.rename(out_dir / MOVING, out_dir / store.ASIDE)
+    except OSError as error:
+        with suppress(OSError):
+            put_back(out_dir)
+        raise UserError(
+            f'the run in {out_dir} cannot be set aside ({error.strerror}): choose another --out_dir'
+        ) from error
+
+
+def put_back(out_dir):
+    """Undoes set_aside(), unless the new run has saved a checkpoint since.
+
+    It also completes what a crash has interrupted. Raises OSError if that is impossible.
+    """
+    aside, moving = Path(out_dir) / store.ASIDE, Path(out_dir) / MOVING
+    if store.exists(out_dir) and not moving.exists():
+        delete_set_aside(out_dir)
+    elif aside.exists():
+        os.rename(aside, moving)  # from now on, it belongs to the run again
+    if moving.exists():
+        for path in moving.iterdir():
+            os.replace(path, moving.parent / path.name)
+        moving.rmdir()
+
+
+def delete_set_aside(out_dir):
+    shutil.rmtree(Path(out_dir) / store.ASIDE, ignore_errors=True)
