@@ -89,8 +89,12 @@ def main(argv):
     }
     if substitutes:
         source['replaced'] = {'characters': found.missing.total(), 'by': replace_missing}
-    if not overwrite:
-        check_replaceable(folder, found.sha256)
+
+    def check():
+        if not overwrite:
+            check_replaceable(folder, found.sha256)
+
+    check()
     if not several:
         documents.split_position(found.lengths[0])  # fails before there is a folder
     if tokenizer == 'bpe':
@@ -103,7 +107,7 @@ def main(argv):
     if isinstance(encoder, HfTokenizer):
         tell_changes(encoder, next(read_pieces(0))[1])
     before = read_json(folder / 'meta.json').get('splits')
-    meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes)
+    meta = write_dataset(folder, read_pieces, encoder, source, found.n_bytes, check)
     if before and before != meta['splits']:
         note(f'the tokens in {folder} were replaced: runs on the old ones cannot be resumed')
     share = sum(map(found.lengths.__getitem__, val)) / sum(found.lengths)

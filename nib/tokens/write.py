@@ -43,13 +43,15 @@ def write_dataset(
     tokenizer: Tokenizer,
     source: dict,
     n_bytes: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict:
     """Encodes pieces of text on all cores and writes the bins and meta.json.
 
     read_pieces(n): yields the pieces from index n on.
     source: where the text comes from, recorded in meta.json. It must differ for different texts: a
     run continues the bins of a stopped run with the same source and tokenizer.
-    n_bytes: of the whole text, for the progress bar.
+    n_bytes: of the whole text, for the progress bar. check: is called before anything is written,
+    when no other process writes here; it may raise UserError.
     An existing dataset in the folder stays until the new one is complete, or for good if it has the
     same source and tokenizer and is intact. One process writes at a time; others wait.
     Returns the content of meta.json. Raises UserError if the folder cannot be written.
@@ -60,6 +62,7 @@ def write_dataset(
         if existing := _read_intact(folder, source, tokenizer):
             remove_unfinished(folder)
             return existing
+        check()
         return _write(folder, read_pieces, tokenizer, source, n_bytes)
 
 

@@ -27,7 +27,7 @@ from nib.files import command
 from nib.text import train_bpe
 from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.tokenizer import CharTokenizer, encode_prompt, tokenizer_from_json
-from nib.tokens import borrow, encode, shakespeare, unfinished
+from nib.tokens import borrow, encode, shakespeare, unfinished, write
 from nib.tokens.dataset import is_prepared, open_dataset
 
 SHAKESPEARE = ROOT / 'data/shakespeare_char/prepare.py'
@@ -469,6 +469,24 @@ def test_a_second_text_of_the_same_name_does_not_replace_the_first(tmp_path, run
     assert open_dataset(tmp_path / 'notes', 16).fingerprint == before
     assert prepare('b', '--overwrite').returncode == 0
     assert text_of(tmp_path / 'notes') == 'The notes of b. ' * 20
+
+
+def test_a_text_that_another_process_has_just_prepared_is_not_replaced(
+    given, tmp_path, run_main, monkeypatch
+):
+    """While this process read its own text, or waited for the other one."""
+    own, other, folder = write.locked, tmp_path / 'other.txt', tmp_path / 'notes'
+    other.write_text('The other text. ' * 20)
+
+    def locked(path):
+        monkeypatch.setattr(write, 'locked', own)
+        assert run_main(WRITTEN, f'--input={other}', f'--out_dir={folder}').returncode == 0
+        return own(path)
+
+    monkeypatch.setattr(write, 'locked', locked)
+    done = run_main(WRITTEN, f'--input={given}', f'--out_dir={folder}')
+    assert done.returncode == 2 and 'contains a dataset made from another text' in done.stderr
+    assert text_of(folder) == 'The other text. ' * 20
 
 
 @pytest.mark.parametrize(
