@@ -27,16 +27,18 @@ from pathlib import Path
 import torch
 
 import configurator
+from nib.budget import check_plan
 from nib.checkpoint import store
 from nib.checkpoint.paths import is_run
 from nib.errors import EXIT_FINDING, EXIT_INTERRUPTED, EXIT_NONFINITE, UserError, run_script
-from nib.files import atomic_write, naming, read_json
+from nib.files import FolderLock, atomic_write, naming, read_json
 from nib.machine.device import pick_device
 from nib.machine.signals import SIGNALS, name_signal
 from nib.machine.threads import available_cores
 from nib.report.compare import NOT_COMPARED, compare
 from nib.report.history import read_run, read_runs
 from nib.report.page import write_report
+from nib.run.checks import check_config
 
 # sweep.py's own keys; all others are train.py's, with commas between several values: --seed=1,2
 sweep_dir: str = 'sweep'  # folder of the runs, their logs and comparison.html
@@ -45,6 +47,7 @@ jobs: int = 1  # runs at a time, each on its own GPU or with its share of the CP
 TRAIN = str(Path(__file__).resolve().with_name('train.py'))
 MAY_CHANGE = {'max_iters', 'device', *NOT_COMPARED} - {'init_from'}  # when a sweep continues
 EXIT_FAILED = 1  # at least one run has failed
+LONGEST_NAME = 200  # bytes of a folder's name; those of logs and temporary files are longer
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ class Planned:
         """The values that the run began with, to tell whether the command has changed."""
         return Path(f'{self.folder}.json')
 
-    def write_record(self):
+    def write_record(self, exit_code: int | None = None):
+        """exit_code: of a run that does not continue, such as one that the doctor has stopped."""
+        ended = {} if exit_code is None else {'exit_code': exit_code}
         with atomic_write(self.record) as file:
-            file.write(json.dumps(self.values, indent=1).encode())
+            file.write(json.dumps(self.values | ended, indent=1).encode())
 
 
 def main(argv):
@@ -82,15 +87,24 @@ def main(argv):
         check_unchanged(run)
     environments = find_environments(runs[0].values['device'])
     Path(sweep_dir).mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(sweep_dir)
+    if not lock.take():
+        raise UserError(
+            f'{sweep_dir} belongs to a sweep that is still active ({lock.holder()}): choose '
+            f'another --sweep_dir'
+        )
+    lock.sign()
     print(f'{len(runs)} runs, {jobs} at a time; their logs are {Path(sweep_dir, "*.log")}')
-    sweep = Sweep(environments)
-    sweep.train_all(runs)
     try:
+        sweep = Sweep(environments)
+        sweep.train_all(runs)
         return end(runs, sweep.signal, sweep.failed)
     except KeyboardInterrupt:
         name = name_signal(signal.SIGINT)
         print(f'stopped by {name}: the runs have ended; repeat the command to compare them')
         return EXIT_INTERRUPTED
+    finally:
+        lock.release(remove=True)
 
 
 def end(runs: list[Planned], number: int, failed: list[Planned]) -> int:
@@ -111,6 +125,8 @@ def end(runs: list[Planned], number: int, failed: list[Planned]) -> int:
         write_report(folders, configurator.read_block(TRAIN).defaults, page)
         print_table(*compare(read_runs(folders)))
         print(f'report: {page}')
+    if missing := [run.folder.name for run in runs if run in failed or not is_run(run.folder)]:
+        print(f'failed: {", ".join(missing)}')
     return 0 if len(finished) == len(runs) else EXIT_FAILED
 
 
@@ -137,6 +153,17 @@ def plan(argv: list[str]) -> list[Planned]:
             raise UserError(
                 '--out_dir and --init_from=resume are set for each run; use --sweep_dir'
             )
+        if values['eval_only']:
+            raise UserError('--eval_only trains nothing: leave it out')
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            raise UserError(
+                f'{name[:40]}... is too long for the name of a folder: sweep fewer keys at a time, '
+                f'or use shorter values'
+            )
+        planned = bool(values['budget'] or values['params'])
+        check_config(values, world_size=1, planned=planned)
+        if planned:
+            check_plan(values, origins)
         for other, run in runs.items():
             if name == other or values == run.values:
                 raise UserError(
@@ -248,8 +275,10 @@ class Sweep:
     def start(self, run: Planned):
         """Starts or resumes a run, unless it has finished."""
         overwrite = run.values['overwrite']
-        if is_finished(run) and not overwrite:
-            print(f'{run.folder.name}: already finished', flush=True)
+        ended = read_json(run.record).get('exit_code')
+        if not overwrite and (ended is not None or is_finished(run)):
+            how = 'already finished' if ended is None else f'has already ended, exit code {ended}'
+            print(f'{run.folder.name}: {how}', flush=True)
             return
         resume = ['--init_from=resume'] if store.exists(run.folder) and not overwrite else []
         command = [sys.executable, TRAIN, *run.flags, f'--out_dir={run.folder}', *resume]
@@ -273,6 +302,8 @@ class Sweep:
             return
         if process.returncode not in (0, EXIT_NONFINITE, EXIT_FINDING):
             self.failed.append(run)
+        elif process.returncode:
+            run.write_record(process.returncode)
         elif run.values['overwrite']:  # now the folder holds this run
             run.write_record()
         if process.returncode:

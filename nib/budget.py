@@ -270,8 +270,8 @@ def plan(
     """
     ends = startup.started() + parse_duration(config['budget']) if config['budget'] else None
     params = parse_count(config['params']) if config['params'] else None
-    fixed = {key: config[key] for key in origins if origins[key] == 'command line'}
-    check_fixed(config, origins, fixed)
+    check_plan(config, origins)
+    fixed = fixed_keys(config, origins)
     room = math.inf
     with suppress(UserError):  # unknown
         room = available_memory(config['device'], config.get('ranks', 1))
@@ -293,8 +293,13 @@ def plan(
     return {key: value for key, value in keys.items() if key not in fixed}, line
 
 
-def check_fixed(config: Mapping, origins: Mapping, fixed: Mapping):
+def fixed_keys(config: Mapping, origins: Mapping) -> dict:
+    return {key: config[key] for key in origins if origins[key] == 'command line'}
+
+
+def check_plan(config: Mapping, origins: Mapping):
     """Raises UserError if the user's own keys leave no room for a plan."""
+    fixed = fixed_keys(config, origins)
     if config['init_from'] != 'scratch':
         raise UserError(
             f'--budget and --params plan a new model, but init_from is {config["init_from"]!r}: '

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from processes import PATIENCE, Started
 
 import sweep
 from nib.errors import UserError
+from nib.files import FolderLock
 from nib.machine.signals import name_signal
 from nib.machine.threads import available_cores
 from nib.report import page
@@ -184,6 +186,7 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert again.stdout.splitlines()[-1] == line
     again = run_main('sweep.py', *flags)
     assert 'learning_rate=1e-2: already finished' in again.stdout and again.returncode == 1
+    assert 'learning_rate=1e30: has already ended, exit code 3' in again.stdout
     changed = run_main('sweep.py', *flags, '--weight_decay=0.25')
     assert changed.returncode == 2 and not changed.stdout
     assert 'trained with weight_decay 0.1, but this command says 0.25' in changed.stderr
@@ -195,10 +198,42 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert 'learning_rate=1e-2: already finished' in again.stdout
 
 
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        (['--seed=1,2', '--eval_only'], '--eval_only trains nothing: leave it out'),
+        (['--seed=1,2', '--budget=7s', '--max_iters=4'], '--budget sets the number of steps'),
+        (['--learning_rate=1e-3,nan'], 'learning_rate is nan'),
+        ([f'--wandb_run_name={"x" * 201},y'], 'xxx... is too long for the name of a folder'),
+        (['--seed=1,2', '--out_dir=x'], 'set for each run; use --sweep_dir'),
+    ],
+)
+def test_what_no_run_could_do_is_an_error_before_the_first(tmp_path, run_main, flags, said):
+    done = run_main('sweep.py', *flags, f'--sweep_dir={tmp_path / "sweep"}')
+    assert done.returncode == 2 and said in done.stderr and not (tmp_path / 'sweep').exists()
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, run_main):
+    lock = FolderLock(tmp_path)
+    assert lock.take()
+    lock.sign()
+    done = run_main('sweep.py', '--seed=1,2', f'--sweep_dir={tmp_path}')
+    lock.release(remove=True)
+    assert done.returncode == 2 and f'still active (host {socket.gethostname()}' in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named_below_the_table(tmp_path, run_main, data_dir):
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', f'--sweep_dir={tmp_path / "sweep"}']
+    done = run_main('sweep.py', *flags, '--max_iters=2', '--n_head=1,3')
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == 'failed: n_head=3'
+
+
 def test_config_files_see_the_device_of_the_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, 'sweep_dir', str(tmp_path))
     config = tmp_path / 'x.py'
-    config.write_text("max_iters = 40 if device == 'auto' else 20")
+    config.write_text("warmup_iters = 0\nmax_iters = 40 if device == 'auto' else 20")
     runs = sweep.plan([str(config), '--seed=1,2', '--device=auto'])
     assert all(run.values['max_iters'] == 20 for run in runs)
 
