@@ -423,6 +423,7 @@ def test_what_fixes_a_problem_is_a_key_of_the_config():
         'attention_scores()',
         'model.py',
         'OUT_DIR/best',
+        'model(x, y)',
         '--init_from=OUT_DIR/step-N',
         'debug_training.py',
         'prepare.py',

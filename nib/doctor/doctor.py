@@ -197,9 +197,7 @@ class Doctor:
     def _apply(self, functions: Iterable[Callable], step: int) -> list[Finding]:
         found = []
         for rule in functions:
-            # Collapsed attention is a later sign of a learning rate that is too high, and has the
-            # same remedy, so it has no name of its own.
-            name = 'lr_too_high' if rule is rules.attention_collapsed else rule.__name__
+            name = rules.NAMES.get(rule, rule.__name__)
             if not self.found(name) and (evidence := rule(self)):
                 found += self._report(name, step, evidence)
         return found

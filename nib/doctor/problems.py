@@ -203,8 +203,13 @@ PROBLEMS: dict[str, Problem] = {
     ),
     'no_warmup': Problem(
         'warning',
-        ("AdamW's first steps are several times larger than later ones, and there is no warm-up",),
-        ('warmup_iters = 1 to 10% of max_iters', 'or a lower learning_rate'),
+        (
+            (
+                "AdamW's first steps are several times larger than later ones, and the warm-up has "
+                'fewer than 10 steps'
+            ),
+        ),
+        ('warmup_iters = 1 to 10% of max_iters, at least 10', 'or a lower learning_rate'),
     ),
     'overfitting': Problem(
         'warning',
@@ -256,8 +261,9 @@ PROBLEMS: dict[str, Problem] = {
         (
             'the targets are not the inputs shifted by one token',
             'inputs and targets come from different windows',
+            'the training step computes the loss of other targets',
         ),
-        ('y[t] = x[t + 1] in the loader',),
+        ('y[t] = x[t + 1] in the loader', 'model(x, y) in the training step'),
     ),
     'val_leaked': Problem(
         'critical',

@@ -119,6 +119,9 @@ def lr_too_low(d) -> str | None:
     if step > d.config['warmup_iters'] and lr < 0.5 * full:
         return None
     ratio = largest_ratio(d) * full / lr  # during the warm-up, extrapolated to the full rate
+    # The weights do not move at all, or the loss has exploded.
+    if ratio == 0.0 or d.lines[-1].loss > 1.5 * d.lines[0].loss:
+        return None
     # A run that has learned more may be resumed with a low rate on purpose.
     ignorant = d.lines[-1].loss > d.data.entropy
     if d.lasts('lr_too_low', ratio < ratio_limits(d)[0] and ignorant, 3):
@@ -211,6 +214,11 @@ def vanishing_gradients(d) -> str | None:
     present = d.vital_signs.step > 1 and (none or tiny or small)
     if not d.lasts('vanishing_gradients', present, 2):
         return None
+    if none and not any(rms):
+        return (
+            f'the optimizer gets gradients of 0, although their norm is {max(norms):.3g}: they may '
+            f'be cleared before its step'
+        )
     if none:
         return 'no gradient reaches the first block'
     if tiny:
@@ -285,6 +293,21 @@ def throughput_collapse(d) -> str | None:
 
 
 # -- rules for each evaluation ---------------------------------------------------------------------
+
+
+def other_targets(d) -> str | None:
+    # Training contradicts evaluation: the steps do better than a uniform guess, but the same text
+    # is evaluated as worse than that.
+    now, guess = d.evaluations[-1], math.log(d.data.vocab_size)
+    if not d.lines or d.found('constant_batches'):  # one batch has been learned by heart
+        return None
+    loss = d.lines[-1].loss
+    if loss < guess < now.train_loss - 0.5 and loss < now.train_loss - 1.0:
+        return (
+            f'the steps have a loss of {loss:.3f}, but that of the training text in the evaluation '
+            f'is {now.train_loss:.3f}, worse than a uniform guess ({guess:.3f})'
+        )
+    return None
 
 
 def attention_collapsed(d) -> str | None:
@@ -411,5 +434,14 @@ STEP_RULES = (
     float16_underflow,
     throughput_collapse,
 )
-EVALUATION_RULES = (attention_collapsed, dead_units, overfitting, underfitting, batch_too_small)
+EVALUATION_RULES = (
+    other_targets,
+    attention_collapsed,
+    dead_units,
+    overfitting,
+    underfitting,
+    batch_too_small,
+)
+# Signs of a problem that have the remedies of another one, and so no name of their own.
+NAMES = {attention_collapsed: 'lr_too_high', other_targets: 'targets_not_shifted'}
 GENERATION_RULES = (generation_differs,)

@@ -52,7 +52,11 @@ def test_all_problems_but_the_one_that_the_loop_sees_are_fired_here():
         *rules.GENERATION_RULES,
     }
     names = {function.__name__ for function in functions}
-    assert set(FIRING) == set(PROBLEMS) - {'not_finite'} == names - {'attention_collapsed'}
+    assert (
+        set(FIRING)
+        == set(PROBLEMS) - {'not_finite'}
+        == names - {function.__name__ for function in rules.NAMES}
+    )
 
 
 @pytest.mark.parametrize('log_interval', [1, 10, 100, 1000])
@@ -471,3 +475,42 @@ def test_a_loss_above_that_of_a_guess_diverges_at_once_and_a_lower_peak_does_not
 def test_a_rate_that_is_usual_and_yet_teaches_nothing_is_too_low():
     found = show(make_doctor(), step=lambda s: {'losses': [4.1 - s / 1000] * 10, **ratio(0.001)})
     assert [(finding.name, finding.step) for finding in found] == [('lr_too_low', 80)]
+
+
+def test_steps_that_contradict_the_evaluation_have_other_targets():
+    found = show(
+        make_doctor(),
+        step=lambda s: {'losses': [math.exp(-s / 30)] * 10} if s > 1 else {},
+        evaluation=lambda s: {'train_loss': 8.0, 'val_loss': 8.0} if s else {},
+    )
+    assert [(finding.name, finding.step) for finding in found] == [('targets_not_shifted', 30)]
+    assert 'a loss of 0.368' in found[0].evidence and '8.000' in found[0].evidence
+
+
+def test_a_batch_that_is_learned_by_heart_is_no_contradiction():
+    found = show(
+        make_doctor(),
+        step=lambda s: {'losses': [math.exp(-s / 30)] * 10, 'repeated': 1.0} if s > 1 else {},
+        evaluation=lambda s: {'train_loss': 8.0, 'val_loss': 8.0} if s else {},
+    )
+    assert names_of(found) == ['constant_batches']
+
+
+def test_gradients_that_are_cleared_before_the_step_are_no_low_rate():
+    found = show(
+        make_doctor(),
+        step=lambda s: {
+            'losses': [GUESS] * 10,
+            'block_grad_rms': [0.0] * 4,
+            'update_ratio': dict.fromkeys(('attention', 'mlp', 'embedding'), 0.0),
+        },
+    )
+    assert names_of(found)[0] == 'vanishing_gradients' and 'lr_too_low' not in names_of(found)
+    assert 'gets gradients of 0, although their norm is 0.5' in found[0].evidence
+
+
+def test_a_loss_that_explodes_is_no_low_rate():
+    found = show(
+        make_doctor(), step=lambda s: {'losses': [4.2 + 5.0 * (s > 1)] * 10, **ratio(1e-5)}
+    )
+    assert 'lr_too_low' not in names_of(found) and 'diverging' in names_of(found)
