@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from nib.doctor import rules
 from nib.doctor.finding import Finding
-from nib.doctor.problems import PROBLEMS, SEVERITIES, Severity
+from nib.doctor.problems import FACTS, PROBLEMS, SEVERITIES, Severity
 from nib.doctor.texts import DataSigns
 from nib.doctor.vitals import EvaluationSigns, StepSigns
 from nib.guard import Seen
@@ -83,6 +83,7 @@ class Doctor:
         self.difference: str | None = None  # result of check_generation()
         self.cores_taken = False  # whether the run is slow because it waits for cores
         self.starts_low = False  # whether the first loss is below that of a uniform guess
+        self.gradients_lost = False  # whether they do not reach the optimizer
         self.steps = 0  # since the run was started or resumed
         self.bad_steps = 0  # of these, the non-finite ones
         self.first_bad = self.last_bad = 0  # the first and the last one that is known
@@ -229,8 +230,8 @@ class Doctor:
         )
         if self.found(name) or ruined and name != 'not_finite':
             return []
-        facts = {**self.config, 'cores_taken': self.cores_taken, 'starts_low': self.starts_low}
-        finding = Finding.of(name, step, evidence, facts, severity)
+        facts = {fact: getattr(self, fact) for fact in FACTS}
+        finding = Finding.of(name, step, evidence, {**self.config, **facts}, severity)
         self.findings.append(finding)
         return [finding]
 

@@ -88,8 +88,11 @@ def uses_relu2(config: Mapping) -> bool:
     return config['mlp'] == 'relu2'
 
 
+FACTS = ('cores_taken', 'starts_low', 'gradients_lost')  # which the doctor adds to the config
+
+
 def cores_taken(config: Mapping) -> bool:
-    return config.get('cores_taken', False)  # added by the doctor
+    return config.get('cores_taken', False)
 
 
 def cores_free(config: Mapping) -> bool:
@@ -97,11 +100,19 @@ def cores_free(config: Mapping) -> bool:
 
 
 def starts_low(config: Mapping) -> bool:
-    return config.get('starts_low', False)  # added by the doctor
+    return config.get('starts_low', False)
 
 
 def starts_high(config: Mapping) -> bool:
     return not starts_low(config)
+
+
+def gradients_lost(config: Mapping) -> bool:
+    return config.get('gradients_lost', False)
+
+
+def gradients_reach_optimizer(config: Mapping) -> bool:
+    return not gradients_lost(config)
 
 
 def predicts_its_input(config: Mapping) -> bool:
@@ -183,10 +194,18 @@ PROBLEMS: dict[str, Problem] = {
     ),
     'vanishing_gradients': Problem(
         'warning',
-        ('residual connections or norms are missing', 'the initial weights are far too small'),
         (
-            'x = x + layer(norm(x)) in every block',
-            'run debug_training.py to see where the gradients become small',
+            (gradients_lost, 'gradients are cleared before the optimizer steps'),
+            (gradients_reach_optimizer, 'residual connections or norms are missing'),
+            (gradients_reach_optimizer, 'the initial weights are far too small'),
+        ),
+        (
+            (gradients_reach_optimizer, 'x = x + layer(norm(x)) in every block'),
+            (
+                gradients_reach_optimizer,
+                'run debug_training.py to see where the gradients become small',
+            ),
+            (gradients_lost, 'clear gradients after the step of the optimizer'),
         ),
     ),
     'all_clipped': Problem(

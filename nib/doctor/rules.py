@@ -214,11 +214,9 @@ def vanishing_gradients(d) -> str | None:
     present = d.vital_signs.step > 1 and (none or tiny or small)
     if not d.lasts('vanishing_gradients', present, 2):
         return None
-    if none and not any(rms):
-        return (
-            f'the optimizer gets gradients of 0, although their norm is {max(norms):.3g}: they may '
-            f'be cleared before its step'
-        )
+    d.gradients_lost = none and not any(rms) and max(norms) > 0.0
+    if d.gradients_lost:
+        return f'the optimizer gets gradients of 0, although their norm is {max(norms):.3g}'
     if none:
         return 'no gradient reaches the first block'
     if tiny:

@@ -507,6 +507,7 @@ def test_gradients_that_are_cleared_before_the_step_are_no_low_rate():
     )
     assert names_of(found)[0] == 'vanishing_gradients' and 'lr_too_low' not in names_of(found)
     assert 'gets gradients of 0, although their norm is 0.5' in found[0].evidence
+    assert str(found[0]).endswith('Change: clear gradients after the step of the optimizer')
 
 
 def test_a_loss_that_explodes_is_no_low_rate():
