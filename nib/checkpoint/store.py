@@ -22,7 +22,7 @@ import torch
 
 from nib.checkpoint import tensorfile
 from nib.checkpoint.paths import explain, is_checkpoint, run_of
-from nib.errors import UserError, warn
+from nib.errors import NO_ROOM, UserError, warn
 from nib.files import atomic_write, clear_temporaries, sync_folder
 from nib.machine.ranks import Ranks
 
@@ -101,13 +101,21 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
     try:
         return _save(out_dir, step, model, optimizer, state)
     except OSError as error:
-        again = 'no earlier one exists: free some space, then start again'
+        again = f'no earlier one exists: {_remedy(error)}, then start again'
         if exists(out_dir):
-            again = 'earlier ones are intact: free some space, then resume with --init_from=resume'
+            again = (
+                f'earlier ones are intact: {_remedy(error)}, then resume with --init_from=resume'
+            )
         raise UserError(
             f'the checkpoint of step {step} could not be written to {out_dir} ({error.strerror}); '
             f'{again}'
         ) from error
+
+
+def _remedy(error: OSError | Damaged) -> str:
+    if not isinstance(error, OSError) or error.errno in NO_ROOM:
+        return 'free some space'
+    return f'fix {error.filename2 or error.filename or "this"}'
 
 
 def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
@@ -151,9 +159,10 @@ def record_evaluation(out_dir, step: int, train_state: dict, best: bool):
             point(out_dir, 'best', folder)
         _write_state(folder, state)
     except (OSError, Damaged) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f'the evaluation of step {step} could not be recorded in {folder} ({error}): free some '
-            f'space, then resume with --init_from=resume'
+            f'the evaluation of step {step} could not be recorded in {folder} ({reason}): '
+            f'{_remedy(error)}, then resume with --init_from=resume'
         ) from error
 
 

@@ -95,6 +95,10 @@ class RunLock:
         if store.exists(self.out_dir) or store.exists(self.out_dir / store.ASIDE):
             self.take(new_run=True)  # says whether that run is still active
 
+    def is_lost(self) -> bool:
+        """Returns whether the folder has been removed or renamed since take()."""
+        return self._lock.is_lost()
+
     def release(self):
         self._lock.release()
 

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -155,7 +156,10 @@ class Logbook:
         self.metrics.rewind(step)
         provenance = describe_subject(t.raw_model, self.data)
         provenance['starts'] = [describe_start(step, describe_device(t.device))]
-        write_config(self.out_dir, config, self.origins, step, changes, provenance)
+        self._write_config = partial(
+            write_config, self.out_dir, config, self.origins, step, changes, provenance
+        )
+        self._write_config()
         self.writer = CheckpointWriter(
             self.out_dir, config['keep_last'], config['keep_every'], step
         )
@@ -261,6 +265,8 @@ class Logbook:
 
     def _save(self, state, optimizer_state):
         t, data = self.training, self.data
+        if self._lock.is_lost():
+            self._begin_again()
         state.scaler = t.scaler.state_dict() or None
         self.writer.save(
             state.step,
@@ -277,6 +283,16 @@ class Logbook:
                 'versions': {'python': platform.python_version(), 'torch': torch.__version__},
             },
         )
+
+    def _begin_again(self):
+        self.warn(
+            f'warning: {self.out_dir} has been removed or renamed; the run continues in a new '
+            f'folder of this name, without its earlier records and checkpoints'
+        )
+        self._lock.release()
+        self._lock.take(new_run=False)
+        self._write_config()
+        self.metrics.reopen()
 
     def wait_for_checkpoint(self):
         """Waits, on all ranks, until the last checkpoint is on the disk."""

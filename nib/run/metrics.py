@@ -46,17 +46,20 @@ class Metrics:
 
         wandb keeps its own, and takes no new ones there.
         """
-        if self.file:
-            self.file.close()
         # Records of this run from before it was resumed.
         records = read_records(self.path)[0] if step else []
         self.records = [record for record in records if record['step'] <= step]
         with atomic_write(self.path) as file:
             file.write(''.join(json.dumps(record) + '\n' for record in self.records).encode())
-        self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
+        self.reopen()
         if self.writer_class and not self._works('TensorBoard', self._start_drawing, step):
             self.writer = self.writer_class = None
         self._unwritten = b''  # records that the file has not taken yet
+
+    def reopen(self):
+        if self.file:
+            self.file.close()
+        self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115, closed by close()
 
     def log(self, step: int, values: Mapping[str, float | str | None]):
         """Records the values of a step, numbers or texts; None is left out.
@@ -127,9 +130,10 @@ class Metrics:
 
     def close(self, exit_code: int = 0):
         """Closes everything. exit_code: that of the run; wandb shows whether it is 0."""
-        if self.file.closed:
-            return
-        self.file.close()
+        if self.file:
+            if self.file.closed:
+                return
+            self.file.close()
         if self.writer is not None:
             self._works('TensorBoard', self.writer.close)
         if self.wandb is not None:

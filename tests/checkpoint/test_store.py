@@ -433,3 +433,13 @@ def test_a_crash_before_an_evaluation_is_recorded_lets_it_be_repeated(tmp_path, 
             crash.setattr(store, point, stop)
             store.record_evaluation(tmp_path, 20, {'evaluated': 20}, best=True)
         assert store.load(tmp_path)[0].state.get('train') is None
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows names other files')
+@pytest.mark.parametrize('name', ['latest', 'best'])
+def test_a_folder_in_the_way_of_a_pointer_is_named(tmp_path, name):
+    save(tmp_path, 10)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf'\(Is a directory\).*: fix \S*/{name}, then resume'):
+        save(tmp_path, 20, best=True)

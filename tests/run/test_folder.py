@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -212,6 +213,27 @@ def test_a_run_is_kept_if_the_one_that_replaces_it_saves_nothing(tmp_path, train
     (out_dir / '.moving').write_text('in the way')
     done = train_here(out_dir, '--overwrite', status=2)
     assert content() == before | {'.moving': b'in the way'}
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['removed', 'renamed'])
+def test_a_run_whose_folder_is_gone_continues_in_a_new_one(data_dir, tmp_path, how):
+    out_dir = tmp_path / 'run'
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', *ENDLESS, '--eval_interval=100']
+    run = Started(tmp_path, TRAIN, *flags, f'--out_dir={out_dir}')
+    state = out_dir / 'step-00000100/state.json'
+    while '"evaluated": 100' not in (state.read_text() if state.exists() else ''):
+        time.sleep(0.01)
+    shutil.rmtree(out_dir) if how == 'removed' else out_dir.rename(tmp_path / 'moved')
+    run.wait_for('step 300: train')
+    with pytest.raises(UserError, match='belongs to a run that is still active'):
+        RunLock(out_dir).take(new_run=False)
+    run.send(signal.SIGINT)
+    assert run.end() == 130
+    assert run.stderr.count(f'{out_dir} has been removed or renamed; the run continues') == 1
+    assert min(record['step'] for record in records(out_dir)) > 100
+    assert {'config.json', 'latest', 'report.html'} <= {path.name for path in out_dir.iterdir()}
 
 
 @pytest.mark.slow
