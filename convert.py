@@ -42,7 +42,7 @@ def main(argv):
     values, _ = configurator.configure(__file__, argv)
     globals().update(values)
     if not dest:
-        raise UserError('dest is empty: name the folder to write, --dest=FOLDER')
+        raise UserError('--dest=PATH is missing: name the folder or the GGUF file to write')
     if os.path.lexists(dest):
         raise UserError(f'dest {dest} already exists: choose another one')
     whole = Path(os.path.abspath(dest))

@@ -46,6 +46,9 @@ def attention_maps(model: GPT, ids: Sequence[int]) -> list[torch.Tensor]:
     """
     if not len(ids):
         raise UserError('ids is empty: attention maps need at least one token id')
+    vocab_size = model.config.vocab_size
+    if wrong := [id for id in ids if not 0 <= id < vocab_size]:
+        raise UserError(f'ids contains {wrong[0]}, but the vocabulary ends at {vocab_size - 1}')
     maps = []
 
     def keep(q, k, v):

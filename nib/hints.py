@@ -23,6 +23,7 @@ NANOGPT_KEYS = {
 # Names that may be mistaken for keys -> what to write instead.
 NOT_KEYS = {
     'config': 'the path of a config file needs no flag',
+    'resume': 'write --init_from=resume',
     'include': "it is a function: write include('other.py')",
 }
 
@@ -120,7 +121,7 @@ def check_file(path: str, types: Mapping[str, Type]) -> str:
     if os.path.exists(path):  # a text or a run's folder, for which the user forgot the flag
         hint = usage
         if 'input' in types:
-            hint = f'; did you mean --input={path}?'
+            hint = f'; did you mean --input={path}? Separate several paths with commas'
         elif 'out_dir' in types and os.path.isdir(path):
             hint = f'; did you mean --out_dir={path}?'
         raise UserError(f'{path}: not a config file, because its name does not end in .py{hint}')

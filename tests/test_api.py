@@ -11,7 +11,7 @@ from small_models import MODERN, SMALL, make_model
 from transformers import AutoModelForCausalLM
 
 import configurator
-from nib.api import Continuation, attention_maps, encode, generate, load
+from nib.api import Continuation, attention_maps, encode, generate, load, stream
 from nib.checkpoint import store, weights
 from nib.errors import UserError
 from nib.hub import huggingface, nanogpt
@@ -110,6 +110,17 @@ def test_errors_are_one_exception(train_here, tmp_path):
         generate(model, tokenizer, '')
     with pytest.raises(UserError, match='ids is empty'):
         attention_maps(model, [])
+    for id in (999, -1):
+        with pytest.raises(UserError, match=f'ids contains {id}, but the vocabulary ends at'):
+            attention_maps(model, [0, id])
+    for wrong in ({'max_new_tokens': 2.5}, {'top_k': 2.5}):
+        with pytest.raises(UserError, match='is 2.5: it must be a whole number'):
+            generate(model, tokenizer, 'The', **wrong)
+    with pytest.raises(UserError, match='prompts is empty'):
+        next(stream(model, tokenizer, [], 2))
+    # A tensor of ids is as good as a list.
+    texts = [[*stream(model, tokenizer, p, 3, seed=1)] for p in ([[1, 2]], torch.tensor([[1, 2]]))]
+    assert texts[0] == texts[1]
 
 
 @given(st.binary() | st.text().map(str.encode))

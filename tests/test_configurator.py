@@ -260,6 +260,7 @@ def test_last_of_a_repeated_flag_wins():
             ['--learing_rate: no such key; did you mean --learning_rate? (--help lists all keys)'],
         ),
         ('--zzz', ['--zzz: no such key (--help']),
+        ('--resume', ['--resume: no such key; write --init_from=resume (--help']),
         ('--', ['no such key']),
         ('--max_iters', ['--max_iters', 'no value']),
         ('--no-max_iters', ['max_iters is not a switch']),

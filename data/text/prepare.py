@@ -57,6 +57,8 @@ def main(argv):
     values, origins = configurator.configure(__file__, argv)
     globals().update(values)
     paths = [Path(name) for name in inputs.split_names(input)]
+    if sum(argument.partition('=')[0] == '--input' for argument in argv) > 1:
+        raise UserError('--input is given more than once: separate several paths with commas')
     if not paths:
         raise UserError('--input=PATH is missing: name the files and folders that hold your text')
     folder = Path(out_dir) if out_dir else choose_folder(paths[0])

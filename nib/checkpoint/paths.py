@@ -74,6 +74,8 @@ def explain(path, may_train: bool = True) -> str:
     runs = _runs_in(path)
     if not path.is_dir():
         runs = _runs_in(path.parent)
+        if path == Path('out') and runs:  # the default
+            return f'out: no such folder; name that of a run{_list(runs, ", --out_dir=")}'
         near = difflib.get_close_matches(path.name, [run.name for run in runs], n=1)
         if near:
             return f'{path}: no such folder; did you mean {_typed(path.with_name(near[0]))}?'

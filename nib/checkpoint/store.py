@@ -287,7 +287,7 @@ def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[
         return sorted(folders, key=lambda folder: _step_of(folder) != best)
     which = which.removeprefix('step-')
     if not (which.isascii() and which.isdecimal() and len(which) < 20):
-        raise UserError(f"checkpoint {which!r}: it must be 'latest', 'best' or a step number")
+        raise UserError(f"which is {which!r}: it must be 'latest', 'best' or a step number")
     if wanted := [folder for folder in folders if _step_of(folder) == int(which)]:
         return wanted
     existing = ', '.join(str(_step_of(folder)) for folder in folders) or 'none'

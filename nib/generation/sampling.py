@@ -6,6 +6,7 @@ else is the code of model.py. check.py compares the copy with the model.
 """
 
 import math
+import operator
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from nib.generation.window import Window
 def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile):
     """Implements GPT.generate(); see there."""
     vocab_size = model.config.vocab_size
+    prompts = [[operator.index(id) for id in prompt] for prompt in prompts]  # perhaps tensors
     check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size, stop)
     window = Window(model, prompts, max_new_tokens, compile)
     device = window.tokens.device
@@ -41,12 +43,17 @@ def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, see
 
 def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size, stop=()):
     """Raises UserError, naming the argument, if an argument of generate() is invalid."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if not prompts:
+        raise UserError('prompts is empty: generation needs at least one prompt')
+    if not all(map(len, prompts)):
         raise UserError('a prompt is empty: generation needs at least one token to start from')
     for id in (id for prompt in prompts for id in prompt if not 0 <= id < vocab_size):
         raise UserError(
             f'the prompt contains token id {id}, but the vocabulary ends at {vocab_size - 1}'
         )
+    for name, value in (('max_new_tokens', max_new_tokens), ('top_k', top_k)):
+        if value is not None and not hasattr(value, '__index__'):
+            raise UserError(f'{name} is {value}: it must be a whole number')
     if max_new_tokens < 0:
         raise UserError(f'max_new_tokens is {max_new_tokens}: it must be at least 0')
     if not 0.0 <= temperature < math.inf:

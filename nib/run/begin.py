@@ -134,6 +134,7 @@ def resume(t, state, start: Weights | None, config: dict, book) -> dict:
         book.say(f'changed since the checkpoint: {", ".join(pairs)}')
     if state.step >= config['max_iters'] and not config['eval_only']:
         book.say(
-            f'all {config["max_iters"]} steps are done; to continue training, raise --max_iters'
+            f'{state.step} steps are done, and max_iters is {config["max_iters"]}; to continue '
+            f'training, raise --max_iters'
         )
     return changes

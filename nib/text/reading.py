@@ -51,6 +51,10 @@ _CONVERTERS = {
     '.xz': 'xz --decompress --stdout {file} > {unpacked}',
     '.zst': 'zstd --decompress --stdout {file} > {unpacked}',
     '.ndjson': 'cp {file} {stem}.jsonl',
+    '.csv': (
+        "python -c 'import csv, json, sys; "
+        "[print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]' < {file} > {stem}.jsonl"
+    ),
     '.parquet': 'mv {file} {stem}.parquet',
     # An array of rows, a row on several lines, or rows as in .jsonl.
     '.json': (

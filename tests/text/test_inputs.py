@@ -102,6 +102,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         ('my letter.docx', r"type.*pandoc --to=plain '\S*my letter.docx' --output='\S*my "),
         ('rows.json', r'type.*jq .* > \S*rows-rows.jsonl'),
         ('rows.ndjson', r'type.*cp \S*rows.ndjson \S*rows.jsonl'),
+        ('rows.csv', r'csv.DictReader\(sys.stdin\)\]. < \S*rows.csv > \S*rows.jsonl'),
         ('book.txt.zst', r'type.*zstd .* > \S*book-text.txt'),
         ('books.tgz', r'type.*tar --extract --file=\S*books.tgz'),
         ('empty', 'found no .txt'),
@@ -113,7 +114,7 @@ def test_nothing_to_read_is_named(tmp_path, name, said):
     for folder in ('empty', 'pictures'):
         (tmp_path / folder).mkdir()
     files = 'pictures/x.png', 'picture.png', 'book.pdf', 'my letter.docx', 'rows.json'
-    for file in (*files, 'rows.ndjson', 'book.txt.zst', 'books.tgz'):
+    for file in (*files, 'rows.csv', 'rows.ndjson', 'book.txt.zst', 'books.tgz'):
         (tmp_path / file).write_bytes(b'')
     os.mkfifo(tmp_path / 'pipe.txt')
     with pytest.raises(UserError, match=said) as error:
