@@ -67,6 +67,10 @@ def main(argv):
     values = read_config(argv)
     check_range(values, 'rounds', 'steps', 'prompt_tokens', least=1)
     check_range(values, 'new_tokens', 'price_per_hour', least=0)
+    if plan and (growth or vs_nanogpt):
+        raise UserError('--plan measures nothing: leave out --growth and --vs_nanogpt')
+    if result and (Path(result).is_dir() or not Path(result).absolute().parent.is_dir()):
+        raise UserError(f'--result={result}: name a file in an existing folder')
     draw = None
     if plan:
         table = describe_config_plan(values)

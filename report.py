@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import configurator
-from nib.checkpoint.paths import is_run
+from nib.checkpoint.paths import is_own_name, is_run
 from nib.errors import UserError, run_script, warn
 from nib.report.page import build_page, read_runs, write_report
 
@@ -42,6 +42,11 @@ def main(argv):
         target = Path(os.path.commonpath(parents), 'comparison.html')
     if target.suffix != '.html':
         raise UserError(f'--page={page}: the name must end in .html')
+    if any(is_own_name(folder) for folder in Path(os.path.abspath(target)).parents):
+        raise UserError(
+            f'--page={page} is inside a checkpoint, and would be deleted with it: choose another '
+            f'path'
+        )
     try:
         drawn = write_report(folders, defaults, target, png)
         print(f'{target} and {drawn} PNGs in {target.with_suffix("")}' if drawn else target)

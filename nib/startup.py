@@ -5,6 +5,7 @@ records when the script started.
 """
 
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -27,6 +28,16 @@ _is_script = _main in [
     *(os.path.join(_root, f'{name}.py') for name in _SCRIPTS),
     *(os.path.join(_root, 'data', name, 'prepare.py') for name in _DATASETS),
 ]
+_REQUIRED = 'torch numpy tiktoken requests tqdm safetensors'.split()  # see requirements.txt
+if _is_script:
+    for _package in _REQUIRED:
+        if importlib.util.find_spec(_package) is None:
+            print(
+                f'error: the package {_package} is not installed: pip install -r '
+                f'{os.path.relpath(os.path.join(_root, "requirements.txt"))}',
+                file=sys.stderr,
+            )
+            sys.exit(2)
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()
 if _is_script and not in_notebook():

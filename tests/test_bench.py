@@ -495,3 +495,17 @@ def test_planned_memory_is_what_training_takes(dtype):
         assert ratios[-1] <= 1.1, ratios
         n_right += ratios[-1] >= 0.9
     assert n_right == 2, ratios
+
+
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        (['--plan', '--growth=a.png'], '--plan measures nothing: leave out --growth'),
+        (['--plan', '--vs_nanogpt=x'], '--plan measures nothing: leave out --growth'),
+        (['--result=nowhere/x.txt'], '--result=nowhere/x.txt: name a file in an existing folder'),
+        (['--result=.'], '--result=.: name a file in an existing folder'),
+    ],
+)
+def test_flags_that_would_be_lost_are_told_before_anything_is_measured(flags, said, run_main):
+    done = run_main(bench_script, *SMALL, *flags)
+    assert done.returncode == 2 and said in done.stderr and not done.stdout

@@ -82,6 +82,13 @@ def test_a_png_names_its_findings(tmp_path, monkeypatch, n, last):
     assert '1 problem-0' in named and last in named and len(named) == 2 + n - max(0, n - 24 - 1)
 
 
+def test_half_a_character_in_a_name_is_drawn_as_a_question_mark(tmp_path):
+    pytest.importorskip('matplotlib')
+    lines = [{'step': step, '\ud800': 2.0, 'finding/\ud801': FINDING} for step in (1, 2)]
+    run = write_run(tmp_path / 'run', lines)
+    assert write_report([run], DEFAULTS, tmp_path / 'page.html', png=True) > 0
+
+
 def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.delitem(sys.modules, 'matplotlib.figure', raising=False)
@@ -102,6 +109,7 @@ def test_without_matplotlib_there_is_the_page_and_a_line(tmp_path, run_main, mon
         (['--out_dir=config'], 'not a run'),
         (['--out_dir='], 'not a run'),
         (['--out_dir={run}', '--page=x.txt'], 'must end in .html'),
+        (['--out_dir={run}', '--page={run}/step-00000010/x.html'], 'is inside a checkpoint'),
         (['--out_dir={run}', '--page=no/where/x.html'], 'no/where'),
         (['--out_dir={run}', '--watch', '--port=99999'], 'from 0 to 65535'),
         (['--out_dir=nowhere', '--watch'], 'no such folder'),

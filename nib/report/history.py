@@ -17,6 +17,8 @@ from nib.errors import UserError
 from nib.files import read_json
 from nib.run.metrics import read_records
 
+LATEST = 1e11  # a later time, in seconds since 1970, is damaged
+
 
 @dataclass(frozen=True)
 class Run:
@@ -45,7 +47,11 @@ class Run:
     @cached_property
     def elapsed(self) -> dict[int, float]:
         """The seconds from the first record to that of each step, without pauses before resumes."""
-        times = [item for item in self.numbers.get('time', {}).items() if item[1] is not None]
+        times = [
+            (step, time)
+            for step, time in self.numbers.get('time', {}).items()
+            if time is not None and 0 <= time < LATEST
+        ]
         starts = []
         with suppress(KeyError, TypeError, ValueError):  # config.json is damaged
             dates = [start['date'] for start in self.provenance.get('starts', [])]

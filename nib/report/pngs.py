@@ -82,7 +82,7 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
         ticks.set_major_formatter(lambda value, place: show_number(value))
     axes.minorticks_off()
     axes.set_title(
-        f'{chart.title}, {chart.unit}'.removesuffix(', '),
+        drawable(f'{chart.title}, {chart.unit}'.removesuffix(', ')),
         loc='left',
         fontweight='bold',
         pad=10 + 15 * (max(rows, default=-1) + 1),
@@ -101,12 +101,17 @@ def save_png(chart: Chart, time: Axis, flags: Sequence[Flag], path):
         # matplotlib fills a legend column by column; this order makes it read row by row.
         by_rows = [key for column in range(COLUMNS) for key in keys[column::COLUMNS]]
         lines = [Line2D([], [], **look) for look, _ in by_rows]
-        names = [name for _, name in by_rows]
+        names = [drawable(name) for _, name in by_rows]
         figure.legend(
             lines, names, loc='outside lower left', frameon=False, fontsize=9, ncols=COLUMNS
         )
     with naming(path):
         figure.savefig(path)
+
+
+def drawable(text: str) -> str:
+    """Returns a text without halves of characters, which matplotlib rejects."""
+    return text.encode(errors='replace').decode()
 
 
 def style(series: Series) -> dict:

@@ -60,6 +60,7 @@ def begin(
         'data_dir': data_dir_of(data),
     }
     if planned:
+        book.say('planning: measuring the speed of models of different sizes')
         chosen, line = ranks.on_first(lambda: plan(config, origins, data, watch))
         config, origins = config | chosen, origins | dict.fromkeys(chosen, PLANNED)
         check_config(config, ranks.world_size)

@@ -494,3 +494,12 @@ def test_several_runs_begin_with_a_table(tmp_path):
     assert shown[0] == 'a,0.001,1.0010,2.5000,60,3 min 20 s,30,healthy: all well'.split(',')
     page = page_of(*(tmp_path / name for name in rates))
     assert 'lowest at 0.0003' in page.shown  # the chart of the swept key
+
+
+@pytest.mark.filterwarnings('error')
+def test_impossible_times_do_not_count(tmp_path):
+    times = [1e9, -1e17, 1e9 + 60, 1e299]
+    lines = [{'step': step, 'time': time, 'loss/step': 2.0} for step, time in enumerate(times)]
+    run = history.read_run(write_run(tmp_path / 'run', lines))
+    assert run.elapsed == {0: 0.0, 2: 60.0}
+    assert '1 min 0 s' in build_page([run], DEFAULTS)

@@ -471,6 +471,13 @@ def test_a_second_text_of_the_same_name_does_not_replace_the_first(tmp_path, run
     assert text_of(tmp_path / 'notes') == 'The notes of b. ' * 20
 
 
+def test_two_inputs_are_two_flags_only_by_mistake(given, run_main, tmp_path):
+    done = run_main(WRITTEN, f'--input={given}', f'--input={given}', f'--out_dir={tmp_path / "x"}')
+    assert done.returncode == 2 and 'separate several paths with commas' in done.stderr
+    done = run_main(WRITTEN, '--input', given, given)  # as a shell writes *.txt
+    assert done.returncode == 2 and 'Separate several paths with commas' in done.stderr
+
+
 def test_a_text_that_another_process_has_just_prepared_is_not_replaced(
     given, tmp_path, run_main, monkeypatch
 ):
