@@ -35,6 +35,7 @@ ENDING = 2.0  # seconds of the last checkpoint, the doctor's verdict and the rep
 CHECKS = 12  # cost of the doctor's measurements of gradient noise, in steps
 SAMPLING = 0.0006  # seconds per layer and token of a printed sample
 MIN_STEPS = 20
+MOST_PARAMS = 10  # per token of the training text
 RATE = 0.015  # learning rate up to width 128
 BATCH = 1536  # tokens of a step, up to a million tokens
 
@@ -212,10 +213,13 @@ class Planner:
                 if not best:
                     raise
                 break  # wider models need more memory
+            n_params = self.count(keys, embeddings=False)
+            if best and n_params > MOST_PARAMS * len(self.data.train):
+                break  # wider models would learn the text by heart
             speed = watch.measure({**self.config, **keys}, self.data, min(0.5, budget / 100))
             steps = self.steps_until(ends, keys, speed)
             read = max(1, steps) * tokens_per_step(keys)
-            loss = LAW.loss(self.count(keys, embeddings=False), read, len(self.data.train))
+            loss = LAW.loss(n_params, read, len(self.data.train))
             if loss >= lowest:
                 break
             tokens, best, lowest = read, width, loss

@@ -144,7 +144,8 @@ class Machine:
 
 
 @pytest.fixture
-def planner(data_dir):
+def planner(data_dir, monkeypatch):
+    monkeypatch.setattr(budget, 'MOST_PARAMS', math.inf)  # the text has only 18,000 tokens
     config = {**read_block(str(ROOT / 'train.py')).defaults, 'device': 'cpu', 'dtype': 'float32'}
 
     def make(room=math.inf, ranks=1, **fixed):
@@ -187,6 +188,17 @@ def test_the_planned_steps_and_evaluations_fill_the_time(planner):
     speed = machine.measure(keys, None, 1)
     seconds = [plan.seconds(keys, keys['max_iters'] + more, speed) for more in (0, 1)]
     assert seconds[0] <= 100 < seconds[1]
+
+
+def test_a_short_text_needs_no_wide_model(planner, monkeypatch):
+    """The law would go on: it only says that tokens that are read again teach little."""
+    plan = planner()
+    assert plan.for_time(3600, WIDTHS[:8], Machine(1e15))['n_embd'] == WIDTHS[7]
+    monkeypatch.setattr(budget, 'MOST_PARAMS', 10)
+    machine = Machine(1e15)
+    keys = plan.for_time(3600, WIDTHS, machine)
+    assert plan.count(keys, embeddings=False) <= 10 * len(plan.data.train)
+    assert max(config['n_embd'] for config in machine.measured) == keys['n_embd'] < 128
 
 
 def test_a_text_that_is_read_five_times_needs_dropout(planner):
