@@ -80,7 +80,8 @@ def main(argv):
         if several:
             split = documents.split_documents(pieces, val)
         else:
-            split = documents.split_text((text for text, _ in pieces), found.lengths[0])
+            cut_at = documents.split_position(found.lengths[0])
+            split = documents.split_text((text for text, _ in pieces), cut_at)
         return islice(split, start, None)
 
     source = {

@@ -200,13 +200,12 @@ def split_position(length: int) -> int:
     return position
 
 
-def split_text(texts: Iterable[str], length: int) -> Iterator[tuple[str, str, bool]]:
-    """Splits one text into a training part and a validation part; see split_position.
+def split_text(texts: Iterable[str], cut_at: int) -> Iterator[tuple[str, str, bool]]:
+    """Splits one text into a training part and a validation part.
 
-    texts: the pieces of the text. length: its characters.
+    texts: the pieces of the text. cut_at: its first validation character; see split_position.
     Yields (split, text, False): no end-of-text token follows.
     """
-    cut_at = split_position(length)
     for text in texts:
         train, val = text[:cut_at], text[cut_at:]
         cut_at -= len(train)

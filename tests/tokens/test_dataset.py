@@ -16,6 +16,7 @@ from nib.errors import UserError
 from nib.text import documents
 from nib.text.gpt2 import Gpt2Tokenizer
 from nib.text.tokenizer import ByteTokenizer, CharTokenizer
+from nib.text.vocabulary import VocabularyTokenizer
 from nib.tokens import dataset, encode
 from nib.tokens.batches import BatchLoader
 from nib.tokens.write import write_char_dataset, write_dataset, write_text
@@ -350,3 +351,12 @@ def test_a_new_dataset_takes_the_place_of_nanogpt_s(nanogpt):
     write_char_dataset(nanogpt, TEXT.upper(), {})
     assert dataset.open_dataset(nanogpt, BLOCK_SIZE).tokenizer == CharTokenizer.train(TEXT.upper())
     assert not (nanogpt / 'meta.pkl').exists()
+
+
+@pytest.mark.parametrize('n', [7, 201])
+def test_the_splits_of_a_text_of_words_are_whole_words(tmp_path, n):
+    """A part of a word may be another word of the vocabulary."""
+    tokenizer = VocabularyTokenizer(('n1', 'n10', 'n100', '0', '00'))
+    write_text(tmp_path, 'n100 ' * n, tokenizer, {})
+    data = open_dataset(tmp_path, 1)
+    assert data.train.tolist() + data.val.tolist() == [2] * n and len(data.val)
