@@ -358,5 +358,5 @@ def test_the_splits_of_a_text_of_words_are_whole_words(tmp_path, n):
     """A part of a word may be another word of the vocabulary."""
     tokenizer = VocabularyTokenizer(('n1', 'n10', 'n100', '0', '00'))
     write_text(tmp_path, 'n100 ' * n, tokenizer, {})
-    data = open_dataset(tmp_path, 1)
+    data = dataset.open_dataset(tmp_path, 1)
     assert data.train.tolist() + data.val.tolist() == [2] * n and len(data.val)
