@@ -31,7 +31,7 @@ def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
     """Writes a dataset of one text in memory, split by position; see write_char_dataset."""
     cut_at = documents.split_position(len(text))  # fails now if the text is too short
     if isinstance(tokenizer, VocabularyTokenizer) and tokenizer.are_words:
-        spaces = (i for i in range(cut_at, len(text)) if text[i].isspace())
+        spaces = (i for i in range(cut_at, 0, -1) if text[i].isspace())
         cut_at = next(spaces, cut_at)  # half of a word is another one, or none
 
     def read_pieces(start):
