@@ -35,7 +35,7 @@ IDEAS = {  # what is removed (what replaces it) -> flags
     'query-key norm': '--no-qk_norm',
     'SwiGLU (GELU)': '--mlp=gelu',
     'SwiGLU (squared ReLU)': '--mlp=relu2',
-    'a head of its own': '--tied_head',
+    'a separate output head': '--tied_head',
     'unbounded logits (a soft cap of 15)': '--logit_cap=15',
     'zero initialization': '--no-zero_init',
     'LayerNorm (RMSNorm)': '--norm=rms',

@@ -12,7 +12,7 @@ muon_momentum = 0.85  # a short memory for a short run
 
 position = 'rotary'
 rotary_base = 100.0  # resolves the distances within a short context
-qk_norm = True  # without it training diverges at this learning rate
+qk_norm = True  # allows a higher learning rate
 mlp = 'swiglu'
 tied_head = False  # the embedding and the head need different updates
 zero_init = True
