@@ -315,7 +315,7 @@ def run(values, origins, book, stop) -> int:
         batches = BatchLoader.from_config(config, data, book.ranks, t.device)
         t = replace(t, batches=batches, micro_steps=batches.micro_steps)
     state = TrainState()
-    changes = resume(t, state, start, config, book)
+    changes = resume(t, state, start, config, origins, book)
     del start  # free its copy of the weights
     compiled, reason = pick_compile(config, t.raw_model)
     book.say_model(t, compiled, reason)

@@ -302,6 +302,7 @@ def test_a_run_resumed_by_its_folder_alone_equals_the_uninterrupted_one(
     after = config_of(tmp_path / 'cut')
     assert after['config'] == before | {'out_dir': 'cut'} and after['changes'] == []
     assert after['origins']['batch_size'] == 'checkpoint of step 10'
+    assert after['origins']['init_from'] == 'default'  # how the run began, as in the config
 
 
 def test_a_resumed_run_that_is_stopped_before_its_first_step_keeps_its_new_flags(cut_run, resume):

@@ -112,7 +112,7 @@ def picks_batch_size(config: dict, origins: dict, start: Weights | None) -> bool
     return is_new and is_auto(origins['batch_size'])
 
 
-def resume(t, state, start: Weights | None, config: dict, book) -> dict:
+def resume(t, state, start: Weights | None, config: dict, origins: dict, book) -> dict:
     """Restores the checkpoint of a resumed run; returns the changed keys and both their values.
 
     t: train.py's Training. state: its TrainState.
@@ -129,6 +129,7 @@ def resume(t, state, start: Weights | None, config: dict, book) -> dict:
             f'{f" and {len(new) - 1} more" * (len(new) > 1)}: initial values are used'
         )
     config['init_from'] = start.resumed.state['config']['init_from']  # how the run began
+    origins['init_from'] = start.resumed.state.get('origins', {}).get('init_from', 'default')
     changes = start.changes(config)
     if changes:
         pairs = (f'{key} {before!r} -> {now!r}' for key, (before, now) in changes.items())
