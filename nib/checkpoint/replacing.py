@@ -9,7 +9,7 @@ from nib.checkpoint import store
 from nib.errors import UserError
 
 MOVING = '.moving'  # what belongs into the run's folder; a crash may leave it behind
-FILES = 'config.json', 'metrics.jsonl', 'latest', 'best', 'step-*'
+FILES = 'config.json', 'metrics.jsonl', 'latest', 'best'
 
 
 def set_aside(out_dir):
@@ -23,7 +23,8 @@ def set_aside(out_dir):
         return
     try:
         (out_dir / MOVING).mkdir()
-        for path in [path for name in FILES for path in out_dir.glob(name)]:
+        files = (out_dir / name for name in FILES)
+        for path in [*filter(Path.exists, files), *store.step_folders(out_dir)]:
             os.rename(path, out_dir / MOVING / path.name)
         os.rename(out_dir / MOVING, out_dir / store.ASIDE)
     except OSError as error:
@@ -42,7 +43,7 @@ def put_back(out_dir):
     aside, moving = Path(out_dir) / store.ASIDE, Path(out_dir) / MOVING
     if store.exists(out_dir) and not moving.exists():
         delete_set_aside(out_dir)
-    elif aside.exists():
+    elif aside.exists() and not moving.exists():
         os.rename(aside, moving)  # from now on, it belongs to the run again
     if moving.exists():
         for path in moving.iterdir():

@@ -67,7 +67,7 @@ class Checkpoint:
     def describe_step(self) -> str:
         """Returns the step, and whether it is the best one of a run with newer ones."""
         run = self.path.parent
-        newest = max(map(_step_of, _step_folders(run)), default=self.step)
+        newest = max(map(_step_of, step_folders(run)), default=self.step)
         is_best = self.step < newest and self.step == _named(run, 'best')
         return f'step {self.step}' + f' (the best; the newest is step {newest})' * is_best
 
@@ -183,7 +183,7 @@ def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[
     """
     out_dir = Path(out_dir)
     folders = {
-        _step_of(folder): folder for folder in _step_folders(out_dir) if _step_of(folder) <= step
+        _step_of(folder): folder for folder in step_folders(out_dir) if _step_of(folder) <= step
     }
     whole = [older for older in folders if older not in damaged]
     kept = {
@@ -204,17 +204,17 @@ def prune(out_dir, step: int, keep_last: int, keep_every: int = 0, damaged: Set[
 
 def steps_after(out_dir, step: int) -> set[int]:
     """Returns the steps after `step` that have a folder."""
-    return {newer for newer in map(_step_of, _step_folders(Path(out_dir))) if newer > step}
+    return {newer for newer in map(_step_of, step_folders(Path(out_dir))) if newer > step}
 
 
 def exists(out_dir) -> bool:
     """Returns whether out_dir contains a checkpoint."""
-    return bool(_step_folders(Path(out_dir)))
+    return bool(step_folders(Path(out_dir)))
 
 
 def newest(out_dir) -> Checkpoint | None:
     """Returns the newest checkpoint with an intact state.json, without reading its tensors."""
-    for folder in _step_folders(Path(out_dir)):
+    for folder in step_folders(Path(out_dir)):
         with suppress(Damaged):
             return Checkpoint(folder, _read_state(folder))
     return None
@@ -276,7 +276,7 @@ def load(
 
 def _candidates(out_dir: Path, which: str, warn: Callable[[str], None]) -> list[Path]:
     """Returns the folders to try, in order. Raises UserError if `which` is invalid."""
-    folders = _step_folders(out_dir)
+    folders = step_folders(out_dir)
     if which == 'latest':
         return folders  # not what `latest` names: a crash may have left it behind the newest
     if which == 'best':
@@ -335,7 +335,7 @@ def _step_of(folder: Path) -> int:
     return int(_STEP_FOLDER.fullmatch(folder.name.removeprefix(_REPLACED))[1])
 
 
-def _step_folders(out_dir: Path) -> list[Path]:
+def step_folders(out_dir: Path) -> list[Path]:
     """Returns the step folders, newest first.
 
     A folder that was being replaced counts if a crash left no other one of its step.
@@ -371,7 +371,7 @@ def _delete(folder: Path):
 
 def clear_leftovers(out_dir: Path):
     """Removes what a crash left during a write or deletion; undoes an interrupted replacement."""
-    for folder in _step_folders(out_dir):
+    for folder in step_folders(out_dir):
         if folder.name.startswith(_REPLACED):
             os.rename(folder, out_dir / _name(_step_of(folder)))
         else:

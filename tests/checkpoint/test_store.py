@@ -344,6 +344,9 @@ def test_a_crash_at_any_rename_of_a_replaced_run_loses_nothing(tmp_path, monkeyp
 
 def test_a_run_that_cannot_be_set_aside_stays_where_it_is(tmp_path, monkeypatch):
     save(tmp_path, 10, best=True)
+    (tmp_path / '.old').mkdir()
+    (tmp_path / '.old/obsolete').write_text('could not be deleted')
+    (tmp_path / 'step-by-step.txt').write_text('of the user')
     before, rename = content_of(tmp_path), os.rename
 
     def refuse(old, new):
@@ -351,10 +354,17 @@ def test_a_run_that_cannot_be_set_aside_stays_where_it_is(tmp_path, monkeypatch)
             raise PermissionError(errno.EPERM, 'Operation not permitted')
         rename(old, new)
 
+    with pytest.raises(UserError, match='cannot be set aside .Directory not empty'):
+        set_aside(tmp_path)
+    assert content_of(tmp_path) == before
     monkeypatch.setattr(os, 'rename', refuse)
     with pytest.raises(UserError, match='cannot be set aside .Operation not permitted'):
         set_aside(tmp_path)
     assert content_of(tmp_path) == before
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / '.old')
+    set_aside(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {'.old', 'step-by-step.txt'}
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows cannot open a folder')
