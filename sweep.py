@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -275,11 +275,18 @@ class Sweep:
     def start(self, run: Planned):
         """Starts or resumes a run, unless it has finished."""
         overwrite = run.values['overwrite']
-        ended = read_json(run.record).get('exit_code')
-        if not overwrite and (ended is not None or is_finished(run)):
-            how = 'already finished' if ended is None else f'has already ended, exit code {ended}'
-            print(f'{run.folder.name}: {how}', flush=True)
+        if is_finished(run) and not overwrite:
+            print(f'{run.folder.name}: already finished', flush=True)
             return
+        before = read_json(run.record)
+        ended = before.pop('exit_code', None)
+        is_same = before == run.values | {'device': before.get('device')} and is_run(run.folder)
+        if ended is not None and is_same and not overwrite:
+            again = 'to train it again, add --overwrite'
+            print(f'{run.folder.name}: has already ended, exit code {ended}; {again}', flush=True)
+            return
+        if ended is not None:
+            replace(run, values=before).write_record()
         resume = ['--init_from=resume'] if store.exists(run.folder) and not overwrite else []
         command = [sys.executable, TRAIN, *run.flags, f'--out_dir={run.folder}', *resume]
         environment = self.free.pop()

@@ -215,7 +215,7 @@ class Planner:
                 break  # wider models need more memory
             n_params = self.count(keys, embeddings=False)
             if best and n_params > MOST_PARAMS * len(self.data.train):
-                break  # wider models would learn the text by heart
+                break  # wider models would memorize the text
             speed = watch.measure({**self.config, **keys}, self.data, min(0.5, budget / 100))
             steps = self.steps_until(ends, keys, speed)
             read = max(1, steps) * tokens_per_step(keys)

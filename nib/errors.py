@@ -1,6 +1,6 @@
 """How a script ends: errors of the user as one line, and the exit codes."""
 
-from nib.startup import in_notebook
+from nib.startup import in_notebook, not_installed
 
 import errno
 import gc
@@ -64,6 +64,7 @@ REMEDIES = {
 }
 MAX_LINE = 1500  # characters of an error line
 # Errors of a write, which does not know its file's name.
+REQUIRED = ('torch', 'numpy', 'tiktoken', 'requests', 'tqdm', 'safetensors')
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same from libraries whose errors have no number: safetensors, torch.save, numpy.
 NOT_WRITTEN = (
@@ -222,6 +223,8 @@ def known_remedy(message: str) -> str | None:
 
 def _explain(error: Exception) -> str | None:
     """Returns a sentence about an unexpected error that the user can fix; None if it is a bug."""
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        return not_installed(error.name)
     if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd()
         return 'the working directory has been deleted: change to another one (cd)'
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):

@@ -135,13 +135,6 @@ class FolderLock:
         self.file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid()}) + '\n')
         self.file.flush()
 
-    def is_lost(self) -> bool:
-        """Returns whether the folder of a lock that was taken has been removed or renamed."""
-        try:
-            return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            return True
-
     def holder(self) -> str:
         found = read_json(self.path)
         if {'host', 'pid'} <= found.keys():

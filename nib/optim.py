@@ -282,11 +282,13 @@ class Optimizer:
                     p.grad = torch.zeros_like(p)
             numbers = numbers_of(part)
             part.step(self.lr * part.lr_ratio, usable)
-            if numbers_of(part) != numbers:
-                raise UserError(
-                    f'{type(part).__name__}.step() in nib/optim.py changes a number, with which a '
-                    f'resumed run would not continue: keep it in a tensor that state() returns'
-                )
+            for name, value in numbers_of(part).items():
+                if value not in (numbers.get(name), self.lr * part.lr_ratio):
+                    raise UserError(
+                        f'{type(part).__name__}.step() in nib/optim.py changes {name}, with which '
+                        f'a resumed run would not continue: keep it in a tensor that state() '
+                        f'returns'
+                    )
 
     def zero_grad(self):
         clear_gradients(self.params)

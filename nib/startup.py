@@ -17,6 +17,10 @@ def in_notebook() -> bool:
     return hasattr(sys, 'ps1')  # its prompt
 
 
+def not_installed(package: str) -> str:
+    return f'the package {package} is not installed: pip install -r requirements.txt'
+
+
 _SCRIPTS = 'bench convert debug_training report sample sweep train'.split()
 _DATASETS = 'openwebtext shakespeare shakespeare_char stdlib_char text'.split()
 _main = getattr(sys.modules['__main__'], '__file__', None) or ''
@@ -28,15 +32,10 @@ _is_script = _main in [
     *(os.path.join(_root, f'{name}.py') for name in _SCRIPTS),
     *(os.path.join(_root, 'data', name, 'prepare.py') for name in _DATASETS),
 ]
-_REQUIRED = 'torch numpy tiktoken requests tqdm safetensors'.split()  # see requirements.txt
 if _is_script:
-    for _package in _REQUIRED:
+    for _package in ('torch', 'numpy'):  # nib/errors.py names the others, if they are needed
         if importlib.util.find_spec(_package) is None:
-            print(
-                f'error: the package {_package} is not installed: pip install -r '
-                f'{os.path.relpath(os.path.join(_root, "requirements.txt"))}',
-                file=sys.stderr,
-            )
+            print(f'error: {not_installed(_package)}', file=sys.stderr)
             sys.exit(2)
 _is_usual = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not ignored
 _started = time.perf_counter()

@@ -363,5 +363,5 @@ def test_a_count_that_a_checkpoint_does_not_contain_ends_the_first_step(monkeypa
 
     monkeypatch.setattr(optim.AdamW, 'step', counting)
     optimizer = make(GPT(CONFIG), 0.1)
-    with pytest.raises(UserError, match=r'AdamW.step\(\) in nib/optim.py changes a number'):
+    with pytest.raises(UserError, match=r'AdamW.step\(\) in nib/optim.py changes count, with'):
         optimizer.step(USABLE)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_script
 
 import configurator
-from nib import startup
+from nib import errors
 from nib.errors import UserError
 from nib.run.checks import check_config, settle_schedule
 
@@ -56,7 +56,7 @@ def test_a_script_names_the_first_required_package_that_is_missing():
     done = run_script('-S', 'train.py', '--help', python=sys.executable)  # no site-packages
     assert done.returncode == 2 and not done.stdout
     said = f'error: the package {required[0]} is not installed: pip install -r requirements.txt'
-    assert done.stderr == f'{said}\n' and required == startup._REQUIRED
+    assert done.stderr == f'{said}\n' and required == list(errors.REQUIRED)
 
 
 def test_requirements_and_pyproject_ask_for_the_same():

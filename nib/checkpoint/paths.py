@@ -75,7 +75,7 @@ def explain(path, may_train: bool = True) -> str:
     if not path.is_dir():
         runs = _runs_in(path.parent)
         if path == Path('out') and runs:  # the default
-            return f'out: no such folder; name that of a run{_list(runs, ", --out_dir=")}'
+            return f'out: no such folder; name the folder of a run{_list(runs, ": ")}'
         near = difflib.get_close_matches(path.name, [run.name for run in runs], n=1)
         if near:
             return f'{path}: no such folder; did you mean {_typed(path.with_name(near[0]))}?'
@@ -122,7 +122,8 @@ def explain_gguf(file: Path) -> str:
 def _runs_in(folder: Path) -> list[Path]:
     """Returns the runs in a folder, the latest first."""
     try:
-        runs = [path for path in folder.iterdir() if path.is_dir() and is_run(path)]
+        folders = [path for path in folder.iterdir() if path.name[0] != '.' and path.is_dir()]
+        runs = [path for path in folders if is_run(path)]
         return sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)
     except OSError:
         return []

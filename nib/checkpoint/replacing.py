@@ -8,8 +8,10 @@ from pathlib import Path
 from nib.checkpoint import store
 from nib.errors import UserError
 
-MOVING = '.moving'  # what belongs into the run's folder; a crash may leave it behind
-FILES = 'config.json', 'metrics.jsonl', 'latest', 'best'
+FILES = (
+    *('config.json', 'metrics.jsonl', 'latest', 'best'),
+    *('report.html', 'tensorboard', 'wandb_id'),
+)
 
 
 def set_aside(out_dir):
@@ -19,14 +21,15 @@ def set_aside(out_dir):
     all of them stay where they are.
     """
     out_dir = Path(out_dir)
+    moving = out_dir / store.MOVING
     if not store.exists(out_dir):
         return
     try:
-        (out_dir / MOVING).mkdir()
+        moving.mkdir()
         files = (out_dir / name for name in FILES)
         for path in [*filter(Path.exists, files), *store.step_folders(out_dir)]:
-            os.rename(path, out_dir / MOVING / path.name)
-        os.rename(out_dir / MOVING, out_dir / store.ASIDE)
+            os.rename(path, moving / path.name)
+        os.rename(moving, out_dir / store.ASIDE)
     except OSError as error:
         with suppress(OSError):
             put_back(out_dir)
@@ -40,15 +43,24 @@ def put_back(out_dir):
 
     It also completes what a crash has interrupted. Raises OSError if that is impossible.
     """
-    aside, moving = Path(out_dir) / store.ASIDE, Path(out_dir) / MOVING
+    aside, moving = Path(out_dir) / store.ASIDE, Path(out_dir) / store.MOVING
     if store.exists(out_dir) and not moving.exists():
         delete_set_aside(out_dir)
     elif aside.exists() and not moving.exists():
         os.rename(aside, moving)  # from now on, it belongs to the run again
     if moving.exists():
         for path in moving.iterdir():
-            os.replace(path, moving.parent / path.name)
+            target = moving.parent / path.name  # perhaps of the new run
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
         moving.rmdir()
+
+
+def is_interrupted(out_dir) -> bool:
+    """Returns whether a run was set aside, and the new one has saved nothing."""
+    folders = (Path(out_dir) / store.ASIDE, Path(out_dir) / store.MOVING)
+    return not store.exists(out_dir) and any(map(store.exists, folders))
 
 
 def delete_set_aside(out_dir):

@@ -29,6 +29,7 @@ from nib.machine.ranks import Ranks
 FORMAT = 1
 _TEMPORARY = '.tmp-'  # prefix of folders that are being written or deleted
 ASIDE = '.old'  # subfolder for a run that is being replaced
+MOVING = '.moving'  # the same while its files are moved there or back
 _REPLACED = '.tmp-replaced-'  # prefix of a step's folder while another one takes its place
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
 
@@ -264,11 +265,9 @@ def load(
                 f'warning: skipping an unusable checkpoint: {damage}; using step {checkpoint.step}'
             )
         return checkpoint, tensors
-    if exists(out_dir / ASIDE):
-        damages.append(
-            f'the run that was to be replaced is in {out_dir / ASIDE}: use this folder, or move '
-            f'its files to {out_dir}'
-        )
+    for aside in (out_dir / ASIDE, out_dir / MOVING):
+        if exists(aside):
+            damages.append(f'the run that was to be replaced is in {aside}: use this folder')
     if not damages:
         raise UserError(explain(out_dir))
     raise UserError(f'{out_dir} contains no usable checkpoint: {"; ".join(damages)}')

@@ -198,9 +198,9 @@ class Doctor:
     def _apply(self, functions: Iterable[Callable], step: int) -> list[Finding]:
         found = []
         for rule in functions:
-            name = rules.NAMES.get(rule, rule.__name__)
+            name, severity = rules.NAMES.get(rule, (rule.__name__, None))
             if not self.found(name) and (evidence := rule(self)):
-                found += self._report(name, step, evidence)
+                found += self._report(name, step, evidence, severity)
         return found
 
     def _add_line(self, line: Line):

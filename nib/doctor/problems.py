@@ -281,6 +281,7 @@ PROBLEMS: dict[str, Problem] = {
             'the targets are not the inputs shifted by one token',
             'inputs and targets come from different windows',
             'the training step computes the loss of other targets',
+            'the steps see only a small part of the training text',
         ),
         ('y[t] = x[t + 1] in the loader', 'model(x, y) in the training step'),
     ),

@@ -7,8 +7,10 @@ experiment that checks them.
 
 import math
 import statistics
+from collections.abc import Callable
 
 from nib.doctor import health, remedies
+from nib.doctor.problems import Severity
 from nib.doctor.texts import PROBE_LENGTH
 
 # -- rules for the data ----------------------------------------------------------------------------
@@ -297,10 +299,13 @@ def other_targets(d) -> str | None:
     # Training contradicts evaluation: the steps do better than a uniform guess, but the same text
     # is evaluated as worse than that.
     now, guess = d.evaluations[-1], math.log(d.data.vocab_size)
-    if not d.lines or d.found('constant_batches'):  # one batch has been learned by heart
+    # One batch may have been learned by heart, or the weights have changed since the last line.
+    other = d.found('constant_batches', 'lr_too_high', 'diverging')
+    if other or not d.lines or d.lines[-1].step != now.step:
         return None
     loss = d.lines[-1].loss
-    if loss < guess < now.train_loss - 0.5 and loss < now.train_loss - 1.0:
+    present = loss < guess < now.train_loss - 0.5 and loss < now.train_loss - 1.0
+    if d.lasts('other_targets', present, 2):
         return (
             f'the steps have a loss of {loss:.3f}, but that of the training text in the evaluation '
             f'is {now.train_loss:.3f}, worse than a uniform guess ({guess:.3f})'
@@ -440,6 +445,13 @@ EVALUATION_RULES = (
     underfitting,
     batch_too_small,
 )
-# Signs of a problem that have the remedies of another one, and so no name of their own.
-NAMES = {attention_collapsed: 'lr_too_high', other_targets: 'targets_not_shifted'}
+# Signs of a problem that have the remedies of another one, and so no name of their own: the name
+# and the severity of that one.
+NAMES: dict[Callable, tuple[str, Severity]] = {
+    attention_collapsed: ('lr_too_high', 'warning'),
+    other_targets: (
+        'targets_not_shifted',
+        'warning',
+    ),  # a run may train on a few batches on purpose
+}
 GENERATION_RULES = (generation_differs,)

@@ -20,6 +20,8 @@ from nib.generation.layers import can_untie, is_linear, untie
 def quantize(model: GPT) -> GPT:
     """Returns a copy of the model with 8-bit weights in its linear layers and its output head.
 
+    A tied head that logits() of a changed model.py treats differently stays as it is.
+
     The copy shares the other parameters. It cannot be trained. Raises UserError if the model is not
     on a CPU, or if torch has no 8-bit products for this processor.
     """

@@ -6,7 +6,6 @@ else is the code of model.py. check.py compares the copy with the model.
 """
 
 import math
-import operator
 
 import torch
 from torch.nn import functional as F
@@ -20,7 +19,7 @@ from nib.generation.window import Window
 def generate(model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, compile):
     """Implements GPT.generate(); see there."""
     vocab_size = model.config.vocab_size
-    prompts = [[operator.index(id) for id in prompt] for prompt in prompts]  # perhaps tensors
+    prompts = [prompt.tolist() if hasattr(prompt, 'tolist') else prompt for prompt in prompts]
     check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, vocab_size, stop)
     window = Window(model, prompts, max_new_tokens, compile)
     device = window.tokens.device
@@ -47,6 +46,8 @@ def check_sampling(prompts, max_new_tokens, temperature, top_k, top_p, seed, voc
         raise UserError('prompts is empty: generation needs at least one prompt')
     if not all(map(len, prompts)):
         raise UserError('a prompt is empty: generation needs at least one token to start from')
+    for id in (id for prompt in prompts for id in prompt if not hasattr(id, '__index__')):
+        raise UserError(f'the prompt contains {id!r}: token ids are whole numbers')
     for id in (id for prompt in prompts for id in prompt if not 0 <= id < vocab_size):
         raise UserError(
             f'the prompt contains token id {id}, but the vocabulary ends at {vocab_size - 1}'

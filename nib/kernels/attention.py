@@ -7,8 +7,9 @@ of heads, over all sequences.
 import functools
 import inspect
 import math
+import sys
 from itertools import chain
-from types import CodeType, ModuleType
+from types import CodeType, ModuleType, NoneType
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def is_causal_attention(scores) -> bool:
     return constants is not None and gives_causal_weights(scores, constants)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 @torch.no_grad()
 def gives_causal_weights(scores, constants) -> bool:
     """is_causal_attention() of a function that reads only these constants.
@@ -69,25 +70,35 @@ def constants_of(value, name: str = '', callers=()) -> tuple | None:
     """The numbers and strings that a function, and those that it calls, read from outside.
 
     None if it may read state: anything else that is neither a module nor written in C, or a number
-    whose name is not in capitals. name: that of a global variable.
+    whose name is not in capitals. name: that of a variable outside the function.
     """
-    if isinstance(value, (int, float, str)):
+    if isinstance(value, (int, float, str, NoneType)):
         return (value,) if name == name.upper() else None
     if not inspect.isfunction(value):
         return () if isinstance(value, ModuleType) or inspect.isbuiltin(value) else None
     if value in callers:  # it calls itself
         return ()
-    outside = value.__globals__
-    found = [(outside[name], name) for name in names_in(value.__code__) if name in outside]
-    found += [(cell.cell_contents, '') for cell in value.__closure__ or ()]
+    names = names_in(value.__code__)
+    found = [(value.__globals__[name], name) for name in names if name in value.__globals__]
+    for module, _ in found[:]:
+        if isinstance(module, ModuleType) and not is_library(module):
+            found += [(getattr(module, name), name) for name in names if hasattr(module, name)]
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    found += [(one, '') for one in (*defaults, *cells, *vars(value).values())]
     parts = [constants_of(*one, (*callers, value)) for one in found]
     return None if None in parts else tuple(chain(*parts))
 
 
-def names_in(code: CodeType) -> list[str]:
+def is_library(module: ModuleType) -> bool:
+    return module.__name__.partition('.')[0] in (*sys.stdlib_module_names, 'torch', 'numpy')
+
+
+@functools.cache
+def names_in(code: CodeType) -> tuple[str, ...]:
     """Returns the names of globals and attributes in a function and in those inside of it."""
     inner = (part for part in code.co_consts if inspect.iscode(part))
-    return [*code.co_names, *(name for part in inner for name in names_in(part))]
+    return (*code.co_names, *(name for part in inner for name in names_in(part)))
 
 
 def attend_in_blocks(q, k, v, dropout: float = 0.0):

@@ -30,7 +30,7 @@ def pick_compile(config: Mapping, model: GPT) -> tuple[bool, str]:
     if chosen == 'auto':
         on_gpu = device.startswith('cuda')
         if not on_gpu and not (device == 'cpu' and HAS_AMX):
-            return False, 'compiling would hardly make it faster on this CPU'
+            return False, 'the model would hardly run faster on this CPU'
         if not on_gpu and model.config.dropout and model.config.block_size > QUERY_BLOCK:
             # The compiler unrolls attend_in_blocks(), which takes minutes.
             return False, 'compilation takes minutes with dropout and a long context'

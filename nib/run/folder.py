@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nib.checkpoint import store
 from nib.checkpoint.paths import explain, is_checkpoint, is_hugging_face
-from nib.checkpoint.replacing import put_back
+from nib.checkpoint.replacing import is_interrupted, put_back
 from nib.errors import UserError
 from nib.files import FolderLock, atomic_write, check_writable, read_json
 from nib.schema import is_auto
@@ -27,7 +27,11 @@ def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
     is not taken, except for batch_size: it is chosen again. values, origins: those of
     configurator.configure.
     """
-    saved = store.newest(values['out_dir']) if values['init_from'] == 'resume' else None
+    if values['init_from'] != 'resume':
+        return {}, ''
+    out_dir = Path(values['out_dir'])  # its subfolders hold a run that will be put back
+    folders = (out_dir, out_dir / store.ASIDE, out_dir / store.MOVING)
+    saved = next(filter(None, map(store.newest, folders)), None)
     if not saved:
         return {}, ''
     before = saved.state['config']
@@ -55,6 +59,7 @@ class RunLock:
     def __init__(self, out_dir):
         self.out_dir = Path(out_dir)
         self._lock = FolderLock(out_dir)
+        self._folder = os.stat_result(range(10))  # that of take()
 
     def take(self, new_run: bool):
         """Takes the lock, and creates the folder if it is missing.
@@ -79,6 +84,7 @@ class RunLock:
                     f'choose another --out_dir, or replace it (--overwrite)'
                 )
             self._lock.sign()
+            self._folder = os.stat(self.out_dir)
             store.clear_leftovers(self.out_dir)
         except UserError:
             self.release()
@@ -92,12 +98,15 @@ class RunLock:
     def check_new(self):
         """Raises UserError if the folder contains a run or cannot be written. Creates nothing."""
         check_writable(self.out_dir, 'out_dir')
-        if store.exists(self.out_dir) or store.exists(self.out_dir / store.ASIDE):
+        if store.exists(self.out_dir) or is_interrupted(self.out_dir):
             self.take(new_run=True)  # says whether that run is still active
 
     def is_lost(self) -> bool:
         """Returns whether the folder has been removed or renamed since take()."""
-        return self._lock.is_lost()
+        try:
+            return not os.path.samestat(self._folder, os.stat(self.out_dir))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
 
     def release(self):
         self._lock.release()

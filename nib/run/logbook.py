@@ -13,7 +13,7 @@ import torch
 
 from nib import guard
 from nib.checkpoint import store
-from nib.checkpoint.replacing import set_aside
+from nib.checkpoint.replacing import is_interrupted, set_aside
 from nib.checkpoint.start import check_readable
 from nib.checkpoint.writer import CheckpointWriter
 from nib.doctor import vitals
@@ -74,17 +74,18 @@ class Logbook:
             finally:
                 if self.metrics:
                     self.metrics.close(exit_code=1)  # no effect after close()
+                self._say_set_aside()
         except Exception as failure:
             self.warn(f'error: {failure}')
         finally:
-            self._say_set_aside()
             self.console.close()
             self._lock.release()
 
     def _say_set_aside(self):
         """Says where the previous run is, if this one was to replace it and has saved nothing."""
         aside = Path(self.out_dir) / store.ASIDE
-        if self._is_new and self.metrics and store.exists(aside):
+        is_kept = store.exists(aside) and not store.exists(self.out_dir)
+        if self._is_new and self.metrics and is_kept:
             self.say(
                 f'the previous run is kept in {aside}; the next start with this --out_dir puts it '
                 f'back'
@@ -110,7 +111,12 @@ class Logbook:
 
     def lock_existing(self):
         """Locks out_dir if it contains a run. Raises UserError if another process has the lock."""
-        self.ranks.on_first(lambda: store.exists(self.out_dir) and self._lock.take(new_run=False))
+        self.ranks.on_first(
+            lambda: (
+                (store.exists(self.out_dir) or is_interrupted(self.out_dir))
+                and self._lock.take(new_run=False)
+            )
+        )
 
     def check_new(self):
         """Raises UserError if a new run cannot use out_dir: before anything takes time."""
@@ -290,7 +296,7 @@ class Logbook:
             f'folder of this name, without its earlier records and checkpoints'
         )
         self._lock.release()
-        self._lock.take(new_run=False)
+        self._lock.take(new_run=True)  # raises UserError if another run has used it since
         self._write_config()
         self.metrics.reopen()
 
@@ -319,7 +325,10 @@ class Logbook:
             self._record_evaluation(state.step, train_loss, val_loss, best, started)
         if self.saved:
             self.ranks.on_first(
-                lambda: self.writer.record_evaluation(state.step, asdict(state), best)
+                lambda: (
+                    self._lock.is_lost()  # the next save begins a new folder
+                    or self.writer.record_evaluation(state.step, asdict(state), best)
+                )
             )
         self._clock += time.perf_counter() - started  # does not count as training time
 

@@ -46,6 +46,8 @@ class Metrics:
 
         wandb keeps its own, and takes no new ones there.
         """
+        if self.wandb is not None:
+            self.path.with_name('wandb_id').write_text(f'{self.wandb.id}\n')
         # Records of this run from before it was resumed.
         records = read_records(self.path)[0] if step else []
         self.records = [record for record in records if record['step'] <= step]
@@ -194,5 +196,4 @@ def _wandb(out_dir, step: int, config: dict):
             f'wandb cannot start ({reason}); without an account or network, set the environment '
             f'variable WANDB_MODE=offline'
         ) from error
-    id_file.write_text(run_id + '\n')
     return run

@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch):
 
 WRONG = {
     'out-aa': 'out-aa: no such folder; did you mean out-a?',
-    'out': 'out: no such folder; name that of a run, --out_dir=out-',
+    'out': 'out: no such folder; name the folder of a run: out-',
     'nowhere': '/train.py CONFIG --out_dir=nowhere; existing runs: out-',
     'no/where': '/train.py CONFIG --out_dir=no/where',
     'out-a/step-00000010': 'is a single checkpoint of a run; did you mean out-a?',

@@ -483,8 +483,8 @@ def test_steps_that_contradict_the_evaluation_have_other_targets():
         step=lambda s: {'losses': [math.exp(-s / 30)] * 10} if s > 1 else {},
         evaluation=lambda s: {'train_loss': 8.0, 'val_loss': 8.0} if s else {},
     )
-    assert [(finding.name, finding.step) for finding in found] == [('targets_not_shifted', 30)]
-    assert 'a loss of 0.368' in found[0].evidence and '8.000' in found[0].evidence
+    assert [(finding.name, finding.step) for finding in found] == [('targets_not_shifted', 60)]
+    assert 'a loss of 0.135' in found[0].evidence and '8.000' in found[0].evidence
 
 
 def test_a_batch_that_is_learned_by_heart_is_no_contradiction():
