@@ -33,6 +33,7 @@ from nib.text import documents, inputs, train_bpe
 from nib.text.gpt2 import Gpt2Tokenizer, is_gpt2_stored
 from nib.text.hf_tokenizer import HfTokenizer, import_library
 from nib.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
+from nib.text.vocabulary import has_words
 from nib.tokens.borrow import read_tokenizer
 from nib.tokens.dataset import is_prepared
 from nib.tokens.encode import Piece
@@ -80,8 +81,8 @@ def main(argv):
         if several:
             split = documents.split_documents(pieces, val)
         else:
-            cut_at = documents.split_position(found.lengths[0])
-            split = documents.split_text((text for text, _ in pieces), cut_at)
+            texts = (text for text, _ in pieces)
+            split = documents.split_text(texts, found.lengths[0], has_words(encoder))
         return islice(split, start, None)
 
     source = {

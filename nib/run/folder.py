@@ -56,10 +56,11 @@ def recall_config(values: Mapping, origins: Mapping) -> tuple[dict, str]:
 class RunLock:
     """A lock on out_dir, held from take() until release() or the end of the process."""
 
+    _folder: os.stat_result  # that of take()
+
     def __init__(self, out_dir):
         self.out_dir = Path(out_dir)
         self._lock = FolderLock(out_dir)
-        self._folder = os.stat_result(range(10))  # that of take()
 
     def take(self, new_run: bool):
         """Takes the lock, and creates the folder if it is missing.

@@ -31,6 +31,7 @@ _ALPHANUMERIC = '[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5]'
 _BOUNDARY = re.compile(rf'(?<=\S) |(?<={_ALPHANUMERIC})\n')
 # So it does at punctuation that follows a letter or a digit.
 _PUNCTUATION = re.compile(rf'(?<={_ALPHANUMERIC})[!-&(-/:-@\[-`{{-~\u3001\u3002\uff01\uff0c\uff1f]')
+_LAST_SPACE = re.compile(r'\s\S*\Z')
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,20 @@ def split_position(length: int) -> int:
     return position
 
 
-def split_text(texts: Iterable[str], cut_at: int) -> Iterator[tuple[str, str, bool]]:
-    """Splits one text into a training part and a validation part.
+def split_text(
+    texts: Iterable[str], length: int, between_words: bool = False
+) -> Iterator[tuple[str, str, bool]]:
+    """Splits one text into a training part and a validation part; see split_position.
 
-    texts: the pieces of the text. cut_at: its first validation character; see split_position.
+    texts: the pieces of the text. length: its characters. between_words: whether to split at the
+    last white space before that position, if the piece has any.
     Yields (split, text, False): no end-of-text token follows.
     """
+    cut_at = split_position(length)
     for text in texts:
+        if between_words and 0 < cut_at < len(text):
+            space = _LAST_SPACE.search(text, 0, cut_at + 1)
+            cut_at = space.start() if space else cut_at
         train, val = text[:cut_at], text[cut_at:]
         cut_at -= len(train)
         if train:

@@ -153,3 +153,8 @@ def utf8(text: str) -> bytes:
 def spelling(tokenizer) -> dict:
     """Returns what to_json() says about END_OF_TEXT in a text."""
     return {'spells_end_of_text': True} if tokenizer.spells_end_of_text else {}
+
+
+def has_words(tokenizer) -> bool:
+    """Returns whether half of a word is no token, or another one."""
+    return isinstance(tokenizer, VocabularyTokenizer) and tokenizer.are_words

@@ -12,7 +12,7 @@ from nib.errors import UserError
 from nib.files import read_json, shown
 from nib.text import documents
 from nib.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
-from nib.text.vocabulary import VocabularyTokenizer
+from nib.text.vocabulary import has_words
 from nib.tokens.dataset import FORMAT, sampled_digest
 from nib.tokens.encode import SPLITS, Piece, encode_all
 from nib.tokens.unfinished import UnfinishedBins, locked, read_digest, read_key, remove_unfinished
@@ -29,14 +29,11 @@ def write_char_dataset(folder, text: str, source: dict) -> dict:
 
 def write_text(folder, text: str, tokenizer: Tokenizer, source: dict) -> dict:
     """Writes a dataset of one text in memory, split by position; see write_char_dataset."""
-    cut_at = documents.split_position(len(text))  # fails now if the text is too short
-    if isinstance(tokenizer, VocabularyTokenizer) and tokenizer.are_words:
-        spaces = (i for i in range(cut_at, 0, -1) if text[i].isspace())
-        cut_at = next(spaces, cut_at)  # half of a word is another one, or none
+    documents.split_position(len(text))  # if the text is too short, fails before there is a folder
 
     def read_pieces(start):
         pieces = (piece for piece, _ in documents.cut([(text, True)]))
-        return islice(documents.split_text(pieces, cut_at), start, None)
+        return islice(documents.split_text(pieces, len(text), has_words(tokenizer)), start, None)
 
     return write_dataset(folder, read_pieces, tokenizer, source)
 

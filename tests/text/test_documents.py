@@ -335,8 +335,7 @@ def test_a_single_text_is_cut_where_nanogpt_cuts_it(length, piece):
     text = ('0123456789' * 300)[:length]
     parts = {'train': '', 'val': ''}
     for split, part, ends in documents.split_text(
-        (text[first : first + piece] for first in range(0, length, piece)),
-        documents.split_position(length),
+        (text[first : first + piece] for first in range(0, length, piece)), length
     ):
         assert part and not ends
         parts[split] += part

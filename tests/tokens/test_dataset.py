@@ -354,9 +354,16 @@ def test_a_new_dataset_takes_the_place_of_nanogpt_s(nanogpt):
 
 
 @pytest.mark.parametrize('n', [17, 201])
-def test_the_splits_of_a_text_of_words_are_whole_words(tmp_path, n):
+def test_the_splits_of_a_text_of_words_are_whole_words(tmp_path, n, monkeypatch, run_main):
     """A part of a word may be another word of the vocabulary."""
     tokenizer = VocabularyTokenizer(('n1', 'n10', 'n100', '0', '00'))
     write_text(tmp_path, 'n100 ' * n, tokenizer, {})
     data = dataset.open_dataset(tmp_path, 1)
     assert data.train.tolist() + data.val.tolist() == [2] * n and len(data.val)
+    monkeypatch.setattr(documents, 'PIECE', 50)
+    (tmp_path / 'words.txt').write_text(' '.join(['n100'] * n))
+    flags = [f'--input={tmp_path / "words.txt"}', f'--tokenizer={tmp_path}']
+    done = run_main('data/text/prepare.py', *flags, f'--out_dir={tmp_path / "again"}')
+    assert done.returncode == 0, done.stderr
+    again = dataset.open_dataset(tmp_path / 'again', 1)
+    assert again.train.tolist() + again.val.tolist() == [2] * n
