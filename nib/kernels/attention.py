@@ -85,7 +85,8 @@ def constants_of(value, name: str = '', callers=()) -> tuple | None:
             found += [(getattr(module, name), name) for name in names if hasattr(module, name)]
     defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
     cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    found += [(one, '') for one in (*defaults, *cells, *vars(value).values())]
+    found += [(one, '') for one in (*defaults, *cells)]
+    found += [(one, name) for name, one in vars(value).items()]
     parts = [constants_of(*one, (*callers, value)) for one in found]
     return None if None in parts else tuple(chain(*parts))
 

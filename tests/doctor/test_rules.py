@@ -496,6 +496,16 @@ def test_a_batch_that_is_learned_by_heart_is_no_contradiction():
     assert names_of(found) == ['constant_batches']
 
 
+def test_an_evaluation_long_after_the_last_line_contradicts_nothing():
+    found = show(
+        make_doctor(),
+        log_interval=100,  # evaluations after each 30 steps
+        step=lambda s: {'losses': [1.0] * 10} if s > 1 else {},
+        evaluation=lambda s: {'train_loss': 8.0, 'val_loss': 8.0} if s else {},
+    )
+    assert 'targets_not_shifted' not in names_of(found)
+
+
 def test_gradients_that_are_cleared_before_the_step_are_no_low_rate():
     found = show(
         make_doctor(),

@@ -4,7 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from nib.generation import sampling
 from nib.generation.caches import BagCache, KVCache
 from nib.generation.check import check_generation
 from nib.generation.int8 import Int8Linear, _quantized, quantize
-from nib.generation.layers import PackedLinear, RowLinear, for_generation
+from nib.generation.layers import FewRowNorm, PackedLinear, RowLinear, for_generation
 from nib.generation.sampling import sample_tokens
 from nib.generation.window import Window
 from nib.kernels.attention import is_causal_attention
@@ -574,6 +574,27 @@ def by_number(q, k, query_positions, key_positions):
     )
 
 
+def by_default(q, k, query_positions, key_positions, documents=DOCUMENTS):
+    return hides_documents(
+        model_file.attention_scores(q, k, query_positions, key_positions), documents[0]
+    )
+
+
+def by_attribute(*args):
+    return hides_documents(model_file.attention_scores(*args), by_attribute.documents)
+
+
+by_attribute.documents = None
+
+
+def by_module(*args):
+    return hides_documents(model_file.attention_scores(*args), settings.documents)
+
+
+settings = ModuleType('settings')
+settings.documents = DOCUMENTS
+
+
 def make_closure():
     documents = [None]
     return lambda *args: hides_documents(model_file.attention_scores(*args), documents[0])
@@ -586,12 +607,27 @@ def make_closure():
         by_attribute_of_a_class,
         by_function_inside,
         by_number,
+        by_default,
+        by_attribute,
+        by_module,
         by_helper,
         WithState(),
         make_closure(),
         partial(by_helper),
     ],
-    ids=['variable', 'class', 'inside', 'number', 'helper', 'object', 'closure', 'partial'],
+    ids=[
+        'variable',
+        'class',
+        'inside',
+        'number',
+        'default',
+        'attribute',
+        'module',
+        'helper',
+        'object',
+        'closure',
+        'partial',
+    ],
 )
 def test_no_fused_kernel_is_used_for_scores_that_depend_on_a_variable(scores):
     """It holds nothing yet when the scores are compared, so they are still causal."""
@@ -704,6 +740,21 @@ def test_faster_layers_are_used_only_if_they_compute_what_model_py_does(
             torch.testing.assert_close(for_generation(model, linear)(ids), expected)
             if change is change_head:
                 assert (quantize(model)(ids) - expected).abs().max() < expected.abs().max() / 10
+
+
+def test_the_faster_layers_are_used_for_the_original_code(monkeypatch):
+    monkeypatch.setattr(PackedLinear, 'SMALLEST', 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        for config in (SMALL, replace(MODERN, tied_head=True)):
+            model = make_model(config).to(dtype)
+            if not PackedLinear.pays(model.transformer.wte.weight):
+                pytest.skip('no packed matrices here')
+            twin = for_generation(model, PackedLinear)
+            assert isinstance(twin.lm_head, PackedLinear) and not twin.config.tied_head
+            if config.norm == 'rms':
+                assert isinstance(twin.transformer.ln_f, FewRowNorm)
+            if config.mlp == 'gelu':
+                assert twin.transformer.h[0].mlp.c_fc.then[0] == 'gelu'
 
 
 def test_each_attention_of_a_block_has_its_own_cache(monkeypatch):

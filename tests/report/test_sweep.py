@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -186,7 +187,13 @@ def test_a_sweep_goes_on_after_a_failed_run_and_continues(
     assert again.stdout.splitlines()[-1] == line
     again = run_main('sweep.py', *flags)
     assert 'learning_rate=1e-2: already finished' in again.stdout and again.returncode == 1
-    assert 'learning_rate=1e30: has already ended, exit code 3' in again.stdout
+    ended = 'learning_rate=1e30: has already ended, exit code 3; to train it again, add --overwrite'
+    assert ended in again.stdout
+    shutil.rmtree(folder / 'learning_rate=1e30')
+    again = run_main('sweep.py', *flags)
+    assert 'already ended' not in again.stdout and 'learning_rate=1e30: exit code 3' in again.stdout
+    more = run_main('sweep.py', *flags, '--max_bad_steps=5')  # another value
+    assert 'already ended' not in more.stdout
     changed = run_main('sweep.py', *flags, '--weight_decay=0.25')
     assert changed.returncode == 2 and not changed.stdout
     assert 'trained with weight_decay 0.1, but this command says 0.25' in changed.stderr

@@ -199,17 +199,24 @@ def test_a_run_is_kept_if_the_one_that_replaces_it_saves_nothing(tmp_path, train
         return {
             str(path.relative_to(out_dir)): path.read_bytes()
             for path in out_dir.rglob('*')
-            if path.is_file() and path.name not in ('.lock', 'report.html')
+            if path.is_file() and path.name != '.lock'
         }
 
-    train_here(out_dir, '--max_iters=2', '--no-report', status=0)
+    train_here(out_dir, '--max_iters=2', status=0)
     before = content()
     broken = ['--overwrite', '--learning_rate=1e30', '--grad_clip=0', '--max_bad_steps=1']
-    done = train_here(out_dir, *broken, '--warmup_iters=0', '--no-report', status=3)
+    done = train_here(out_dir, *broken, '--warmup_iters=0', status=3)
     assert f'the previous run is kept in {out_dir / ".old"}' in done.stdout
     assert not store.exists(out_dir) and store.exists(out_dir / '.old')
     done = train_here(out_dir, status=2)
     assert 'already contains a run' in done.stderr and content() == before
+    train_here(out_dir, *broken, '--warmup_iters=0', status=3)
+    (out_dir / '.old').rename(out_dir / '.moving')  # as if a crash had interrupted the next start
+    done = train_here(out_dir, '--init_from=resume', status=0)
+    assert 'resuming from' in done.stdout
+    assert store.newest(out_dir).step > 2
+    assert not [path for path in out_dir.iterdir() if path.name in ('.old', '.moving')]
+    before = content()
     (out_dir / '.moving').write_text('in the way')
     done = train_here(out_dir, '--overwrite', status=2)
     assert content() == before | {'.moving': b'in the way'}
@@ -234,6 +241,23 @@ def test_a_run_whose_folder_is_gone_continues_in_a_new_one(data_dir, tmp_path, h
     assert run.stderr.count(f'{out_dir} has been removed or renamed; the run continues') == 1
     assert min(record['step'] for record in records(out_dir)) > 100
     assert {'config.json', 'latest', 'report.html'} <= {path.name for path in out_dir.iterdir()}
+
+
+@linux
+@pytest.mark.slow
+def test_a_run_does_not_go_on_in_the_folder_of_another_one(data_dir, tmp_path, train_here):
+    out_dir = tmp_path / 'run'
+    flags = [*SMALL_RUN, f'--data_dir={data_dir}', *ENDLESS, '--eval_interval=200']
+    run = Started(tmp_path, TRAIN, *flags, f'--out_dir={out_dir}')
+    run.wait_for('step 0: train')
+    out_dir.rename(tmp_path / 'moved')
+    train_here(tmp_path / 'other', '--max_iters=2', status=0)
+    (tmp_path / 'other').rename(out_dir)
+    files = [path for path in out_dir.rglob('*') if path.is_file() and path.name != '.lock']
+    before = {path: path.read_bytes() for path in files}
+    assert run.end() == 2
+    assert f'{out_dir} already contains a run' in run.stderr.splitlines()[-1]
+    assert before == {path: path.read_bytes() for path in before}
 
 
 @pytest.mark.slow
