@@ -56,7 +56,7 @@ class KVCache:
         if this.mask is None and k.shape[2] > 1:
             return attend(q, k, v)
         k, v = self.keys[:, :, : this.n_seen], self.values[:, :, : this.n_seen]
-        if not kernels_fit():
+        if this.query_positions is not None:
             y = attend_by_definition(
                 q.type_as(k), k, v, this.query_positions, this.key_positions, mask=this.mask
             )
