@@ -453,3 +453,13 @@ def test_a_folder_in_the_way_of_a_pointer_is_named(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=rf'\(Is a directory\).*: fix \S*/{name}, then resume'):
         save(tmp_path, 20, best=True)
+
+
+def test_a_run_that_was_replaced_does_not_come_back(tmp_path):
+    """A crash between the first save of the new run and the deletion of the old one."""
+    save(tmp_path, 20)
+    set_aside(tmp_path)
+    save(tmp_path, 5, value=7.0)
+    before = {name: content for name, content in content_of(tmp_path).items() if name[0] != '.'}
+    put_back(tmp_path)
+    assert content_of(tmp_path) == before and value_of(tmp_path, 'latest')[:2] == (5, 7.0)
