@@ -8,14 +8,11 @@ from pathlib import Path
 from nib.checkpoint import store
 from nib.errors import UserError
 
-FILES = (
-    *('config.json', 'metrics.jsonl', 'latest', 'best'),
-    *('report.html', 'tensorboard', 'wandb_id'),
-)
+FILES = 'config.json metrics.jsonl latest best report.html tensorboard wandb_id'.split()
 
 
 def set_aside(out_dir):
-    """Moves the checkpoints, the config and the records of a run into its subfolder .old.
+    """Moves the checkpoints, the config and the records of a run into its subfolder .replaced.
 
     Nothing happens if the run has no checkpoints. Raises UserError if a file cannot be moved; then
     all of them stay where they are.

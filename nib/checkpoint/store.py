@@ -28,8 +28,8 @@ from nib.machine.ranks import Ranks
 
 FORMAT = 1
 _TEMPORARY = '.tmp-'  # prefix of folders that are being written or deleted
-ASIDE = '.old'  # subfolder for a run that is being replaced
-MOVING = '.moving'  # the same while its files are moved there or back
+ASIDE = '.replaced'  # subfolder for a run that is being replaced
+MOVING = '.replaced-moving'  # the same while its files are moved there or back
 _REPLACED = '.tmp-replaced-'  # prefix of a step's folder while another one takes its place
 _STEP_FOLDER = re.compile(r'step-(\d{8,})')
 
@@ -114,9 +114,11 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
 
 
 def _remedy(error: OSError | Damaged) -> str:
-    if not isinstance(error, OSError) or error.errno in NO_ROOM:
-        return 'free some space'
-    return f'fix {error.filename2 or error.filename or "this"}'
+    if not isinstance(error, OSError):
+        return 'fix this'
+    return (
+        'free some space' if error.errno in NO_ROOM else f'fix {error.filename2 or error.filename}'
+    )
 
 
 def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:

@@ -301,10 +301,12 @@ def test_checkpoints_that_are_set_aside_are_there_until_the_next_run_has_saved(t
     (tmp_path / 'metrics.jsonl').write_text('old')
     before = content_of(tmp_path)
     set_aside(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ['.old']
-    with pytest.raises(UserError, match='the run that was to be replaced is in .*old: use this'):
+    assert [path.name for path in tmp_path.iterdir()] == ['.replaced']
+    with pytest.raises(
+        UserError, match='the run that was to be replaced is in .*replaced: use this'
+    ):
         store.load(tmp_path)
-    assert value_of(tmp_path / '.old', 'latest')[0] == 20
+    assert value_of(tmp_path / '.replaced', 'latest')[0] == 20
     (tmp_path / 'metrics.jsonl').write_text('new')  # of a run that saves nothing
     put_back(tmp_path)
     assert content_of(tmp_path) == before
@@ -344,13 +346,13 @@ def test_a_crash_at_any_rename_of_a_replaced_run_loses_nothing(tmp_path, monkeyp
 
 def test_a_run_that_cannot_be_set_aside_stays_where_it_is(tmp_path, monkeypatch):
     save(tmp_path, 10, best=True)
-    (tmp_path / '.old').mkdir()
-    (tmp_path / '.old/obsolete').write_text('could not be deleted')
+    (tmp_path / '.replaced').mkdir()
+    (tmp_path / '.replaced/obsolete').write_text('could not be deleted')
     (tmp_path / 'step-by-step.txt').write_text('of the user')
     before, rename = content_of(tmp_path), os.rename
 
     def refuse(old, new):
-        if old.name == 'step-00000010' and new.parent.name == '.moving':
+        if old.name == 'step-00000010' and new.parent.name == '.replaced-moving':
             raise PermissionError(errno.EPERM, 'Operation not permitted')
         rename(old, new)
 
@@ -362,9 +364,9 @@ def test_a_run_that_cannot_be_set_aside_stays_where_it_is(tmp_path, monkeypatch)
         set_aside(tmp_path)
     assert content_of(tmp_path) == before
     monkeypatch.undo()
-    shutil.rmtree(tmp_path / '.old')
+    shutil.rmtree(tmp_path / '.replaced')
     set_aside(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {'.old', 'step-by-step.txt'}
+    assert {path.name for path in tmp_path.iterdir()} == {'.replaced', 'step-by-step.txt'}
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows cannot open a folder')

@@ -206,20 +206,24 @@ def test_a_run_is_kept_if_the_one_that_replaces_it_saves_nothing(tmp_path, train
     before = content()
     broken = ['--overwrite', '--learning_rate=1e30', '--grad_clip=0', '--max_bad_steps=1']
     done = train_here(out_dir, *broken, '--warmup_iters=0', status=3)
-    assert f'the previous run is kept in {out_dir / ".old"}' in done.stdout
-    assert not store.exists(out_dir) and store.exists(out_dir / '.old')
+    assert f'the previous run is kept in {out_dir / ".replaced"}' in done.stdout
+    assert not store.exists(out_dir) and store.exists(out_dir / '.replaced')
     done = train_here(out_dir, status=2)
     assert 'already contains a run' in done.stderr and content() == before
     train_here(out_dir, *broken, '--warmup_iters=0', status=3)
-    (out_dir / '.old').rename(out_dir / '.moving')  # as if a crash had interrupted the next start
+    (out_dir / '.replaced').rename(
+        out_dir / '.replaced-moving'
+    )  # as if a crash had interrupted the next start
     done = train_here(out_dir, '--init_from=resume', status=0)
     assert 'resuming from' in done.stdout
     assert store.newest(out_dir).step > 2
-    assert not [path for path in out_dir.iterdir() if path.name in ('.old', '.moving')]
+    assert not [
+        path for path in out_dir.iterdir() if path.name in ('.replaced', '.replaced-moving')
+    ]
     before = content()
-    (out_dir / '.moving').write_text('in the way')
+    (out_dir / '.replaced-moving').write_text('in the way')
     done = train_here(out_dir, '--overwrite', status=2)
-    assert content() == before | {'.moving': b'in the way'}
+    assert content() == before | {'.replaced-moving': b'in the way'}
 
 
 @linux
