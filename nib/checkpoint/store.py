@@ -114,11 +114,10 @@ def save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
 
 
 def _remedy(error: OSError | Damaged) -> str:
-    if not isinstance(error, OSError):
-        return 'fix this'
-    return (
-        'free some space' if error.errno in NO_ROOM else f'fix {error.filename2 or error.filename}'
-    )
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return 'free some space'
+    named = isinstance(error, OSError) and (error.filename2 or error.filename)
+    return f'fix {named or "this"}'
 
 
 def _save(out_dir, step: int, model: dict, optimizer: dict, state: dict) -> Path:
